@@ -1,0 +1,87 @@
+"""PPO and PPO-ptx (paper, section 3.5, Eq. 2 and C.4).
+
+Command:   python scripts/train.py --config configs/ppo.py:micro --workdir runs/micro/ppo-ptx
+           python scripts/train.py --config configs/ppo.py:micro --config.ptx_coef=0.0 --workdir runs/micro/ppo
+Hardware:  micro: two cores, two minutes; 1.3b with a 6b reward model: 16 accelerators; 175b: 256.
+Expect:    micro: scores rise from about 0 to about 2 while kl stays below 15 nats.
+
+The learning rates are those that the paper's figure 38 shows to be best with ptx (the text names none). Without ptx the
+paper's runs diverge above 8.05e-6; its best were 3.74e-6, 2.55e-6 and 2.55e-6.
+"""
+
+import ml_collections
+
+from configs import sizes
+
+
+def _optimizer(learning_rate: float) -> dict:
+    return {
+        "learning_rate": learning_rate,
+        "schedule": "constant",  # C.4
+        "warmup_steps": 10,  # iterations, C.4
+        "warmup_from": 0.1,  # C.4
+        "final_fraction": 1.0,
+        "beta1": 0.9,  # C
+        "beta2": 0.95,  # C
+        "epsilon": 1e-8,  # not in the paper
+        "weight_decay": 0.0,  # not in the paper
+        "clip_norm": 1.0,  # not in the paper
+    }
+
+
+def get_config(size: str) -> ml_collections.ConfigDict:
+    """A run of PPO-ptx; with ptx_coef 0, of PPO."""
+    folder = f"runs/{sizes.check(size)}"
+    paper = sizes.paper(size)
+    scorer = "6b" if paper else size  # 6B for all policies (C.2)
+    rollouts, minibatches, ptx_rows, steps = {
+        "tiny": (8, 2, 2, 4),
+        "micro": (128, 4, 16, 60),
+        "small": (64, 4, 8, 20),
+    }.get(
+        size,
+        (512, 8, 512, 500),  # 256k episodes, 8 pretraining rows for each (C.4)
+    )
+    rate = {"tiny": 1e-3, "micro": 3e-4, "small": 3e-5, "175b": 2.55e-6}.get(size, 1.18e-5)
+    value_rate = {"tiny": 1e-3, "micro": 5e-4, "small": 5e-5, "175b": 5e-6}.get(size, 9e-6)  # C.4
+    return ml_collections.ConfigDict(
+        {
+            "stage": "ppo",
+            "seed": 0,
+            "policy_parent": f"{folder}/sft",
+            "reward_parent": f"runs/{scorer}/reward",
+            "tokenizer": sizes.tokenizer(size),
+            "model": sizes.model(size),
+            "reward_model": sizes.model(scorer),
+            "compute": sizes.compute(size),
+            "mesh": sizes.mesh("6b" if paper and size != "175b" else size),
+            "optimizer": _optimizer(rate),
+            "value_optimizer": _optimizer(value_rate),
+            "data": {
+                "prompts": (f"{folder}/world/prompts.jsonl.gz",),
+                "text": (f"{folder}/world/text.jsonl.gz",),
+                "limits": sizes.limits(size),
+                "folder": f"{folder}/rows",
+            },
+            "steps": steps,  # iterations
+            "batch_size": rollouts,
+            "minibatches": minibatches,
+            "inner_epochs": 1,  # C.4
+            "accumulate": {"175b": 2}.get(size, 4) if paper else 1,  # 64 rows on 32 devices that share rows, or on 16
+            "ptx_rows": ptx_rows,  # per optimizer step
+            "temperature": 1.0,  # C.4
+            "kl_coef": 0.02,  # C.4
+            "ptx_coef": 27.8 if paper else 1.0,  # C.4; a mean per token here, so small sizes need another scale
+            "clip": 0.2,  # C.4
+            "value_clip": 0.2,  # not in the paper; as in its ancestors
+            "discount": 1.0,  # C.4
+            "lambda_": 0.95,  # not in the paper; as in its ancestors
+            "ema_decay": 0.992,  # C.4
+            "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such answers -1
+            "whiten_rewards": False,
+            "whiten_advantages": True,  # not in the paper; as in its ancestors
+            "tolerance": 0.1 if paper else 1e-3,  # nats; bfloat16 or float32
+            "samples": 8 if paper else rollouts,
+            "run": sizes.run(size),
+        }
+    )

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning (paper, section 3.5, C.1 and C.3).
+
+Command:   python scripts/train.py --config configs/sft.py:micro --workdir runs/micro/sft
+           python scripts/train.py --config configs/sft.py:6b,baseline --workdir runs/6b/sft-baseline
+Hardware:  micro: two cores, half a minute; 1.3b: 8 accelerators; 175b: 64.
+Expect:    micro: demonstrations_loss near 1.0 nats per token.
+
+`SIZE` alone gives the policy that PPO starts from and is held to: 2 epochs, 10% of pretraining text, no dropout (C.3).
+`SIZE,baseline` gives the SFT baseline: 16 epochs, no text, residual dropout 0.2 (C.1).
+"""
+
+import ml_collections
+
+from configs import sizes
+
+# Peak learning rates: (PPO initialisation C.3, SFT baseline C.1); sizes that the paper lacks take 1.3b's.
+PAPER_RATES = {"1.3b": (5e-6, 9.65e-6), "6b": (1.04e-5, 9.65e-6), "175b": (2.45e-6, 5.03e-6)}
+SMALL_RATES = {"tiny": (1e-3, 1e-3), "micro": (2e-3, 2e-3), "small": (3e-4, 3e-4)}
+
+
+def get_config(arg: str) -> ml_collections.ConfigDict:
+    """A run of supervised fine-tuning; `arg` is SIZE or SIZE,baseline."""
+    size, _, variant = arg.partition(",")
+    if variant not in ("", "baseline"):
+        raise ValueError(f"variant {variant!r} must be absent or 'baseline': configs/sft.py:SIZE or SIZE,baseline")
+    baseline = variant == "baseline"
+    rates = {**SMALL_RATES, **PAPER_RATES}.get(sizes.check(size), PAPER_RATES["1.3b"])
+    folder, mesh = f"runs/{size}", sizes.mesh(size)
+    if size == "175b":
+        mesh.fsdp = 8  # devices that share rows: no more than the batch has
+    return ml_collections.ConfigDict(
+        {
+            "stage": "supervised",
+            "seed": 0,
+            "parent": f"{folder}/pretrain",
+            "tokenizer": sizes.tokenizer(size),
+            "model": sizes.model(size),
+            "compute": sizes.compute(size),
+            "mesh": mesh,
+            "optimizer": {
+                "learning_rate": rates[baseline],
+                "schedule": "cosine",
+                "warmup_steps": 0,  # C.1
+                "warmup_from": 1.0,
+                "final_fraction": 0.1,  # C.1
+                "beta1": 0.9,  # C
+                "beta2": 0.95,  # C
+                "epsilon": 1e-8,  # not in the paper
+                "weight_decay": 0.0,  # not in the paper
+                "clip_norm": 1.0,  # not in the paper
+            },
+            "data": {
+                "demonstrations": (f"{folder}/world/demonstrations.jsonl.gz",),
+                "text": () if baseline else (f"{folder}/world/text.jsonl.gz",),
+                "text_fraction": 0.0 if baseline else 0.1,  # C.3
+                "limits": sizes.limits(size),
+                "folder": f"{folder}/rows",
+            },
+            "batch_size": {"tiny": 10, "micro": 10, "small": 20, "175b": 8}.get(size, 32),  # packed rows, C.1
+            "accumulate": 1,
+            "dropout": 0.2 if baseline else 0.0,  # C.1
+            "epochs": 16.0 if baseline else 2.0,  # C.1, C.3
+            "steps": 0,
+            "run": sizes.run(size),
+        }
+    )

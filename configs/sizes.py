@@ -1,0 +1,122 @@
+"""Architectures by size, and the values that all stages of a size share.
+
+`tiny` (seconds, for tests) and `micro` (minutes on two cores) live in the embedded world; `small` is for real text on a
+laptop; the others have GPT-3's shapes (Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b
+(appendix C). 1.3b follows the table's width of 2048 with 24 heads of 128, so heads × head_width is not the width.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+# name: (layers, width, heads, head_width)
+GPT3 = {
+    "125m": (12, 768, 12, 64),
+    "350m": (24, 1024, 16, 64),
+    "760m": (24, 1536, 16, 96),
+    "1.3b": (24, 2048, 24, 128),
+    "2.7b": (32, 2560, 32, 80),
+    "6b": (32, 4096, 32, 128),
+    "175b": (96, 12288, 96, 128),
+}
+SMALL = {"tiny": (2, 32, 2, 16), "micro": (4, 128, 4, 32), "small": (6, 192, 6, 32)}
+WORLDS = ("tiny", "micro")  # the sizes that live in the embedded world
+SIZES = (*SMALL, *GPT3)
+
+VOCABULARY = {"tiny": 512, "micro": 1024, "small": 8192}  # ids of the tokenizers trained for them; GPT-2's: 50257
+CONTEXT = {"tiny": 64, "micro": 256, "small": 512}  # tokens; GPT-3's: 2048
+
+
+def check(size: str) -> str:
+    """Returns `size`; raises ValueError if there is none of that name."""
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} must be one of {', '.join(SIZES)}: give it as configs/STAGE.py:SIZE")
+    return size
+
+
+def paper(size: str) -> bool:
+    """Whether `size` has one of GPT-3's shapes."""
+    return check(size) in GPT3
+
+
+def model(size: str) -> ml_collections.ConfigDict:
+    """The architecture: GPT-3's, in every size."""
+    layers, width, heads, head_width = {**SMALL, **GPT3}[check(size)]
+    return ml_collections.ConfigDict(
+        {
+            "vocab_size": VOCABULARY.get(size, 50257),
+            "max_length": CONTEXT.get(size, 2048),
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "kv_heads": heads,
+            "head_width": head_width,
+            "mlp_width": 4 * width,
+            "norm": "layernorm",
+            "norm_epsilon": 1e-5,
+            "positions": "learned",
+            "rotary_base": 10000.0,
+            "activation": "gelu",
+            "biases": True,
+            "tied_head": True,
+            "init_std": 0.02 if paper(size) else 0.05,  # GPT-2's; small widths train faster from a larger one
+        }
+    )
+
+
+def compute(size: str) -> ml_collections.ConfigDict:
+    """The paper computed in 16 bits with 32-bit parameters (appendix C); float32 on CPUs, which gain nothing."""
+    return ml_collections.ConfigDict(
+        {
+            "dtype": "bfloat16" if paper(size) else "float32",
+            "remat": "full" if paper(size) else "none",
+            "head_chunk": 128,
+        }
+    )
+
+
+def mesh(size: str) -> ml_collections.ConfigDict:
+    """Devices: 175b in 32 × 8 pieces, 6b in 8; the others are copied to all there are."""
+    fsdp, tensor = {"175b": (32, 8), "6b": (8, 1)}.get(size, (1, 1))
+    return ml_collections.ConfigDict({"data": -1, "fsdp": fsdp, "tensor": tensor})
+
+
+def tokenizer(size: str) -> str:
+    """GPT-2's BPE files for the paper's sizes, else the one that was trained for this size."""
+    return "runs/gpt2" if paper(size) else f"runs/{size}/world/tokenizer.json"
+
+
+def limits(size: str) -> ml_collections.ConfigDict:
+    """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
+    sequence, prompt, response = {"tiny": (64, 24, 24), "micro": (256, 16, 32), "small": (512, 256, 128)}.get(
+        size, (2048, 1024, 1024)
+    )
+    return ml_collections.ConfigDict(
+        {
+            "sequence_tokens": sequence,
+            "prompt_tokens": prompt,
+            "response_tokens": response,
+            "answers": 9,
+            # The world's prompts repeat on purpose.
+            "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
+            "prompts_per_user": 200,
+            "filter_pii": paper(size) or size == "small",
+            "splits": (("train", 0.9), ("validation", 0.1)),
+            "split_seed": 0,
+        }
+    )
+
+
+def run(size: str) -> ml_collections.ConfigDict:
+    """How often to print, evaluate and save, in steps."""
+    log, evaluate, save = {"tiny": (2, 4, 4), "micro": (10, 50, 100), "small": (10, 100, 100)}.get(size, (1, 50, 50))
+    return ml_collections.ConfigDict(
+        {
+            "log_every": log,
+            "evaluate_every": evaluate,
+            "evaluate_batches": 32,
+            "save_every": save,
+            "keep": 2,
+            "best_metric": "",
+            "tensorboard": False,
+        }
+    )

@@ -1,0 +1,23 @@
+"""The embedded world: text, demonstrations, comparisons and prompts with a known true reward, and their tokenizer.
+
+Command:   python scripts/train.py --config configs/world.py:micro --workdir runs/micro/world
+Hardware:  one core, seconds.
+Expect:    four .jsonl.gz files and tokenizer.json in the workdir, the same bytes for the same seed.
+"""
+
+import ml_collections
+
+from configs import sizes
+
+
+def get_config(size: str) -> ml_collections.ConfigDict:
+    """`tiny` or `micro`."""
+    if size not in sizes.WORLDS:
+        raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: the paper's sizes have no embedded world")
+    lines = {
+        "tiny": {"documents": 200, "demonstrations": 200, "comparisons": 100, "prompts": 400},
+        "micro": {"documents": 12000, "demonstrations": 12000, "comparisons": 5000, "prompts": 2000},
+    }[size]
+    return ml_collections.ConfigDict(
+        {"stage": "world", "seed": 0, "vocab_size": sizes.VOCABULARY[size], "lines": lines}
+    )

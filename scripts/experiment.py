@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Runs a whole experiment: python scripts/experiment.py experiments/alignment.py:micro --workdir runs/alignment
+
+Its runs in order, then its table and figure. The same command again goes on where it stopped. Exit codes as those of
+train.py.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; each run gets a folder in it")
+REPORT_ONLY = flags.DEFINE_bool("report_only", False, "draw the report of runs that are finished")
+
+
+def main(argv: list[str]) -> int:
+    """Flags in, one library call, exit code out."""
+    if len(argv) != 2 or not WORKDIR.value:
+        print("error: give FILE:SIZE of one experiment and --workdir=FOLDER", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
+    from instructax import command, experiment
+
+    root = pathlib.Path(WORKDIR.value)
+    return command.guarded(lambda: experiment.run_experiment(argv[1], root, report_only=REPORT_ONLY.value))
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags; a bad one is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

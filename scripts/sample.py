@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Talks to a finished policy: python scripts/sample.py --workdir runs/alignment/ppo-ptx
+
+One prompt a line, from the terminal or standard input; `\\n` in a line is a line break. Exit codes are train.py's.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+WORKDIR = flags.DEFINE_string("workdir", None, "a finished run of pretraining, SFT or PPO")
+LENGTH = flags.DEFINE_integer("length", 32, "the most tokens of an answer", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 = the likeliest token", lower_bound=0.0)
+SEED = flags.DEFINE_integer("seed", 0, "another seed, other answers", lower_bound=0)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
+
+
+def main(argv: list[str]) -> int:
+    """Flags in, one library call, exit code out."""
+    if len(argv) > 1 or not WORKDIR.value:
+        print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.WARNING)
+    from instructax import chat, command
+
+    prompts = (line.rstrip("\n").replace("\\n", "\n") for line in prompted(sys.stdin))
+    return command.guarded(
+        lambda: chat.talk(
+            pathlib.Path(WORKDIR.value or "."),
+            prompts,
+            length=LENGTH.value,
+            temperature=TEMPERATURE.value,
+            seed=SEED.value,
+            dtype=DTYPE.value,
+        )
+    )
+
+
+def prompted(lines):
+    """The lines of `lines`, asked for with a mark where a person types them."""
+    while True:
+        if lines.isatty():
+            print("> ", end="", flush=True)
+        line = lines.readline()
+        if not line:
+            return
+        yield line
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags; a bad one is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

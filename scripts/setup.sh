@@ -1,0 +1,18 @@
+# Sourced by the other scripts: a virtual environment in .venv with the project and the extra named in $1, made once.
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "error: $python is missing or older than Python 3.11; name another with PYTHON=/path/to/python" >&2
+  exit 2
+fi
+venv=${VENV:-.venv}
+stamp="$venv/installed-$1-$(cksum < setup.cfg | cut -d' ' -f1)"
+if [[ ! -e "$stamp" ]]; then
+  if ! "$python" -m venv "$venv"; then
+    echo "error: $python cannot make virtual environments; on Debian: apt-get install python3-venv" >&2
+    exit 2
+  fi
+  echo "installing into $venv …"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check -e ".[$1]"
+  touch "$stamp"
+fi
+source "$venv/bin/activate"

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Runs one stage: python scripts/train.py --config configs/ppo.py:micro --config.kl_coef=0.05 --workdir runs/micro/ppo
+
+The same command again goes on where it stopped; a finished run is left alone. Exit codes: 0 done, 2 a value that cannot
+be used (one line says which), 3 an invariant of the run is broken, 130 interrupted and saved.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARGUMENT of a config; values as --config.name=value")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, samples")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print config, parameters and memory per device, and stop")
+
+
+def main(argv: list[str]) -> int:
+    """Flags in, one library call, exit code out."""
+    if len(argv) > 1 or CONFIG.value is None or not (WORKDIR.value or DRY_RUN.value):
+        stray = f"unknown argument {argv[1]!r}; " if len(argv) > 1 else ""
+        print(f"error: {stray}give --config=FILE:SIZE --config.name=value … --workdir=FOLDER", file=sys.stderr)
+        return 2
+    logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
+    from instructax import command, experiment
+
+    config = CONFIG.value.to_dict()
+    if DRY_RUN.value:
+        print(json.dumps(config, indent=2))
+        return command.guarded(lambda: print(experiment.dry_run(config)))
+    return command.guarded(lambda: experiment.run_stage(config, pathlib.Path(WORKDIR.value or ".")))
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Reads flags and config; a bad one is one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.keys()  # a config file that is missing says so only when something is read from it
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = str(error).replace("\\n", "\n").replace("\\'", "'").strip('"\n ')
+        # A config file that raises arrives as a whole traceback, whose last line is its message.
+        message = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
+        unknown = "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
+        print(f"error: {unknown}{message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,290 @@
+"""Saves and restores the state of a run, and hands its parameters to the next stage.
+
+A step lies in `workdir/checkpoints/<step>` as two items: `params`, the field that the next stage reads, and `state`,
+the rest, so that nothing is stored twice. Orbax commits a step by renaming its folder: a killed save leaves nothing
+that looks like one. But its data files carry no checksum, and a flipped bit would load as a wrong number. Hence
+`<step>.sha256.json` beside each committed step, checked before every load. A step without that file, which is what a
+process killed between commit and hashing leaves, is loaded with a warning.
+
+In a run of several processes all of them call every function, the folder is one that all of them see, and process 0
+alone hashes, deletes and writes JSON.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from instructax.runlog import write_json
+from instructax.types import Params
+
+logger = logging.getLogger(__name__)
+
+ITEMS = ("params", "state")
+
+
+class CheckpointMismatch(ValueError):
+    """The stored leaves are not those asked for; the message names the first such leaf."""
+
+
+def committed_steps(workdir: Path) -> list[int]:
+    """The steps that can be read, in rising order; stray folders and unfinished saves are not among them."""
+    root = Path(workdir) / "checkpoints"
+    found = [path for path in root.iterdir() if path.name.isdecimal()] if root.is_dir() else []
+    return sorted(int(path.name) for path in found if all((path / item).is_dir() for item in ITEMS))
+
+
+class Checkpoints:
+    """The checkpoints of the one run that writes to `workdir`; what other programs read goes through `load_params`.
+
+    Args:
+      save_every: steps between two saves by `maybe_save`.
+      keep: how many of the newest steps stay.
+      best_metric: the name of a metric, higher is better, whose best step stays as well; "" for none.
+      exported: the field of the state that the next stage reads: "params" of TrainState, "ema" of PpoState.
+    """
+
+    def __init__(self, workdir: Path, *, save_every: int, keep: int, best_metric: str, exported: str):
+        for name, value in (("save_every", save_every), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1: set it in the config of the run")
+        self._workdir, self._root = Path(workdir), Path(workdir).absolute() / "checkpoints"
+        self._save_every, self._keep = save_every, keep
+        self._best_metric, self._exported = best_metric, exported
+        self._saved: int | None = None  # the step that this object last saved or restored
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        if jax.process_index() == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for path in (*self._root.glob("*.orbax-checkpoint-tmp*"), *self._root.glob("*.deleted")):
+                shutil.rmtree(path)
+
+    def steps(self) -> list[int]:
+        """The committed steps, in rising order."""
+        return committed_steps(self._workdir)
+
+    def maybe_save(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Starts a save if `step` is a multiple of `save_every`. Raises what a finished save failed with."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+        if step % self._save_every == 0:
+            self.save(step, state, metrics)
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Starts a save once the one before has ended; does nothing if `step` is saved already.
+
+        Returns when the arrays have been copied from the devices, so the caller may donate `state` at once; writing,
+        hashing and deleting old steps go on in the background. Raises what the save before failed with.
+        """
+        self.wait()
+        if step == self._saved:
+            return
+        metric = self._metric(step, metrics)
+        if jax.process_index() == 0:
+            _hash_file(self._root / str(step)).unlink(missing_ok=True)
+        items = {
+            "params": getattr(state, self._exported),
+            "state": dataclasses.replace(state, **{self._exported: None}),
+        }
+        context = ocp.Context()
+        # A folder that cannot be made then fails here; else Orbax's threads wait 20 minutes for it, even at exit.
+        context.async_options.create_directories_asynchronously = False
+        with context:
+            response = ocp.save_checkpointables_async(str(self._root / str(step)), items, overwrite=True)
+        self._pending = step, self._thread.submit(self._finish, step, response, metric)
+
+    def _metric(self, step: int, metrics: Mapping[str, Any]) -> float | None:
+        if self._best_metric and self._best_metric not in metrics:
+            logger.warning(
+                "step %d cannot become the best checkpoint: best_metric %r is not among its metrics (%s)",
+                *(step, self._best_metric, ", ".join(sorted(metrics))),
+            )
+        return float(metrics[self._best_metric]) if self._best_metric in metrics else None
+
+    def _finish(self, step: int, response: ocp.AsyncResponse[None], metric: float | None) -> None:
+        """Waits for the commit, then hashes the step and deletes the steps that need not stay."""
+        response.result()
+        if jax.process_index() > 0:
+            return
+        path = self._root / str(step)
+        write_json(_hash_file(path), {"best_metric": self._best_metric, "metric": metric, "files": _hashes(path)})
+        steps = self.steps()
+        for old in set(steps) - set(steps[-self._keep :]) - {self._best_step(steps)}:
+            remains = (self._root / str(old)).rename(self._root / f"{old}.deleted")  # at once no longer a step
+            _hash_file(self._root / str(old)).unlink(missing_ok=True)
+            shutil.rmtree(remains)
+
+    def _best_step(self, steps: list[int]) -> int | None:
+        """The newest step among those with the highest metric."""
+        metrics: dict[int, float] = {}
+        for step in steps:
+            stored = _read_hash_file(self._root / str(step)) or {}
+            if self._best_metric and stored.get("best_metric") == self._best_metric and stored["metric"] is not None:
+                metrics[step] = stored["metric"]
+        return max(metrics, key=lambda step: (metrics[step], step), default=None)
+
+    def wait(self) -> None:
+        """Blocks until the save under way is committed and hashed; raises what it failed with."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        future.result()
+        self._saved = step
+
+    def close(self) -> None:
+        """`wait`, and no more saves after."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def restore(self, abstract_state: Any) -> tuple[Any, int] | None:
+        """The newest undamaged step, straight into the shardings of `abstract_state`; None if nothing was ever saved.
+
+        Damaged newer steps are reported and set aside as `<step>.damaged`.
+
+        Args:
+          abstract_state: the state with jax.ShapeDtypeStruct leaves that have shardings, of any mesh.
+
+        Raises:
+          CheckpointMismatch: a leaf is missing, extra, or of another shape or dtype.
+          ValueError: every step is damaged, or one without hashes cannot be read.
+        """
+        self.wait()
+        exported = getattr(abstract_state, self._exported)
+        abstract = {"params": exported, "state": dataclasses.replace(abstract_state, **{self._exported: None})}
+        damages: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            if damage := _damage(self._root / str(step)):
+                damages[step] = damage
+                continue
+            items = _load(self._root / str(step), abstract, cast=False)
+            for damaged, reason in damages.items():
+                logger.warning("checkpoint %d IS DAMAGED and set aside, going on from %d: %s", damaged, step, reason)
+                self._set_aside(damaged)
+            self._saved = step
+            return dataclasses.replace(items["state"], **{self._exported: items["params"]}), step
+        if damages:
+            raise ValueError(
+                f"every checkpoint is damaged; restore a copy of {self._root}: {'; '.join(damages.values())}"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            target = self._root / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (self._root / str(step)).rename(target)
+            _hash_file(self._root / str(step)).unlink(missing_ok=True)
+
+
+def load_params(path: Path, abstract_params: Params, *, step: int | None = None) -> Params:
+    """The parameters of a finished run, straight into the reader's mesh, cast to the dtypes of `abstract_params`.
+
+    Args:
+      path: the workdir of a run, or the folder of one of its steps.
+      abstract_params: jax.ShapeDtypeStruct leaves with shardings.
+      step: which step of the workdir; None means the newest.
+
+    Raises:
+      CheckpointMismatch: a leaf is missing, extra or of another shape.
+      ValueError: no such step, or a file that differs from its hash.
+    """
+    path = Path(path).absolute()
+    if not (path / "params").is_dir():
+        steps = committed_steps(path)
+        if not steps or step not in (None, *steps):
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise ValueError(f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its workdir")
+        path = path / "checkpoints" / str(steps[-1] if step is None else step)
+    elif step is not None:
+        raise ValueError(f"step {step} given with {path}, which is the folder of one step: give its workdir or no step")
+    if damage := _damage(path):
+        raise ValueError(f"checkpoint is damaged: {damage}; use another step or a copy of it")
+    return _load(path, {"params": abstract_params}, cast=True)["params"]
+
+
+def _load(path: Path, abstract: dict[str, Any], *, cast: bool) -> dict[str, Any]:
+    stored = ocp.checkpointables_metadata(str(path)).metadata
+    for name, tree in abstract.items():
+        if stored[name] is None:  # Orbax has logged why
+            raise ValueError(f"{path / name} cannot be read: delete {path} to go on from an older step")
+        _check_leaves(path / name, _leaves(stored[name]), _leaves(tree), cast)
+    return ocp.load_checkpointables(str(path), abstract)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by path, the same for a dataclass or a named tuple and for the dict that Orbax stores of it."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _check_leaves(where: Path, stored: dict[str, Any], wanted: dict[str, Any], cast: bool) -> None:
+    """Raises CheckpointMismatch at the first leaf that differs; `cast` allows another floating dtype."""
+
+    def describe(leaf: Any, cast: bool) -> str:
+        if leaf is None:
+            return "absent"
+        return f"{'floating' if cast and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype}{list(leaf.shape)}"
+
+    for name in {**stored, **wanted}:
+        have, want = stored.get(name), wanted.get(name)
+        if describe(have, cast) != describe(want, cast):
+            raise CheckpointMismatch(
+                f"leaf {name} is {describe(have, False)} in {where}, but {describe(want, False)} in this run: "
+                "compare the model and the optimizer of the two configs"
+            )
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256.json")
+
+
+def _read_hash_file(path: Path) -> dict[str, Any] | None:
+    """What `Checkpoints` wrote beside the step at `path`; None if there is none."""
+    return json.loads(_hash_file(path).read_text()) if _hash_file(path).exists() else None
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """Relative name → sha256 of every file under `path`."""
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return {str(f.relative_to(path)): h for f, h in zip(files, threads.map(digest, files), strict=True)}
+
+
+def _damage(path: Path) -> str:
+    """What differs from the hashes of a step, "" if nothing; empty or not, the same on every process."""
+    damage = ""
+    if jax.process_index() == 0:
+        stored = _read_hash_file(path)
+        if stored is None:
+            logger.warning("%s has no hashes (the run was killed before it wrote them): loading it unchecked", path)
+        else:
+            found = _hashes(path)
+            wrong = (name for name, value in stored["files"].items() if found.get(name) != value)
+            damage = next((f"{path / name} is missing or differs from its sha256" for name in wrong), "")
+    return "" if _everywhere(not damage) else damage or f"{path}, as process 0 reports"
+
+
+def _everywhere(condition: bool) -> bool:
+    """Whether `condition` holds on all processes, which must all ask."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))

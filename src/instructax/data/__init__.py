@@ -1,0 +1,1 @@
+"""From JSON lines of people's texts and judgements to batches of token ids."""

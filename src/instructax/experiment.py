@@ -1,0 +1,113 @@
+"""Runs and their order: load a config, run its stage, run a list of them and resume where it stopped."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instructax import estimate, stage
+from instructax.configuration import ConfigError, construct
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of an experiment."""
+
+    name: str  # its folder under the experiment's workdir
+    config: str  # file and argument: "configs/ppo.py:micro"
+    overrides: Mapping[str, Any]  # dotted name → value
+
+
+def load_file(path: str | Path) -> Any:
+    """The Python file `path` as a module; a config or an experiment is code, and is run."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no such file: {path}")
+    root = str(Path.cwd())
+    if root not in sys.path:
+        sys.path.insert(0, root)  # files of configs/ import each other from the folder they stand in
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_config(run: Run) -> dict[str, Any]:
+    """The config of `run`, its overrides applied: a nested dict. Raises ConfigError for an unknown name or type."""
+    path, _, arg = run.config.partition(":")
+    try:
+        config = load_file(path).get_config(arg)
+        config.update_from_flattened_dict(dict(run.overrides))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{run.config} with {dict(run.overrides)}: {error}") from None
+    return config.to_dict()
+
+
+def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
+    """(config dataclass, train function) of the stage that `config` names; imports that stage alone."""
+    modules = {
+        "world": ("microworld.run", "WorldConfig"),
+        "supervised": ("supervised", "SupervisedConfig"),
+        "reward": ("reward", "RewardConfig"),
+        "ppo": ("ppo_train", "PpoConfig"),
+        "evaluate": ("evaluate", "EvaluateConfig"),
+    }
+    name = config.get("stage")
+    if name not in modules:
+        raise ConfigError(f"config.stage = {name!r} must be one of {', '.join(modules)}")
+    module = importlib.import_module(f"instructax.{modules[name][0]}")
+    return getattr(module, modules[name][1]), module.train
+
+
+def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
+    """Runs one stage to its end, from the start or from where it stopped; False if there was nothing left to do.
+
+    Raises ConfigError (a ValueError) for a value that cannot be used, training.Interrupted when asked to stop.
+    """
+    cls, train = stage_of(config)
+    built = construct(cls, config)
+    stage.claim(workdir, config)
+    if stage.finished(workdir):
+        print(f"{workdir} is finished; nothing to do", flush=True)
+        return False
+    train(built, workdir, config)
+    return True
+
+
+def dry_run(config: Mapping[str, Any]) -> str:
+    """Checks the config of a stage and says what it would hold on each device; reads no data."""
+    cls, _ = stage_of(config)
+    built = construct(cls, config)
+    return "nothing is trained" if config["stage"] in ("world", "evaluate") else estimate.report(built)
+
+
+def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
+    """Runs the experiment `spec` (FILE:SIZE) in order under `root`, finished runs passed over, and reports."""
+    path, _, size = spec.partition(":")
+    experiment = load_file(path)
+    runs = experiment.get_runs(size, str(root))
+    for number, run in enumerate([] if report_only else runs, start=1):
+        print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)
+        run_stage(load_config(run), root / run.name)
+    experiment.report(root)
+
+
+def summary_of(workdir: Path) -> dict[str, Any]:
+    """The final figures of a finished run."""
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def metrics_of(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics of every step of a run."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples_of(workdir: Path) -> list[dict[str, Any]]:
+    """The samples that a run wrote."""
+    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]

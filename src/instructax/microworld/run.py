@@ -1,0 +1,40 @@
+"""The world as a run: its files and their tokenizer, in a workdir like any other."""
+
+import dataclasses
+import gzip
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from instructax.microworld.write import Sizes, write_world
+from instructax.runlog import write_json
+from instructax.tokenizer import save_tokenizer, train_bpe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """A world to be written."""
+
+    stage: Literal["world"]
+    seed: int
+    vocab_size: int  # of the tokenizer trained on its text
+    lines: Sizes  # of each file
+
+
+def train(config: WorldConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Writes the world's four files and `tokenizer.json` into `workdir`."""
+    made = workdir / "world"
+    shutil.rmtree(made, ignore_errors=True)
+    write_world(made, seed=config.seed, sizes=config.lines)
+    for file in made.iterdir():
+        file.replace(workdir / file.name)
+    made.rmdir()
+    texts = []
+    for name, fields in (("text", ("text",)), ("demonstrations", ("prompt", "completion"))):
+        with gzip.open(workdir / f"{name}.jsonl.gz", "rt") as lines:
+            texts += [json.loads(line)[field] for line in lines for field in fields]
+    tokenizer = train_bpe(texts, config.vocab_size)
+    save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
+    write_json(workdir / "summary.json", {"stage": config.stage, "vocab_size": tokenizer.size})

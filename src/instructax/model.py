@@ -1,0 +1,319 @@
+"""One decoder-only transformer for the GPT-2/GPT-3 and the Llama families; the only file that imports flax.
+
+Parameters are a plain dict, the cache is an argument: the module keeps no state. Parameters are float32 and are cast to
+the compute dtype where they are used; softmax, norms and heads work in float32. The layers' parameters are stacked on a
+leading axis: training scans over it (compile time flat in depth), decoding unrolls it (a scan there halves the speed).
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructax.types import Array, Params, pytree
+
+MASKED = -1e30  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture; it travels with the parameters from stage to stage."""
+
+    vocab_size: int
+    max_length: int  # longest sequence, and the rows of a learned position table
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int  # < heads: grouped queries
+    head_width: int
+    mlp_width: int
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_epsilon: float
+    positions: Literal["learned", "rotary"]
+    rotary_base: float  # wavelengths of rotary positions run from 2π to 2π · base; unused by learned ones
+    activation: Literal["gelu", "swiglu"]
+    biases: bool
+    tied_head: bool
+    init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"model.head_width = {self.head_width} must be even for rotary positions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a run computes; free to differ between stages that share parameters."""
+
+    dtype: Literal["float32", "bfloat16"]  # of activations and of matrix products
+    remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
+    head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
+
+
+@pytree
+class Cache:
+    """Keys and values of the columns seen so far."""
+
+    keys: tuple[Array, ...]  # per layer, dtype[B, kv_heads, S, head_width]
+    values: tuple[Array, ...]  # per layer, dtype[B, kv_heads, S, head_width]
+    segments: Array  # i32[B, S], 0 = padding or not yet filled
+    filled: Array  # i32[], columns in use
+
+
+def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
+    """An empty cache for `batch` rows of `length` columns."""
+    shape = (batch, config.kv_heads, length, config.head_width)
+    blank = tuple(jnp.zeros(shape, compute.dtype) for _ in range(config.layers))
+    return Cache(keys=blank, values=blank, segments=jnp.zeros((batch, length), jnp.int32), filled=jnp.int32(0))
+
+
+def positions_of(mask: Array) -> Array:
+    """Position of each real token among the real tokens of its row: b[B, T] → i32[B, T]; 0 before the first."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def attention_mask(query_segments: Array, key_segments: Array, first_column: Array | int) -> Array:
+    """Which keys each query sees: those of its own segment that do not come after it.
+
+    i32[B, T], i32[B, S], column of the first query → b[B, T, S]
+    """
+    query_columns = first_column + jnp.arange(query_segments.shape[1])
+    causal = query_columns[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return causal[None] & same & (key_segments != 0)[:, None, :]
+
+
+def rotate(x: Array, positions: Array, base: float) -> Array:
+    """Rotary positions (Su et al., 2021), halves convention: x dtype[B, T, H, d], positions i32[B, T] → as x."""
+    half = x.shape[-1] // 2
+    frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _add_bias(x: Array, bias: Array) -> Array:
+    return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - bias.ndim)))
+
+
+class Linear(nn.Module):
+    """x · kernel (+ bias) over the last `contracted` axes of x."""
+
+    features: tuple[int, ...]
+    contracted: int
+    std: float
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (*x.shape[-self.contracted :], *self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
+        axes = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
+        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+        if self.bias:
+            y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width, centred = x.shape[-1], self.config.norm == "layernorm"
+        y = x.astype(jnp.float32)
+        if centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.config.norm_epsilon)
+        y = y * jnp.expand_dims(self.param("scale", nn.initializers.ones, (width,), jnp.float32), (0, 1))
+        if centred:
+            y = _add_bias(y, self.param("bias", nn.initializers.zeros, (width,), jnp.float32))
+        return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries; returns its keys and values for the cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
+        c = self.config
+        groups = (c.kv_heads, c.heads // c.kv_heads)
+        query = Linear((c.heads, c.head_width), 1, c.init_std, c.biases, name="query")(x)
+        key = Linear((c.kv_heads, c.head_width), 1, c.init_std, c.biases, name="key")(x)
+        value = Linear((c.kv_heads, c.head_width), 1, c.init_std, c.biases, name="value")(x)
+        if c.positions == "rotary":
+            query, key = rotate(query, positions, c.rotary_base), rotate(key, positions, c.rotary_base)
+        query = query.reshape(*query.shape[:2], *groups, c.head_width)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if past is not None:
+            past_keys, past_values, column = past
+            key = jax.lax.dynamic_update_slice_in_dim(past_keys, key, column, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(past_values, value, column, axis=2)
+        scores = jnp.einsum("btghd,bgsd->bghts", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores / np.sqrt(c.head_width), MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("bghts,bgsd->btghd", weights, value).reshape(*x.shape[:2], c.heads, c.head_width)
+        residual_std = c.init_std / np.sqrt(2 * c.layers)
+        return Linear((c.width,), 2, residual_std, c.biases, name="out")(mixed), (key, value)
+
+
+class Mlp(nn.Module):
+    """GELU (tanh form, as GPT-2) or SwiGLU."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        y = Linear((c.mlp_width,), 1, c.init_std, c.biases, name="up")(x)
+        if c.activation == "gelu":
+            y = jax.nn.gelu(y, approximate=True)
+        else:
+            y = y * jax.nn.silu(Linear((c.mlp_width,), 1, c.init_std, c.biases, name="gate")(x))
+        return Linear((c.width,), 1, c.init_std / np.sqrt(2 * c.layers), c.biases, name="down")(y)
+
+
+@pytree
+class Dropout:
+    """Residual dropout of one forward pass (paper, appendix C.1: 0.2 in the SFT baseline, none elsewhere)."""
+
+    rate: Array  # f32[]
+    key: Array  # key[]
+
+
+def drop(x: Array, dropout: Dropout | None, branch: int) -> Array:
+    """Zeroes each cell with probability `rate` and scales the others by 1 / (1 − rate)."""
+    if dropout is None:
+        return x
+    kept = jax.random.bernoulli(jax.random.fold_in(dropout.key, branch), 1.0 - dropout.rate, x.shape)
+    return jnp.where(kept, x / (1.0 - dropout.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches (residual dropout)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None):
+        c = self.config
+        attended, present = Attention(c, name="attention")(Norm(c, name="attention_norm")(x), mask, positions, past)
+        x = x + drop(attended, dropout, 0)
+        x = x + drop(Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x)), dropout, 1)
+        return x, present
+
+
+class Transformer(nn.Module):
+    """The network, up to `head`: "tokens" returns hidden states (`head_kernel` turns them into logits, in chunks),
+    "scalar" returns one number per position, through a projection N(0, 1 / (width + 1)) and a bias (paper, C.2)."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    head: Literal["tokens", "scalar"]
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        *,
+        cache: Cache | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[Array, Cache | None]:
+        """tokens, segments (0 = padding), positions i32[B, T] → (hidden dtype[B, T, D] | outputs f32[B, T], cache).
+
+        With a cache the T columns are appended to it, and see what it holds.
+        """
+        c = self.config
+        embedding = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.width), jnp.float32)
+        x = jnp.take(embedding, tokens, axis=0).astype(self.compute.dtype)
+        if c.positions == "learned":
+            table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
+            x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
+        blocks = self.param("blocks", init_blocks, c)
+        if cache is None:
+            mask = attention_mask(segments, segments, 0)
+            x = scan_blocks(blocks, x, mask, positions, c, self.compute.remat, dropout)
+        else:
+            x, cache = unroll_blocks(blocks, x, segments, positions, c, cache)
+        x = Norm(c, name="final_norm")(x)
+        if self.head == "scalar":
+            std = float(1.0 / np.sqrt(c.width + 1))
+            outputs = Linear((), 1, std, True, name="head")(x.astype(jnp.float32))
+            return outputs, cache
+        if not c.tied_head:
+            self.param("head", init_head, c)
+        return x, cache
+
+
+def init_head(key: Array, config: ModelConfig) -> Params:
+    """Output embedding of an untied head, f32[V, D], stored as the input embedding is."""
+    shape = (config.vocab_size, config.width)
+    return {"kernel": nn.initializers.normal(config.init_std)(key, shape, jnp.float32)}
+
+
+def head_kernel(config: ModelConfig, params: Params) -> Array:
+    """The matrix f32[V, D] that turns hidden states into logits."""
+    return params["embedding"] if config.tied_head else params["head"]["kernel"]
+
+
+def init_blocks(key: Array, config: ModelConfig) -> Params:
+    """Parameters of all layers, stacked on a leading axis [layers, ...]."""
+    x, mask = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool)
+
+    def init(key: Array) -> Params:
+        return Block(config, parent=None).init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
+
+    return jax.vmap(init)(jax.random.split(key, config.layers))
+
+
+def scan_blocks(
+    blocks: Params, x: Array, mask: Array, positions: Array, config: ModelConfig, remat: str, dropout: Dropout | None
+) -> Array:
+    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D]."""
+
+    def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
+        params, index = inputs
+        own = None if dropout is None else Dropout(rate=dropout.rate, key=jax.random.fold_in(dropout.key, index))
+        return Block(config, parent=None).apply({"params": params}, x, mask, positions, None, own)[0], None
+
+    if remat != "none":
+        policies = jax.checkpoint_policies
+        policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
+        # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)))[0]
+
+
+def unroll_blocks(
+    blocks: Params, x: Array, segments: Array, positions: Array, config: ModelConfig, cache: Cache
+) -> tuple[Array, Cache]:
+    """All layers one after the other, each with its own cache arrays."""
+    column = cache.filled
+    seen = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, column, axis=1)
+    mask = attention_mask(segments, seen, column)
+    keys, values = [], []
+    for index in range(config.layers):
+        params = jax.tree.map(lambda leaf, i=index: leaf[i], blocks)
+        past = (cache.keys[index], cache.values[index], column)
+        x, (key, value) = Block(config, parent=None).apply({"params": params}, x, mask, positions, past, None)
+        keys.append(key)
+        values.append(value)
+    filled = column + segments.shape[1]
+    return x, Cache(keys=tuple(keys), values=tuple(values), segments=seen, filled=filled)
+
+
+def parameter_count(params: Params) -> int:
+    """Number of trained numbers in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,78 @@
+"""Adam with the paper's betas, learning-rate schedules, clipping, decay, and the moving average of parameters.
+
+The learning rate is not part of the optimizer: `learning_rate_at` gives it for a step and `apply_gradients` multiplies
+by it, so that a sweep can hand it over as an array.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instructax.types import Array, Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam and its schedule; steps are calls of the stage's update."""
+
+    learning_rate: float  # the peak
+    schedule: Literal["constant", "cosine", "linear"]  # after the warm-up
+    warmup_steps: int
+    warmup_from: float  # fraction of the peak at step 0
+    final_fraction: float  # fraction of the peak at the last step (cosine, linear)
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float  # of matrices only; multiplied by the learning rate
+    clip_norm: float  # largest global gradient norm; 0 = unclipped
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The direction of one step: clipping, Adam, weight decay on every matrix; the learning rate comes later."""
+    parts = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)]
+    if config.clip_norm > 0:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay > 0:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    return optax.chain(*parts)
+
+
+def decayed(params: Params) -> Params:
+    """True for matrices (kernels, embeddings), False for biases and norms, judged by name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding", "positions"), params
+    )
+
+
+def learning_rate_at(step: Array, *, peak: Array | float, config: OptimizerConfig, total_steps: int) -> Array:
+    """Learning rate of update number `step` (from 0): i32[] → f32[].
+
+    Linear from `warmup_from` to the peak over `warmup_steps`, then constant, or a cosine or a line down to
+    `final_fraction` at `total_steps`. Paper, appendix C: cosine to 10% without warm-up for SFT and RM; constant, with
+    10 iterations of warm-up from 0.1, for PPO.
+    """
+    step = step.astype(jnp.float32)
+    warmup = config.warmup_from + (1.0 - config.warmup_from) * step / max(config.warmup_steps, 1)
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    progress = jnp.clip(progress, 0.0, 1.0)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress))}
+    final = 1.0 if config.schedule == "constant" else config.final_fraction
+    after = final + (1.0 - final) * shape[config.schedule]
+    return peak * jnp.where(step < config.warmup_steps, warmup, after)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: Params, learning_rate: Array
+) -> TrainState:
+    """One optimizer step: params − learning_rate · direction. The step count is the caller's."""
+    directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
+    return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+
+def moving_average(average: Params, params: Params, decay: Array | float) -> Params:
+    """decay · average + (1 − decay) · params (paper, appendix C.4: 0.992)."""
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)

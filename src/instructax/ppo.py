@@ -1,0 +1,236 @@
+"""Proximal policy optimization from human feedback, and PPO-ptx (paper, section 3.5 and appendix C.4).
+
+Follows the paper: rollouts at temperature 1, per-token KL penalty inside the reward, the score at the end, a separate
+value network that starts as the reward model with head and bias, clipped losses, one inner epoch over minibatches, PPO
+and pretraining gradients summed into one Adam step, constant learning rate after 10 iterations of warm-up, averaged
+weights. The paper leaves open, and settings decide: λ, whitening, value clipping, the penalty for endless answers. The
+average moves at every optimizer step; the pretraining loss is a mean per token, so that `ptx_coef` has another scale
+than a sum per document would give it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instructax import clock
+from instructax.experience import RewardSettings, diagnostics, make_experience
+from instructax.inference import (
+    generate,
+    row_logprobs,
+    sequence_scores,
+    token_logprobs,
+    token_logprobs_and_entropy,
+    token_values,
+)
+from instructax.losses import clipped_policy_loss, clipped_value_loss, next_token_loss
+from instructax.masked import masked_mean
+from instructax.model import Transformer
+from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average
+from instructax.training import accumulate, shares, split_rows
+from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
+
+
+@pytree
+class PpoSettings:
+    """What a sweep varies: arrays, so that every value runs the same compiled programs."""
+
+    rewards: RewardSettings
+    temperature: Array  # f32[]
+    clip: Array  # f32[], of the ratio
+    value_clip: Array  # f32[], of the change of a value estimate
+    ptx_coef: Array  # f32[], γ of Eq. 2
+    learning_rate: Array  # f32[], the policy's peak
+    value_learning_rate: Array  # f32[], the value network's peak
+    ema_decay: Array  # f32[]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoProgram:
+    """What is compiled in: networks, optimizers, shapes, and the choices that change the program."""
+
+    policy: Transformer
+    scorer: Transformer  # reward model and value network
+    policy_optimizer: optax.GradientTransformation
+    value_optimizer: optax.GradientTransformation
+    policy_schedule: OptimizerConfig
+    value_schedule: OptimizerConfig
+    mesh: jax.sharding.Mesh
+    seed: int
+    eos_id: int
+    total_steps: int  # iterations
+    response_length: int  # tokens
+    inner_epochs: int
+    minibatches: int
+    accumulate: int  # parts of a minibatch that are in memory one after the other
+    whiten_rewards: bool
+    whiten_advantages: bool
+    clip_values: bool
+
+
+def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, settings: PpoSettings) -> Rollouts:
+    """Samples one response to each prompt; sample i of iteration `step` has a random key of its own."""
+    samples = jnp.arange(prompts.tokens.shape[0])
+    keys = clock.sample_keys(clock.step_key(program.seed, "rollout", step), samples)
+    return generate(
+        program.policy,
+        params,
+        prompts,
+        keys,
+        length=program.response_length,
+        temperature=settings.temperature,
+        eos_id=program.eos_id,
+    )
+
+
+def score(
+    program: PpoProgram,
+    state: PpoState,
+    ref_params: Params,
+    reward_params: Params,
+    rollouts: Rollouts,
+    settings: PpoSettings,
+) -> tuple[Experience, Scored, dict[str, Array]]:
+    """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give."""
+    logprobs, entropy = token_logprobs_and_entropy(
+        program.policy, state.policy.params, rollouts, temperature=settings.temperature
+    )
+    scored = Scored(
+        rollouts=rollouts,
+        ref_logprobs=token_logprobs(program.policy, ref_params, rollouts, temperature=settings.temperature),
+        values=token_values(program.scorer, state.value.params, rollouts),
+        scores=sequence_scores(program.scorer, reward_params, rollouts),
+    )
+    experience, rewards = make_experience(
+        scored,
+        logprobs,
+        settings.rewards,
+        whiten_rewards=program.whiten_rewards,
+        whiten_advantages=program.whiten_advantages,
+    )
+    return experience, scored, diagnostics(scored, logprobs, entropy, rewards, experience.returns)
+
+
+def update(
+    program: PpoProgram, state: PpoState, experience: Experience, text: LmBatch | None, settings: PpoSettings
+) -> tuple[PpoState, dict[str, Array]]:
+    """One iteration's optimizer steps: `inner_epochs` × `minibatches` of them, in one scan.
+
+    `text` holds the pretraining rows of all of these steps, or is None for PPO without them. Metrics are means over the
+    steps, except `first_*`, which are of the first.
+    """
+    steps = program.inner_epochs * program.minibatches
+    step = state.step
+    rows_of_text = None if text is None else split_rows(text, steps, program.mesh)
+    inputs = (_minibatches(program, experience, step), rows_of_text)
+    policy_rate = learning_rate_at(
+        step, peak=settings.learning_rate, config=program.policy_schedule, total_steps=program.total_steps
+    )
+    value_rate = learning_rate_at(
+        step, peak=settings.value_learning_rate, config=program.value_schedule, total_steps=program.total_steps
+    )
+
+    def inner_step(state: PpoState, inputs: tuple[Experience, LmBatch | None]) -> tuple[PpoState, dict[str, Array]]:
+        minibatch, text = inputs
+        policy_gradients, metrics = policy_step(program, state.policy.params, minibatch, settings)
+        if text is not None:
+            ptx_gradients, metrics["ptx_loss"] = ptx_step(program, state.policy.params, text)
+            policy_gradients = jax.tree.map(lambda g, ptx: g + settings.ptx_coef * ptx, policy_gradients, ptx_gradients)
+        value_gradients, value_metrics = value_step(program, state.value.params, minibatch, settings)
+        policy = apply_gradients(program.policy_optimizer, state.policy, policy_gradients, policy_rate)
+        value = apply_gradients(program.value_optimizer, state.value, value_gradients, value_rate)
+        ema = moving_average(state.ema, policy.params, settings.ema_decay)
+        metrics |= value_metrics
+        metrics["policy_grad_norm"] = optax.global_norm(policy_gradients)
+        metrics["value_grad_norm"] = optax.global_norm(value_gradients)
+        return PpoState(policy=policy, value=value, ema=ema), metrics
+
+    state, metrics = jax.lax.scan(inner_step, state, inputs)
+    first = {f"first_{name}": metrics[name][0] for name in ("ratio_gap", "clipped_fraction")}
+    means = {name: jnp.mean(x) for name, x in metrics.items() if name != "ratio_gap"}
+    state = dataclasses.replace(state, policy=_tick(state.policy), value=_tick(state.value))
+    return state, {**means, **first, "learning_rate": policy_rate, "value_learning_rate": value_rate}
+
+
+def _tick(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, step=state.step + 1)
+
+
+def _minibatches(program: PpoProgram, experience: Experience, step: Array) -> Experience:
+    """The rows in a new order for each inner epoch: [B, ...] → [inner_epochs · minibatches, rows, ...]."""
+    key = clock.step_key(program.seed, "minibatches", step)
+    rows = experience.advantages.shape[0]
+    epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(key, program.inner_epochs))
+    shuffled = jax.tree.map(lambda x: jnp.take(x, epochs.reshape(-1), axis=0), experience)
+    return split_rows(shuffled, program.inner_epochs * program.minibatches, program.mesh)
+
+
+def policy_step(
+    program: PpoProgram, params: Params, minibatch: Experience, settings: PpoSettings
+) -> tuple[Params, dict[str, Array]]:
+    """Gradient of the clipped policy loss over one minibatch, and its figures."""
+    parts = split_rows(minibatch, program.accumulate, program.mesh)
+    weights = shares(jnp.sum(parts.rollouts.mask, axis=(1, 2), dtype=jnp.float32))
+
+    def gradients_of(part: Experience) -> tuple[Params, dict[str, Array]]:
+        mask = part.rollouts.mask
+
+        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+            logprobs = token_logprobs(program.policy, params, part.rollouts, temperature=settings.temperature)
+            loss, clipped_fraction = clipped_policy_loss(
+                logprobs, part.old_logprobs, part.advantages, mask, clip=settings.clip
+            )
+            log_ratios = jnp.where(mask, logprobs - part.old_logprobs, 0.0)
+            return loss, {
+                "policy_loss": loss,
+                "clipped_fraction": clipped_fraction,
+                "update_kl": masked_mean(jnp.expm1(log_ratios) - log_ratios, mask),
+                "ratio_gap": jnp.max(jnp.abs(jnp.expm1(log_ratios))),
+            }
+
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return gradients, metrics
+
+    gradients, metrics = accumulate(gradients_of, parts, weights)
+    gap = jnp.max(metrics.pop("ratio_gap"))
+    return gradients, {**{name: jnp.sum(weights * x) for name, x in metrics.items()}, "ratio_gap": gap}
+
+
+def value_step(
+    program: PpoProgram, params: Params, minibatch: Experience, settings: PpoSettings
+) -> tuple[Params, dict[str, Array]]:
+    """Gradient of the value loss over one minibatch, and its figures."""
+    parts = split_rows(minibatch, program.accumulate, program.mesh)
+    weights = shares(jnp.sum(parts.rollouts.mask, axis=(1, 2), dtype=jnp.float32))
+    clip = settings.value_clip if program.clip_values else None
+
+    def gradients_of(part: Experience) -> tuple[Params, dict[str, Array]]:
+        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+            values = token_values(program.scorer, params, part.rollouts)
+            loss, clipped_fraction = clipped_value_loss(
+                values, part.values, part.returns, part.rollouts.mask, clip=clip
+            )
+            return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
+
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return gradients, metrics
+
+    gradients, metrics = accumulate(gradients_of, parts, weights)
+    return gradients, {name: jnp.sum(weights * x) for name, x in metrics.items()}
+
+
+def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params, Array]:
+    """Gradient of the pretraining loss over one minibatch's rows of text, before `ptx_coef`, and the loss."""
+    parts = split_rows(text, program.accumulate, program.mesh)
+    weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+
+    def gradients_of(part: LmBatch) -> tuple[Params, Array]:
+        def loss_of(params: Params) -> Array:
+            return next_token_loss(row_logprobs(program.policy, params, part), part.loss_mask)
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        return gradients, loss
+
+    gradients, losses = accumulate(gradients_of, parts, weights)
+    return gradients, jnp.sum(weights * losses)

@@ -1,0 +1,298 @@
+"""The PPO stage as a run: its config, its three compiled programs, its invariants, and what it logs.
+
+The algorithm is in `ppo`. Policy and value network are trained; the reference (the policy as loaded) and the reward
+model stay as they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructax import ppo, sharding, stage, training
+from instructax.configuration import require
+from instructax.data.batches import process_slice, prompt_batch, rows_of_batch
+from instructax.data.builders import Prepared
+from instructax.data.limits import Limits
+from instructax.data.prepare import prepare_prompts, prepare_text
+from instructax.experience import RewardSettings, check_rollouts, check_update
+from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.optimizer import OptimizerConfig, make_optimizer
+from instructax.sharding import MeshConfig
+from instructax.stage import LmData, RunConfig
+from instructax.supervised import held_out_losses
+from instructax.tokenizer import Tokenizer
+from instructax.types import Params, PpoState, Prompts, Rollouts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoData:
+    """Files of prompts, and of pretraining text."""
+
+    prompts: tuple[str, ...]
+    text: tuple[str, ...]  # () only where ptx_coef is 0
+    limits: Limits
+    folder: str  # where prepared rows are kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoConfig:
+    """A run of this stage; one step is one iteration."""
+
+    stage: Literal["ppo"]
+    seed: int
+    policy_parent: str  # workdir of the supervised run: first policy and KL reference
+    reward_parent: str  # workdir of the reward model: rewards, and the first value network
+    tokenizer: str  # path, or "bytes"
+    model: ModelConfig  # of the policy
+    reward_model: ModelConfig  # of reward model and value network
+    compute: ComputeConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig  # the policy's; schedules count iterations
+    value_optimizer: OptimizerConfig
+    data: PpoData
+    steps: int  # iterations
+    batch_size: int  # rollouts of one iteration
+    minibatches: int  # optimizer steps of one inner epoch
+    inner_epochs: int
+    accumulate: int  # parts of a minibatch that are in memory one after the other
+    ptx_rows: int  # packed rows of pretraining text for each optimizer step
+    temperature: float
+    kl_coef: float  # β of Eq. 2
+    ptx_coef: float  # γ of Eq. 2; 0 = PPO, and no text is run through the policy
+    clip: float
+    value_clip: float  # 0 = unclipped
+    discount: float
+    lambda_: float
+    ema_decay: float  # at every optimizer step
+    no_eos_penalty: float  # taken off the score of a response that did not end
+    whiten_rewards: bool
+    whiten_advantages: bool
+    tolerance: float  # nats: of the invariants
+    samples: int  # rollouts written to samples.jsonl at every iteration
+    run: RunConfig
+
+
+def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
+    mesh = sharding.make_mesh(config.mesh)
+    _check(config, mesh)
+    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
+    models = {"policy_parent": config.model, "reward_parent": config.reward_model}
+    parents = stage.open_parents(paths, models, tokenizer, config.tokenizer)
+    data = read_data(config, tokenizer)
+    program = program_of(config, mesh, tokenizer.eos_id)
+    settings = settings_of(config)
+    abstract = abstract_state(program)
+    ref_params = parents["policy_parent"].load(abstract.policy.params)
+    reward_params = parents["reward_parent"].load(abstract.value.params)
+    iterate = Iteration(program, abstract, settings, ref_params, reward_params, config.tolerance)
+    text_losses = held_out_losses(
+        program.policy, mesh, config, {n: d.sources["validation"] for n, d in data.items() if n == "text"}
+    )
+    read = reader(config, data, mesh)
+
+    def start() -> PpoState:
+        policy = training.start_from(ref_params, program.policy_optimizer, mesh)
+        value = training.start_from(reward_params, program.value_optimizer, mesh)
+        return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
+
+    def loop(state: PpoState, log: Any, checkpoints: Any) -> tuple[PpoState, Mapping[str, Any]]:
+        def update(state: PpoState, batch: Any) -> tuple[PpoState, dict[str, Any]]:
+            state, metrics, rollouts, scores = iterate(state, batch, log.phase)
+            for sample in samples_of(rollouts, scores, tokenizer, config.samples):
+                log.sample(int(state.step), sample)
+            return state, metrics
+
+        return training.fit(
+            state,
+            update,
+            read,
+            total_steps=config.steps,
+            checkpoints=checkpoints,
+            log=log,
+            evaluate=lambda state: text_losses(state.ema),
+            evaluate_every=config.run.evaluate_every,
+        )
+
+    stage.run(
+        workdir,
+        config.run,
+        record=stage.Record(
+            stage=config.stage,
+            config=given,
+            model=config.model,
+            tokenizer=tokenizer,
+            tokenizer_path=config.tokenizer,
+            data=data,
+            parents=parents,
+        ),
+        abstract=abstract,
+        start=start,
+        exported="ema",
+        total_steps=config.steps,
+        loop=loop,
+    )
+
+
+def _check(config: PpoConfig, mesh: jax.sharding.Mesh) -> None:
+    stage.check_rows("batch_size", config.batch_size, config.minibatches * config.accumulate, mesh)
+    if config.ptx_coef > 0:
+        stage.check_rows("ptx_rows", config.ptx_rows, config.accumulate, mesh)
+        require(bool(config.data.text), f"config.ptx_coef = {config.ptx_coef} needs files in config.data.text")
+    require(
+        bool(config.policy_parent) and bool(config.reward_parent),
+        "config.policy_parent and config.reward_parent must name finished runs",
+    )
+    require(config.temperature > 0, f"config.temperature = {config.temperature} must be above 0")
+
+
+def read_data(config: PpoConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+    """Prompts, and text where there are files of it."""
+    folder = Path(config.data.folder)
+    data = {"prompts": prepare_prompts([Path(p) for p in config.data.prompts], tokenizer, config.data.limits, folder)}
+    if config.data.text:
+        data["text"] = prepare_text([Path(p) for p in config.data.text], tokenizer, config.data.limits, folder)
+    return data
+
+
+def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.PpoProgram:
+    """What is compiled in."""
+    return ppo.PpoProgram(
+        policy=Transformer(config.model, config.compute, "tokens"),
+        scorer=Transformer(config.reward_model, config.compute, "scalar"),
+        policy_optimizer=make_optimizer(config.optimizer),
+        value_optimizer=make_optimizer(config.value_optimizer),
+        policy_schedule=config.optimizer,
+        value_schedule=config.value_optimizer,
+        mesh=mesh,
+        seed=config.seed,
+        eos_id=eos_id,
+        total_steps=config.steps,
+        response_length=config.data.limits.response_tokens,
+        inner_epochs=config.inner_epochs,
+        minibatches=config.minibatches,
+        accumulate=config.accumulate,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages,
+        clip_values=config.value_clip > 0,
+    )
+
+
+def settings_of(config: PpoConfig) -> ppo.PpoSettings:
+    """What a sweep varies, as arrays."""
+    return ppo.PpoSettings(
+        rewards=RewardSettings(
+            kl_coef=jnp.float32(config.kl_coef),
+            discount=jnp.float32(config.discount),
+            lambda_=jnp.float32(config.lambda_),
+            no_eos_penalty=jnp.float32(config.no_eos_penalty),
+        ),
+        temperature=jnp.float32(config.temperature),
+        clip=jnp.float32(config.clip),
+        value_clip=jnp.float32(config.value_clip),
+        ptx_coef=jnp.float32(config.ptx_coef),
+        learning_rate=jnp.float32(config.optimizer.learning_rate),
+        value_learning_rate=jnp.float32(config.value_optimizer.learning_rate),
+        ema_decay=jnp.float32(config.ema_decay),
+    )
+
+
+def abstract_state(program: ppo.PpoProgram) -> PpoState:
+    """Shapes and layouts of the whole state."""
+    policy = training.abstract_state(program.policy, program.policy_optimizer, program.mesh)
+    value = training.abstract_state(program.scorer, program.value_optimizer, program.mesh)
+    return PpoState(policy=policy, value=value, ema=policy.params)
+
+
+def reader(config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.Mesh) -> Callable[[int], Any]:
+    """The batch of an iteration: prompts, and the text rows of its optimizer steps (None for PPO without them)."""
+    prompts, limits = data["prompts"].sources["train"], config.data.limits
+    read_text = None
+    if config.ptx_coef > 0:
+        rows = config.ptx_rows * config.minibatches * config.inner_epochs
+        files = LmData(
+            demonstrations=(), text=config.data.text, text_fraction=1.0, limits=limits, folder=config.data.folder
+        )
+        read_text = stage.lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
+
+    def read(index: int) -> tuple[Prompts, Any]:
+        rows = rows_of_batch(index, config.batch_size, len(prompts), config.seed)
+        mine = process_slice(rows, jax.process_index(), jax.process_count())
+        text = None if read_text is None else read_text(index)
+        return sharding.put_rows((prompt_batch(prompts, mine, limits.prompt_tokens), text), mesh)
+
+    return read
+
+
+class Iteration:
+    """The three compiled programs of one iteration, and what must hold between them."""
+
+    def __init__(
+        self,
+        program: ppo.PpoProgram,
+        abstract: PpoState,
+        settings: ppo.PpoSettings,
+        ref_params: Params,
+        reward_params: Params,
+        tolerance: float,
+    ):
+        state, policy = training.layouts(abstract), training.layouts(abstract.policy.params)
+        reward = training.layouts(abstract.value.params)
+        rows, everywhere = sharding.row_sharding(program.mesh), sharding.replicated(program.mesh)
+        self._rollout = jax.jit(
+            partial(ppo.rollout, program), in_shardings=(policy, rows, everywhere, everywhere), out_shardings=rows
+        )
+        self._score = jax.jit(
+            partial(ppo.score, program),
+            in_shardings=(state, policy, reward, rows, everywhere),
+            out_shardings=(rows, rows, everywhere),
+        )
+        self._update = jax.jit(
+            partial(ppo.update, program),
+            in_shardings=(state, rows, rows, everywhere),
+            out_shardings=(state, everywhere),
+            donate_argnums=0,
+        )
+        self._settings, self._ref_params, self._reward_params = settings, ref_params, reward_params
+        self._tolerance = tolerance
+
+    def __call__(self, state: PpoState, batch: Any, phase: Any) -> tuple[PpoState, dict[str, Any], Rollouts, Any]:
+        """One iteration: (new state, metrics, rollouts, scores f32[B]). Raises InvariantError."""
+        prompts, text = batch
+        first = int(state.step) == 0
+        with phase("rollout"):
+            rollouts = self._rollout(state.policy.params, prompts, state.step, self._settings)
+            jax.block_until_ready(rollouts)
+        with phase("score"):
+            experience, scored, metrics = self._score(
+                state, self._ref_params, self._reward_params, rollouts, self._settings
+            )
+            check_rollouts(metrics, first=first, tolerance=self._tolerance)
+        with phase("ppo_update"):
+            state, update_metrics = self._update(state, experience, text, self._settings)
+            check_update(update_metrics, tolerance=self._tolerance)
+        return state, {**metrics, **update_metrics}, rollouts, scored.scores
+
+
+def samples_of(rollouts: Rollouts, scores: Any, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
+    """The first rollouts as text, with their scores."""
+    samples = []
+    prompts, responses = rollouts.prompts, rollouts.responses
+    arrays = (prompts.tokens, prompts.mask, responses, rollouts.mask, scores)
+    for prompt, real, response, mask, score in zip(*(np.asarray(x[:count]) for x in arrays), strict=True):
+        samples.append(
+            {
+                "prompt": tokenizer.decode(prompt[real]),
+                "response": tokenizer.decode(response[mask]),
+                "score": float(score),
+                "tokens": int(mask.sum()),
+            }
+        )
+    return samples

@@ -1,0 +1,258 @@
+"""The reward model: a scalar head on the policy's trunk, trained on K-wise rankings (paper, section 3.5 and C.2).
+
+All pairs of a prompt are one batch element: each answer is run forward once, and each prompt weighs the same however
+many answers it has. After training the head's bias is set so that demonstrations score 0 on average.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instructax import clock, sharding, stage, training
+from instructax.data.batches import Source, process_slice, rows_of_batch
+from instructax.data.limits import Limits
+from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
+from instructax.inference import sequence_scores
+from instructax.losses import ordered_pairs, pairwise_ranking_loss
+from instructax.masked import masked_sum, token_count
+from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
+from instructax.sharding import MeshConfig
+from instructax.stage import RunConfig
+from instructax.training import accumulate, shares, split_rows
+from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
+
+
+@pytree
+class RewardModelSettings:
+    """What a sweep varies."""
+
+    learning_rate: Array  # f32[], the peak
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardProgram:
+    """What is compiled in."""
+
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    schedule: OptimizerConfig
+    mesh: jax.sharding.Mesh
+    total_steps: int
+    accumulate: int  # parts of a batch, by prompts, that are in memory one after the other
+
+
+def update(
+    program: RewardProgram, state: TrainState, batch: Comparisons, settings: RewardModelSettings
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step on the ranking loss of the whole batch of prompts."""
+    parts = split_rows(batch, program.accumulate, program.mesh)
+    pairs = jnp.sum(jax.vmap(ordered_pairs)(parts.ranks, parts.valid), axis=(2, 3), dtype=jnp.float32)
+    prompt_shares = shares(jnp.sum(pairs > 0, axis=1, dtype=jnp.float32))
+    pair_shares = shares(jnp.sum(pairs, axis=1))
+
+    def gradients_of(part: Comparisons) -> tuple[Params, dict[str, Array]]:
+        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
+            scores = sequence_scores(program.model, params, part)
+            loss, accuracy = pairwise_ranking_loss(scores, part.ranks, part.valid)
+            return loss, {"loss": loss, "accuracy": accuracy}
+
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return gradients, metrics
+
+    gradients, metrics = accumulate(gradients_of, parts, prompt_shares)
+    rate = learning_rate_at(
+        state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
+    )
+    state = apply_gradients(program.optimizer, state, gradients, rate)
+    answers = jnp.sum(batch.valid, axis=1, dtype=jnp.float32)
+    prompt_tokens = jnp.sum(batch.prompts.mask, axis=1, dtype=jnp.float32)
+    return dataclasses.replace(state, step=state.step + 1), {
+        "loss": jnp.sum(prompt_shares * metrics["loss"]),
+        "accuracy": jnp.sum(pair_shares * metrics["accuracy"]),
+        "pairs": jnp.sum(pairs),
+        "learning_rate": rate,
+        "grad_norm": optax.global_norm(gradients),
+        "tokens": token_count(batch.mask) + jnp.sum(answers * prompt_tokens),
+    }
+
+
+def shift_bias(params: Params, mean_score: Array | float) -> Params:
+    """Takes `mean_score` off every score, by the head's bias (paper, section 3.5: demonstrations average 0)."""
+    return {**params, "head": {**params["head"], "bias": params["head"]["bias"] - mean_score}}
+
+
+def held_out_ranking(model: Transformer, params: Params, batch: Comparisons) -> tuple[Array, Array, Array, Array]:
+    """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number of pairs), each f32[]."""
+    pairs = jnp.sum(ordered_pairs(batch.ranks, batch.valid), axis=(1, 2), dtype=jnp.float32)
+    loss, accuracy = pairwise_ranking_loss(sequence_scores(model, params, batch), batch.ranks, batch.valid)
+    prompts, count = jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
+    return loss * prompts, prompts, accuracy * count, count
+
+
+def demonstration_scores(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
+    """(sum of the scores of the demonstrations in packed rows, their number), both f32[]."""
+    outputs: Any = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)[0]
+    following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+    last = (batch.segments > 0) & (batch.segments != following)
+    return masked_sum(outputs, last), token_count(last)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardData:
+    """Files of comparisons, and the demonstrations that score 0 on average."""
+
+    comparisons: tuple[str, ...]
+    demonstrations: tuple[str, ...]
+    limits: Limits
+    folder: str  # where prepared rows are kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """A run of this stage."""
+
+    stage: Literal["reward"]
+    seed: int
+    parent: str  # workdir of the run whose trunk it starts from
+    tokenizer: str  # path, or "bytes"
+    model: ModelConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig
+    data: RewardData
+    batch_size: int  # prompts
+    accumulate: int  # parts of a batch, by prompts, that are in memory one after the other
+    epochs: float  # more than one overfits (paper, C.2); 0 = `steps` counts
+    steps: int  # 0 = `epochs` counts
+    run: RunConfig
+
+
+def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
+    mesh = sharding.make_mesh(config.mesh)
+    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
+    limits, folder = config.data.limits, Path(config.data.folder)
+    data = {
+        "comparisons": prepare_comparisons([Path(p) for p in config.data.comparisons], tokenizer, limits, folder),
+        "demonstrations": prepare_demonstrations(
+            [Path(p) for p in config.data.demonstrations], tokenizer, limits, folder
+        ),
+    }
+    train_rows = data["comparisons"].sources["train"]
+    total_steps = stage.steps_of(
+        steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
+    )
+    model = Transformer(config.model, config.compute, "scalar")
+    optimizer = make_optimizer(config.optimizer)
+    program = RewardProgram(
+        model=model,
+        optimizer=optimizer,
+        schedule=config.optimizer,
+        mesh=mesh,
+        total_steps=total_steps,
+        accumulate=config.accumulate,
+    )
+    settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
+    abstract = training.abstract_state(model, optimizer, mesh)
+    layouts, rows, everywhere = training.layouts(abstract), sharding.row_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        partial(update, program),
+        in_shardings=(layouts, rows, everywhere),
+        out_shardings=(layouts, everywhere),
+        donate_argnums=0,
+    )
+    evaluate = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"])
+    normalize = bias_shift(model, mesh, config, data["demonstrations"].sources["train"])
+
+    def read(index: int) -> Comparisons:
+        rows = rows_of_batch(index, config.batch_size, len(train_rows), config.seed)
+        mine = process_slice(rows, jax.process_index(), jax.process_count())
+        return sharding.put_rows(stage.read_comparisons(train_rows, mine, limits), mesh)
+
+    def start() -> TrainState:
+        fresh = training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
+        if "parent" not in parents:
+            return fresh
+        # The unembedding is dropped (paper, section 3.5), unless it is the input embedding as well.
+        policy = Transformer(config.model, config.compute, "tokens")
+        loaded = parents["parent"].load(training.abstract_state(policy, optimizer, mesh).params)
+        return dataclasses.replace(fresh, params={**loaded, "head": fresh.params["head"]})
+
+    def loop(state: TrainState, log: Any, checkpoints: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        return training.fit(
+            state,
+            lambda state, batch: step(state, batch, settings),
+            read,
+            total_steps=total_steps,
+            checkpoints=checkpoints,
+            log=log,
+            evaluate=lambda state: evaluate(state.params),
+            evaluate_every=config.run.evaluate_every,
+            finish=lambda state: dataclasses.replace(state, params=normalize(state.params)),
+        )
+
+    stage.run(
+        workdir,
+        config.run,
+        record=stage.Record(
+            stage=config.stage,
+            config=given,
+            model=config.model,
+            tokenizer=tokenizer,
+            tokenizer_path=config.tokenizer,
+            data=data,
+            parents=parents,
+        ),
+        abstract=abstract,
+        start=start,
+        exported="params",
+        total_steps=total_steps,
+        loop=loop,
+    )
+
+
+def ranking_figures(
+    model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
+) -> Callable[[Params], dict[str, float]]:
+    """A function from parameters to loss and ranking accuracy on held-out comparisons."""
+    ranking = jax.jit(partial(held_out_ranking, model), out_shardings=sharding.replicated(mesh))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        totals = [0.0] * 4
+        for rows in stage.held_out(source, config.batch_size, config.run.evaluate_batches):
+            batch = sharding.put_rows(stage.read_comparisons(source, rows, config.data.limits), mesh)
+            totals = [total + float(x) for total, x in zip(totals, ranking(params, batch), strict=True)]
+        loss, prompts, right, pairs = totals
+        return {
+            "held_out_loss": loss / max(prompts, 1.0),
+            "held_out_accuracy": right / max(pairs, 1.0),
+            "held_out_pairs": pairs,
+        }
+
+    return evaluate
+
+
+def bias_shift(
+    model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
+) -> Callable[[Params], Params]:
+    """A function that sets the bias so that the demonstrations of `source` score 0 on average."""
+    scores = jax.jit(partial(demonstration_scores, model), out_shardings=sharding.replicated(mesh))
+    length = config.data.limits.sequence_tokens
+
+    def normalize(params: Params) -> Params:
+        total = count = 0.0
+        for batch in stage.held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
+            added, demonstrations = scores(params, sharding.put_rows(batch, mesh))
+            total, count = total + float(added), count + float(demonstrations)
+        return shift_bias(params, jnp.float32(total / max(count, 1.0)))
+
+    return normalize

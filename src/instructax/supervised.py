@@ -1,0 +1,208 @@
+"""Supervised training on packed rows: pretraining, the SFT baseline and the PPO initialisation (paper, C.1, C.3).
+
+Departures from the paper: rows are packed with several demonstrations, and a batch counts rows; the SFT baseline's
+batch of 32 demonstrations is a batch of fewer, fuller rows.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instructax import clock, sharding, stage, training
+from instructax.data.batches import Source
+from instructax.inference import row_logprobs
+from instructax.losses import next_token_loss
+from instructax.masked import token_count
+from instructax.model import ComputeConfig, Dropout, ModelConfig, Transformer
+from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
+from instructax.sharding import MeshConfig
+from instructax.stage import LmData, RunConfig
+from instructax.training import accumulate, shares, split_rows
+from instructax.types import Array, LmBatch, Params, TrainState, pytree
+
+
+@pytree
+class SupervisedSettings:
+    """What a sweep varies."""
+
+    learning_rate: Array  # f32[], the peak
+    dropout: Array  # f32[], residual
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedProgram:
+    """What is compiled in."""
+
+    model: Transformer
+    optimizer: optax.GradientTransformation
+    schedule: OptimizerConfig
+    mesh: jax.sharding.Mesh
+    seed: int
+    total_steps: int
+    accumulate: int  # parts of a batch that are in memory one after the other
+    drops: bool  # whether there is dropout at all
+
+
+def update(
+    program: SupervisedProgram, state: TrainState, batch: LmBatch, settings: SupervisedSettings
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step on the mean loss per trained token of the whole batch."""
+    parts = split_rows(batch, program.accumulate, program.mesh)
+    weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+    keys = jax.random.split(clock.step_key(program.seed, "dropout", state.step), program.accumulate)
+
+    def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, Array]:
+        part, key = inputs
+        dropout = Dropout(rate=settings.dropout, key=key) if program.drops else None
+
+        def loss_of(params: Params) -> Array:
+            return next_token_loss(row_logprobs(program.model, params, part, dropout=dropout), part.loss_mask)
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        return gradients, loss
+
+    gradients, losses = accumulate(gradients_of, (parts, keys), weights)
+    rate = learning_rate_at(
+        state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
+    )
+    state = apply_gradients(program.optimizer, state, gradients, rate)
+    metrics = {
+        "loss": jnp.sum(weights * losses),
+        "learning_rate": rate,
+        "grad_norm": optax.global_norm(gradients),
+        "trained_tokens": token_count(batch.loss_mask),
+        "tokens": token_count(batch.segments > 0),
+    }
+    return dataclasses.replace(state, step=state.step + 1), metrics
+
+
+def held_out_loss(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
+    """(sum of the loss over trained tokens in nats, their number), both f32[], without dropout."""
+    count = token_count(batch.loss_mask)
+    return next_token_loss(row_logprobs(model, params, batch), batch.loss_mask) * count, count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """A run of this stage."""
+
+    stage: Literal["supervised"]
+    seed: int
+    parent: str  # workdir of the run to start from; "" = fresh parameters
+    tokenizer: str  # path, or "bytes"
+    model: ModelConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig
+    data: LmData
+    batch_size: int  # packed rows
+    accumulate: int  # parts of a batch that are in memory one after the other
+    dropout: float  # residual; 0.2 in the SFT baseline
+    epochs: float  # over the demonstrations, or over the text where there are none; 0 = `steps` counts
+    steps: int  # 0 = `epochs` counts
+    run: RunConfig
+
+
+def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
+    mesh = sharding.make_mesh(config.mesh)
+    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
+    data = stage.read_lm_data(config.data, tokenizer)
+    counted, share = (
+        ("demonstrations", 1.0 - config.data.text_fraction) if config.data.demonstrations else ("text", 1.0)
+    )
+    total_steps = stage.steps_of(
+        steps=config.steps,
+        epochs=config.epochs,
+        rows=len(data[counted].sources["train"]),
+        rows_per_step=round(share * config.batch_size),
+    )
+    model = Transformer(config.model, config.compute, "tokens")
+    optimizer = make_optimizer(config.optimizer)
+    program = SupervisedProgram(
+        model=model,
+        optimizer=optimizer,
+        schedule=config.optimizer,
+        mesh=mesh,
+        seed=config.seed,
+        total_steps=total_steps,
+        accumulate=config.accumulate,
+        drops=config.dropout > 0,
+    )
+    settings = SupervisedSettings(
+        learning_rate=jnp.float32(config.optimizer.learning_rate), dropout=jnp.float32(config.dropout)
+    )
+    abstract = training.abstract_state(model, optimizer, mesh)
+    layouts, rows, everywhere = training.layouts(abstract), sharding.row_sharding(mesh), sharding.replicated(mesh)
+    step = jax.jit(
+        partial(update, program),
+        in_shardings=(layouts, rows, everywhere),
+        out_shardings=(layouts, everywhere),
+        donate_argnums=0,
+    )
+    read = stage.lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)
+    evaluate = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
+
+    def start() -> TrainState:
+        if "parent" in parents:
+            return training.start_from(parents["parent"].load(abstract.params), optimizer, mesh)
+        return training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
+
+    def loop(state: TrainState, log: Any, checkpoints: Any) -> tuple[TrainState, Mapping[str, Any]]:
+        return training.fit(
+            state,
+            lambda state, batch: step(state, batch, settings),
+            lambda index: sharding.put_rows(read(index), mesh),
+            total_steps=total_steps,
+            checkpoints=checkpoints,
+            log=log,
+            evaluate=lambda state: evaluate(state.params),
+            evaluate_every=config.run.evaluate_every,
+        )
+
+    stage.run(
+        workdir,
+        config.run,
+        record=stage.Record(
+            stage=config.stage,
+            config=given,
+            model=config.model,
+            tokenizer=tokenizer,
+            tokenizer_path=config.tokenizer,
+            data=data,
+            parents=parents,
+        ),
+        abstract=abstract,
+        start=start,
+        exported="params",
+        total_steps=total_steps,
+        loop=loop,
+    )
+
+
+def held_out_losses(
+    model: Transformer, mesh: jax.sharding.Mesh, config: Any, sources: Mapping[str, Source]
+) -> Callable[[Params], dict[str, float]]:
+    """A function from parameters to the loss in nats per token on each held-out source, `{name}_loss`."""
+    loss = jax.jit(partial(held_out_loss, model), out_shardings=sharding.replicated(mesh))
+    length = config.data.limits.sequence_tokens
+
+    def evaluate(params: Params) -> dict[str, float]:
+        figures = {}
+        for name, source in sources.items():
+            total = count = 0.0
+            for batch in stage.held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
+                added, tokens = loss(params, sharding.put_rows(batch, mesh))
+                total, count = total + float(added), count + float(tokens)
+            figures[f"{name}_loss"] = total / max(count, 1.0)
+        return figures
+
+    return evaluate

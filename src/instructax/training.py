@@ -1,0 +1,154 @@
+"""The one loop that all stages share, and the pieces of a step that they have in common."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from instructax import sharding
+from instructax.model import Transformer
+from instructax.types import Array, Params, TrainState
+
+
+def init_params(model: Transformer, key: Array) -> Params:
+    """Fresh parameters, float32."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return model.init(key, tokens, tokens, tokens)["params"]
+
+
+def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0 with the given parameters."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
+def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes and layouts of a state, without data."""
+    shapes = jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
+    return sharding.abstract(shapes, mesh)
+
+
+def layouts(tree: Any) -> Any:
+    """The shardings of a tree of arrays or abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def init_state(model: Transformer, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
+    """A fresh state, each device allocating only its part of it."""
+    out = layouts(abstract_state(model, optimizer, mesh))
+    return jax.jit(lambda key: new_state(init_params(model, key), optimizer), out_shardings=out)(key)
+
+
+def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A state at step 0 with loaded parameters and a fresh optimizer, sharded as the mesh wants it."""
+    shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
+    out = sharding.shardings(shapes, mesh)
+    return jax.jit(lambda p: new_state(p, optimizer), out_shardings=out)(params)
+
+
+def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
+    """[B, ...] → [parts, B / parts, ...], every part's rows spread over the mesh."""
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+    return sharding.constrain_rows(split, mesh, axis=1)
+
+
+def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array) -> tuple[Params, Any]:
+    """Σᵢ weightsᵢ · gradients of part i, one part in memory at a time.
+
+    `parts` is a pytree with a leading axis of parts, `weights` f32[parts] each part's share of what the loss is a mean
+    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes.
+    `gradients_of(part)` returns (gradients, metrics); metrics come back stacked on the axis of parts.
+    """
+    if weights.shape[0] == 1:
+        gradients, metrics = gradients_of(jax.tree.map(lambda x: x[0], parts))
+        return jax.tree.map(lambda g: weights[0] * g, gradients), jax.tree.map(lambda x: x[None], metrics)
+
+    def add(total: Params, inputs: tuple[Any, Array]) -> tuple[Params, Any]:
+        part, weight = inputs
+        gradients, metrics = gradients_of(part)
+        return jax.tree.map(lambda t, g: t + weight * g, total, gradients), metrics
+
+    shapes = jax.eval_shape(lambda p: gradients_of(jax.tree.map(lambda x: x[0], p))[0], parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (parts, weights))
+
+
+def shares(counts: Array) -> Array:
+    """Each part's share of the total count, zeros if all are empty: f32[parts] → f32[parts]."""
+    return counts / jnp.maximum(jnp.sum(counts), 1.0)
+
+
+class Interruption:
+    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one ends the program at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted; step {step} is saved, the same command goes on from there")
+
+
+def fit(
+    state: Any,
+    update: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
+    batches: Callable[[int], Any],
+    *,
+    total_steps: int,
+    checkpoints: Any,
+    log: Any,
+    evaluate: Callable[[Any], dict[str, Any]],
+    evaluate_every: int,
+    finish: Callable[[Any], Any] = lambda state: state,
+) -> tuple[Any, dict[str, Any]]:
+    """Trains from `state.step` to `total_steps`: read, update, evaluate, record, save.
+
+    `update(state, batch) -> (state, metrics)`, and `metrics["tokens"]`, if given, is what tokens/s counts;
+    `batches(step)` is a function of the step alone, so that a resumed run reads what the first would have read.
+    Evaluates every `evaluate_every` steps (0: never) and at the end, where `finish` makes the state to be saved of the
+    last one. A state that has come to the end already is evaluated and nothing else: its run was killed between its
+    last save and its summary. A first Ctrl-C or SIGTERM saves the finished step and raises Interrupted. Returns (state,
+    the last metrics).
+    """
+    if int(state.step) >= total_steps:
+        return state, evaluate(state)
+    metrics: dict[str, Any] = {}
+    with Interruption() as interruption:
+        for step in range(int(state.step), total_steps):
+            with log.phase("data"):
+                batch = batches(step)
+            with log.phase("update"):
+                state, metrics = update(state, batch)
+            done = step + 1
+            if done == total_steps:
+                state = finish(state)
+            if done == total_steps or (evaluate_every and done % evaluate_every == 0):
+                with log.phase("evaluate"):
+                    metrics = {**metrics, **evaluate(state)}
+            log.record(done, metrics)
+            asked = interruption.asked  # read once: a signal during the save below waits for the next step
+            with log.phase("save"):
+                if done == total_steps or asked:
+                    checkpoints.save(done, state, metrics)
+                else:
+                    checkpoints.maybe_save(done, state, metrics)
+            if asked and done < total_steps:
+                raise Interrupted(done)
+    return state, metrics

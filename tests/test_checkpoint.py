@@ -1,0 +1,379 @@
+"""Checkpoints: exact round trips, other meshes, retention, damage, failures, and the next stage's load."""
+
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from instructax import checkpoint
+from instructax.checkpoint import CheckpointMismatch, Checkpoints, committed_steps, load_params
+from instructax.types import PpoState, TrainState
+
+
+def make_train_state(seed=0.0, width=8):
+    params = {
+        "layers": {"kernel": jnp.arange(2.0 * 8 * width).reshape(2, 8, width) / 7 + seed},
+        "bias": jnp.full(width, float(seed)),
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    opt_state = optimizer.init(params)
+    _, opt_state = optimizer.update(jax.tree.map(lambda x: jnp.cos(x + seed), params), opt_state, params)
+    return TrainState(step=jnp.int32(seed), params=params, opt_state=opt_state)
+
+
+def make_ppo_state(seed=0.0):
+    policy, value = make_train_state(seed), make_train_state(seed + 100)
+    return PpoState(policy=policy, value=value, ema=jax.tree.map(lambda x: x / 3, policy.params))
+
+
+def on_devices(tree, count):
+    """`tree` as abstract arrays, rows of 8 split over `count` devices."""
+    mesh = jax.make_mesh((count,), ("rows",), devices=jax.devices()[:count], axis_types=(AxisType.Auto,))
+
+    def layout(leaf):
+        spec = PartitionSpec(
+            *("rows" if size == 8 and i == leaf.ndim - 1 else None for i, size in enumerate(leaf.shape))
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(layout, tree)
+
+
+def put(tree, abstract):
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, abstract)
+
+
+def open_checkpoints(workdir, **changes):
+    settings = {"save_every": 1, "keep": 100, "best_metric": "", "exported": "params"}
+    return Checkpoints(workdir, **{**settings, **changes})
+
+
+def save_steps(workdir, steps, **changes):
+    checkpoints = open_checkpoints(workdir, **changes)
+    for step in steps:
+        checkpoints.save(step, make_train_state(step), {})
+    checkpoints.close()
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def flip_bit(step_folder):
+    """Flips one bit in the middle of the largest data file."""
+    path = max((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("make", "exported"), [(make_train_state, "params"), (make_ppo_state, "ema")])
+def test_round_trip_on_other_device_counts(tmp_path, make, exported):
+    state = make(5.0)
+    checkpoints = open_checkpoints(tmp_path, exported=exported)
+    checkpoints.save(5, put(state, on_devices(state, 8)), {})
+    checkpoints.close()
+    for count in (8, 2, 1):
+        abstract = on_devices(state, count)
+        restored, step = open_checkpoints(tmp_path, exported=exported).restore(abstract)
+        assert step == 5
+        assert_equal(restored, state)
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, abstract)
+        exported_params = getattr(state, exported)
+        assert_equal(load_params(tmp_path, getattr(abstract, exported)), exported_params)
+
+
+def test_parameters_are_stored_once(tmp_path):
+    save_steps(tmp_path, [1])
+    stored = checkpoint.ocp.checkpointables_metadata(str(tmp_path / "checkpoints/1")).metadata
+    state = make_train_state()
+    assert len(jax.tree.leaves(stored["params"])) == 2 and stored["state"]["params"] is None
+    assert len(jax.tree.leaves(stored["state"])) == 1 + len(jax.tree.leaves(state.opt_state))
+
+
+def test_donation_right_after_an_asynchronous_save(tmp_path):
+    state = make_train_state(1.0, width=512)
+    expected = jax.tree.map(np.array, state)
+    abstract = on_devices(state, 1)
+    state = put(state, abstract)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    for _ in range(3):
+        old, state = state, overwrite(state)
+        assert old.params["layers"]["kernel"].is_deleted()
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(abstract)[0], expected)
+
+
+def test_saves_are_scheduled_and_the_newest_kept(tmp_path):
+    checkpoints = open_checkpoints(tmp_path, save_every=3, keep=2)
+    for step in range(1, 14):
+        checkpoints.maybe_save(step, make_train_state(step), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [9, 12]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "12",
+        "12.sha256.json",
+        "9",
+        "9.sha256.json",
+    ]
+
+
+def test_the_best_step_is_kept_too_across_a_restart(tmp_path):
+    scores = {1: 0.1, 2: 0.7, 3: jnp.nan, 4: 0.7, 5: -2.0, 6: jnp.float32(0.5), 7: None}
+    for part in ((1, 2, 3, 4), (5, 6, 7)):
+        checkpoints = open_checkpoints(tmp_path, keep=1, best_metric="accuracy")
+        for step in part:
+            metrics = {"loss": -step} if scores[step] is None else {"accuracy": scores[step], "loss": -step}
+            checkpoints.save(step, make_train_state(step), metrics)
+        checkpoints.close()
+    assert checkpoints.steps() == [4, 7]
+
+
+def test_a_missing_best_metric_is_reported_and_the_step_saved(tmp_path, caplog):
+    checkpoints = open_checkpoints(tmp_path, best_metric="acuracy")
+    checkpoints.save(1, make_train_state(1), {"loss": 1, "accuracy": 2})
+    checkpoints.close()
+    assert "best_metric 'acuracy' is not among its metrics (accuracy, loss)" in caplog.text and committed_steps(
+        tmp_path
+    ) == [1]
+
+
+def test_a_saved_step_is_not_saved_again(tmp_path):
+    save_steps(tmp_path, [4])
+    checkpoints = open_checkpoints(tmp_path)
+    abstract = on_devices(make_train_state(), 1)
+    checkpoints.restore(abstract)
+    before = (tmp_path / "checkpoints/4").stat().st_mtime_ns
+    checkpoints.save(4, make_train_state(4), {})
+    checkpoints.save(5, make_train_state(5), {})
+    checkpoints.save(5, make_train_state(77), {})
+    checkpoints.close()
+    assert (tmp_path / "checkpoints/4").stat().st_mtime_ns == before
+    assert int(open_checkpoints(tmp_path).restore(abstract)[0].step) == 5
+
+
+def test_stray_folders_are_no_steps(tmp_path):
+    assert committed_steps(tmp_path) == [] and open_checkpoints(tmp_path).restore(make_train_state()) is None
+    save_steps(tmp_path, [3])
+    root = tmp_path / "checkpoints"
+    (root / "99").mkdir()
+    (root / "98" / "junk").mkdir(parents=True)
+    (root / "97").write_text("a file")
+    (root / "latest").mkdir()
+    shutil.copytree(root / "3", root / "7.orbax-checkpoint-tmp")
+    assert committed_steps(tmp_path) == [3]
+    checkpoints = open_checkpoints(tmp_path)
+    state, step = checkpoints.restore(on_devices(make_train_state(), 1))
+    assert step == 3 and not (root / "7.orbax-checkpoint-tmp").exists()
+    checkpoints.save(99, state, {})
+    checkpoints.close()
+    assert committed_steps(tmp_path) == [3, 99]
+
+
+def test_a_flipped_bit_sends_restore_to_the_step_before(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2, 3])
+    path = flip_bit(tmp_path / "checkpoints/3")
+    next((tmp_path / "checkpoints/2/state").rglob("_METADATA")).unlink()
+    abstract = on_devices(make_train_state(), 1)
+    with pytest.raises(ValueError, match=f"damaged: {path} is missing or differs from its sha256"):
+        load_params(tmp_path, abstract.params)
+    checkpoints = open_checkpoints(tmp_path, keep=1)
+    state, step = checkpoints.restore(abstract)
+    assert step == 1
+    assert_equal(state, make_train_state(1))
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 2 and warnings[0].startswith("checkpoint 3 IS DAMAGED") and str(path) in warnings[0]
+    checkpoints.save(2, make_train_state(2), {})  # the damaged step 3 must not count as the newest
+    checkpoints.close()
+    assert checkpoints.steps() == [2] and (tmp_path / "checkpoints/3.damaged").is_dir()
+
+
+def test_all_steps_damaged_is_an_error_not_a_new_run(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    flip_bit(tmp_path / "checkpoints/1")
+    flip_bit(tmp_path / "checkpoints/2")
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        open_checkpoints(tmp_path).restore(on_devices(make_train_state(), 1))
+    assert committed_steps(tmp_path) == [1, 2]
+
+
+def test_a_step_without_hashes(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2])
+    root = tmp_path / "checkpoints"
+    (root / "2.sha256.json").unlink()
+    abstract = on_devices(make_train_state(), 1)
+    assert open_checkpoints(tmp_path).restore(abstract)[1] == 2
+    assert "has no hashes" in caplog.text
+    for path in (root / "2/params").rglob("*"):
+        if path.is_file() and path.name != "_METADATA":
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"params cannot be read: delete {root / '2'} to go on from an older step"):
+        open_checkpoints(tmp_path).restore(abstract)
+    assert committed_steps(tmp_path) == [1, 2]
+
+
+def test_load_params_casts_and_picks_the_step(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    abstract = on_devices(make_train_state(), 2).params
+    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract)
+    for path, step, expected in ((tmp_path, None, 2), (tmp_path, 1, 1), (tmp_path / "checkpoints/1", None, 1)):
+        params = make_train_state(expected).params
+        assert_equal(load_params(path, abstract, step=step), params)
+        assert_equal(load_params(path, half, step=step), jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+def without(tree, name):
+    return {key: leaf for key, leaf in tree.items() if key != name}
+
+
+def test_errors_of_load_params_name_the_leaf(tmp_path):
+    save_steps(tmp_path, [1])
+    abstract = on_devices(make_train_state(), 1).params
+    wider = on_devices(make_train_state(width=16), 1).params
+    integers = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.int32, sharding=a.sharding), abstract)
+    where = tmp_path / "checkpoints/1/params"
+    for bad, message in (
+        (wider, f"leaf bias is float32[8] in {where}, but float32[16] in this run"),
+        (without(abstract, "layers"), f"leaf layers/kernel is float32[2, 8, 8] in {where}, but absent in"),
+        ({**abstract, "head": abstract["bias"]}, f"leaf head is absent in {where}, but float32[8] in"),
+        (integers, f"leaf bias is float32[8] in {where}, but int32[8] in"),
+    ):
+        with pytest.raises(CheckpointMismatch) as error:
+            load_params(tmp_path, bad)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_errors_of_load_params_name_the_place(tmp_path):
+    abstract = on_devices(make_train_state(), 1).params
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        load_params(tmp_path, abstract)
+    save_steps(tmp_path, [1, 3])
+    with pytest.raises(ValueError, match=r"no checkpoint of step 2 in .*, only of steps \[1, 3\]"):
+        load_params(tmp_path, abstract, step=2)
+    with pytest.raises(ValueError, match=r"step 3 given with .*the folder of one step"):
+        load_params(tmp_path / "checkpoints/1", abstract, step=3)
+
+
+def test_restore_refuses_another_state(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "checkpoints/2.sha256.json").unlink()  # no reason to fall back to step 1
+    with pytest.raises(CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but float32\[16\]"):
+        open_checkpoints(tmp_path).restore(on_devices(make_train_state(width=16), 1))
+    abstract = on_devices(make_train_state(), 1)
+    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract.params)
+    with pytest.raises(CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but bfloat16\[8\]"):
+        open_checkpoints(tmp_path).restore(dataclasses.replace(abstract, params=half))
+    assert committed_steps(tmp_path) == [1, 2]
+
+
+class Failing:
+    """A response of Orbax whose save fails."""
+
+    def result(self, timeout=None):
+        raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("call", ["maybe_save", "save", "wait", "close", "restore"])
+def test_a_failed_asynchronous_save_is_raised(tmp_path, monkeypatch, call):
+    checkpoints, state = open_checkpoints(tmp_path, save_every=5), make_train_state(1)
+    abstract = on_devices(state, 1)
+    calls = {
+        "maybe_save": lambda: checkpoints.maybe_save(2, state, {}),
+        "save": lambda: checkpoints.save(2, state, {}),
+        "wait": checkpoints.wait,
+        "close": checkpoints.close,
+        "restore": lambda: checkpoints.restore(abstract),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *a, **k: Failing())
+        checkpoints.save(1, state, {})
+    while not checkpoints._pending[1].done():
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="No space left"):
+        calls[call]()
+    if call != "close":  # the next attempt is a fresh one
+        checkpoints.save(1, state, {})
+        checkpoints.close()
+        assert committed_steps(tmp_path) == [1]
+
+
+def test_old_hashes_go_before_their_step_is_overwritten(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1])
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_checkpoints(tmp_path).save(1, make_train_state(9), {})
+    assert not (tmp_path / "checkpoints/1.sha256.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_fails_at_once(tmp_path):
+    checkpoints = open_checkpoints(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "an unmounted disk")
+    with pytest.raises(OSError):
+        checkpoints.save(1, make_train_state(1), {})
+
+
+def test_settings_are_checked(tmp_path):
+    for name in ("save_every", "keep"):
+        with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+            open_checkpoints(tmp_path, **{name: 0})
+
+
+WRITER = """
+import itertools, sys
+from pathlib import Path
+import jax.numpy as jnp
+from instructax.checkpoint import Checkpoints
+from instructax.types import TrainState
+checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", exported="params")
+for step in itertools.count(1):
+    x = jnp.full((512, 256), step, jnp.float32)
+    checkpoints.save(step, TrainState(step=jnp.int32(step), params={"a": x, "b": x}, opt_state={"m": x}), {})
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    zeros = jnp.zeros((512, 256))
+    abstract = on_devices(TrainState(step=jnp.int32(0), params={"a": zeros, "b": zeros}, opt_state={"m": zeros}), 1)
+    for delay in (0.0, 0.03):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if int(line) == 4:
+                    break
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        checkpoints = open_checkpoints(tmp_path)
+        state, newest = checkpoints.restore(abstract)
+        assert newest >= 3
+        for leaf in jax.tree.leaves(state):
+            np.testing.assert_array_equal(leaf, newest)
+        checkpoints.save(newest + 1, state, {})
+        checkpoints.close()
+        assert committed_steps(tmp_path)[-1] == newest + 1
