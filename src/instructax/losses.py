@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from instructax.masked import masked_mean
 from instructax.types import Array
 
+LARGEST_LOG_RATIO = 80.0  # e⁸⁰ ≈ 5.5e34; float32 ends at 3.4e38
+
 
 def next_token_loss(logprobs: Array, loss_mask: Array) -> Array:
     """Cross-entropy per trained token, in nats: −mean of log p(x_t | x_<t).
@@ -56,8 +58,10 @@ def clipped_policy_loss(
     All f32[B, R], `mask` b[B, R] → (loss f32[], clipped fraction f32[]): the share of real tokens where the clipped
     term is strictly the larger, that is, where the gradient vanishes.
     """
-    # Masked cells are replaced before exp: an overflow there would turn the gradient into NaN.
+    # Masked cells are replaced before exp, and the exponent is kept where exp is finite in float32: an infinite ratio
+    # would turn the gradient into NaN even where the clipped term is the larger.
     log_ratios = jnp.where(mask, logprobs.astype(jnp.float32) - old_logprobs.astype(jnp.float32), 0.0)
+    log_ratios = jnp.minimum(log_ratios, LARGEST_LOG_RATIO)
     advantages = jnp.where(mask, advantages.astype(jnp.float32), 0.0)
     ratios = jnp.exp(log_ratios)
     unclipped = -advantages * ratios

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from instructax import ppo, sharding, stage, training
 from instructax.configuration import require
@@ -27,7 +26,7 @@ from instructax.sharding import MeshConfig
 from instructax.stage import LmData, RunConfig
 from instructax.supervised import held_out_losses
 from instructax.tokenizer import Tokenizer
-from instructax.types import Params, PpoState, Prompts, Rollouts
+from instructax.types import Array, Params, PpoState, Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +96,10 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
         program.policy, mesh, config, {n: d.sources["validation"] for n, d in data.items() if n == "text"}
     )
     read = reader(config, data, mesh)
+    # Replicated, so that the process that writes them holds them all.
+    shown = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x[: config.samples], tree), out_shardings=sharding.replicated(mesh)
+    )
 
     def start() -> PpoState:
         policy = training.start_from(ref_params, program.policy_optimizer, mesh)
@@ -106,8 +109,10 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     def loop(state: PpoState, log: Any, checkpoints: Any) -> tuple[PpoState, Mapping[str, Any]]:
         def update(state: PpoState, batch: Any) -> tuple[PpoState, dict[str, Any]]:
             state, metrics, rollouts, scores = iterate(state, batch, log.phase)
-            for sample in samples_of(rollouts, scores, tokenizer, config.samples):
-                log.sample(int(state.step), sample)
+            with log.phase("samples"):
+                first = shown((rollouts, scores))
+                for sample in samples_of(first[0], first[1], tokenizer):
+                    log.sample(int(state.step), sample)
             return state, metrics
 
         return training.fit(
@@ -281,18 +286,15 @@ class Iteration:
         return state, {**metrics, **update_metrics}, rollouts, scored.scores
 
 
-def samples_of(rollouts: Rollouts, scores: Any, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
-    """The first rollouts as text, with their scores."""
-    samples = []
-    prompts, responses = rollouts.prompts, rollouts.responses
-    arrays = (prompts.tokens, prompts.mask, responses, rollouts.mask, scores)
-    for prompt, real, response, mask, score in zip(*(np.asarray(x[:count]) for x in arrays), strict=True):
-        samples.append(
-            {
-                "prompt": tokenizer.decode(prompt[real]),
-                "response": tokenizer.decode(response[mask]),
-                "score": float(score),
-                "tokens": int(mask.sum()),
-            }
-        )
-    return samples
+def samples_of(rollouts: Rollouts, scores: Array, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The rollouts as text, with their scores."""
+    host: Any = jax.device_get(rollouts)
+    return [
+        {
+            "prompt": tokenizer.decode(host.prompts.tokens[i][host.prompts.mask[i]]),
+            "response": tokenizer.decode(host.responses[i][host.mask[i]]),
+            "score": float(score),
+            "tokens": int(host.mask[i].sum()),
+        }
+        for i, score in enumerate(jax.device_get(scores))
+    ]
