@@ -2,7 +2,7 @@
 
 `tiny` (seconds, for tests) and `micro` (minutes on two cores) live in the embedded world; `small` is for real text on a
 laptop; the others have GPT-3's shapes (Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b
-(appendix C). 1.3b follows the table's width of 2048 with 24 heads of 128, so heads × head_width is not the width.
+(appendix C). The table prints 24 heads of 128 for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b.
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ GPT3 = {
     "125m": (12, 768, 12, 64),
     "350m": (24, 1024, 16, 64),
     "760m": (24, 1536, 16, 96),
-    "1.3b": (24, 2048, 24, 128),
+    "1.3b": (24, 2048, 16, 128),
     "2.7b": (32, 2560, 32, 80),
     "6b": (32, 4096, 32, 128),
     "175b": (96, 12288, 96, 128),
@@ -87,7 +87,7 @@ def tokenizer(size: str) -> str:
 
 def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
-    sequence, prompt, response = {"tiny": (64, 24, 24), "micro": (256, 16, 32), "small": (512, 256, 128)}.get(
+    sequence, prompt, response = {"tiny": (64, 24, 24), "micro": (256, 16, 24), "small": (512, 256, 128)}.get(
         size, (2048, 1024, 1024)
     )
     return ml_collections.ConfigDict(
@@ -108,12 +108,12 @@ def limits(size: str) -> ml_collections.ConfigDict:
 
 def run(size: str) -> ml_collections.ConfigDict:
     """How often to print, evaluate and save, in steps."""
-    log, evaluate, save = {"tiny": (2, 4, 4), "micro": (10, 50, 100), "small": (10, 100, 100)}.get(size, (1, 50, 50))
+    log, evaluate, save = {"tiny": (2, 4, 4), "micro": (10, 200, 200), "small": (10, 100, 100)}.get(size, (1, 50, 50))
     return ml_collections.ConfigDict(
         {
             "log_every": log,
             "evaluate_every": evaluate,
-            "evaluate_batches": 32,
+            "evaluate_batches": {"micro": 16, "small": 16}.get(size, 32),
             "save_every": save,
             "keep": 2,
             "best_metric": "",

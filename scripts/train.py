@@ -43,10 +43,11 @@ def parse(argv: list[str]) -> list[str]:
             CONFIG.value.keys()  # a config file that is missing says so only when something is read from it
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error).replace("\\n", "\n").replace("\\'", "'").strip('"\n ')
+        unknown = "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
+        inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
+        text = str(inner.args[0] if isinstance(inner, KeyError) else inner)  # str(KeyError) is quoted and escaped
         # A config file that raises arrives as a whole traceback, whose last line is its message.
         message = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-        unknown = "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
         print(f"error: {unknown}{message}", file=sys.stderr)
         sys.exit(2)
 

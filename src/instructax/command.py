@@ -12,15 +12,16 @@ DONE, INTERNAL, USER, INVARIANT, INTERRUPTED = 0, 1, 2, 3, 130
 def guarded(call: Callable[[], Any]) -> int:
     """Runs `call` and returns the exit code, after one line on stderr unless all went well.
 
-    A ValueError that this project raised speaks of a value the user can change: 2. One from deeper down is a fault of
-    the program: its traceback is shown, and the code is 1. A broken invariant is 3, an interruption that was saved 130.
+    A ValueError that this project raises speaks of a value the user can change: 2. Any other, from a library or from an
+    operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. A broken invariant is 3,
+    an interruption that was saved 130.
     """
     from instructax.experience import InvariantError
     from instructax.training import Interrupted
 
     try:
         call()
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         if not _raised_here(error):
             traceback.print_exc()
             return INTERNAL
@@ -38,7 +39,8 @@ def _say(message: str, code: int) -> int:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether the innermost frame of the error is in this package or in a config or experiment of the project."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = Path(frames[-1].filename).resolve() if frames else Path()
-    return Path(__file__).resolve().parent in last.parents or last.parent.name in ("configs", "experiments")
+    """Whether a `raise` of this package, or of a config or experiment of the project, is where the error began."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(last.filename).resolve()
+    ours = Path(__file__).resolve().parent in file.parents or file.parent.name in ("configs", "experiments")
+    return ours and (last.line or "").startswith("raise")

@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The mesh without devices; `data = -1` counts as 1: copies change nothing of what one device holds but its rows."""
+    """The mesh without devices; `data = -1` counts as 1: copies change nothing of what a device holds but its rows."""
     require(
         config.fsdp > 0 and config.tensor > 0 and (config.data > 0 or config.data == -1),
         f"config.mesh = {config.data} × {config.fsdp} × {config.tensor}: axes must be positive (data may be -1)",

@@ -66,6 +66,8 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     stage.check_rows("batch_size", config.batch_size, 1, mesh)
+    stage.check_lengths(config.data.limits, config.model)
+    stage.check_lengths(config.data.limits, config.reward_model)
     tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
     paths = {**dict(config.policies), "reward_parent": config.reward_parent}
     models = {**dict.fromkeys(dict(config.policies), config.model), "reward_parent": config.reward_model}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from instructax import estimate, stage
-from instructax.configuration import ConfigError, construct
+from instructax.configuration import ConfigError, construct, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ def load_config(run: Run) -> dict[str, Any]:
     path, _, arg = run.config.partition(":")
     try:
         config = load_file(path).get_config(arg)
+        config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{run.config} with {dict(run.overrides)}: {error}") from None
@@ -99,7 +100,8 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
 
 
 def summary_of(workdir: Path) -> dict[str, Any]:
-    """The final figures of a finished run."""
+    """The final figures of a run. Raises ConfigError if it is not finished."""
+    require(stage.finished(workdir), f"{workdir} is not a finished run: run the whole experiment, not its report alone")
     return json.loads((workdir / "summary.json").read_text())
 
 

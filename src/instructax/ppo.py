@@ -142,8 +142,8 @@ def update(
         value = apply_gradients(program.value_optimizer, state.value, value_gradients, value_rate)
         ema = moving_average(state.ema, policy.params, settings.ema_decay)
         metrics |= value_metrics
-        metrics["policy_grad_norm"] = optax.global_norm(policy_gradients)
-        metrics["value_grad_norm"] = optax.global_norm(value_gradients)
+        metrics["policy_grad_norm"] = optax.tree.norm(policy_gradients)
+        metrics["value_grad_norm"] = optax.tree.norm(value_gradients)
         return PpoState(policy=policy, value=value, ema=ema), metrics
 
     state, metrics = jax.lax.scan(inner_step, state, inputs)

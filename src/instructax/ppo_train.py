@@ -20,11 +20,11 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.experience import RewardSettings, check_rollouts, check_update
+from instructax.held_out import held_out_losses
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, make_optimizer
 from instructax.sharding import MeshConfig
 from instructax.stage import LmData, RunConfig
-from instructax.supervised import held_out_losses
 from instructax.tokenizer import Tokenizer
 from instructax.types import Array, Params, PpoState, Prompts, Rollouts
 
@@ -81,6 +81,8 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     _check(config, mesh)
+    stage.check_lengths(config.data.limits, config.model)
+    stage.check_lengths(config.data.limits, config.reward_model)
     tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
     models = {"policy_parent": config.model, "reward_parent": config.reward_model}

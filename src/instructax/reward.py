@@ -78,7 +78,7 @@ def update(
         "accuracy": jnp.sum(pair_shares * metrics["accuracy"]),
         "pairs": jnp.sum(pairs),
         "learning_rate": rate,
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
         "tokens": token_count(batch.mask) + jnp.sum(answers * prompt_tokens),
     }
 
@@ -138,6 +138,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    stage.check_lengths(config.data.limits, config.model)
     tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
     parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
     limits, folder = config.data.limits, Path(config.data.folder)

@@ -86,6 +86,16 @@ def tokenizer_of(path: str, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
+def check_lengths(limits: Limits, model: ModelConfig) -> None:
+    """Raises ConfigError unless packed rows, and a prompt with its response, fit the model's positions."""
+    pair = limits.prompt_tokens + limits.response_tokens
+    for name, length in (("sequence_tokens", limits.sequence_tokens), ("prompt_tokens + response_tokens", pair)):
+        require(
+            length <= model.max_length,
+            f"config.data.limits.{name} = {length} is above config.model.max_length = {model.max_length}: lower it",
+        )
+
+
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: int) -> int:
     """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is 0)."""
     require(

@@ -5,7 +5,7 @@ batch of 32 demonstrations is a batch of fewer, fuller rows.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from instructax import clock, sharding, stage, training
-from instructax.data.batches import Source
+from instructax.held_out import held_out_losses
 from instructax.inference import row_logprobs
 from instructax.losses import next_token_loss
 from instructax.masked import token_count
@@ -75,17 +75,11 @@ def update(
     metrics = {
         "loss": jnp.sum(weights * losses),
         "learning_rate": rate,
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
         "trained_tokens": token_count(batch.loss_mask),
         "tokens": token_count(batch.segments > 0),
     }
     return dataclasses.replace(state, step=state.step + 1), metrics
-
-
-def held_out_loss(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
-    """(sum of the loss over trained tokens in nats, their number), both f32[], without dropout."""
-    count = token_count(batch.loss_mask)
-    return next_token_loss(row_logprobs(model, params, batch), batch.loss_mask) * count, count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +107,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    stage.check_lengths(config.data.limits, config.model)
     tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
     parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
     data = stage.read_lm_data(config.data, tokenizer)
@@ -186,23 +181,3 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         total_steps=total_steps,
         loop=loop,
     )
-
-
-def held_out_losses(
-    model: Transformer, mesh: jax.sharding.Mesh, config: Any, sources: Mapping[str, Source]
-) -> Callable[[Params], dict[str, float]]:
-    """A function from parameters to the loss in nats per token on each held-out source, `{name}_loss`."""
-    loss = jax.jit(partial(held_out_loss, model), out_shardings=sharding.replicated(mesh))
-    length = config.data.limits.sequence_tokens
-
-    def evaluate(params: Params) -> dict[str, float]:
-        figures = {}
-        for name, source in sources.items():
-            total = count = 0.0
-            for batch in stage.held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
-                added, tokens = loss(params, sharding.put_rows(batch, mesh))
-                total, count = total + float(added), count + float(tokens)
-            figures[f"{name}_loss"] = total / max(count, 1.0)
-        return figures
-
-    return evaluate

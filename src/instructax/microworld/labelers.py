@@ -77,7 +77,7 @@ def draw_labelers(seed: int, count: int) -> list[Labeler]:
     """`count` labelers of a seed."""
     rng = generator(seed, "labelers")
     return [
-        Labeler(f"labeler-{i:02d}", rng.uniform(0.0, 0.05), rng.uniform(0.0, 0.3), rng.uniform(0.1, 0.4))
+        Labeler(f"labeler-{i:02d}", rng.uniform(0.0, 0.05), rng.uniform(0.0, 0.3), rng.uniform(0.05, 0.2))
         for i in range(count)
     ]
 

@@ -1,0 +1,201 @@
+"""Exit codes and the one line that goes with them, in this process and of the commands themselves."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instructax import command
+from instructax.configuration import ConfigError, require
+from instructax.experience import check_update
+from instructax.experiment import dry_run, load_file, metrics_of, run_experiment, run_stage, samples_of, summary_of
+from instructax.statistics import win_rate
+from instructax.training import Interrupted
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = {"documents": 20, "demonstrations": 20, "comparisons": 10, "prompts": 20}
+
+
+def raiser(error: BaseException):
+    def call():
+        raise error
+
+    return call
+
+
+def broken_invariant():
+    check_update({"first_ratio_gap": 0.5, "first_clipped_fraction": 0.0}, tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "line"),
+    [
+        (lambda: "a value", 0, ""),
+        (lambda: require(False, "config.x = 3\n  must be 4"), 2, "error: config.x = 3 must be 4\n"),
+        (lambda: load_file("/nowhere.py"), 2, "error: no such file: /nowhere.py\n"),
+        (
+            lambda: summary_of(Path("/nowhere")),
+            2,
+            "error: /nowhere is not a finished run: run the whole experiment, not its report alone\n",
+        ),
+        (
+            broken_invariant,
+            3,
+            "invariant broken: at the first inner step the ratio is off 1 by 0.5 (tolerance 0.1) and 0 of the tokens "
+            "are clipped: scorer and update run different parameters, temperature, dropout or dtype\n",
+        ),
+        (
+            raiser(Interrupted(7)),
+            130,
+            "interrupted; step 7 is saved, the same command goes on from there\n",
+        ),
+        (raiser(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+)
+def test_exit_code_and_line(call, code, line, capsys):
+    assert command.guarded(call) == code
+    captured = capsys.readouterr()
+    assert (captured.err, captured.out) == (line, "")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: np.zeros(3).reshape(2, 2),  # in a library
+        lambda: win_rate(np.zeros(3), np.zeros(4)),  # in an expression of this package
+        raiser(ValueError("raised by neither this package nor a config")),
+    ],
+)
+def test_other_value_errors_are_faults_of_the_program(call, capsys):
+    assert command.guarded(call) == 1
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):")
+
+
+def test_an_operation_within_a_config_is_a_fault_and_its_raise_a_message(tmp_path, capsys):
+    """Only a `raise` was written for the user; what an expression throws by itself was not."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "raises.py").write_text("raise ValueError('size 7 must be 8')")
+    (folder / "fails.py").write_text("x = int('seven')")
+    assert command.guarded(lambda: load_file(folder / "raises.py")) == 2
+    assert capsys.readouterr().err == "error: size 7 must be 8\n"
+    assert command.guarded(lambda: load_file(folder / "fails.py")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_is_not_a_users_mistake_passes_through():
+    with pytest.raises(ZeroDivisionError):
+        command.guarded(lambda: 1 / 0)
+
+
+def run(script: str, *arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+TINY = ("--config", "configs/ppo.py:tiny")
+MISTAKES = [
+    ((*TINY, "--config.kl_ceof=0.1"), "unknown config value: 'kl_ceof' Did you mean \"kl_coef\""),
+    ((*TINY, "--config.steps=many"), "flag --config.steps=many: invalid literal for int()"),
+    ((*TINY, "--config.kl_coef=nan"), "config.kl_coef = nan must be a finite number"),
+    (("--config", "configs/ppo.py:huge"), "ValueError: size 'huge' must be one of tiny, micro"),
+    (("--config", "configs/none.py:tiny"), "No such file or directory: 'configs/none.py'"),
+    ((*TINY, "stray"), "unknown argument 'stray'; give --config=FILE:SIZE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[message[:24] for _, message in MISTAKES])
+def test_a_mistake_in_a_training_command_is_one_line(arguments, message, tmp_path):
+    code, out, err = run("train.py", *arguments, "--workdir", str(tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_command_without_a_workdir():
+    assert run("train.py", *TINY) == (
+        2,
+        "",
+        "error: give --config=FILE:SIZE --config.name=value … --workdir=FOLDER\n",
+    )
+
+
+def test_a_dry_run_says_what_it_would_hold():
+    code, out, err = run("train.py", *TINY, "--config.kl_coef=0.5", "--dry_run")
+    assert (code, err) == (0, "")
+    assert '"kl_coef": 0.5' in out and "held throughout" in out
+
+
+def test_a_mistake_in_an_experiment_command_is_one_line(tmp_path):
+    code, out, err = run("experiment.py", "experiments/none.py:tiny", "--workdir", str(tmp_path))
+    assert (code, out, err) == (2, "", "error: no such file: experiments/none.py\n")
+
+
+EXPERIMENT = """
+from instructax.experiment import Run, summary_of
+
+LINES = {"lines.documents": 20, "lines.demonstrations": 20, "lines.comparisons": 10, "lines.prompts": 20}
+
+def get_runs(size, root):
+    return [Run(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]
+
+def report(root):
+    print("report:", *(summary_of(root / name)["stage"] for name in ("a", "b")))
+"""
+
+
+def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    path, root = tmp_path / "both.py", tmp_path / "runs"
+    path.write_text(EXPERIMENT)
+    with pytest.raises(ConfigError, match="runs/a is not a finished run"):
+        run_experiment(f"{path}:tiny", root, report_only=True)
+    run_experiment(f"{path}:tiny", root, report_only=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["[1/2] a: configs/world.py:tiny", "[2/2] b: configs/world.py:tiny", "report: world world"]
+    texts = [(root / name / "text.jsonl.gz").read_bytes() for name in ("a", "b")]
+    assert texts[0] != texts[1]  # the overrides reached the runs
+
+    (root / "b" / "summary.json").unlink()
+    run_experiment(f"{path}:tiny", root, report_only=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/2] a: configs/world.py:tiny",
+        f"{root}/a is finished; nothing to do",
+        "[2/2] b: configs/world.py:tiny",
+        "report: world world",
+    ]
+    assert [(root / name / "text.jsonl.gz").read_bytes() for name in ("a", "b")] == texts
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    config = {"stage": "world", "seed": 0, "vocab_size": 300, "lines": LINES}
+    assert run_stage(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"holds a run with another config \(.*seed.*\); give the stored values"):
+        run_stage({**config, "seed": 1}, tmp_path)
+    assert not run_stage(config, tmp_path)
+
+
+def test_what_is_not_python_is_no_config(tmp_path):
+    (tmp_path / "notes.md").write_text("# notes")
+    with pytest.raises(ConfigError, match=r"notes\.md is not a Python file"):
+        load_file(tmp_path / "notes.md")
+
+
+def test_a_world_holds_nothing_on_devices():
+    config = {"stage": "world", "seed": 0, "vocab_size": 300, "lines": LINES}
+    assert dry_run(config) == "nothing is trained"
+
+
+def test_metrics_and_samples_are_read_back(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "samples.jsonl").write_text('{"prompt": "a"}\n')
+    assert metrics_of(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert samples_of(tmp_path) == [{"prompt": "a"}]

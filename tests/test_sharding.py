@@ -1,0 +1,199 @@
+"""Every leaf of every state lies as the table below says, and rows are split over the devices that should have them."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import small
+from instructax import sharding, training
+from instructax.model import Transformer
+from instructax.optimizer import make_optimizer
+from instructax.sharding import MeshConfig, make_mesh
+from instructax.types import PpoState
+
+SOURCES = Path(sharding.__file__).parent
+
+# Parameter → its layout, and who has it: "all", a family, or a head. Shapes: layers first, in everything of `blocks`.
+COLUMNS = P(None, ("tensor", "fsdp"))
+TABLE = {
+    "embedding": (COLUMNS, "all"),
+    "positions": (COLUMNS, "gpt"),
+    "blocks/attention/query/kernel": (P(None, "fsdp", "tensor", None), "all"),
+    "blocks/attention/key/kernel": (P(None, "fsdp", "tensor", None), "all"),
+    "blocks/attention/value/kernel": (P(None, "fsdp", "tensor", None), "all"),
+    "blocks/attention/out/kernel": (P(None, "tensor", None, "fsdp"), "all"),
+    "blocks/attention/query/bias": (P(None, "tensor", None), "gpt"),
+    "blocks/attention/key/bias": (P(None, "tensor", None), "gpt"),
+    "blocks/attention/value/bias": (P(None, "tensor", None), "gpt"),
+    "blocks/attention/out/bias": (P(), "gpt"),
+    "blocks/attention_norm/scale": (P(), "all"),
+    "blocks/attention_norm/bias": (P(), "gpt"),
+    "blocks/mlp/up/kernel": (P(None, "fsdp", "tensor"), "all"),
+    "blocks/mlp/gate/kernel": (P(None, "fsdp", "tensor"), "llama"),
+    "blocks/mlp/down/kernel": (P(None, "tensor", "fsdp"), "all"),
+    "blocks/mlp/up/bias": (P(None, "tensor"), "gpt"),
+    "blocks/mlp/down/bias": (P(), "gpt"),
+    "blocks/mlp_norm/scale": (P(), "all"),
+    "blocks/mlp_norm/bias": (P(), "gpt"),
+    "final_norm/scale": (P(), "all"),
+    "final_norm/bias": (P(), "gpt"),
+}
+HEADS = {
+    ("tokens", True): {},
+    ("tokens", False): {"head/kernel": COLUMNS},
+    ("scalar", True): {"head/kernel": P(), "head/bias": P()},
+    ("scalar", False): {"head/kernel": P(), "head/bias": P()},
+}
+FAMILIES = {"gpt": small.gpt_config, "llama": small.llama_config}
+EVERY_MODEL = [(family, head, tied) for family in FAMILIES for head, tied in HEADS]
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
+    """The abstract state, with everything that an optimizer can hold."""
+    model = Transformer(FAMILIES[family](tied_head=tied), small.compute(), head)
+    optimizer = make_optimizer(small.optimizer_config(clip_norm=1.0, weight_decay=0.1))
+    return training.abstract_state(model, optimizer, mesh)
+
+
+def specs_of(tree) -> dict[str, P]:
+    return {sharding.path_name(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(("family", "head", "tied"), EVERY_MODEL)
+def test_every_leaf_lies_as_the_table_says(family, head, tied):
+    of_params = {name: spec for name, (spec, who) in TABLE.items() if who in ("all", family)} | HEADS[head, tied]
+    places = ("params", "opt_state/1/mu", "opt_state/1/nu")  # a leaf's moments follow it
+    expected = {f"{place}/{name}": spec for place in places for name, spec in of_params.items()}
+    expected |= {"step": P(), "opt_state/1/count": P()}
+    state = state_of(family, head, tied, mesh_of(2, 2, 2))
+    assert specs_of(state) == expected
+    bare = sharding.abstract(state.params, mesh_of(2, 2, 2))  # parameters alone, as a later stage reads them
+    assert specs_of(bare) == of_params
+
+
+def test_the_averaged_policy_lies_as_the_policy():
+    mesh = mesh_of(1, 4, 2)
+    policy, value = state_of("gpt", "tokens", True, mesh), state_of("llama", "scalar", False, mesh)
+    specs = specs_of(sharding.abstract(PpoState(policy=policy, value=value, ema=policy.params), mesh))
+    own = {name.removeprefix("ema/"): spec for name, spec in specs.items() if name.startswith("ema/")}
+    assert own == specs_of(policy.params)
+
+
+def test_every_rule_is_used_and_an_idle_one_is_seen(monkeypatch):
+    states = [state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL]
+    assert sharding.unused_rules(states) == []
+    bare_llama = [state_of("llama", "tokens", False, mesh_of(2, 2, 2))]
+    assert "mlp/(up|gate)/bias" in sharding.unused_rules(bare_llama)
+    # A rule that is never reached, because another one is first, is as idle as one that matches nothing.
+    planted = (("moe/router/kernel", P()), *sharding.LAYOUTS, ("query/kernel", P()))
+    monkeypatch.setattr(sharding, "LAYOUTS", planted)
+    assert sharding.unused_rules(states) == ["moe/router/kernel", "query/kernel"]
+
+
+def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["router/kernel", "positional", "my_embedding"])
+def test_a_leaf_without_a_rule_is_an_error(name):
+    tree = {"params": {"blocks": {name: leaf(4, 4)}}}
+    message = f"no layout for the leaf 'params/blocks/{name}': add a rule to instructax.sharding.LAYOUTS"
+    for call in (lambda: sharding.shardings(tree, mesh_of(2, 2, 2)), lambda: sharding.unused_rules(tree)):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"mlp": {"up": {"kernel": leaf(2, 16, 7)}}},
+            "mlp/up/kernel (2, 16, 7): 7 does not divide by mesh axes tensor = 2: change model or mesh",
+        ),
+        (
+            {"params": {"embedding": leaf(23, 6)}},
+            "params/embedding (23, 6): 6 does not divide by mesh axes ('tensor', 'fsdp') = 4: change model or mesh",
+        ),
+    ],
+)
+def test_a_shape_that_does_not_divide_is_one_line(tree, message):
+    with pytest.raises(ValueError) as caught:
+        sharding.shardings(tree, mesh_of(2, 2, 2))
+    assert str(caught.value) == message
+
+
+def test_make_mesh():
+    mesh = mesh_of(-1, 2, 2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh_of(-1, 8, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    one = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[3:4])
+    assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1} and one.devices.item() == jax.devices()[3]
+    assert sharding.row_ways(mesh_of(2, 4, 1)) == 8 and sharding.row_ways(mesh) == 4
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (-1, 3, 1), (-1, 16, 1), (0, 2, 4), (-1, 0, 1), (-2, -2, 2), (1, -8, -1)])
+def test_a_mesh_that_does_not_fit_is_one_line(sizes):
+    with pytest.raises(ValueError) as caught:
+        mesh_of(*sizes)
+    product = " × ".join(map(str, sizes))
+    assert str(caught.value) == (f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of devices, 8")
+
+
+def test_put_rows_gives_each_device_its_rows():
+    """Four ways to share rows, and the two devices of a tensor pair have the same ones."""
+    mesh = mesh_of(2, 2, 2)
+    rows = sharding.put_rows({"x": np.arange(24).reshape(8, 3), "flag": np.ones(4, bool)}, mesh)
+    found = {shard.device: np.asarray(shard.data)[:, 0].tolist() for shard in rows["x"].addressable_shards}
+    for i, fours in enumerate(mesh.devices):
+        for j, pair in enumerate(fours):
+            first = 6 * (2 * i + j)
+            assert [found[device] for device in pair] == [[first, first + 3]] * 2
+    assert rows["flag"].dtype == bool and rows["flag"].sharding == sharding.row_sharding(mesh)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_constrain_rows(axis):
+    mesh = mesh_of(2, 4, 1)
+    x = jnp.zeros((8, 8, 3))
+    y = jax.jit(lambda x: sharding.constrain_rows({"x": x + 1}, mesh, axis=axis)["x"])(x)
+    expected = [8, 8, 3]
+    expected[axis] = 1
+    assert [shard.data.shape for shard in y.addressable_shards] == [tuple(expected)] * 8
+
+
+def test_replicated():
+    x = jax.device_put(jnp.arange(3), sharding.replicated(mesh_of(2, 2, 2)))
+    assert [shard.data.shape for shard in x.addressable_shards] == [(3,)] * 8
+
+
+def test_abstract_keeps_shapes_and_dtypes():
+    tree = {"step": jax.ShapeDtypeStruct((), jnp.int32), "embedding": leaf(5, 8)}
+    made = sharding.abstract(tree, mesh_of(2, 2, 2))
+    assert (made["step"].dtype, made["embedding"].shape, made["embedding"].dtype) == (jnp.int32, (5, 8), jnp.float32)
+    assert made["embedding"].sharding.shard_shape((5, 8)) == (5, 2)
+
+
+def named_axes(source: str) -> list[str]:
+    """Mesh axes that `source` names as strings; "data" is left out, being also a word of its own."""
+    own = {field.name for field in dataclasses.fields(MeshConfig)} - {"data"}
+    nodes = ast.walk(ast.parse(source))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and node.value in own]
+
+
+def test_no_other_file_names_a_mesh_axis():
+    named = {path.name: named_axes(path.read_text()) for path in SOURCES.rglob("*.py") if path.stem != "sharding"}
+    assert {name: axes for name, axes in named.items() if axes} == {}
+    assert named_axes("P(None, 'fsdp')\nmesh.shape['tensor']") == ["fsdp", "tensor"]
+    assert not named_axes("config.mesh.fsdp")

@@ -1,0 +1,319 @@
+"""The loop, seen from a toy whose state is a number, and the pieces of a step, seen from small networks."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import small
+from instructax import sharding, training
+from instructax.masked import masked_mean
+from instructax.model import Transformer
+from instructax.optimizer import apply_gradients, make_optimizer
+from instructax.sharding import MeshConfig, make_mesh
+
+
+@dataclasses.dataclass
+class Toy:
+    """A run whose state is a list of batches: everything that `fit` calls is written to `calls`."""
+
+    save_every: int = 100
+    signal_in: tuple[str, int] = ("", 0)  # where SIGINT comes: (call, step)
+    calls: list[Any] = dataclasses.field(default_factory=list)
+
+    def note(self, *call: Any) -> None:
+        self.calls.append(call)
+        if call[:2] == self.signal_in:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def batches(self, step: int) -> str:
+        self.note("read", step)
+        return f"batch {step}"
+
+    def update(self, state: Any, batch: str) -> tuple[Any, dict[str, Any]]:
+        self.note("update", int(state.step), batch)
+        return State(state.step + 1, (*state.seen, batch)), {"loss": 10 - int(state.step)}
+
+    def evaluate(self, state: Any) -> dict[str, Any]:
+        self.note("evaluate", int(state.step), state.seen[-1])
+        return {"held_out": int(state.step)}
+
+    def finish(self, state: Any) -> Any:
+        self.note("finish", int(state.step))
+        return State(state.step, (*state.seen, "finished"))
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        self.note("phase", name)
+        yield
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        self.note("record", step, dict(metrics))
+
+    def save(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
+        self.note("save", step, state.seen, dict(metrics))
+
+    def maybe_save(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
+        self.note("maybe_save", step)
+        if step % self.save_every == 0:
+            self.save(step, state, metrics)
+
+    def fit(self, state: Any, *, total_steps: int, evaluate_every: int = 0, **keywords: Any) -> tuple[Any, dict]:
+        return training.fit(
+            state,
+            self.update,
+            self.batches,
+            total_steps=total_steps,
+            checkpoints=self,
+            log=self,
+            evaluate=self.evaluate,
+            evaluate_every=evaluate_every,
+            **keywords,
+        )
+
+    def named(self, *names: str) -> list[tuple[Any, ...]]:
+        return [call for call in self.calls if call[0] in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: int
+    seen: tuple[str, ...] = ()
+
+
+def test_the_order_of_one_run():
+    toy = Toy()
+    state, metrics = toy.fit(State(0), total_steps=2, finish=toy.finish)
+    assert toy.calls == [
+        ("phase", "data"),
+        ("read", 0),
+        ("phase", "update"),
+        ("update", 0, "batch 0"),
+        ("record", 1, {"loss": 10}),
+        ("phase", "save"),
+        ("maybe_save", 1),
+        ("phase", "data"),
+        ("read", 1),
+        ("phase", "update"),
+        ("update", 1, "batch 1"),
+        ("finish", 2),
+        ("phase", "evaluate"),
+        ("evaluate", 2, "finished"),
+        ("record", 2, {"loss": 9, "held_out": 2}),
+        ("phase", "save"),
+        ("save", 2, ("batch 0", "batch 1", "finished"), {"loss": 9, "held_out": 2}),
+    ]
+    assert state == State(2, ("batch 0", "batch 1", "finished"))
+    assert metrics == {"loss": 9, "held_out": 2}
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [7]), (2, [2, 4, 6, 7]), (7, [7]), (3, [3, 6, 7]), (100, [7])])
+def test_evaluation_every_so_often_and_at_the_end(every, steps):
+    toy = Toy()
+    toy.fit(State(0), total_steps=7, evaluate_every=every)
+    assert [call[1] for call in toy.named("evaluate")] == steps
+    assert [call[1] for call in toy.named("record") if "held_out" in call[2]] == steps
+
+
+def test_resuming_goes_on_where_it_stopped():
+    whole, rest = Toy(), Toy()
+    last, _ = whole.fit(State(0), total_steps=5, evaluate_every=2)
+    resumed, _ = rest.fit(State(3, ("batch 0", "batch 1", "batch 2")), total_steps=5, evaluate_every=2)
+    assert resumed == last
+    assert rest.calls == whole.calls[whole.calls.index(("read", 3)) - 1 :]
+
+
+def test_a_run_that_lacks_only_its_summary_is_evaluated():
+    toy = Toy()
+    state, metrics = toy.fit(State(4, ("finished",)), total_steps=4, finish=toy.finish)
+    assert (state, metrics) == (State(4, ("finished",)), {"held_out": 4})
+    assert toy.calls == [("evaluate", 4, "finished")]
+
+
+HANDLERS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_restored():
+    before = [signal.getsignal(number) for number in HANDLERS]
+    yield
+    assert [signal.getsignal(number) for number in HANDLERS] == before
+
+
+@pytest.mark.parametrize("call", ["read", "update"])
+def test_an_interruption_saves_the_finished_step(call):
+    toy = Toy(signal_in=(call, 2))
+    with pytest.raises(training.Interrupted) as caught:
+        toy.fit(State(0), total_steps=9)
+    assert str(caught.value) == "interrupted; step 3 is saved, the same command goes on from there"
+    assert toy.named("save") == [("save", 3, ("batch 0", "batch 1", "batch 2"), {"loss": 8})]
+    assert toy.calls[-1] == toy.named("save")[0]
+
+
+def test_an_interruption_during_a_save_that_was_none_takes_one_more_step():
+    """Else it would claim that step 3 is saved, where `maybe_save` had nothing to do."""
+    toy = Toy(signal_in=("maybe_save", 3))
+    with pytest.raises(training.Interrupted, match="step 4 is saved"):
+        toy.fit(State(0), total_steps=9)
+    assert [call[1] for call in toy.named("save")] == [4]
+
+
+def test_an_interruption_of_the_last_step_is_too_late():
+    toy = Toy(signal_in=("update", 8))
+    assert toy.fit(State(0), total_steps=9)[0].step == 9
+    assert [call[1] for call in toy.named("save")] == [9]
+
+
+def test_a_second_signal_ends_at_once():
+    toy = Toy(signal_in=("update", 2))
+    toy.record = lambda *_: os.kill(os.getpid(), signal.SIGINT) if toy.calls[-1][:2] == ("update", 2) else None
+    with pytest.raises(KeyboardInterrupt):
+        toy.fit(State(0), total_steps=9)
+    assert toy.named("save") == []
+
+
+def test_a_failing_update_restores_the_handlers():
+    toy = Toy()
+    with pytest.raises(ZeroDivisionError):
+        training.fit(
+            State(0),
+            lambda state, batch: 1 / 0,
+            toy.batches,
+            total_steps=1,
+            checkpoints=toy,
+            log=toy,
+            evaluate=toy.evaluate,
+            evaluate_every=0,
+        )
+
+
+def test_sigterm_asks_as_well():
+    with training.Interruption() as interruption:
+        assert not interruption.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+# Pieces of a step.
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def test_shares():
+    np.testing.assert_allclose(training.shares(jnp.array([1.0, 0.0, 3.0])), [0.25, 0.0, 0.75])
+    np.testing.assert_array_equal(training.shares(jnp.zeros(2)), [0.0, 0.0])
+
+
+def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
+    rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
+    parts = jax.jit(lambda tree: training.split_rows(tree, 2, mesh))(sharding.put_rows(rows, mesh))
+    np.testing.assert_array_equal(parts["x"], np.arange(24).reshape(2, 4, 3))
+    np.testing.assert_array_equal(parts["y"], np.arange(8).reshape(2, 4))
+    assert {shard.data.shape for shard in parts["x"].addressable_shards} == {(2, 1, 3)}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_accumulated_is_the_whole_batch(mesh, parts):
+    """A masked mean over rows of 0 to 5 real tokens: the parts have unequal counts, and one of four has none."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 5, 3)).astype(np.float32), rng.normal(size=(8, 5)).astype(np.float32)
+    mask = np.arange(5)[None, :] < np.array([5, 1, 0, 0, 2, 1, 4, 3])[:, None]
+    params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
+
+    def loss_of(params, rows):
+        x, y, mask = rows
+        return masked_mean((jnp.einsum("btd,d->bt", x, params["w"]) - y) ** 2, mask)
+
+    def gradients_of(rows):
+        loss, gradients = jax.value_and_grad(loss_of)(params, rows)
+        return gradients, loss
+
+    @jax.jit
+    def step(rows):
+        split = training.split_rows(rows, parts, mesh)
+        weights = training.shares(jnp.sum(split[2], axis=(1, 2), dtype=jnp.float32))
+        gradients, losses = training.accumulate(gradients_of, split, weights)
+        return gradients, losses, weights
+
+    gradients, losses, weights = step((x, y, mask))
+    loss, whole = jax.value_and_grad(loss_of)(params, (x, y, mask))
+    assert losses.shape == (parts,)
+    np.testing.assert_allclose(gradients["w"], whole["w"], rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(weights * losses), loss, rtol=1e-5)
+
+
+def test_one_part_is_weighted_too():
+    gradients, metrics = training.accumulate(lambda part: ({"w": part}, part), jnp.array([6.0]), jnp.array([0.5]))
+    assert (float(gradients["w"]), metrics.tolist()) == (3.0, [6.0])
+
+
+@pytest.fixture(scope="module")
+def network():
+    return Transformer(small.gpt_config(), small.compute(), "tokens"), make_optimizer(small.optimizer_config())
+
+
+@pytest.fixture(scope="module")
+def fresh(network, mesh):
+    return training.init_state(*network, jax.random.key(3), mesh)
+
+
+def test_a_fresh_state_is_sharded_at_birth(network, fresh, mesh):
+    abstract = training.abstract_state(*network, mesh)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, fresh, training.layouts(abstract))))
+    kernel = fresh.params["blocks"]["mlp"]["up"]["kernel"]  # [2, 16, 28] over fsdp × tensor
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 14)}
+    assert fresh.step == 0 and all(not jnp.any(leaf) for leaf in jax.tree.leaves(fresh.opt_state))
+    assert 0.15 < jnp.std(kernel) < 0.25  # init_std is 0.2: drawn, not zero
+
+
+def test_a_fresh_state_does_not_depend_on_the_mesh(network, fresh):
+    one = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    alone = training.init_state(*network, jax.random.key(3), one)
+    jax.tree.map(np.testing.assert_array_equal, alone.params, fresh.params)
+
+
+def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh):
+    """The PPO stage keeps them as its reference while the state, which starts as the same numbers, is donated."""
+    optimizer, loaded = network[1], fresh.params
+    kept = jax.tree.map(np.asarray, loaded)
+    state = training.start_from(loaded, optimizer, mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.params, kept)
+    assert state.step == 0 and all(not jnp.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    assert training.layouts(state) == training.layouts(training.abstract_state(*network, mesh))
+
+    def step(state):
+        return apply_gradients(optimizer, state, jax.tree.map(jnp.ones_like, state.params), jnp.float32(0.1))
+
+    moved = jax.jit(step, donate_argnums=0)(state)
+    assert not np.array_equal(moved.params["embedding"], kept["embedding"])
+    jax.tree.map(np.testing.assert_array_equal, loaded, kept)
+
+
+def test_a_real_ctrl_c_in_a_process_of_its_own():
+    """The second one must get through although the step never ends, as a compiled program that hangs would not."""
+    program = """
+        import os, signal, time
+        from instructax import training
+        with training.Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+            print("asked", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
+    assert done.stdout == "asked\n" and done.stderr.rstrip().endswith("KeyboardInterrupt")
