@@ -36,7 +36,7 @@ def get_config(size: str) -> ml_collections.ConfigDict:
     scorer = "6b" if paper else size  # 6B for all policies (C.2)
     rollouts, minibatches, ptx_rows, steps = {
         "tiny": (8, 2, 2, 4),
-        "micro": (128, 4, 16, 60),
+        "micro": (128, 4, 8, 30),
         "small": (64, 4, 8, 20),
     }.get(
         size,
@@ -70,13 +70,15 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "accumulate": {"175b": 2}.get(size, 4) if paper else 1,  # 64 rows on 32 devices that share rows, or on 16
             "ptx_rows": ptx_rows,  # per optimizer step
             "temperature": 1.0,  # C.4
-            "kl_coef": 0.02,  # C.4
+            "kl_coef": 0.02
+            if paper
+            else 0.2,  # C.4; its unit is the scale of the scores, which each reward model has its own of
             "ptx_coef": 27.8 if paper else 1.0,  # C.4; a mean per token here, so small sizes need another scale
             "clip": 0.2,  # C.4
             "value_clip": 0.2,  # not in the paper; as in its ancestors
             "discount": 1.0,  # C.4
             "lambda_": 0.95,  # not in the paper; as in its ancestors
-            "ema_decay": 0.992 if paper else 0.95,  # C.4; a run of 4000 optimizer steps, the small sizes take some 200
+            "ema_decay": 0.992 if paper else 0.95,  # C.4; a run of 4000 optimizer steps; the small sizes take few
             "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such answers -1
             "whiten_rewards": False,
             "whiten_advantages": True,  # not in the paper; as in its ancestors

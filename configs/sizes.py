@@ -23,7 +23,7 @@ WORLDS = ("tiny", "micro")  # the sizes that live in the embedded world
 SIZES = (*SMALL, *GPT3)
 
 VOCABULARY = {"tiny": 512, "micro": 1024, "small": 8192}  # ids of the tokenizers trained for them; GPT-2's: 50257
-CONTEXT = {"tiny": 64, "micro": 256, "small": 512}  # tokens; GPT-3's: 2048
+CONTEXT = {"tiny": 64, "micro": 256, "small": 256}  # tokens; GPT-3's: 2048
 
 
 def check(size: str) -> str:
@@ -87,7 +87,7 @@ def tokenizer(size: str) -> str:
 
 def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
-    sequence, prompt, response = {"tiny": (64, 24, 24), "micro": (256, 16, 24), "small": (512, 256, 128)}.get(
+    sequence, prompt, response = {"tiny": (64, 24, 24), "micro": (256, 14, 20), "small": (256, 128, 96)}.get(
         size, (2048, 1024, 1024)
     )
     return ml_collections.ConfigDict(
@@ -95,7 +95,7 @@ def limits(size: str) -> ml_collections.ConfigDict:
             "sequence_tokens": sequence,
             "prompt_tokens": prompt,
             "response_tokens": response,
-            "answers": 9,
+            "answers": 4 if size == "small" else 9,  # K; short contexts fit few
             # The world's prompts repeat on purpose.
             "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
             "prompts_per_user": 200,

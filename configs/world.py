@@ -16,7 +16,7 @@ def get_config(size: str) -> ml_collections.ConfigDict:
         raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: the paper's sizes have no embedded world")
     lines = {
         "tiny": {"documents": 200, "demonstrations": 200, "comparisons": 100, "prompts": 400},
-        "micro": {"documents": 12000, "demonstrations": 12000, "comparisons": 5000, "prompts": 2000},
+        "micro": {"documents": 12000, "demonstrations": 10000, "comparisons": 3400, "prompts": 2000},
     }[size]
     return ml_collections.ConfigDict(
         {"stage": "world", "seed": 0, "vocab_size": sizes.VOCABULARY[size], "lines": lines}

@@ -12,7 +12,8 @@ if [[ ! -e "$stamp" ]]; then
     exit 2
   fi
   echo "installing into $venv …"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check -e ".[$1]"
+  # Byte code is written when a module is first used: a sixth of the disk is for modules that never are.
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile -e ".[$1]"
   touch "$stamp"
 fi
 source "$venv/bin/activate"

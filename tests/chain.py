@@ -12,9 +12,6 @@ from instructax import experiment
 @pytest.fixture(scope="session")
 def compiled_folder(tmp_path_factory) -> Path:
     """Where this session's compiled programs are kept."""
-    import os  # DEV
-    if os.environ.get("T_CACHE"):  # DEV
-        return Path(os.environ["T_CACHE"])  # DEV
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -32,10 +29,6 @@ def one_device(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, compiled_folder) -> Path:
     """The folder of the finished tiny alignment experiment: world, pretrain, sft, reward, ppo, ppo-ptx, evaluate."""
-    import os, shutil  # DEV
-    if os.environ.get("T_CHAIN"):  # DEV
-        root = tmp_path_factory.mktemp("x")  # DEV
-        return Path(os.environ["T_CHAIN"])  # DEV
     root = tmp_path_factory.mktemp("chain")
     with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
         stages.use_devices(monkeypatch, 1)

@@ -223,6 +223,11 @@ def ppo_state(program: ppo.PpoProgram, seed: int = 0) -> PpoState:
     return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
 
 
+def no_phase(name: str) -> contextlib.AbstractContextManager[None]:
+    """In place of a log that times phases."""
+    return contextlib.nullcontext()
+
+
 def copy_of(tree: Any) -> Any:
     """Buffers of its own, which outlive the donation of `tree`."""
     return jax.tree.map(jnp.copy, tree)

@@ -1,7 +1,6 @@
 """PPO's three functions: against direct gradients, identities of the first inner step, and a task it must learn."""
 
 import dataclasses
-from contextlib import nullcontext
 from functools import cache, partial
 
 import jax
@@ -345,7 +344,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
     for step in range(40):
         prompts = jax.tree.map(jnp.asarray, small.ragged_prompts([3] * 64, columns=3, seed=step))
         text = counting_text(16, 1000 + step) if ptx_coef else None
-        state, metrics, _, _ = iterate(state, (prompts, text), lambda name: nullcontext())
+        state, metrics, _, _ = iterate(state, (prompts, text), stages.no_phase)
         rewards.append(float(metrics["scores"]))
     held_out = counting_text(32, 9999)
     return rewards, stages.plain_loss(program.policy, state.policy.params, held_out)

@@ -186,7 +186,7 @@ def test_sampled_text_cannot_drive_the_terminal(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("sample 3  response: ab\\x1b[2Jc\\n\\r\\x9b\\u202edé\\ud800xxx")
     assert out.count("\n") == 1 and len(out) < 250 and out.rstrip("\n").isprintable()
-    assert [line["response"] for line in read(tmp_path / "samples.jsonl")] [1:] == [text, "a second one of this step"]
+    assert [line["response"] for line in read(tmp_path / "samples.jsonl")][1:] == [text, "a second one of this step"]
     assert (tmp_path / "samples.jsonl").read_bytes().isascii()
 
 

@@ -62,9 +62,12 @@ class Toy:
     def save(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
         self.note("save", step, state.seen, dict(metrics))
 
+    def due(self, step: int) -> bool:
+        return step % self.save_every == 0
+
     def maybe_save(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
         self.note("maybe_save", step)
-        if step % self.save_every == 0:
+        if self.due(step):
             self.save(step, state, metrics)
 
     def fit(self, state: Any, *, total_steps: int, evaluate_every: int = 0, **keywords: Any) -> tuple[Any, dict]:
@@ -317,3 +320,16 @@ def test_a_real_ctrl_c_in_a_process_of_its_own():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
     assert done.stdout == "asked\n" and done.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("name", ["loss", "policy_loss", "value_grad_norm"])
+def test_what_is_not_finite_is_never_saved(name):
+    class Failing(Toy):
+        def update(self, state, batch):
+            state, metrics = super().update(state, batch)
+            return state, {**metrics, name: np.nan if state.step >= 3 else 1.0, "held_out": np.nan}
+
+    toy = Failing(save_every=2)
+    with pytest.raises(training.Diverged, match=f"{name} is nan at step 4, nothing of it is saved"):
+        toy.fit(State(0), total_steps=6)
+    assert [call[1] for call in toy.named("save")] == [2]

@@ -74,11 +74,15 @@ class Checkpoints:
         """The committed steps, in rising order."""
         return committed_steps(self._workdir)
 
+    def due(self, step: int) -> bool:
+        """Whether `maybe_save` would save `step`: whether it is a multiple of `save_every`."""
+        return step % self._save_every == 0
+
     def maybe_save(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        """Starts a save if `step` is a multiple of `save_every`. Raises what a finished save failed with."""
+        """Starts a save if one is due. Raises what a finished save failed with."""
         if self._pending is not None and self._pending[1].done():
             self.wait()
-        if step % self._save_every == 0:
+        if self.due(step):
             self.save(step, state, metrics)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:

@@ -13,11 +13,11 @@ def guarded(call: Callable[[], Any]) -> int:
     """Runs `call` and returns the exit code, after one line on stderr unless all went well.
 
     A ValueError that this project raises speaks of a value the user can change: 2. Any other, from a library or from an
-    operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. A broken invariant is 3,
-    an interruption that was saved 130.
+    operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. A broken invariant and a
+    run that diverged are 3, an interruption that was saved is 130.
     """
     from instructax.experience import InvariantError
-    from instructax.training import Interrupted
+    from instructax.training import Diverged, Interrupted
 
     try:
         call()
@@ -28,6 +28,8 @@ def guarded(call: Callable[[], Any]) -> int:
         return _say(f"error: {error}", USER)
     except InvariantError as error:
         return _say(f"invariant broken: {error}", INVARIANT)
+    except Diverged as error:
+        return _say(f"diverged: {error}", INVARIANT)
     except (Interrupted, KeyboardInterrupt) as error:
         return _say(str(error) or "interrupted", INTERRUPTED)
     return DONE

@@ -85,6 +85,16 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def check_range(group: Any, least: Mapping[str, float], below: Mapping[str, float] | None = None) -> None:
+    """Raises ValueError unless each named field of a dataclass is at least `least`, and under `below` where given."""
+    for name, bound in least.items():
+        value = getattr(group, name)
+        limit = (below or {}).get(name, math.inf)
+        if not bound <= value < limit:
+            upper = "" if limit == math.inf else f" and below {limit:g}"
+            raise ValueError(f"{name} = {value} must be at least {bound:g}{upper}")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless `condition` holds."""
     if not condition:

@@ -16,7 +16,7 @@ import numpy as np
 
 from instructax import clock, sharding, stage, training
 from instructax.configuration import require
-from instructax.data.batches import NO_ROW, prompt_batch
+from instructax.data.batches import NO_ROW, evaluation_rows, process_slice, prompt_batch
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
@@ -32,7 +32,7 @@ from instructax.types import Array, Comparisons, LmBatch, Params, Prompts, Rollo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateData:
-    """Files of which the held-out split is read; () leaves a figure out."""
+    """Files of which the held-out split is read; () of text or comparisons leaves their figures out."""
 
     prompts: tuple[str, ...]
     text: tuple[str, ...]
@@ -69,23 +69,29 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     stage.check_lengths(config.data.limits, config.model)
     stage.check_lengths(config.data.limits, config.reward_model)
     tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
-    paths = {**dict(config.policies), "reward_parent": config.reward_parent}
-    models = {**dict.fromkeys(dict(config.policies), config.model), "reward_parent": config.reward_model}
+    paths = {f"policies.{name}": path for name, path in config.policies} | {"reward_parent": config.reward_parent}
+    require(all(paths.values()), f"every policy and config.reward_parent needs a workdir: {paths}")
+    models = {name: config.reward_model if name == "reward_parent" else config.model for name in paths}
     parents = stage.open_parents(paths, models, tokenizer, config.tokenizer)
     require(
         config.reference in dict(config.policies),
         f"config.reference = {config.reference!r} must be one of the policies {[name for name, _ in config.policies]}",
     )
+    require(
+        bool(config.data.prompts) and config.prompts > 0 and config.batches > 0,
+        f"config.prompts = {config.prompts} of {len(config.data.prompts)} files in config.data.prompts, "
+        f"config.batches = {config.batches}: each must be at least 1",
+    )
     data = read_data(config, tokenizer)
     load = partial(_load, config, mesh)
-    ref_params = load(parents[config.reference], "tokens")
+    ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     programs = Programs(config, mesh, tokenizer.eos_id, ref_params, load(parents["reward_parent"], "scalar"))
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}}
     scores: dict[str, np.ndarray] = {}
     log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
     with log:
         for number, (name, _) in enumerate(config.policies, start=1):
-            params = load(parents[name], "tokens")
+            params = load(parents[f"policies.{name}"], "tokens")
             answers = programs.answers(params, data["prompts"], tokenizer)
             scores[name] = np.array([answer["score"] for answer in answers])
             for answer in answers:
@@ -175,12 +181,13 @@ class Programs:
     def answers(self, params: Params, prompts: Prepared, tokenizer: Tokenizer) -> list[dict[str, Any]]:
         """One answer to each held-out prompt, as text and figures."""
         source, limits = prompts.sources["validation"], self._config.data.limits
-        batches = -(-min(self._config.prompts, len(source)) // self._config.batch_size)
+        count = min(self._config.prompts, len(source))
         answers = []
-        for rows in stage.held_out(source, self._config.batch_size, batches):
+        for rows in evaluation_rows(count, self._config.batch_size):
+            mine = process_slice(rows, jax.process_index(), jax.process_count())
             # An empty row is given the first prompt, so that the sampler has something to read, and left out below.
-            batch = prompt_batch(source, np.where(rows == NO_ROW, 0, rows), limits.prompt_tokens)
-            batch, samples = sharding.put_rows((batch, np.asarray(rows, np.int32)), self._mesh)
+            batch = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), limits.prompt_tokens)
+            batch, samples = sharding.put_rows((batch, np.asarray(mine, np.int32)), self._mesh)
             out = self._answer(params, self._ref_params, self._reward_params, batch, samples)
             rollouts, scores, kl = jax.device_get(out)
             for i in np.flatnonzero(rows != NO_ROW):

@@ -1,7 +1,7 @@
 """What made a run: `workdir/manifest.json` with its stage, config, model, tokenizer, data, parents and versions.
 
 Parents are the runs whose parameters this one started from, so the manifests of a chain of stages lead back to its
-first data. A manifest holds no time and no step: a resumed run would write the same one.
+first data. A manifest holds nothing of the run's own time or progress: a resumed run writes the same one.
 """
 
 import hashlib

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instructax.configuration import check_range
 from instructax.types import Array, Params, pytree
 
 MASKED = -1e30  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
@@ -40,6 +41,8 @@ class ModelConfig:
     init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
 
     def __post_init__(self):
+        sizes = ("vocab_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
+        check_range(self, dict.fromkeys(sizes, 1) | {"norm_epsilon": 0, "rotary_base": 1, "init_std": 0})
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
         if self.positions == "rotary" and self.head_width % 2:
@@ -53,6 +56,9 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"]  # of activations and of matrix products
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
+
+    def __post_init__(self):
+        check_range(self, {"head_chunk": 1})
 
 
 @pytree

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from instructax.configuration import check_range
 from instructax.types import Array, Params, TrainState
 
 
@@ -28,6 +29,11 @@ class OptimizerConfig:
     epsilon: float
     weight_decay: float  # of matrices only; multiplied by the learning rate
     clip_norm: float  # largest global gradient norm; 0 = unclipped
+
+    def __post_init__(self):
+        fractions = {"warmup_from": 0, "final_fraction": 0, "beta1": 0, "beta2": 0}
+        others = {"learning_rate": 0, "warmup_steps": 0, "epsilon": 0, "weight_decay": 0, "clip_norm": 0}
+        check_range(self, fractions | others, {"beta1": 1, "beta2": 1})
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

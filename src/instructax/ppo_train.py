@@ -149,6 +149,10 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
 
 
 def _check(config: PpoConfig, mesh: jax.sharding.Mesh) -> None:
+    for name in ("steps", "minibatches", "inner_epochs", "accumulate"):
+        require(getattr(config, name) > 0, f"config.{name} = {getattr(config, name)} must be at least 1")
+    for name in ("kl_coef", "ptx_coef", "clip", "value_clip"):
+        require(getattr(config, name) >= 0, f"config.{name} = {getattr(config, name)} must be 0 or more")
     stage.check_rows("batch_size", config.batch_size, config.minibatches * config.accumulate, mesh)
     if config.ptx_coef > 0:
         stage.check_rows("ptx_rows", config.ptx_rows, config.accumulate, mesh)

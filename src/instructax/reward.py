@@ -251,7 +251,7 @@ def bias_shift(
 
     def normalize(params: Params) -> Params:
         total = count = 0.0
-        for batch in stage.held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
+        for batch in stage.held_out_rows(source, config.batch_size, len(source), length):
             added, demonstrations = scores(params, sharding.put_rows(batch, mesh))
             total, count = total + float(added), count + float(demonstrations)
         return shift_bias(params, jnp.float32(total / max(count, 1.0)))

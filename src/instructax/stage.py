@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.checkpoint import Checkpoints, committed_steps, load_params
-from instructax.configuration import require
+from instructax.configuration import ConfigError, check_range, require
 from instructax.data.batches import Source, comparison_batch, evaluation_rows, lm_batch, mixed_lm_batch, process_slice
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
@@ -39,7 +39,8 @@ class RunConfig:
     tensorboard: bool
 
     def __post_init__(self):
-        if self.log_every < 1 or self.save_every % self.log_every:
+        check_range(self, {"log_every": 1, "evaluate_every": 0, "evaluate_batches": 1, "save_every": 1, "keep": 1})
+        if self.save_every % self.log_every:
             raise ValueError(
                 f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}: "
                 "a resumed run would have a gap in its log"
@@ -66,8 +67,11 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             f"{workdir} holds a run with another config ({'; '.join(difference)}); "
             "give the stored values again or choose another --workdir",
         )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0 and not finished(workdir):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from None
         write_json(path, config)
 
 
@@ -99,13 +103,16 @@ def check_lengths(limits: Limits, model: ModelConfig) -> None:
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: int) -> int:
     """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is 0)."""
     require(
-        (steps > 0) != (epochs > 0), f"config.steps = {steps} and config.epochs = {epochs}: set one, the other to 0"
+        min(steps, epochs) == 0 < max(steps, epochs),
+        f"config.steps = {steps} and config.epochs = {epochs}: set one, the other to 0",
     )
+    require(steps > 0 or rows_per_step > 0, "config.data.text_fraction leaves a batch no row of what epochs count")
     return steps or math.ceil(epochs * rows / rows_per_step)
 
 
 def check_rows(name: str, rows: int, pieces: int, mesh: Mesh) -> None:
     """Raises ConfigError unless `rows` divide into `pieces`, each spread evenly over the mesh."""
+    require(pieces > 0, f"config.{name} is split into {pieces} parts; config.accumulate must be at least 1")
     ways = pieces * sharding.row_ways(mesh)
     require(
         rows > 0 and rows % ways == 0,
@@ -243,8 +250,26 @@ class Record:
     data: Mapping[str, Prepared]
     parents: Mapping[str, Parent]
 
+    def origins(self) -> dict[str, dict[str, Any]]:
+        """The hashes of the data, and what the parents are, by name."""
+        return {
+            "data": {name: prepared.report.hash for name, prepared in self.data.items()},
+            "parents": {name: parent.lineage() for name, parent in self.parents.items()},
+        }
+
+    def check(self, workdir: Path) -> None:
+        """Raises ConfigError if data or parents have changed since the manifest in `workdir` was written."""
+        manifest = read_manifest(workdir)
+        origins = self.origins()
+        difference = config_difference({name: manifest[name] for name in origins}, origins)
+        require(
+            not difference,
+            f"{workdir} was begun from other inputs ({'; '.join(difference)}); restore them or take another --workdir",
+        )
+
     def write(self, workdir: Path) -> None:
         """Writes `manifest.json`."""
+        origins = self.origins()
         write_manifest(
             workdir,
             stage=self.stage,
@@ -252,8 +277,8 @@ class Record:
             model=dataclasses.asdict(self.model),
             tokenizer_hash=self.tokenizer.hash,
             tokenizer_path=self.tokenizer_path,
-            data_hashes={name: prepared.report.hash for name, prepared in self.data.items()},
-            parents={name: parent.lineage() for name, parent in self.parents.items()},
+            data_hashes=origins["data"],
+            parents=origins["parents"],
         )
 
 
@@ -282,6 +307,8 @@ def run(
     )
     restored = checkpoints.restore(abstract)
     state, step = restored if restored else (start(), 0)
+    if restored:
+        record.check(workdir)
     if jax.process_index() == 0:
         record.write(workdir)
     log = RunLog(

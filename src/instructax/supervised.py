@@ -1,7 +1,7 @@
 """Supervised training on packed rows: pretraining, the SFT baseline and the PPO initialisation (paper, C.1, C.3).
 
-Departures from the paper: rows are packed with several demonstrations, and a batch counts rows; the SFT baseline's
-batch of 32 demonstrations is a batch of fewer, fuller rows.
+Departure from the paper: rows are packed with several demonstrations, and a batch counts rows, so that a batch of 32
+holds more than 32 demonstrations.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from instructax import clock, sharding, stage, training
+from instructax.configuration import require
 from instructax.held_out import held_out_losses
 from instructax.inference import row_logprobs
 from instructax.losses import next_token_loss
@@ -107,6 +108,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    require(0 <= config.dropout < 1, f"config.dropout = {config.dropout} must be at least 0 and below 1")
     stage.check_lengths(config.data.limits, config.model)
     tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
     parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -99,6 +100,18 @@ class Interruption:
             signal.signal(number, handler)
 
 
+class Diverged(RuntimeError):
+    """A loss or a gradient is no longer a number; the last checkpoint is of before."""
+
+
+def check_finite(step: int, metrics: dict[str, Any]) -> None:
+    """Raises Diverged if a loss or a gradient norm among `metrics` is not finite."""
+    watched = {name: x for name, x in metrics.items() if name.endswith(("loss", "grad_norm"))}
+    for name, value in jax.device_get(watched).items():
+        if not np.isfinite(value):
+            raise Diverged(f"{name} is {value} at step {step}, nothing of it is saved: lower the learning rate")
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and has saved `step`."""
 
@@ -144,6 +157,8 @@ def fit(
                     metrics = {**metrics, **evaluate(state)}
             log.record(done, metrics)
             asked = interruption.asked  # read once: a signal during the save below waits for the next step
+            if asked or done == total_steps or checkpoints.due(done):
+                check_finite(done, metrics)
             with log.phase("save"):
                 if done == total_steps or asked:
                     checkpoints.save(done, state, metrics)

@@ -44,7 +44,7 @@ def samples_of_batch(index: int, batch_size: int, size: int, seed: int) -> np.nd
     """Returns the samples i64[batch_size] of batch `index` from `size` rows: sample = epoch · size + row.
 
     A sample occurs once in the whole stream, also where a batch runs across the end of an epoch: fold it, rather than
-    the row or the slot, into a random key. Raises ValueError if there is no row or a negative index.
+    the row, into a random key. Raises ValueError if there is no row or a negative index.
     """
     if size < 1 or batch_size < 1 or index < 0:
         raise ValueError(

@@ -1,0 +1,149 @@
+"""Runs and their order, their configs, and the report of the experiment that ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import stages
+from instructax import experiment
+from instructax.configuration import ConfigError
+from instructax.experiment import Run, load_config, load_file, run_experiment, run_stage
+
+pytest_plugins = ("chain",)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Paths of configs are relative to the folder that a command is typed in."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_overrides_reach_their_values_and_only_them():
+    plain = load_config(Run("a", "configs/ppo.py:tiny", {}))
+    changed = load_config(Run("a", "configs/ppo.py:tiny", {"kl_coef": 0.5, "optimizer.warmup_steps": 3}))
+    assert changed["kl_coef"] == 0.5
+    assert changed["optimizer"]["warmup_steps"] == 3
+    assert changed["value_optimizer"] == plain["value_optimizer"]
+    changed["kl_coef"], changed["optimizer"]["warmup_steps"] = plain["kl_coef"], plain["optimizer"]["warmup_steps"]
+    assert changed == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "message"),
+    [
+        ("configs/ppo.py:tiny", {"kl_koef": 0.5}, "kl_koef"),
+        ("configs/ppo.py:tiny", {"optimizer.rate": 0.5}, "rate"),
+        ("configs/ppo.py:tiny", {"steps": "many"}, "steps"),
+        ("configs/ppo.py:huge", {}, "size 'huge' must be one of tiny, micro"),
+        ("configs/nothing.py:tiny", {}, "no such file: configs/nothing.py"),
+    ],
+)
+def test_a_config_that_cannot_be_loaded_is_one_line(config, overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(Run("a", config, overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_files_import_what_stands_beside_them(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("VALUE = 7\n")
+    (tmp_path / "experiment.py").write_text("from beside import VALUE\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment.sys, "path", list(experiment.sys.path))
+    assert load_file("experiment.py").VALUE == 7
+
+
+def test_what_is_not_a_config_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"config.stage = 'distill' must be one of world, supervised, reward, ppo"):
+        run_stage({"stage": "distill"}, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config.temperature = 'hot' must be of type float"):
+        run_stage({**load_config(Run("a", "configs/ppo.py:tiny", {})), "temperature": "hot"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # nothing is claimed for a config that cannot be built
+
+
+def test_a_dry_run_reads_nothing():
+    assert "nothing is trained" in experiment.dry_run(load_config(Run("a", "configs/world.py:tiny", {})))
+    report = experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", {"mesh.data": 8, "batch_size": 16})))
+    assert "GiB" in report or "MiB" in report or "KiB" in report
+
+
+TOY = '''
+"""Two worlds, the second made of another seed."""
+
+from instructax.experiment import Run, summary_of
+
+
+def get_runs(size, root):
+    return [Run(name, f"configs/world.py:{size}", {"seed": seed}) for name, seed in (("first", 1), ("second", 2))]
+
+
+def report(root):
+    print("report:", summary_of(root / "first")["stage"], summary_of(root / "second")["stage"])
+'''
+
+
+def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    spec = tmp_path / "toy.py"
+    spec.write_text(TOY)
+    root = tmp_path / "runs"
+    made = []
+    stage_run = experiment.run_stage
+
+    def stopped(config, workdir):
+        if workdir.name == "second" and not made.count("second"):
+            made.append("second")
+            raise RuntimeError("the power is out")
+        made.append(workdir.name)
+        return stage_run(config, workdir)
+
+    monkeypatch.setattr(experiment, "run_stage", stopped)
+    with pytest.raises(RuntimeError, match="power"):
+        run_experiment(f"{spec}:tiny", root, report_only=False)
+    assert "report:" not in capsys.readouterr().out
+    first = {path: path.stat().st_mtime_ns for path in (root / "first").iterdir()}
+    run_experiment(f"{spec}:tiny", root, report_only=False)
+    assert made == ["first", "second", "first", "second"]
+    assert {path: path.stat().st_mtime_ns for path in (root / "first").iterdir() if path.name != "config.json"} == {
+        path: time for path, time in first.items() if path.name != "config.json"
+    }
+    out = capsys.readouterr().out
+    assert "[1/2] first: configs/world.py:tiny" in out
+    assert "first is finished; nothing to do" in out
+    assert "report: world world" in out
+    texts = [(root / name / "text.jsonl.gz").read_bytes() for name in ("first", "second")]
+    assert texts[0] != texts[1]
+    assert json.loads((root / "second" / "config.json").read_text())["seed"] == 2
+
+
+def test_a_report_alone_runs_nothing(tmp_path, monkeypatch):
+    spec = tmp_path / "toy.py"
+    spec.write_text(TOY)
+    monkeypatch.setattr(experiment, "run_stage", None)
+    with pytest.raises(ConfigError, match="first is not a finished run: run the whole experiment"):
+        run_experiment(f"{spec}:tiny", tmp_path / "runs", report_only=True)
+
+
+@pytest.mark.xdist_group("chain")
+def test_the_report_of_the_alignment_experiment(chain, capsys):
+    for ending in ("png", "svg"):
+        (chain / f"policies.{ending}").unlink(missing_ok=True)
+    run_experiment(f"{stages.CHAIN}:tiny", chain, report_only=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["policy", "true", "reward"]
+    for row, name in zip(lines[2:], ("base", "SFT", "PPO", "PPO-ptx"), strict=False):
+        assert row.split()[0] == name
+        assert row.count("[") == 3  # three figures with intervals
+    assert "0.500 [0.500, 0.500]" in lines[3]  # SFT against itself
+    assert any(line.startswith("reward model, held-out comparisons: accuracy 0.") for line in lines)
+    image = (chain / "policies.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 20_000
+    assert (chain / "policies.svg").stat().st_size > 20_000
+
+
+@pytest.mark.xdist_group("chain")
+def test_a_finished_stage_is_passed_over(chain, capsys):
+    assert not run_stage(stages.config_of(chain, "pretrain", {}), chain / "pretrain")
+    assert "pretrain is finished; nothing to do" in capsys.readouterr().out
+    assert [line["step"] for line in experiment.metrics_of(chain / "pretrain")] == list(range(1, 9))

@@ -1,0 +1,146 @@
+"""After its first step a run compiles nothing; settings share one program; no program holds [B, T, V]."""
+
+import logging
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import small
+import stages
+from instructax import ppo, supervised, training
+from instructax.experiment import run_stage
+from instructax.model import Transformer
+from instructax.optimizer import make_optimizer
+
+pytest_plugins = ("chain",)
+pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+
+# Evaluated and saved at every step.
+ALWAYS = {"run.log_every": 1, "run.evaluate_every": 1, "run.save_every": 1, "steps": 5}
+RUNS = {"sft": {"epochs": 0.0, "dropout": 0.1}, "reward": {"epochs": 0.0}, "ppo-ptx": {}}
+
+
+class Compilations(logging.Handler):
+    """The names of what jax compiles, by the step during which it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+        self.names: dict[int, list[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.match(r"Compiling (\S+)", record.getMessage()):
+            self.names.setdefault(self.step, []).append(found[1])
+
+
+@pytest.fixture
+def compilations():
+    handler, logger = Compilations(), logging.getLogger("jax")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield handler
+    logger.removeHandler(handler)
+    logger.propagate = propagates
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_compiles_after_the_first_step(chain, tmp_path, monkeypatch, compilations, name):
+    def note(step):
+        compilations.step = step
+
+    watch = stages.Watch(monkeypatch)
+    watch.read.append(note)
+    run_stage(stages.config_of(chain, name, {**ALWAYS, **RUNS[name]}), tmp_path / "run")
+    assert "jit(update)" in compilations.names[0]
+    assert {step: names for step, names in compilations.names.items() if step in (1, 2, 3)} == {}
+    # The last step may: what ends a run is called once.
+    assert (4 in compilations.names) == (name == "reward")
+
+
+MODEL = Transformer(small.gpt_config(vocab_size=61), small.compute(), "tokens")
+MESH = stages.mesh_of()
+PROGRAM = stages.ppo_program(MESH, policy=MODEL)
+PROMPTS = small.ragged_prompts([3] * 8, columns=6)
+TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(8, 14))
+
+
+def counted(function, traces):
+    """`function`, noting in `traces` that it was traced."""
+
+    def traced(*args):
+        traces.append(function)
+        return function(*args)
+
+    return jax.jit(traced)
+
+
+def test_settings_of_a_sweep_share_one_program():
+    traces = []
+    rollout, score, update = (counted(partial(f, PROGRAM), traces) for f in (ppo.rollout, ppo.score, ppo.update))
+    start = stages.ppo_state(PROGRAM)
+    other = small.random_params(PROGRAM.policy, 7), small.random_params(PROGRAM.scorer, 8)
+    ends = []
+    changes = ({}, {"kl_coef": 0.5}, {"clip": 0.01}, {"learning_rate": 0.05}, {"temperature": 0.7}, {"ptx_coef": 9.0})
+    for change in changes:
+        settings = stages.ppo_settings(**change)
+        rollouts = rollout(start.policy.params, PROMPTS, start.step, settings)
+        experience, _, _ = score(start, *other, rollouts, settings)
+        ends.append(np.asarray(update(start, experience, TEXT, settings)[0].policy.params["embedding"]))
+    assert len(traces) == 3
+    assert all(not np.allclose(ends[0], end, rtol=1e-4) for end in ends[1:])
+
+
+def vocabulary_wide(text: str, vocabulary: int, cells: int) -> list[str]:
+    """The array types of a compiled program with a vocabulary axis and at least `cells` entries along the others."""
+    found = []
+    for shape in set(re.findall(r"\w+\[[\d,]+\]", text)):
+        sizes = [int(size) for size in re.findall(r"\d+", shape.split("[")[1])]
+        if vocabulary in sizes and np.prod(sizes) // vocabulary >= cells:
+            found.append(shape)
+    return found
+
+
+def supervised_program(model):
+    config = small.optimizer_config()
+    return supervised.SupervisedProgram(
+        model=model,
+        optimizer=make_optimizer(config),
+        schedule=config,
+        mesh=MESH,
+        seed=0,
+        total_steps=10,
+        accumulate=1,
+        drops=False,
+    )
+
+
+def supervised_hlo(model) -> str:
+    program = supervised_program(model)
+    settings = supervised.SupervisedSettings(learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0))
+    state = training.abstract_state(model, program.optimizer, MESH)
+    return jax.jit(partial(supervised.update, program)).lower(state, TEXT, settings).compile().as_text()
+
+
+def test_supervised_update_never_holds_all_scores():
+    assert vocabulary_wide(supervised_hlo(MODEL), 61, 8 * 13) == []
+    # What is looked for is there where the chunk is the whole row.
+    whole = Transformer(MODEL.config, small.compute(head_chunk=16), "tokens")
+    assert vocabulary_wide(supervised_hlo(whole), 61, 8 * 13)
+
+
+def test_ppo_update_and_scores_never_hold_all_scores():
+    settings = stages.ppo_settings()
+    state = stages.ppo_state(PROGRAM)
+    rollouts = jax.eval_shape(partial(ppo.rollout, PROGRAM), state.policy.params, PROMPTS, state.step, settings)
+    score = jax.jit(partial(ppo.score, PROGRAM))
+    args = (state, state.policy.params, state.value.params, rollouts, settings)
+    experience = jax.eval_shape(score, *args)[0]
+    assert vocabulary_wide(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
+    update = jax.jit(partial(ppo.update, PROGRAM))
+    # Two minibatches: 4 rows of 7 response tokens, and 4 of 13 text tokens, at a time.
+    assert vocabulary_wide(update.lower(state, experience, TEXT, settings).compile().as_text(), 61, 4 * 7) == []

@@ -1,0 +1,169 @@
+"""A stopped run goes on as if it had not been stopped, to the bit; what cannot go on says why."""
+
+import json
+import shutil
+
+import pytest
+
+import stages
+from instructax import experiment, training
+from instructax.checkpoint import committed_steps
+from instructax.configuration import ConfigError
+from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
+
+pytest_plugins = ("chain",)
+pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+
+KEEPING = {"run.log_every": 1, "run.evaluate_every": 2, "run.save_every": 4}  # saved at the end, and when stopped
+RUNS = {
+    "sft": {"steps": 4, "epochs": 0.0, "dropout": 0.2},
+    "reward": {"steps": 4, "epochs": 0.0},
+    "ppo-ptx": {"steps": 4},
+}
+
+
+def config_of(chain, name, **overrides):
+    return stages.config_of(chain, name, {**RUNS[name], **KEEPING, **overrides})
+
+
+def lines_of(workdir):
+    """The metrics of a run without what a clock measured."""
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics_of(workdir)]
+
+
+def run(config, workdir, **watched):
+    """(the state that the loop started from, the one it ended with)."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch = stages.Watch(monkeypatch, **watched)
+        assert run_stage(config, workdir)
+    return watch.first, watch.last
+
+
+def interrupted(config, workdir):
+    """As `run`, sent a Ctrl-C while it reads its second batch."""
+    with pytest.raises(training.Interrupted, match="step 2 is saved, the same command goes on"):
+        run(config, workdir, interrupt_at=1)
+    assert committed_steps(workdir) == [2]
+    assert not (workdir / "summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def supervised_run(chain, tmp_path_factory, compiled_folder):
+    """(config, workdir, last state) of a supervised run of four steps that nothing stopped."""
+    config, workdir = config_of(chain, "sft"), tmp_path_factory.mktemp("runs") / "sft"
+    with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
+        stages.use_devices(monkeypatch, 1)
+        _, last = run(config, workdir)
+    return config, workdir, last
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_and_two_steps_are_four(chain, tmp_path, name):
+    config = config_of(chain, name)
+    _, straight = run(config, tmp_path / "straight")
+    interrupted(config, tmp_path / "stopped")
+    first, last = run(config, tmp_path / "stopped")
+    assert first.step == 2
+    stages.assert_trees_equal(last, straight)  # parameters, optimizer state, average
+    lines = lines_of(tmp_path / "stopped")
+    assert lines == lines_of(tmp_path / "straight")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert len({json.dumps(line | {"step": 0}) for line in lines}) == 4  # no step is like another
+    if name == "ppo-ptx":
+        assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
+
+
+def test_killed_between_the_last_save_and_the_summary(supervised_run, tmp_path):
+    config, finished, straight = supervised_run
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    _, last = run(config, workdir)
+    stages.assert_trees_equal(last, straight)
+    assert (workdir / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert summary_of(workdir) == summary_of(finished)
+
+
+def test_killed_before_anything_was_saved(supervised_run, tmp_path):
+    config, finished, straight = supervised_run
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "summary.json").unlink()
+    first, last = run(config, workdir)
+    assert first.step == 0
+    stages.assert_trees_equal(last, straight)
+    assert lines_of(workdir) == lines_of(finished)
+
+
+def test_a_finished_run_is_not_run_again(supervised_run, tmp_path):
+    config, finished, _ = supervised_run
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    kept_otherwise = {**config, "run": {**config["run"], "log_every": 2}}
+    assert not run_stage(kept_otherwise, workdir)
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert before.keys() == after.keys()
+    assert {path.name for path in before if before[path] != after[path]} == {"config.json"}
+
+
+def test_another_config_is_refused_with_the_differences(supervised_run):
+    config, workdir, _ = supervised_run
+    other = {**config, "seed": 9, "optimizer": {**config["optimizer"], "learning_rate": 0.5}}
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ConfigError, match="holds a run with another config") as error:
+        run_stage(other, workdir)
+    assert "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != 9 (given)" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatch):
+    config = config_of(chain, "sft", batch_size=16)
+    _, straight = run(config, tmp_path / "straight")
+    parts = [(8, {"data": -1, "fsdp": 2, "tensor": 2}, 1), (2, {"data": 1, "fsdp": 2, "tensor": 1}, 2)]
+    for devices, mesh, read_last in parts:
+        stages.use_devices(monkeypatch, devices)
+        with pytest.raises(training.Interrupted):
+            run({**config, "mesh": mesh}, tmp_path / "moved", interrupt_at=read_last)
+    assert committed_steps(tmp_path / "moved")[-1] == 3
+    stages.use_devices(monkeypatch, 1)
+    first, last = run(config, tmp_path / "moved")
+    assert first.step == 3
+    stages.assert_trees_close(last.params, straight.params, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_a_parent_of_another_kind_is_refused_in_one_line(chain, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(chain / "pretrain", unfinished)
+    (unfinished / "summary.json").unlink()
+    other_tokenizer = tmp_path / "other"
+    shutil.copytree(chain / "pretrain", other_tokenizer)
+    manifest = json.loads((chain / "pretrain" / "manifest.json").read_text())
+    manifest["tokenizer"] = {"hash": "0" * 64, "path": "elsewhere.json"}
+    (other_tokenizer / "manifest.json").write_text(json.dumps(manifest))
+    cases = {
+        "is not a finished run": {"parent": str(unfinished)},
+        "token ids would mean other text": {"parent": str(other_tokenizer)},
+        "layers: 2 (stored) != 3 (given)": {"model.layers": 3},
+    }
+    for message, overrides in cases.items():
+        with pytest.raises(ValueError) as error:
+            run_stage(config_of(chain, "sft", **overrides), tmp_path / "run")
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_manifests_lead_back_to_the_first_run(chain):
+    manifest = json.loads((chain / "ppo-ptx" / "manifest.json").read_text())
+    assert manifest["stage"] == "ppo"
+    assert {name: parent["stage"] for name, parent in manifest["parents"].items()} == {
+        "policy_parent": "supervised",
+        "reward_parent": "reward",
+    }
+    for parent in manifest["parents"].values():
+        theirs = json.loads(stages.Path(parent["workdir"], "manifest.json").read_text())
+        assert parent["manifest_hash"] == experiment.stage.manifest_hash(theirs)
+        assert parent["step"] == committed_steps(stages.Path(parent["workdir"]))[-1]
+    assert set(manifest["data"]) == {"prompts", "text"}
+    assert manifest["config"] == json.loads((chain / "ppo-ptx" / "config.json").read_text())
