@@ -1,7 +1,7 @@
 """The paper's central claim in small: base < SFT < PPO, and PPO-ptx keeps what pretraining taught (sections 4.1, 4.2).
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/alignment
-Hardware:  micro: two cores, under eight minutes.
+Hardware:  micro: two cores, about ten minutes.
 Expect:    true reward rises from base to SFT to PPO; the text loss of PPO-ptx stays below PPO's.
 Read it:   `policies.png`, left: the reward model's score (proxy) and the true reward of each iteration's samples
            against the square root of their KL from the SFT policy: where the two part, the policy exploits the reward
@@ -22,6 +22,7 @@ from instructax.statistics import Estimate, mean_estimate, win_rate
 
 POLICIES = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 WORLD_SEED = 0
+WINDOW = 5  # iterations: of the moving averages that are drawn as lines
 
 
 def get_runs(size: str, root: str) -> list[Run]:
@@ -133,12 +134,17 @@ def draw(root: Path, truth: dict[str, np.ndarray], summary: dict[str, Any]) -> N
         rewards = true_rewards(samples)
         distance = np.sqrt([max(line["kl"], 0.0) for line in metrics])
         mean = np.array([rewards[steps == line["step"]].mean() for line in metrics])
-        left.plot(distance, mean, "o-", ms=3, lw=1, color=colours[name], label=f"{name}, true reward")
-        proxy = [line["scores"] for line in metrics]
-        proxy_axis.plot(distance, proxy, "x--", ms=4, lw=1, color=colours[name], label=f"{name}, proxy score")
+        proxy = np.array([line["scores"] for line in metrics])
+        for axis, figures, mark, style, what in (
+            (left, mean, "o", "-", "true reward"),
+            (proxy_axis, proxy, "x", "--", "proxy score"),
+        ):
+            axis.plot(distance, figures, mark, ms=3, alpha=0.5, color=colours[name])
+            smooth = [np.convolve(x, np.ones(WINDOW) / WINDOW, "valid") for x in (distance, figures)]
+            axis.plot(*smooth, style, lw=1.5, color=colours[name], label=f"{name}, {what}")
     left.set(xlabel="√KL from the SFT policy (√nats)", ylabel="true reward (-1 … 1)")
     proxy_axis.set_ylabel("proxy: the reward model's score")
-    lines = [*left.get_lines(), *proxy_axis.get_lines()]
+    lines = [x for x in (*left.get_lines(), *proxy_axis.get_lines()) if not str(x.get_label()).startswith("_")]
     left.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", fontsize=8)
     left.set_title("True and proxy reward during PPO")
     for name in POLICIES:

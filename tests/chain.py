@@ -1,5 +1,7 @@
 """Fixtures of the tests of the stages; a plugin (`pytest_plugins`), so that a session makes the chain of runs once."""
 
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +12,16 @@ from instructax import experiment
 
 
 @pytest.fixture(scope="session")
-def compiled_folder(tmp_path_factory) -> Path:
+def session_folder(tmp_path_factory) -> Path:
+    """A folder that all processes of this session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(session_folder) -> Path:
     """Where this session's compiled programs are kept."""
-    return tmp_path_factory.mktemp("compiled")
+    return session_folder / "compiled"
 
 
 @pytest.fixture
@@ -27,10 +36,14 @@ def one_device(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory, compiled_folder) -> Path:
+def chain(session_folder, compiled_folder) -> Path:
     """The folder of the finished tiny alignment experiment: world, pretrain, sft, reward, ppo, ppo-ptx, evaluate."""
-    root = tmp_path_factory.mktemp("chain")
-    with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
-        stages.use_devices(monkeypatch, 1)
-        experiment.run_experiment(f"{stages.CHAIN}:tiny", root, report_only=False)
+    root, done = session_folder / "chain", session_folder / "chain.done"
+    with (session_folder / "chain.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        if not done.exists():
+            with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
+                stages.use_devices(monkeypatch, 1)
+                experiment.run_experiment(f"{stages.CHAIN}:tiny", root, report_only=False)
+            done.touch()
     return root

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,13 @@ from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 
 CHAIN = "experiments/alignment.py"
 MAKE_MESH = sharding.make_mesh
+COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 
 
 @contextlib.contextmanager
 def quickly_compiled(folder: Path) -> Iterator[None]:
     """Compiles with few optimizations, and a program that was compiled before not at all: the tests here wait for the
-    compiler, hardly for the programs."""
+    compiler, hardly for the programs. The fusion emitters alone would double that."""
     values = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(folder),
@@ -51,7 +53,8 @@ def quickly_compiled(folder: Path) -> Iterator[None]:
         for name, value in values.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        yield
+        with mock.patch.object(jax, "jit", partial(jax.jit, compiler_options=COMPILER_OPTIONS)):
+            yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -157,7 +157,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
             {"reference": "GPT"},
             "config.reference = 'GPT' must be one of the policies .'base', 'SFT', 'PPO', 'PPO-ptx'.",
         ),
-        ({"policies": (("SFT", "nowhere"),)}, "config.SFT = 'nowhere' is not a finished run"),
+        ({"policies": (("SFT", "nowhere"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
         ({"batch_size": 0}, "batch_size = 0 rows must be a positive multiple of 1"),
         ({"prompts": 0}, "config.prompts = 0 of 1 files"),
         ({"data.prompts": ()}, "config.prompts = 16 of 0 files in config.data.prompts"),

@@ -181,7 +181,7 @@ def test_utility_is_truth_plus_tastes_plus_noise():
     np.testing.assert_allclose(drawn.std(0), 0.5, atol=0.05)
 
 
-def test_labelers_agree_as_people_do_and_like_length_more_than_truth_does():
+def test_labelers_agree_and_like_length_more_than_truth_does():
     rng = generator(0, "test")
     crew = draw_labelers(0, 12)
     same, right, longer_truly, longer_liked = [], [], [], []
@@ -197,8 +197,9 @@ def test_labelers_agree_as_people_do_and_like_length_more_than_truth_does():
                     right.append((a[i] < a[j]) == (truth[i] > truth[j]))
                     longer_truly.append(longer == (truth[i] > truth[j]))
                     longer_liked.append(longer == (a[i] < a[j]))
-    assert 0.68 < np.mean(same) < 0.80  # the paper's labelers: 72.6 ± 1.5% (section 3.4)
-    assert 0.70 < np.mean(right) < 0.85
+    # More than the paper's labelers, 72.6 ± 1.5% (section 3.4): a small reward model must learn from few comparisons.
+    assert 0.80 < np.mean(same) < 0.90
+    assert 0.80 < np.mean(right) < 0.92
     assert np.mean(longer_liked) > np.mean(longer_truly) + 0.03
 
 
