@@ -174,7 +174,7 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (PPO, "reward_parent", "runs/6b/reward", "C.2"),
     (SFT, "model.layers", (24, 32, 96), "GPT-3"),
     (SFT, "model.width", (2048, 4096, 12288), "GPT-3"),
-    (SFT, "model.heads", (24, 32, 96), "GPT-3"),
+    (SFT, "model.heads", (16, 32, 96), "GPT-3"),
     (SFT, "model.head_width", 128, "GPT-3"),
     (SFT, "model.vocab_size", 50257, "GPT-3"),
     (SFT, "model.max_length", 2048, "C"),

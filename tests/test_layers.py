@@ -12,8 +12,8 @@ PACKAGE = ROOT / "src" / "instructax"
 
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
-    "types": 0,
-    **dict.fromkeys(("masked", "clock", "configuration", "model", "vocabulary", "sharding", "optimizer"), 1),
+    **dict.fromkeys(("types", "configuration"), 0),
+    **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
     **dict.fromkeys(("tokenizer", "runlog", "statistics"), 1),
     **dict.fromkeys(("losses", "advantages", "data", "inference", "checkpoint", "manifest"), 2),
     **dict.fromkeys(("training", "stage", "experience", "microworld"), 3),
