@@ -187,6 +187,7 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     trunk = {name: leaf for name, leaf in state.params.items() if name != "head"}
     stages.assert_trees_equal(trunk, jax.device_get(parent))
     assert state.params["head"]["kernel"].shape == (32,)
+    assert 0.6 < np.std(state.params["head"]["kernel"]) * math.sqrt(33) < 1.5
     assert state.params["head"]["bias"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     # N(0, 1 / (width + 1)), on a width that shows it
