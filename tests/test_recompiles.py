@@ -64,7 +64,8 @@ def test_nothing_compiles_after_the_first_step(chain, tmp_path, monkeypatch, com
 
 MODEL = Transformer(small.gpt_config(vocab_size=61), small.compute(), "tokens")
 MESH = stages.mesh_of()
-PROGRAM = stages.ppo_program(MESH, policy=MODEL)
+SCORER = Transformer(MODEL.config, MODEL.compute, "scalar")
+PROGRAM = stages.ppo_program(MESH, policy=MODEL, scorer=SCORER)
 PROMPTS = small.ragged_prompts([3] * 8, columns=6)
 TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(8, 14))
 
@@ -92,6 +93,7 @@ def test_settings_of_a_sweep_share_one_program():
         experience, _, _ = score(start, *other, rollouts, settings)
         ends.append(np.asarray(update(start, experience, TEXT, settings)[0].policy.params["embedding"]))
     assert len(traces) == 3
+    assert np.isfinite(ends).all()
     assert all(not np.allclose(ends[0], end, rtol=1e-4) for end in ends[1:])
 
 
