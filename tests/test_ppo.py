@@ -103,6 +103,17 @@ def test_scores_are_those_of_the_plain_computation():
         np.testing.assert_allclose(judged.values[row][real], outputs[row, start:][: real.sum()], rtol=1e-4, atol=1e-5)
 
 
+def test_value_before_a_token_is_the_score_of_what_stands_before_it():
+    rollouts = rolled_out()[1]
+    params, mask = other_params("scalar"), np.asarray(rollouts.mask)
+    values = jax.jit(partial(ppo.token_values, PROGRAM.scorer))(params, rollouts)
+    score = jax.jit(partial(ppo.sequence_scores, PROGRAM.scorer))
+    for t in range(7):
+        cut = dataclasses.replace(rollouts, mask=jnp.asarray(mask & (np.arange(7) < t)))
+        wanted = np.where(mask[:, t], score(params, cut), 0.0)
+        np.testing.assert_allclose(values[:, t], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_figures_of_an_iteration():
     _, experience, judged, metrics = scored()
     mask = np.asarray(judged.rollouts.mask)

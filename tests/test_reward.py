@@ -18,7 +18,7 @@ from instructax.checkpoint import load_params
 from instructax.configuration import construct
 from instructax.experiment import metrics_of, summary_of
 from instructax.model import ModelConfig, Transformer
-from instructax.types import Comparisons, Rollouts
+from instructax.types import Comparisons
 
 pytest_plugins = ("chain",)
 pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
@@ -234,26 +234,6 @@ def test_held_out_figures_are_those_of_the_plain_computation(chain):
     assert summary["held_out_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
     assert summary["held_out_pairs"] == pairs
     assert len(metrics_of(chain / "reward")) == -(-len(prepared.sources["train"]) // config.batch_size)  # one epoch
-
-
-def test_value_before_a_token_is_the_score_of_what_stands_before_it():
-    model, params = MODEL, small.random_params(MODEL)
-    prompts = small.ragged_prompts([1, 4, 2], columns=4)
-    rng = np.random.default_rng(0)
-    mask = np.arange(6) < np.array([[6], [3], [5]])
-    rollouts = Rollouts(
-        prompts=prompts,
-        responses=jnp.asarray(rng.integers(small.VOCAB_SIZE, size=(3, 6)), jnp.int32),
-        mask=jnp.asarray(mask),
-        logprobs=jnp.zeros((3, 6)),
-        ended=jnp.zeros(3, bool),
-    )
-    values = jax.jit(partial(stages.ppo.token_values, model))(params, rollouts)
-    score = jax.jit(partial(stages.ppo.sequence_scores, model))
-    for t in range(6):
-        cut = dataclasses.replace(rollouts, mask=jnp.asarray(mask & (np.arange(6) < t)))
-        scores = np.where(mask[:, t], score(params, cut), 0.0)
-        np.testing.assert_allclose(values[:, t], scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
