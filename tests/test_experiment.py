@@ -54,6 +54,12 @@ def test_files_import_what_stands_beside_them(tmp_path, monkeypatch):
     assert load_file("experiment.py").VALUE == 7
 
 
+def test_a_file_that_is_not_python_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello\n")
+    with pytest.raises(ConfigError, match=r"notes.txt is not a Python file"):
+        load_file(tmp_path / "notes.txt")
+
+
 def test_what_is_not_a_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"config.stage = 'distill' must be one of world, supervised, reward, ppo"):
         run_stage({"stage": "distill"}, tmp_path / "run")

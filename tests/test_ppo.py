@@ -292,6 +292,7 @@ def test_rollouts_change_with_the_step_and_the_seed_alone():
 
 
 GOOD = 8  # ids below it are paid
+ITERATIONS = 25
 
 
 def counting_text(rows: int, seed: int) -> LmBatch:
@@ -336,7 +337,7 @@ def pretrained():
 def learn(ptx_coef: float) -> tuple[list[float], float]:
     """(the true reward of each iteration, the text loss at the end) of PPO from the counting policy."""
     program = stages.ppo_program(
-        MESH, optimizer=small.optimizer_config(clip_norm=1.0), eos_id=22, response_length=6, total_steps=40
+        MESH, optimizer=small.optimizer_config(clip_norm=1.0), eos_id=22, response_length=6, total_steps=ITERATIONS
     )
     settings = stages.ppo_settings(
         kl_coef=0.01, no_eos_penalty=0.0, ptx_coef=ptx_coef, learning_rate=3e-3, value_learning_rate=1e-2
@@ -348,7 +349,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
     )
     iterate = Iteration(program, abstract_state(program), settings, pretrained(), other_params("scalar"), 1e-3)
     rewards = []
-    for step in range(40):
+    for step in range(ITERATIONS):
         prompts = jax.tree.map(jnp.asarray, small.ragged_prompts([3] * 64, columns=3, seed=step))
         text = counting_text(16, 1000 + step) if ptx_coef else None
         state, metrics, _, _ = iterate(state, (prompts, text), stages.no_phase)
@@ -362,7 +363,6 @@ def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):
     monkeypatch.setattr(ppo, "sequence_scores", share_of_good)
     rewards, text_loss = learn(ptx_coef=0.0)
     ptx_rewards, ptx_text_loss = learn(ptx_coef=1.0)
-    print(rewards, text_loss, ptx_rewards, ptx_text_loss)
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.3
-    assert np.mean(ptx_rewards[-5:]) > np.mean(ptx_rewards[:3]) + 0.15
-    assert ptx_text_loss < text_loss - 0.3
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.5
+    assert np.mean(ptx_rewards[-5:]) > np.mean(ptx_rewards[:3]) + 0.3
+    assert ptx_text_loss < text_loss - 1.0  # nats per token

@@ -115,6 +115,27 @@ def test_another_config_is_refused_with_the_differences(supervised_run):
     assert (workdir / "config.json").read_text() == before
 
 
+def test_other_inputs_are_refused_with_the_differences(supervised_run, tmp_path):
+    config, finished, _ = supervised_run
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    manifest["data"]["text"] = manifest["parents"]["parent"]["manifest_hash"] = "0" * 64
+    (workdir / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="was begun from other inputs") as error:
+        run_stage(config, workdir)
+    for name in ("data.text", "parents.parent.manifest_hash"):
+        assert f"{name}: '{'0' * 64}' (stored) != " in str(error.value)
+    assert "data.demonstrations" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
+    config = config_of(chain, "sft", **{"run.log_every": 2, "run.save_every": 3})
+    with pytest.raises(ConfigError, match="save_every = 3 must be a multiple of log_every = 2"):
+        run_stage(config, tmp_path / "run")
+
+
 def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatch):
     config = config_of(chain, "sft", batch_size=16)
     _, straight = run(config, tmp_path / "straight")
