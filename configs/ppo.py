@@ -37,7 +37,7 @@ def get_config(size: str) -> ml_collections.ConfigDict:
     rollouts, minibatches, ptx_rows, steps = {
         "tiny": (8, 2, 2, 4),
         "micro": (128, 4, 8, 30),
-        "small": (64, 4, 8, 20),
+        "small": (64, 4, 8, 40),
     }.get(
         size,
         (512, 8, 512, 500),  # 256k episodes, 8 pretraining rows for each (C.4)

@@ -10,6 +10,8 @@ import sys
 
 from absl import app, flags, logging
 
+from instructax import command
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the experiment; each run gets a folder in it")
@@ -22,20 +24,11 @@ def main(argv: list[str]) -> int:
         print("error: give FILE:SIZE of one experiment and --workdir=FOLDER", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
-    from instructax import command, experiment
+    from instructax import experiment
 
     root = pathlib.Path(WORKDIR.value)
     return command.guarded(lambda: experiment.run_experiment(argv[1], root, report_only=REPORT_ONLY.value))
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; a bad one is one line and exit code 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command.parse_flags)

@@ -9,9 +9,11 @@ import sys
 
 from absl import app, flags, logging
 
+from instructax import command
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a finished run of pretraining, SFT or PPO")
+WORKDIR = flags.DEFINE_string("workdir", None, "a finished run of pretraining, SFT or PPO, or WORKDIR@STEP of one")
 LENGTH = flags.DEFINE_integer("length", 32, "the most tokens of an answer", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 = the likeliest token", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "another seed, other answers", lower_bound=0)
@@ -24,12 +26,12 @@ def main(argv: list[str]) -> int:
         print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
-    from instructax import chat, command
+    from instructax import chat
 
     prompts = (line.rstrip("\n").replace("\\n", "\n") for line in prompted(sys.stdin))
     return command.guarded(
         lambda: chat.talk(
-            pathlib.Path(WORKDIR.value or "."),
+            WORKDIR.value or ".",
             prompts,
             length=LENGTH.value,
             temperature=TEMPERATURE.value,
@@ -50,14 +52,5 @@ def prompted(lines):
         yield line
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; a bad one is one line and exit code 2."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command.parse_flags)

@@ -12,6 +12,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from instructax import command
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARGUMENT of a config; values as --config.name=value")
@@ -26,7 +28,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {stray}give --config=FILE:SIZE --config.name=value … --workdir=FOLDER", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
-    from instructax import command, experiment
+    from instructax import experiment
 
     config = CONFIG.value.to_dict()
     if DRY_RUN.value:

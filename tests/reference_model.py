@@ -89,7 +89,7 @@ def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
 
 def scalars(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
     """f64[T]: the scalar head."""
-    return np.array([linear(row, float64(params["head"])) for row in hidden_states(config, params, tokens)])
+    return np.array([linear(row, float64(params["scalar_head"])) for row in hidden_states(config, params, tokens)])
 
 
 def logprobs(config: ModelConfig, params: Any, tokens: list[int], temperature: float = 1.0) -> np.ndarray:

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from instructax import chat
+from instructax.checkpoint import committed_steps
 from instructax.configuration import ConfigError
 from instructax.model import ComputeConfig
 
@@ -36,6 +38,21 @@ def test_the_likeliest_answer_does_not_depend_on_the_seed(chain):
         for seed in (0, 1)
     }
     assert len(answers) == 1
+
+
+def test_a_step_that_was_kept_is_named(chain):
+    steps = committed_steps(chain / "sft")
+    assert len(steps) == 2
+    kernels = {
+        suffix: np.asarray(chat.open_policy(f"{chain / 'sft'}{suffix}", COMPUTE)[1]["embedding"])
+        for suffix in ("", *(f"@{step}" for step in steps))
+    }
+    assert np.array_equal(kernels[""], kernels[f"@{steps[-1]}"])
+    assert not np.array_equal(kernels[""], kernels[f"@{steps[0]}"])
+    kept = f"it kept the steps {steps[0]}, {steps[1]}"
+    for suffix, more in (("@7777", "$"), ("@best", ", and its run.best_metric named none as the best")):
+        with pytest.raises(ConfigError, match=f"{suffix}': {kept}{more}"):
+            chat.open_policy(f"{chain / 'sft'}{suffix}", COMPUTE)
 
 
 def test_what_is_no_policy_is_refused(chain, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from instructax import checkpoint
-from instructax.checkpoint import CheckpointMismatch, Checkpoints, committed_steps, load_params
+from instructax.checkpoint import CheckpointMismatch, Checkpoints, best_step, committed_steps, load_params
 from instructax.types import PpoState, TrainState
 
 
@@ -145,6 +145,17 @@ def test_the_best_step_is_kept_too_across_a_restart(tmp_path):
             checkpoints.save(step, make_train_state(step), metrics)
         checkpoints.close()
     assert checkpoints.steps() == [4, 7]
+    assert best_step(tmp_path) == 4
+
+
+def test_the_lowest_loss_is_the_best(tmp_path):
+    checkpoints = open_checkpoints(tmp_path, keep=1, best_metric="text_loss")
+    for step, loss in enumerate((3.0, 2.5, 2.75, 2.5, 2.6), start=1):
+        checkpoints.save(step, make_train_state(step), {"text_loss": loss})
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 5]  # the newest of equals
+    assert best_step(tmp_path) == 4
+    assert best_step(tmp_path / "nowhere") is None
 
 
 def test_a_missing_best_metric_is_reported_and_the_step_saved(tmp_path, caplog):

@@ -1,5 +1,7 @@
 """Which rows make a batch, and the arrays they become."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -61,18 +63,19 @@ def test_row_order_is_a_permutation_of_its_own():
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (10, 10), (3, 8), (1, 2), (7, 1)])
 def test_the_stream_is_one_epoch_after_another(size, batch_size):
-    samples = np.concatenate([batches.samples_of_batch(i, batch_size, size, 3) for i in range(3 * size)])
     rows = np.concatenate([batches.rows_of_batch(i, batch_size, size, 3) for i in range(3 * size)])
-    assert len(samples) == 3 * size * batch_size
+    assert len(rows) == 3 * size * batch_size
+    assert batches.rows_between(2, 5, size, 3).tolist() == rows[2:5].tolist()
     for epoch in range(3 * batch_size):
         of_epoch = slice(epoch * size, (epoch + 1) * size)
         assert rows[of_epoch].tolist() == batches.row_order(3, epoch, size).tolist()
-        assert sorted(samples[of_epoch].tolist()) == list(range(epoch * size, (epoch + 1) * size))
+        assert sorted(rows[of_epoch].tolist()) == list(range(size))
 
 
 def test_no_batch_without_rows():
     for index, batch_size, size in ((0, 4, 0), (0, 0, 4), (-1, 4, 4)):
-        with pytest.raises(ValueError, match=f"no batch {index} of {batch_size} from {size} rows"):
+        places = f"{index * batch_size} .. {(index + 1) * batch_size - 1}"
+        with pytest.raises(ValueError, match=f"no places {places} in a stream of {size} rows"):
             batches.rows_of_batch(index, batch_size, size, 0)
 
 
@@ -165,13 +168,19 @@ def mixed(index, process_index=0, process_count=1, fraction=0.3, batch_size=8):
     return batch, demonstrations, text
 
 
-def test_mixed_batches_take_their_share_from_each_stream():
-    for index in range(4):
-        batch, _, _ = mixed(index)
-        expected = [100 + row for row in batches.rows_of_batch(index, 6, 20, 1)]
-        expected += [200 + row for row in batches.rows_of_batch(index, 2, 5, 1)]
+# Of the first 8, 16, 24, 32 rows ⌊3/10⌋ are text; at a tenth a batch of 4 has one now and then.
+@pytest.mark.parametrize(
+    ("fraction", "batch_size", "ends"),
+    [(0.3, 8, [0, 2, 4, 7, 9]), (0.1, 4, [0, 0, 0, 1, 1, 2, 2]), (0.1, 10, range(9))],
+)
+def test_mixed_batches_take_their_share_from_each_stream(fraction, batch_size, ends):
+    for index, (start, stop) in enumerate(itertools.pairwise(ends)):
+        batch, _, _ = mixed(index, fraction=fraction, batch_size=batch_size)
+        own = index * batch_size - start, (index + 1) * batch_size - stop
+        expected = [100 + row for row in batches.rows_between(*own, 20, 1)]
+        expected += [200 + row for row in batches.rows_between(start, stop, 5, 1)] if start < stop else []
         assert batch.tokens[:, 0].tolist() == expected
-        assert batch.loss_mask.tolist() == [[False, True, False]] * 8
+        assert batch.loss_mask.tolist() == [[False, True, False]] * batch_size
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -186,6 +195,6 @@ def test_each_process_reads_its_own_rows_of_the_mix(count):
 def test_mixes_at_the_ends_and_impossible_ones():
     assert (mixed(0, fraction=0)[0].tokens[:, 0] < 200).all()
     assert (mixed(0, fraction=1)[0].tokens[:, 0] >= 200).all()
-    for fraction, batch_size in ((0.1, 4), (0.9, 4), (-0.5, 8), (1.5, 8)):
-        with pytest.raises(ValueError, match=f"text_fraction {fraction} of a batch of {batch_size} makes"):
-            mixed(0, fraction=fraction, batch_size=batch_size)
+    for fraction in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=f"text_fraction {fraction} must be in 0 .. 1"):
+            mixed(0, fraction=fraction)

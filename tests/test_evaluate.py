@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import stages
-from instructax import clock, evaluate, inference, sharding, stage, training
+from instructax import clock, evaluate, inference, sharding, training
 from instructax.checkpoint import load_params
 from instructax.configuration import construct
-from instructax.data.batches import prompt_batch
+from instructax.data import readers
+from instructax.data.batches import lm_batch, prompt_batch
 from instructax.experiment import run_stage, samples_of, summary_of
+from instructax.lineage import tokenizer_of
 from instructax.model import Transformer
 
 pytest_plugins = ("chain",)
@@ -26,7 +28,7 @@ POLICIES = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"
 def parts(chain):
     """(config, tokenizer, prepared data) of the chain's comparison."""
     config = construct(evaluate.EvaluateConfig, stages.config_of(chain, "evaluate", {}))
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, evaluate.read_data(config, tokenizer)
 
 
@@ -101,7 +103,7 @@ def test_figures_are_means_over_answers(chain, name):
 def test_text_loss_is_that_of_the_plain_computation(chain, name):
     config, _, data = parts(chain)
     source = data["text"].sources["validation"]
-    rows = stage.lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
+    rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(*network(chain, POLICIES[name], "tokens"), rows)
     figure = summary_of(chain / "evaluate")["policies"][name]["text_loss"]
     assert figure["value"] == pytest.approx(wanted, rel=1e-5)
@@ -113,7 +115,7 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
     config, _, data = parts(chain)
     model, params = network(chain, "reward", "scalar")
     source = data["comparisons"].sources["validation"]
-    batch = stage.read_comparisons(source, np.arange(len(source)), config.data.limits)
+    batch = readers.read_comparisons(source, np.arange(len(source)), config.data.limits)
     right = longer = count = 0
     for row in range(len(source)):
         prompt = batch.prompts.tokens[row][batch.prompts.mask[row]]

@@ -16,8 +16,8 @@ FLOORS = {
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
     **dict.fromkeys(("tokenizer", "runlog", "statistics"), 1),
     **dict.fromkeys(("losses", "advantages", "data", "inference", "checkpoint", "manifest"), 2),
-    **dict.fromkeys(("training", "stage", "experience", "microworld"), 3),
-    "held_out": 4,
+    **dict.fromkeys(("training", "lineage", "experience", "microworld", "held_out"), 3),
+    "stage": 4,
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "estimate", "chat"), 5),
     "ppo_train": 6,  # ppo as a run
     "experiment": 7,

@@ -269,7 +269,7 @@ def test_initial_spread():
     config = gpt_config(width=1023, layers=8, mlp_width=32, init_std=0.02)
     model = Transformer(config, compute(), "scalar")
     params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(jax.random.key(3))
-    np.testing.assert_allclose(params["head"]["kernel"].std(), 1 / 32, rtol=0.09)  # 1 / √(1023 + 1)
+    np.testing.assert_allclose(params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09)  # 1 / √(1023 + 1)
     np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.03)
     np.testing.assert_allclose(params["positions"].std(), 0.02, rtol=0.03)
     attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
@@ -277,7 +277,7 @@ def test_initial_spread():
         np.testing.assert_allclose(kernel["kernel"].std(axis=(1, *range(2, kernel["kernel"].ndim))), 0.02, rtol=0.05)
     for kernel in (attention["out"], mlp["down"]):  # √(2 · 8 layers) = 4
         np.testing.assert_allclose(kernel["kernel"].std(), 0.005, rtol=0.03)
-    assert float(params["head"]["bias"]) == 0.0
+    assert float(params["scalar_head"]["bias"]) == 0.0
     biases = [attention[name]["bias"] for name in ("query", "key", "value", "out")] + [mlp["up"]["bias"]]
     assert all((bias == 0).all() for bias in biases)
     assert (params["final_norm"]["scale"] == 1).all()
@@ -292,8 +292,8 @@ def test_heads():
         assert head_kernel(config, tokens) is (tokens["embedding"] if tied else tokens["head"]["kernel"])
         assert head_kernel(config, tokens).shape == (config.vocab_size, config.width)
         scalar = random_params(Transformer(config, compute(), "scalar"))
-        assert {name: leaf.shape for name, leaf in scalar["head"].items()} == {"kernel": (16,), "bias": ()}
-        trunk = [{k: v for k, v in params.items() if k != "head"} for params in (tokens, scalar)]
+        assert {name: leaf.shape for name, leaf in scalar["scalar_head"].items()} == {"kernel": (16,), "bias": ()}
+        trunk = [{k: v for k, v in params.items() if k not in ("head", "scalar_head")} for params in (tokens, scalar)]
         assert jax.tree.map(jnp.shape, trunk[0]) == jax.tree.map(jnp.shape, trunk[1])
 
 

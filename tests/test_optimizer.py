@@ -78,7 +78,9 @@ def test_what_decays_in_a_network(config):
     marked = decayed(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): m for path, m in jax.tree.leaves_with_path(marked)}
     assert {name for name, mark in names.items() if not mark} == {n for n in names if n.endswith(("bias", "scale"))}
-    assert {"embedding", "head/kernel", "blocks/mlp/down/kernel"} <= {name for name, mark in names.items() if mark}
+    assert {"embedding", "scalar_head/kernel", "blocks/mlp/down/kernel"} <= {
+        name for name, mark in names.items() if mark
+    }
     assert ("positions" in names) == (config.positions == "learned") and names.get("positions", True)
 
 

@@ -9,11 +9,13 @@ import pytest
 
 import small
 import stages
-from instructax import ppo, ppo_train, sharding, stage, training
+from instructax import ppo, ppo_train, sharding, training
 from instructax.checkpoint import load_params
 from instructax.configuration import construct
+from instructax.data.batches import lm_batch
 from instructax.experience import InvariantError
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
+from instructax.lineage import tokenizer_of
 from instructax.ppo_train import Iteration, PpoConfig, abstract_state
 from instructax.types import Rollouts
 
@@ -143,7 +145,7 @@ def test_samples_are_rollouts_as_text():
 def ppo_parts(chain, name="ppo-ptx", **overrides):
     """(config, program, prepared data) of a PPO run of the chain."""
     config = construct(PpoConfig, stages.config_of(chain, name, overrides))
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
     program = ppo_train.program_of(config, stages.mesh_of(), tokenizer.eos_id)
     return config, program, ppo_train.read_data(config, tokenizer)
 
@@ -156,7 +158,7 @@ def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
     stages.assert_trees_equal(state.policy.params, policy)
     stages.assert_trees_equal(state.ema, policy)
     stages.assert_trees_equal(state.value.params, reward)  # head and bias with it
-    assert reward["head"]["bias"] != 0
+    assert reward["scalar_head"]["bias"] != 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves((state.policy.opt_state, state.value.opt_state)))
     assert state.step == 0
 
@@ -183,7 +185,7 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
     config, program, data = ppo_parts(chain)
     ema = load_params(chain / "ppo-ptx", abstract_state(program).policy.params)
     source = data["text"].sources["validation"]
-    rows = stage.lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
+    rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(program.policy, ema, rows)
     assert summary_of(chain / "ppo-ptx")["text_loss"] == pytest.approx(wanted, rel=1e-5)
     start = jax.device_get(load_params(chain / "sft", abstract_state(program).policy.params))

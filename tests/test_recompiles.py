@@ -86,7 +86,7 @@ def test_settings_of_a_sweep_share_one_program():
     start = stages.ppo_state(PROGRAM)
     other = small.random_params(PROGRAM.policy, 7), small.random_params(PROGRAM.scorer, 8)
     ends = []
-    changes = ({}, {"kl_coef": 0.5}, {"clip": 0.01}, {"learning_rate": 0.05}, {"temperature": 0.7}, {"ptx_coef": 9.0})
+    changes = ({}, {"kl_coef": 0.5}, {"clip": 5.0}, {"learning_rate": 0.05}, {"temperature": 0.7}, {"ptx_coef": 9.0})
     for change in changes:
         settings = stages.ppo_settings(**change)
         rollouts = rollout(start.policy.params, PROMPTS, start.step, settings)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,13 @@ import pytest
 
 import small
 import stages
-from instructax import experiment, reward, stage, training
+from instructax import experiment, reward, training
 from instructax.checkpoint import load_params
 from instructax.configuration import construct
+from instructax.data import readers
+from instructax.data.batches import lm_batch
 from instructax.experiment import metrics_of, summary_of
+from instructax.lineage import tokenizer_of
 from instructax.model import ModelConfig, Transformer
 from instructax.types import Comparisons
 
@@ -154,7 +158,7 @@ def test_a_shift_of_the_bias_shifts_scores_and_nothing_else():
     np.testing.assert_allclose(after, before - 2.5, rtol=1e-5)
     assert plain_ranking(MODEL, shifted, batch) == pytest.approx(plain_ranking(MODEL, params, batch), rel=1e-5)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, shifted)
-    assert changed["head"].pop("bias")
+    assert changed["scalar_head"].pop("bias")
     assert not any(jax.tree.leaves(changed))
 
 
@@ -175,7 +179,7 @@ def reward_parts(chain):
     config = construct(reward.RewardConfig, stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = training.abstract_state(model, GRADIENT, stages.mesh_of()).params
-    return config, model, stage.tokenizer_of(config.tokenizer, config.model), load_params(chain / "reward", abstract)
+    return config, model, tokenizer_of(config.tokenizer, config.model), load_params(chain / "reward", abstract)
 
 
 def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
@@ -184,15 +188,15 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
     parent = load_params(chain / "sft", training.abstract_state(policy, GRADIENT, stages.mesh_of()).params)
-    trunk = {name: leaf for name, leaf in state.params.items() if name != "head"}
+    trunk = {name: leaf for name, leaf in state.params.items() if name != "scalar_head"}
     stages.assert_trees_equal(trunk, jax.device_get(parent))
-    assert state.params["head"]["kernel"].shape == (32,)
-    assert 0.6 < np.std(state.params["head"]["kernel"]) * math.sqrt(33) < 1.5
-    assert state.params["head"]["bias"] == 0
+    assert state.params["scalar_head"]["kernel"].shape == (32,)
+    assert 0.6 < np.std(state.params["scalar_head"]["kernel"]) * math.sqrt(33) < 1.5
+    assert state.params["scalar_head"]["bias"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     # N(0, 1 / (width + 1)), on a width that shows it
     fresh = stages.started(stages.config_of(chain, "reward", {**wide, "parent": ""}), tmp_path / "wide")
-    kernel = fresh.params["head"]["kernel"]
+    kernel = fresh.params["scalar_head"]["kernel"]
     assert np.std(kernel) == pytest.approx(1 / math.sqrt(257), rel=0.15)
     assert abs(np.mean(kernel)) < 4 / 257
 
@@ -205,30 +209,30 @@ def test_an_untied_unembedding_is_dropped(chain, tmp_path):
     assert params["head"]["kernel"].shape == (512, 32)
     config["parent"] = str(stages.fabricated(tmp_path / "parent", model, params, config["tokenizer"]))
     state = stages.started(config, tmp_path / "run")
-    assert state.params["head"]["kernel"].shape == (32,)
+    assert state.params["scalar_head"]["kernel"].shape == (32,)
     np.testing.assert_array_equal(state.params["embedding"], params["embedding"])
 
 
 def test_demonstrations_score_zero_on_average_after_training(chain):
     config, model, tokenizer, params = reward_parts(chain)
-    limits, folder = config.data.limits, stage.Path(config.data.folder)
-    files = [stage.Path(path) for path in config.data.demonstrations]
-    source = stage.prepare_demonstrations(files, tokenizer, limits, folder).sources["train"]
-    rows = stage.lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
+    limits, folder = config.data.limits, Path(config.data.folder)
+    files = [Path(path) for path in config.data.demonstrations]
+    source = reward.prepare_demonstrations(files, tokenizer, limits, folder).sources["train"]
+    rows = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
     scores = stages.plain_scores(model, params, [tokens for tokens, _ in stages.documents_of(rows)])
     assert len(scores) > 100
     assert abs(scores.mean()) < 1e-5
     assert scores.std() > 1e-3
-    assert abs(float(params["head"]["bias"])) > 1e-6
+    assert abs(float(params["scalar_head"]["bias"])) > 1e-6
 
 
 def test_held_out_figures_are_those_of_the_plain_computation(chain):
     config, model, tokenizer, params = reward_parts(chain)
     limits = config.data.limits
-    files = [stage.Path(path) for path in config.data.comparisons]
-    prepared = reward.prepare_comparisons(files, tokenizer, limits, stage.Path(config.data.folder))
+    files = [Path(path) for path in config.data.comparisons]
+    prepared = reward.prepare_comparisons(files, tokenizer, limits, Path(config.data.folder))
     source = prepared.sources["validation"]
-    loss, right, pairs = plain_ranking(model, params, stage.read_comparisons(source, np.arange(len(source)), limits))
+    loss, right, pairs = plain_ranking(model, params, readers.read_comparisons(source, np.arange(len(source)), limits))
     summary = summary_of(chain / "reward")
     assert summary["held_out_loss"] == pytest.approx(loss, rel=1e-5)
     assert summary["held_out_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)

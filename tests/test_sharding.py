@@ -47,8 +47,8 @@ TABLE = {
 HEADS = {
     ("tokens", True): {},
     ("tokens", False): {"head/kernel": COLUMNS},
-    ("scalar", True): {"head/kernel": P(), "head/bias": P()},
-    ("scalar", False): {"head/kernel": P(), "head/bias": P()},
+    ("scalar", True): {"scalar_head/kernel": P(), "scalar_head/bias": P()},
+    ("scalar", False): {"scalar_head/kernel": P(), "scalar_head/bias": P()},
 }
 FAMILIES = {"gpt": small.gpt_config, "llama": small.llama_config}
 EVERY_MODEL = [(family, head, tied) for family in FAMILIES for head, tied in HEADS]

@@ -11,10 +11,13 @@ import pytest
 
 import small
 import stages
-from instructax import clock, experiment, stage, supervised, training
+from instructax import clock, experiment, supervised, training
 from instructax.checkpoint import load_params
 from instructax.configuration import ConfigError, construct
+from instructax.data import readers
+from instructax.data.batches import lm_batch
 from instructax.experiment import metrics_of, summary_of
+from instructax.lineage import tokenizer_of
 from instructax.model import Transformer
 from instructax.optimizer import make_optimizer
 from instructax.types import LmBatch
@@ -162,13 +165,13 @@ def test_dropout_differs_by_part_and_by_seed():
 def sft_parts(chain):
     """(config, tokenizer, prepared rows) of the chain's supervised run."""
     config = construct(supervised.SupervisedConfig, stages.config_of(chain, "sft", {}))
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
-    return config, tokenizer, stage.read_lm_data(config.data, tokenizer)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
+    return config, tokenizer, readers.read_lm_data(config.data, tokenizer)
 
 
 def test_the_last_rows_of_a_batch_are_text(chain):
     config, _, data = sft_parts(chain)
-    read = stage.lm_reader(config.data, data, "train", batch_size=10, seed=0)
+    read = readers.lm_reader(config.data, data, "train", batch_size=10, seed=0)
     for index in (0, 7):
         batch = read(index)
         # Of text all is trained but a document's first token; of a demonstration the prompt is not, and has many.
@@ -187,7 +190,7 @@ def test_a_fraction_that_does_not_fit_the_files_is_refused(chain, text_fraction,
     config, tokenizer, _ = sft_parts(chain)
     data = dataclasses.replace(config.data, text_fraction=text_fraction, demonstrations=demonstrations, text=text)
     with pytest.raises(ConfigError, match=f"text_fraction = {text_fraction} does not fit"):
-        stage.read_lm_data(data, tokenizer)
+        readers.read_lm_data(data, tokenizer)
 
 
 def test_the_first_step_starts_from_the_parent(chain):
@@ -195,7 +198,7 @@ def test_the_first_step_starts_from_the_parent(chain):
     model = Transformer(config.model, config.compute, "tokens")
     abstract = training.abstract_state(model, optax.identity(), stages.mesh_of()).params
     params = load_params(chain / "pretrain", abstract)
-    first = stage.lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)(0)
+    first = readers.lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)(0)
     logged = metrics_of(chain / "sft")[0]
     assert logged["loss"] == pytest.approx(stages.plain_loss(model, params, first), rel=1e-5)
     assert logged["trained_tokens"] == first.loss_mask.sum()
@@ -210,7 +213,7 @@ def test_held_out_losses_are_those_of_the_plain_computation(chain):
     summary = summary_of(chain / "sft")
     for name in ("demonstrations", "text"):
         source = data[name].sources["validation"]
-        whole = stage.lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
+        whole = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
         assert len(source) % config.batch_size  # the last batch has empty rows
         assert summary[f"{name}_loss"] == pytest.approx(stages.plain_loss(model, params, whole), rel=1e-5)
 

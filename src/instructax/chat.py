@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax import clock, sharding, stage, training
+from instructax import clock, sharding, training
 from instructax.configuration import construct, require
 from instructax.data.schema import opened
 from instructax.inference import generate
-from instructax.manifest import read_manifest
+from instructax.lineage import open_run
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import printable
 from instructax.sharding import MeshConfig
@@ -21,24 +21,22 @@ from instructax.tokenizer import Tokenizer, load_tokenizer
 from instructax.types import Prompts
 
 
-def open_policy(workdir: Path, compute: ComputeConfig) -> tuple[Transformer, Any, Tokenizer]:
-    """(network, parameters, tokenizer) of a finished run, on the first device, as its manifest describes them."""
-    manifest = read_manifest(workdir)
+def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, Any, Tokenizer]:
+    """(network, parameters, tokenizer) of the finished run at `path`, on the first device, as its manifest says."""
+    run = open_run(path, "--workdir")
+    manifest = run.manifest
     require(
         manifest["stage"] in ("supervised", "ppo"),
-        f"{workdir} holds a run of stage {manifest['stage']!r}; only supervised and ppo runs answer prompts",
+        f"{path} holds a run of stage {manifest['stage']!r}; only supervised and ppo runs answer prompts",
     )
-    require(stage.finished(workdir), f"{workdir} is not a finished run: give its training command again")
     model = Transformer(construct(ModelConfig, manifest["model"], "model"), compute, "tokens")
     tokenizer = load_tokenizer(manifest["tokenizer"]["path"])
     require(
         tokenizer.hash == manifest["tokenizer"]["hash"],
-        f"the tokenizer {manifest['tokenizer']['path']} has changed since {workdir} was trained: restore it",
+        f"the tokenizer {manifest['tokenizer']['path']} has changed since {path} was trained: restore it",
     )
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    shapes = jax.eval_shape(lambda: training.init_params(model, jax.random.key(0)))
-    params = stage.Parent(workdir, manifest).load(sharding.abstract(shapes, mesh))
-    return model, params, tokenizer
+    return model, run.load(training.abstract_params(model, mesh)), tokenizer
 
 
 def answerer(
@@ -64,10 +62,10 @@ def answerer(
     return answer
 
 
-def talk(workdir: Path, prompts: Iterable[str], *, length: int, temperature: float, seed: int, dtype: Any) -> None:
+def talk(path: str | Path, prompts: Iterable[str], *, length: int, temperature: float, seed: int, dtype: Any) -> None:
     """Prints an answer to each prompt; one that cannot be read is answered with the reason."""
     compute = ComputeConfig(dtype=dtype, remat="none", head_chunk=length)
-    answer = answerer(*open_policy(workdir, compute), length=length, temperature=temperature, seed=seed)
+    answer = answerer(*open_policy(path, compute), length=length, temperature=temperature, seed=seed)
     for number, prompt in enumerate(prompts):
         try:
             print(printable(answer(prompt, number)), flush=True)

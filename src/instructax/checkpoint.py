@@ -45,13 +45,26 @@ def committed_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in found if all((path / item).is_dir() for item in ITEMS))
 
 
+def best_step(workdir: Path) -> int | None:
+    """The newest step among those with the best value of the metric that the newest step names; None if it names none.
+
+    The highest value is the best, of a metric whose name ends in "loss" the lowest.
+    """
+    root, steps = Path(workdir) / "checkpoints", committed_steps(workdir)
+    stored = {step: _read_hash_file(root / str(step)) or {"best_metric": "", "metric": None} for step in steps}
+    name = stored[steps[-1]]["best_metric"] if steps else ""
+    sign = -1 if name.endswith("loss") else 1
+    rated = {s: sign * x["metric"] for s, x in stored.items() if x["best_metric"] == name and x["metric"] is not None}
+    return max(rated, key=lambda step: (rated[step], step), default=None)
+
+
 class Checkpoints:
     """The checkpoints of the one run that writes to `workdir`; what other programs read goes through `load_params`.
 
     Args:
       save_every: steps between two saves by `maybe_save`.
       keep: how many of the newest steps stay.
-      best_metric: the name of a metric, higher is better, whose best step stays as well; "" for none.
+      best_metric: the name of a metric whose best step (see `best_step`) stays as well; "" for none.
       exported: the field of the state that the next stage reads: "params" of TrainState, "ema" of PpoState.
     """
 
@@ -124,19 +137,10 @@ class Checkpoints:
         path = self._root / str(step)
         write_json(_hash_file(path), {"best_metric": self._best_metric, "metric": metric, "files": _hashes(path)})
         steps = self.steps()
-        for old in set(steps) - set(steps[-self._keep :]) - {self._best_step(steps)}:
+        for old in set(steps) - set(steps[-self._keep :]) - {best_step(self._workdir)}:
             remains = (self._root / str(old)).rename(self._root / f"{old}.deleted")  # at once no longer a step
             _hash_file(self._root / str(old)).unlink(missing_ok=True)
             shutil.rmtree(remains)
-
-    def _best_step(self, steps: list[int]) -> int | None:
-        """The newest step among those with the highest metric."""
-        metrics: dict[int, float] = {}
-        for step in steps:
-            stored = _read_hash_file(self._root / str(step)) or {}
-            if self._best_metric and stored.get("best_metric") == self._best_metric and stored["metric"] is not None:
-                metrics[step] = stored["metric"]
-        return max(metrics, key=lambda step: (metrics[step], step), default=None)
 
     def wait(self) -> None:
         """Blocks until the save under way is committed and hashed; raises what it failed with."""

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 DONE, INTERNAL, USER, INVARIANT, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads a command's flags and returns the other arguments; a bad flag is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_say(f"error: {error}", USER))
 
 
 def guarded(call: Callable[[], Any]) -> int:

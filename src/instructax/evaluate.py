@@ -20,7 +20,9 @@ from instructax.data.batches import NO_ROW, evaluation_rows, process_slice, prom
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
+from instructax.data.readers import held_out, held_out_rows, read_comparisons
 from instructax.inference import generate, row_logprobs, sequence_scores, token_logprobs
+from instructax.lineage import Parent, open_parents, tokenizer_of
 from instructax.losses import ordered_pairs
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import RunLog
@@ -68,11 +70,11 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     stage.check_rows("batch_size", config.batch_size, 1, mesh)
     stage.check_lengths(config.data.limits, config.model)
     stage.check_lengths(config.data.limits, config.reward_model)
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path in config.policies} | {"reward_parent": config.reward_parent}
     require(all(paths.values()), f"every policy and config.reward_parent needs a workdir: {paths}")
     models = {name: config.reward_model if name == "reward_parent" else config.model for name in paths}
-    parents = stage.open_parents(paths, models, tokenizer, config.tokenizer)
+    parents = open_parents(paths, models, tokenizer, config.tokenizer)
     require(
         config.reference in dict(config.policies),
         f"config.reference = {config.reference!r} must be one of the policies {[name for name, _ in config.policies]}",
@@ -106,12 +108,9 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
         log.summary(figures)
 
 
-def _load(
-    config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: stage.Parent, head: Literal["tokens", "scalar"]
-) -> Params:
+def _load(config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: Parent, head: Literal["tokens", "scalar"]) -> Params:
     model = Transformer(config.model if head == "tokens" else config.reward_model, config.compute, head)
-    shapes = jax.eval_shape(lambda: training.init_params(model, jax.random.key(0)))
-    return parent.load(sharding.abstract(shapes, mesh))
+    return parent.load(training.abstract_params(model, mesh))
 
 
 def read_data(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
@@ -209,7 +208,7 @@ class Programs:
         if text is None:
             return {}
         source, length = text.sources["validation"], self._config.data.limits.sequence_tokens
-        batches = stage.held_out_rows(source, self._config.batch_size, self._config.batches, length)
+        batches = held_out_rows(source, self._config.batch_size, self._config.batches, length)
         out = [jax.device_get(self._losses(params, sharding.put_rows(batch, self._mesh))) for batch in batches]
         return {"text_loss": dataclasses.asdict(_ratio(out, 0, 1))}
 
@@ -219,8 +218,8 @@ class Programs:
             return {}
         source, limits = comparisons.sources["validation"], self._config.data.limits
         out = []
-        for rows in stage.held_out(source, self._config.batch_size, self._config.batches):
-            batch = sharding.put_rows(stage.read_comparisons(source, rows, limits), self._mesh)
+        for rows in held_out(source, self._config.batch_size, self._config.batches):
+            batch = sharding.put_rows(read_comparisons(source, rows, limits), self._mesh)
             out.append(jax.device_get(self._right_pairs(self._reward_params, batch)))
         names = {"accuracy": 0, "longer_wins": 1}
         pairs = int(sum(np.sum(x[2]) for x in out))

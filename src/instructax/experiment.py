@@ -11,6 +11,7 @@ from typing import Any
 
 from instructax import estimate, stage
 from instructax.configuration import ConfigError, construct, require
+from instructax.lineage import finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
     cls, train = stage_of(config)
     built = construct(cls, config)
     stage.claim(workdir, config)
-    if stage.finished(workdir):
+    if finished(workdir):
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
     train(built, workdir, config)
@@ -101,7 +102,7 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
 
 def summary_of(workdir: Path) -> dict[str, Any]:
     """The final figures of a run. Raises ConfigError if it is not finished."""
-    require(stage.finished(workdir), f"{workdir} is not a finished run: run the whole experiment, not its report alone")
+    require(finished(workdir), f"{workdir} is not a finished run: run the whole experiment, not its report alone")
     return json.loads((workdir / "summary.json").read_text())
 
 

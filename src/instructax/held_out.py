@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from instructax import sharding, stage
+from instructax import sharding
 from instructax.data.batches import Source
+from instructax.data.readers import held_out_rows
 from instructax.inference import row_logprobs
 from instructax.losses import next_token_loss
 from instructax.masked import token_count
@@ -32,7 +33,7 @@ def held_out_losses(
         figures = {}
         for name, source in sources.items():
             total = count = 0.0
-            for batch in stage.held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
+            for batch in held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
                 added, tokens = loss(params, sharding.put_rows(batch, mesh))
                 total, count = total + float(added), count + float(tokens)
             figures[f"{name}_loss"] = total / max(count, 1.0)

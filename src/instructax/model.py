@@ -256,7 +256,7 @@ class Transformer(nn.Module):
         x = Norm(c, name="final_norm")(x)
         if self.head == "scalar":
             std = float(1.0 / np.sqrt(c.width + 1))
-            outputs = Linear((), 1, std, True, name="head")(x.astype(jnp.float32))
+            outputs = Linear((), 1, std, True, name="scalar_head")(x.astype(jnp.float32))
             return outputs, cache
         if not c.tied_head:
             self.param("head", init_head, c)

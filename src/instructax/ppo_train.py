@@ -19,12 +19,14 @@ from instructax.data.batches import process_slice, prompt_batch, rows_of_batch
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_prompts, prepare_text
+from instructax.data.readers import LmData, lm_reader
 from instructax.experience import RewardSettings, check_rollouts, check_update
 from instructax.held_out import held_out_losses
+from instructax.lineage import open_parents, tokenizer_of
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, make_optimizer
 from instructax.sharding import MeshConfig
-from instructax.stage import LmData, RunConfig
+from instructax.stage import RunConfig
 from instructax.tokenizer import Tokenizer
 from instructax.types import Array, Params, PpoState, Prompts, Rollouts
 
@@ -83,10 +85,10 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     _check(config, mesh)
     stage.check_lengths(config.data.limits, config.model)
     stage.check_lengths(config.data.limits, config.reward_model)
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
     models = {"policy_parent": config.model, "reward_parent": config.reward_model}
-    parents = stage.open_parents(paths, models, tokenizer, config.tokenizer)
+    parents = open_parents(paths, models, tokenizer, config.tokenizer)
     data = read_data(config, tokenizer)
     program = program_of(config, mesh, tokenizer.eos_id)
     settings = settings_of(config)
@@ -97,7 +99,6 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     text_losses = held_out_losses(
         program.policy, mesh, config, {n: d.sources["validation"] for n, d in data.items() if n == "text"}
     )
-    read = reader(config, data, mesh)
     # Replicated, so that the process that writes them holds them all.
     shown = jax.jit(
         lambda tree: jax.tree.map(lambda x: x[: config.samples], tree), out_shardings=sharding.replicated(mesh)
@@ -108,43 +109,24 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
         value = training.start_from(reward_params, program.value_optimizer, mesh)
         return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
 
-    def loop(state: PpoState, log: Any, checkpoints: Any) -> tuple[PpoState, Mapping[str, Any]]:
-        def update(state: PpoState, batch: Any) -> tuple[PpoState, dict[str, Any]]:
-            state, metrics, rollouts, scores = iterate(state, batch, log.phase)
-            with log.phase("samples"):
-                first = shown((rollouts, scores))
-                for sample in samples_of(first[0], first[1], tokenizer):
-                    log.sample(int(state.step), sample)
-            return state, metrics
-
-        return training.fit(
-            state,
-            update,
-            read,
-            total_steps=config.steps,
-            checkpoints=checkpoints,
-            log=log,
-            evaluate=lambda state: text_losses(state.ema),
-            evaluate_every=config.run.evaluate_every,
-        )
+    def update(state: PpoState, batch: Any, log: Any) -> tuple[PpoState, dict[str, Any]]:
+        state, metrics, rollouts, scores = iterate(state, batch, log.phase)
+        with log.phase("samples"):
+            first = shown((rollouts, scores))
+            for sample in samples_of(first[0], first[1], tokenizer):
+                log.sample(int(state.step), sample)
+        return state, metrics
 
     stage.run(
         workdir,
-        config.run,
-        record=stage.Record(
-            stage=config.stage,
-            config=given,
-            model=config.model,
-            tokenizer=tokenizer,
-            tokenizer_path=config.tokenizer,
-            data=data,
-            parents=parents,
-        ),
+        stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
         abstract=abstract,
         start=start,
         exported="ema",
         total_steps=config.steps,
-        loop=loop,
+        update=update,
+        batches=reader(config, data, mesh),
+        evaluate=lambda state: text_losses(state.ema),
     )
 
 
@@ -231,7 +213,7 @@ def reader(config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.M
         files = LmData(
             demonstrations=(), text=config.data.text, text_fraction=1.0, limits=limits, folder=config.data.folder
         )
-        read_text = stage.lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
+        read_text = lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
 
     def read(index: int) -> tuple[Prompts, Any]:
         rows = rows_of_batch(index, config.batch_size, len(prompts), config.seed)

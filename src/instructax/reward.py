@@ -18,7 +18,9 @@ from instructax import clock, sharding, stage, training
 from instructax.data.batches import Source, process_slice, rows_of_batch
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
+from instructax.data.readers import held_out, held_out_rows, read_comparisons
 from instructax.inference import sequence_scores
+from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
 from instructax.model import ComputeConfig, ModelConfig, Transformer
@@ -85,7 +87,8 @@ def update(
 
 def shift_bias(params: Params, mean_score: Array | float) -> Params:
     """Takes `mean_score` off every score, by the head's bias (paper, section 3.5: demonstrations average 0)."""
-    return {**params, "head": {**params["head"], "bias": params["head"]["bias"] - mean_score}}
+    head = params["scalar_head"]
+    return {**params, "scalar_head": {**head, "bias": head["bias"] - mean_score}}
 
 
 def held_out_ranking(model: Transformer, params: Params, batch: Comparisons) -> tuple[Array, Array, Array, Array]:
@@ -139,8 +142,8 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     mesh = sharding.make_mesh(config.mesh)
     stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
     stage.check_lengths(config.data.limits, config.model)
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
-    parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
+    parents = open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
     limits, folder = config.data.limits, Path(config.data.folder)
     data = {
         "comparisons": prepare_comparisons([Path(p) for p in config.data.comparisons], tokenizer, limits, folder),
@@ -164,60 +167,35 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     )
     settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
     abstract = training.abstract_state(model, optimizer, mesh)
-    layouts, rows, everywhere = training.layouts(abstract), sharding.row_sharding(mesh), sharding.replicated(mesh)
-    step = jax.jit(
-        partial(update, program),
-        in_shardings=(layouts, rows, everywhere),
-        out_shardings=(layouts, everywhere),
-        donate_argnums=0,
-    )
-    evaluate = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"])
+    step = training.compile_update(partial(update, program), abstract, mesh)
+    ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"])
     normalize = bias_shift(model, mesh, config, data["demonstrations"].sources["train"])
 
     def read(index: int) -> Comparisons:
         rows = rows_of_batch(index, config.batch_size, len(train_rows), config.seed)
         mine = process_slice(rows, jax.process_index(), jax.process_count())
-        return sharding.put_rows(stage.read_comparisons(train_rows, mine, limits), mesh)
+        return sharding.put_rows(read_comparisons(train_rows, mine, limits), mesh)
 
     def start() -> TrainState:
         fresh = training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
         if "parent" not in parents:
             return fresh
-        # The unembedding is dropped (paper, section 3.5), unless it is the input embedding as well.
         policy = Transformer(config.model, config.compute, "tokens")
-        loaded = parents["parent"].load(training.abstract_state(policy, optimizer, mesh).params)
-        return dataclasses.replace(fresh, params={**loaded, "head": fresh.params["head"]})
-
-    def loop(state: TrainState, log: Any, checkpoints: Any) -> tuple[TrainState, Mapping[str, Any]]:
-        return training.fit(
-            state,
-            lambda state, batch: step(state, batch, settings),
-            read,
-            total_steps=total_steps,
-            checkpoints=checkpoints,
-            log=log,
-            evaluate=lambda state: evaluate(state.params),
-            evaluate_every=config.run.evaluate_every,
-            finish=lambda state: dataclasses.replace(state, params=normalize(state.params)),
-        )
+        loaded = parents["parent"].load(training.abstract_params(policy, mesh))
+        # The unembedding is left behind (paper, section 3.5), unless it is the input embedding as well.
+        return dataclasses.replace(fresh, params={name: loaded.get(name, leaf) for name, leaf in fresh.params.items()})
 
     stage.run(
         workdir,
-        config.run,
-        record=stage.Record(
-            stage=config.stage,
-            config=given,
-            model=config.model,
-            tokenizer=tokenizer,
-            tokenizer_path=config.tokenizer,
-            data=data,
-            parents=parents,
-        ),
+        stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
         abstract=abstract,
         start=start,
         exported="params",
         total_steps=total_steps,
-        loop=loop,
+        update=lambda state, batch, _: step(state, batch, settings),
+        batches=read,
+        evaluate=lambda state: ranking(state.params),
+        finish=lambda state: dataclasses.replace(state, params=normalize(state.params)),
     )
 
 
@@ -229,8 +207,8 @@ def ranking_figures(
 
     def evaluate(params: Params) -> dict[str, float]:
         totals = [0.0] * 4
-        for rows in stage.held_out(source, config.batch_size, config.run.evaluate_batches):
-            batch = sharding.put_rows(stage.read_comparisons(source, rows, config.data.limits), mesh)
+        for rows in held_out(source, config.batch_size, config.run.evaluate_batches):
+            batch = sharding.put_rows(read_comparisons(source, rows, config.data.limits), mesh)
             totals = [total + float(x) for total, x in zip(totals, ranking(params, batch), strict=True)]
         loss, prompts, right, pairs = totals
         return {
@@ -251,7 +229,7 @@ def bias_shift(
 
     def normalize(params: Params) -> Params:
         total = count = 0.0
-        for batch in stage.held_out_rows(source, config.batch_size, len(source), length):
+        for batch in held_out_rows(source, config.batch_size, len(source), length):
             added, demonstrations = scores(params, sharding.put_rows(batch, mesh))
             total, count = total + float(added), count + float(demonstrations)
         return shift_bias(params, jnp.float32(total / max(count, 1.0)))

@@ -31,8 +31,9 @@ LAYOUTS: tuple[tuple[str, P], ...] = (
     # The width is split, not the vocabulary: 257 and 50257 words divide by nothing.
     (r"(params|mu|nu|ema|^)/?embedding", P(None, ("tensor", "fsdp"))),  # [V, D]
     (r"(params|mu|nu|ema|^)/?positions", P(None, ("tensor", "fsdp"))),  # [T, D]
-    (r"head/kernel", P()),  # [V, D] of an untied head, [D] of a scalar one
-    (r"head/bias", P()),  # []
+    (r"scalar_head/kernel", P()),  # [D]
+    (r"scalar_head/bias", P()),  # []
+    (r"(params|mu|nu|ema|^)/?head/kernel", P(None, ("tensor", "fsdp"))),  # [V, D]
     (r"(step|count)", P()),  # []
 )
 
@@ -82,9 +83,6 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def sharding_of(path, leaf) -> NamedSharding:
         name = path_name(path)
         spec = rule_of(name)[1]
-        # An untied head is [V, D], a scalar head [D]: one name, told apart by rank.
-        if name.endswith("head/kernel") and len(leaf.shape) == 2:
-            spec = rule_of("embedding")[1]
         for size, axes in zip(leaf.shape, spec, strict=False):
             ways = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(axes)])) if axes is not None else 1
             if size % ways:

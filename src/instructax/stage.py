@@ -1,29 +1,25 @@
 """What every stage does around its loop: claim the folder, check the parent, open the log, resume, finish."""
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from instructax import sharding
-from instructax.checkpoint import Checkpoints, committed_steps, load_params
+from instructax import sharding, training
+from instructax.checkpoint import Checkpoints, committed_steps
 from instructax.configuration import ConfigError, check_range, require
-from instructax.data.batches import Source, comparison_batch, evaluation_rows, lm_batch, mixed_lm_batch, process_slice
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
-from instructax.data.prepare import prepare_demonstrations, prepare_text
-from instructax.manifest import check_parent, config_difference, manifest_hash, read_manifest, write_manifest
+from instructax.lineage import Parent, finished
+from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
 from instructax.runlog import RunLog, write_json
-from instructax.tokenizer import Tokenizer, load_tokenizer
-from instructax.types import Comparisons, LmBatch, Params
+from instructax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +31,7 @@ class RunConfig:
     evaluate_batches: int  # the most batches of one evaluation
     save_every: int  # steps between checkpoints
     keep: int  # newest checkpoints that stay
-    best_metric: str  # held-out figure, higher is better, whose best checkpoint stays as well; "" = none
+    best_metric: str  # held-out figure whose best checkpoint stays as well, the lowest of a loss; "" = none
     tensorboard: bool
 
     def __post_init__(self):
@@ -45,11 +41,6 @@ class RunConfig:
                 f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}: "
                 "a resumed run would have a gap in its log"
             )
-
-
-def finished(workdir: Path) -> bool:
-    """Whether the run in `workdir` has come to its end."""
-    return (workdir / "summary.json").exists()
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -79,17 +70,6 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("run", "mesh")}
 
 
-def tokenizer_of(path: str, model: ModelConfig) -> Tokenizer:
-    """The tokenizer at `path`; raises ConfigError unless the model's vocabulary is its own."""
-    tokenizer = load_tokenizer(path)
-    require(
-        tokenizer.size == model.vocab_size,
-        f"config.model.vocab_size = {model.vocab_size}, but the tokenizer {path} has {tokenizer.size} ids; "
-        "set config.model.vocab_size to that",
-    )
-    return tokenizer
-
-
 def check_lengths(limits: Limits, model: ModelConfig) -> None:
     """Raises ConfigError unless packed rows, and a prompt with its response, fit the model's positions."""
     pair = limits.prompt_tokens + limits.response_tokens
@@ -100,13 +80,12 @@ def check_lengths(limits: Limits, model: ModelConfig) -> None:
         )
 
 
-def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: int) -> int:
+def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
     """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is 0)."""
     require(
         min(steps, epochs) == 0 < max(steps, epochs),
         f"config.steps = {steps} and config.epochs = {epochs}: set one, the other to 0",
     )
-    require(steps > 0 or rows_per_step > 0, "config.data.text_fraction leaves a batch no row of what epochs count")
     return steps or math.ceil(epochs * rows / rows_per_step)
 
 
@@ -121,132 +100,13 @@ def check_rows(name: str, rows: int, pieces: int, mesh: Mesh) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Parent:
-    """A finished run whose parameters another one starts from."""
-
-    workdir: Path
-    manifest: Mapping[str, Any]
-
-    def load(self, wanted: Params) -> Params:
-        """Its exported parameters, straight into the shapes and layouts of `wanted`."""
-        return load_params(self.workdir, wanted)
-
-    def lineage(self) -> dict[str, Any]:
-        """What the child's manifest says of it."""
-        return {
-            "workdir": str(self.workdir),
-            "stage": self.manifest["stage"],
-            "step": committed_steps(self.workdir)[-1],
-            "manifest_hash": manifest_hash(self.manifest),
-        }
-
-
-def open_parents(
-    paths: Mapping[str, str], models: Mapping[str, ModelConfig], tokenizer: Tokenizer, tokenizer_path: str
-) -> dict[str, Parent]:
-    """The runs to start from, by config field, those with an empty path left out.
-
-    Each must be finished, of this tokenizer, and of the architecture in `models`. Raises ConfigError or ValueError.
-    """
-    parents = {}
-    for name, path in paths.items():
-        if not path:
-            continue
-        workdir = Path(path)
-        require(
-            finished(workdir), f"config.{name} = {path!r} is not a finished run: train it first, or change the path"
-        )
-        manifest = read_manifest(workdir)
-        check_parent(manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path)
-        difference = config_difference(manifest["model"], dataclasses.asdict(models[name]))
-        require(not difference, f"the model of config.{name} = {path!r} is another: {'; '.join(difference)}")
-        parents[name] = Parent(workdir, manifest)
-    return parents
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LmData:
-    """Files of packed rows; the share of text counts rows of a batch."""
-
-    demonstrations: tuple[str, ...]
-    text: tuple[str, ...]
-    text_fraction: float  # 1: pretraining, 0: demonstrations alone, 0.1: the PPO initialisation (paper, C.3)
-    limits: Limits
-    folder: str  # where prepared rows are kept
-
-
-def read_lm_data(config: LmData, tokenizer: Tokenizer) -> dict[str, Prepared]:
-    """The packed rows of each source that has files: "demonstrations", "text"."""
-    require(
-        bool(config.demonstrations) == (config.text_fraction < 1) and (bool(config.text) or config.text_fraction == 0),
-        f"config.data.text_fraction = {config.text_fraction} does not fit {len(config.demonstrations)} files of "
-        f"config.data.demonstrations and {len(config.text)} of config.data.text: 1 is text alone, 0 demonstrations",
-    )
-    prepare = {"demonstrations": prepare_demonstrations, "text": prepare_text}
-    files = {"demonstrations": config.demonstrations, "text": config.text}
-    return {
-        name: prepare[name]([Path(path) for path in paths], tokenizer, config.limits, Path(config.folder))
-        for name, paths in files.items()
-        if paths
-    }
-
-
-def lm_reader(
-    config: LmData, data: Mapping[str, Prepared], split: str, *, batch_size: int, seed: int
-) -> Callable[[int], LmBatch]:
-    """Batch `step` of packed rows: this process's share of it, as numpy arrays."""
-    nothing: Any = ()
-    sources = {name: data[name].sources[split] if name in data else nothing for name in ("demonstrations", "text")}
-
-    def read(step: int) -> LmBatch:
-        return mixed_lm_batch(
-            sources["demonstrations"],
-            sources["text"],
-            step,
-            batch_size=batch_size,
-            text_fraction=config.text_fraction,
-            length=config.limits.sequence_tokens,
-            seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-
-    return read
-
-
-def held_out(source: Source, batch_size: int, limit: int) -> Iterator[np.ndarray]:
-    """Row ids of at most `limit` batches of held-out rows, this process's share of each."""
-    for rows in itertools.islice(evaluation_rows(len(source), batch_size), limit):
-        yield process_slice(rows, jax.process_index(), jax.process_count())
-
-
-def held_out_rows(source: Source, batch_size: int, limit: int, length: int) -> Iterator[LmBatch]:
-    """At most `limit` batches of held-out packed rows, this process's share of each."""
-    for rows in held_out(source, batch_size, limit):
-        yield lm_batch(source, rows, length)
-
-
-def read_comparisons(source: Source, rows: Any, limits: Limits) -> Comparisons:
-    """Comparisons `rows` of `source`, padded to the limits, as numpy arrays."""
-    return comparison_batch(
-        source,
-        rows,
-        prompt_tokens=limits.prompt_tokens,
-        answers=limits.answers,
-        response_tokens=limits.response_tokens,
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a run's manifest says."""
+    """What a run's manifest says: where all that it computes comes from."""
 
-    stage: str
-    config: Mapping[str, Any]  # as it was given
-    model: ModelConfig
+    config: Any  # the stage's dataclass
+    given: Mapping[str, Any]  # the same as it was given
     tokenizer: Tokenizer
-    tokenizer_path: str
     data: Mapping[str, Prepared]
     parents: Mapping[str, Parent]
 
@@ -272,11 +132,11 @@ class Record:
         origins = self.origins()
         write_manifest(
             workdir,
-            stage=self.stage,
-            config=dict(self.config),
-            model=dataclasses.asdict(self.model),
+            stage=self.config.stage,
+            config=dict(self.given),
+            model=dataclasses.asdict(self.config.model),
             tokenizer_hash=self.tokenizer.hash,
-            tokenizer_path=self.tokenizer_path,
+            tokenizer_path=self.config.tokenizer,
             data_hashes=origins["data"],
             parents=origins["parents"],
         )
@@ -284,20 +144,24 @@ class Record:
 
 def run(
     workdir: Path,
-    config: RunConfig,
-    *,
     record: Record,
+    *,
     abstract: Any,
     start: Callable[[], Any],
     exported: str,
     total_steps: int,
-    loop: Callable[[Any, RunLog, Checkpoints], Any],
+    update: Callable[[Any, Any, RunLog], tuple[Any, dict[str, Any]]],
+    batches: Callable[[int], Any],
+    evaluate: Callable[[Any], dict[str, Any]],
+    finish: Callable[[Any], Any] = lambda state: state,
 ) -> None:
-    """Restores the newest step or starts anew, runs `loop(state, log, checkpoints)`, and records the end.
+    """Restores the newest step or starts anew, trains to the end with `training.fit`, and records the end.
 
     `abstract` is the state's shapes and layouts, `start()` makes it, `exported` names the field that later stages
-    read; the figures of its last step go to `summary.json`.
+    read. `update(state, batch, log)`, `batches`, `evaluate` and `finish` are those of `fit`. The figures of the last
+    step go to `summary.json`.
     """
+    config: RunConfig = record.config.run
     checkpoints = Checkpoints(
         workdir,
         save_every=config.save_every,
@@ -321,12 +185,22 @@ def run(
     )
     with log:
         try:
-            loop(state, log, checkpoints)
+            training.fit(
+                state,
+                lambda state, batch: update(state, batch, log),
+                batches,
+                total_steps=total_steps,
+                checkpoints=checkpoints,
+                log=log,
+                evaluate=evaluate,
+                evaluate_every=config.evaluate_every,
+                finish=finish,
+            )
         finally:
             checkpoints.close()
         log.flush()
         # From the file: a run that was killed after its last save has nothing left to compute.
-        log.summary({"stage": record.stage, **last_line(workdir / "metrics.jsonl")})
+        log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -16,14 +16,16 @@ import optax
 
 from instructax import clock, sharding, stage, training
 from instructax.configuration import require
+from instructax.data.readers import LmData, lm_reader, read_lm_data
 from instructax.held_out import held_out_losses
 from instructax.inference import row_logprobs
+from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import next_token_loss
 from instructax.masked import token_count
 from instructax.model import ComputeConfig, Dropout, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
 from instructax.sharding import MeshConfig
-from instructax.stage import LmData, RunConfig
+from instructax.stage import RunConfig
 from instructax.training import accumulate, shares, split_rows
 from instructax.types import Array, LmBatch, Params, TrainState, pytree
 
@@ -110,17 +112,16 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
     require(0 <= config.dropout < 1, f"config.dropout = {config.dropout} must be at least 0 and below 1")
     stage.check_lengths(config.data.limits, config.model)
-    tokenizer = stage.tokenizer_of(config.tokenizer, config.model)
-    parents = stage.open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
-    data = stage.read_lm_data(config.data, tokenizer)
-    counted, share = (
-        ("demonstrations", 1.0 - config.data.text_fraction) if config.data.demonstrations else ("text", 1.0)
-    )
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
+    parents = open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
+    data = read_lm_data(config.data, tokenizer)
+    counted = "demonstrations" if config.data.demonstrations else "text"
+    share = 1.0 - config.data.text_fraction if config.data.demonstrations else 1.0
     total_steps = stage.steps_of(
         steps=config.steps,
         epochs=config.epochs,
         rows=len(data[counted].sources["train"]),
-        rows_per_step=round(share * config.batch_size),
+        rows_per_step=share * config.batch_size,
     )
     model = Transformer(config.model, config.compute, "tokens")
     optimizer = make_optimizer(config.optimizer)
@@ -138,48 +139,23 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         learning_rate=jnp.float32(config.optimizer.learning_rate), dropout=jnp.float32(config.dropout)
     )
     abstract = training.abstract_state(model, optimizer, mesh)
-    layouts, rows, everywhere = training.layouts(abstract), sharding.row_sharding(mesh), sharding.replicated(mesh)
-    step = jax.jit(
-        partial(update, program),
-        in_shardings=(layouts, rows, everywhere),
-        out_shardings=(layouts, everywhere),
-        donate_argnums=0,
-    )
-    read = stage.lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)
-    evaluate = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
+    step = training.compile_update(partial(update, program), abstract, mesh)
+    read = lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)
+    losses = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
 
     def start() -> TrainState:
         if "parent" in parents:
             return training.start_from(parents["parent"].load(abstract.params), optimizer, mesh)
         return training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
 
-    def loop(state: TrainState, log: Any, checkpoints: Any) -> tuple[TrainState, Mapping[str, Any]]:
-        return training.fit(
-            state,
-            lambda state, batch: step(state, batch, settings),
-            lambda index: sharding.put_rows(read(index), mesh),
-            total_steps=total_steps,
-            checkpoints=checkpoints,
-            log=log,
-            evaluate=lambda state: evaluate(state.params),
-            evaluate_every=config.run.evaluate_every,
-        )
-
     stage.run(
         workdir,
-        config.run,
-        record=stage.Record(
-            stage=config.stage,
-            config=given,
-            model=config.model,
-            tokenizer=tokenizer,
-            tokenizer_path=config.tokenizer,
-            data=data,
-            parents=parents,
-        ),
+        stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
         abstract=abstract,
         start=start,
         exported="params",
         total_steps=total_steps,
-        loop=loop,
+        update=lambda state, batch, _: step(state, batch, settings),
+        batches=lambda index: sharding.put_rows(read(index), mesh),
+        evaluate=lambda state: losses(state.params),
     )

@@ -26,6 +26,11 @@ def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
 
+def abstract_params(model: Transformer, mesh: Mesh) -> Params:
+    """Shapes and layouts of the parameters, without data."""
+    return sharding.abstract(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
+
+
 def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes and layouts of a state, without data."""
     shapes = jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
@@ -48,6 +53,18 @@ def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Me
     shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
     out = sharding.shardings(shapes, mesh)
     return jax.jit(lambda p: new_state(p, optimizer), out_shardings=out)(params)
+
+
+def compile_update(update: Callable[..., Any], abstract: Any, mesh: Mesh) -> Callable[[Any, Any, Any], Any]:
+    """`update(state, batch, settings) -> (state, metrics)` under jit: the state keeps its layouts and its memory, the
+    batch is split by rows, the rest is on every device."""
+    state, everywhere = layouts(abstract), sharding.replicated(mesh)
+    return jax.jit(
+        update,
+        in_shardings=(state, sharding.row_sharding(mesh), everywhere),
+        out_shardings=(state, everywhere),
+        donate_argnums=0,
+    )
 
 
 def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:

@@ -4,7 +4,9 @@ Batch i is a function of (seed, i): the stream of samples is one random permutat
 i is its i-th piece. There is no state to save, and each process reads only the rows of its slice.
 """
 
+import fractions
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -40,25 +42,20 @@ def row_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-def samples_of_batch(index: int, batch_size: int, size: int, seed: int) -> np.ndarray:
-    """Returns the samples i64[batch_size] of batch `index` from `size` rows: sample = epoch · size + row.
-
-    A sample occurs once in the whole stream, also where a batch runs across the end of an epoch: fold it, rather than
-    the row, into a random key. Raises ValueError if there is no row or a negative index.
+def rows_between(start: int, stop: int, size: int, seed: int) -> np.ndarray:
+    """Returns the row ids i64[stop − start] at places `start` .. `stop` − 1 of the stream; every epoch has each of the
+    `size` rows once. Raises ValueError if there is no row, or no such place.
     """
-    if size < 1 or batch_size < 1 or index < 0:
-        raise ValueError(
-            f"no batch {index} of {batch_size} from {size} rows: need rows, a batch size and an index >= 0"
-        )
-    places = np.arange(index * batch_size, (index + 1) * batch_size)
-    epochs = np.arange(places[0] // size, places[-1] // size + 1)
-    orders = [row_order(seed, int(epoch), size) + epoch * size for epoch in epochs]
-    return np.concatenate(orders)[places - epochs[0] * size]
+    if size < 1 or not 0 <= start < stop:
+        raise ValueError(f"no places {start} .. {stop - 1} in a stream of {size} rows: need rows and 0 <= start < stop")
+    first, last = start // size, (stop - 1) // size
+    orders = [row_order(seed, epoch, size) for epoch in range(first, last + 1)]
+    return np.concatenate(orders)[start - first * size : stop - first * size]
 
 
 def rows_of_batch(index: int, batch_size: int, size: int, seed: int) -> np.ndarray:
-    """Returns the row ids i64[batch_size] of `samples_of_batch`; every epoch has each row once."""
-    return samples_of_batch(index, batch_size, size, seed) % size
+    """Returns the row ids i64[batch_size] of batch `index`. Raises ValueError as `rows_between` does."""
+    return rows_between(index * batch_size, (index + 1) * batch_size, size, seed)
 
 
 def process_slice(values: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
@@ -139,26 +136,25 @@ def mixed_lm_batch(
 ) -> LmBatch:
     """Returns this process's slice of batch `index` of demonstrations with a share of pretraining text.
 
-    Of the `batch_size` rows the last round(text_fraction · batch_size) come from `text`, the others from
-    `demonstrations` (paper, appendix C.3: 10 % for the policy that PPO starts from). Each source has its own stream,
-    which advances by its own number of rows a batch. Raises ValueError if a fraction above 0 and below 1 leaves one
-    source without a row.
+    Of all rows up to the end of any batch, the share `text_fraction`, rounded down, comes from `text`, the others from
+    `demonstrations` (paper, appendix C.3: 10 % for the policy that PPO starts from): where a batch is too small for a
+    whole row of text, every few batches have one. Text stands last in a batch; each source has its own stream. Raises
+    ValueError unless the fraction is in 0 .. 1.
     """
-    text_rows = round(text_fraction * batch_size)
-    if not 0 <= text_fraction <= 1 or (text_rows in (0, batch_size)) != (text_fraction in (0, 1)):
-        raise ValueError(
-            f"text_fraction {text_fraction} of a batch of {batch_size} makes {text_rows} rows of text: it must be in "
-            "0 .. 1, and give both sources a row if it is between; change text_fraction or batch_size"
-        )
-    own_rows = batch_size - text_rows
+    if not 0 <= text_fraction <= 1:
+        raise ValueError(f"text_fraction {text_fraction} must be in 0 .. 1")
+    share = fractions.Fraction(str(text_fraction))  # as it was typed: ten times 0.1 is 1
+    places = np.array([index * batch_size, (index + 1) * batch_size])
+    text_places = np.array([math.floor(share * int(place)) for place in places])
     slots = process_slice(np.arange(batch_size), process_index, process_count)
+    own_rows = batch_size - (text_places[1] - text_places[0])
     parts = []
-    for source, rows, mine in (
-        (demonstrations, own_rows, slots[slots < own_rows]),
-        (text, text_rows, slots[slots >= own_rows] - own_rows),
+    for source, (start, stop), mine in (
+        (demonstrations, places - text_places, slots[slots < own_rows]),
+        (text, text_places, slots[slots >= own_rows] - own_rows),
     ):
         if len(mine):
-            parts.append(lm_batch(source, rows_of_batch(index, rows, len(source), seed)[mine], length))
+            parts.append(lm_batch(source, rows_between(int(start), int(stop), len(source), seed)[mine], length))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
