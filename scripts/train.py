@@ -18,6 +18,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARGUMENT of a config; values as --config.name=value")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, samples")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "several processes: HOST:PORT of the first; auto: ask the cluster"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "how many processes share the run", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "which of them this one is, from 0", lower_bound=0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print config, parameters and memory per device, and stop")
 
 
@@ -34,7 +39,15 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         print(json.dumps(config, indent=2))
         return command.guarded(lambda: print(experiment.dry_run(config)))
-    return command.guarded(lambda: experiment.run_stage(config, pathlib.Path(WORKDIR.value or ".")))
+
+    def run() -> None:
+        if COORDINATOR.value:
+            from instructax import processes
+
+            processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        experiment.run_stage(config, pathlib.Path(WORKDIR.value or "."))
+
+    return command.guarded(run)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "instructax"
 FLOORS = {
     **dict.fromkeys(("types", "configuration"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
-    **dict.fromkeys(("tokenizer", "runlog", "statistics"), 1),
+    **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics"), 1),
     **dict.fromkeys(("losses", "advantages", "data", "inference", "checkpoint", "manifest"), 2),
     **dict.fromkeys(("training", "lineage", "experience", "microworld", "held_out"), 3),
     "stage": 4,

@@ -22,10 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from instructax.processes import everywhere
 from instructax.runlog import write_json
 from instructax.types import Params
 
@@ -288,11 +287,4 @@ def _damage(path: Path) -> str:
             found = _hashes(path)
             wrong = (name for name, value in stored["files"].items() if found.get(name) != value)
             damage = next((f"{path / name} is missing or differs from its sha256" for name in wrong), "")
-    return "" if _everywhere(not damage) else damage or f"{path}, as process 0 reports"
-
-
-def _everywhere(condition: bool) -> bool:
-    """Whether `condition` holds on all processes, which must all ask."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
+    return "" if everywhere(not damage) else damage or f"{path}, as process 0 reports"

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.model import Transformer
+from instructax.processes import anywhere
 from instructax.types import Array, Params, TrainState
 
 
@@ -173,7 +174,8 @@ def fit(
                 with log.phase("evaluate"):
                     metrics = {**metrics, **evaluate(state)}
             log.record(done, metrics)
-            asked = interruption.asked  # read once: a signal during the save below waits for the next step
+            # Read once: a signal during the save below waits for the next step.
+            asked = anywhere(interruption.asked)
             if asked or done == total_steps or checkpoints.due(done):
                 check_finite(done, metrics)
             with log.phase("save"):
