@@ -79,7 +79,7 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "discount": 1.0,  # C.4
             "lambda_": 0.95,  # not in the paper; as in its ancestors
             "ema_decay": 0.992 if paper else 0.95,  # C.4; a run of 4000 optimizer steps; the small sizes take few
-            "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such answers -1
+            "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such responses -1
             "whiten_rewards": False,
             "whiten_advantages": True,  # not in the paper; as in its ancestors
             "tolerance": 0.1 if paper else 1e-3,  # nats; bfloat16 or float32

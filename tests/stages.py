@@ -246,7 +246,7 @@ def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def answers_of(rollouts: Rollouts) -> list[np.ndarray]:
+def responses_of(rollouts: Rollouts) -> list[np.ndarray]:
     """Prompt and response of each row as one document."""
     prompts, responses = rollouts.prompts, rollouts.responses
     rows = zip(*(np.asarray(x) for x in (prompts.tokens, prompts.mask, responses, rollouts.mask)), strict=True)

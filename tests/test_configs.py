@@ -134,7 +134,7 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (EVERY_STAGE, "data.limits.response_tokens", 1024, "C"),
     (EVERY_STAGE, "data.limits.prompts_per_user", 200, "3.2"),
     (EVERY_STAGE, "data.limits.filter_pii", True, "3.2"),
-    (EVERY_STAGE, "data.limits.answers", 9, "3.5: K = 4 … 9"),
+    (EVERY_STAGE, "data.limits.completions", 9, "3.5: K = 4 … 9"),
     (EVERY_STAGE, "compute.dtype", "bfloat16", "C: 16 bits with 32-bit parameters"),
     (BASELINE, "epochs", 16.0, "C.1"),
     (BASELINE, "batch_size", (32, 32, 8), "C.1"),

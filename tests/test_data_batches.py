@@ -130,7 +130,7 @@ COMPARISON = {
 
 
 def test_comparison_batch_golden():
-    read = {"prompt_tokens": 3, "answers": 3, "response_tokens": 4}
+    read = {"prompt_tokens": 3, "completions": 3, "response_tokens": 4}
     batch = batches.comparison_batch(Rows([COMPARISON]), np.array([NO_ROW, 0]), **read)
     empty = [[0] * 4] * 3
     assert batch.prompts.tokens.tolist() == [[0, 0, 0], [0, 4, 5]]
@@ -144,9 +144,9 @@ def test_comparison_batch_golden():
     assert dtypes == [np.int32, bool, np.int32, bool, np.int32]
 
 
-@pytest.mark.parametrize("name", ["prompt_tokens", "answers", "response_tokens"])
+@pytest.mark.parametrize("name", ["prompt_tokens", "completions", "response_tokens"])
 def test_a_comparison_that_does_not_fit_names_the_value(name):
-    read = {"prompt_tokens": 2, "answers": 2, "response_tokens": 3}
+    read = {"prompt_tokens": 2, "completions": 2, "response_tokens": 3}
     batches.comparison_batch(Rows([COMPARISON]), np.array([0]), **read)
     with pytest.raises(ValueError, match=f"a row of {read[name]} does not fit .* = {read[name] - 1}"):
         batches.comparison_batch(Rows([COMPARISON]), np.array([0]), **read | {name: read[name] - 1})

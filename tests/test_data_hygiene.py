@@ -42,7 +42,7 @@ def test_drop_long_keeps_one_to_limit():
     assert hygiene.drop_long(["", "a", "ab", "abc"], 2, len) == ["a", "ab"]
 
 
-def test_unranked_tied_and_many_answers():
+def test_unranked_tied_and_many_completions():
     records = [
         comparison("none", "ab", None),
         comparison("tied", "abc", (2, 2, 2)),
@@ -50,15 +50,15 @@ def test_unranked_tied_and_many_answers():
     ]
     assert ids(hygiene.drop_unranked(records)) == ["tied", "some"]
     assert ids(hygiene.drop_tied(records)) == ["some"]
-    assert ids(hygiene.drop_many_answers(records, 2)) == ["none"]
+    assert ids(hygiene.drop_many_completions(records, 2)) == ["none"]
 
 
-def test_long_answers_leave_their_comparison():
+def test_long_completions_leave_their_comparison():
     records = [comparison("a", ["1", "22", "333", "4"], (3, 1, 2, 5)), comparison("b", ["1", "333", ""], (1, 2, 3))]
-    (kept,) = hygiene.drop_long_answers(records, 2, len)
+    (kept,) = hygiene.drop_long_completions(records, 2, len)
     assert (kept.id, kept.completions, kept.ranks, kept.pairs) == ("a", ("1", "22", "4"), (3, 1, 5), ())
     with pytest.raises(ValueError, match="comparison x has no ranks: apply drop_unranked first"):
-        hygiene.drop_long_answers([comparison("x", "ab", None)], 2, len)
+        hygiene.drop_long_completions([comparison("x", "ab", None)], 2, len)
 
 
 def test_dense_ranks_start_at_zero_and_ties_share():

@@ -18,7 +18,7 @@ ALL = Limits(
     sequence_tokens=16,
     prompt_tokens=8,
     response_tokens=6,
-    answers=3,
+    completions=3,
     prefix_characters=None,
     prompts_per_user=None,
     filter_pii=False,
@@ -174,13 +174,13 @@ def test_comparison_rows_golden(tmp_path):
         {"prompt": [ord("p")], "responses": [a, EOS, b, EOS], "lengths": [2, 2], "ranks": [1, 0], "labeler": 0},
         {"prompt": [ord("r")], "responses": [e, EOS, f, EOS], "lengths": [2, 2], "ranks": [1, 0], "labeler": -1},
     ]
-    dropped = {"unranked": 1, "prompt_tokens": 1, "response_tokens": 2, "answers": 1, "tied": 1}
+    dropped = {"unranked": 1, "prompt_tokens": 1, "response_tokens": 2, "completions": 1, "tied": 1}
     assert made.report.dropped == dropped
     assert made.report.labelers == ["ann", "tied when cut", "zoe"]
     assert made.report.tokens == {"train": 7 + 4 + 4 + 3}
     assert made.report.padding == {"train": 1 - 18 / (3 * (8 + 3 * 6))}
     batch = batches.comparison_batch(
-        made.sources["train"], np.array([2, 0]), prompt_tokens=8, answers=3, response_tokens=6
+        made.sources["train"], np.array([2, 0]), prompt_tokens=8, completions=3, response_tokens=6
     )
     assert batch.responses[1, 1].tolist() == [b, b, EOS, 0, 0, 0]
     assert batch.valid.tolist() == [[True, True, False], [True] * 3]
@@ -247,7 +247,7 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
         ("sequence_tokens", 1, "Limits.sequence_tokens is 1: it must be at least 2"),
         ("prompt_tokens", 0, "Limits.prompt_tokens is 0: it must be at least 1"),
         ("response_tokens", 1, "Limits.response_tokens is 1: it must be at least 2"),
-        ("answers", 1, "Limits.answers is 1: it must be at least 2"),
+        ("completions", 1, "Limits.completions is 1: it must be at least 2"),
         ("prefix_characters", 0, "Limits.prefix_characters is 0: it must be at least 1, or None to keep all"),
         ("prompts_per_user", -1, "Limits.prompts_per_user is -1: it must be at least 1, or None"),
         ("splits", (("a", 0.5), ("a", 0.5)), "Limits.splits has the names ['a', 'a']"),

@@ -53,15 +53,15 @@ def rollouts_of(chain, run: str):
     return jax.jit(sample)(params, prompts, keys)
 
 
-def answers_of(chain, name: str):
+def responses_of(chain, name: str):
     return [sample for sample in samples_of(chain / "evaluate") if sample["policy"] == name]
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
     tokenizer = parts(chain)[1]
-    rollouts, answers = rollouts_of(chain, POLICIES[name]), answers_of(chain, name)
-    mask, documents = np.asarray(rollouts.mask), stages.answers_of(rollouts)
+    rollouts, answers = rollouts_of(chain, POLICIES[name]), responses_of(chain, name)
+    mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
     assert len(answers) == 16
     assert [a["response"] for a in answers] == [
         tokenizer.decode(response[real]) for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
@@ -84,13 +84,13 @@ def test_the_reference_against_itself(chain):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_figures_are_means_over_answers(chain, name):
-    figures, answers = summary_of(chain / "evaluate")["policies"][name], answers_of(chain, name)
+    figures, answers = summary_of(chain / "evaluate")["policies"][name], responses_of(chain, name)
     for field in ("score", "kl", "tokens", "ended"):
         values = np.array([float(answer[field]) for answer in answers])
         assert figures[field]["value"] == pytest.approx(values.mean(), abs=1e-9)
         half = 1.959964 * values.std(ddof=1) / 4
         assert figures[field]["high"] - figures[field]["value"] == pytest.approx(half, abs=1e-9)
-    reference = answers_of(chain, "SFT")
+    reference = responses_of(chain, "SFT")
     wins = sum(
         1 if own["score"] > other["score"] else 0.5 * (own["score"] == other["score"])
         for own, other in zip(answers, reference, strict=True)
@@ -141,7 +141,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         "data.comparisons": (),
     }
     assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
-    wanted, got = answers_of(chain, "SFT"), samples_of(tmp_path / "run")
+    wanted, got = responses_of(chain, "SFT"), samples_of(tmp_path / "run")
     assert len(got) == 12
     for ours, theirs in zip(got, wanted, strict=False):
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4, abs=1e-5)

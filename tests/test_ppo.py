@@ -86,7 +86,7 @@ def plain_policy_logprobs(params, rollouts: Rollouts):
 def test_scores_are_those_of_the_plain_computation():
     state, experience, judged, _ = scored()
     rollouts = judged.rollouts
-    documents, mask = stages.answers_of(rollouts), np.asarray(rollouts.mask)
+    documents, mask = stages.responses_of(rollouts), np.asarray(rollouts.mask)
     for params, logprobs in (
         (state.policy.params, experience.old_logprobs),
         (state.policy.params, rollouts.logprobs),

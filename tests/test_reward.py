@@ -57,7 +57,7 @@ def run_update(program, batch):
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
 
 
-def answers_of(batch: Comparisons, prompt: int) -> list[np.ndarray]:
+def responses_of(batch: Comparisons, prompt: int) -> list[np.ndarray]:
     """Prompt and answer as one document, for each valid answer."""
     start = batch.prompts.tokens[prompt][batch.prompts.mask[prompt]]
     rows = zip(batch.responses[prompt], batch.mask[prompt], batch.valid[prompt], strict=True)
@@ -68,7 +68,7 @@ def plain_ranking(model, params, batch) -> tuple[float, int, int]:
     """(mean loss over prompts with a pair, pairs ordered rightly, pairs), each answer run alone."""
     losses, right, count = [], 0, 0
     for prompt in range(len(batch.ranks)):
-        scores = stages.plain_scores(model, params, answers_of(batch, prompt))
+        scores = stages.plain_scores(model, params, responses_of(batch, prompt))
         ranks = batch.ranks[prompt][batch.valid[prompt]]
         pairs = itertools.permutations(range(len(scores)), 2)
         margins = [scores[better] - scores[worse] for better, worse in pairs if ranks[better] < ranks[worse]]
@@ -110,7 +110,7 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
     batch = stages.comparisons((2,), 5)
     batch = dataclasses.replace(batch, ranks=np.array([[1, 0]], np.int32))  # the second answer is the better
     _, metrics, _ = run_update(program(), batch)
-    worse, better = stages.plain_scores(MODEL, small.random_params(MODEL), answers_of(batch, 0))
+    worse, better = stages.plain_scores(MODEL, small.random_params(MODEL), responses_of(batch, 0))
     assert float(metrics["loss"]) == pytest.approx(math.log1p(math.exp(worse - better)), rel=1e-5)
     assert metrics["accuracy"] == (better > worse)
 
@@ -153,7 +153,7 @@ def test_held_out_ranking_adds_up_over_batches():
 def test_a_shift_of_the_bias_shifts_scores_and_nothing_else():
     batch, params = stages.comparisons(ANSWERS, 5), small.random_params(MODEL)
     shifted = reward.shift_bias(params, 2.5)
-    documents = answers_of(batch, 2)
+    documents = responses_of(batch, 2)
     before, after = (stages.plain_scores(MODEL, p, documents) for p in (params, shifted))
     np.testing.assert_allclose(after, before - 2.5, rtol=1e-5)
     assert plain_ranking(MODEL, shifted, batch) == pytest.approx(plain_ranking(MODEL, params, batch), rel=1e-5)

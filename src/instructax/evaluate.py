@@ -1,7 +1,7 @@
 """Compares finished policies on held-out data, and the reward model with people: a run that trains nothing.
 
-Every policy answers the same held-out prompts; its answers go to `samples.jsonl` with the reward model's score and the
-KL from the reference, its figures to `summary.json`.
+Every policy answers the same held-out prompts; its responses go to `samples.jsonl` with the reward model's score and
+the KL from the reference, its figures to `summary.json`.
 """
 
 import dataclasses
@@ -94,11 +94,11 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     with log:
         for number, (name, _) in enumerate(config.policies, start=1):
             params = load(parents[f"policies.{name}"], "tokens")
-            answers = programs.answers(params, data["prompts"], tokenizer)
-            scores[name] = np.array([answer["score"] for answer in answers])
-            for answer in answers:
-                log.sample(number, {"policy": name, **answer})
-            figures["policies"][name] = figures_of(answers) | programs.text_loss(params, data.get("text"))
+            responses = programs.responses(params, data["prompts"], tokenizer)
+            scores[name] = np.array([response["score"] for response in responses])
+            for response in responses:
+                log.sample(number, {"policy": name, **response})
+            figures["policies"][name] = figures_of(responses) | programs.text_loss(params, data.get("text"))
             log.record(number, {f: x["value"] for f, x in figures["policies"][name].items()})
         for name in scores:
             wins = win_rate(scores[name], scores[config.reference])
@@ -121,10 +121,10 @@ def read_data(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prepare
     return {name: prepare[name](files[name], tokenizer, config.data.limits, folder) for name in prepare if files[name]}
 
 
-def figures_of(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means with intervals over one policy's answers."""
+def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means with intervals over one policy's responses."""
     names = ("score", "kl", "tokens", "ended")
-    return {name: dataclasses.asdict(mean_estimate(np.array([a[name] for a in answers], float))) for name in names}
+    return {name: dataclasses.asdict(mean_estimate(np.array([a[name] for a in responses], float))) for name in names}
 
 
 class Programs:
@@ -139,7 +139,7 @@ class Programs:
         scorer = Transformer(config.reward_model, config.compute, "scalar")
         everywhere = sharding.replicated(mesh)
 
-        def answer(
+        def respond(
             params: Params, ref_params: Params, reward_params: Params, prompts: Prompts, samples: Array
         ) -> tuple[Rollouts, Array, Array]:
             keys = clock.sample_keys(clock.step_key(config.seed, "evaluate", 0), samples)
@@ -173,25 +173,25 @@ class Programs:
             longer = right(jnp.sum(batch.mask, axis=2))
             return right(sequence_scores(scorer, params, batch)), longer, jnp.sum(pairs, axis=(1, 2))
 
-        self._answer = jax.jit(answer, out_shardings=everywhere)
+        self._respond = jax.jit(respond, out_shardings=everywhere)
         self._losses = jax.jit(losses, out_shardings=everywhere)
         self._right_pairs = jax.jit(right_pairs, out_shardings=everywhere)
 
-    def answers(self, params: Params, prompts: Prepared, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """One answer to each held-out prompt, as text and figures."""
+    def responses(self, params: Params, prompts: Prepared, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        """One response to each held-out prompt, as text and figures."""
         source, limits = prompts.sources["validation"], self._config.data.limits
         count = min(self._config.prompts, len(source))
-        answers = []
+        responses = []
         for rows in evaluation_rows(count, self._config.batch_size):
             mine = process_slice(rows, jax.process_index(), jax.process_count())
             # An empty row is given the first prompt, so that the sampler has something to read, and left out below.
             batch = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), limits.prompt_tokens)
             batch, samples = sharding.put_rows((batch, np.asarray(mine, np.int32)), self._mesh)
-            out = self._answer(params, self._ref_params, self._reward_params, batch, samples)
+            out = self._respond(params, self._ref_params, self._reward_params, batch, samples)
             rollouts, scores, kl = jax.device_get(out)
             for i in np.flatnonzero(rows != NO_ROW):
                 prompt = rollouts.prompts.tokens[i][rollouts.prompts.mask[i]]
-                answers.append(
+                responses.append(
                     {
                         "prompt": tokenizer.decode(prompt),
                         "response": tokenizer.decode(rollouts.responses[i][rollouts.mask[i]]),
@@ -201,7 +201,7 @@ class Programs:
                         "ended": bool(rollouts.ended[i]),
                     }
                 )
-        return answers
+        return responses
 
     def text_loss(self, params: Params, text: Prepared | None) -> dict[str, Any]:
         """Loss in nats per token on held-out text, with an interval over rows; {} without text."""

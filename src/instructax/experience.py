@@ -1,6 +1,7 @@
 """From rollouts to what the PPO update reads, with the figures and the invariants of one iteration.
 
-Departures from the paper, which leaves them open: λ, whitening and the penalty for answers that never end are settings.
+Departures from the paper, which leaves them open: λ, whitening and the penalty for responses that never end are
+settings.
 """
 
 from typing import Any

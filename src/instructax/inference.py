@@ -143,25 +143,25 @@ def token_values(model: Transformer, params: Params, rollouts: Rollouts) -> Arra
     return jnp.where(rollouts.mask, outputs, 0.0)
 
 
-def sequence_scores(model: Transformer, params: Params, answers: Comparisons | Rollouts) -> Array:
+def sequence_scores(model: Transformer, params: Params, responses: Comparisons | Rollouts) -> Array:
     """The scalar head's output at the last real token: f32[B] for Rollouts, f32[B, K] for Comparisons.
 
     A response without any real token is scored at the prompt's last token.
     """
-    if isinstance(answers, Rollouts):
-        outputs = _forward(model, params, answers.prompts, answers.responses, answers.mask)
-        columns = jnp.arange(answers.mask.shape[1]) + 1
-        last = jnp.max(jnp.where(answers.mask, columns[None, :], 0), axis=1)
+    if isinstance(responses, Rollouts):
+        outputs = _forward(model, params, responses.prompts, responses.responses, responses.mask)
+        columns = jnp.arange(responses.mask.shape[1]) + 1
+        last = jnp.max(jnp.where(responses.mask, columns[None, :], 0), axis=1)
         return jnp.take_along_axis(outputs, last[:, None], axis=1)[:, 0]
-    batch, answers_per_prompt, length = answers.responses.shape
+    batch, responses_per_prompt, length = responses.responses.shape
     rows = Rollouts(
-        prompts=jax.tree.map(lambda x: jnp.repeat(x, answers_per_prompt, axis=0), answers.prompts),
-        responses=answers.responses.reshape(-1, length),
-        mask=answers.mask.reshape(-1, length),
-        logprobs=jnp.zeros((batch * answers_per_prompt, length), jnp.float32),
-        ended=jnp.zeros((batch * answers_per_prompt,), bool),
+        prompts=jax.tree.map(lambda x: jnp.repeat(x, responses_per_prompt, axis=0), responses.prompts),
+        responses=responses.responses.reshape(-1, length),
+        mask=responses.mask.reshape(-1, length),
+        logprobs=jnp.zeros((batch * responses_per_prompt, length), jnp.float32),
+        ended=jnp.zeros((batch * responses_per_prompt,), bool),
     )
-    return sequence_scores(model, params, rows).reshape(batch, answers_per_prompt)
+    return sequence_scores(model, params, rows).reshape(batch, responses_per_prompt)
 
 
 def row_logprobs(model: Transformer, params: Params, batch: LmBatch, *, dropout: Dropout | None = None) -> Array:

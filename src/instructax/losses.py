@@ -23,7 +23,7 @@ def next_token_loss(logprobs: Array, loss_mask: Array) -> Array:
 
 
 def pairwise_ranking_loss(scores: Array, ranks: Array, valid: Array) -> tuple[Array, Array]:
-    """Bradley–Terry loss over all pairs of each prompt's K answers, and the share of pairs ordered rightly.
+    """Bradley–Terry loss over all pairs of each prompt's K responses, and the share of pairs ordered rightly.
 
     loss = mean over prompts of  mean over pairs (w better than l) of  −log σ(s_w − s_l)
 
@@ -34,7 +34,7 @@ def pairwise_ranking_loss(scores: Array, ranks: Array, valid: Array) -> tuple[Ar
     """
     scores = scores.astype(jnp.float32)
     pairs = ordered_pairs(ranks, valid)
-    # An invalid answer's score may be anything, NaN too: it must not reach the difference.
+    # An invalid response's score may be anything, NaN too: it must not reach the difference.
     scores = jnp.where(valid, scores, 0.0)
     margins = scores[:, :, None] - scores[:, None, :]
     pairs_of_prompt = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
@@ -44,7 +44,7 @@ def pairwise_ranking_loss(scores: Array, ranks: Array, valid: Array) -> tuple[Ar
 
 
 def ordered_pairs(ranks: Array, valid: Array) -> Array:
-    """Marks the pairs (w, l) of valid answers with w strictly better than l: i32[B, K], b[B, K] → b[B, K, K]."""
+    """Marks the pairs (w, l) of valid responses with w strictly better than l: i32[B, K], b[B, K] → b[B, K, K]."""
     return (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
 
 

@@ -3,9 +3,9 @@
 Follows the paper: rollouts at temperature 1, per-token KL penalty inside the reward, the score at the end, a separate
 value network that starts as the reward model with head and bias, clipped losses, one inner epoch over minibatches, PPO
 and pretraining gradients summed into one Adam step, constant learning rate after 10 iterations of warm-up, averaged
-weights. The paper leaves open, and settings decide: λ, whitening, value clipping, the penalty for endless answers. The
-average moves at every optimizer step; the pretraining loss is a mean per token, so that `ptx_coef` has another scale
-than a sum per document would give it.
+weights. The paper leaves open, and settings decide: λ, whitening, value clipping, the penalty for endless responses.
+The average moves at every optimizer step; the pretraining loss is a mean per token, so that `ptx_coef` has another
+scale than a sum per document would give it.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The reward model: a scalar head on the policy's trunk, trained on K-wise rankings (paper, section 3.5 and C.2).
 
-All pairs of a prompt are one batch element: each answer is run forward once, and each prompt weighs the same however
-many answers it has. After training the head's bias is set so that demonstrations score 0 on average.
+All pairs of a prompt are one batch element: each response is run forward once, and each prompt weighs the same however
+many responses it has. After training the head's bias is set so that demonstrations score 0 on average.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def update(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state = apply_gradients(program.optimizer, state, gradients, rate)
-    answers = jnp.sum(batch.valid, axis=1, dtype=jnp.float32)
+    responses = jnp.sum(batch.valid, axis=1, dtype=jnp.float32)
     prompt_tokens = jnp.sum(batch.prompts.mask, axis=1, dtype=jnp.float32)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(prompt_shares * metrics["loss"]),
@@ -81,7 +81,7 @@ def update(
         "pairs": jnp.sum(pairs),
         "learning_rate": rate,
         "grad_norm": optax.tree.norm(gradients),
-        "tokens": token_count(batch.mask) + jnp.sum(answers * prompt_tokens),
+        "tokens": token_count(batch.mask) + jnp.sum(responses * prompt_tokens),
     }
 
 

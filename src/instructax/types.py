@@ -1,8 +1,9 @@
 """The arrays that travel between the parts: field, shape, dtype.
 
-Dims: `B` batch, `P` prompt length, `R` response length, `T` any sequence, `K` answers to one prompt. Masks are boolean,
-`True` marks a real token, and they are made where the tokens are made: nothing finds an end by comparing ids. Prompts
-are padded on the left, so a response always starts at column `P` and every per-token array is `[B, R]`.
+Dims: `B` batch, `P` prompt length, `R` response length, `T` any sequence, `K` responses to one prompt. What files and
+labelers know as a completion is a response once it is tokens. Masks are boolean, `True` marks a real token, and they
+are made where the tokens are made: nothing finds an end by comparing ids. Prompts are padded on the left, so a response
+always starts at column `P` and every per-token array is `[B, R]`.
 """
 
 import dataclasses
@@ -42,13 +43,13 @@ class Prompts:
 
 @pytree
 class Comparisons:
-    """K ranked answers to each prompt (paper, section 3.5: K = 4 … 9)."""
+    """K ranked responses to each prompt (paper, section 3.5: K = 4 … 9)."""
 
     prompts: Prompts
     responses: Array  # i32[B, K, R]
     mask: Array  # b[B, K, R]
     ranks: Array  # i32[B, K], 0 is best, ties share a rank
-    valid: Array  # b[B, K], False = this prompt has fewer than K answers
+    valid: Array  # b[B, K], False = this prompt has fewer than K responses
     labeler: Array  # i32[B], -1 = unknown
 
 

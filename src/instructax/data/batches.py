@@ -100,19 +100,19 @@ def prompt_batch(source: Source, rows: np.ndarray, length: int) -> Prompts:
 
 
 def comparison_batch(
-    source: Source, rows: np.ndarray, *, prompt_tokens: int, answers: int, response_tokens: int
+    source: Source, rows: np.ndarray, *, prompt_tokens: int, completions: int, response_tokens: int
 ) -> Comparisons:
-    """Returns the comparisons `rows` [B] of `source`, padded to P = `prompt_tokens` on the left, K = `answers` and
+    """Returns the comparisons `rows` [B] of `source`, padded to P = `prompt_tokens` on the left, K = `completions` and
     R = `response_tokens` on the right, numpy arrays. Responses end with the end token. Raises ValueError if one does
     not fit.
     """
     fetched = _fetch(source, rows)
-    shape = (len(rows), answers, response_tokens)
+    shape = (len(rows), completions, response_tokens)
     responses, mask = _zeros(shape, np.int32), _zeros(shape, bool)
     ranks, valid = _zeros(shape[:2], np.int32), _zeros(shape[:2], bool)
     labeler = _zeros(shape[:1], np.int32) - 1
     for i, row in fetched:
-        k = _fits(len(row["lengths"]), answers, "answers")
+        k = _fits(len(row["lengths"]), completions, "completions")
         _fits(max(row["lengths"]), response_tokens, "response_tokens")
         mask[i, :k] = np.arange(response_tokens) < row["lengths"][:, None]
         responses[i][mask[i]] = row["responses"]

@@ -65,27 +65,27 @@ def drop_tied(records: Sequence[Comparison]) -> list[Comparison]:
     return [record for record in records if len(set(record.ranks or ())) > 1]
 
 
-def drop_long_answers(
+def drop_long_completions(
     records: Sequence[Comparison], limit: int, count_tokens: Callable[[str], int]
 ) -> list[Comparison]:
-    """Takes answers of no or more than `limit` tokens out of their comparisons; keeps those with two answers or more.
+    """Takes completions of no or more than `limit` tokens out of their comparisons; keeps those with two or more.
 
-    The order of the answers that stay is as the labeler gave it. `pairs` of what is returned is empty.
+    The order of the completions that stay is as the labeler gave it. `pairs` of what is returned is empty.
     """
     kept = []
     for record in records:
         if record.ranks is None:
             raise ValueError(f"comparison {record.id} has no ranks: apply drop_unranked first")
         judged = zip(record.completions, record.ranks, strict=True)
-        stays = [(answer, rank) for answer, rank in judged if 1 <= count_tokens(answer) <= limit]
+        stays = [(completion, rank) for completion, rank in judged if 1 <= count_tokens(completion) <= limit]
         if len(stays) >= 2:
             completions, ranks = zip(*stays, strict=True)
             kept.append(dataclasses.replace(record, completions=completions, ranks=ranks, pairs=()))
     return kept
 
 
-def drop_many_answers(records: Sequence[Comparison], limit: int) -> list[Comparison]:
-    """Keeps the comparisons of up to `limit` answers (paper, section 3.5: 9)."""
+def drop_many_completions(records: Sequence[Comparison], limit: int) -> list[Comparison]:
+    """Keeps the comparisons of up to `limit` completions (paper, section 3.5: 9)."""
     return [record for record in records if len(record.completions) <= limit]
 
 

@@ -14,7 +14,7 @@ class Limits:
     sequence_tokens: int  # T of packed rows (text, demonstrations; paper, appendix C: 2k)
     prompt_tokens: int  # P, the longest prompt (all but text; 1k)
     response_tokens: int  # R, the longest response, end token included (demonstrations, comparisons; 1k)
-    answers: int  # K, the most answers of a comparison (9)
+    completions: int  # K, the most completions of a comparison (9)
     prefix_characters: int | None  # prompts that agree so far are one (prompts, demonstrations); None: keep all
     prompts_per_user: int | None  # prompts of one user (prompts; 200); None: keep all
     filter_pii: bool  # drop what looks like personal data from the split called "train"
@@ -22,7 +22,7 @@ class Limits:
     split_seed: int  # another seed, other splits
 
     def __post_init__(self):
-        for name, least in (("sequence_tokens", 2), ("prompt_tokens", 1), ("response_tokens", 2), ("answers", 2)):
+        for name, least in (("sequence_tokens", 2), ("prompt_tokens", 1), ("response_tokens", 2), ("completions", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"Limits.{name} is {getattr(self, name)}: it must be at least {least}")
         for name in ("prefix_characters", "prompts_per_user"):

@@ -2,8 +2,8 @@
 
 The rows depend on the files' bytes, the tokenizer, the limits and `ROWS_VERSION` alone; their hash names the folder, so
 the same call reuses it and any change prepares anew. The paper filters by length too (appendix C) and says no more;
-here a demonstration that does not fit is dropped, never cut, and of a comparison the answers that do not fit are taken
-out. All records of one call are in memory while they are prepared.
+here a demonstration that does not fit is dropped, never cut, and of a comparison the completions that do not fit are
+taken out. All records of one call are in memory while they are prepared.
 """
 
 import dataclasses
@@ -117,15 +117,15 @@ def prepare_comparisons(files: Sequence[Path], tokenizer: Tokenizer, limits: Lim
     def length_filters(ids: Ids) -> Sequence[Filter]:
         return [
             _prompt_filter(limits, ids),
-            ("response_tokens", lambda kept: hygiene.drop_long_answers(kept, room, lambda text: len(ids[text]))),
-            ("answers", lambda kept: hygiene.drop_many_answers(kept, limits.answers)),
+            ("response_tokens", lambda kept: hygiene.drop_long_completions(kept, room, lambda text: len(ids[text]))),
+            ("completions", lambda kept: hygiene.drop_many_completions(kept, limits.completions)),
             ("tied", hygiene.drop_tied),
         ]
 
     def rows(records: list[Comparison], ids: Ids, labelers: Mapping[str, int]) -> list[dict[str, Any]]:
         return [_comparison_row(record, ids, labelers, tokenizer.eos_id) for record in records]
 
-    cells = limits.prompt_tokens + limits.answers * limits.response_tokens
+    cells = limits.prompt_tokens + limits.completions * limits.response_tokens
     filters = [("unranked", hygiene.drop_unranked)]
     recipe = _Recipe("comparisons", Comparison, ComparisonRows, filters, length_filters, rows, cells)
     return _prepare(recipe, files, tokenizer, limits, data_dir)

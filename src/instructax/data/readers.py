@@ -86,6 +86,6 @@ def read_comparisons(source: Source, rows: Any, limits: Limits) -> Comparisons:
         source,
         rows,
         prompt_tokens=limits.prompt_tokens,
-        answers=limits.answers,
+        completions=limits.completions,
         response_tokens=limits.response_tokens,
     )

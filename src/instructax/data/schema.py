@@ -28,7 +28,7 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the answer that a labeler wrote (paper, section 3.2)."""
+    """A prompt and the completion that a labeler wrote (paper, section 3.2)."""
 
     id: str
     prompt: str
@@ -40,7 +40,7 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """K answers to a prompt, ranked by a labeler (paper, section 3.5)."""
+    """K completions of a prompt, ranked by a labeler (paper, section 3.5)."""
 
     id: str
     prompt: str
@@ -53,7 +53,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt without an answer, for PPO."""
+    """A prompt without a completion, for PPO."""
 
     id: str
     prompt: str
@@ -210,15 +210,15 @@ def _pairs(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
 
 def _check_judgement(comparison: Comparison) -> None:
     """Raises _Fault where ranks and pairs do not fit the completions."""
-    answers = len(comparison.completions)
+    completions = len(comparison.completions)
     if comparison.ranks is None and not comparison.pairs:
         raise _Fault("ranks", "null, and there are no pairs either", comparison.ranks)
-    if comparison.ranks is not None and len(comparison.ranks) != answers:
-        raise _Fault("ranks", f"{len(comparison.ranks)} ranks for {answers} completions", list(comparison.ranks))
+    if comparison.ranks is not None and len(comparison.ranks) != completions:
+        raise _Fault("ranks", f"{len(comparison.ranks)} ranks for {completions} completions", list(comparison.ranks))
     for pair in comparison.pairs:
         i, j, w = pair
-        if not (0 <= i < answers and 0 <= j < answers and i != j and w in (-1, 0, 1)):
-            raise _Fault("pairs", f"needs i and j in 0 .. {answers - 1}, i != j, and w in -1, 0, 1", list(pair))
+        if not (0 <= i < completions and 0 <= j < completions and i != j and w in (-1, 0, 1)):
+            raise _Fault("pairs", f"needs i and j in 0 .. {completions - 1}, i != j, and w in -1, 0, 1", list(pair))
         ranks = comparison.ranks
         if ranks is not None and w != (ranks[j] > ranks[i]) - (ranks[j] < ranks[i]):
             raise _Fault("pairs", f"contradicts ranks {list(ranks)}", list(pair))
@@ -243,7 +243,7 @@ _OPTIONAL = frozenset({"pairs", "labeler", "user", "kind", "source"})
 
 
 def opened(prompt: str) -> str:
-    """The prompt up to where its answer begins.
+    """The prompt up to where its completion begins.
 
     One that ends in white space stands as it is, one that ends with a colon ("Assistant:") goes on after a blank, any
     other after an empty line. The same wherever a prompt is read, so that all stages see the same tokens.
