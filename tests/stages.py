@@ -35,7 +35,7 @@ from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 
 CHAIN = "experiments/alignment.py"
 MAKE_MESH = sharding.make_mesh
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 
 @contextlib.contextmanager

