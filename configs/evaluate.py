@@ -32,9 +32,9 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "compute": sizes.compute(size),
             "mesh": sizes.mesh(size),
             "data": {
-                "prompts": (f"{folder}/world/prompts.jsonl.gz",),
-                "text": (f"{folder}/world/text.jsonl.gz",),
-                "comparisons": (f"{folder}/world/comparisons.jsonl.gz",),
+                "prompts": sizes.files(size, "prompts"),
+                "text": sizes.files(size, "text"),
+                "comparisons": sizes.files(size, "comparisons"),
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },

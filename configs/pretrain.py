@@ -37,21 +37,17 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "model": sizes.model(size),
             "compute": sizes.compute(size),
             "mesh": sizes.mesh(size),
-            "optimizer": {
-                "learning_rate": rate,
-                "schedule": "cosine",
-                "warmup_steps": warmup_steps,
-                "warmup_from": 0.0,
-                "final_fraction": 0.1,
-                "beta1": 0.9,  # C
-                "beta2": 0.95,  # C
-                "epsilon": 1e-8,
-                "weight_decay": 0.1,
-                "clip_norm": 1.0,
-            },
+            "optimizer": sizes.adam(
+                rate,
+                schedule="cosine",
+                warmup_steps=warmup_steps,
+                warmup_from=0.0,
+                final_fraction=0.1,
+                weight_decay=0.1,  # GPT-3's
+            ),
             "data": {
                 "demonstrations": (),
-                "text": (f"{folder}/world/text.jsonl.gz",),
+                "text": sizes.files(size, "text"),
                 "text_fraction": 1.0,
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",

@@ -22,21 +22,14 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "model": sizes.model(size),
             "compute": sizes.compute(size),
             "mesh": sizes.mesh(size),
-            "optimizer": {
-                "learning_rate": {"tiny": 1e-3, "micro": 1e-3, "small": 1e-4}.get(size, 9e-6),  # C.2
-                "schedule": "cosine",
-                "warmup_steps": 0,
-                "warmup_from": 1.0,
-                "final_fraction": 0.1,  # C.2
-                "beta1": 0.9,  # C
-                "beta2": 0.95,  # C
-                "epsilon": 1e-8,  # not in the paper
-                "weight_decay": 0.0,  # not in the paper
-                "clip_norm": 1.0,  # not in the paper
-            },
+            "optimizer": sizes.adam(
+                {"tiny": 1e-3, "micro": 1e-3, "small": 1e-4}.get(size, 9e-6),  # C.2
+                schedule="cosine",
+                final_fraction=0.1,  # C.2
+            ),
             "data": {
-                "comparisons": (f"{folder}/world/comparisons.jsonl.gz",),
-                "demonstrations": (f"{folder}/world/demonstrations.jsonl.gz",),
+                "comparisons": sizes.files(size, "comparisons"),
+                "demonstrations": sizes.files(size, "demonstrations"),
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },

@@ -37,26 +37,15 @@ def get_config(arg: str) -> ml_collections.ConfigDict:
             "model": sizes.model(size),
             "compute": sizes.compute(size),
             "mesh": mesh,
-            "optimizer": {
-                "learning_rate": rates[baseline],
-                "schedule": "cosine",
-                "warmup_steps": 0,  # C.1
-                "warmup_from": 1.0,
-                "final_fraction": 0.1,  # C.1
-                "beta1": 0.9,  # C
-                "beta2": 0.95,  # C
-                "epsilon": 1e-8,  # not in the paper
-                "weight_decay": 0.0,  # not in the paper
-                "clip_norm": 1.0,  # not in the paper
-            },
+            "optimizer": sizes.adam(rates[baseline], schedule="cosine", final_fraction=0.1),  # no warm-up, C.1
             "data": {
-                "demonstrations": (f"{folder}/world/demonstrations.jsonl.gz",),
-                "text": () if baseline else (f"{folder}/world/text.jsonl.gz",),
+                "demonstrations": sizes.files(size, "demonstrations"),
+                "text": () if baseline else sizes.files(size, "text"),
                 "text_fraction": 0.0 if baseline else 0.1,  # C.3
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },
-            "batch_size": {"tiny": 10, "micro": 10, "small": 20, "175b": 8}.get(size, 32),  # packed rows, C.1
+            "batch_size": {"tiny": 8, "micro": 8, "small": 16, "175b": 8}.get(size, 32),  # packed rows, C.1
             "accumulate": 1,
             "dropout": 0.2 if baseline else 0.0,  # C.1
             "epochs": 16.0 if baseline else 2.0,  # C.1, C.3

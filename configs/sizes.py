@@ -81,8 +81,10 @@ def mesh(size: str) -> ml_collections.ConfigDict:
 
 
 def tokenizer(size: str) -> str:
-    """GPT-2's BPE files for the paper's sizes, else the one that was trained for this size."""
-    return "runs/gpt2" if paper(size) else f"runs/{size}/world/tokenizer.json"
+    """GPT-2's BPE files for the paper's sizes, else a trained one."""
+    if size in WORLDS:
+        return f"runs/{size}/world/tokenizer.json"
+    return "data/gpt2" if paper(size) else "data/tokenizer.json"
 
 
 def limits(size: str) -> ml_collections.ConfigDict:
@@ -104,6 +106,28 @@ def limits(size: str) -> ml_collections.ConfigDict:
             "split_seed": 0,
         }
     )
+
+
+def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigDict:
+    """Adam as the paper has it (appendix C), at a constant rate; what it leaves open is neutral unless changed."""
+    values = {
+        "learning_rate": learning_rate,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "warmup_from": 1.0,
+        "final_fraction": 1.0,
+        "beta1": 0.9,  # C
+        "beta2": 0.95,  # C
+        "epsilon": 1e-8,  # not in the paper
+        "weight_decay": 0.0,  # not in the paper
+        "clip_norm": 1.0,  # not in the paper
+    }
+    return ml_collections.ConfigDict({**values, **changes})
+
+
+def files(size: str, kind: str) -> tuple[str, ...]:
+    """Where a size's data lie: in the world of its size, or in the user's own folder `data`."""
+    return (f"runs/{size}/world/{kind}.jsonl.gz" if size in WORLDS else f"data/{kind}.jsonl.gz",)
 
 
 def run(size: str) -> ml_collections.ConfigDict:

@@ -1,6 +1,6 @@
 """The paper's central claim in small: base < SFT < PPO, and PPO-ptx keeps what pretraining taught (sections 4.1, 4.2).
 
-Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/alignment
+Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
 Hardware:  micro: two cores, about ten minutes.
 Expect:    true reward rises from base to SFT to PPO; the text loss of PPO-ptx stays below PPO's.
 Read it:   `policies.png`, left: the reward model's score (proxy) and the true reward of each iteration's samples

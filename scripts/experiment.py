@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs a whole experiment: python scripts/experiment.py experiments/alignment.py:micro --workdir runs/alignment
+"""Runs a whole experiment: python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
 
 Its runs in order, then its table and figure. The same command again goes on where it stopped. Exit codes as those of
 train.py.

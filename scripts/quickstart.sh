@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh plots
 
-python scripts/experiment.py experiments/alignment.py:micro --workdir "${WORKDIR:-runs/alignment}"
+python scripts/experiment.py experiments/alignment.py:micro --workdir "${WORKDIR:-runs/micro}"

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Talks to a finished policy: python scripts/sample.py --workdir runs/alignment/ppo-ptx
+"""Talks to a finished policy: python scripts/sample.py --workdir runs/micro/ppo-ptx
 
 One prompt a line, from the terminal or standard input; `\\n` in a line is a line break. Exit codes are train.py's.
 """
 
+import io
 import pathlib
 import sys
 
@@ -28,7 +29,9 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     from instructax import chat
 
-    prompts = (line.rstrip("\n").replace("\\n", "\n") for line in prompted(sys.stdin))
+    # Bytes that are not UTF-8 become a mark, not a traceback.
+    lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
+    prompts = (line.rstrip("\n").replace("\\n", "\n") for line in prompted(lines))
     return command.guarded(
         lambda: chat.talk(
             WORKDIR.value or ".",

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
         return command.guarded(lambda: print(experiment.dry_run(config)))
 
     def run() -> None:
-        if COORDINATOR.value:
-            from instructax import processes
+        from instructax import processes
 
-            processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
+            processes.join(COORDINATOR.value or "", PROCESSES.value, PROCESS.value)
         experiment.run_stage(config, pathlib.Path(WORKDIR.value or "."))
 
     return command.guarded(run)

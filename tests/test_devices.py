@@ -100,7 +100,11 @@ def ppo_run(shape: tuple[int, int, int]) -> dict[str, Any]:
         prompts = small.ragged_prompts(lengths, columns=6, seed=step)
         batch = sharding.put_rows((prompts, stages.packed_rows(16, 14, step)), mesh)
         state, metrics, rollouts, scores = iterate(state, batch, stages.no_phase)
-        metrics = {name: x for name, x in metrics.items() if name not in ("sampler_gap", "first_ratio_gap")}
+        metrics = {
+            name: x
+            for name, x in metrics.items()
+            if name not in ("sampler_gap", "sampler_gap_max", "ratio_gap", "first_ratio_gap")
+        }
         seen.append({"metrics": metrics, "rollouts": rollouts, "scores": scores})
     return jax.device_get({"state": state, "seen": seen})
 

@@ -186,7 +186,7 @@ def text_gradients(remat: Any, config: ModelConfig) -> Callable[[Params], Params
     """Gradient of a sum over the hidden states, with dropout."""
     model = Transformer(config, compute(remat=remat), "tokens")
     inputs = rows([(0, texts(COLUMNS)[0])])
-    dropout = Dropout(rate=jnp.float32(0.3), key=jax.random.key(5))
+    dropout = Dropout(rate=jnp.float32(0.3), keys=jax.random.split(jax.random.key(5), 1))
     return jax.grad(lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, *inputs, dropout=dropout)[0])))
 
 
@@ -232,11 +232,11 @@ def test_bfloat16_stays_close(network, head):
 
 def test_dropout_keeps_the_mean_and_rate_zero_keeps_all():
     x = jnp.ones((200, 500))
-    dropped = drop(x, Dropout(rate=jnp.float32(0.2), key=jax.random.key(0)), 0)
+    dropped = drop(x, Dropout(rate=jnp.float32(0.2), keys=jax.random.split(jax.random.key(0), 200)), 0)
     np.testing.assert_allclose(np.unique(dropped), [0.0, 1.25], rtol=1e-6)
     # 10⁵ cells: the mean's standard deviation is √(0.2 / 0.8 / 10⁵) = 0.0016.
     assert abs(float(dropped.mean()) - 1.0) < 0.006
-    assert (drop(x, Dropout(rate=jnp.float32(0.0), key=jax.random.key(0)), 0) == x).all()
+    assert (drop(x, Dropout(rate=jnp.float32(0.0), keys=jax.random.split(jax.random.key(0), 200)), 0) == x).all()
     assert drop(x, None, 0) is x
 
 
@@ -251,7 +251,8 @@ def test_dropout_differs_by_layer_branch_and_key():
 
     @jax.jit
     def sums(key):
-        return scan_blocks(blocks, x, mask, positions, config, "none", Dropout(rate=jnp.float32(0.5), key=key)) / 2
+        dropout = Dropout(rate=jnp.float32(0.5), keys=jax.random.split(key, 4))
+        return scan_blocks(blocks, x, mask, positions, config, "none", dropout) / 2
 
     masks = []
     for key in jax.random.split(jax.random.key(1), 2):

@@ -95,7 +95,7 @@ class State:
 
 def test_the_order_of_one_run():
     toy = Toy()
-    state, metrics = toy.fit(State(0), total_steps=2, finish=toy.finish)
+    state, metrics = toy.fit(State(0), total_steps=2, at_save=toy.finish)
     assert toy.calls == [
         ("phase", "data"),
         ("read", 0),
@@ -108,15 +108,24 @@ def test_the_order_of_one_run():
         ("read", 1),
         ("phase", "update"),
         ("update", 1, "batch 1"),
-        ("finish", 2),
         ("phase", "evaluate"),
-        ("evaluate", 2, "finished"),
+        ("evaluate", 2, "batch 1"),
         ("record", 2, {"loss": 9, "held_out": 2}),
+        ("finish", 2),
         ("phase", "save"),
         ("save", 2, ("batch 0", "batch 1", "finished"), {"loss": 9, "held_out": 2}),
     ]
     assert state == State(2, ("batch 0", "batch 1", "finished"))
     assert metrics == {"loss": 9, "held_out": 2}
+
+
+def test_every_state_that_is_saved_was_made_ready():
+    toy = Toy(save_every=2, signal_in=("update", 2))
+    with pytest.raises(training.Interrupted):
+        toy.fit(State(0), total_steps=7, at_save=toy.finish)
+    saved = [call[2] for call in toy.named("save")]
+    assert [call[1] for call in toy.named("finish")] == [2, 3]
+    assert saved == [("batch 0", "batch 1", "finished"), ("batch 0", "batch 1", "finished", "batch 2", "finished")]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [7]), (2, [2, 4, 6, 7]), (7, [7]), (3, [3, 6, 7]), (100, [7])])
@@ -137,7 +146,7 @@ def test_resuming_goes_on_where_it_stopped():
 
 def test_a_run_that_lacks_only_its_summary_is_evaluated():
     toy = Toy()
-    state, metrics = toy.fit(State(4, ("finished",)), total_steps=4, finish=toy.finish)
+    state, metrics = toy.fit(State(4, ("finished",)), total_steps=4, at_save=toy.finish)
     assert (state, metrics) == (State(4, ("finished",)), {"held_out": 4})
     assert toy.calls == [("evaluate", 4, "finished")]
 

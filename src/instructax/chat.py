@@ -30,10 +30,10 @@ def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, 
         f"{path} holds a run of stage {manifest['stage']!r}; only supervised and ppo runs answer prompts",
     )
     model = Transformer(construct(ModelConfig, manifest["model"], "model"), compute, "tokens")
-    tokenizer = load_tokenizer(manifest["tokenizer"]["path"])
+    tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
     require(
         tokenizer.hash == manifest["tokenizer"]["hash"],
-        f"the tokenizer {manifest['tokenizer']['path']} has changed since {path} was trained: restore it",
+        f"{run.workdir / 'tokenizer.json'} has changed since the run was trained: restore it",
     )
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     return model, run.load(training.abstract_params(model, mesh)), tokenizer

@@ -44,6 +44,12 @@ def committed_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in found if all((path / item).is_dir() for item in ITEMS))
 
 
+def files_hash(workdir: Path, step: int) -> str:
+    """One sha256 for all files of a step; "" if their hashes were never written."""
+    stored = _read_hash_file(Path(workdir) / "checkpoints" / str(step))
+    return "" if stored is None else hashlib.sha256(json.dumps(stored["files"], sort_keys=True).encode()).hexdigest()
+
+
 def best_step(workdir: Path) -> int | None:
     """The newest step among those with the best value of the metric that the newest step names; None if it names none.
 

@@ -23,8 +23,9 @@ def guarded(call: Callable[[], Any]) -> int:
     """Runs `call` and returns the exit code, after one line on stderr unless all went well.
 
     A ValueError that this project raises speaks of a value the user can change: 2. Any other, from a library or from an
-    operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. A broken invariant and a
-    run that diverged are 3, an interruption that was saved is 130.
+    operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. What the operating system
+    refuses (no such file, no permission, no space) is the user's: 2. A broken invariant and a run that diverged are 3,
+    an interruption that was saved is 130.
     """
     from instructax.experience import InvariantError
     from instructax.training import Diverged, Interrupted
@@ -35,6 +36,11 @@ def guarded(call: Callable[[], Any]) -> int:
         if not _raised_here(error):
             traceback.print_exc()
             return INTERNAL
+        return _say(f"error: {error}", USER)
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read the output has left; nothing more is written, not even at exit
+        return DONE
+    except OSError as error:
         return _say(f"error: {error}", USER)
     except InvariantError as error:
         return _say(f"invariant broken: {error}", INVARIANT)

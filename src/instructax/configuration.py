@@ -95,6 +95,20 @@ def check_range(group: Any, least: Mapping[str, float], below: Mapping[str, floa
             raise ValueError(f"{name} = {value} must be at least {bound:g}{upper}")
 
 
+def check_positive(group: Any, *names: str) -> None:
+    """Raises ValueError unless each named field of a dataclass is above 0."""
+    for name in names:
+        if not getattr(group, name) > 0:
+            raise ValueError(f"{name} = {getattr(group, name)} must be above 0")
+
+
+def check_shares(group: Any, *names: str) -> None:
+    """Raises ValueError unless each named field of a dataclass is from 0 to 1, both allowed."""
+    for name in names:
+        if not 0 <= getattr(group, name) <= 1:
+            raise ValueError(f"{name} = {getattr(group, name)} must be from 0 to 1")
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless `condition` holds."""
     if not condition:

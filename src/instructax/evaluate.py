@@ -13,9 +13,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from instructax import clock, sharding, stage, training
-from instructax.configuration import require
+from instructax.configuration import check_range
 from instructax.data.batches import NO_ROW, evaluation_rows, process_slice, prompt_batch
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
@@ -61,30 +62,35 @@ class EvaluateConfig:
     batch_size: int
     prompts: int  # the most held-out prompts
     batches: int  # the most batches of held-out text and of comparisons
-    temperature: float
+    temperature: float  # 0 = the likeliest token
+
+    def __post_init__(self):
+        check_range(self, {"batch_size": 1, "prompts": 1, "batches": 1, "temperature": 0})
+        if self.reference not in dict(self.policies):
+            names = [name for name, _ in self.policies]
+            raise ValueError(f"reference = {self.reference!r} must be one of the policies {names}")
+        if not (self.data.prompts and self.reward_parent and all(path for _, path in self.policies)):
+            raise ValueError("data.prompts, reward_parent and the workdir of every policy must be given")
+
+
+def check(config: EvaluateConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    stage.check_rows("batch_size", config.batch_size, 1, mesh)
+    stage.check_lengths(config.data.limits, config.model)
+    stage.check_lengths(config.data.limits, config.reward_model)
 
 
 def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
-    stage.check_rows("batch_size", config.batch_size, 1, mesh)
-    stage.check_lengths(config.data.limits, config.model)
-    stage.check_lengths(config.data.limits, config.reward_model)
+    check(config, mesh)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path in config.policies} | {"reward_parent": config.reward_parent}
-    require(all(paths.values()), f"every policy and config.reward_parent needs a workdir: {paths}")
-    models = {name: config.reward_model if name == "reward_parent" else config.model for name in paths}
+    models: Any = dict.fromkeys(paths, (config.model, "tokens"))
+    models["reward_parent"] = (config.reward_model, "scalar")
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    require(
-        config.reference in dict(config.policies),
-        f"config.reference = {config.reference!r} must be one of the policies {[name for name, _ in config.policies]}",
-    )
-    require(
-        bool(config.data.prompts) and config.prompts > 0 and config.batches > 0,
-        f"config.prompts = {config.prompts} of {len(config.data.prompts)} files in config.data.prompts, "
-        f"config.batches = {config.batches}: each must be at least 1",
-    )
     data = read_data(config, tokenizer)
+    stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     programs = Programs(config, mesh, tokenizer.eos_id, ref_params, load(parents["reward_parent"], "scalar"))
@@ -180,9 +186,12 @@ class Programs:
     def responses(self, params: Params, prompts: Prepared, tokenizer: Tokenizer) -> list[dict[str, Any]]:
         """One response to each held-out prompt, as text and figures."""
         source, limits = prompts.sources["validation"], self._config.data.limits
-        count = min(self._config.prompts, len(source))
-        responses = []
-        for rows in evaluation_rows(count, self._config.batch_size):
+        size = self._config.batch_size
+        responses: list[dict[str, Any]] = []
+        for rows in evaluation_rows(len(source), size):
+            rows = np.where(np.arange(size) < self._config.prompts - len(responses), rows, NO_ROW)
+            if (rows == NO_ROW).all():
+                break
             mine = process_slice(rows, jax.process_index(), jax.process_count())
             # An empty row is given the first prompt, so that the sampler has something to read, and left out below.
             batch = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), limits.prompt_tokens)

@@ -42,8 +42,10 @@ def load_file(path: str | Path) -> Any:
 def load_config(run: Run) -> dict[str, Any]:
     """The config of `run`, its overrides applied: a nested dict. Raises ConfigError for an unknown name or type."""
     path, _, arg = run.config.partition(":")
+    module = load_file(path)
+    require(hasattr(module, "get_config"), f"{path} is not a config: it needs get_config(arg)")
     try:
-        config = load_file(path).get_config(arg)
+        config = module.get_config(arg)
         config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError) as error:
@@ -52,7 +54,7 @@ def load_config(run: Run) -> dict[str, Any]:
 
 
 def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
-    """(config dataclass, train function) of the stage that `config` names; imports that stage alone."""
+    """(config dataclass, module) of the stage that `config` names; imports that stage alone."""
     modules = {
         "world": ("microworld.run", "WorldConfig"),
         "supervised": ("supervised", "SupervisedConfig"),
@@ -64,7 +66,7 @@ def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
     if name not in modules:
         raise ConfigError(f"config.stage = {name!r} must be one of {', '.join(modules)}")
     module = importlib.import_module(f"instructax.{modules[name][0]}")
-    return getattr(module, modules[name][1]), module.train
+    return getattr(module, modules[name][1]), module
 
 
 def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
@@ -72,20 +74,22 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
 
     Raises ConfigError (a ValueError) for a value that cannot be used, training.Interrupted when asked to stop.
     """
-    cls, train = stage_of(config)
+    cls, module = stage_of(config)
     built = construct(cls, config)
     stage.claim(workdir, config)
     if finished(workdir):
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
-    train(built, workdir, config)
+    module.train(built, workdir, config)
     return True
 
 
 def dry_run(config: Mapping[str, Any]) -> str:
     """Checks the config of a stage and says what it would hold on each device; reads no data."""
-    cls, _ = stage_of(config)
+    cls, module = stage_of(config)
     built = construct(cls, config)
+    if config["stage"] != "world":
+        module.check(built, estimate.abstract_mesh(built.mesh))
     return "nothing is trained" if config["stage"] in ("world", "evaluate") else estimate.report(built)
 
 
@@ -93,6 +97,10 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
     """Runs the experiment `spec` (FILE:SIZE) in order under `root`, finished runs passed over, and reports."""
     path, _, size = spec.partition(":")
     experiment = load_file(path)
+    require(
+        hasattr(experiment, "get_runs") and hasattr(experiment, "report"),
+        f"{path} is not an experiment: it needs get_runs(arg, root) and report(root)",
+    )
     runs = experiment.get_runs(size, str(root))
     for number, run in enumerate([] if report_only else runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)

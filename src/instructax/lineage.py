@@ -6,14 +6,17 @@ A path is WORKDIR, for the last step of that run, or WORKDIR@STEP or WORKDIR@bes
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from instructax.checkpoint import best_step, committed_steps, load_params
+from instructax.checkpoint import best_step, committed_steps, files_hash, load_params
 from instructax.configuration import require
 from instructax.manifest import check_parent, config_difference, manifest_hash, read_manifest
 from instructax.model import ModelConfig
 from instructax.tokenizer import Tokenizer, load_tokenizer
 from instructax.types import Params
+
+Head = Literal["tokens", "scalar"]
+STAGES = {"tokens": ("supervised", "ppo"), "scalar": ("reward",)}  # whose runs have a network with this head
 
 
 def finished(workdir: Path) -> bool:
@@ -51,6 +54,7 @@ class Parent:
             "stage": self.manifest["stage"],
             "step": self.step,
             "manifest_hash": manifest_hash(self.manifest),
+            "files_hash": files_hash(self.workdir, self.step),
         }
 
 
@@ -74,15 +78,25 @@ def open_run(path: str | Path, named: str) -> Parent:
 
 
 def open_parents(
-    paths: Mapping[str, str], models: Mapping[str, ModelConfig], tokenizer: Tokenizer, tokenizer_path: str
+    paths: Mapping[str, str],
+    models: Mapping[str, tuple[ModelConfig, Head]],
+    tokenizer: Tokenizer,
+    tokenizer_path: str,
 ) -> dict[str, Parent]:
     """The runs to start from, by config field, those with an empty path left out.
 
-    Each must be finished, of this tokenizer, and of the architecture in `models`. Raises ConfigError or ValueError.
+    Each must be finished, of this tokenizer, and of the architecture and head in `models`. Raises ConfigError or
+    ValueError.
     """
     parents = {name: open_run(path, f"config.{name}") for name, path in paths.items() if path}
     for name, parent in parents.items():
         check_parent(parent.manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path)
-        difference = config_difference(parent.manifest["model"], dataclasses.asdict(models[name]))
+        model, head = models[name]
+        found = parent.manifest["stage"]
+        require(
+            found in STAGES[head],
+            f"config.{name} = {paths[name]!r} is a run of stage {found!r}; it must be of {' or '.join(STAGES[head])}",
+        )
+        difference = config_difference(parent.manifest["model"], dataclasses.asdict(model))
         require(not difference, f"the model of config.{name} = {paths[name]!r} is another: {'; '.join(difference)}")
     return parents

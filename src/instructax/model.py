@@ -194,14 +194,15 @@ class Dropout:
     """Residual dropout of one forward pass (paper, appendix C.1: 0.2 in the SFT baseline, none elsewhere)."""
 
     rate: Array  # f32[]
-    key: Array  # key[]
+    keys: Array  # key[B], one for each row: what is dropped in a row does not depend on the rows beside it
 
 
 def drop(x: Array, dropout: Dropout | None, branch: int) -> Array:
     """Zeroes each cell with probability `rate` and scales the others by 1 / (1 − rate)."""
     if dropout is None:
         return x
-    kept = jax.random.bernoulli(jax.random.fold_in(dropout.key, branch), 1.0 - dropout.rate, x.shape)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, branch)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1.0 - dropout.rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -291,7 +292,9 @@ def scan_blocks(
 
     def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
         params, index = inputs
-        own = None if dropout is None else Dropout(rate=dropout.rate, key=jax.random.fold_in(dropout.key, index))
+        own = None
+        if dropout is not None:
+            own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
         return Block(config, parent=None).apply({"params": params}, x, mask, positions, None, own)[0], None
 
     if remat != "none":

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructax.configuration import check_range
+from instructax.configuration import check_positive, check_range
 from instructax.types import Array, Params, TrainState
 
 
@@ -23,7 +23,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "linear"]  # after the warm-up
     warmup_steps: int
     warmup_from: float  # fraction of the peak at step 0
-    final_fraction: float  # fraction of the peak at the last step (cosine, linear)
+    final_fraction: float  # fraction of the peak after the last step (cosine, linear)
     beta1: float
     beta2: float
     epsilon: float
@@ -32,8 +32,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         fractions = {"warmup_from": 0, "final_fraction": 0, "beta1": 0, "beta2": 0}
-        others = {"learning_rate": 0, "warmup_steps": 0, "epsilon": 0, "weight_decay": 0, "clip_norm": 0}
+        others = {"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0}
         check_range(self, fractions | others, {"beta1": 1, "beta2": 1})
+        check_positive(self, "epsilon")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ from instructax.losses import clipped_policy_loss, clipped_value_loss, next_toke
 from instructax.masked import masked_mean
 from instructax.model import Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average
-from instructax.training import accumulate, shares, split_rows
+from instructax.training import accumulate, merge_rows, shares, split_rows
 from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
 
 
@@ -92,16 +92,24 @@ def score(
     rollouts: Rollouts,
     settings: PpoSettings,
 ) -> tuple[Experience, Scored, dict[str, Array]]:
-    """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give."""
-    logprobs, entropy = token_logprobs_and_entropy(
-        program.policy, state.policy.params, rollouts, temperature=settings.temperature
-    )
-    scored = Scored(
-        rollouts=rollouts,
-        ref_logprobs=token_logprobs(program.policy, ref_params, rollouts, temperature=settings.temperature),
-        values=token_values(program.scorer, state.value.params, rollouts),
-        scores=sequence_scores(program.scorer, reward_params, rollouts),
-    )
+    """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give.
+
+    As many rows are in memory at a time as in the update.
+    """
+
+    def judge(part: Rollouts) -> tuple[Scored, Array, Array]:
+        scored = Scored(
+            rollouts=part,
+            ref_logprobs=token_logprobs(program.policy, ref_params, part, temperature=settings.temperature),
+            values=token_values(program.scorer, state.value.params, part),
+            scores=sequence_scores(program.scorer, reward_params, part),
+        )
+        return scored, *token_logprobs_and_entropy(
+            program.policy, state.policy.params, part, temperature=settings.temperature
+        )
+
+    parts = split_rows(rollouts, program.minibatches * program.accumulate, program.mesh)
+    scored, logprobs, entropy = merge_rows(jax.lax.map(judge, parts), program.mesh)
     experience, rewards = make_experience(
         scored,
         logprobs,
@@ -148,7 +156,7 @@ def update(
 
     state, metrics = jax.lax.scan(inner_step, state, inputs)
     first = {f"first_{name}": metrics[name][0] for name in ("ratio_gap", "clipped_fraction")}
-    means = {name: jnp.mean(x) for name, x in metrics.items() if name != "ratio_gap"}
+    means = {name: jnp.mean(x) for name, x in metrics.items()}
     state = dataclasses.replace(state, policy=_tick(state.policy), value=_tick(state.value))
     return state, {**means, **first, "learning_rate": policy_rate, "value_learning_rate": value_rate}
 
@@ -186,15 +194,14 @@ def policy_step(
                 "policy_loss": loss,
                 "clipped_fraction": clipped_fraction,
                 "update_kl": masked_mean(jnp.expm1(log_ratios) - log_ratios, mask),
-                "ratio_gap": jnp.max(jnp.abs(jnp.expm1(log_ratios))),
+                "ratio_gap": masked_mean(jnp.abs(jnp.expm1(log_ratios)), mask),
             }
 
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         return gradients, metrics
 
     gradients, metrics = accumulate(gradients_of, parts, weights)
-    gap = jnp.max(metrics.pop("ratio_gap"))
-    return gradients, {**{name: jnp.sum(weights * x) for name, x in metrics.items()}, "ratio_gap": gap}
+    return gradients, {name: jnp.sum(weights * x) for name, x in metrics.items()}
 
 
 def value_step(

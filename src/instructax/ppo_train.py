@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from instructax import ppo, sharding, stage, training
-from instructax.configuration import require
+from instructax.configuration import check_positive, check_range, check_shares
 from instructax.data.batches import process_slice, prompt_batch, rows_of_batch
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
@@ -74,20 +75,28 @@ class PpoConfig:
     no_eos_penalty: float  # taken off the score of a response that did not end
     whiten_rewards: bool
     whiten_advantages: bool
-    tolerance: float  # nats: of the invariants
+    tolerance: float  # nats, mean over tokens: of the invariants
     samples: int  # rollouts written to samples.jsonl at every iteration
     run: RunConfig
+
+    def __post_init__(self):
+        counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs", "accumulate"), 1)
+        check_range(self, counts | {"ptx_rows": 0, "samples": 0, "kl_coef": 0, "ptx_coef": 0, "value_clip": 0})
+        check_positive(self, "temperature", "clip", "tolerance")
+        check_shares(self, "discount", "lambda_", "ema_decay")
+        if self.ptx_coef > 0 and not self.data.text:
+            raise ValueError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
+        if not (self.policy_parent and self.reward_parent):
+            raise ValueError("policy_parent and reward_parent must name finished runs")
 
 
 def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
-    _check(config, mesh)
-    stage.check_lengths(config.data.limits, config.model)
-    stage.check_lengths(config.data.limits, config.reward_model)
+    check(config, mesh)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
-    models = {"policy_parent": config.model, "reward_parent": config.reward_model}
+    models: Any = {"policy_parent": (config.model, "tokens"), "reward_parent": (config.reward_model, "scalar")}
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
     data = read_data(config, tokenizer)
     program = program_of(config, mesh, tokenizer.eos_id)
@@ -130,20 +139,13 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     )
 
 
-def _check(config: PpoConfig, mesh: jax.sharding.Mesh) -> None:
-    for name in ("steps", "minibatches", "inner_epochs", "accumulate"):
-        require(getattr(config, name) > 0, f"config.{name} = {getattr(config, name)} must be at least 1")
-    for name in ("kl_coef", "ptx_coef", "clip", "value_clip"):
-        require(getattr(config, name) >= 0, f"config.{name} = {getattr(config, name)} must be 0 or more")
+def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    stage.check_lengths(config.data.limits, config.model)
+    stage.check_lengths(config.data.limits, config.reward_model)
     stage.check_rows("batch_size", config.batch_size, config.minibatches * config.accumulate, mesh)
     if config.ptx_coef > 0:
         stage.check_rows("ptx_rows", config.ptx_rows, config.accumulate, mesh)
-        require(bool(config.data.text), f"config.ptx_coef = {config.ptx_coef} needs files in config.data.text")
-    require(
-        bool(config.policy_parent) and bool(config.reward_parent),
-        "config.policy_parent and config.reward_parent must name finished runs",
-    )
-    require(config.temperature > 0, f"config.temperature = {config.temperature} must be above 0")
 
 
 def read_data(config: PpoConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:

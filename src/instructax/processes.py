@@ -17,6 +17,8 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
         require(count is None and index is None, "--coordinator=auto finds --processes and --process itself: leave out")
         jax.distributed.initialize()
         return
+    host, _, port = coordinator.rpartition(":")
+    require(bool(host) and port.isdecimal(), f"--coordinator={coordinator} must be HOST:PORT or auto")
     require(
         count is not None and index is not None and 0 <= index < count,
         f"--coordinator={coordinator} needs --processes=N and --process=0 … N − 1, and got {count} and {index}",

@@ -1,7 +1,10 @@
 """The reward model: a scalar head on the policy's trunk, trained on K-wise rankings (paper, section 3.5 and C.2).
 
 All pairs of a prompt are one batch element: each response is run forward once, and each prompt weighs the same however
-many responses it has. After training the head's bias is set so that demonstrations score 0 on average.
+many responses it has. At every save the head's bias is set so that demonstrations score 0 on average.
+
+Departures from the paper: the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides by C(K, 2); prompts
+with fewer than the most responses are padded, and each response is run with a copy of its prompt.
 """
 
 import dataclasses
@@ -13,8 +16,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from instructax import clock, sharding, stage, training
+from instructax.configuration import check_range
 from instructax.data.batches import Source, process_slice, rows_of_batch
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
@@ -61,7 +66,7 @@ def update(
 
     def gradients_of(part: Comparisons) -> tuple[Params, dict[str, Array]]:
         def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            scores = sequence_scores(program.model, params, part)
+            scores = sequence_scores(program.model, with_bias(params, 0.0), part)
             loss, accuracy = pairwise_ranking_loss(scores, part.ranks, part.valid)
             return loss, {"loss": loss, "accuracy": accuracy}
 
@@ -85,10 +90,9 @@ def update(
     }
 
 
-def shift_bias(params: Params, mean_score: Array | float) -> Params:
-    """Takes `mean_score` off every score, by the head's bias (paper, section 3.5: demonstrations average 0)."""
-    head = params["scalar_head"]
-    return {**params, "scalar_head": {**head, "bias": head["bias"] - mean_score}}
+def with_bias(params: Params, bias: Array | float) -> Params:
+    """The parameters with another bias of the head. Rankings do not depend on it, and training never moves it."""
+    return {**params, "scalar_head": {**params["scalar_head"], "bias": jnp.float32(bias)}}
 
 
 def held_out_ranking(model: Transformer, params: Params, batch: Comparisons) -> tuple[Array, Array, Array, Array]:
@@ -136,14 +140,22 @@ class RewardConfig:
     steps: int  # 0 = `epochs` counts
     run: RunConfig
 
+    def __post_init__(self):
+        check_range(self, {"batch_size": 1, "accumulate": 1, "epochs": 0, "steps": 0})
+
+
+def check(config: RewardConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    stage.check_lengths(config.data.limits, config.model)
+
 
 def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
-    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
-    stage.check_lengths(config.data.limits, config.model)
+    check(config, mesh)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    parents = open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
+    parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
     limits, folder = config.data.limits, Path(config.data.folder)
     data = {
         "comparisons": prepare_comparisons([Path(p) for p in config.data.comparisons], tokenizer, limits, folder),
@@ -169,7 +181,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     abstract = training.abstract_state(model, optimizer, mesh)
     step = training.compile_update(partial(update, program), abstract, mesh)
     ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"])
-    normalize = bias_shift(model, mesh, config, data["demonstrations"].sources["train"])
+    normalize = normalizer(model, mesh, config, data["demonstrations"].sources["train"])
 
     def read(index: int) -> Comparisons:
         rows = rows_of_batch(index, config.batch_size, len(train_rows), config.seed)
@@ -195,7 +207,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         update=lambda state, batch, _: step(state, batch, settings),
         batches=read,
         evaluate=lambda state: ranking(state.params),
-        finish=lambda state: dataclasses.replace(state, params=normalize(state.params)),
+        at_save=lambda state: dataclasses.replace(state, params=normalize(state.params)),
     )
 
 
@@ -220,18 +232,20 @@ def ranking_figures(
     return evaluate
 
 
-def bias_shift(
+def normalizer(
     model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
 ) -> Callable[[Params], Params]:
-    """A function that sets the bias so that the demonstrations of `source` score 0 on average."""
+    """A function that sets the bias so that the demonstrations of `source` score 0 on average (paper, section 3.5)."""
     scores = jax.jit(partial(demonstration_scores, model), out_shardings=sharding.replicated(mesh))
     length = config.data.limits.sequence_tokens
 
     def normalize(params: Params) -> Params:
+        # From a bias of 0: the outcome does not depend on how often this was done before.
+        params = with_bias(params, 0.0)
         total = count = 0.0
         for batch in held_out_rows(source, config.batch_size, len(source), length):
             added, demonstrations = scores(params, sharding.put_rows(batch, mesh))
             total, count = total + float(added), count + float(demonstrations)
-        return shift_bias(params, jnp.float32(total / max(count, 1.0)))
+        return with_bias(params, -total / max(count, 1.0))
 
     return normalize

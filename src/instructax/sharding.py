@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -110,7 +110,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def row_ways(mesh: Mesh) -> int:
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many pieces batch rows are split."""
     return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 

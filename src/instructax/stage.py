@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding, training
 from instructax.checkpoint import Checkpoints, committed_steps
@@ -19,7 +19,7 @@ from instructax.lineage import Parent, finished
 from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
 from instructax.runlog import RunLog, write_json
-from instructax.tokenizer import Tokenizer
+from instructax.tokenizer import Tokenizer, save_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,8 @@ def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> i
     return steps or math.ceil(epochs * rows / rows_per_step)
 
 
-def check_rows(name: str, rows: int, pieces: int, mesh: Mesh) -> None:
+def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError unless `rows` divide into `pieces`, each spread evenly over the mesh."""
-    require(pieces > 0, f"config.{name} is split into {pieces} parts; config.accumulate must be at least 1")
     ways = pieces * sharding.row_ways(mesh)
     require(
         rows > 0 and rows % ways == 0,
@@ -118,17 +117,19 @@ class Record:
         }
 
     def check(self, workdir: Path) -> None:
-        """Raises ConfigError if data or parents have changed since the manifest in `workdir` was written."""
+        """Raises ConfigError if config, data or parents have changed since the manifest in `workdir` was written."""
         manifest = read_manifest(workdir)
-        origins = self.origins()
-        difference = config_difference({name: manifest[name] for name in origins}, origins)
+        origins = {**self.origins(), "config": _decisive(self.given)}
+        stored = {name: manifest[name] for name in origins}
+        difference = config_difference({**stored, "config": _decisive(stored["config"])}, origins)
         require(
             not difference,
             f"{workdir} was begun from other inputs ({'; '.join(difference)}); restore them or take another --workdir",
         )
 
     def write(self, workdir: Path) -> None:
-        """Writes `manifest.json`."""
+        """Writes `manifest.json`, and `tokenizer.json`, so that the run can be moved."""
+        save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
         origins = self.origins()
         write_manifest(
             workdir,
@@ -153,12 +154,12 @@ def run(
     update: Callable[[Any, Any, RunLog], tuple[Any, dict[str, Any]]],
     batches: Callable[[int], Any],
     evaluate: Callable[[Any], dict[str, Any]],
-    finish: Callable[[Any], Any] = lambda state: state,
+    at_save: Callable[[Any], Any] = lambda state: state,
 ) -> None:
     """Restores the newest step or starts anew, trains to the end with `training.fit`, and records the end.
 
     `abstract` is the state's shapes and layouts, `start()` makes it, `exported` names the field that later stages
-    read. `update(state, batch, log)`, `batches`, `evaluate` and `finish` are those of `fit`. The figures of the last
+    read. `update(state, batch, log)`, `batches`, `evaluate` and `at_save` are those of `fit`. The figures of the last
     step go to `summary.json`.
     """
     config: RunConfig = record.config.run
@@ -194,7 +195,7 @@ def run(
                 log=log,
                 evaluate=evaluate,
                 evaluate_every=config.evaluate_every,
-                finish=finish,
+                at_save=at_save,
             )
         finally:
             checkpoints.close()

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from instructax import clock, sharding, stage, training
-from instructax.configuration import require
+from instructax.configuration import check_range
 from instructax.data.readers import LmData, lm_reader, read_lm_data
 from instructax.held_out import held_out_losses
 from instructax.inference import row_logprobs
@@ -58,11 +59,12 @@ def update(
     """One optimizer step on the mean loss per trained token of the whole batch."""
     parts = split_rows(batch, program.accumulate, program.mesh)
     weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
-    keys = jax.random.split(clock.step_key(program.seed, "dropout", state.step), program.accumulate)
+    rows = jnp.arange(batch.tokens.shape[0])
+    keys = clock.sample_keys(clock.step_key(program.seed, "dropout", state.step), rows)
 
     def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, Array]:
-        part, key = inputs
-        dropout = Dropout(rate=settings.dropout, key=key) if program.drops else None
+        part, keys = inputs
+        dropout = Dropout(rate=settings.dropout, keys=keys) if program.drops else None
 
         def loss_of(params: Params) -> Array:
             return next_token_loss(row_logprobs(program.model, params, part, dropout=dropout), part.loss_mask)
@@ -70,7 +72,7 @@ def update(
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         return gradients, loss
 
-    gradients, losses = accumulate(gradients_of, (parts, keys), weights)
+    gradients, losses = accumulate(gradients_of, (parts, keys.reshape(program.accumulate, -1)), weights)
     rate = learning_rate_at(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
@@ -105,15 +107,22 @@ class SupervisedConfig:
     steps: int  # 0 = `epochs` counts
     run: RunConfig
 
+    def __post_init__(self):
+        check_range(self, {"batch_size": 1, "accumulate": 1, "dropout": 0, "epochs": 0, "steps": 0}, {"dropout": 1})
+
+
+def check(config: SupervisedConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    stage.check_lengths(config.data.limits, config.model)
+
 
 def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
-    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
-    require(0 <= config.dropout < 1, f"config.dropout = {config.dropout} must be at least 0 and below 1")
-    stage.check_lengths(config.data.limits, config.model)
+    check(config, mesh)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    parents = open_parents({"parent": config.parent}, {"parent": config.model}, tokenizer, config.tokenizer)
+    parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
     data = read_lm_data(config.data, tokenizer)
     counted = "demonstrations" if config.data.demonstrations else "text"
     share = 1.0 - config.data.text_fraction if config.data.demonstrations else 1.0

@@ -74,6 +74,11 @@ def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
     return sharding.constrain_rows(split, mesh, axis=1)
 
 
+def merge_rows(tree: Any, mesh: Mesh) -> Any:
+    """[parts, rows, ...] → [parts · rows, ...], the other way of `split_rows`."""
+    return sharding.constrain_rows(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree), mesh)
+
+
 def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array) -> tuple[Params, Any]:
     """Σᵢ weightsᵢ · gradients of part i, one part in memory at a time.
 
@@ -147,16 +152,16 @@ def fit(
     log: Any,
     evaluate: Callable[[Any], dict[str, Any]],
     evaluate_every: int,
-    finish: Callable[[Any], Any] = lambda state: state,
+    at_save: Callable[[Any], Any] = lambda state: state,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains from `state.step` to `total_steps`: read, update, evaluate, record, save.
 
     `update(state, batch) -> (state, metrics)`, and `metrics["tokens"]`, if given, is what tokens/s counts;
     `batches(step)` is a function of the step alone, so that a resumed run reads what the first would have read.
-    Evaluates every `evaluate_every` steps (0: never) and at the end, where `finish` makes the state to be saved of the
-    last one. A state that has come to the end already is evaluated and nothing else: its run was killed between its
-    last save and its summary. A first Ctrl-C or SIGTERM saves the finished step and raises Interrupted. Returns (state,
-    the last metrics).
+    Evaluates every `evaluate_every` steps (0: never) and at the end. `at_save` changes a state that is about to be
+    saved, in a way that neither later steps nor `evaluate` depend on. A state that has come to the end already is
+    evaluated and nothing else: its run was killed between its last save and its summary. A first Ctrl-C or SIGTERM
+    saves the finished step and raises Interrupted. Returns (state, the last metrics).
     """
     if int(state.step) >= total_steps:
         return state, evaluate(state)
@@ -168,8 +173,6 @@ def fit(
             with log.phase("update"):
                 state, metrics = update(state, batch)
             done = step + 1
-            if done == total_steps:
-                state = finish(state)
             if done == total_steps or (evaluate_every and done % evaluate_every == 0):
                 with log.phase("evaluate"):
                     metrics = {**metrics, **evaluate(state)}
@@ -178,6 +181,7 @@ def fit(
             asked = anywhere(interruption.asked)
             if asked or done == total_steps or checkpoints.due(done):
                 check_finite(done, metrics)
+                state = at_save(state)
             with log.phase("save"):
                 if done == total_steps or asked:
                     checkpoints.save(done, state, metrics)

@@ -74,10 +74,14 @@ def process_slice(values: np.ndarray, process_index: int, process_count: int) ->
 
 
 def evaluation_rows(size: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields all rows once and in order, i64[batch_size] at a time; NO_ROW fills the last, so that no shape changes."""
+    """Yields all rows once, i64[batch_size] at a time; NO_ROW fills the last, so that no shape changes.
+
+    The order is random but always the same: whoever reads the first rows alone reads of every file and source.
+    """
+    order = row_order(0, 0, size)
     for start in range(0, size, batch_size):
-        rows = np.arange(start, start + batch_size)
-        yield np.where(rows < size, rows, NO_ROW)
+        rows = order[start : start + batch_size]
+        yield np.pad(rows, (0, batch_size - len(rows)), constant_values=NO_ROW)
 
 
 def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
