@@ -15,26 +15,14 @@ from pathlib import Path
 
 from absl import app, flags
 
+from instructax import command
+
 FILES = flags.DEFINE_multi_string(
     "files", None, "A .txt or .jsonl file, or .gz of one; repeat for more.", required=True
 )
 FIELD = flags.DEFINE_string("field", "text", "The key of the text in each line of a .jsonl file.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Size, 256 bytes and <|endoftext|> included.", required=True)
 OUT = flags.DEFINE_string("out", None, "Where to write tokenizer.json.", required=True)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Returns the arguments that are not flags."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(complain(error))
-
-
-def complain(error: Exception) -> int:
-    """Prints one line, and returns the exit code of bad input."""
-    print("train_tokenizer:", " ".join(str(error).split()), file=sys.stderr)
-    return 2
 
 
 def read_texts(path: str, field: str) -> Iterator[str]:
@@ -66,22 +54,24 @@ def read_field(line: str, field: str, place: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]}: repeat --files for each file")
-        if Path(OUT.value).is_dir():  # said before the training, not after it
-            raise ValueError(f"--out={OUT.value} is a folder: give the file to write")
+    """Flags in, one library call, exit code out."""
+    if len(argv) > 1:
+        print(f"error: unexpected argument {argv[1]}: repeat --files for each file", file=sys.stderr)
+        return 2
+    return command.guarded(train)
 
-        from instructax import tokenizer  # after the flags, so that --help answers at once
 
-        texts = (text for path in FILES.value for text in read_texts(path, FIELD.value))
-        trained = tokenizer.train_bpe(texts, VOCAB_SIZE.value)
-        tokenizer.save_tokenizer(trained, OUT.value)
-    except (ValueError, OSError) as error:
-        return complain(error)
+def train() -> None:
+    """Trains on the files and writes the result."""
+    if Path(OUT.value).is_dir():  # said before the training, not after it
+        raise ValueError(f"--out={OUT.value} is a folder: give the file to write")
+    from instructax import tokenizer  # after the flags, so that --help answers at once
+
+    texts = (text for path in FILES.value for text in read_texts(path, FIELD.value))
+    trained = tokenizer.train_bpe(texts, VOCAB_SIZE.value)
+    tokenizer.save_tokenizer(trained, OUT.value)
     print(f"{OUT.value}: {trained.size} tokens, hash {trained.hash}")
-    return 0
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

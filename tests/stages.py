@@ -188,7 +188,7 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> ppo.PpoProgram:
         "seed": 3,
         "eos_id": 21,  # one that random policies sample now and then
         "total_steps": 10,
-        "response_length": 7,
+        "response_tokens": 7,
         "inner_epochs": 1,
         "minibatches": 2,
         "accumulate": 1,
@@ -272,9 +272,11 @@ def plain_outputs(model: Transformer, params: Any, documents: Sequence[np.ndarra
     return np.concatenate(blocks).astype(np.float64)[: len(documents)]
 
 
-def plain_logprobs(model: Transformer, params: Any, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+def plain_logprobs(
+    model: Transformer, params: Any, documents: Sequence[np.ndarray], temperature: float = 1.0
+) -> list[np.ndarray]:
     """Log-probability of each token given those before it: f64[n] each; nothing predicts the first, it gets 0."""
-    logits = plain_outputs(model, params, documents)
+    logits = plain_outputs(model, params, documents) / temperature
     logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return [
         np.array([0.0, *(logprobs[row, t, token] for t, token in enumerate(document[1:]))])

@@ -19,7 +19,7 @@ from instructax.data.limits import Limits
 from instructax.experiment import Run, load_config, load_file, stage_of
 from instructax.microworld.run import WorldConfig
 from instructax.model import ModelConfig, Transformer, parameter_count
-from instructax.ppo_train import _check as check_ppo
+from instructax.ppo_train import check as check_ppo
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
 

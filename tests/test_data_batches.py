@@ -92,8 +92,11 @@ def test_process_slices_make_the_whole_batch():
 
 
 def test_evaluation_visits_each_row_once_in_batches_of_one_shape():
-    assert [rows.tolist() for rows in batches.evaluation_rows(5, 2)] == [[0, 1], [2, 3], [4, NO_ROW]]
-    assert [rows.tolist() for rows in batches.evaluation_rows(4, 2)] == [[0, 1], [2, 3]]
+    rows = list(batches.evaluation_rows(5, 2))
+    assert [len(part) for part in rows] == [2, 2, 2]
+    assert np.concatenate(rows).tolist() == [*batches.row_order(0, 0, 5).tolist(), NO_ROW]
+    assert np.concatenate(list(batches.evaluation_rows(4, 2))).tolist() == batches.row_order(0, 0, 4).tolist()
+    assert batches.row_order(0, 0, 5).tolist() != list(range(5))
     assert list(batches.evaluation_rows(0, 2)) == []
 
 

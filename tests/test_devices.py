@@ -11,7 +11,7 @@ import pytest
 import small
 import stages
 from instructax import reward, sharding, supervised, training
-from instructax.model import Transformer
+from instructax.model import ModelConfig, Transformer
 from instructax.optimizer import make_optimizer
 from instructax.ppo_train import Iteration, abstract_state
 from instructax.types import PpoState
@@ -23,6 +23,7 @@ ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]  # data, fsdp, tensor
 # A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole step of it.
 OPTIMIZER = small.optimizer_config(epsilon=1e-3, clip_norm=1.0, weight_decay=0.1)
+GPT, LLAMA = small.gpt_config(), small.llama_config()
 
 
 def compiled(update: Any, program: Any, abstract: Any) -> Any:
@@ -49,9 +50,9 @@ def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[
 
 
 @cache
-def supervised_run(shape: tuple[int, int, int]) -> dict[str, Any]:
+def supervised_run(shape: tuple[int, int, int], config: ModelConfig = GPT) -> dict[str, Any]:
     program = supervised.SupervisedProgram(
-        model=Transformer(small.gpt_config(), small.compute(), "tokens"),
+        model=Transformer(config, small.compute(), "tokens"),
         optimizer=make_optimizer(OPTIMIZER),
         schedule=OPTIMIZER,
         mesh=stages.mesh_of(*shape),
@@ -65,9 +66,9 @@ def supervised_run(shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 @cache
-def reward_run(shape: tuple[int, int, int]) -> dict[str, Any]:
+def reward_run(shape: tuple[int, int, int], config: ModelConfig = LLAMA) -> dict[str, Any]:
     program = reward.RewardProgram(
-        model=Transformer(small.llama_config(), small.compute(), "scalar"),
+        model=Transformer(config, small.compute(), "scalar"),
         optimizer=make_optimizer(OPTIMIZER),
         schedule=OPTIMIZER,
         mesh=stages.mesh_of(*shape),
@@ -80,10 +81,14 @@ def reward_run(shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 @cache
-def ppo_run(shape: tuple[int, int, int]) -> dict[str, Any]:
+def ppo_run(shape: tuple[int, int, int], policy: ModelConfig = GPT, scorer: ModelConfig = LLAMA) -> dict[str, Any]:
     """Two iterations of PPO-ptx."""
     mesh = stages.mesh_of(*shape)
-    program = stages.ppo_program(mesh, optimizer=OPTIMIZER)
+    networks = {
+        "policy": Transformer(policy, small.compute(), "tokens"),
+        "scorer": Transformer(scorer, small.compute(), "scalar"),
+    }
+    program = stages.ppo_program(mesh, optimizer=OPTIMIZER, **networks)
     state: PpoState = stages.ppo_state(program)
     reward_params = stages.copy_of(state.value.params)
     iterate = Iteration(
@@ -130,6 +135,20 @@ def test_ppo(shape):
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
         np.testing.assert_array_equal(ours["rollouts"].responses, theirs["rollouts"].responses)
         np.testing.assert_array_equal(ours["rollouts"].mask, theirs["rollouts"].mask)
+    assert_same(got, wanted)
+
+
+def test_the_other_family_in_each_stage():
+    """An untied head, grouped queries and rotary positions in what samples; biases and a position table in the scorer.
+
+    The sampler's log-probabilities are the scorer's on either mesh, or the iteration would have stopped.
+    """
+    mesh = (2, 2, 2)
+    assert_same(supervised_run(mesh, LLAMA), supervised_run(ONE, LLAMA))
+    assert_same(reward_run(mesh, GPT), reward_run(ONE, GPT))
+    got, wanted = ppo_run(mesh, LLAMA, GPT), ppo_run(ONE, LLAMA, GPT)
+    for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
+        np.testing.assert_array_equal(ours["rollouts"].responses, theirs["rollouts"].responses)
     assert_same(got, wanted)
 
 

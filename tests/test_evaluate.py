@@ -13,7 +13,7 @@ from instructax import clock, evaluate, inference, sharding, training
 from instructax.checkpoint import load_params
 from instructax.configuration import construct
 from instructax.data import readers
-from instructax.data.batches import lm_batch, prompt_batch
+from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.experiment import run_stage, samples_of, summary_of
 from instructax.lineage import tokenizer_of
 from instructax.model import Transformer
@@ -42,15 +42,17 @@ def network(chain, run: str, head: str):
 
 
 @cache
-def rollouts_of(chain, run: str):
+def rollouts_of(chain, run: str, temperature: float = 1.0):
     """What a policy answers to the first 16 held-out prompts: each sample has its own key."""
     config, tokenizer, data = parts(chain)
     model, params = network(chain, run, "tokens")
     limits = config.data.limits
-    prompts = prompt_batch(data["prompts"].sources["validation"], np.arange(16), limits.prompt_tokens)
-    keys = clock.sample_keys(clock.step_key(config.seed, "evaluate", 0), jnp.arange(16))
-    sample = partial(inference.generate, model, length=limits.response_tokens, temperature=1.0, eos_id=tokenizer.eos_id)
-    return jax.jit(sample)(params, prompts, keys)
+    source = data["prompts"].sources["validation"]
+    rows = next(evaluation_rows(len(source), 16))
+    prompts = prompt_batch(source, rows, limits.prompt_tokens)
+    keys = clock.sample_keys(clock.step_key(config.seed, "evaluate", 0), jnp.asarray(rows, jnp.int32))
+    sample = partial(inference.generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id)
+    return jax.jit(partial(sample, temperature=temperature))(params, prompts, keys)
 
 
 def responses_of(chain, name: str):
@@ -73,6 +75,25 @@ def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
     ours, theirs = (stages.plain_logprobs(*network(chain, run, "tokens"), documents) for run in (POLICIES[name], "sft"))
     kl = [(own - reference)[-real.sum() :].sum() for own, reference, real in zip(ours, theirs, mask, strict=True)]
     np.testing.assert_allclose([a["kl"] for a in answers], kl, atol=2e-4)
+
+
+def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
+    overrides = {
+        "temperature": 0.5,
+        "policies": (("SFT", str(chain / "sft")), ("PPO", str(chain / "ppo"))),
+        "data.text": (),
+        "data.comparisons": (),
+    }
+    assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
+    answers = [sample for sample in samples_of(tmp_path / "run") if sample["policy"] == "PPO"]
+    rollouts, tokenizer = rollouts_of(chain, "ppo", temperature=0.5), parts(chain)[1]
+    mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
+    assert [a["response"] for a in answers] == [
+        tokenizer.decode(response[real]) for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
+    ]
+    ours, theirs = (stages.plain_logprobs(*network(chain, run, "tokens"), documents, 0.5) for run in ("ppo", "sft"))
+    kl = [(own - reference)[-real.sum() :].sum() for own, reference, real in zip(ours, theirs, mask, strict=True)]
+    np.testing.assert_allclose([a["kl"] for a in answers], kl, atol=4e-4)
 
 
 def test_the_reference_against_itself(chain):
@@ -157,12 +178,12 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
     [
         (
             {"reference": "GPT"},
-            "config.reference = 'GPT' must be one of the policies .'base', 'SFT', 'PPO', 'PPO-ptx'.",
+            "config: reference = 'GPT' must be one of the policies .'base', 'SFT', 'PPO', 'PPO-ptx'.",
         ),
         ({"policies": (("SFT", "nowhere"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
-        ({"batch_size": 0}, "batch_size = 0 rows must be a positive multiple of 1"),
-        ({"prompts": 0}, "config.prompts = 0 of 1 files"),
-        ({"data.prompts": ()}, "config.prompts = 16 of 0 files in config.data.prompts"),
+        ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
+        ({"prompts": 0}, "config: prompts = 0 must be at least 1"),
+        ({"data.prompts": ()}, "config: data.prompts, reward_parent and the workdir of every policy must be given"),
         ({"reward_model.width": 64}, "model of config.reward_parent = .* width: 32 .stored. != 64 .given."),
     ],
 )

@@ -1,7 +1,11 @@
 """Runs and their order, their configs, and the report of the experiment that ships."""
 
+import dataclasses
 import json
+import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,8 +74,11 @@ def test_what_is_not_a_config_is_refused(tmp_path):
 
 def test_a_dry_run_reads_nothing():
     assert "nothing is trained" in experiment.dry_run(load_config(Run("a", "configs/world.py:tiny", {})))
-    report = experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", {"mesh.data": 8, "batch_size": 16})))
+    eight = {"mesh.data": 8, "batch_size": 16}
+    report = experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", {**eight, "ptx_rows": 8})))
     assert "GiB" in report or "MiB" in report or "KiB" in report
+    with pytest.raises(ConfigError, match="ptx_rows = 2 rows must be a positive multiple of 8"):
+        experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", eight)))
 
 
 TOY = '''
@@ -153,3 +160,44 @@ def test_a_finished_stage_is_passed_over(chain, capsys):
     assert not run_stage(stages.config_of(chain, "pretrain", {}), chain / "pretrain")
     assert "pretrain is finished; nothing to do" in capsys.readouterr().out
     assert [line["step"] for line in experiment.metrics_of(chain / "pretrain")] == list(range(1, 9))
+
+
+def groups_of(cls: type) -> set[type]:
+    """The config dataclass and those within it."""
+    inner = {hint for hint in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(hint)}
+    return {cls}.union(*map(groups_of, inner))
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
+    """The fields of `group` that the library reads from now on, but for what it reads to check a config."""
+    names, read, plain = {field.name for field in dataclasses.fields(group)}, set(), group.__getattribute__
+    sources = str(Path(experiment.__file__).parent)
+
+    def get(self: Any, name: str) -> Any:
+        code = sys._getframe(1).f_code
+        if name in names and code.co_filename.startswith(sources) and "check" not in code.co_name:
+            read.add(name)
+        return plain(self, name)
+
+    monkeypatch.setattr(group, "__getattribute__", get)
+    return read
+
+
+ONE_STEP = {"epochs": 0.0, "steps": 1}
+ROTARY = {"model.positions": "rotary", "optimizer.schedule": "cosine"}  # else two fields have no meaning
+SHORT = {"world": {}, "pretrain": ONE_STEP | ROTARY, "reward": ONE_STEP, "ppo-ptx": {"steps": 1}, "evaluate": {}}
+
+
+@pytest.mark.xdist_group("chain")
+@pytest.mark.usefixtures("quick_compiles", "one_device")
+def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch):
+    """By the class, and not by the name alone, which settings and programs have too."""
+    own_rows = {"pretrain": {"data.folder": str(tmp_path / "rows")}}  # rows that are there already are not made again
+    short = {name: overrides | own_rows.get(name, {}) for name, overrides in SHORT.items()}
+    configs = {name: stages.config_of(chain, name, overrides) for name, overrides in short.items()}
+    groups = set[Any]().union(*(groups_of(experiment.stage_of(config)[0]) for config in configs.values()))
+    read = {group: watched(monkeypatch, group) for group in groups}
+    for name, config in configs.items():
+        assert run_stage(config, tmp_path / name)
+    fields = {group: {field.name for field in dataclasses.fields(group)} - {"stage"} for group in groups}
+    assert {group.__name__: unread for group in groups if (unread := fields[group] - read[group])} == {}

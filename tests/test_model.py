@@ -271,6 +271,9 @@ def test_initial_spread():
     model = Transformer(config, compute(), "scalar")
     params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(jax.random.key(3))
     np.testing.assert_allclose(params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09)  # 1 / √(1023 + 1)
+    narrow = Transformer(gpt_config(width=3), compute(), "scalar")  # 1 / √(3 + 1), not 1 / √3
+    fresh = jax.jit(jax.vmap(lambda key: init_params(narrow, key)["scalar_head"]["kernel"]), compiler_options=QUICK)
+    np.testing.assert_allclose(fresh(jax.random.split(jax.random.key(4), 2000)).std(), 1 / 2, rtol=0.05)
     np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.03)
     np.testing.assert_allclose(params["positions"].std(), 0.02, rtol=0.03)
     attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]

@@ -29,10 +29,16 @@ TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(4, 14))
 
 
 @cache
-def rolled_out(program=PROGRAM) -> tuple[PpoState, Rollouts]:
+def compiled_rollout(program):
+    return jax.jit(partial(ppo.rollout, program))
+
+
+@cache
+def rolled_out(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
     """A random state and what it samples; half of the rows end early."""
-    state = stages.ppo_state(program)
-    rollouts = jax.jit(partial(ppo.rollout, program))(state.policy.params, PROMPTS, jnp.int32(0), SHOWN)
+    state = stages.ppo_state(PROGRAM)
+    settings = stages.ppo_settings(temperature=temperature)
+    rollouts = compiled_rollout(PROGRAM)(state.policy.params, PROMPTS, jnp.int32(0), settings)
     lengths = np.asarray(rollouts.mask).sum(axis=1)
     assert lengths.min() < lengths.max()
     return state, rollouts
@@ -56,7 +62,7 @@ def other_params(head: str, seed: int = 5):
 
 def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
     """(state, experience, scored, metrics), with a reference and a reward model of their own."""
-    state, rollouts = rolled_out()
+    state, rollouts = rolled_out(float(settings.temperature))
     ref_params = other_params("tokens") if ref_params is None else ref_params
     return state, *compiled_score(program)(state, ref_params, other_params("scalar"), rollouts, settings)
 
@@ -83,8 +89,9 @@ def plain_policy_logprobs(params, rollouts: Rollouts):
     return jnp.where(rollouts.mask, chosen, 0.0)
 
 
-def test_scores_are_those_of_the_plain_computation():
-    state, experience, judged, _ = scored()
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_are_those_of_the_plain_computation(temperature):
+    state, experience, judged, _ = scored(settings=stages.ppo_settings(temperature=temperature))
     rollouts = judged.rollouts
     documents, mask = stages.responses_of(rollouts), np.asarray(rollouts.mask)
     for params, logprobs in (
@@ -92,7 +99,7 @@ def test_scores_are_those_of_the_plain_computation():
         (state.policy.params, rollouts.logprobs),
         (other_params("tokens"), judged.ref_logprobs),
     ):
-        plain = stages.plain_logprobs(PROGRAM.policy, params, documents)
+        plain = stages.plain_logprobs(PROGRAM.policy, params, documents, temperature)
         for row, real in enumerate(mask):
             np.testing.assert_allclose(logprobs[row][real], plain[row][-real.sum() :], rtol=1e-4, atol=1e-5)
     plain = stages.plain_scores(PROGRAM.scorer, other_params("scalar"), documents)
@@ -158,6 +165,20 @@ def test_value_gradient_is_that_of_half_the_squared_error():
     value, wanted = jax.jit(jax.value_and_grad(loss))(state.value.params)
     stages.assert_trees_close(gradients, wanted, rtol=1e-3, atol=2e-5)
     assert float(metrics["value_loss"]) == pytest.approx(float(value), rel=1e-5)
+
+
+def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
+    _, experience, _, _ = scored()
+    (policy, value), metrics = shown_gradients(PROGRAM, experience, None)
+    slowly = small.optimizer_config(warmup_steps=4, warmup_from=0.25)
+    other = dataclasses.replace(PROGRAM, value_optimizer=optax.scale(3.0), value_schedule=slowly)
+    settings = stages.ppo_settings(learning_rate=1.0, value_learning_rate=0.5)
+    (same, scaled), rates = shown_gradients(other, experience, None, settings)
+    stages.assert_trees_close(same, policy, rtol=1e-4, atol=1e-6)
+    # 3 of the optimizer, 1/2 of the peak, 1/4 of it at the first step
+    stages.assert_trees_close(scaled, jax.tree.map(lambda g: 0.375 * g, value), rtol=1e-4, atol=1e-5)
+    assert (rates["learning_rate"], rates["value_learning_rate"]) == (1.0, 0.125)
+    assert metrics["value_learning_rate"] == 1.0
 
 
 def test_text_adds_its_gradient_times_ptx_coef():
@@ -337,7 +358,7 @@ def pretrained():
 def learn(ptx_coef: float) -> tuple[list[float], float]:
     """(the true reward of each iteration, the text loss at the end) of PPO from the counting policy."""
     program = stages.ppo_program(
-        MESH, optimizer=small.optimizer_config(clip_norm=1.0), eos_id=22, response_length=6, total_steps=ITERATIONS
+        MESH, optimizer=small.optimizer_config(clip_norm=1.0), eos_id=22, response_tokens=6, total_steps=ITERATIONS
     )
     settings = stages.ppo_settings(
         kl_coef=0.01, no_eos_penalty=0.0, ptx_coef=ptx_coef, learning_rate=3e-3, value_learning_rate=1e-2

@@ -35,12 +35,14 @@ def networks():
     return small.random_params(PROGRAM.policy), small.random_params(PROGRAM.scorer, 1)
 
 
-def iterate(*, ref_params=None, settings=None, program=PROGRAM, first_step=0):
+def iterate(*, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0):
     """One iteration of a policy that starts as its reference, and of a value network that starts as the reward model:
     (state before, state after, metrics, rollouts, scores)."""
     policy, reward = networks()
     state = stages.ppo_state(program)
     state = dataclasses.replace(state, policy=dataclasses.replace(state.policy, step=state.policy.step + first_step))
+    if value_params is not None:
+        state = dataclasses.replace(state, value=dataclasses.replace(state.value, params=value_params))
     before = jax.device_get(state)
     run = Iteration(
         program,
@@ -70,6 +72,14 @@ def test_what_holds_at_the_first_inner_step():
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(after))
     for part in (moved.policy.params, moved.value.params, moved.ema):
         assert part["embedding"]
+
+
+def test_scores_are_the_reward_models_and_not_the_value_networks():
+    value = small.random_params(PROGRAM.scorer, 8)
+    _, _, metrics, rollouts, scores = iterate(value_params=value)
+    wanted = stages.plain_scores(PROGRAM.scorer, networks()[1], stages.responses_of(rollouts))
+    np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5)
+    assert float(metrics["scores"]) == pytest.approx(wanted.mean(), rel=1e-4)
 
 
 def patched(monkeypatch, name, **changes):
@@ -148,6 +158,25 @@ def ppo_parts(chain, name="ppo-ptx", **overrides):
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     program = ppo_train.program_of(config, stages.mesh_of(), tokenizer.eos_id)
     return config, program, ppo_train.read_data(config, tokenizer)
+
+
+def test_every_value_of_the_config_reaches_its_place(chain):
+    names = ("kl_coef", "discount", "lambda_", "no_eos_penalty", "temperature", "clip", "value_clip", "ptx_coef")
+    peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
+    values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}  # no two alike
+    counts = {"seed": 5, "steps": 6, "inner_epochs": 2, "minibatches": 4, "accumulate": 7}
+    choices = {"whiten_rewards": True, "whiten_advantages": False}
+    config, program, _ = ppo_parts(chain, **peaks, **values, **counts, **choices)
+    settings = vars(ppo_train.settings_of(config))
+    settings |= vars(settings.pop("rewards"))
+    rates = {"learning_rate": 0.75, "value_learning_rate": 0.5}
+    assert {name: float(value) for name, value in settings.items()} == values | rates
+    counts["total_steps"] = counts.pop("steps")
+    assert {name: getattr(program, name) for name in counts | choices} == counts | choices
+    assert (program.policy_schedule, program.value_schedule) == (config.optimizer, config.value_optimizer)
+    assert (program.policy.config, program.scorer.config) == (config.model, config.reward_model)
+    assert program.response_tokens == config.data.limits.response_tokens
+    assert program.clip_values and not ppo_parts(chain, value_clip=0.0)[1].clip_values
 
 
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
@@ -232,19 +261,26 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     [
         ({"batch_size": 6, "minibatches": 4}, "batch_size = 6 rows must be a positive multiple of 4"),
         ({"ptx_rows": 3, "accumulate": 2}, "ptx_rows = 3 rows must be a positive multiple of 2"),
-        ({"data.text": ()}, "ptx_coef = 1.0 needs files in config.data.text"),
-        ({"policy_parent": ""}, "config.policy_parent and config.reward_parent must name finished runs"),
-        ({"reward_parent": ""}, "config.policy_parent and config.reward_parent must name finished runs"),
+        ({"data.text": ()}, "config: ptx_coef = 1.0 needs files in data.text"),
+        ({"policy_parent": ""}, "config: policy_parent and reward_parent must name finished runs"),
+        ({"reward_parent": ""}, "config: policy_parent and reward_parent must name finished runs"),
         ({"reward_parent": "nowhere"}, "config.reward_parent = 'nowhere' is not a finished run"),
-        ({"temperature": 0.0}, "config.temperature = 0.0 must be above 0"),
+        ({"temperature": 0.0}, "config: temperature = 0.0 must be above 0"),
         ({"model.max_length": 99}, "model of config.policy_parent = .* max_length: 64 .stored. != 99 .given."),
-        ({"steps": 0}, "config.steps = 0 must be"),
-        ({"inner_epochs": 0}, "config.inner_epochs = 0 must be"),
-        ({"minibatches": 0}, "config.minibatches = 0 must be"),
-        ({"ptx_coef": -1.0}, "config.ptx_coef = -1.0 must be"),
+        ({"steps": 0}, "config: steps = 0 must be"),
+        ({"inner_epochs": 0}, "config: inner_epochs = 0 must be"),
+        ({"minibatches": 0}, "config: minibatches = 0 must be"),
+        ({"ema_decay": 1.5}, "config: ema_decay = 1.5 must be from 0 to 1"),
+        ({"clip": 0.0}, "config: clip = 0.0 must be above 0"),
+        ({"samples": -3}, "config: samples = -3 must be at least 0"),
+        ({"reward_parent": "SFT"}, "config.reward_parent = .* is a run of stage 'supervised'; it must be of reward"),
+        ({"data.limits.splits": (("train", 1.0),)}, "splits has the names .'train'.: train and validation must be"),
+        ({"ptx_coef": -1.0}, "config: ptx_coef = -1.0 must be"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
+    if overrides.get("reward_parent") == "SFT":
+        overrides = {"reward_parent": str(chain / "sft")}
     with pytest.raises(ValueError, match=message) as error:
         run_stage(stages.config_of(chain, "ppo-ptx", overrides), tmp_path / "run")
     assert "\n" not in str(error.value)

@@ -137,8 +137,13 @@ def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
         run_stage(config, tmp_path / "run")
 
 
-def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatch):
-    config = config_of(chain, "sft", batch_size=16)
+# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole step of it.
+SMOOTH = {"sft": {}, "reward": {}, "ppo-ptx": {"ptx_rows": 4, "value_optimizer.epsilon": 1e-3}}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatch, name):
+    config = config_of(chain, name, batch_size=16, **{"optimizer.epsilon": 1e-3, **SMOOTH[name]})
     _, straight = run(config, tmp_path / "straight")
     parts = [(8, {"data": -1, "fsdp": 2, "tensor": 2}, 1), (2, {"data": 1, "fsdp": 2, "tensor": 1}, 2)]
     for devices, mesh, read_last in parts:
@@ -149,9 +154,10 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
     stages.use_devices(monkeypatch, 1)
     first, last = run(config, tmp_path / "moved")
     assert first.step == 3
-    stages.assert_trees_close(last.params, straight.params, rtol=1e-3, atol=1e-4)
+    stages.assert_trees_close(last, straight, rtol=1e-3, atol=1e-5)
     for ours, theirs in zip(lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        gaps = {figure: 0.0 for figure in theirs if figure.endswith("_gap")}  # rounding errors themselves
+        assert ours | gaps == pytest.approx(theirs | gaps, rel=1e-3, abs=1e-5)
 
 
 def test_a_parent_of_another_kind_is_refused_in_one_line(chain, tmp_path):

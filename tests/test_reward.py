@@ -14,11 +14,11 @@ import pytest
 
 import small
 import stages
-from instructax import experiment, reward, training
+from instructax import clock, experiment, reward, training
 from instructax.checkpoint import committed_steps, load_params
 from instructax.configuration import construct
 from instructax.data import readers
-from instructax.data.batches import lm_batch
+from instructax.data.batches import lm_batch, rows_of_batch
 from instructax.experiment import metrics_of, summary_of
 from instructax.lineage import tokenizer_of
 from instructax.model import ModelConfig, Transformer
@@ -124,6 +124,17 @@ def test_accumulated_is_the_whole_batch():
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_batch_without_a_pair_changes_nothing(accumulate):
+    batch = stages.comparisons(ANSWERS, 5)
+    tied = dataclasses.replace(batch, ranks=np.ones_like(batch.ranks))
+    empty = dataclasses.replace(batch, valid=np.zeros_like(batch.valid), mask=np.zeros_like(batch.mask))
+    for nothing in (tied, empty):
+        gradients, metrics, _ = run_update(program(accumulate=accumulate), nothing)
+        assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
+        assert (metrics["loss"], metrics["accuracy"], metrics["pairs"]) == (0, 0, 0)
+
+
 def test_what_an_invalid_answer_holds_does_not_matter():
     batch = stages.comparisons(ANSWERS, 5)
     rng = np.random.default_rng(9)
@@ -189,6 +200,12 @@ def reward_parts(chain, step: int | None = None):
     )
 
 
+def prepared_comparisons(chain):
+    config, _, tokenizer, _ = reward_parts(chain)
+    files = [Path(path) for path in config.data.comparisons]
+    return reward.prepare_comparisons(files, tokenizer, config.data.limits, Path(config.data.folder))
+
+
 def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     wide = {"model.width": 256, "model.layers": 1}
     state = stages.started(stages.config_of(chain, "reward", {}), tmp_path / "run")
@@ -206,6 +223,23 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     kernel = fresh.params["scalar_head"]["kernel"]
     assert np.std(kernel) == pytest.approx(1 / math.sqrt(257), rel=0.15)
     assert abs(np.mean(kernel)) < 4 / 257
+
+
+def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkeypatch):
+    config, model, *_ = reward_parts(chain)
+    watch = stages.Watch(monkeypatch)
+    overrides = {"seed": 3, "steps": 1, "epochs": 0.0}
+    assert experiment.run_stage(stages.config_of(chain, "reward", overrides), tmp_path / "run")
+    fresh = training.init_params(model, clock.step_key(3, "init", 0))
+    np.testing.assert_allclose(watch.first.params["scalar_head"]["kernel"], fresh["scalar_head"]["kernel"], rtol=1e-5)
+    source = prepared_comparisons(chain).sources["train"]
+    rows = rows_of_batch(0, config.batch_size, len(source), 3)
+    loss, right, pairs = plain_ranking(
+        model, watch.first.params, readers.read_comparisons(source, rows, config.data.limits)
+    )
+    (logged,) = metrics_of(tmp_path / "run")
+    assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (logged["accuracy"], logged["pairs"]) == (pytest.approx(right / pairs, abs=1.5 / pairs), pairs)
 
 
 def test_an_untied_unembedding_is_dropped(chain, tmp_path):
@@ -237,10 +271,8 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
 
 
 def test_held_out_figures_are_those_of_the_plain_computation(chain):
-    config, model, tokenizer, params = reward_parts(chain)
-    limits = config.data.limits
-    files = [Path(path) for path in config.data.comparisons]
-    prepared = reward.prepare_comparisons(files, tokenizer, limits, Path(config.data.folder))
+    config, model, _, params = reward_parts(chain)
+    limits, prepared = config.data.limits, prepared_comparisons(chain)
     source = prepared.sources["validation"]
     loss, right, pairs = plain_ranking(model, params, readers.read_comparisons(source, np.arange(len(source)), limits))
     summary = summary_of(chain / "reward")

@@ -1,6 +1,7 @@
 """Supervised training: one update against plain references, and its runs."""
 
 import dataclasses
+import math
 from functools import cache, partial
 
 import jax
@@ -208,6 +209,18 @@ def test_the_first_step_starts_from_the_parent(chain):
     assert logged["learning_rate"] == pytest.approx(config.optimizer.learning_rate)
 
 
+def test_a_run_drops_at_its_own_rate(chain, tmp_path):
+    config, _, data = sft_parts(chain)
+    overrides = {"dropout": 0.3, "steps": 1, "epochs": 0.0}
+    assert experiment.run_stage(stages.config_of(chain, "sft", overrides), tmp_path / "run")
+    own = program(model=Transformer(config.model, config.compute, "tokens"), drops=True, seed=config.seed)
+    abstract = training.abstract_state(own.model, GRADIENT, stages.mesh_of()).params
+    state = training.new_state(load_params(chain / "pretrain", abstract), GRADIENT)
+    first = readers.lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)(0)
+    _, metrics = compiled(own)(state, first, make_settings(dropout=0.3))
+    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
 def test_held_out_losses_are_those_of_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
@@ -224,7 +237,7 @@ def test_held_out_losses_are_those_of_the_plain_computation(chain):
 def test_two_epochs_count_the_demonstrations_alone(chain):
     config, _, data = sft_parts(chain)
     rows = len(data["demonstrations"].sources["train"])
-    assert metrics_of(chain / "sft")[-1]["step"] == -(-2 * rows // 9)  # 9 of 10 rows of a batch
+    assert metrics_of(chain / "sft")[-1]["step"] == math.ceil(2 * rows / 7.2)  # 9 of 10 rows of 8
     assert config.epochs == 2
 
 

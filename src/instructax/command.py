@@ -57,8 +57,8 @@ def _say(message: str, code: int) -> int:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether a `raise` of this package, or of a config or experiment of the project, is where the error began."""
+    """Whether a `raise` of this package, or of a config, experiment or script of it, is where the error began."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(last.filename).resolve()
-    ours = Path(__file__).resolve().parent in file.parents or file.parent.name in ("configs", "experiments")
+    ours = Path(__file__).resolve().parent in file.parents or file.parent.name in ("configs", "experiments", "scripts")
     return ours and (last.line or "").startswith("raise")

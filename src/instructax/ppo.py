@@ -60,7 +60,7 @@ class PpoProgram:
     seed: int
     eos_id: int
     total_steps: int  # iterations
-    response_length: int  # tokens
+    response_tokens: int  # the longest response
     inner_epochs: int
     minibatches: int
     accumulate: int  # parts of a minibatch that are in memory one after the other
@@ -78,7 +78,7 @@ def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, 
         params,
         prompts,
         keys,
-        length=program.response_length,
+        length=program.response_tokens,
         temperature=settings.temperature,
         eos_id=program.eos_id,
     )

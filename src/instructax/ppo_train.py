@@ -170,7 +170,7 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
         seed=config.seed,
         eos_id=eos_id,
         total_steps=config.steps,
-        response_length=config.data.limits.response_tokens,
+        response_tokens=config.data.limits.response_tokens,
         inner_epochs=config.inner_epochs,
         minibatches=config.minibatches,
         accumulate=config.accumulate,

@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import clock, sharding, stage, training
 from instructax.configuration import check_range
 from instructax.data.batches import Source, process_slice, rows_of_batch
+from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
@@ -32,6 +34,7 @@ from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
+from instructax.tokenizer import Tokenizer
 from instructax.training import accumulate, shares, split_rows
 from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
 
@@ -92,7 +95,7 @@ def update(
 
 def with_bias(params: Params, bias: Array | float) -> Params:
     """The parameters with another bias of the head. Rankings do not depend on it, and training never moves it."""
-    return {**params, "scalar_head": {**params["scalar_head"], "bias": jnp.float32(bias)}}
+    return {**params, "scalar_head": {**params["scalar_head"], "bias": jnp.asarray(bias, jnp.float32)}}
 
 
 def held_out_ranking(model: Transformer, params: Params, batch: Comparisons) -> tuple[Array, Array, Array, Array]:
@@ -156,13 +159,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     check(config, mesh)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    limits, folder = config.data.limits, Path(config.data.folder)
-    data = {
-        "comparisons": prepare_comparisons([Path(p) for p in config.data.comparisons], tokenizer, limits, folder),
-        "demonstrations": prepare_demonstrations(
-            [Path(p) for p in config.data.demonstrations], tokenizer, limits, folder
-        ),
-    }
+    data = read_data(config, tokenizer)
     train_rows = data["comparisons"].sources["train"]
     total_steps = stage.steps_of(
         steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
@@ -183,11 +180,6 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"])
     normalize = normalizer(model, mesh, config, data["demonstrations"].sources["train"])
 
-    def read(index: int) -> Comparisons:
-        rows = rows_of_batch(index, config.batch_size, len(train_rows), config.seed)
-        mine = process_slice(rows, jax.process_index(), jax.process_count())
-        return sharding.put_rows(read_comparisons(train_rows, mine, limits), mesh)
-
     def start() -> TrainState:
         fresh = training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
         if "parent" not in parents:
@@ -205,10 +197,31 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         exported="params",
         total_steps=total_steps,
         update=lambda state, batch, _: step(state, batch, settings),
-        batches=read,
+        batches=reader(config, train_rows, mesh),
         evaluate=lambda state: ranking(state.params),
         at_save=lambda state: dataclasses.replace(state, params=normalize(state.params)),
     )
+
+
+def read_data(config: RewardConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+    """Comparisons, and the demonstrations that score 0 on average."""
+    limits, folder = config.data.limits, Path(config.data.folder)
+    files = {name: [Path(path) for path in getattr(config.data, name)] for name in ("comparisons", "demonstrations")}
+    return {
+        "comparisons": prepare_comparisons(files["comparisons"], tokenizer, limits, folder),
+        "demonstrations": prepare_demonstrations(files["demonstrations"], tokenizer, limits, folder),
+    }
+
+
+def reader(config: RewardConfig, source: Source, mesh: Mesh) -> Callable[[int], Comparisons]:
+    """Batch `index` of the comparisons, on the mesh."""
+
+    def read(index: int) -> Comparisons:
+        rows = rows_of_batch(index, config.batch_size, len(source), config.seed)
+        mine = process_slice(rows, jax.process_index(), jax.process_count())
+        return sharding.put_rows(read_comparisons(source, mine, config.data.limits), mesh)
+
+    return read
 
 
 def ranking_figures(
@@ -241,11 +254,13 @@ def normalizer(
 
     def normalize(params: Params) -> Params:
         # From a bias of 0: the outcome does not depend on how often this was done before.
-        params = with_bias(params, 0.0)
+        unbiased = with_bias(params, 0.0)
         total = count = 0.0
         for batch in held_out_rows(source, config.batch_size, len(source), length):
-            added, demonstrations = scores(params, sharding.put_rows(batch, mesh))
+            added, demonstrations = scores(unbiased, sharding.put_rows(batch, mesh))
             total, count = total + float(added), count + float(demonstrations)
-        return with_bias(params, -total / max(count, 1.0))
+        # As it was laid out: else the next step would be compiled anew.
+        layout = params["scalar_head"]["bias"].sharding
+        return with_bias(params, jax.device_put(np.float32(-total / max(count, 1.0)), layout))
 
     return normalize

@@ -71,7 +71,13 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_lengths(limits: Limits, model: ModelConfig) -> None:
-    """Raises ConfigError unless packed rows, and a prompt with its response, fit the model's positions."""
+    """Raises ConfigError unless packed rows, and a prompt with its response, fit the model's positions, and there are
+    the two splits that every stage reads."""
+    names = [name for name, _ in limits.splits]
+    require(
+        {"train", "validation"} <= set(names),
+        f"config.data.limits.splits has the names {names}: train and validation must be among them",
+    )
     pair = limits.prompt_tokens + limits.response_tokens
     for name, length in (("sequence_tokens", limits.sequence_tokens), ("prompt_tokens + response_tokens", pair)):
         require(
@@ -163,27 +169,16 @@ def run(
     step go to `summary.json`.
     """
     config: RunConfig = record.config.run
-    checkpoints = Checkpoints(
-        workdir,
-        save_every=config.save_every,
-        keep=config.keep,
-        best_metric=config.best_metric,
-        exported=exported,
-    )
+    keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
+    checkpoints = Checkpoints(workdir, **keeping, exported=exported)
     restored = checkpoints.restore(abstract)
     state, step = restored if restored else (start(), 0)
     if restored:
         record.check(workdir)
     if jax.process_index() == 0:
         record.write(workdir)
-    log = RunLog(
-        workdir,
-        total_steps=total_steps,
-        log_every=config.log_every,
-        start_step=step,
-        tensorboard=config.tensorboard,
-        console=True,
-    )
+    logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
+    log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
     with log:
         try:
             training.fit(

@@ -34,5 +34,5 @@ class Limits:
             raise ValueError(f"Limits.splits has the names {names}: they must differ and be of letters, digits and _")
         if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-9):
             raise ValueError(f"Limits.splits has the shares {shares}: they must be above 0 and sum to 1")
-        if not {"train", "validation"} <= set(names):
-            raise ValueError(f'Limits.splits has the names {names}: "train" and "validation" must be among them')
+        if self.filter_pii and "train" not in names:
+            raise ValueError(f'Limits.filter_pii needs a split called "train", and Limits.splits has {names}')
