@@ -7,7 +7,7 @@ Read it:   `policies.png`, left: the reward model's score (proxy) and the true r
            against the square root of their KL from the SFT policy: where the two part, the policy exploits the reward
            model. Right: true reward and text loss of the finished policies, with 95% intervals.
 
-Runs in the embedded world, whose true reward no stage sees: it is computed here, from the answers' text.
+Runs in the embedded world, whose true reward no stage sees: it is computed here, from the responses' text.
 """
 
 from pathlib import Path
@@ -70,21 +70,21 @@ def get_runs(size: str, root: str) -> list[Run]:
 
 
 def true_rewards(samples: list[dict[str, Any]]) -> np.ndarray:
-    """The world's own judgement of each answer: f[n]."""
+    """The world's own judgement of each response: f[n]."""
     world = draw_world(WORLD_SEED)
-    return np.array([true_reward(sample["prompt"], answer_of(sample), world) for sample in samples])
+    return np.array([true_reward(sample["prompt"], text_of(sample), world) for sample in samples])
 
 
-def answer_of(sample: dict[str, Any]) -> str:
-    """The answer's text, without the end token."""
+def text_of(sample: dict[str, Any]) -> str:
+    """The response without the end token."""
     return sample["response"].removesuffix("<|endoftext|>")
 
 
 def report(root: Path) -> None:
     """Prints the table, and draws `policies.png` and `policies.svg`."""
     summary = summary_of(root / "evaluate")
-    answers = {name: [s for s in samples_of(root / "evaluate") if s["policy"] == name] for name in POLICIES}
-    truth = {name: true_rewards(samples) for name, samples in answers.items()}
+    responses = {name: [s for s in samples_of(root / "evaluate") if s["policy"] == name] for name in POLICIES}
+    truth = {name: true_rewards(samples) for name, samples in responses.items()}
     rows = []
     for name in POLICIES:
         figures = summary["policies"][name]
@@ -94,10 +94,10 @@ def report(root: Path) -> None:
                 name,
                 str(mean_estimate(truth[name])),
                 str(win_rate(truth[name], truth["SFT"])),
-                f"{figures['score']['value']:.2f}",
+                f"{figures['scores']['value']:.2f}",
                 f"{figures['kl']['value']:.2f}",
                 str(text_loss),
-                f"{figures['ended']['value']:.0%}",
+                f"{figures['ended_share']['value']:.0%}",
             )
         )
     heads = ("policy", "true reward", "win rate against SFT", "proxy score", "KL from SFT", "text loss", "ended")

@@ -99,8 +99,8 @@ def draw(root: Path, ranking: dict[str, Any]) -> None:
     figure, (losses, accuracy, aligned) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for run, name in (("pretrain", "text_loss"), ("sft", "text_loss"), ("sft", "demonstrations_loss")):
         lines = [line for line in metrics_of(root / run) if name in line]
-        tokens = [line["step"] for line in lines]
-        losses.plot(tokens, [line[name] for line in lines], "o-", ms=3, label=f"{run}: {name}")
+        steps = [line["step"] for line in lines]
+        losses.plot(steps, [line[name] for line in lines], "o-", ms=3, label=f"{run}: {name}")
     losses.set(xlabel="step", ylabel="held-out loss (nats per token)", title="Pretraining and SFT")
     losses.legend()
     for place, name in enumerate(("accuracy", "longer_wins")):
@@ -115,7 +115,7 @@ def draw(root: Path, ranking: dict[str, Any]) -> None:
     aligned.set(xlabel="iteration", ylabel="reward model's score", title="PPO-ptx")
     distance = aligned.twinx()
     distance.plot(steps, [line["kl"] for line in metrics], "x--", ms=4, color="tab:gray", label="KL")
-    distance.set_ylabel("KL from SFT (nats per answer)")
+    distance.set_ylabel("KL from SFT (nats per response)")
     aligned.legend([*aligned.get_lines(), *distance.get_lines()], ["score", "KL"])
     figure.savefig(root / "runs.png", dpi=150)
     plt.close(figure)

@@ -246,7 +246,7 @@ def test_load_params_casts_and_picks_the_step(tmp_path):
     save_steps(tmp_path, [1, 2])
     abstract = on_devices(make_train_state(), 2).params
     half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract)
-    for path, step, expected in ((tmp_path, None, 2), (tmp_path, 1, 1), (tmp_path / "checkpoints/1", None, 1)):
+    for path, step, expected in ((tmp_path, None, 2), (tmp_path, 1, 1)):
         params = make_train_state(expected).params
         assert_equal(load_params(path, abstract, step=step), params)
         assert_equal(load_params(path, half, step=step), jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
@@ -280,8 +280,6 @@ def test_errors_of_load_params_name_the_place(tmp_path):
     save_steps(tmp_path, [1, 3])
     with pytest.raises(ValueError, match=r"no checkpoint of step 2 in .*, only of steps \[1, 3\]"):
         load_params(tmp_path, abstract, step=2)
-    with pytest.raises(ValueError, match=r"step 3 given with .*the folder of one step"):
-        load_params(tmp_path / "checkpoints/1", abstract, step=3)
 
 
 def test_restore_refuses_another_state(tmp_path):

@@ -106,11 +106,11 @@ def test_the_reference_against_itself(chain):
 @pytest.mark.parametrize("name", POLICIES)
 def test_figures_are_means_over_answers(chain, name):
     figures, answers = summary_of(chain / "evaluate")["policies"][name], responses_of(chain, name)
-    for field in ("score", "kl", "tokens", "ended"):
+    for figure, field in (("scores", "score"), ("kl", "kl"), ("response_length", "tokens"), ("ended_share", "ended")):
         values = np.array([float(answer[field]) for answer in answers])
-        assert figures[field]["value"] == pytest.approx(values.mean(), abs=1e-9)
+        assert figures[figure]["value"] == pytest.approx(values.mean(), abs=1e-9)
         half = 1.959964 * values.std(ddof=1) / 4
-        assert figures[field]["high"] - figures[field]["value"] == pytest.approx(half, abs=1e-9)
+        assert figures[figure]["high"] - figures[figure]["value"] == pytest.approx(half, abs=1e-9)
     reference = responses_of(chain, "SFT")
     wins = sum(
         1 if own["score"] > other["score"] else 0.5 * (own["score"] == other["score"])
@@ -168,7 +168,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4, abs=1e-5)
         assert {**ours, "step": 0, "score": 0} == {**theirs, "step": 0, "score": 0}
     summary = summary_of(tmp_path / "run")
-    assert set(summary["policies"]["SFT"]) == {"score", "kl", "tokens", "ended", "proxy_win_rate"}
+    assert set(summary["policies"]["SFT"]) == {"scores", "kl", "response_length", "ended_share", "proxy_win_rate"}
     assert summary["reward_model"] == {}
     assert not run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
 

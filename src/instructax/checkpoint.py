@@ -206,7 +206,7 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
     """The parameters of a finished run, straight into the reader's mesh, cast to the dtypes of `abstract_params`.
 
     Args:
-      path: the workdir of a run, or the folder of one of its steps.
+      path: the workdir of a run.
       abstract_params: jax.ShapeDtypeStruct leaves with shardings.
       step: which step of the workdir; None means the newest.
 
@@ -215,14 +215,11 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
       ValueError: no such step, or a file that differs from its hash.
     """
     path = Path(path).absolute()
-    if not (path / "params").is_dir():
-        steps = committed_steps(path)
-        if not steps or step not in (None, *steps):
-            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise ValueError(f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its workdir")
-        path = path / "checkpoints" / str(steps[-1] if step is None else step)
-    elif step is not None:
-        raise ValueError(f"step {step} given with {path}, which is the folder of one step: give its workdir or no step")
+    steps = committed_steps(path)
+    if not steps or step not in (None, *steps):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise ValueError(f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its workdir")
+    path = path / "checkpoints" / str(steps[-1] if step is None else step)
     if damage := _damage(path):
         raise ValueError(f"checkpoint is damaged: {damage}; use another step or a copy of it")
     return _load(path, {"params": abstract_params}, cast=True)["params"]

@@ -1,5 +1,7 @@
 """Compares finished policies on held-out data, and the reward model with people: a run that trains nothing.
 
+Departure from the paper: its win rates are people's; `proxy_win_rate` is by the reward model's scores.
+
 Every policy answers the same held-out prompts; its responses go to `samples.jsonl` with the reward model's score and
 the KL from the reference, its figures to `summary.json`.
 """
@@ -129,8 +131,11 @@ def read_data(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prepare
 
 def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
     """Means with intervals over one policy's responses."""
-    names = ("score", "kl", "tokens", "ended")
-    return {name: dataclasses.asdict(mean_estimate(np.array([a[name] for a in responses], float))) for name in names}
+    names = {"scores": "score", "kl": "kl", "response_length": "tokens", "ended_share": "ended"}
+    return {
+        name: dataclasses.asdict(mean_estimate(np.array([response[of_one] for response in responses], float)))
+        for name, of_one in names.items()
+    }
 
 
 class Programs:

@@ -3,6 +3,8 @@
 Parameters are a plain dict, the cache is an argument: the module keeps no state. Parameters are float32 and are cast to
 the compute dtype where they are used; softmax, norms and heads work in float32. The layers' parameters are stacked on a
 leading axis: training scans over it (compile time flat in depth), decoding unrolls it (a scan there halves the speed).
+
+Departure from GPT-3, whose every second layer attends to a band: all layers here attend to all that is before.
 """
 
 import dataclasses

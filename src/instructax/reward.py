@@ -3,8 +3,9 @@
 All pairs of a prompt are one batch element: each response is run forward once, and each prompt weighs the same however
 many responses it has. At every save the head's bias is set so that demonstrations score 0 on average.
 
-Departures from the paper: the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides by C(K, 2); prompts
-with fewer than the most responses are padded, and each response is run with a copy of its prompt.
+Departures from the paper: its last reward model started from a 6B GPT-3 tuned on public tasks (C.2, "similar results"
+from the SFT model), here it is the SFT model; the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides
+by C(K, 2); prompts with fewer than the most responses are padded, and each response is run with a copy of its prompt.
 """
 
 import dataclasses
