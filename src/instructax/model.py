@@ -111,7 +111,7 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 
 class Linear(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x."""
+    """x · kernel (+ bias) over the last `contracted` axes of x: dtype[..., contracted axes] → dtype[..., *features]."""
 
     features: tuple[int, ...]
     contracted: int
@@ -130,7 +130,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, in float32."""
+    """LayerNorm or RMSNorm over the last axis, in float32: dtype[B, T, D] → dtype[B, T, D]."""
 
     config: ModelConfig
 
@@ -148,7 +148,11 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; returns its keys and values for the cache."""
+    """Causal self-attention with grouped queries; returns its keys and values for the cache.
+
+    x dtype[B, T, D], mask b[B, T, S], positions i32[B, T], past (keys and values dtype[B, kv_heads, S, head_width], the
+    column to write at) or None, where S = T → (dtype[B, T, D], (keys, values)).
+    """
 
     config: ModelConfig
 
@@ -176,7 +180,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """GELU (tanh form, as GPT-2) or SwiGLU."""
+    """GELU (tanh form, as GPT-2) or SwiGLU: dtype[B, T, D] → dtype[B, T, D]."""
 
     config: ModelConfig
 
@@ -209,7 +213,10 @@ def drop(x: Array, dropout: Dropout | None, branch: int) -> Array:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches (residual dropout)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches (residual dropout).
+
+    Arguments and results as those of `Attention`.
+    """
 
     config: ModelConfig
 
