@@ -1,7 +1,7 @@
 """The paper's central claim in small: base < SFT < PPO, and PPO-ptx keeps what pretraining taught (sections 4.1, 4.2).
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
-Hardware:  micro: two cores, about ten minutes.
+Hardware:  micro: two cores, five minutes.
 Expect:    true reward rises from base to SFT to PPO; the text loss of PPO-ptx stays below PPO's.
 Read it:   `policies.png`, left: the reward model's score (proxy) and the true reward of each iteration's samples
            against the square root of their KL from the SFT policy: where the two part, the policy exploits the reward

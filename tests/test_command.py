@@ -52,12 +52,19 @@ def broken_invariant():
             "interrupted; step 7 is saved, the same command goes on from there\n",
         ),
         (raiser(KeyboardInterrupt()), 130, "interrupted\n"),
+        (raiser(PermissionError(13, "Permission denied", "/x")), 2, "error: [Errno 13] Permission denied: '/x'\n"),
     ],
 )
 def test_exit_code_and_line(call, code, line, capsys):
     assert command.guarded(call) == code
     captured = capsys.readouterr()
     assert (captured.err, captured.out) == (line, "")
+
+
+def test_a_reader_who_has_left_is_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert command.guarded(raiser(BrokenPipeError())) == 0
+    assert sys.stdout is None and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

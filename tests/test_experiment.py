@@ -64,6 +64,13 @@ def test_a_file_that_is_not_python_is_refused(tmp_path):
         load_file(tmp_path / "notes.txt")
 
 
+def test_configs_and_experiments_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match=r"configs/ppo.py is not an experiment: it needs get_runs"):
+        run_experiment("configs/ppo.py:tiny", tmp_path, report_only=False)
+    with pytest.raises(ConfigError, match=r"experiments/alignment.py is not a config: it needs get_config"):
+        load_config(Run("a", "experiments/alignment.py:tiny", {}))
+
+
 def test_what_is_not_a_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"config.stage = 'distill' must be one of world, supervised, reward, ppo"):
         run_stage({"stage": "distill"}, tmp_path / "run")

@@ -99,6 +99,8 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
             "--coordinator=127.0.0.1:1 needs --processes=N and --process=0 … N − 1, and got None",
         ),
         (("127.0.0.1:1", 2, 2), "--process=0 … N − 1, and got 2 and 2"),
+        (("nonsense", 2, 0), "--coordinator=nonsense must be HOST:PORT or auto"),
+        (("", 2, 1), "--coordinator= must be HOST:PORT or auto"),
         (("auto", 2, 0), "--coordinator=auto finds --processes and --process itself"),
     ],
 )

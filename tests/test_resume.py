@@ -121,14 +121,24 @@ def test_other_inputs_are_refused_with_the_differences(supervised_run, tmp_path)
     workdir = shutil.copytree(finished, tmp_path / "run")
     (workdir / "summary.json").unlink()
     manifest = json.loads((workdir / "manifest.json").read_text())
-    manifest["data"]["text"] = manifest["parents"]["parent"]["manifest_hash"] = "0" * 64
+    parent = manifest["parents"]["parent"]
+    manifest["data"]["text"] = parent["manifest_hash"] = parent["files_hash"] = "0" * 64
     (workdir / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="was begun from other inputs") as error:
         run_stage(config, workdir)
-    for name in ("data.text", "parents.parent.manifest_hash"):
+    for name in ("data.text", "parents.parent.manifest_hash", "parents.parent.files_hash"):
         assert f"{name}: '{'0' * 64}' (stored) != " in str(error.value)
     assert "data.demonstrations" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_config_that_was_lost_is_found_in_the_manifest(supervised_run, tmp_path):
+    config, finished, _ = supervised_run
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    for name in ("summary.json", "config.json"):
+        (workdir / name).unlink()
+    with pytest.raises(ConfigError, match=r"begun from other inputs \(config.seed: 0 \(stored\) != 7 \(given\)\)"):
+        run_stage({**config, "seed": 7}, workdir)
 
 
 def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):

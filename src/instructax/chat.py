@@ -13,7 +13,7 @@ from instructax import clock, sharding, training
 from instructax.configuration import construct, require
 from instructax.data.schema import opened
 from instructax.inference import generate
-from instructax.lineage import open_run
+from instructax.lineage import STAGES, open_run
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import printable
 from instructax.sharding import MeshConfig
@@ -26,8 +26,8 @@ def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, 
     run = open_run(path, "--workdir")
     manifest = run.manifest
     require(
-        manifest["stage"] in ("supervised", "ppo"),
-        f"{path} holds a run of stage {manifest['stage']!r}; only supervised and ppo runs answer prompts",
+        manifest["stage"] in STAGES["tokens"],
+        f"{path} holds a run of stage {manifest['stage']!r}; only {' and '.join(STAGES['tokens'])} runs answer prompts",
     )
     model = Transformer(construct(ModelConfig, manifest["model"], "model"), compute, "tokens")
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))

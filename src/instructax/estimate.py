@@ -73,12 +73,11 @@ def report(config: Any) -> str:
         "model": (config.model, "scalar" if config.stage == "reward" else "tokens"),
         **({"reward_model": (config.reward_model, "scalar")} if config.stage == "ppo" else {}),
     }
-    lines = []
+    lines: list[str] = []
+    mesh: Any = abstract_mesh(config.mesh)
     for name, (model, head) in models.items():
-        transformer = Transformer(model, config.compute, head)
-        shapes = jax.eval_shape(lambda t=transformer: training.init_params(t, jax.random.key(0)))
+        shapes = training.abstract_params(Transformer(model, config.compute, head), mesh)
         lines.append(f"{name}: {parameter_count(shapes):,} parameters")
-    mesh = abstract_mesh(config.mesh)
     lines.append("mesh: " + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     held = memory(config)
     lines += [f"{name:<32}{size / GIB:10.3f} GiB per device" for name, size in held.items()]
