@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 import stages
 from instructax import training
-from instructax.checkpoint import committed_steps
+from instructax.checkpoint import committed_steps, files_hash
 from instructax.configuration import ConfigError
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
 from instructax.manifest import manifest_hash
@@ -201,6 +202,9 @@ def test_manifests_lead_back_to_the_first_run(chain):
     for parent in manifest["parents"].values():
         theirs = json.loads(stages.Path(parent["workdir"], "manifest.json").read_text())
         assert parent["manifest_hash"] == manifest_hash(theirs)
+        own = committed_steps(Path(parent["workdir"]))
+        hashes = {step: files_hash(Path(parent["workdir"]), step) for step in own}
+        assert parent["files_hash"] == hashes[parent["step"]] and len(set(hashes.values())) == len(own)
         assert parent["step"] == committed_steps(stages.Path(parent["workdir"]))[-1]
     assert set(manifest["data"]) == {"prompts", "text"}
     assert manifest["config"] == json.loads((chain / "ppo-ptx" / "config.json").read_text())
