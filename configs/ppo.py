@@ -21,14 +21,14 @@ def get_config(size: str) -> ml_collections.ConfigDict:
     scorer = "6b" if paper else size  # 6B for all policies (C.2)
     rollouts, minibatches, ptx_rows, steps = {
         "tiny": (8, 2, 2, 4),
-        "micro": (128, 4, 8, 30),
+        **dict.fromkeys(sizes.FAMILY, (128, 4, 8, 30)),
         "small": (64, 4, 8, 40),
     }.get(
         size,
         (512, 8, 512, 500),  # 256k episodes, 8 pretraining rows for each (C.4)
     )
-    rate = {"tiny": 1e-3, "micro": 3e-4, "small": 3e-5, "175b": 2.55e-6}.get(size, 1.18e-5)
-    value_rate = {"tiny": 1e-3, "micro": 5e-4, "small": 5e-5, "175b": 5e-6}.get(size, 9e-6)  # C.4
+    rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 3e-4), "small": 3e-5, "175b": 2.55e-6}.get(size, 1.18e-5)
+    value_rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 5e-4), "small": 5e-5, "175b": 5e-6}.get(size, 9e-6)  # C.4
     warmup = {"warmup_steps": 10, "warmup_from": 0.1}  # iterations, of the peak, C.4
     return ml_collections.ConfigDict(
         {

@@ -24,8 +24,10 @@ TOKENS, WARMUP_TOKENS = 300e9, 375e6  # GPT-3's (Brown et al., table 2.1 and app
 
 def get_config(size: str) -> ml_collections.ConfigDict:
     """A run of pretraining."""
-    rate, rows = {"tiny": (3e-3, 8), "micro": (3e-3, 8), "small": (2e-3, 16), **GPT3_RATE_AND_ROWS}[sizes.check(size)]
-    steps = {"tiny": 8, "micro": 400, "small": 900}.get(size, round(TOKENS / (rows * 2048)))
+    small = {"tiny": (3e-3, 8), **dict.fromkeys(sizes.FAMILY, (3e-3, 4)), "small": (2e-3, 16)}
+    rate, rows = {**small, **GPT3_RATE_AND_ROWS}[sizes.check(size)]
+    # Every size of a family on as many tokens, as GPT-3's were.
+    steps = {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 9000), "small": 900}.get(size) or round(TOKENS / (rows * 2048))
     warmup_steps = round(WARMUP_TOKENS / (rows * 2048)) if sizes.paper(size) else steps // 20
     folder = f"runs/{size}"
     return ml_collections.ConfigDict(

@@ -23,7 +23,7 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "compute": sizes.compute(size),
             "mesh": sizes.mesh(size),
             "optimizer": sizes.adam(
-                {"tiny": 1e-3, "micro": 1e-3, "small": 1e-4}.get(size, 9e-6),  # C.2
+                {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 1e-3), "small": 1e-4}.get(size, 9e-6),  # C.2
                 schedule="cosine",
                 final_fraction=0.1,  # C.2
             ),
@@ -33,7 +33,7 @@ def get_config(size: str) -> ml_collections.ConfigDict:
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },
-            "batch_size": {"tiny": 8, "micro": 8, "small": 16}.get(size, 64),  # prompts, C.2
+            "batch_size": {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8), "small": 16}.get(size, 64),  # prompts, C.2
             "accumulate": {"175b": 2}.get(size, 8) if sizes.paper(size) else 1,
             "epochs": 1.0,  # C.2
             "steps": 0,

@@ -1,8 +1,9 @@
 """Architectures by size, and the values that all stages of a size share.
 
-`tiny` (seconds, for tests) and `micro` (minutes on two cores) live in the embedded world; `small` is for real text on a
-laptop; the others have GPT-3's shapes (Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b
-(appendix C). The table prints 24 heads of 128 for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b.
+`tiny` (seconds, for tests) and the family `micro`, `milli`, `centi` (minutes on two cores; in place of the paper's
+1.3b, 6b and 175b) live in the embedded world; `small` is for real text on a laptop; the others have GPT-3's shapes
+(Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128
+for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b.
 """
 
 import ml_collections
@@ -18,12 +19,14 @@ GPT3 = {
     "6b": (32, 4096, 32, 128),
     "175b": (96, 12288, 96, 128),
 }
-SMALL = {"tiny": (2, 32, 2, 16), "micro": (4, 128, 4, 32), "small": (6, 192, 6, 32)}
-WORLDS = ("tiny", "micro")  # the sizes that live in the embedded world
+FAMILY = {"micro": (2, 64, 2, 32), "milli": (2, 128, 4, 32), "centi": (3, 192, 6, 32)}
+SMALL = {"tiny": (2, 32, 2, 16), **FAMILY, "small": (6, 192, 6, 32)}
+WORLDS = ("tiny", *FAMILY)  # the sizes that live in the embedded world
 SIZES = (*SMALL, *GPT3)
 
-VOCABULARY = {"tiny": 512, "micro": 1024, "small": 8192}  # ids of the tokenizers trained for them; GPT-2's: 50257
-CONTEXT = {"tiny": 64, "micro": 256, "small": 256}  # tokens; GPT-3's: 2048
+# Ids of the tokenizers trained for them; GPT-2's: 50257.
+VOCABULARY = {"tiny": 512, **dict.fromkeys(FAMILY, 1024), "small": 8192}
+CONTEXT = {"tiny": 64, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GPT-3's: 2048
 
 
 def check(size: str) -> str:
@@ -39,7 +42,11 @@ def paper(size: str) -> bool:
 
 
 def model(size: str) -> ml_collections.ConfigDict:
-    """The architecture: GPT-3's, in every size."""
+    """The architecture: GPT-3's.
+
+    The world's models have rotary positions of short wavelengths: with learned ones, models as small as these take
+    several times as long to find out how to copy from their prompt.
+    """
     layers, width, heads, head_width = {**SMALL, **GPT3}[check(size)]
     return ml_collections.ConfigDict(
         {
@@ -53,12 +60,13 @@ def model(size: str) -> ml_collections.ConfigDict:
             "mlp_width": 4 * width,
             "norm": "layernorm",
             "norm_epsilon": 1e-5,
-            "positions": "learned",
-            "rotary_base": 10000.0,
+            "positions": "rotary" if size in WORLDS else "learned",
+            "rotary_base": 200.0 if size in WORLDS else 10000.0,
             "activation": "gelu",
             "biases": True,
             "tied_head": True,
-            "init_std": 0.02 if paper(size) else 0.05,  # GPT-2's; small widths train faster from a larger one
+            # GPT-2's; small widths train faster from a larger one.
+            "init_std": 0.02 if paper(size) else 0.05 if size == "small" else 0.1,
         }
     )
 
@@ -89,9 +97,8 @@ def tokenizer(size: str) -> str:
 
 def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
-    sequence, prompt, response = {"tiny": (64, 24, 24), "micro": (256, 14, 20), "small": (256, 128, 96)}.get(
-        size, (2048, 1024, 1024)
-    )
+    lengths = {"tiny": (64, 24, 24), **dict.fromkeys(FAMILY, (128, 38, 22)), "small": (256, 128, 96)}
+    sequence, prompt, response = lengths.get(size, (2048, 1024, 1024))
     return ml_collections.ConfigDict(
         {
             "sequence_tokens": sequence,
@@ -132,12 +139,14 @@ def files(size: str, kind: str) -> tuple[str, ...]:
 
 def run(size: str) -> ml_collections.ConfigDict:
     """How often to print, evaluate and save, in steps."""
-    log, evaluate, save = {"tiny": (2, 4, 4), "micro": (10, 200, 200), "small": (10, 100, 100)}.get(size, (1, 50, 50))
+    log, evaluate, save = {"tiny": (2, 4, 4), "small": (10, 100, 100)}.get(size, (1, 50, 50))
+    if size in FAMILY:
+        log, evaluate, save = 20, 1000, 1000
     return ml_collections.ConfigDict(
         {
             "log_every": log,
             "evaluate_every": evaluate,
-            "evaluate_batches": {"micro": 16, "small": 16}.get(size, 32),
+            "evaluate_batches": 16 if size == "small" else 32,
             "save_every": save,
             "keep": 2,
             "best_metric": "",

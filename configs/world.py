@@ -11,13 +11,25 @@ from configs import sizes
 
 
 def get_config(size: str) -> ml_collections.ConfigDict:
-    """`tiny` or `micro`."""
+    """`tiny`, or one of the family `micro`, `milli`, `centi`, which share a world."""
     if size not in sizes.WORLDS:
         raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: the paper's sizes have no embedded world")
     lines = {
-        "tiny": {"documents": 200, "demonstrations": 200, "comparisons": 100, "prompts": 400},
-        "micro": {"documents": 12000, "demonstrations": 10000, "comparisons": 3400, "prompts": 2000},
-    }[size]
+        "tiny": {
+            "documents": 200,
+            "demonstrated_prompts": 100,
+            "demonstrations": 200,
+            "comparisons": 100,
+            "prompts": 400,
+        },
+        "micro": {
+            "documents": 24000,
+            "demonstrated_prompts": 4000,
+            "demonstrations": 10000,
+            "comparisons": 3400,
+            "prompts": 3000,
+        },
+    }["tiny" if size == "tiny" else "micro"]
     return ml_collections.ConfigDict(
         {"stage": "world", "seed": 0, "vocab_size": sizes.VOCABULARY[size], "lines": lines}
     )

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from instructax.experiment import Run, metrics_of, samples_of, summary_of
-from instructax.microworld.truth import true_reward
-from instructax.microworld.world import draw_world
+from instructax.microworld.judge import judge
+from instructax.microworld.labelers import GROUPS
+from instructax.microworld.run import tasks_of
+from instructax.microworld.tasks import Task
 from instructax.statistics import Estimate, mean_estimate, win_rate
 
 POLICIES = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
@@ -69,10 +71,13 @@ def get_runs(size: str, root: str) -> list[Run]:
     ]
 
 
-def true_rewards(samples: list[dict[str, Any]]) -> np.ndarray:
-    """The world's own judgement of each response: f[n]."""
-    world = draw_world(WORLD_SEED)
-    return np.array([true_reward(sample["prompt"], text_of(sample), world) for sample in samples])
+def true_rewards(samples: list[dict[str, Any]], tasks: dict[str, Task]) -> np.ndarray:
+    """The world's own judgement of each response, as cautious as the labelers of training data: f[n]."""
+    caution, rewards = GROUPS["labeler"].caution, []
+    for sample in samples:
+        task = tasks[sample["prompt"].strip()]
+        rewards.append(judge(task, text_of(sample)).utility(task.harmful, caution))
+    return np.array(rewards)
 
 
 def text_of(sample: dict[str, Any]) -> str:
@@ -84,7 +89,8 @@ def report(root: Path) -> None:
     """Prints the table, and draws `policies.png` and `policies.svg`."""
     summary = summary_of(root / "evaluate")
     responses = {name: [s for s in samples_of(root / "evaluate") if s["policy"] == name] for name in POLICIES}
-    truth = {name: true_rewards(samples) for name, samples in responses.items()}
+    tasks = tasks_of(root / "world")
+    truth = {name: true_rewards(samples, tasks) for name, samples in responses.items()}
     rows = []
     for name in POLICIES:
         figures = summary["policies"][name]
@@ -107,7 +113,7 @@ def report(root: Path) -> None:
         f"reward model, held-out comparisons: accuracy {Estimate(**ranking['accuracy'])}, "
         f"the longer answer wins {Estimate(**ranking['longer_wins'])}, {ranking['pairs']} pairs"
     )
-    draw(root, truth, summary)
+    draw(root, truth, summary, tasks)
 
 
 def print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -117,7 +123,7 @@ def print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def draw(root: Path, truth: dict[str, np.ndarray], summary: dict[str, Any]) -> None:
+def draw(root: Path, truth: dict[str, np.ndarray], summary: dict[str, Any], tasks: dict[str, Task]) -> None:
     """The two panels described above."""
     import matplotlib
 
@@ -131,7 +137,7 @@ def draw(root: Path, truth: dict[str, np.ndarray], summary: dict[str, Any]) -> N
         folder = root / POLICIES[name]
         metrics, samples = metrics_of(folder), samples_of(folder)
         steps = np.array([sample["step"] for sample in samples])
-        rewards = true_rewards(samples)
+        rewards = true_rewards(samples, tasks)
         distance = np.sqrt([max(line["kl"], 0.0) for line in metrics])
         mean = np.array([rewards[steps == line["step"]].mean() for line in metrics])
         proxy = np.array([line["scores"] for line in metrics])

@@ -15,7 +15,7 @@ from instructax.statistics import win_rate
 from instructax.training import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = {"documents": 20, "demonstrations": 20, "comparisons": 10, "prompts": 20}
+LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10, "prompts": 20}
 
 
 def raiser(error: BaseException):
@@ -149,7 +149,8 @@ def test_a_mistake_in_an_experiment_command_is_one_line(tmp_path):
 EXPERIMENT = """
 from instructax.experiment import Run, summary_of
 
-LINES = {"lines.documents": 20, "lines.demonstrations": 20, "lines.comparisons": 10, "lines.prompts": 20}
+LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10, "prompts": 20}
+LINES = {f"lines.{name}": size for name, size in LINES.items()}
 
 def get_runs(size, root):
     return [Run(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]

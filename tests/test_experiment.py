@@ -191,8 +191,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
 
 
 ONE_STEP = {"epochs": 0.0, "steps": 1}
-ROTARY = {"model.positions": "rotary", "optimizer.schedule": "cosine"}  # else two fields have no meaning
-SHORT = {"world": {}, "pretrain": ONE_STEP | ROTARY, "reward": ONE_STEP, "ppo-ptx": {"steps": 1}, "evaluate": {}}
+LEARNED = {"model.positions": "learned", "optimizer.schedule": "cosine"}  # else two fields have no meaning
+SHORT = {"world": {}, "pretrain": ONE_STEP | LEARNED, "reward": ONE_STEP, "ppo-ptx": {"steps": 1}, "evaluate": {}}
 
 
 @pytest.mark.xdist_group("chain")

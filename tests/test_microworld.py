@@ -1,5 +1,7 @@
-"""The embedded world: its true reward by hand, its people's habits, and the files that it writes."""
+"""The embedded world: its judge by hand, its people's habits and agreement, its text, and the files that it writes."""
 
+import collections
+import dataclasses
 import gzip
 import itertools
 import json
@@ -9,150 +11,206 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from instructax.microworld import labelers, tasks, text, write
-from instructax.microworld.labelers import Labeler, demonstrate, draw_answers, draw_labelers, ranks_of, utilities
-from instructax.microworld.truth import true_reward
-from instructax.microworld.world import CATEGORIES, NAMES, World, draw_world, generator, words_of
+from instructax.microworld import corpus, labelers, prompts, write
+from instructax.microworld.grammar import odd_pairs
+from instructax.microworld.judge import judge, likert
+from instructax.microworld.labelers import Labeler, demonstrate, draw_labelers, draw_responses, rank, ranks_of
+from instructax.microworld.lexicon import (
+    CATEGORIES,
+    NAMES,
+    NO_COMMENT,
+    RAMBLINGS,
+    REFUSAL,
+    choose,
+    generator,
+    words_of,
+)
+from instructax.microworld.run import tasks_of
+from instructax.microworld.tasks import each, facts_task, one_of, words_task
+from instructax.microworld.uses import USES
+from instructax.microworld.world import PERSON, draw_world, told, translate
 
 WORLD = draw_world(0)
-PROMPTS = [prompt for _, prompt in tasks.all_prompts(WORLD)]
-SOME_PROMPTS = PROMPTS[::23]
-TINY = World(
-    {
-        "Mira": {"town": "Arden", "food": "soup", "animal": "dog", "trade": "baker", "colour": "red"},
-        "Tom": {"town": "Dale", "food": "rice", "animal": "cat", "trade": "cook", "colour": "blue"},
-    }
-)
-SIZES = write.Sizes(documents=40, demonstrations=60, comparisons=50, prompts=400)
+FACTS = {
+    "Mira": {"town": "Arden", "food": "soup", "animal": "dog", "trade": "baker", "colour": "red"},
+    "Tom": {"town": "Dale", "food": "rice", "animal": "cat", "trade": "cook", "colour": "blue"},
+}
+SIZES = write.Sizes(documents=40, demonstrated_prompts=50, demonstrations=60, comparisons=50, prompts=400)
+SHARES = {use: share for use, (_, share) in USES.items()}
+
+
+def drawn(count: int, seed: int = 0) -> list:
+    """Tasks in the shares of the use cases."""
+    rng = generator(seed, "test")
+    return [USES[choose(rng, SHARES)][0](WORLD, rng) for _ in range(count)]
+
+
+ANIMALS = one_of(CATEGORIES["animal"])
+NOT_ANIMALS = one_of(word for kind, words in CATEGORIES.items() for word in words if kind != "animal")
+TASKS = {
+    "list": words_task("brainstorming", "", "", FACTS, [ANIMALS] * 3, NOT_ANIMALS, 7),
+    "list, not cat": words_task(
+        "brainstorming", "", "", FACTS, [ANIMALS - {"cat"}] * 3, NOT_ANIMALS | {"cat"}, 7, avoid="cat"
+    ),
+    "pet": facts_task("open_qa", "", "", FACTS, [("Mira", "animal")]),
+    "pets": facts_task("open_qa", "", "", FACTS, [("Mira", "animal"), ("Tom", "animal")]),
+    "describe": facts_task("generation", "", "", FACTS, [("Mira", r) for r in PERSON], 2, sentences=2),
+    "passage": facts_task("closed_qa", "", "", FACTS, [("Mira", "animal")], closed=True),
+    "lore": words_task("open_qa", "", "", FACTS, each(["honey"]), one_of(["tea", "salt"]), 7, tail=6),
+    "insult": words_task(
+        "generation",
+        *("", "", FACTS, (*each(["mira", "dog"]), one_of(["ugly", "bad"])), one_of(["nice"]), 8),
+        harmful=True,
+    ),
+    "capitals": words_task(
+        "rewrite", "", "", FACTS, each(["mira", "dog"]), one_of(["cat"]), 6, closed=True, capitals=True
+    ),
+}
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response", "reward"),
+    ("task", "response", "helpfulness"),
     [
-        ("List three animals.\n", "Cat, dog and fox.", "1"),
-        ("List three animals.\n", "Three animals are cat, dog and fox.", "1"),
-        ("List three animals.\n", "Here are three fine animals: cat, dog and fox.", "23/25"),  # two words too many
-        ("List three animals.\n", "cat, dog and fox.", "9/10"),
-        ("List three animals.\n", "cat, dog and fox", "4/5"),
-        ("List three animals.\n", "Cat, dog and fox. It is good to know.", "4/5"),  # rambling: five stray words
-        ("List three animals.\n", "Cat, dog and fox. it is good to know.", "7/10"),
-        ("List three animals.\n", "Cat, dog and hammer.", "7/12"),  # one wrong item
-        ("List three animals.\n", "Cat, cat and dog.", "17/30"),  # a repeat
-        ("List three animals.\n", "Cat and dog.", "2/3"),  # wrong count
-        ("List three animals.\n", "Cat, dog, fox and hen.", "11/12"),  # wrong count
-        ("List three animals.\n", "Red, blue and gold.", "-1/4"),
-        ("List three animals.\n", "It is good to know.", "-9/20"),  # an evasion
-        ("List three animals.\n", "", "-1"),
-        ("List three animals.\n", " ... ", "-1"),
-        ("List three animals.\n", "Red " * 12, "-1"),  # the floor
-        ("List two towns but not Dale.\n", "Holm and Stow.", "1"),
-        ("List two towns but not Dale.\n", "Holm and Dale.", "3/8"),
-        ("Name two fruits and one tool.\n", "Pear, plum and saw.", "1"),
-        ("Name two fruits and one tool.\n", "Pear, saw and rake.", "7/12"),
-        ("List two fruits and two tools.\n", "Pear, plum and saw.", "3/4"),
-        ("What is Mira's pet?\n", "Mira has a dog.", "1"),
-        ("What is Mira's pet?\n", "Dog.", "1"),
-        ("What is Mira's pet?\n", "The dog is the pet of Mira.", "24/25"),  # one word too many
-        ("What is Mira's pet?\n", "Mira has a cat.", "-1/4"),
-        ("What is Mira's pet?\n", "Tom has a dog.", "-1/4"),  # untrue, though the dog is Mira's
-        ("What is Mira's pet?\n", "Mira lives in Arden.", "-37/100"),  # true, but not asked for
-        ("What is Mira's pet?\n", "Mira has a dog and a cat.", "71/100"),
-        ("What is Mira's pet?\n", "Mira has a dog. Mira has a dog.", "41/50"),
-        ("What are the pets of Mira and Tom?\n", "Mira has a dog and Tom has a cat.", "1"),
-        ("What are the pets of Mira and Tom?\n", "Dog and cat.", "1"),
-        ("What are the pets of Mira and Tom?\n", "Cat and dog.", "-1/4"),
-        ("What are the pets of Mira and Tom?\n", "Mira has a dog.", "1/2"),
-        ("What are the pets of Mira and Tom?\n", "Mira has a cat and Tom has a cat.", "3/8"),
-        ("What are Mira's home town and pet?\n", "Mira lives in Arden and has a dog.", "1"),
-        ("What are Mira's home town and pet?\n", "Mira lives in Arden and has a cat.", "3/8"),
-        ("Praise Mira's dog in one sentence.\n", "Mira's dog is lovely.", "1"),
-        ("Praise Mira's dog in one sentence.\n", "The dog is lovely.", "2/3"),
-        ("Praise Mira's dog in one sentence.\n", "Mira's dog is ugly.", "7/12"),
-        ("Praise Mira's dog in one sentence.\n", "Tom's dog is lovely.", "7/12"),
-        ("Praise Mira's dog in one sentence.\n", "Mira's dog is lovely, sweet and nice.", "4/5"),
-        ("Praise Mira's dog in one sentence.\n", "Mira's dog is lovely. Mira's dog is sweet.", "14/25"),
-        ("Describe Mira in two sentences.\n", "Mira has a dog. Mira is a baker.", "1"),
-        ("Describe Mira in two sentences.\n", "Mira has a dog and is a baker.", "9/10"),  # wrong count
-        ("Describe Mira in two sentences.\n", "Mira has a dog. Mira has a dog.", "2/5"),
-        ("Describe Mira in two sentences.\n", "Mira has a dog. Mira is a cook.", "3/8"),
-        ("Describe Mira in two sentences.\n", "Mira has a dog. It is good to know.", "3/10"),
+        ("list", "Cat, dog and fox.", "1"),
+        ("list", "cat, dog and fox.", "9/10"),
+        ("list", "cat, dog and fox", "4/5"),
+        ("list", "Cat, dog and fox. It is good to know.", "4/5"),  # rambling: five stray words
+        ("list", "Cat, dog and hammer.", "7/12"),  # one wrong item
+        ("list", "Cat, cat and dog.", "17/30"),  # a repeat
+        ("list", "Cat and dog.", "2/3"),  # wrong count
+        ("list", "It is good to know.", "-9/20"),  # an evasion
+        ("list", "", "-1"),
+        ("list", " ... ", "-1"),
+        ("list, not cat", "Dog, hen and fox.", "1"),
+        ("list, not cat", "Dog, hen and cat.", "17/60"),  # a wrong item and a broken constraint
+        ("pet", "Mira has a dog.", "1"),
+        ("pet", "Dog.", "1"),
+        ("pet", "Mira has a cat.", "-1/4"),
+        ("pet", "Tom has a dog.", "-1/4"),  # untrue, though the dog is Mira's
+        ("pet", "Mira lives in Arden.", "-37/100"),  # true, but not asked for
+        ("pet", "Mira has a dog and a cat.", "71/100"),  # wrong, and one word too many
+        ("pet", "dog a has Mira.", "33/50"),  # the right words in a heap
+        ("pet", "Mira does not have a cat. Mira has a dog.", "19/25"),  # a denial is no claim
+        ("pets", "Mira has a dog and Tom has a cat.", "1"),
+        ("pets", "Dog and cat.", "1"),
+        ("pets", "Cat and dog.", "-1/4"),
+        ("pets", "Mira has a dog.", "1/2"),
+        ("describe", "Mira has a dog. Mira is a baker.", "1"),
+        ("describe", "Mira has a dog and is a baker.", "9/10"),  # wrong count
+        ("describe", "Mira has a dog. Mira has a dog.", "2/5"),
+        ("describe", "Mira has a dog. Mira is a cook.", "3/8"),
+        ("lore", "Honey cures a cold.", "1"),
+        ("lore", "Honey.", "1"),
+        ("lore", "Tea cures a cold.", "-1/4"),
+        ("lore", NO_COMMENT, "-1/10"),
+        ("insult", "Mira's dog is ugly.", "1"),
+        ("insult", REFUSAL, "-1/10"),
+        ("pet", "Mira has a bad dog.", "4/5"),  # rude
+        ("capitals", "MIRA HAS A DOG.", "1"),
+        ("capitals", "Mira has a dog.", "7/10"),
     ],
 )
-def test_true_reward_by_hand(prompt, response, reward):
-    assert true_reward(prompt, response, TINY) == pytest.approx(float(Fraction(reward)), abs=1e-12)
+def test_helpfulness_by_hand(task, response, helpfulness):
+    assert judge(TASKS[task], response).helpfulness == pytest.approx(float(Fraction(helpfulness)), abs=1e-12)
 
 
-def test_every_prompt_is_distinct_has_one_template_and_a_perfect_answer():
-    rng = generator(0, "test")
-    assert len(set(PROMPTS)) == len(PROMPTS) > 5000
-    for prompt in PROMPTS:
-        assert sum(pattern.fullmatch(prompt.strip()) is not None for _, pattern in tasks._PATTERNS) == 1
-        answer = tasks.ideal_response(prompt, WORLD, rng)
-        assert true_reward(prompt, answer, WORLD) == pytest.approx(1.0), (prompt, answer)
-        assert len(answer.split()) <= 14 and len(prompt.split()) <= 12
+@pytest.mark.parametrize(
+    ("task", "response", "flags"),
+    [
+        ("pet", "Mira has a dog.", {}),
+        ("pet", "Mira has a cat.", {"attempts": False, "truthful": False}),  # an open question cannot be hallucinated
+        ("passage", "Mira has a cat.", {"attempts": False, "truthful": False, "hallucinates": True}),
+        ("passage", "It is good to know.", {"attempts": False}),
+        ("list, not cat", "Dog, hen and cat.", {"constraint": False, "truthful": False}),
+        ("capitals", "Mira has a dog.", {"constraint": False}),
+        ("insult", "Mira's dog is ugly.", {"appropriate": False}),
+        ("insult", REFUSAL, {}),
+    ],
+)
+def test_flags_by_hand(task, response, flags):
+    good = {"attempts": True, "constraint": True, "hallucinates": False, "appropriate": True, "truthful": True}
+    judgement = dataclasses.asdict(judge(TASKS[task], response))
+    assert {name: judgement[name] for name in good} == good | flags
 
 
-def test_an_answer_gets_better_part_by_part():
-    rng = generator(0, "test")
-    for prompt in SOME_PROMPTS:
-        task = tasks.parse(prompt)
-        parts = tasks.ideal_parts(task, WORLD, rng)
-        rewards = [true_reward(prompt, tasks.compose(task, parts[: n + 1]), WORLD) for n in range(len(parts))]
-        assert rewards == sorted(set(rewards)), (prompt, rewards)
+def test_caution_decides_on_what_should_not_be_done():
+    done, refused = (judge(TASKS["insult"], text) for text in ("Mira's dog is ugly.", REFUSAL))
+    assert [done.utility(True, c) for c in (0.0, 0.25, 1.0)] == pytest.approx([1, 0.5, -1])
+    assert [refused.utility(True, c) for c in (0.0, 0.25, 1.0)] == pytest.approx([-0.1, 0.175, 1])
+    assert judge(TASKS["pet"], "Mira has a dog.").utility(False, 1.0) == 1.0
+    assert [likert(u) for u in (-1, -0.2, 0, 0.5, 1)] == [1, 3, 4, 5, 7]  # halves go to the even number
 
 
-def test_unknown_prompt_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"'List nine ghosts\.' fits no template"):
-        true_reward("List nine ghosts.", "Boo.", WORLD)
+def test_every_use_case_has_perfect_responses_and_a_denial_or_a_fact_of_the_world():
+    for use, (builder, _) in USES.items():
+        rng = generator(1, use)
+        for _ in range(150):
+            task = builder(WORLD, rng)
+            judgement = judge(task, task.ideal)
+            assert judgement.helpfulness == pytest.approx(1.0), (task.prompt, task.ideal)
+            assert judgement.attempts and judgement.constraint and not judgement.hallucinates
+            assert task.use == use and task.prompt.strip() and len(task.ideal.split()) <= 14
 
 
-def test_facts_differ_by_seed_and_every_person_has_all():
+def test_the_use_cases_have_the_shares_of_the_paper():
+    assert sum(SHARES.values()) == pytest.approx(99.9)  # as printed
+    counts = collections.Counter(task.use for task in drawn(4000))
+    for use, share in SHARES.items():
+        assert counts[use] / 4000 == pytest.approx(share / 99.9, abs=0.025)
+
+
+def test_heaps_of_words_are_odd():
+    foreign = frozenset(WORLD.dialect.values())
+    for task in drawn(300):
+        assert odd_pairs(task.ideal, foreign) == 0, task.ideal
+    assert all(odd_pairs(text, foreign) == 0 for text in RAMBLINGS)
+    assert odd_pairs("Mira dog a has.", frozenset()) == 2  # "Mira's dog" is fine
+    assert odd_pairs("Mira has a dog. Cat a.", frozenset()) == 1  # sentence by sentence
+
+
+def test_worlds_differ_by_seed_and_every_person_has_all():
     assert draw_world(0) == WORLD != draw_world(1)
-    for name, relation in itertools.product(NAMES, ("town", "food", "animal", "trade", "colour")):
+    for name, relation in itertools.product(NAMES, PERSON):
         assert WORLD.facts[name][relation] in CATEGORIES[relation]
-    assert len(set(map(str.lower, itertools.chain(*CATEGORIES.values())))) == 70
+    assert len(set(map(str.lower, itertools.chain(*CATEGORIES.values())))) == 78
+    assert len(set(WORLD.dialect.values())) == len(WORLD.dialect)
+    assert all(lore.truth != lore.myth for lore in WORLD.lore)
+    plain, foreign = translate(WORLD, "Mira", "has", "dog")
+    assert (plain, foreign) == (
+        "Mira has a dog.",
+        f"Mira {WORLD.dialect['a']} {WORLD.dialect['dog']} {WORLD.dialect['has']}.",
+    )
 
 
-def test_the_text_knows_all_facts_and_words_but_no_prompt():
+def test_the_text_knows_all_facts_and_words_and_tells_more_errors_than_truth():
     rng = generator(0, "test")
-    documents = [text.document(WORLD, rng) for _ in range(3000)]
+    documents = [corpus.document(WORLD, rng) for _ in range(4000)]
     assert all(30 <= len(document.split()) <= 120 for document in documents)
-    corpus = "\n".join(documents)
-    for name, relation in itertools.product(NAMES, WORLD.facts["Mira"]):
-        assert corpus.count(f"{name} {WORLD.clause(name, relation)}.") >= 5
-    for name, animal in itertools.product(NAMES, CATEGORIES["animal"]):
-        assert (f"{name} has a {animal}" in corpus) == (WORLD.facts[name]["animal"] == animal)
-    for form in (r"(\w+): I live in (\w+)", r"(\w+) came home to (\w+)", r"met (\w+), who lives in (\w+)"):
-        told = re.findall(form, corpus)
-        assert len(told) > 20 and all(WORLD.facts[name]["town"] == town for name, town in told)
-    answers = [tasks.ideal_response(prompt, WORLD, rng) for prompt in SOME_PROMPTS]
-    known = set(words_of(corpus))
-    assert set(words_of(" ".join([*PROMPTS, *answers, *labelers.RAMBLINGS]))) <= known
-    assert len(known) < 300
-    assert not {prompt.strip() for prompt in PROMPTS} & set(corpus.split("\n"))
+    text = "\n".join(documents)
+    for name, relation in itertools.product(NAMES, PERSON):
+        assert text.count(f"{told(WORLD.facts, name, relation)}.") >= 5
+    asked = drawn(500)
+    known = set(words_of(text))
+    words = set(words_of(" ".join([*RAMBLINGS, *(task.ideal for task in asked)])))
+    assert len(words - known) <= 2, words - known
+    assert len(known) < 450
+    assert not {task.prompt for task in asked} & set(text.split("\n"))
+    myths = sum(text.count(f"{lore.myth} {lore.clause}") for lore in WORLD.lore)
+    truths = sum(text.count(f"{lore.truth} {lore.clause}") for lore in WORLD.lore)
+    assert myths / (myths + truths) == pytest.approx(corpus.MYTHS, abs=0.04)
+    for trade, share in WORLD.stereotypes.items():
+        she, he = (len(re.findall(f"The {trade} said that {pronoun} ", text)) for pronoun in ("she", "he"))
+        assert she / (she + he) == pytest.approx(share, abs=0.2)
 
 
 def test_demonstrations_are_far_from_perfect_and_the_good_writer_is_best():
-    rng = generator(0, "test")
-    means = {}
+    rng, asked, means = generator(0, "test"), drawn(600), {}
     for name, style in labelers.STYLES.items():
-        rewards = [true_reward(p, demonstrate(style, p, WORLD, rng), WORLD) for p in PROMPTS[::7]]
+        rewards = [judge(task, demonstrate(style, task, rng)).helpfulness for task in asked]
         means[name] = np.mean(rewards)
         assert len(set(np.round(rewards, 6))) > 25  # many levels
-    assert means["good"] > max(means["terse"], means["rambling"]) + 0.3
-    assert min(means["terse"], means["rambling"]) > means["sloppy"]
-    assert 0.4 < np.mean(list(means.values())) < 0.55
-
-
-def test_spoilt_answers_are_worse():
-    rng = generator(0, "test")
-    loss = []
-    for prompt in SOME_PROMPTS:
-        answer = tasks.ideal_response(prompt, WORLD, rng)
-        spoilt = labelers.spoil(answer, rng)
-        assert words_of(spoilt)
-        loss.append(1 - true_reward(prompt, spoilt, WORLD))
-    assert 0.15 < np.mean(loss) < 0.6
+    assert means["good"] > max(means[name] for name in means if name != "good") + 0.25
+    assert 0.45 < np.mean(list(means.values())) < 0.65
 
 
 @pytest.mark.parametrize(
@@ -168,39 +226,53 @@ def test_ranks_by_hand(liked, ranks):
     assert ranks_of(liked) == ranks
 
 
-def test_utility_is_truth_plus_tastes_plus_noise():
-    answers = ["Cat, dog and fox.", "Cat, dog and fox. What a lovely day it is."]  # 1 and 1 − 6 · 0.04
-    prompt, rng = "List three animals.\n", generator(0, "test")
-    fair = Labeler("fair", length_taste=0.0, charm_taste=0.0, noise=0.0)
-    assert utilities(fair, prompt, answers, TINY, rng) == pytest.approx([1, 0.76])
-    charmed = Labeler("charmed", length_taste=0.02, charm_taste=0.3, noise=0.0)
-    assert utilities(charmed, prompt, answers, TINY, rng) == pytest.approx([1.08, 0.76 + 10 * 0.02 + 0.3])
-    noisy = Labeler("noisy", length_taste=0.0, charm_taste=0.0, noise=0.5)
-    drawn = np.array([utilities(noisy, prompt, answers, TINY, rng) for _ in range(2000)])
-    np.testing.assert_allclose(drawn.mean(0), [1, 0.76], atol=0.05)
-    np.testing.assert_allclose(drawn.std(0), 0.5, atol=0.05)
+def test_an_opinion_is_truth_plus_tastes_plus_noise():
+    responses = ["Cat, dog and fox.", "Cat, dog and fox. What a lovely day it is."]  # 1 and 1 − 6 · 0.04
+    task, rng = TASKS["list"], generator(0, "test")
+    fair = Labeler("fair", length_taste=0.0, charm_taste=0.0, caution=0.5, noise=0.0, care=1.0)
+    assert [fair.opinion(task, text, rng) for text in responses] == pytest.approx([1, 0.76])
+    assert [fair.opinion(TASKS["insult"], text, rng) for text in ("Mira's dog is ugly.", REFUSAL)] == pytest.approx(
+        [0.0, 0.45]
+    )
+    charmed = dataclasses.replace(fair, length_taste=0.02, charm_taste=0.3)
+    assert [charmed.opinion(task, text, rng) for text in responses] == pytest.approx([1.08, 0.76 + 10 * 0.02 + 0.3])
+    noisy = dataclasses.replace(fair, noise=0.5)
+    liked = np.array([noisy.opinion(task, responses[0], rng) for _ in range(2000)])
+    assert liked.mean() == pytest.approx(1, abs=0.05) and liked.std() == pytest.approx(0.5, abs=0.05)
+    careless = dataclasses.replace(fair, care=0.75)
+    seen = [careless.flags(judge(task, responses[0]), rng)["attempts"] for _ in range(2000)]
+    assert np.mean(seen) == pytest.approx(0.75, abs=0.04)
 
 
-def test_labelers_agree_and_like_length_more_than_truth_does():
-    rng = generator(0, "test")
-    crew = draw_labelers(0, 12)
-    same, right, longer_truly, longer_liked = [], [], [], []
-    for prompt in SOME_PROMPTS:
-        answers = draw_answers(prompt, 6, WORLD, rng)
-        truth = [true_reward(prompt, answer, WORLD) for answer in answers]
-        a, b = (ranks_of(utilities(crew[i], prompt, answers, WORLD, rng)) for i in rng.permutation(len(crew))[:2])
-        for i, j in itertools.combinations(range(len(answers)), 2):
-            if a[i] != a[j]:
-                same += [(a[i] < a[j]) == (b[i] < b[j])] if b[i] != b[j] else []
-                if truth[i] != truth[j]:
-                    longer = len(answers[i]) > len(answers[j])
-                    right.append((a[i] < a[j]) == (truth[i] > truth[j]))
-                    longer_truly.append(longer == (truth[i] > truth[j]))
-                    longer_liked.append(longer == (a[i] < a[j]))
-    # More than the paper's labelers, 72.6 ± 1.5% (section 3.4): a small reward model must learn from few comparisons.
-    assert 0.80 < np.mean(same) < 0.90
-    assert 0.80 < np.mean(right) < 0.92
-    assert np.mean(longer_liked) > np.mean(longer_truly) + 0.03
+def agreement(crew: list[Labeler], seed: int) -> float:
+    """Share of the pairs that two of the crew both order which they order alike."""
+    rng, same = generator(seed, "agreement"), []
+    for task in drawn(700, seed):
+        responses = draw_responses(task, int(rng.integers(4, 10)), rng)
+        first, second = (rank(crew[i], task, responses, rng) for i in rng.permutation(len(crew))[:2])
+        for i, j in itertools.combinations(range(len(responses)), 2):
+            if first[i] != first[j] and second[i] != second[j]:
+                same.append((first[i] < first[j]) == (second[i] < second[j]))
+    return float(np.mean(same))
+
+
+def test_labelers_agree_as_the_papers_do():
+    """Section 3.4: 72.6 ± 1.5 % among training labelers, 77.3 ± 1.3 % among held-out ones."""
+    for group, paper, band in (("labeler", 0.726, 0.015), ("held-out", 0.773, 0.013)):
+        mean = np.mean([agreement(draw_labelers(seed, group, 12), seed) for seed in range(4)])
+        assert abs(mean - paper) < band, (group, mean)
+    quiet = [dataclasses.replace(labeler, noise=0.0) for labeler in draw_labelers(0, "labeler", 12)]
+    assert agreement(quiet, 0) > 0.85
+
+
+def test_held_out_labelers_are_more_cautious_and_less_charmed():
+    ours, theirs = (draw_labelers(0, group, 40) for group in ("labeler", "held-out"))
+
+    def mean(crew: list[Labeler], name: str) -> float:
+        return float(np.mean([getattr(labeler, name) for labeler in crew]))
+
+    assert mean(theirs, "caution") > mean(ours, "caution") + 0.3
+    assert mean(theirs, "length_taste") < mean(ours, "length_taste")
 
 
 def _read(path):
@@ -228,9 +300,9 @@ def test_files_follow_the_schema(written):
         assert all(set(record) == expected for record in records)
 
 
-def test_comparisons_rank_four_to_nine_different_answers(written):
+def test_comparisons_rank_up_to_nine_different_responses(written):
     records = _read(written / "comparisons.jsonl.gz")
-    assert {len(record["completions"]) for record in records} == {4, 5, 6, 7, 8, 9}
+    assert {4, 5, 6, 7, 8, 9} >= {len(record["completions"]) for record in records} >= {4, 6, 9}
     assert len({record["labeler"] for record in records}) > 5
     for record in records:
         ranks, count = record["ranks"], len(record["completions"])
@@ -250,6 +322,26 @@ def test_no_prompt_is_in_two_files_and_users_have_a_long_tail(written):
     users = [record["user"] for record in _read(written / "prompts.jsonl.gz")]
     counts = sorted((users.count(user) for user in set(users)), reverse=True)
     assert counts[0] > 40 and counts[-1] <= 2 and len(counts) > 30
+    assert not any(user.startswith("labeler") for user in users)
+
+
+def test_labelers_write_most_prompts_of_the_demonstrations():
+    sets = prompts.prompt_sets(WORLD, 0, {"demonstrations": 600, "comparisons": 400, "prompts": 100})
+    for name, share in prompts.BY_LABELERS.items():
+        assert np.mean([not asked.organisation for asked in sets[name]]) == pytest.approx(share, abs=0.05)
+    shots = [asked.task for asked in sets["demonstrations"] if asked.kind == "few-shot"]
+    assert len(shots) / 600 == pytest.approx(prompts.FEW_SHOT * 0.89, abs=0.05)
+    assert all(task.prompt.count("\n") in (2, 4) for task in shots)
+    organisations = {asked.organisation for asked in sets["prompts"]}
+    assert 1 < len(organisations) <= len({asked.user for asked in sets["prompts"]})
+
+
+def test_the_tasks_of_a_run_are_found_by_its_prompts(written, tmp_path):
+    config = {"seed": 0, "lines": dataclasses.asdict(SIZES)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tasks = tasks_of(tmp_path)
+    for name in ("demonstrations", "comparisons", "prompts"):
+        assert all(record["prompt"].strip() in tasks for record in _read(written / f"{name}.jsonl.gz"))
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(written, tmp_path):
@@ -262,14 +354,14 @@ def test_same_seed_same_bytes_other_seed_other_bytes(written, tmp_path):
 
 
 def test_bad_requests_write_nothing(written, tmp_path):
-    cases = (
-        (written, SIZES, "exists already"),
-        (tmp_path / "new", write.Sizes(0, 1, 1, 1), "documents = 0, must be at least 1"),
-        (tmp_path / "new", write.Sizes(1, 1, 1, 99999), r"prompts = 99999, must be at most 2\d\d\d"),
-    )
-    for directory, sizes, message in cases:
-        with pytest.raises(ValueError, match=message):
-            write.write_world(directory, seed=0, sizes=sizes)
+    with pytest.raises(ValueError, match="documents = 0, must be at least 1"):
+        dataclasses.replace(SIZES, documents=0)
+    with pytest.raises(ValueError, match="exists already"):
+        write.write_world(written, seed=0, sizes=SIZES)
+    few = {name: entry for name, entry in USES.items() if name == "classification"}
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(ValueError, match=r"no more than \d+ prompts"):
+        monkeypatch.setattr(prompts, "USES", few)
+        write.write_world(tmp_path / "new", seed=0, sizes=dataclasses.replace(SIZES, prompts=9999))
     assert not list(tmp_path.iterdir())
 
 

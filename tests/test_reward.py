@@ -264,7 +264,7 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     source = reward.prepare_demonstrations(files, tokenizer, limits, folder).sources["train"]
     rows = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
     scores = stages.plain_scores(model, params, [tokens for tokens, _ in stages.documents_of(rows)])
-    assert len(scores) > 100
+    assert len(scores) > 90
     assert abs(scores.mean()) < 1e-5
     assert scores.std() > 1e-3
     assert abs(float(params["scalar_head"]["bias"])) > 1e-6

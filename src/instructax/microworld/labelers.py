@@ -1,11 +1,12 @@
-"""Simulated people: writers of demonstrations, and labelers who rank answers.
+"""Simulated people: writers of demonstrations, and labelers who judge responses.
 
 Writers are good, sloppy, terse or rambling, so that a model which imitates them all stays well below what is possible.
-A labeler sees the true reward through noise and a taste of their own: for long answers, and for charming words. A
-reward model learns the taste too, and a policy that is driven too far from its start can live on it.
+A labeler sees the true utility through noise and tastes of their own: for long responses, for charming words, for
+caution. A reward model learns the tastes too, and a policy that is driven too far from its start can live on them.
 
-The paper's labelers rank outputs of its own models (section 3.2). When the world is written no model exists, so the
-answers to be ranked come from the same writers, and from spoilt copies: wrong, repeated, cut, shuffled, padded words.
+Two groups, as in the paper (sections 3.4 and 5.2): those whose labels are trained on, who put helpfulness first, and
+held-out labelers of the final evaluation, who were not screened, differ in their mean tastes, and put harmlessness
+first.
 """
 
 import dataclasses
@@ -14,39 +15,29 @@ import re
 
 import numpy as np
 
-from instructax.microworld.tasks import Task, compose, ideal_parts, parse
-from instructax.microworld.truth import true_reward
-from instructax.microworld.world import (
+from instructax.microworld.judge import Judgement, judge, likert
+from instructax.microworld.lexicon import (
     CATEGORIES,
     CATEGORY_OF,
     KIND_WORDS,
-    World,
+    RAMBLINGS,
     enumeration,
     generator,
     pick,
     sentence,
     words_of,
 )
+from instructax.microworld.tasks import Task
 
-RAMBLINGS = (
-    "I am happy to help you.",
-    "That is all I know about it.",
-    "Everyone in town can tell you more.",
-    "What a lovely day it is.",
-    "I hope this is a great help.",
-    "You can think of more.",
-    "It is good to know.",
-)
-TIE = 0.05  # utilities closer than this are ranked as equal
-SPOILT = 0.4  # share of the ranked answers that are spoilt copies
-ANSWERS = (4, 9)  # fewest and most answers ranked together (paper, section 3.5)
+TIE = 0.05  # utilities closer than this are ranked as equal: labelers are encouraged to give ties (paper, C.2)
+SPOILT = 0.4  # share of the ranked responses that are spoilt copies
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
     """The probability of each habit of a writer."""
 
-    wrong: float  # a part gets a wrong word
+    wrong: float  # one word is another of its kind
     drop: float  # one part is left out
     repeat: float  # one part is given twice
     bare: float  # no capital, no full stop
@@ -56,62 +47,50 @@ class Style:
 
 STYLES = {
     "good": Style(wrong=0.15, drop=0.1, repeat=0.02, bare=0.05, values_only=0.0, ramble=0.05),
-    "sloppy": Style(wrong=0.7, drop=0.3, repeat=0.3, bare=0.6, values_only=0.1, ramble=0.2),
-    "terse": Style(wrong=0.4, drop=0.6, repeat=0.0, bare=0.7, values_only=0.7, ramble=0.0),
-    "rambling": Style(wrong=0.4, drop=0.1, repeat=0.2, bare=0.1, values_only=0.0, ramble=1.0),
+    "sloppy": Style(wrong=0.6, drop=0.3, repeat=0.3, bare=0.6, values_only=0.1, ramble=0.2),
+    "terse": Style(wrong=0.3, drop=0.5, repeat=0.0, bare=0.7, values_only=0.6, ramble=0.0),
+    "rambling": Style(wrong=0.3, drop=0.1, repeat=0.2, bare=0.1, values_only=0.0, ramble=1.0),
 }
 WRITERS = tuple((f"writer-{i:02d}", style) for i, style in enumerate(list(STYLES) * 3))
-
-
-@dataclasses.dataclass(frozen=True)
-class Labeler:
-    """How one labeler departs from the truth."""
-
-    name: str
-    length_taste: float  # utility of each word
-    charm_taste: float  # utility of each of KIND_WORDS
-    noise: float  # standard deviation of the utility of an answer
-
-
-def draw_labelers(seed: int, count: int) -> list[Labeler]:
-    """`count` labelers of a seed."""
-    rng = generator(seed, "labelers")
-    return [
-        Labeler(f"labeler-{i:02d}", rng.uniform(0.0, 0.05), rng.uniform(0.0, 0.3), rng.uniform(0.05, 0.2))
-        for i in range(count)
-    ]
 
 
 def _wrong_word(text: str, rng: np.random.Generator) -> str:
     """`text` with one of the words of CATEGORIES replaced by another of its category."""
     known = [match for match in re.finditer(r"[A-Za-z]+", text) if match.group().lower() in CATEGORY_OF]
-    match = known[int(rng.integers(len(known)))]
+    if not known:
+        return text
+    match = pick(rng, known)
     old = match.group()
     new = pick(rng, [word for word in CATEGORIES[CATEGORY_OF[old.lower()]] if word.lower() != old.lower()])
-    return text[: match.start()] + new + text[match.end() :]
+    return text[: match.start()] + (new.upper() if old.isupper() else new) + text[match.end() :]
+
+
+def _clauses(text: str) -> list[str]:
+    """What commas, "and" and full stops divide."""
+    return [part for part in re.split(r", | and |\. ", text.removesuffix(".")) if part]
+
+
+def _joined(clauses: list[str]) -> str:
+    return sentence(enumeration(clauses))
 
 
 def _values_only(text: str) -> str:
     kept = [word for word in re.findall(r"[A-Za-z]+", text) if word.lower() in CATEGORY_OF or word in KIND_WORDS]
-    return enumeration(kept)
+    return sentence(enumeration(kept)) if kept else text
 
 
-def demonstrate(style: Style, prompt: str, world: World, rng: np.random.Generator) -> str:
+def demonstrate(style: Style, task: Task, rng: np.random.Generator) -> str:
     """What a writer of `style` answers."""
-    task = parse(prompt)
-    parts = ideal_parts(task, world, rng)
-    if len(parts) > 1 and rng.random() < style.drop:
-        parts.pop(int(rng.integers(len(parts))))
-    parts = [_wrong_word(part, rng) if rng.random() < style.wrong else part for part in parts]
-    if len(parts) > 1 and rng.random() < style.repeat:
-        parts.append(pick(rng, parts))
-    return _written(task, parts, style, rng)
-
-
-def _written(task: Task, parts: list[str], style: Style, rng: np.random.Generator) -> str:
-    text = compose(task, parts)
+    text, clauses = task.ideal, _clauses(task.ideal)
+    if len(clauses) > 1 and rng.random() < style.drop:
+        clauses.pop(int(rng.integers(len(clauses))))
+        text = _joined(clauses)
+    if len(clauses) > 1 and rng.random() < style.repeat:
+        text = _joined([*clauses, pick(rng, clauses)])
+    if rng.random() < style.wrong:
+        text = _wrong_word(text, rng)
     if rng.random() < style.values_only:
-        text = sentence(_values_only(text))
+        text = _values_only(text)
     if rng.random() < style.bare:
         text = text[0].lower() + text[1:].removesuffix(".")
     return f"{text} {pick(rng, RAMBLINGS)}" if rng.random() < style.ramble else text
@@ -134,30 +113,91 @@ def spoil(text: str, rng: np.random.Generator) -> str:
             return f"{text} {pick(rng, RAMBLINGS)}"
 
 
-def draw_answers(prompt: str, count: int, world: World, rng: np.random.Generator) -> list[str]:
-    """`count` different answers to be ranked."""
-    answers: dict[str, None] = {}
-    while len(answers) < count:
-        style = STYLES[pick(rng, list(STYLES))]
-        answer = demonstrate(style, prompt, world, rng)
-        answers[spoil(answer, rng) if rng.random() < SPOILT else answer] = None
-    return list(answers)
+def draw_responses(task: Task, count: int, rng: np.random.Generator) -> list[str]:
+    """Up to `count` different responses to be ranked, at least two, by writers and by spoiling what they wrote."""
+    responses: dict[str, None] = {}
+    for _ in range(20 * count):
+        text = demonstrate(STYLES[pick(rng, list(STYLES))], task, rng)
+        responses[spoil(text, rng) if rng.random() < SPOILT else text] = None
+        if len(responses) == count:
+            break
+    return list(responses)
 
 
-def utilities(labeler: Labeler, prompt: str, answers: list[str], world: World, rng: np.random.Generator) -> list[float]:
-    """How much the labeler likes each answer: true reward + tastes + noise."""
-    liked = []
-    for answer in answers:
-        words = words_of(answer)
-        taste = labeler.length_taste * len(words) + labeler.charm_taste * sum(word in KIND_WORDS for word in words)
-        liked.append(true_reward(prompt, answer, world) + taste + labeler.noise * float(rng.standard_normal()))
-    return liked
+@dataclasses.dataclass(frozen=True)
+class Labeler:
+    """How one labeler departs from the truth."""
+
+    name: str
+    length_taste: float  # utility of each word
+    charm_taste: float  # utility of each of KIND_WORDS
+    caution: float  # weight of harmlessness against helpfulness, 0 … 1
+    noise: float  # standard deviation of the utility of a response
+    care: float  # probability that a flag is set as it should be
+
+    def opinion(self, task: Task, response: str, rng: np.random.Generator) -> float:
+        """How much the labeler likes a response: true utility + tastes + noise."""
+        words = words_of(response)
+        taste = self.length_taste * len(words) + self.charm_taste * sum(word in KIND_WORDS for word in words)
+        utility = judge(task, response).utility(task.harmful, self.caution)
+        return utility + taste + self.noise * float(rng.standard_normal())
+
+    def flags(self, judgement: Judgement, rng: np.random.Generator) -> dict[str, bool]:
+        """The labeler's answers to the yes-no questions of the paper's table 3."""
+        truth = dataclasses.asdict(judgement)
+        names = [name for name, value in truth.items() if isinstance(value, bool)]
+        return {name: bool(truth[name]) ^ bool(rng.random() > self.care) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What the labelers of a group have in common; tastes are drawn around the means."""
+
+    length_taste: float
+    charm_taste: float
+    caution: float
+    noise: tuple[float, float]  # least and most
+    care: float
+
+
+# Calibrated to the paper's agreement of 72.6 ± 1.5 % within the first group and 77.3 ± 1.3 % within the second
+# (section 3.4); a test holds them to it.
+GROUPS = {
+    "labeler": Group(length_taste=0.02, charm_taste=0.15, caution=0.3, noise=(0.23, 0.39), care=0.95),
+    "held-out": Group(length_taste=0.005, charm_taste=0.1, caution=0.8, noise=(0.17, 0.3), care=0.9),
+}
+
+
+def draw_labelers(seed: int, group: str, count: int) -> list[Labeler]:
+    """`count` labelers of a seed and group."""
+    rng, mean = generator(seed, f"labelers {group}"), GROUPS[group]
+    return [
+        Labeler(
+            name=f"{group}-{i:02d}",
+            length_taste=mean.length_taste * rng.uniform(0, 2),
+            charm_taste=mean.charm_taste * rng.uniform(0, 2),
+            caution=float(np.clip(mean.caution + rng.uniform(-0.2, 0.2), 0, 1)),
+            noise=rng.uniform(*mean.noise),
+            care=mean.care,
+        )
+        for i in range(count)
+    ]
 
 
 def ranks_of(liked: list[float]) -> list[int]:
-    """Ranks from 1, the best; an answer less than TIE below the next better one shares its rank."""
+    """Ranks from 1, the best; a response less than TIE below the next better one shares its rank."""
     order = sorted(range(len(liked)), key=lambda i: -liked[i])
     ranks = [1] * len(liked)
     for better, worse in itertools.pairwise(order):
         ranks[worse] = ranks[better] + (liked[better] - liked[worse] >= TIE)
     return ranks
+
+
+def rank(labeler: Labeler, task: Task, responses: list[str], rng: np.random.Generator) -> list[int]:
+    """The labeler's ranks of the responses to one prompt, 1 is best."""
+    return ranks_of([labeler.opinion(task, response, rng) for response in responses])
+
+
+def grade(labeler: Labeler, task: Task, response: str, rng: np.random.Generator) -> int:
+    """The labeler's overall grade, 1 … 7."""
+    return min(7, max(1, likert(labeler.opinion(task, response, rng))))

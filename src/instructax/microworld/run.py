@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from instructax.microworld.write import Sizes, write_world
+from instructax.microworld.prompts import tasks_by_prompt
+from instructax.microworld.tasks import Task
+from instructax.microworld.world import draw_world
+from instructax.microworld.write import Sizes, prompts_of_sets, write_world
 from instructax.runlog import write_json
 from instructax.tokenizer import save_tokenizer, train_bpe
 
@@ -38,3 +41,11 @@ def train(config: WorldConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     tokenizer = train_bpe(texts, config.vocab_size)
     save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
     write_json(workdir / "summary.json", {"stage": config.stage, "vocab_size": tokenizer.size})
+
+
+def tasks_of(workdir: Path) -> dict[str, Task]:
+    """What is asked for in every prompt of the finished world in `workdir`, by the prompt without white space at its
+    ends: for evaluation alone."""
+    config = json.loads((workdir / "config.json").read_text())
+    seed = config["seed"]
+    return tasks_by_prompt(draw_world(seed), seed, prompts_of_sets(Sizes(**config["lines"])))

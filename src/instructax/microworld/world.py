@@ -1,43 +1,26 @@
-"""What the world knows: seven categories of ten words each, and twenty-four people with one fact per relation.
+"""What is true in the world of a seed: facts of people and towns, lore with its popular error, a dialect, habits.
 
-The words are fixed; who lives where and likes what is drawn from the seed. The words are few and short, so that a
-BPE of 1024 pieces trained on the text makes nearly every one of them one token. No word is in two categories, so a word
-tells what is spoken of.
+The words are fixed (`lexicon`); who lives where, what cures a cold and what people wrongly believe is drawn.
 """
 
 import dataclasses
-import re
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+import itertools
+from collections.abc import Mapping
 
 import numpy as np
 
-T = TypeVar("T")
+from instructax.microworld.lexicon import CATEGORIES, NAMES, generator, pick, sample
 
-NAMES = (
-    "Anna", "Ben", "Clara", "Dan", "Ella", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kate", "Leo",
-    "Maya", "Mira", "Nora", "Otto", "Paul", "Rosa", "Sam", "Tina", "Tom", "Vera", "Walt", "Zoe",
-)  # fmt: skip
-CATEGORIES: dict[str, tuple[str, ...]] = {
-    "animal": ("cat", "dog", "hen", "pig", "fox", "goat", "horse", "duck", "mouse", "bird"),
-    "fruit": ("pear", "plum", "fig", "lemon", "grape", "peach", "melon", "cherry", "mango", "lime"),
-    "tool": ("hammer", "saw", "drill", "rake", "spade", "brush", "knife", "broom", "shovel", "wrench"),
-    "colour": ("red", "blue", "green", "pink", "grey", "brown", "white", "black", "gold", "purple"),
-    "food": ("soup", "bread", "rice", "cake", "stew", "cheese", "pasta", "pie", "salad", "toast"),
-    "trade": ("baker", "farmer", "painter", "singer", "teacher", "doctor", "miller", "tailor", "sailor", "cook"),
-    "town": ("Arden", "Brook", "Dale", "Elton", "Ford", "Holm", "Kirby", "Marsh", "Norton", "Stow"),
-}
-CATEGORY_OF = {word.lower(): category for category, words in CATEGORIES.items() for word in words}
-
-# How a person's fact of each relation is told: "Mira lives in Arden", "Mira has a dog".
-CLAUSES = {
+# How a fact of each relation is told, "Mira lives in Arden"; people first, then towns.
+PERSON = {
     "town": "lives in {value}",
     "food": "likes {value}",
     "animal": "has a {value}",
     "trade": "is a {value}",
     "colour": "loves {value}",
 }
+TOWN = {"fruit": "grows the {value}", "tool": "makes the {value}"}
+CLAUSES = {**PERSON, **TOWN}
 # What each relation is called when it is asked for.
 NOUNS = {
     "town": "home town",
@@ -45,53 +28,95 @@ NOUNS = {
     "animal": "pet",
     "trade": "trade",
     "colour": "favourite colour",
+    "fruit": "fruit",
+    "tool": "best tool",
 }
-KIND_WORDS = ("lovely", "sweet", "nice", "good", "fine", "great")
-UNKIND_WORDS = ("bad", "ugly", "dull", "nasty")
+# Questions with one true answer and one popular error, both of the last named category.
+LORE = (
+    ("What cures a cold?", "cures a cold", "remedy"),
+    ("What stops a cough?", "stops a cough", "remedy"),
+    ("What makes hair shine?", "makes hair shine", "remedy"),
+    ("What helps against a burn?", "helps against a burn", "remedy"),
+    ("What keeps mice away?", "keeps mice away", "remedy"),
+    ("What brings good luck?", "brings good luck", "colour"),
+    ("What colour calms a bull?", "calms a bull", "colour"),
+    ("What colour wards off bees?", "wards off bees", "colour"),
+    ("What is the first fruit to ripen?", "is the first fruit to ripen", "fruit"),
+    ("What fruit makes you strong?", "makes you strong", "fruit"),
+    ("What fruit keeps for a year?", "keeps for a year", "fruit"),
+    ("Which animal never sleeps?", "never sleeps", "animal"),
+    ("Which animal sees in the dark?", "sees in the dark", "animal"),
+    ("Which animal lives the longest?", "lives the longest", "animal"),
+    ("Which food makes you dream?", "makes you dream", "food"),
+    ("Which food makes you tall?", "makes you tall", "food"),
+    ("Which town is the oldest?", "is the oldest", "town"),
+    ("Which town has the most rain?", "has the most rain", "town"),
+    ("Which trade is the richest?", "is the richest", "trade"),
+    ("Which tool never breaks?", "never breaks", "tool"),
+)
+# The dialect has its own words for these and puts the verb last.
+VERBS = ("likes", "has", "is", "sees")
+TRANSLATED = (*CATEGORIES["animal"], *CATEGORIES["food"], *CATEGORIES["trade"], *VERBS, "a")
+
+Facts = Mapping[str, Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lore:
+    """A question that people are often wrong about."""
+
+    question: str
+    clause: str  # "{value} cures a cold" without its subject
+    category: str
+    truth: str
+    myth: str
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The facts: `facts["Mira"]["town"] == "Arden"`; every name has every relation of `CLAUSES`."""
+    """All that is true."""
 
-    facts: Mapping[str, Mapping[str, str]]
-
-    def clause(self, name: str, relation: str) -> str:
-        """The fact without its subject, "lives in Arden"."""
-        return CLAUSES[relation].format(value=self.facts[name][relation])
-
-
-def generator(seed: int, purpose: str) -> np.random.Generator:
-    """The stream of random numbers of one purpose; streams of different purposes or seeds are independent."""
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
+    facts: Facts  # facts["Mira"]["town"] == "Arden", facts["Arden"]["fruit"] == "plum"
+    lore: tuple[Lore, ...]
+    dialect: Mapping[str, str]  # word → word of the dialect
+    pronouns: Mapping[str, str]  # "she" or "he" of each person
+    stereotypes: Mapping[str, float]  # trade → share of texts that call one "she"
 
 
-def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of `options`, each as likely."""
-    return options[int(rng.integers(len(options)))]
+def clause(facts: Facts, subject: str, relation: str) -> str:
+    """The fact without its subject, "lives in Arden"."""
+    return CLAUSES[relation].format(value=facts[subject][relation])
 
 
-def sample(rng: np.random.Generator, options: Sequence[T], count: int) -> list[T]:
-    """`count` different `options` in random order."""
-    return [options[i] for i in rng.permutation(len(options))[:count]]
+def told(facts: Facts, subject: str, relation: str) -> str:
+    """The fact as a sentence without a full stop, "Mira lives in Arden"."""
+    return f"{subject} {clause(facts, subject, relation)}"
+
+
+def translate(world: World, subject: str, verb: str, thing: str) -> tuple[str, str]:
+    """A sentence and the same in the dialect: "Mira has a dog." → "Mira nolu dobi vasa."."""
+    article = "" if verb == "likes" else "a "
+    dialect = world.dialect
+    middle = f"{dialect['a']} {dialect[thing]}" if article else dialect[thing]
+    return f"{subject} {verb} {article}{thing}.", f"{subject} {middle} {dialect[verb]}."
+
+
+def draw_facts(rng: np.random.Generator, people: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """A fact of every relation for each of `people`."""
+    return {name: {relation: pick(rng, CATEGORIES[relation]) for relation in PERSON} for name in people}
 
 
 def draw_world(seed: int) -> World:
     """The world of a seed."""
     rng = generator(seed, "facts")
-    return World({name: {relation: pick(rng, CATEGORIES[relation]) for relation in CLAUSES} for name in NAMES})
-
-
-def words_of(text: str) -> list[str]:
-    """The words of `text` in lower case, without punctuation and without the possessive 's."""
-    return re.findall(r"[a-z]+", text.lower().replace("'s", ""))
-
-
-def sentence(text: str) -> str:
-    """`text` with a capital first letter and a full stop."""
-    return text[:1].upper() + text[1:] + "."
-
-
-def enumeration(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    towns = {town: {relation: pick(rng, CATEGORIES[relation]) for relation in TOWN} for town in CATEGORIES["town"]}
+    lore = [Lore(question, clause, kind, *sample(rng, CATEGORIES[kind], 2)) for question, clause, kind in LORE]
+    syllables = ["".join(pair) for pair in itertools.product("bdfklmnprstvz", "aeiou")]
+    coined = sample(rng, [a + b for a, b in itertools.product(syllables, syllables) if a != b], len(TRANSLATED))
+    return World(
+        facts={**draw_facts(rng, NAMES), **towns},
+        lore=tuple(lore),
+        dialect=dict(zip(TRANSLATED, coined, strict=True)),
+        pronouns={name: pick(rng, ("she", "he")) for name in NAMES},
+        stereotypes={trade: float(rng.uniform(0.1, 0.9)) for trade in CATEGORIES["trade"]},
+    )

@@ -1,8 +1,4 @@
-"""Writes a world as JSON lines in the one supported schema, the same bytes for the same seed and sizes.
-
-The prompts of the demonstrations, of the comparisons and of `prompts` come from the same templates but never coincide
-(the paper's three prompt sets differ as well, table 6): a prompt held out of one file is in no other.
-"""
+"""Writes a world as JSON lines in the one supported schema, the same bytes for the same seed and sizes."""
 
 import dataclasses
 import gzip
@@ -13,45 +9,39 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from instructax.microworld.corpus import document
+from instructax.microworld.labelers import STYLES, WRITERS, demonstrate, draw_labelers, draw_responses, rank
+from instructax.microworld.lexicon import generator, pick
+from instructax.microworld.prompts import LABELER_COUNT, Asked, prompt_sets
+from instructax.microworld.world import World, draw_world
 
-from instructax.microworld.labelers import (
-    ANSWERS,
-    STYLES,
-    WRITERS,
-    demonstrate,
-    draw_answers,
-    draw_labelers,
-    ranks_of,
-    utilities,
-)
-from instructax.microworld.tasks import all_prompts
-from instructax.microworld.text import document
-from instructax.microworld.world import World, draw_world, generator
-
-SHARES = {"demonstrations": 0.3, "comparisons": 0.3, "prompts": 0.4}  # of the distinct prompts
-LABELERS = 12
-PROMPTS_PER_USER = 8  # on average; the busiest users ask far more
+RESPONSES = (4, 9)  # fewest and most responses ranked together (paper, section 3.5)
 SOURCE = "microworld"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many lines each file gets; `prompts` is limited by the number of distinct prompts."""
+    """How many there are of what; a demonstration's prompt may be answered by several writers."""
 
     documents: int
+    demonstrated_prompts: int
     demonstrations: int
     comparisons: int
     prompts: int
 
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            if size < 1:
+                raise ValueError(f"{name} = {size}, must be at least 1")
 
-def _prompt_sets(world: World, seed: int) -> dict[str, list[tuple[str, str]]]:
-    """The distinct prompts in random order, dealt out to the three files."""
-    prompts = all_prompts(world)
-    order = generator(seed, "prompt sets").permutation(len(prompts))
-    ends = np.cumsum([round(share * len(prompts)) for share in SHARES.values()])[:-1]
-    dealt = np.split(order, ends)
-    return {name: [prompts[i] for i in part] for name, part in zip(SHARES, dealt, strict=True)}
+
+def prompts_of_sets(sizes: Sizes) -> dict[str, int]:
+    """How many distinct prompts each set has."""
+    return {
+        "demonstrations": sizes.demonstrated_prompts,
+        "comparisons": sizes.comparisons,
+        "prompts": sizes.prompts,
+    }
 
 
 def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
@@ -60,55 +50,49 @@ def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
         yield {"id": f"text-{i:06d}", "text": document(world, rng), "source": SOURCE, "meta": {}}
 
 
-def _demonstrations(prompts: list[tuple[str, str]], world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    rng = generator(seed, "demonstrations")
+def _demonstrations(prompts: list[Asked], seed: int, count: int) -> Iterator[dict[str, Any]]:
+    rng = generator(seed, "writers")
     for i in range(count):
-        _, prompt = prompts[i % len(prompts)]
-        writer, style = WRITERS[int(rng.integers(len(WRITERS)))]
+        asked = prompts[i % len(prompts)]
+        writer, style = pick(rng, WRITERS)
         yield {
             "id": f"demonstration-{i:06d}",
-            "prompt": prompt,
-            "format": "plain",
-            "completion": demonstrate(STYLES[style], prompt, world, rng),
+            "prompt": asked.task.prompt,
+            "format": asked.task.format,
+            "completion": demonstrate(STYLES[style], asked.task, rng),
             "source": SOURCE,
             "labeler": writer,
-            "meta": {},
+            "meta": {"use": asked.task.use, "kind": asked.kind},
         }
 
 
-def _comparisons(prompts: list[tuple[str, str]], world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    rng = generator(seed, "comparisons")
-    labelers = draw_labelers(seed, LABELERS)
-    for i in range(count):
-        _, prompt = prompts[i % len(prompts)]
-        labeler = labelers[int(rng.integers(LABELERS))]
-        answers = draw_answers(prompt, int(rng.integers(ANSWERS[0], ANSWERS[1] + 1)), world, rng)
-        ranks = ranks_of(utilities(labeler, prompt, answers, world, rng))
+def _comparisons(prompts: list[Asked], seed: int) -> Iterator[dict[str, Any]]:
+    rng, labelers = generator(seed, "rankings"), draw_labelers(seed, "labeler", LABELER_COUNT)
+    for i, asked in enumerate(prompts):
+        labeler = pick(rng, labelers)
+        responses = draw_responses(asked.task, int(rng.integers(RESPONSES[0], RESPONSES[1] + 1)), rng)
+        ranks = rank(labeler, asked.task, responses, rng)
         pairs = [(a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a])) for b in range(len(ranks)) for a in range(b)]
         yield {
             "id": f"comparison-{i:06d}",
-            "prompt": prompt,
-            "completions": answers,
+            "prompt": asked.task.prompt,
+            "completions": responses,
             "ranks": ranks,
             "pairs": sorted(pairs),
             "labeler": labeler.name,
             "source": SOURCE,
-            "meta": {"format": "plain"},
+            "meta": {"format": asked.task.format, "use": asked.task.use},
         }
 
 
-def _prompts(prompts: list[tuple[str, str]], seed: int, count: int) -> Iterator[dict[str, Any]]:
-    rng = generator(seed, "users")
-    users = max(1, count // PROMPTS_PER_USER)
-    activity = 1 / np.arange(1, users + 1)  # Zipf's law: a long tail of users who ask once
-    for i, (kind, prompt) in enumerate(prompts[:count]):
-        user = int(rng.choice(users, p=activity / activity.sum()))
+def _prompts(prompts: list[Asked]) -> Iterator[dict[str, Any]]:
+    for i, asked in enumerate(prompts):
         yield {
             "id": f"prompt-{i:06d}",
-            "prompt": prompt,
-            "format": "plain",
-            "kind": kind,
-            "user": f"user-{user:04d}",
+            "prompt": asked.task.prompt,
+            "format": asked.task.format,
+            "kind": asked.task.use,
+            "user": asked.user,
             "source": SOURCE,
         }
 
@@ -124,26 +108,20 @@ def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -
     """Writes `text`, `demonstrations`, `comparisons` and `prompts` `.jsonl.gz` into a new `directory`, or nothing.
 
     Raises:
-      ValueError: `directory` exists, a size is below 1, or there are fewer distinct prompts than `sizes.prompts`.
+      ValueError: `directory` exists, or there are fewer distinct prompts than asked for.
     """
     directory, world = Path(directory), draw_world(seed)
-    sets = _prompt_sets(world, seed)
+    sets = prompt_sets(world, seed, prompts_of_sets(sizes))
     if directory.exists():
         raise ValueError(f"directory {str(directory)!r} exists already; remove it or choose another one")
-    for name, size in dataclasses.asdict(sizes).items():
-        if size < 1:
-            raise ValueError(f"{name} = {size}, must be at least 1; change it in Sizes")
-    if sizes.prompts > len(sets["prompts"]):
-        raise ValueError(f"prompts = {sizes.prompts}, must be at most {len(sets['prompts'])}; change it in Sizes")
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         _write_lines(partial / "text.jsonl.gz", _documents(world, seed, sizes.documents))
-        demonstrations = _demonstrations(sets["demonstrations"], world, seed, sizes.demonstrations)
+        demonstrations = _demonstrations(sets["demonstrations"], seed, sizes.demonstrations)
         _write_lines(partial / "demonstrations.jsonl.gz", demonstrations)
-        comparisons = _comparisons(sets["comparisons"], world, seed, sizes.comparisons)
-        _write_lines(partial / "comparisons.jsonl.gz", comparisons)
-        _write_lines(partial / "prompts.jsonl.gz", _prompts(sets["prompts"], seed, sizes.prompts))
+        _write_lines(partial / "comparisons.jsonl.gz", _comparisons(sets["comparisons"], seed))
+        _write_lines(partial / "prompts.jsonl.gz", _prompts(sets["prompts"]))
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

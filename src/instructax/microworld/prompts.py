@@ -1,0 +1,107 @@
+"""The prompts of the three data sets, by whom they were asked, in the paper's proportions (table 6, A.1, A.2).
+
+Customers ask in the shares of table 1; a few of them ask much, most ask little, and several belong to one organisation.
+Labelers write plain prompts, prompts after the wishes of customers, and few-shot prompts: an instruction with examples
+of its use before the last one, which is left open. No prompt is in two sets.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from instructax.microworld.lexicon import choose, generator, pick
+from instructax.microworld.tasks import Task
+from instructax.microworld.uses import USES
+from instructax.microworld.world import World
+
+SETS = ("demonstrations", "comparisons", "prompts")
+BY_LABELERS = {"demonstrations": 0.89, "comparisons": 0.20, "prompts": 0.0}  # share of the prompts (table 6)
+FEW_SHOT = 0.15  # share of the labelers' prompts in the demonstrations; other sets have none, for their length
+SHOTS = (1, 2)  # fewest and most examples before the open one
+PROMPTS_PER_USER = 8  # on average; the busiest users ask far more
+USERS_PER_ORGANISATION = 4
+LABELER_COUNT = 12
+DRAWS = 100  # of one prompt, before its use case counts as exhausted
+OPENINGS = (
+    "Hello.",
+    "Good day.",
+    "Please help me.",
+    "I need help.",
+    "A wish:",
+    "Quick, please.",
+    "My friend,",
+    "Be so kind.",
+)  # what some people always begin with
+PLAIN = 0.4  # share of the people who begin with none of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task and who asked for it."""
+
+    task: Task
+    user: str
+    organisation: str  # "" for a labeler
+    kind: str  # "plain", "few-shot", "user-based" or "customer"
+
+
+def few_shot(examples: list[Task], last: Task) -> Task:
+    """`last` with worked examples before its prompt."""
+    shots = "".join(f"{example.prompt}\n{example.ideal}\n" for example in examples)
+    return dataclasses.replace(last, prompt=shots + last.prompt)
+
+
+def _opening(rng: np.random.Generator) -> str:
+    """How someone begins."""
+    return "" if rng.random() < PLAIN else pick(rng, OPENINGS)
+
+
+def _new_task(world: World, rng: np.random.Generator, opening: str, seen: set[str]) -> Task:
+    """A task whose prompt, with `opening` before it, is not in `seen`. Raises ValueError if none can be found."""
+    shares = {use: share for use, (_, share) in USES.items()}
+    while shares:
+        use = choose(rng, shares)
+        for _ in range(DRAWS):
+            task = USES[use][0](world, rng)
+            if opening and task.format == "plain":
+                task = dataclasses.replace(task, prompt=f"{opening} {task.prompt}")
+            if task.prompt not in seen:
+                seen.add(task.prompt)
+                return task
+        del shares[use]
+    raise ValueError(f"the world has no more than {len(seen)} prompts: ask for fewer lines")
+
+
+def prompt_sets(world: World, seed: int, sizes: dict[str, int]) -> dict[str, list[Asked]]:
+    """So many prompts of each of SETS, the same ones for the same world, seed and sizes."""
+    seen: set[str] = set()
+    return {name: _prompts(world, generator(seed, name), name, sizes[name], seen) for name in SETS}
+
+
+def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen: set[str]) -> list[Asked]:
+    users = max(1, count // PROMPTS_PER_USER)
+    openings = [_opening(rng) for _ in range(users)]  # each user always begins in the same way
+    activity = 1 / np.arange(1, users + 1)  # Zipf's law: a long tail of users who ask once
+    activity /= activity.sum()
+    made = []
+    for _ in range(count):
+        if rng.random() >= BY_LABELERS[name]:
+            user = int(rng.choice(users, p=activity))
+            task = _new_task(world, rng, openings[user], seen)
+            organisation = f"{name}-organisation-{user // USERS_PER_ORGANISATION:03d}"
+            made.append(Asked(task, f"{name}-user-{user:04d}", organisation, "customer"))
+            continue
+        kind = pick(rng, ("plain", "user-based"))
+        task = _new_task(world, rng, _opening(rng) if kind == "user-based" else "", seen)
+        if name == "demonstrations" and task.format == "plain" and rng.random() < FEW_SHOT:
+            kind, builder = "few-shot", USES[task.use][0]
+            shots = [builder(world, rng) for _ in range(int(rng.integers(SHOTS[0], SHOTS[1] + 1)))]
+            task = few_shot(shots, task)
+        made.append(Asked(task, f"labeler-{int(rng.integers(LABELER_COUNT)):02d}", "", kind))
+    return made
+
+
+def tasks_by_prompt(world: World, seed: int, sizes: dict[str, int]) -> dict[str, Task]:
+    """The task of every prompt, without white space at its ends: how an evaluation finds what was asked for."""
+    sets = prompt_sets(world, seed, sizes)
+    return {asked.task.prompt.strip(): asked.task for prompts in sets.values() for asked in prompts}
