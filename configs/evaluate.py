@@ -10,19 +10,24 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
-    """A comparison of base, SFT, PPO and PPO-ptx."""
-    folder = f"runs/{sizes.check(size)}"
-    scorer = "6b" if sizes.paper(size) else size
+def get_config(arg: str) -> ml_collections.ConfigDict:
+    """A comparison of GPT, SFT, PPO and PPO-ptx, plain and by the two ways that train nothing more.
+
+    `arg` is SIZE, or SIZE,SCORER for a reward model of another size.
+    """
+    size, scorer = sizes.policy_and_scorer(arg)
+    folder = f"runs/{size}"
     return ml_collections.ConfigDict(
         {
             "stage": "evaluate",
             "seed": 0,
             "policies": (
-                ("base", f"{folder}/pretrain"),
-                ("SFT", f"{folder}/sft"),
-                ("PPO", f"{folder}/ppo"),
-                ("PPO-ptx", f"{folder}/ppo-ptx"),
+                ("GPT", f"{folder}/pretrain", "plain"),
+                ("GPT prompted", f"{folder}/pretrain", "few-shot"),
+                ("SFT", f"{folder}/sft", "plain"),
+                ("best-of-n", f"{folder}/sft", "best-of"),
+                ("PPO", f"{folder}/ppo", "plain"),
+                ("PPO-ptx", f"{folder}/ppo-ptx", "plain"),
             ),
             "reference": "SFT",
             "reward_parent": f"runs/{scorer}/reward",
@@ -34,13 +39,17 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "data": {
                 "prompts": sizes.files(size, "prompts"),
                 "text": sizes.files(size, "text"),
-                "comparisons": sizes.files(size, "comparisons"),
+                "comparisons": (("labelers", sizes.files(size, "comparisons")),),
+                "demonstrations": sizes.files(size, "demonstrations"),
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },
             "batch_size": {"tiny": 8, "small": 32}.get(size, 64),
-            "prompts": {"tiny": 16, "small": 256}.get(size, 512),
+            "prompts": {"tiny": 16, "small": 256}.get(size, 600),
             "batches": 32,
             "temperature": 1.0,
+            "best_of": 4 if size == "tiny" else 16,
+            "shots": 1 if size == "tiny" else 3,
+            "prefixes": 2 if size == "tiny" else 8,
         }
     )

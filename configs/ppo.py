@@ -14,14 +14,14 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
-    """A run of PPO-ptx; with ptx_coef 0, of PPO."""
-    folder = f"runs/{sizes.check(size)}"
+def get_config(arg: str) -> ml_collections.ConfigDict:
+    """A run of PPO-ptx; with ptx_coef 0, of PPO. `arg` is SIZE, or SIZE,SCORER for a reward model of another size."""
+    size, scorer = sizes.policy_and_scorer(arg)
+    folder = f"runs/{size}"
     paper = sizes.paper(size)
-    scorer = "6b" if paper else size  # 6B for all policies (C.2)
     rollouts, minibatches, ptx_rows, steps = {
         "tiny": (8, 2, 2, 4),
-        **dict.fromkeys(sizes.FAMILY, (128, 4, 8, 30)),
+        **dict.fromkeys(sizes.FAMILY, (128, 4, 8, 40)),
         "small": (64, 4, 8, 40),
     }.get(
         size,

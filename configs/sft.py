@@ -15,7 +15,7 @@ from configs import sizes
 
 # Peak learning rates: (PPO initialisation C.3, SFT baseline C.1); sizes that the paper lacks take 1.3b's.
 PAPER_RATES = {"1.3b": (5e-6, 9.65e-6), "6b": (1.04e-5, 9.65e-6), "175b": (2.45e-6, 5.03e-6)}
-SMALL_RATES = {"tiny": (1e-3, 1e-3), **dict.fromkeys(sizes.FAMILY, (3e-3, 3e-3)), "small": (3e-4, 3e-4)}
+SMALL_RATES = {"tiny": (1e-3, 1e-3), **dict.fromkeys(sizes.FAMILY, (2e-3, 2e-3)), "small": (3e-4, 3e-4)}
 
 
 def get_config(arg: str) -> ml_collections.ConfigDict:

@@ -19,14 +19,14 @@ GPT3 = {
     "6b": (32, 4096, 32, 128),
     "175b": (96, 12288, 96, 128),
 }
-FAMILY = {"micro": (2, 64, 2, 32), "milli": (2, 128, 4, 32), "centi": (3, 192, 6, 32)}
+FAMILY = {"micro": (2, 96, 3, 32), "milli": (2, 128, 4, 32), "centi": (3, 192, 6, 32)}
 SMALL = {"tiny": (2, 32, 2, 16), **FAMILY, "small": (6, 192, 6, 32)}
 WORLDS = ("tiny", *FAMILY)  # the sizes that live in the embedded world
 SIZES = (*SMALL, *GPT3)
 
 # Ids of the tokenizers trained for them; GPT-2's: 50257.
 VOCABULARY = {"tiny": 512, **dict.fromkeys(FAMILY, 1024), "small": 8192}
-CONTEXT = {"tiny": 64, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GPT-3's: 2048
+CONTEXT = {"tiny": 96, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GPT-3's: 2048
 
 
 def check(size: str) -> str:
@@ -34,6 +34,12 @@ def check(size: str) -> str:
     if size not in SIZES:
         raise ValueError(f"size {size!r} must be one of {', '.join(SIZES)}: give it as configs/STAGE.py:SIZE")
     return size
+
+
+def policy_and_scorer(arg: str) -> tuple[str, str]:
+    """Sizes of policy and reward model: SIZE,SCORER, or SIZE with 6b for the paper's sizes (C.2), else the same."""
+    size, _, scorer = arg.partition(",")
+    return check(size), check(scorer or ("6b" if paper(size) else size))
 
 
 def paper(size: str) -> bool:

@@ -2,7 +2,7 @@
 
 Command:   python scripts/train.py --config configs/world.py:micro --workdir runs/micro/world
 Hardware:  one core, seconds.
-Expect:    four .jsonl.gz files and tokenizer.json in the workdir, the same bytes for the same seed.
+Expect:    six .jsonl.gz files and tokenizer.json in the workdir, the same bytes for the same seed.
 """
 
 import ml_collections
@@ -19,15 +19,20 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "documents": 200,
             "demonstrated_prompts": 100,
             "demonstrations": 200,
-            "comparisons": 100,
+            "comparisons": 240,
             "prompts": 400,
+            "gpt_prompts": 120,
+            "public": 100,
         },
         "micro": {
             "documents": 24000,
-            "demonstrated_prompts": 4000,
-            "demonstrations": 10000,
-            "comparisons": 3400,
-            "prompts": 3000,
+            # Distinct prompts in the proportions of the paper's table 6.
+            "demonstrated_prompts": 2500,
+            "demonstrations": 12000,
+            "comparisons": 6500,
+            "prompts": 6100,
+            "gpt_prompts": 4000,
+            "public": 6000,
         },
     }["tiny" if size == "tiny" else "micro"]
     return ml_collections.ConfigDict(

@@ -1,169 +1,211 @@
-"""The paper's central claim in small: base < SFT < PPO, and PPO-ptx keeps what pretraining taught (sections 4.1, 4.2).
+"""The paper's central claims in small, in the embedded world whose true utility is known (sections 4.1 and 4.2).
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
-Hardware:  micro: two cores, five minutes.
-Expect:    true reward rises from base to SFT to PPO; the text loss of PPO-ptx stays below PPO's.
-Read it:   `policies.png`, left: the reward model's score (proxy) and the true reward of each iteration's samples
-           against the square root of their KL from the SFT policy: where the two part, the policy exploits the reward
-           model. Right: true reward and text loss of the finished policies, with 95% intervals.
+           python scripts/experiment.py experiments/alignment.py:family --workdir runs/family
+Hardware:  micro: two cores, six minutes; family: two cores, an hour.
+Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught.
+Read it:   `report/index.html`: figure 1 and its kin, the claims one by one, and all answers side by side.
 
-Runs in the embedded world, whose true reward no stage sees: it is computed here, from the responses' text.
+`micro` is one size. `family` is the three sizes that stand for 1.3B, 6B and 175B, with reward and value networks of the
+middle one as in the paper, and the runs of its side claims: SFT that goes on, labelers who never waver, and tuning on
+public tasks (FLAN, T0). No stage sees the true utility: labelers do, through their noise and tastes, and the report.
 """
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from configs import sizes
 
-from instructax.experiment import Run, metrics_of, samples_of, summary_of
-from instructax.microworld.judge import judge
-from instructax.microworld.labelers import GROUPS
-from instructax.microworld.run import tasks_of
-from instructax.microworld.tasks import Task
-from instructax.statistics import Estimate, mean_estimate, win_rate
+from instructax.experiment import Run
+from instructax.report import write
 
-POLICIES = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 WORLD_SEED = 0
-WINDOW = 5  # iterations: of the moving averages that are drawn as lines
+MIDDLE = "milli"  # the size of the family's reward and value networks
+# Answers to each prompt that are compared, mostly by SFT, some by an early PPO policy (section 3.2): a reward model
+# that has seen none of those is easily exploited. A family shares them.
+EARLY_ANSWERS = {"sft": 8, "pretrain": 1}
+ANSWERS = {"sft": 6, "ppo-early": 3, "pretrain": 1}
+EARLY_PROMPTS = 1500
+POLICIES = (
+    ("GPT", "pretrain", "plain"),
+    ("GPT prompted", "pretrain", "few-shot"),
+    ("SFT", "sft", "plain"),
+    ("best-of-n", "sft", "best-of"),
+    ("PPO", "ppo", "plain"),
+    ("PPO-ptx", "ppo-ptx", "plain"),
+)
+TUNED = ("FLAN/T0", "flan", "plain")
+GPT_PROMPT_TOKENS = 64  # of the prompts that were sent to GPT, which bring an example
+OVERFIT_STEPS, OVERFIT_EVERY = 4800, 300  # of SFT that goes on; an epoch has about 600 steps
 
 
-def get_runs(size: str, root: str) -> list[Run]:
-    """The runs in order; `root` is the experiment's workdir."""
-    world, rows = f"{root}/world", {"data.folder": f"{root}/rows"}
-    common = {"tokenizer": f"{world}/tokenizer.json", **rows}
-    text, prompts = (f"{world}/text.jsonl.gz",), (f"{world}/prompts.jsonl.gz",)
-    demonstrations, comparisons = (f"{world}/demonstrations.jsonl.gz",), (f"{world}/comparisons.jsonl.gz",)
-    parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
-    ppo = {**common, **parents, "data.prompts": prompts, "data.text": text}
+def get_runs(arg: str, root: str) -> list[Run]:
+    """The runs in order; `arg` is a size of the world or `family`, `root` the experiment's workdir."""
+    if arg != "family":
+        return [
+            *world(arg, root),
+            *supervised(arg, "", root),
+            *judged(arg, root, {"": 1}, "", EARLY_ANSWERS, "-early", prompts=EARLY_PROMPTS),
+            early(arg, arg, "", root),
+            *judged(arg, root, {"": 1}, "", ANSWERS, ""),
+            *aligned(arg, arg, "", root),
+            *measured(arg, arg, "", root, POLICIES),
+        ]
+    folders = {size: f"{size}/" for size in sizes.FAMILY}
+    share = {folder: len(folders) for folder in folders.values()}
+    runs = world(MIDDLE, root)
+    for size, folder in folders.items():
+        runs += [*supervised(size, folder, root), tuned(size, folder, root)]
+    runs += judged(MIDDLE, root, share, f"{MIDDLE}/", EARLY_ANSWERS, "-early", prompts=EARLY_PROMPTS)
+    runs += [early(size, MIDDLE, folder, root) for size, folder in folders.items()]
+    runs += judged(MIDDLE, root, share, f"{MIDDLE}/", ANSWERS, "")
+    for size, folder in folders.items():
+        runs += aligned(size, MIDDLE, folder, root)
+        runs += measured(size, MIDDLE, folder, root, (*POLICIES, TUNED))
     return [
-        Run("world", f"configs/world.py:{size}", {"seed": WORLD_SEED}),
-        Run("pretrain", f"configs/pretrain.py:{size}", {**common, "data.text": text}),
+        *runs,
+        *judged(MIDDLE, root, share, f"{MIDDLE}/", ANSWERS, "-quiet", noise=0.0),
+        *overfitted(MIDDLE, f"{MIDDLE}/", root),
+    ]
+
+
+def common(root: str) -> dict[str, Any]:
+    """What all stages that read tokens share."""
+    return {"tokenizer": f"{root}/world/tokenizer.json", "data.folder": f"{root}/rows"}
+
+
+def files(root: str, *kinds: str) -> dict[str, tuple[str, ...]]:
+    """Overrides that name files of the world."""
+    return {f"data.{kind}": (f"{root}/world/{kind}.jsonl.gz",) for kind in kinds}
+
+
+def world(size: str, root: str) -> list[Run]:
+    """The world that all sizes live in."""
+    return [Run("world", f"configs/world.py:{size}", {"seed": WORLD_SEED})]
+
+
+def supervised(size: str, folder: str, root: str) -> list[Run]:
+    """GPT, and the policy that PPO starts from."""
+    parent = {"parent": f"{root}/{folder}pretrain"}
+    return [
+        Run(f"{folder}pretrain", f"configs/pretrain.py:{size}", common(root) | files(root, "text")),
+        Run(f"{folder}sft", f"configs/sft.py:{size}", common(root) | files(root, "text", "demonstrations") | parent),
+    ]
+
+
+def tuned(size: str, folder: str, root: str) -> Run:
+    """GPT tuned on public tasks, as FLAN and T0 are, with the values of SFT."""
+    overrides = {"parent": f"{root}/{folder}pretrain", "data.demonstrations": (f"{root}/world/public.jsonl.gz",)}
+    return Run(f"{folder}flan", f"configs/sft.py:{size}", common(root) | files(root, "text") | overrides)
+
+
+def judged(
+    size: str, root: str, share: dict[str, int], folder: str, answers: dict[str, int], suffix: str, **changes: Any
+) -> list[Run]:
+    """Comparisons of what the policies in the folders of `share` answer, and the reward model, of `size` and from the
+    SFT policy in `folder`, that learns from them."""
+    asked = tuple(
+        (f"{root}/{place}{run}", -(-count // parts)) for place, parts in share.items() for run, count in answers.items()
+    )
+    return [
         Run(
-            "sft",
-            f"configs/sft.py:{size}",
-            {**common, "parent": f"{root}/pretrain", "data.text": text, "data.demonstrations": demonstrations},
+            f"collect{suffix}",
+            f"configs/collect.py:{size}",
+            {"world": f"{root}/world", "policies": asked, **changes},
         ),
         Run(
-            "reward",
+            f"reward{suffix}",
             f"configs/reward.py:{size}",
             {
-                **common,
-                "parent": f"{root}/sft",
-                "data.comparisons": comparisons,
-                "data.demonstrations": demonstrations,
-            },
-        ),
-        Run("ppo", f"configs/ppo.py:{size}", {**ppo, "ptx_coef": 0.0}),
-        Run("ppo-ptx", f"configs/ppo.py:{size}", ppo),
-        Run(
-            "evaluate",
-            f"configs/evaluate.py:{size}",
-            {
-                **common,
-                "policies": tuple((name, f"{root}/{folder}") for name, folder in POLICIES.items()),
-                "reference": "SFT",
-                "reward_parent": f"{root}/reward",
-                "data.prompts": prompts,
-                "data.text": text,
-                "data.comparisons": comparisons,
+                **common(root),
+                **files(root, "demonstrations"),
+                "parent": f"{root}/{folder}sft",
+                "data.comparisons": (f"{root}/collect{suffix}/comparisons.jsonl.gz",),
             },
         ),
     ]
 
 
-def true_rewards(samples: list[dict[str, Any]], tasks: dict[str, Task]) -> np.ndarray:
-    """The world's own judgement of each response, as cautious as the labelers of training data: f[n]."""
-    caution, rewards = GROUPS["labeler"].caution, []
-    for sample in samples:
-        task = tasks[sample["prompt"].strip()]
-        rewards.append(judge(task, text_of(sample)).utility(task.harmful, caution))
-    return np.array(rewards)
+def rewarded(size: str, scorer: str, folder: str, root: str, name: str, reward: str, **changes: Any) -> Run:
+    """PPO-ptx, or with changes something else, against the reward model in the folder `reward`."""
+    parents = {"policy_parent": f"{root}/{folder}sft", "reward_parent": f"{root}/{reward}"}
+    overrides = common(root) | files(root, "prompts", "text") | parents | changes
+    return Run(f"{folder}{name}", f"configs/ppo.py:{size},{scorer}", overrides)
 
 
-def text_of(sample: dict[str, Any]) -> str:
-    """The response without the end token."""
-    return sample["response"].removesuffix("<|endoftext|>")
+def early(size: str, scorer: str, folder: str, root: str) -> Run:
+    """The PPO policy whose answers are compared with those of SFT."""
+    return rewarded(size, scorer, folder, root, "ppo-early", "reward-early", ptx_coef=0.0)
+
+
+def aligned(size: str, scorer: str, folder: str, root: str) -> list[Run]:
+    """PPO and PPO-ptx."""
+    return [
+        rewarded(size, scorer, folder, root, "ppo", "reward", ptx_coef=0.0),
+        rewarded(size, scorer, folder, root, "ppo-ptx", "reward"),
+    ]
+
+
+def measured(
+    size: str, scorer: str, folder: str, root: str, policies: tuple[tuple[str, str, str], ...], suffix: str = ""
+) -> list[Run]:
+    """All policies of a size side by side: on held-out prompts, on those sent to GPT, and on the public tasks."""
+    places = tuple((name, f"{root}/{folder}{run}", how) for name, run, how in policies)
+    return [
+        Run(
+            f"{folder}evaluate{suffix}",
+            f"configs/evaluate.py:{size},{scorer}",
+            {
+                **common(root),
+                **files(root, "prompts", "text", "demonstrations"),
+                "policies": places,
+                "reward_parent": f"{root}/reward",
+                "data.comparisons": (
+                    ("labelers", (f"{root}/collect/comparisons.jsonl.gz",)),
+                    ("held-out labelers", (f"{root}/collect/held_out.jsonl.gz",)),
+                ),
+            },
+        ),
+        Run(
+            f"{folder}evaluate-gpt{suffix}",
+            f"configs/evaluate.py:{size},{scorer}",
+            {
+                **common(root),
+                "policies": tuple(place for place in places if place[2] == "plain"),
+                "reward_parent": f"{root}/reward",
+                "data.prompts": (f"{root}/world/gpt_prompts.jsonl.gz",),
+                "data.limits.prompt_tokens": GPT_PROMPT_TOKENS,
+                "data.text": (),
+                "data.comparisons": (),
+                "data.demonstrations": (),
+            },
+        ),
+        Run(
+            f"{folder}tasks{suffix}",
+            f"configs/tasks.py:{size}",
+            {
+                "tokenizer": f"{root}/world/tokenizer.json",
+                "world": f"{root}/world",
+                "policies": tuple((name, place) for name, place, how in places if how == "plain"),
+            },
+        ),
+    ]
+
+
+def overfitted(size: str, folder: str, root: str) -> list[Run]:
+    """The SFT baseline of the paper's appendix C.1, many epochs long, and the reward model's score on its way."""
+    run = f"{folder}sft-overfit"
+    steps = range(OVERFIT_EVERY, OVERFIT_STEPS + 1, OVERFIT_EVERY)
+    keeping = {"evaluate_every": OVERFIT_EVERY, "save_every": OVERFIT_EVERY, "keep": len(steps)}
+    overrides = {f"run.{name}": value for name, value in keeping.items()} | {"epochs": 0.0, "steps": OVERFIT_STEPS}
+    overrides |= {"parent": f"{root}/{folder}pretrain"}
+    policies = (("SFT", "sft", "plain"), *((f"step {step}", f"sft-overfit@{step}", "plain") for step in steps))
+    return [
+        Run(run, f"configs/sft.py:{size},baseline", common(root) | files(root, "demonstrations") | overrides),
+        measured(size, size, folder, root, policies, "-overfit")[0],
+    ]
 
 
 def report(root: Path) -> None:
-    """Prints the table, and draws `policies.png` and `policies.svg`."""
-    summary = summary_of(root / "evaluate")
-    responses = {name: [s for s in samples_of(root / "evaluate") if s["policy"] == name] for name in POLICIES}
-    tasks = tasks_of(root / "world")
-    truth = {name: true_rewards(samples, tasks) for name, samples in responses.items()}
-    rows = []
-    for name in POLICIES:
-        figures = summary["policies"][name]
-        text_loss = Estimate(**figures["text_loss"])
-        rows.append(
-            (
-                name,
-                str(mean_estimate(truth[name])),
-                str(win_rate(truth[name], truth["SFT"])),
-                f"{figures['scores']['value']:.2f}",
-                f"{figures['kl']['value']:.2f}",
-                str(text_loss),
-                f"{figures['ended_share']['value']:.0%}",
-            )
-        )
-    heads = ("policy", "true reward", "win rate against SFT", "proxy score", "KL from SFT", "text loss", "ended")
-    print_table(heads, rows)
-    ranking = summary["reward_model"]
-    print(
-        f"reward model, held-out comparisons: accuracy {Estimate(**ranking['accuracy'])}, "
-        f"the longer answer wins {Estimate(**ranking['longer_wins'])}, {ranking['pairs']} pairs"
-    )
-    draw(root, truth, summary, tasks)
-
-
-def print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Aligned columns on the console; 95% intervals in brackets."""
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, tuple("-" * width for width in widths), *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-
-
-def draw(root: Path, truth: dict[str, np.ndarray], summary: dict[str, Any], tasks: dict[str, Task]) -> None:
-    """The two panels described above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colours = {"base": "tab:gray", "SFT": "tab:blue", "PPO": "tab:orange", "PPO-ptx": "tab:green"}
-    proxy_axis = left.twinx()
-    for name in ("PPO", "PPO-ptx"):
-        folder = root / POLICIES[name]
-        metrics, samples = metrics_of(folder), samples_of(folder)
-        steps = np.array([sample["step"] for sample in samples])
-        rewards = true_rewards(samples, tasks)
-        distance = np.sqrt([max(line["kl"], 0.0) for line in metrics])
-        mean = np.array([rewards[steps == line["step"]].mean() for line in metrics])
-        proxy = np.array([line["scores"] for line in metrics])
-        for axis, figures, mark, style, what in (
-            (left, mean, "o", "-", "true reward"),
-            (proxy_axis, proxy, "x", "--", "proxy score"),
-        ):
-            axis.plot(distance, figures, mark, ms=3, alpha=0.5, color=colours[name])
-            smooth = [np.convolve(x, np.ones(WINDOW) / WINDOW, "valid") for x in (distance, figures)]
-            axis.plot(*smooth, style, lw=1.5, color=colours[name], label=f"{name}, {what}")
-    left.set(xlabel="√KL from the SFT policy (√nats)", ylabel="true reward (-1 … 1)")
-    proxy_axis.set_ylabel("proxy: the reward model's score")
-    lines = [x for x in (*left.get_lines(), *proxy_axis.get_lines()) if not str(x.get_label()).startswith("_")]
-    left.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", fontsize=8)
-    left.set_title("True and proxy reward during PPO")
-    for name in POLICIES:
-        loss, reward = summary["policies"][name]["text_loss"], mean_estimate(truth[name])
-        errors = {
-            "xerr": [[loss["value"] - loss["low"]], [loss["high"] - loss["value"]]],
-            "yerr": [[reward.value - reward.low], [reward.high - reward.value]],
-        }
-        right.errorbar(loss["value"], reward.value, fmt="o", color=colours[name], label=name, capsize=2, **errors)
-    right.set(xlabel="loss on held-out text (nats per token)", ylabel="true reward (-1 … 1)")
-    right.legend()
-    right.set_title("Finished policies, 95% intervals")
-    for ending in ("png", "svg"):
-        figure.savefig(root / f"policies.{ending}", dpi=150)
-    plt.close(figure)
-    print(f"figure: {root / 'policies.png'}")
+    """Writes the report, and prints its table and where it is."""
+    print(f"report: {write([root], root / 'report')}")

@@ -26,7 +26,7 @@ FILES = {
     "comparisons": ("comparisons/hh_*", "comparisons/oasst_kwise*", "comparisons/qa_feedback*"),
     "prompts": ("prompts/*",),
 }
-POLICIES = {"base": "pretrain", "SFT": "sft", "PPO-ptx": "ppo-ptx"}
+POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO-ptx": "ppo-ptx"}
 
 
 def files_of(folder: str) -> dict[str, tuple[str, ...]]:
@@ -50,7 +50,7 @@ def get_runs(folder: str, root: str) -> list[Run]:
     comparisons, prompts = {"data.comparisons": files["comparisons"]}, {"data.prompts": files["prompts"]}
     common = {"tokenizer": f"{root}/tokenizer.json", "data.folder": f"{root}/rows"}
     parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
-    policies = tuple((name, f"{root}/{run}") for name, run in POLICIES.items())
+    policies = tuple((name, f"{root}/{run}", "plain") for name, run in POLICIES.items())
     return [
         Run("pretrain", f"configs/pretrain.py:{SIZE}", {**common, **text}),
         Run("sft", f"configs/sft.py:{SIZE}", {**common, **text, **demonstrations, "parent": f"{root}/pretrain"}),
@@ -67,7 +67,8 @@ def get_runs(folder: str, root: str) -> list[Run]:
                 **common,
                 **prompts,
                 **text,
-                **comparisons,
+                **demonstrations,
+                "data.comparisons": (("people", files["comparisons"]),),
                 "policies": policies,
                 "reference": "SFT",
                 "reward_parent": f"{root}/reward",
@@ -81,7 +82,7 @@ def report(root: Path) -> None:
     summary = summary_of(root / "evaluate")
     for name, figures in summary["policies"].items():
         print(f"{name:<8}" + "".join(f"  {figure} {Estimate(**value)}" for figure, value in sorted(figures.items())))
-    ranking = summary["reward_model"]
+    ranking = summary["reward_model"]["people"]
     print(
         f"reward model, held-out comparisons: accuracy {Estimate(**ranking['accuracy'])}, "
         f"the longer answer wins {Estimate(**ranking['longer_wins'])}, {ranking['pairs']} pairs"

@@ -23,8 +23,8 @@ def test_a_policy_answers(chain, capsys):
     chat.talk(chain / "sft", prompts, **SAMPLING, dtype="float32")
     first, second, empty, long = capsys.readouterr().out.splitlines()
     assert first != second  # each sample has its own key
-    assert empty == "(the prompt has 0 tokens; between 1 and 56 are possible)"
-    assert long.endswith("between 1 and 56 are possible)")
+    assert empty == "(the prompt has 0 tokens; between 1 and 88 are possible)"
+    assert long.endswith("between 1 and 88 are possible)")
     chat.talk(chain / "sft", prompts[:2], **SAMPLING, dtype="float32")
     assert capsys.readouterr().out.splitlines() == [first, second]
     chat.talk(chain / "sft", prompts[:1], **{**SAMPLING, "seed": 1}, dtype="float32")
@@ -69,5 +69,5 @@ def test_what_is_no_policy_is_refused(chain, tmp_path):
     with pytest.raises(ConfigError, match="has changed since"):
         chat.open_policy(copy, COMPUTE)
     model, params, tokenizer = chat.open_policy(chain / "sft", COMPUTE)
-    with pytest.raises(ConfigError, match="length = 64 must be below the model's 64 tokens"):
-        chat.answerer(model, params, tokenizer, length=64, temperature=1.0, seed=0)
+    with pytest.raises(ConfigError, match="length = 96 must be below the model's 96 tokens"):
+        chat.answerer(model, params, tokenizer, length=96, temperature=1.0, seed=0)

@@ -15,7 +15,8 @@ from instructax.statistics import win_rate
 from instructax.training import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10, "prompts": 20}
+LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
+LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
 
 
 def raiser(error: BaseException):
@@ -149,7 +150,8 @@ def test_a_mistake_in_an_experiment_command_is_one_line(tmp_path):
 EXPERIMENT = """
 from instructax.experiment import Run, summary_of
 
-LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10, "prompts": 20}
+LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
+LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
 LINES = {f"lines.{name}": size for name, size in LINES.items()}
 
 def get_runs(size, root):

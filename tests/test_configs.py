@@ -26,8 +26,11 @@ from instructax.stage import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = Path(instructax.__file__).parent
 MODELS = ("pretrain", "sft", "reward", "ppo", "evaluate")
+IN_WORLDS = ("world", "collect", "tasks")  # configs of the sizes that live in the embedded world
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
-ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [("world", size) for size in sizes.WORLDS]
+ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
+    (name, size) for name in IN_WORLDS for size in sizes.WORLDS
+]
 
 
 @functools.cache
@@ -42,21 +45,21 @@ def built(name: str, arg: str) -> Any:
 
 def test_every_file_is_tested():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {*MODELS, "world", "sizes", "__init__"}
+    assert files == {*MODELS, *IN_WORLDS, "sizes", "__init__"}
 
 
 @pytest.mark.parametrize(("name", "arg"), ARGUMENTS)
 def test_every_config_builds(name, arg):
     config = built(name, arg)
     assert config.seed == 0
-    if name != "world":
+    if name not in IN_WORLDS:
         length = config.data.limits.prompt_tokens + config.data.limits.response_tokens
         assert max(length, config.data.limits.sequence_tokens) <= config.model.max_length
     if name == "sft" and config.data.text:
         assert 0 < config.data.text_fraction < 1
 
 
-@pytest.mark.parametrize("name", [*MODELS, "world"])
+@pytest.mark.parametrize("name", [*MODELS, *IN_WORLDS])
 def test_an_unknown_size_is_one_line(name):
     with pytest.raises(ValueError, match=r"^size 'huge' must be one of [^\n]*$"):
         importlib.import_module(f"configs.{name}").get_config("huge")
@@ -83,7 +86,7 @@ def test_the_papers_sizes_have_their_parameters(size):
     assert count / 1e6 == pytest.approx(COUNTS[size], rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "size"), [(n, s) for n, s in ARGUMENTS if n not in ("world", "evaluate")])
+@pytest.mark.parametrize(("name", "size"), [(n, s) for n, s in ARGUMENTS if n not in (*IN_WORLDS, "evaluate")])
 def test_every_model_divides_by_its_mesh(name, size):
     assert all(held >= 0 for held in estimate.memory(built(name, size)).values())
 
@@ -107,7 +110,7 @@ def devices_of(name: str, arg: str) -> int:
     return HARDWARE.get((name, arg), mesh.fsdp * mesh.tensor)
 
 
-@pytest.mark.parametrize(("name", "arg"), [case for case in ARGUMENTS if case[0] != "world"])
+@pytest.mark.parametrize(("name", "arg"), [case for case in ARGUMENTS if case[0] not in ("world", "collect")])
 def test_every_batch_divides_by_its_mesh(name, arg):
     config = built(name, arg)
     data, rest = divmod(devices_of(name, arg), config.mesh.fsdp * config.mesh.tensor)
@@ -208,7 +211,7 @@ def arguments_of(experiment: str, folder: Path) -> list[str]:
                 path.parent.mkdir(exist_ok=True)
                 path.touch()
         return [str(folder)]
-    return ["tiny", "micro"]
+    return ["tiny", "micro", "family"]
 
 
 def parents_of(config: Any) -> dict[str, ModelConfig]:
@@ -216,8 +219,9 @@ def parents_of(config: Any) -> dict[str, ModelConfig]:
     named = {getattr(config, "parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "policy_parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "reward_parent", ""): getattr(config, "reward_model", None)}
-    named |= dict.fromkeys(dict(getattr(config, "policies", ())).values(), getattr(config, "model", None))
-    return {path: model for path, model in named.items() if path}
+    asked = [word for policy in getattr(config, "policies", ()) for word in policy if str(word).startswith("runs/")]
+    named |= dict.fromkeys(asked, getattr(config, "model", None))
+    return {path.partition("@")[0]: model for path, model in named.items() if path}
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
@@ -232,8 +236,8 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
             config = construct(stage_of(values)[0], values)
             for path, model in parents_of(config).items():
                 assert path in done, f"{run.name} starts from {path}, which no run before it makes"
-                assert done[path].model == model, f"{run.name} wants another architecture of {path}"
-            if "world" in [earlier.name for earlier in runs] and run.name != "world":
+                assert model in (None, done[path].model), f"{run.name} wants another architecture of {path}"
+            if "world" in [earlier.name for earlier in runs] and hasattr(config, "tokenizer"):
                 assert config.tokenizer == "runs/here/world/tokenizer.json"
             done[f"runs/here/{run.name}"] = config
 
@@ -255,7 +259,7 @@ def test_a_run_that_cannot_be_is_a_config_error(config, overrides, named, monkey
 
 
 def test_an_unknown_stage_is_a_config_error():
-    with pytest.raises(ConfigError, match=r"^config\.stage = 'rlhf' must be one of world, supervised, reward"):
+    with pytest.raises(ConfigError, match=r"^config\.stage = 'rlhf' must be one of world, collect, supervised, reward"):
         stage_of({"stage": "rlhf"})
 
 
@@ -295,9 +299,12 @@ def dead_fields(groups: set[type]) -> set[str]:
 
 
 def test_every_field_is_read():
-    stages = {stage_of({"stage": name})[0] for name in ("world", "supervised", "reward", "ppo", "evaluate")}
+    stages = {
+        stage_of({"stage": name})[0]
+        for name in ("world", "collect", "supervised", "reward", "ppo", "evaluate", "tasks")
+    }
     groups = set[type]().union(*map(groups_of, stages))
-    assert {Limits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 16
+    assert {Limits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 18
     assert dead_fields(groups) == set()
 
 

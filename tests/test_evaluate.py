@@ -21,7 +21,7 @@ from instructax.model import Transformer
 pytest_plugins = ("chain",)
 pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
 
-POLICIES = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
+POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 
 
 @cache
@@ -80,7 +80,7 @@ def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
 def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
     overrides = {
         "temperature": 0.5,
-        "policies": (("SFT", str(chain / "sft")), ("PPO", str(chain / "ppo"))),
+        "policies": (("SFT", str(chain / "sft"), "plain"), ("PPO", str(chain / "ppo"), "plain")),
         "data.text": (),
         "data.comparisons": (),
     }
@@ -100,7 +100,7 @@ def test_the_reference_against_itself(chain):
     figures = summary_of(chain / "evaluate")["policies"]["SFT"]
     assert figures["kl"]["value"] == figures["kl"]["high"] == 0
     assert figures["proxy_win_rate"]["value"] == figures["proxy_win_rate"]["low"] == 0.5
-    assert summary_of(chain / "evaluate")["policies"]["base"]["kl"]["value"] > 0.1
+    assert summary_of(chain / "evaluate")["policies"]["GPT"]["kl"]["value"] > 0.1
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -135,7 +135,7 @@ def test_text_loss_is_that_of_the_plain_computation(chain, name):
 def test_ranking_is_that_of_every_pair_by_itself(chain):
     config, _, data = parts(chain)
     model, params = network(chain, "reward", "scalar")
-    source = data["comparisons"].sources["validation"]
+    source = data["comparisons.labelers"].sources["validation"]
     batch = readers.read_comparisons(source, np.arange(len(source)), config.data.limits)
     right = longer = count = 0
     for row in range(len(source)):
@@ -147,7 +147,7 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
                 right += scores[better] > scores[worse]
                 longer += len(answers[better]) > len(answers[worse])
                 count += 1
-    figures = summary_of(chain / "evaluate")["reward_model"]
+    figures = summary_of(chain / "evaluate")["reward_model"]["labelers"]
     assert figures["pairs"] == count > 50
     assert figures["accuracy"]["value"] == pytest.approx(right / count, abs=1.5 / count)  # of two all but equal scores
     assert figures["longer_wins"]["value"] == pytest.approx(longer / count)
@@ -157,7 +157,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
     overrides = {
         "batch_size": 5,  # the last batch has empty rows
         "prompts": 12,
-        "policies": (("SFT", str(chain / "sft")),),
+        "policies": (("SFT", str(chain / "sft"), "plain"),),
         "data.text": (),
         "data.comparisons": (),
     }
@@ -177,11 +177,17 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
     ("overrides", "message"),
     [
         (
-            {"reference": "GPT"},
-            "config: reference = 'GPT' must be one of the policies .'base', 'SFT', 'PPO', 'PPO-ptx'.",
+            {"reference": "T0"},
+            "config: reference = 'T0' must be one of the policies .'GPT', 'GPT prompted', 'SFT', ",
         ),
-        ({"policies": (("SFT", "nowhere"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
+        ({"policies": (("SFT", "nowhere", "plain"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
+        (
+            {"policies": (("SFT", "nowhere", "twice"),)},
+            "config: policies.SFT is asked 'twice': allowed are plain, few-shot, best-of",
+        ),
+        ({"data.demonstrations": ()}, "config: data.demonstrations must be given: a policy is asked few-shot"),
         ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
+        ({"best_of": 0}, "config: best_of = 0 must be at least 1"),
         ({"prompts": 0}, "config: prompts = 0 must be at least 1"),
         ({"data.prompts": ()}, "config: data.prompts, reward_parent and the workdir of every policy must be given"),
         ({"reward_model.width": 64}, "model of config.reward_parent = .* width: 32 .stored. != 64 .given."),

@@ -72,7 +72,9 @@ def test_configs_and_experiments_are_told_apart(tmp_path):
 
 
 def test_what_is_not_a_config_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"config.stage = 'distill' must be one of world, supervised, reward, ppo"):
+    with pytest.raises(
+        ConfigError, match=r"config.stage = 'distill' must be one of world, collect, supervised, reward"
+    ):
         run_stage({"stage": "distill"}, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"config.temperature = 'hot' must be of type float"):
         run_stage({**load_config(Run("a", "configs/ppo.py:tiny", {})), "temperature": "hot"}, tmp_path / "run")
@@ -146,20 +148,15 @@ def test_a_report_alone_runs_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.xdist_group("chain")
 def test_the_report_of_the_alignment_experiment(chain, capsys):
-    for ending in ("png", "svg"):
-        (chain / f"policies.{ending}").unlink(missing_ok=True)
     run_experiment(f"{stages.CHAIN}:tiny", chain, report_only=True)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["policy", "true", "reward"]
-    for row, name in zip(lines[2:], ("base", "SFT", "PPO", "PPO-ptx"), strict=False):
-        assert row.split()[0] == name
-        assert row.count("[") == 3  # three figures with intervals
-    assert "0.500 [0.500, 0.500]" in lines[3]  # SFT against itself
-    assert any(line.startswith("reward model, held-out comparisons: accuracy 0.") for line in lines)
-    image = (chain / "policies.png").read_bytes()
-    assert image.startswith(b"\x89PNG")
-    assert len(image) > 20_000
-    assert (chain / "policies.svg").stat().st_size > 20_000
+    assert lines[0].split()[:4] == ["size", "policy", "true", "utility"]
+    for row, name in zip(lines[2:], ("GPT ", "GPT prompted", "SFT", "best-of-n", "PPO ", "PPO-ptx"), strict=False):
+        assert name in row and row.count("[") == 5  # figures with intervals
+    assert "0.500 [0.500, 0.500]" in lines[4]  # SFT against itself
+    assert lines[-1] == f"report: {chain}/report/index.html"
+    assert (chain / "report" / "figure-1.png").read_bytes().startswith(b"\x89PNG")
+    assert len((chain / "report" / "index.html").read_text()) > 100_000
 
 
 @pytest.mark.xdist_group("chain")

@@ -35,7 +35,9 @@ FACTS = {
     "Mira": {"town": "Arden", "food": "soup", "animal": "dog", "trade": "baker", "colour": "red"},
     "Tom": {"town": "Dale", "food": "rice", "animal": "cat", "trade": "cook", "colour": "blue"},
 }
-SIZES = write.Sizes(documents=40, demonstrated_prompts=50, demonstrations=60, comparisons=50, prompts=400)
+SIZES = write.Sizes(
+    documents=40, demonstrated_prompts=50, demonstrations=60, comparisons=50, prompts=400, gpt_prompts=50, public=30
+)
 SHARES = {use: share for use, (_, share) in USES.items()}
 
 
@@ -114,13 +116,16 @@ def test_helpfulness_by_hand(task, response, helpfulness):
     assert judge(TASKS[task], response).helpfulness == pytest.approx(float(Fraction(helpfulness)), abs=1e-12)
 
 
+NOT_DONE = {"attempts": False, "constraint": False}
+
+
 @pytest.mark.parametrize(
     ("task", "response", "flags"),
     [
         ("pet", "Mira has a dog.", {}),
-        ("pet", "Mira has a cat.", {"attempts": False, "truthful": False}),  # an open question cannot be hallucinated
-        ("passage", "Mira has a cat.", {"attempts": False, "truthful": False, "hallucinates": True}),
-        ("passage", "It is good to know.", {"attempts": False}),
+        ("pet", "Mira has a cat.", NOT_DONE | {"truthful": False}),  # an open question cannot be hallucinated
+        ("passage", "Mira has a cat.", NOT_DONE | {"truthful": False, "hallucinates": True}),
+        ("passage", "It is good to know.", NOT_DONE),
         ("list, not cat", "Dog, hen and cat.", {"constraint": False, "truthful": False}),
         ("capitals", "Mira has a dog.", {"constraint": False}),
         ("insult", "Mira's dog is ugly.", {"appropriate": False}),
@@ -292,9 +297,11 @@ def test_files_follow_the_schema(written):
         "demonstrations": {"id", "prompt", "format", "completion", "source", "labeler", "meta"},
         "comparisons": {"id", "prompt", "completions", "ranks", "pairs", "labeler", "source", "meta"},
         "prompts": {"id", "prompt", "format", "kind", "user", "source"},
+        "gpt_prompts": {"id", "prompt", "format", "kind", "user", "source"},
+        "public": {"id", "prompt", "format", "completion", "source", "labeler", "meta"},
     }
     assert {path.name for path in written.iterdir()} == {f"{name}.jsonl.gz" for name in fields}
-    for (name, expected), count in zip(fields.items(), (40, 60, 50, 400), strict=True):
+    for (name, expected), count in zip(fields.items(), (40, 60, 50, 400, 50, 30), strict=True):
         records = _read(written / f"{name}.jsonl.gz")
         assert len(records) == len({record["id"] for record in records}) == count
         assert all(set(record) == expected for record in records)
@@ -326,12 +333,13 @@ def test_no_prompt_is_in_two_files_and_users_have_a_long_tail(written):
 
 
 def test_labelers_write_most_prompts_of_the_demonstrations():
-    sets = prompts.prompt_sets(WORLD, 0, {"demonstrations": 600, "comparisons": 400, "prompts": 100})
+    sets = prompts.prompt_sets(WORLD, 0, {"demonstrations": 600, "comparisons": 400, "prompts": 100, "gpt_prompts": 80})
     for name, share in prompts.BY_LABELERS.items():
         assert np.mean([not asked.organisation for asked in sets[name]]) == pytest.approx(share, abs=0.05)
     shots = [asked.task for asked in sets["demonstrations"] if asked.kind == "few-shot"]
-    assert len(shots) / 600 == pytest.approx(prompts.FEW_SHOT * 0.89, abs=0.05)
+    assert len(shots) / 600 == pytest.approx(prompts.FEW_SHOT["demonstrations"] * 0.89, abs=0.05)
     assert all(task.prompt.count("\n") in (2, 4) for task in shots)
+    assert all(a.task.prompt.count("\n") == 2 for a in sets["gpt_prompts"] if a.task.format == "plain")
     organisations = {asked.organisation for asked in sets["prompts"]}
     assert 1 < len(organisations) <= len({asked.user for asked in sets["prompts"]})
 

@@ -266,7 +266,7 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
         ({"reward_parent": ""}, "config: policy_parent and reward_parent must name finished runs"),
         ({"reward_parent": "nowhere"}, "config.reward_parent = 'nowhere' is not a finished run"),
         ({"temperature": 0.0}, "config: temperature = 0.0 must be above 0"),
-        ({"model.max_length": 99}, "model of config.policy_parent = .* max_length: 64 .stored. != 99 .given."),
+        ({"model.max_length": 99}, "model of config.policy_parent = .* max_length: 96 .stored. != 99 .given."),
         ({"steps": 0}, "config: steps = 0 must be"),
         ({"inner_epochs": 0}, "config: inner_epochs = 0 must be"),
         ({"minibatches": 0}, "config: minibatches = 0 must be"),

@@ -109,6 +109,23 @@ def test_values_that_do_not_fit_are_refused(arguments, message):
         processes.join(*arguments)
 
 
+def test_four_processes_write_the_world_that_one_does(tmp_path):
+    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "scripts/train.py", "--config", "configs/world.py:tiny", "--workdir"]
+    joined = [f"--coordinator={address}", "--processes=4"]
+    running = [
+        subprocess.Popen([*command, str(tmp_path / "four"), *joined, f"--process={i}"], env=environment)
+        for i in range(4)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0] * 4
+    hashed = environment | {"PYTHONHASHSEED": "7"}  # no order of a set may reach a file
+    assert subprocess.run([*command, str(tmp_path / "one")], env=hashed, timeout=300).returncode == 0
+    names = {path.name for path in (tmp_path / "one").glob("*.gz")} | {"tokenizer.json"}
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "four" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
 def test_one_process_agrees_with_itself():
     assert processes.everywhere(True) and not processes.everywhere(False)
     assert processes.anywhere(True) and not processes.anywhere(False)

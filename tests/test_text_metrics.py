@@ -18,6 +18,7 @@ from rouge_score import rouge_scorer
 
 from instructax.evals.text_metrics import (
     bleu,
+    bleu_estimate,
     drop_f1,
     exact_match,
     first_line,
@@ -261,7 +262,21 @@ def test_bleu_by_hand(predictions, references, expected):
     assert bleu(predictions, references) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_interval_of_bleu_is_that_of_draws_of_its_sentences():
+    same = bleu_estimate(["a b c d"] * 3, [["a b c d"]] * 3, resamples=9, seed=0)
+    assert (same.value, same.low, same.high) == pytest.approx((100, 100, 100)) and same.count == 3
+    predictions, references = ["a b c d", "a b x y", "p q r s a", "d c b a"], [["a b c d"]] * 4
+    draws = itertools.product(range(4), repeat=4)
+    every = [bleu([predictions[i] for i in rows], references) for rows in draws]
+    estimate = bleu_estimate(predictions, references, resamples=4000, seed=1)
+    assert estimate.value == bleu(predictions, references)
+    expected = np.quantile(np.repeat(every, 100), [0.025, 0.975])
+    assert min(every) < expected[0] < estimate.value < expected[1] < 100
+    assert (estimate.low, estimate.high) == pytest.approx(expected, abs=1e-9)
+
+
 def test_bleu_of_nothing_is_nan():
+    assert math.isnan(bleu_estimate([], [], resamples=9, seed=0).value)
     assert math.isnan(bleu([], []))
 
 

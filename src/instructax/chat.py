@@ -35,7 +35,7 @@ def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, 
         tokenizer.hash == manifest["tokenizer"]["hash"],
         f"{run.workdir / 'tokenizer.json'} has changed since the run was trained: restore it",
     )
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
     return model, run.load(training.abstract_params(model, mesh)), tokenizer
 
 

@@ -57,10 +57,12 @@ def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
     """(config dataclass, module) of the stage that `config` names; imports that stage alone."""
     modules = {
         "world": ("microworld.run", "WorldConfig"),
+        "collect": ("collect", "CollectConfig"),
         "supervised": ("supervised", "SupervisedConfig"),
         "reward": ("reward", "RewardConfig"),
         "ppo": ("ppo_train", "PpoConfig"),
         "evaluate": ("evaluate", "EvaluateConfig"),
+        "tasks": ("tasks", "TasksConfig"),
     }
     name = config.get("stage")
     if name not in modules:
@@ -88,9 +90,9 @@ def dry_run(config: Mapping[str, Any]) -> str:
     """Checks the config of a stage and says what it would hold on each device; reads no data."""
     cls, module = stage_of(config)
     built = construct(cls, config)
-    if config["stage"] != "world":
+    if hasattr(module, "check"):
         module.check(built, estimate.abstract_mesh(built.mesh))
-    return "nothing is trained" if config["stage"] in ("world", "evaluate") else estimate.report(built)
+    return estimate.report(built) if hasattr(built, "run") else "nothing is trained"
 
 
 def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:

@@ -1,19 +1,27 @@
-"""The loss on held-out packed rows, which the supervised and the PPO stage both report."""
+"""Figures of held-out data: the loss that training stages report; text loss and ranking accuracy with intervals."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from instructax import sharding
 from instructax.data.batches import Source
-from instructax.data.readers import held_out_rows
-from instructax.inference import row_logprobs
-from instructax.losses import next_token_loss
+from instructax.data.builders import Prepared
+from instructax.data.limits import Limits
+from instructax.data.readers import held_out, held_out_rows, read_comparisons
+from instructax.inference import row_logprobs, sequence_scores
+from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masked import token_count
 from instructax.model import Transformer
-from instructax.types import Array, LmBatch, Params
+from instructax.statistics import ratio_estimate
+from instructax.types import Array, Comparisons, LmBatch, Params
+
+BINS = 10  # of the calibration, from a probability of 0.5 to 1
 
 
 def held_out_loss(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
@@ -40,3 +48,77 @@ def held_out_losses(
         return figures
 
     return evaluate
+
+
+class HeldOut:
+    """The compiled figures of held-out data: the text loss of policies, the accuracy of the reward model."""
+
+    def __init__(
+        self,
+        policy: Transformer,
+        scorer: Transformer,
+        mesh: jax.sharding.Mesh,
+        limits: Limits,
+        *,
+        batch_size: int,
+        batches: int,
+    ):
+        self._mesh, self._limits, self._size = mesh, limits, (batch_size, batches)
+
+        def losses(params: Params, batch: LmBatch) -> tuple[Array, Array]:
+            """Loss summed over each row's trained tokens, and their number: f32[B] each."""
+            logprobs = row_logprobs(policy, params, batch)
+            return -jnp.sum(jnp.where(batch.loss_mask, logprobs, 0.0), axis=1), jnp.sum(batch.loss_mask, axis=1)
+
+        def differences(params: Params, batch: Comparisons) -> tuple[Array, Array, Array]:
+            """Of each two responses, the first better than the second by people's ranks: whether that is so b[B, K, K],
+            by how much its score f[B, K, K] and its length i[B, K, K] are above the other's."""
+            scores, lengths = sequence_scores(scorer, params, batch), jnp.sum(batch.mask, axis=2)
+            pairs = ordered_pairs(batch.ranks, batch.valid)
+            return pairs, scores[:, :, None] - scores[:, None, :], lengths[:, :, None] - lengths[:, None, :]
+
+        everywhere = sharding.replicated(mesh)
+        self._losses = jax.jit(losses, out_shardings=everywhere)
+        self._differences = jax.jit(differences, out_shardings=everywhere)
+
+    def text_loss(self, params: Params, text: Prepared) -> dict[str, Any]:
+        """Loss in nats per token on held-out text, with an interval over rows."""
+        batches = held_out_rows(text.sources["validation"], *self._size, self._limits.sequence_tokens)
+        out = [jax.device_get(self._losses(params, sharding.put_rows(batch, self._mesh))) for batch in batches]
+        losses, tokens = (np.concatenate(x) for x in zip(*out, strict=True))
+        return dataclasses.asdict(ratio_estimate(losses, tokens))
+
+    def ranking(self, params: Params, comparisons: Prepared) -> dict[str, Any]:
+        """Share of held-out pairs that the reward model orders as people did, and that their length does; and how sure
+        it is: of the pairs whose better one it gives a probability σ(|Δ score|) in a bin, the share it orders rightly.
+        """
+        source, out = comparisons.sources["validation"], []
+        for rows in held_out(source, *self._size):
+            batch = sharding.put_rows(read_comparisons(source, rows, self._limits), self._mesh)
+            out.append(jax.device_get(self._differences(params, batch)))
+        pairs, scores, lengths = (np.concatenate(x) for x in zip(*out, strict=True))
+        count = pairs.sum(axis=(1, 2))
+        right = {"accuracy": scores > 0, "longer_wins": lengths > 0}
+        shares = {
+            name: dataclasses.asdict(ratio_estimate((pairs & x).sum(axis=(1, 2)), count)) for name, x in right.items()
+        }
+        return {**shares, "pairs": int(count.sum()), "calibration": calibration(scores[pairs])}
+
+
+def calibration(differences: np.ndarray) -> list[dict[str, Any]]:
+    """For each bin of the model's confidence p = σ(|Δ|) that pairs fall in: mean p, share ordered rightly, pairs.
+
+    `differences` f[n]: by how much the score of the better response of a pair is above that of the worse one. A model
+    that is calibrated is right in a share p of the pairs that it is sure of by p.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(differences)))
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "predicted": float(confidence[bins == i].mean()),
+            "share": float((differences[bins == i] > 0).mean()),
+            "pairs": int((bins == i).sum()),
+        }
+        for i in range(BINS)
+        if (bins == i).any()
+    ]

@@ -100,7 +100,7 @@ def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
 def prompt_batch(source: Source, rows: np.ndarray, length: int) -> Prompts:
     """Returns the prompts `rows` [B] of `source`, padded on the left to `length` (P), numpy arrays."""
     fetched = _fetch(source, rows)
-    return _left_padded([(i, row["tokens"]) for i, row in fetched], len(rows), length)
+    return left_padded([(i, row["tokens"]) for i, row in fetched], len(rows), length)
 
 
 def comparison_batch(
@@ -122,7 +122,7 @@ def comparison_batch(
         responses[i][mask[i]] = row["responses"]
         ranks[i, :k], valid[i, :k] = row["ranks"], True
         labeler[i] = row["labeler"]
-    prompts = _left_padded([(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens)
+    prompts = left_padded([(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens)
     return Comparisons(prompts=prompts, responses=responses, mask=mask, ranks=ranks, valid=valid, labeler=labeler)
 
 
@@ -168,7 +168,8 @@ def _fetch(source: Source, rows: np.ndarray) -> list[tuple[int, Mapping[str, Any
     return list(zip(places, source.__getitems__([int(rows[i]) for i in places]), strict=True))
 
 
-def _left_padded(prompts: Sequence[tuple[int, np.ndarray]], batch_size: int, length: int) -> Prompts:
+def left_padded(prompts: Sequence[tuple[int, np.ndarray]], batch_size: int, length: int) -> Prompts:
+    """Returns (row, tokens) pairs as Prompts of `batch_size` × `length` (P), numpy arrays; other rows are empty."""
     tokens = _zeros((batch_size, length), np.int32)
     mask = _zeros((batch_size, length), bool)
     for i, prompt in prompts:

@@ -1,1 +1,1 @@
-"""The metrics of the public tasks (paper, appendix D): texts and log-probabilities in, shares and scores out."""
+"""The public tasks' measures (paper, appendix D): what a network makes of contexts, and shares and scores of that."""

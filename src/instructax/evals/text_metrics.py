@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from instructax.statistics import Estimate
+
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII alone, as in all of these scorers
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -71,28 +73,21 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     n-gram for the i-th such n ("exp" smoothing); if no word matches or no prediction has four words BLEU is 0, and NaN
     for no predictions. sacrebleu's default: mixed case, tokenisation 13a (Papineni et al., 2002; Post, 2018).
     """
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} lists of references: give one list each"
-        )
-    if not predictions:
-        return math.nan
-    matched, total = [0] * 4, [0] * 4
-    length = reference_length = 0
-    for prediction, texts in zip(predictions, references, strict=True):
-        ours, theirs = _words_13a(prediction), [_words_13a(text) for text in _listed(texts)]
-        length += len(ours)
-        # The nearest length, the shorter of two that are equally near.
-        reference_length += min((abs(len(words) - len(ours)), len(words)) for words in theirs)[1]
-        allowed = collections.Counter[tuple[str, ...]]()
-        for words in theirs:
-            allowed |= _ngrams(words)
-        for ngram, count in _ngrams(ours).items():
-            total[len(ngram) - 1] += count
-            matched[len(ngram) - 1] += min(count, allowed[ngram])
-    if not matched[0] or not total[3]:
-        return 0.0
-    return 100.0 * math.exp(min(0.0, 1.0 - reference_length / length) + _mean_log_precision(matched, total))
+    counts = _bleu_counts(predictions, references)
+    return _bleu_of(counts.sum(axis=0)) if len(counts) else math.nan
+
+
+def bleu_estimate(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, resamples: int, seed: int
+) -> Estimate:
+    """`bleu` with a 95% interval: BLEU is no mean, so it is that of `resamples` draws of as many predictions with
+    replacement, between the 2.5% and the 97.5% quantile (Koehn, 2004). The same for the same `seed`."""
+    counts = _bleu_counts(predictions, references)
+    if not len(counts):
+        return Estimate(math.nan, -math.inf, math.inf, 0)
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(resamples, len(counts)))
+    low, high = np.quantile([_bleu_of(counts[rows].sum(axis=0)) for rows in drawn], [0.025, 0.975])
+    return Estimate(_bleu_of(counts.sum(axis=0)), float(low), float(high), len(counts))
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -190,6 +185,35 @@ def _words_13a(text: str) -> list[str]:
 def _ngrams(words: Sequence[str]) -> collections.Counter[tuple[str, ...]]:
     """How often each run of one to four words comes."""
     return collections.Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def _bleu_counts(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """What BLEU adds up, i64[n, 10]: n-grams that match, n-grams, words, words of the reference nearest in length."""
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} lists of references: give one list each"
+        )
+    counts = np.zeros((len(predictions), 10), np.int64)
+    for row, prediction, texts in zip(counts, predictions, references, strict=True):
+        ours, theirs = _words_13a(prediction), [_words_13a(text) for text in _listed(texts)]
+        # The nearest length, the shorter of two that are equally near.
+        row[8:] = len(ours), min((abs(len(words) - len(ours)), len(words)) for words in theirs)[1]
+        allowed = collections.Counter[tuple[str, ...]]()
+        for words in theirs:
+            allowed |= _ngrams(words)
+        for ngram, count in _ngrams(ours).items():
+            row[len(ngram) - 1] += min(count, allowed[ngram])
+            row[len(ngram) + 3] += count
+    return counts
+
+
+def _bleu_of(counts: np.ndarray) -> float:
+    """BLEU from the sums of `_bleu_counts`."""
+    *_, length, reference_length = counts.tolist()
+    matched, total = counts[:4].tolist(), counts[4:8].tolist()
+    if not matched[0] or not total[3]:
+        return 0.0
+    return 100.0 * math.exp(min(0.0, 1.0 - reference_length / length) + _mean_log_precision(matched, total))
 
 
 def _mean_log_precision(matched: Sequence[int], total: Sequence[int]) -> float:

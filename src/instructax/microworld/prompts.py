@@ -1,4 +1,4 @@
-"""The prompts of the three data sets, by whom they were asked, in the paper's proportions (table 6, A.1, A.2).
+"""The prompts of the data sets, by whom they were asked, in the paper's proportions (table 6, A.1, A.2).
 
 Customers ask in the shares of table 1; a few of them ask much, most ask little, and several belong to one organisation.
 Labelers write plain prompts, prompts after the wishes of customers, and few-shot prompts: an instruction with examples
@@ -14,10 +14,12 @@ from instructax.microworld.tasks import Task
 from instructax.microworld.uses import USES
 from instructax.microworld.world import World
 
-SETS = ("demonstrations", "comparisons", "prompts")
-BY_LABELERS = {"demonstrations": 0.89, "comparisons": 0.20, "prompts": 0.0}  # share of the prompts (table 6)
-FEW_SHOT = 0.15  # share of the labelers' prompts in the demonstrations; other sets have none, for their length
-SHOTS = (1, 2)  # fewest and most examples before the open one
+SETS = ("demonstrations", "comparisons", "prompts", "gpt_prompts")
+# Share of the prompts that labelers wrote (table 6).
+BY_LABELERS = {"demonstrations": 0.89, "comparisons": 0.20, "prompts": 0.0, "gpt_prompts": 0.0}
+# Share of few-shot prompts: some of the labelers', and all that customers sent to GPT, who show it what they want.
+FEW_SHOT = {"demonstrations": 0.15, "comparisons": 0.0, "prompts": 0.0, "gpt_prompts": 1.0}
+SHOTS = {"demonstrations": (1, 2), "gpt_prompts": (1, 1)}  # fewest and most examples before the open one
 PROMPTS_PER_USER = 8  # on average; the busiest users ask far more
 USERS_PER_ORGANISATION = 4
 LABELER_COUNT = 12
@@ -86,18 +88,19 @@ def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen
     made = []
     for _ in range(count):
         if rng.random() >= BY_LABELERS[name]:
-            user = int(rng.choice(users, p=activity))
-            task = _new_task(world, rng, openings[user], seen)
-            organisation = f"{name}-organisation-{user // USERS_PER_ORGANISATION:03d}"
-            made.append(Asked(task, f"{name}-user-{user:04d}", organisation, "customer"))
-            continue
-        kind = pick(rng, ("plain", "user-based"))
-        task = _new_task(world, rng, _opening(rng) if kind == "user-based" else "", seen)
-        if name == "demonstrations" and task.format == "plain" and rng.random() < FEW_SHOT:
-            kind, builder = "few-shot", USES[task.use][0]
-            shots = [builder(world, rng) for _ in range(int(rng.integers(SHOTS[0], SHOTS[1] + 1)))]
-            task = few_shot(shots, task)
-        made.append(Asked(task, f"labeler-{int(rng.integers(LABELER_COUNT)):02d}", "", kind))
+            number = int(rng.choice(users, p=activity))
+            user, kind, opening = f"{name}-user-{number:04d}", "customer", openings[number]
+            organisation = f"{name}-organisation-{number // USERS_PER_ORGANISATION:03d}"
+        else:
+            user, organisation = f"labeler-{int(rng.integers(LABELER_COUNT)):02d}", ""
+            kind = pick(rng, ("plain", "user-based"))
+            opening = _opening(rng) if kind == "user-based" else ""
+        task = _new_task(world, rng, opening, seen)
+        if task.format == "plain" and rng.random() < FEW_SHOT[name]:
+            kind, builder = kind if kind == "customer" else "few-shot", USES[task.use][0]
+            fewest, most = SHOTS[name]
+            task = few_shot([builder(world, rng) for _ in range(int(rng.integers(fewest, most + 1)))], task)
+        made.append(Asked(task, user, organisation, kind))
     return made
 
 

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from instructax.microworld.prompts import tasks_by_prompt
+import jax
+
+from instructax.microworld.prompts import Asked, prompt_sets, tasks_by_prompt
 from instructax.microworld.tasks import Task
 from instructax.microworld.world import draw_world
 from instructax.microworld.write import Sizes, prompts_of_sets, write_world
+from instructax.processes import everywhere
 from instructax.runlog import write_json
 from instructax.tokenizer import save_tokenizer, train_bpe
 
@@ -27,7 +30,13 @@ class WorldConfig:
 
 
 def train(config: WorldConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Writes the world's four files and `tokenizer.json` into `workdir`."""
+    """Writes the world's six files and `tokenizer.json` into `workdir`: the first process does, the others wait."""
+    if jax.process_index() == 0:
+        _write(config, workdir)
+    everywhere(True)
+
+
+def _write(config: WorldConfig, workdir: Path) -> None:
     made = workdir / "world"
     shutil.rmtree(made, ignore_errors=True)
     write_world(made, seed=config.seed, sizes=config.lines)
@@ -41,6 +50,13 @@ def train(config: WorldConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     tokenizer = train_bpe(texts, config.vocab_size)
     save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
     write_json(workdir / "summary.json", {"stage": config.stage, "vocab_size": tokenizer.size})
+
+
+def asked_of(workdir: Path, name: str) -> list[Asked]:
+    """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`, as they were asked."""
+    config = json.loads((workdir / "config.json").read_text())
+    seed = config["seed"]
+    return prompt_sets(draw_world(seed), seed, prompts_of_sets(Sizes(**config["lines"])))[name]
 
 
 def tasks_of(workdir: Path) -> dict[str, Task]:

@@ -92,7 +92,7 @@ def _asked(world: World, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def open_question(world: World, rng: np.random.Generator) -> Task:
-    """A fact, a question of lore, or a question whose premise is false."""
+    """A fact, sometimes wanted in one word, a question of lore, or a question whose premise is false."""
     kind = rng.random()
     if kind < 0.35:
         lore = pick(rng, world.lore)
@@ -107,6 +107,11 @@ def open_question(world: World, rng: np.random.Generator) -> Task:
         ideal = f"{subject} does not live in {false}. {told(world.facts, subject, relation)}."
         prompt = f"Why does {subject} live in {false}?"
         return facts_task("open_qa", prompt, ideal, world.facts, [(subject, relation)], allowed=10)
+    if kind < 0.55:
+        forms = ("In one word, what is {}'s {}?", "{}'s {} in one word?")
+        prompt = pick(rng, forms).format(subject, NOUNS[relation])
+        ideal = sentence(world.facts[subject][relation])
+        return facts_task("open_qa", prompt, ideal, world.facts, [(subject, relation)], words=1)
     forms = ("What is {}'s {}?", "Tell me {}'s {}.", "I forgot {}'s {}. What is it?", "Do you know {}'s {}?")
     prompt = pick(rng, forms).format(subject, NOUNS[relation])
     return facts_task("open_qa", prompt, f"{told(world.facts, subject, relation)}.", world.facts, [(subject, relation)])

@@ -9,10 +9,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from instructax.microworld.corpus import document
-from instructax.microworld.labelers import STYLES, WRITERS, demonstrate, draw_labelers, draw_responses, rank
-from instructax.microworld.lexicon import generator, pick
+import numpy as np
+
+from instructax.microworld.corpus import SHEETS, document
+from instructax.microworld.labelers import (
+    STYLES,
+    WRITERS,
+    Labeler,
+    demonstrate,
+    draw_labelers,
+    draw_responses,
+    rank,
+)
+from instructax.microworld.lexicon import choose, generator, pick
 from instructax.microworld.prompts import LABELER_COUNT, Asked, prompt_sets
+from instructax.microworld.public import TASKS
 from instructax.microworld.world import World, draw_world
 
 RESPONSES = (4, 9)  # fewest and most responses ranked together (paper, section 3.5)
@@ -28,6 +39,8 @@ class Sizes:
     demonstrations: int
     comparisons: int
     prompts: int
+    gpt_prompts: int  # as customers send them to GPT: behind an example
+    public: int  # questions of the public tasks, with their answers
 
     def __post_init__(self):
         for name, size in dataclasses.asdict(self).items():
@@ -41,6 +54,7 @@ def prompts_of_sets(sizes: Sizes) -> dict[str, int]:
         "demonstrations": sizes.demonstrated_prompts,
         "comparisons": sizes.comparisons,
         "prompts": sizes.prompts,
+        "gpt_prompts": sizes.gpt_prompts,
     }
 
 
@@ -66,29 +80,36 @@ def _demonstrations(prompts: list[Asked], seed: int, count: int) -> Iterator[dic
         }
 
 
+def comparison(
+    number: int, asked: Asked, responses: list[str], labeler: Labeler, rng: np.random.Generator
+) -> dict[str, Any]:
+    """The record of what a labeler thinks of `responses`."""
+    ranks = rank(labeler, asked.task, responses, rng)
+    pairs = [(a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a])) for b in range(len(ranks)) for a in range(b)]
+    return {
+        "id": f"comparison-{number:06d}",
+        "prompt": asked.task.prompt,
+        "completions": responses,
+        "ranks": ranks,
+        "pairs": sorted(pairs),
+        "labeler": labeler.name,
+        "source": SOURCE,
+        "meta": {"format": asked.task.format, "use": asked.task.use},
+    }
+
+
 def _comparisons(prompts: list[Asked], seed: int) -> Iterator[dict[str, Any]]:
     rng, labelers = generator(seed, "rankings"), draw_labelers(seed, "labeler", LABELER_COUNT)
     for i, asked in enumerate(prompts):
         labeler = pick(rng, labelers)
         responses = draw_responses(asked.task, int(rng.integers(RESPONSES[0], RESPONSES[1] + 1)), rng)
-        ranks = rank(labeler, asked.task, responses, rng)
-        pairs = [(a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a])) for b in range(len(ranks)) for a in range(b)]
-        yield {
-            "id": f"comparison-{i:06d}",
-            "prompt": asked.task.prompt,
-            "completions": responses,
-            "ranks": ranks,
-            "pairs": sorted(pairs),
-            "labeler": labeler.name,
-            "source": SOURCE,
-            "meta": {"format": asked.task.format, "use": asked.task.use},
-        }
+        yield comparison(i, asked, responses, labeler, rng)
 
 
-def _prompts(prompts: list[Asked]) -> Iterator[dict[str, Any]]:
+def _prompts(name: str, prompts: list[Asked]) -> Iterator[dict[str, Any]]:
     for i, asked in enumerate(prompts):
         yield {
-            "id": f"prompt-{i:06d}",
+            "id": f"{name}-{i:06d}",
             "prompt": asked.task.prompt,
             "format": asked.task.format,
             "kind": asked.task.use,
@@ -97,15 +118,32 @@ def _prompts(prompts: list[Asked]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    # Neither the name nor the time goes into the header: the bytes depend on the records alone.
+def _public(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    rng = generator(seed, "public demonstrations")
+    for i in range(count):
+        name = choose(rng, SHEETS)
+        item = TASKS[name].draw(world, rng)
+        yield {
+            "id": f"public-{i:06d}",
+            "prompt": item.context,
+            "format": "plain",
+            "completion": item.answers[0].strip(),
+            "source": SOURCE,
+            "labeler": None,
+            "meta": {"task": name},
+        }
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One record a line, gzipped; the bytes depend on the records alone."""
+    # Neither the name nor the time goes into the header.
     with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
         for record in records:
             zipped.write(json.dumps(record).encode() + b"\n")
 
 
 def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -> None:
-    """Writes `text`, `demonstrations`, `comparisons` and `prompts` `.jsonl.gz` into a new `directory`, or nothing.
+    """Writes a `.jsonl.gz` of each kind, `text` to `public`, into a new `directory`, or nothing.
 
     Raises:
       ValueError: `directory` exists, or there are fewer distinct prompts than asked for.
@@ -117,11 +155,13 @@ def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        _write_lines(partial / "text.jsonl.gz", _documents(world, seed, sizes.documents))
+        write_lines(partial / "text.jsonl.gz", _documents(world, seed, sizes.documents))
         demonstrations = _demonstrations(sets["demonstrations"], seed, sizes.demonstrations)
-        _write_lines(partial / "demonstrations.jsonl.gz", demonstrations)
-        _write_lines(partial / "comparisons.jsonl.gz", _comparisons(sets["comparisons"], seed))
-        _write_lines(partial / "prompts.jsonl.gz", _prompts(sets["prompts"]))
+        write_lines(partial / "demonstrations.jsonl.gz", demonstrations)
+        write_lines(partial / "comparisons.jsonl.gz", _comparisons(sets["comparisons"], seed))
+        for name in ("prompts", "gpt_prompts"):
+            write_lines(partial / f"{name}.jsonl.gz", _prompts(name, sets[name]))
+        write_lines(partial / "public.jsonl.gz", _public(world, seed, sizes.public))
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

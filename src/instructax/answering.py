@@ -1,0 +1,187 @@
+"""Answers of policies to held-out prompts, with the reward model's score and the KL from a reference.
+
+A policy can be asked in three ways: "plain"; "few-shot", behind worked examples that the reward model chose among
+several (the paper's "GPT (prompted)", section 3.6), where a line break ends the answer; and "best-of", with the best of
+n answers by the reward model's score.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructax import clock, sharding
+from instructax.configuration import require
+from instructax.data.batches import NO_ROW, Source, evaluation_rows, process_slice, prompt_batch
+from instructax.data.limits import Limits
+from instructax.data.schema import Demonstration, opened
+from instructax.inference import generate, sequence_scores, token_logprobs
+from instructax.model import Transformer
+from instructax.tokenizer import Tokenizer
+from instructax.types import Array, Params, Prompts, Rollouts, pytree
+
+How = Literal["plain", "few-shot", "best-of"]
+
+
+@pytree
+class Answers:
+    """What a batch of prompts was answered."""
+
+    rollouts: Rollouts  # behind the prompts alone
+    scores: Array  # f32[B], the reward model's
+    token_kl: Array  # f32[B, R], log(π / π_ref) of each token, both of what they read; 0 where masked
+
+
+class Answering:
+    """The compiled programs that all policies of an architecture share."""
+
+    def __init__(
+        self,
+        policy: Transformer,
+        scorer: Transformer,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        ref_params: Params,
+        reward_params: Params,
+        *,
+        temperature: float,
+        batch_size: int,
+        seed: int,
+    ):
+        self._mesh, self._tokenizer, self._limits = mesh, tokenizer, limits
+        self._batch_size = batch_size
+        self._room = policy.config.max_length - limits.prompt_tokens - limits.response_tokens
+        self._fixed = (ref_params, reward_params)
+        line_breaks = jnp.asarray(["\n" in tokenizer.decode([token]) for token in range(tokenizer.size)])
+        scored_at = temperature if temperature > 0 else 1.0
+
+        def answer(
+            params: Params, fixed: tuple[Params, Params], asked: Prompts, prompts: Prompts, samples: Array, draw: Array
+        ) -> Answers:
+            keys = clock.sample_keys(clock.step_key(seed, "evaluate", draw), samples)
+            length, eos_id = limits.response_tokens, tokenizer.eos_id
+            sampled = generate(policy, params, asked, keys, length=length, temperature=temperature, eos_id=eos_id)
+            logprobs = token_logprobs(policy, params, sampled, temperature=scored_at)
+            kept = sampled.mask
+            if asked.tokens.shape != prompts.tokens.shape:
+                sampled, kept = end_at(sampled, line_breaks, eos_id)
+            ref_params, reward_params = fixed
+            rollouts = Rollouts(
+                prompts=prompts,
+                responses=sampled.responses,
+                mask=sampled.mask,
+                logprobs=sampled.logprobs,
+                ended=sampled.ended,
+            )
+            ref_logprobs = token_logprobs(policy, ref_params, rollouts, temperature=scored_at)
+            return Answers(
+                rollouts=rollouts,
+                scores=sequence_scores(scorer, reward_params, rollouts),
+                token_kl=jnp.where(kept, logprobs - ref_logprobs, 0.0),
+            )
+
+        self._answer = jax.jit(answer, out_shardings=sharding.replicated(mesh))
+
+    def batches(
+        self, params: Params, source: Source, count: int, prefix: np.ndarray, draw: int
+    ) -> Iterator[tuple[np.ndarray, Answers]]:
+        """(marks of the rows that are real, answers on the host) of the first `count` held-out prompts of `source`, all
+        behind `prefix` i32[n] unless it is empty; another `draw`, other answers."""
+        for start, rows in enumerate(evaluation_rows(len(source), self._batch_size)):
+            rows = np.where(np.arange(self._batch_size) < count - start * self._batch_size, rows, NO_ROW)
+            if (rows == NO_ROW).all():
+                return
+            mine = process_slice(rows, jax.process_index(), jax.process_count())
+            # An empty row is given the first prompt, so that the sampler has something to read; the caller leaves it.
+            prompts = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), self._limits.prompt_tokens)
+            asked = behind(prefix, prompts, self._room) if len(prefix) else prompts
+            arrays = sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
+            yield rows != NO_ROW, jax.device_get(self._answer(params, self._fixed, *arrays, jnp.int32(draw)))
+
+    def best_prefix(
+        self, params: Params, source: Source, examples: list[Demonstration], *, shots: int, prefixes: int, seed: int
+    ) -> tuple[str, np.ndarray]:
+        """The one of `prefixes` random sets of `shots` worked examples behind which the answers to a batch of prompts
+        get the highest mean score: (its text, its tokens)."""
+        rng = np.random.default_rng(seed)
+        best = (-np.inf, "", np.zeros(0, np.int32))
+        for text, tokens in self._fitting(examples, shots, prefixes, rng):
+            batches = self.batches(params, source, self._batch_size, tokens, 0)
+            score = np.mean([answers.scores[real].mean() for real, answers in batches])
+            best = max(best, (float(score), text, tokens), key=lambda candidate: candidate[0])
+        require(len(best[2]) > 0, f"no {shots} examples fit into {self._room} tokens: lower config.shots")
+        return best[1], best[2]
+
+    def _fitting(
+        self, examples: list[Demonstration], shots: int, prefixes: int, rng: np.random.Generator
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        plain, found = [example for example in examples if example.format == "plain"], 0
+        for _ in range(100 * prefixes):
+            chosen = [plain[i] for i in rng.permutation(len(plain))[:shots]]
+            text = "".join(f"{opened(example.prompt)}{example.completion}\n\n" for example in chosen)
+            tokens = self._tokenizer.encode(text)
+            if len(tokens) <= self._room:
+                found += 1
+                yield text, tokens
+            if found == prefixes:
+                return
+
+    def responses(
+        self, params: Params, source: Source, count: int, *, prefix: np.ndarray, draws: int
+    ) -> list[dict[str, Any]]:
+        """The answer to each of the first `count` held-out prompts, of `draws` the one with the highest score, as text
+        and figures."""
+        best: list[dict[str, Any]] = []
+        for draw in range(draws):
+            drawn = [
+                self._record(answers, int(row))
+                for real, answers in self.batches(params, source, count, prefix, draw)
+                for row in np.flatnonzero(real)
+            ]
+            pairs = zip(best or drawn, drawn, strict=True)
+            best = [max(pair, key=lambda record: record["score"]) for pair in pairs]
+        return best
+
+    def _record(self, answers: Answers, row: int) -> dict[str, Any]:
+        rollouts, decode = answers.rollouts, self._tokenizer.decode
+        mask = np.asarray(rollouts.mask[row])
+        response = np.asarray(rollouts.responses[row])[mask]
+        prompt = np.asarray(rollouts.prompts.tokens[row])[np.asarray(rollouts.prompts.mask[row])]
+        return {
+            "prompt": decode(prompt),
+            "response": decode(response),
+            "score": float(answers.scores[row]),
+            "kl": float(answers.token_kl[row].sum()),
+            "tokens": int(mask.sum()),
+            "ended": bool(rollouts.ended[row]),
+            "pieces": [decode([token]) for token in response],
+            "token_kl": [round(float(x), 4) for x in np.asarray(answers.token_kl[row])[mask]],
+        }
+
+
+def end_at(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Rollouts, Array]:
+    """`rollouts` cut at the first response token that `stops` b[V] marks, with the end token in its place; and the
+    mask b[B, R] of what was sampled before it."""
+    stopped = jnp.cumsum(stops[rollouts.responses] & rollouts.mask, axis=1) > 0
+    first = stopped & ~jnp.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
+    kept = rollouts.mask & ~stopped
+    cut = Rollouts(
+        prompts=rollouts.prompts,
+        responses=jnp.where(stopped, eos_id, rollouts.responses),
+        mask=kept | first,
+        logprobs=jnp.where(kept, rollouts.logprobs, 0.0),
+        ended=rollouts.ended | jnp.any(stopped, axis=1),
+    )
+    return cut, kept
+
+
+def behind(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
+    """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room + P]; n ≤ `room`."""
+    tokens, mask = (np.pad(np.asarray(x), ((0, 0), (room, 0))) for x in (prompts.tokens, prompts.mask))
+    for row in range(len(tokens)):
+        start = room + int(np.argmax(mask[row, room:]))
+        tokens[row, start - len(prefix) : start], mask[row, start - len(prefix) : start] = prefix, True
+    return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))

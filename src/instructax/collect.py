@@ -1,0 +1,130 @@
+"""Collects comparisons: policies answer prompts of the embedded world, and its labelers rank the answers.
+
+The paper's step 2 (sections 3.2 and 3.4): what is compared comes mostly from supervised policies, and K = 4 … 9 answers
+to a prompt are ranked together. Two files are written: `comparisons.jsonl.gz` by the labelers whose judgement a reward
+model is trained on, `held_out.jsonl.gz` with the same answers ranked by held-out labelers.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructax import clock
+from instructax.chat import open_policy
+from instructax.configuration import check_range, require
+from instructax.data.batches import left_padded
+from instructax.data.schema import opened
+from instructax.inference import generate
+from instructax.lineage import finished, open_run
+from instructax.microworld.labelers import draw_labelers
+from instructax.microworld.lexicon import generator, pick
+from instructax.microworld.prompts import LABELER_COUNT, Asked
+from instructax.microworld.run import asked_of
+from instructax.microworld.write import RESPONSES, comparison, write_lines
+from instructax.model import ComputeConfig
+from instructax.processes import everywhere
+from instructax.runlog import write_json
+
+FILES = {"comparisons": "labeler", "held_out": "held-out"}  # file → group of labelers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What is compared and by whom."""
+
+    stage: Literal["collect"]
+    seed: int
+    world: str  # workdir of the world
+    policies: tuple[tuple[str, int], ...]  # (workdir, answers it gives to each prompt)
+    compute: ComputeConfig
+    prompts: int  # the most prompts; the world's first
+    prompt_tokens: int  # longer prompts are left out
+    response_tokens: int
+    batch_size: int
+    noise: float  # times the labelers' own: 0 = labelers who never waver
+
+    def __post_init__(self):
+        least = dict.fromkeys(("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1)
+        check_range(self, least | {"noise": 0})
+        if not self.policies or min(count for _, count in self.policies) < 1:
+            raise ValueError(f"policies = {self.policies!r} must be one at least, each with one answer at least")
+
+
+def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Writes the two files into `workdir`; all of it is done again if it was interrupted. The policies answer on the
+    first device of the first process; the others wait."""
+    require(finished(Path(config.world)), f"config.world = {config.world!r} is not a finished world: write it first")
+    parents = [open_run(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
+    if jax.process_index() == 0:
+        asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
+        compared = draw_compared(sampled(config, asked), generator(config.seed, "compared"))
+        for file, group in FILES.items():
+            write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
+        figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
+        lineage = {str(parent.workdir): parent.lineage() for parent in parents}
+        write_json(workdir / "summary.json", {"stage": config.stage, **figures, "parents": lineage})
+    everywhere(True)
+
+
+def sampled(config: CollectConfig, asked: list[Asked]) -> list[list[str]]:
+    """What all policies answer to each prompt."""
+    answers: list[list[str]] = [[] for _ in asked]
+    for number, (path, count) in enumerate(config.policies):
+        for index, response in sample_answers(config, path, count, number, asked):
+            answers[index].append(response)
+        print(f"{path}: {count} answers to each of {len(asked)} prompts", flush=True)
+    return answers
+
+
+def sample_answers(
+    config: CollectConfig, path: str, count: int, number: int, asked: list[Asked]
+) -> Iterator[tuple[int, str]]:
+    """(index of the prompt, answer) for `count` answers of the policy at `path` to each prompt that is not too long."""
+    model, params, tokenizer = open_policy(path, config.compute)
+    sample = partial(generate, model, length=config.response_tokens, temperature=1.0, eos_id=tokenizer.eos_id)
+    sample = jax.jit(sample)
+    encoded = tokenizer.encode_batch([opened(one.task.prompt) for one in asked])
+    fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
+    for draw, start in itertools.product(range(count), range(0, len(fits), config.batch_size)):
+        rows = fits[start : start + config.batch_size]
+        # The last batch is filled up with its first prompt, so that no shape changes.
+        filled = rows + rows[:1] * (config.batch_size - len(rows))
+        prompts = left_padded([(i, encoded[row]) for i, row in enumerate(filled)], len(filled), config.prompt_tokens)
+        # No two answers share a key: a policy has its step, an answer its own number.
+        keys = clock.sample_keys(clock.step_key(config.seed, "collect", number), jnp.array(filled) + draw * len(asked))
+        rollouts = jax.device_get(sample(params, prompts, keys))
+        for i, row in enumerate(rows):
+            length = int(rollouts.mask[i].sum()) - bool(rollouts.ended[i])
+            yield row, tokenizer.decode(rollouts.responses[i][:length])
+
+
+def draw_compared(answers: list[list[str]], rng: np.random.Generator) -> dict[int, list[str]]:
+    """By prompt, the answers that are compared: K = 4 … 9 of them at random, no two alike; prompts with fewer than two
+    different ones are left out. Blank answers cannot be shown to anyone, and are none."""
+    compared = {}
+    for index, given in enumerate(answers):
+        different = list(dict.fromkeys(answer for answer in given if answer.strip()))
+        count = int(rng.integers(RESPONSES[0], RESPONSES[1] + 1))
+        order = rng.permutation(len(different))[:count]
+        if len(order) > 1:
+            compared[index] = [different[i] for i in order]
+    return compared
+
+
+def rankings(
+    config: CollectConfig, group: str, asked: list[Asked], compared: Mapping[int, list[str]]
+) -> Iterator[dict[str, Any]]:
+    """The records of the labelers of a group, each prompt by one of them."""
+    rng = generator(config.seed, f"rankings {group}")
+    labelers = draw_labelers(config.seed, group, LABELER_COUNT)
+    for index, responses in compared.items():
+        labeler = pick(rng, labelers)
+        labeler = dataclasses.replace(labeler, noise=labeler.noise * config.noise)
+        yield comparison(index, asked[index], responses, labeler, rng)

@@ -1,0 +1,113 @@
+"""What a network makes of contexts that it is not tuned on: greedy continuations, and how likely given ones are.
+
+The paper's public tasks are read in these two ways (appendix D): completions at temperature 0, and the log-probability
+of each candidate of a multiple choice. Texts come and go as token ids; where one is cut is the caller's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instructax import sharding
+from instructax.data.batches import process_slice
+from instructax.inference import generate, token_logprobs
+from instructax.model import Transformer
+from instructax.types import Array, Params, Prompts, Rollouts
+
+
+class Completer:
+    """Two compiled programs, each of one shape, for all parameters of one network.
+
+    Contexts are padded on the left to `context_tokens`, candidates on the right to `answer_tokens`, and rows to
+    `batch_size`, which the mesh must divide. Every process is called with the same contexts and gets all results.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        *,
+        context_tokens: int,
+        answer_tokens: int,
+        batch_size: int,
+        eos_id: int,
+    ):
+        self._mesh, self._batch_size = mesh, batch_size
+        self._context_tokens, self._answer_tokens = context_tokens, answer_tokens
+
+        def continued(params: Params, prompts: Prompts) -> Rollouts:
+            keys = jax.random.split(jax.random.key(0), batch_size)  # nothing is drawn at temperature 0
+            return generate(model, params, prompts, keys, length=answer_tokens, temperature=0.0, eos_id=eos_id)
+
+        def totals(params: Params, rollouts: Rollouts) -> Array:
+            return jnp.sum(token_logprobs(model, params, rollouts, temperature=1.0), axis=1)
+
+        self._continued = jax.jit(continued, out_shardings=sharding.replicated(mesh))
+        self._totals = jax.jit(totals, out_shardings=sharding.replicated(mesh))
+
+    def complete(self, params: Params, contexts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The likeliest next token after each context i32[n], again and again, up to `answer_tokens` or the end token,
+        which is left out: i32[m] each. Raises ValueError for a context that is empty or does not fit."""
+        prompts, answers = self._prompts(contexts), []
+        for rows in self._batches(len(contexts)):
+            out = jax.device_get(self._continued(params, self._put(prompts, rows)))
+            for i in range(len(np.unique(rows))):
+                real = int(out.mask[i].sum()) - int(out.ended[i])
+                answers.append(out.responses[i, :real])
+        return answers
+
+    def candidate_logprobs(
+        self, params: Params, questions: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(total_logprobs f64[N, K], lengths i64[N, K], valid b[N, K]) of N (context, candidates), as `choices` takes.
+
+        A total is log p(candidate | context) = Σ log p(token | all before it) at temperature 1, in nats; K is the
+        largest number of candidates. Raises ValueError for a context or a candidate that is empty or does not fit.
+        """
+        counts = np.array([len(candidates) for _, candidates in questions], int)
+        valid = np.arange(counts.max(initial=0))[None, :] < counts[:, None]
+        pairs = [(context, candidate) for context, candidates in questions for candidate in candidates]
+        rollouts, totals = self._rollouts(pairs), np.zeros(len(pairs))
+        for rows in self._batches(len(pairs)):
+            totals[rows] = jax.device_get(self._totals(params, self._put(rollouts, rows)))
+        total_logprobs, lengths = np.zeros(valid.shape), np.zeros(valid.shape, int)
+        total_logprobs[valid], lengths[valid] = totals, [len(candidate) for _, candidate in pairs]
+        return total_logprobs, lengths, valid
+
+    def _batches(self, count: int) -> list[np.ndarray]:
+        """The rows 0 … count − 1, i64[batch_size] at a time; the last one fills what is left."""
+        starts = range(0, count, self._batch_size)
+        return [np.minimum(np.arange(start, start + self._batch_size), count - 1) for start in starts]
+
+    def _put(self, tree: Any, rows: np.ndarray) -> Any:
+        own = process_slice(rows, jax.process_index(), jax.process_count())
+        return sharding.put_rows(jax.tree.map(lambda x: x[own], tree), self._mesh)
+
+    def _prompts(self, contexts: Sequence[np.ndarray]) -> Prompts:
+        tokens, mask = _padded(contexts, self._context_tokens, "context", left=True)
+        return Prompts(tokens=tokens, mask=mask)
+
+    def _rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
+        """Rollouts whose responses are the candidates."""
+        tokens, mask = _padded([candidate for _, candidate in pairs], self._answer_tokens, "candidate", left=False)
+        blank: Any = {"logprobs": np.zeros(mask.shape, np.float32), "ended": np.zeros(len(pairs), bool)}
+        return Rollouts(prompts=self._prompts([context for context, _ in pairs]), responses=tokens, mask=mask, **blank)
+
+
+def _padded(texts: Sequence[np.ndarray], length: int, kind: str, *, left: bool) -> tuple[Any, Any]:
+    """(tokens i32[B, length], mask b[B, length]) of numpy; Any, since `types` names the jax arrays that they become."""
+    tokens = np.zeros((len(texts), length), np.int32)
+    mask = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts):
+        if not 1 <= len(text) <= length:
+            raise ValueError(
+                f"a {kind} has {len(text)} tokens; between 1 and {length} are possible: change it, or "
+                f"{'context_tokens' if left else 'answer_tokens'}"
+            )
+        columns = slice(length - len(text), length) if left else slice(0, len(text))
+        tokens[row, columns], mask[row, columns] = text, True
+    return tokens, mask

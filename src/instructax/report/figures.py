@@ -1,0 +1,160 @@
+"""Figures of what labelers and the world say of the responses, beside the paper's; each gives None where there is
+nothing to draw."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from instructax.report import paper
+from instructax.report.drawing import COLOURS, legend, point, shift, subplots
+from instructax.report.judging import (
+    HELD_OUT,
+    LABELER,
+    TRUTH,
+    Curve,
+    Reading,
+    flag_estimate,
+    mean_of,
+    wins_estimate,
+)
+from instructax.report.results import POLICIES, Size, in_words
+from instructax.statistics import Estimate
+
+WINDOW = 5  # iterations: of the moving averages that are drawn as lines
+FLAG_TITLES = {
+    "attempts": "attempts the task",
+    "constraint": "keeps explicit constraints",
+    "hallucinates": "hallucinates (closed tasks)",
+    "appropriate": "appropriate for an assistant",
+}
+GROUPS = {LABELER: "training labelers", HELD_OUT: "held-out labelers"}
+FIGURE_3 = {
+    ("InstructGPT", LABELER): paper.WIN_RATES,
+    ("InstructGPT", HELD_OUT): paper.HELD_OUT_WIN_RATES,
+    ("GPT-3", LABELER): paper.GPT_WIN_RATES,
+    ("GPT-3", HELD_OUT): paper.HELD_OUT_GPT_WIN_RATES,
+}  # by prompts and labelers
+Measure = Callable[[Reading, str, str], Estimate | None]  # of (seed, size, policy)
+
+
+def by_size(readings: list[Reading], measure: Measure, ylabel: str, table: dict[str, paper.Row] | None) -> Any:
+    """`measure` by size and policy, the paper's `table` beside it on the same vertical axis."""
+    figure, ((ours, *rest),) = subplots(1, 2 if table else 1, 5, 4, sharey=True)
+    _ours(ours, readings, measure)
+    ours.set(ylabel=ylabel, title="here" if len(readings) == 1 else f"here, {len(readings)} seeds and their mean")
+    for axis in rest:
+        _papers(axis, table or {})
+        axis.set_title("the paper")
+    legend(figure)
+    return figure
+
+
+def figure_3(readings: list[Reading]) -> Any:
+    """Win rates against the largest SFT on the same prompts: a row for each distribution of prompts that was answered,
+    two columns, here and the paper's, for each group of labelers."""
+    answered = {"InstructGPT": readings, "GPT-3": [reading.gpt for reading in readings if reading.gpt]}
+    rows = [name for name, found in answered.items() if found]
+    figure, axes = subplots(len(rows), 2 * len(GROUPS), 3.2, 3.1, sharey=True)
+    for name, row in zip(rows, axes, strict=True):
+        for (by, group), ours, theirs in zip(GROUPS.items(), row[::2], row[1::2], strict=True):
+            _ours(ours, answered[name], partial(wins_estimate, by=by))
+            _papers(theirs, FIGURE_3[name, by])
+            ours.set_title(f"{group}, here")
+            theirs.set_title(f"{group}, the paper")
+        row[0].set_ylabel(f"{name} prompts:\nwin rate")
+    legend(figure)
+    return figure
+
+
+def _ours(axis: Any, readings: list[Reading], measure: Measure) -> None:
+    """`measure` by size and policy. Of several seeds each is a thin line, and their mean is a thick one."""
+    sizes = readings[0].experiment.sizes
+    for place, policy in enumerate(POLICIES):
+        found = [[measure(reading, size.name, policy) for size in sizes] for reading in readings]
+        kept = [i for i in range(len(sizes)) if all(line[i] is not None for line in found)]
+        if not kept:
+            continue
+        lines: list[list[Any]] = [[line[i] for i in kept] for line in found]
+        x = np.array(kept) + (shift(place, len(POLICIES)) if len(sizes) == 1 else shift(place, len(POLICIES)) / 3)
+        for line in lines if len(lines) > 1 else []:
+            axis.plot(x, [estimate.value for estimate in line], "-", lw=0.7, alpha=0.6, color=COLOURS[policy])
+        _line(axis, x, [mean_of(list(column)) for column in zip(*lines, strict=True)], policy)
+    numbers = [in_words(size.parameters) for size in sizes]
+    names = [f"{size.name}\n{number}" for size, number in zip(sizes, numbers, strict=True)]
+    _size_axis(axis, names if len(sizes) > 1 else numbers)
+
+
+def _papers(axis: Any, table: dict[str, paper.Row]) -> None:
+    """A table of the paper, as it is drawn there."""
+    for place, (policy, row) in enumerate(table.items()):
+        estimates = [Estimate(*values, count=0) for values in row]
+        _line(axis, np.arange(len(row)) + shift(place, len(POLICIES)) / 3, estimates, policy)
+    _size_axis(axis, list(paper.NAMES))
+
+
+def _line(axis: Any, x: np.ndarray, estimates: list[Estimate], policy: str) -> None:
+    axis.plot(x, [estimate.value for estimate in estimates], "-", lw=2, color=COLOURS[policy])
+    for at, estimate in zip(x, estimates, strict=True):
+        point(axis, float(at), estimate, policy)
+
+
+def _size_axis(axis: Any, labels: list[str]) -> None:
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set(xlim=(-0.6, len(labels) - 0.4), xlabel="parameters")
+
+
+def metadata(reading: Reading) -> Any:
+    """The yes-no questions of table 3, as figure 4: sizes pooled, by a reader who makes no mistakes."""
+    figure, axes = subplots(1, len(FLAG_TITLES), 2.8, 3.4)
+    for axis, (flag, title) in zip(axes[0], FLAG_TITLES.items(), strict=True):
+        policies = [p for p in POLICIES if flag_estimate(reading, p, flag) is not None]
+        for x, policy in enumerate(policies):
+            estimate = flag_estimate(reading, policy, flag)
+            if estimate and estimate.count:
+                axis.bar(x, estimate.value, 0.7, color=COLOURS[policy], alpha=0.35)
+                point(axis, x, estimate, policy)
+            if policy in paper.METADATA[flag]:
+                axis.plot(x, paper.METADATA[flag][policy], "D", ms=5, mfc="none", color="black", label="the paper")
+        axis.set_xticks(range(len(policies)), policies, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set(title=title, ylim=(0, 1.05))
+    axes[0][0].set_ylabel("share of responses")
+    return figure
+
+
+def over_optimisation(sizes: list[Size], curves: dict[tuple[str, str], Curve], reading: Reading) -> Any:
+    """True utility (above) and score (below) of each iteration's samples against √KL; a column for each size."""
+    if not curves:
+        return None
+    figure, axes = subplots(2, len(sizes), 4.6, 2.9, sharex="col")
+    for column, size in enumerate(sizes):
+        for policy in ("PPO", "PPO-ptx"):
+            curve = curves.get((size.name, policy))
+            if curve:
+                for axis, y in zip(axes[:, column], (curve.utility, curve.scores), strict=True):
+                    _smoothed(axis, curve.distance, y, policy)
+        answers = reading.answers.get((size.name, "best-of-n"))
+        if answers and size.best_of:
+            bound = np.sqrt(best_of_kl(size.best_of))
+            for axis, y in zip(axes[:, column], (answers.opinions[TRUTH], answers.scores), strict=True):
+                axis.plot(bound, y.mean(), "*", ms=11, color=COLOURS["best-of-n"], label=f"best of {size.best_of}")
+        axes[0, column].set_title(size.name)
+        axes[1, column].set_xlabel("√KL from the SFT policy (√nats)")
+    axes[0, 0].set_ylabel("true utility (−1 … 1)")
+    axes[1, 0].set_ylabel("score of the reward model")
+    legend(figure)
+    return figure
+
+
+def best_of_kl(n: int) -> float:
+    """The most that the best of n samples can be away from the policy that drew them, in nats."""
+    return float(np.log(n) - (n - 1) / n)
+
+
+def _smoothed(axis: Any, x: np.ndarray, y: np.ndarray, policy: str) -> None:
+    axis.plot(x, y, "o", ms=2.5, alpha=0.35, color=COLOURS[policy], rasterized=True)  # hundreds of points
+    window = np.ones(min(WINDOW, len(x))) / min(WINDOW, len(x))
+    axis.plot(
+        np.convolve(x, window, "valid"), np.convolve(y, window, "valid"), lw=1.8, color=COLOURS[policy], label=policy
+    )

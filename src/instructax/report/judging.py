@@ -1,0 +1,174 @@
+"""What the world and its simulated labelers say of the responses: arrays over the prompts, paired between policies.
+
+Departure from the paper: a prompt's labeler sees the responses of all policies once each and prefers by those opinions,
+where the paper's labelers are shown one pair at a time. The baseline is thus at ½ against itself exactly.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from instructax.microworld.judge import Judgement, judge
+from instructax.microworld.labelers import GROUPS, TIE, draw_labelers, grade
+from instructax.microworld.lexicon import generator
+from instructax.microworld.tasks import Task
+from instructax.report.results import Experiment, Record, Size, read_lines, response_of
+from instructax.statistics import Estimate, mean_estimate
+
+LABELER_COUNT = 12  # of each group
+TRUTH, LABELER, HELD_OUT = "true utility", "labeler", "held-out"  # by whom a win rate is; the latter two are GROUPS
+FLAGS = ("attempts", "constraint", "hallucinates", "appropriate", "truthful")  # of Judgement
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """One policy's responses, judged; every array is over the prompts."""
+
+    scores: np.ndarray  # f[n], the reward model's
+    kl: np.ndarray  # f[n], log(π / π_ref) of the response
+    flags: dict[str, np.ndarray]  # name in FLAGS → b[n]
+    opinions: dict[str, np.ndarray]  # TRUTH, LABELER, HELD_OUT → f[n], how good the response is
+    likert: dict[str, np.ndarray]  # LABELER, HELD_OUT → f[n], grades from 1 to 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """An experiment and what is said of its responses."""
+
+    experiment: Experiment
+    answers: dict[tuple[str, str], Answers]  # (size, policy) →
+    gpt: "Reading | None" = None  # the same on prompts of the GPT-3 distribution
+
+    @property
+    def names(self) -> list[str]:
+        """The sizes, from the smallest to the largest."""
+        return [size.name for size in self.experiment.sizes]
+
+    def wins(self, size: str, policy: str, by: str, than: tuple[str, str] | None = None) -> np.ndarray | None:
+        """Whether each response is better than that of `than`, by default the largest SFT: f[n] of 0, ½ (a tie) and 1;
+        None without such a policy."""
+        ours, theirs = self.answers.get((size, policy)), self.answers.get(than or (self.names[-1], "SFT"))
+        if ours is None or theirs is None:
+            return None
+        return preferences(ours.opinions[by], theirs.opinions[by], tie=0.0 if by == TRUTH else TIE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A PPO run, iteration by iteration."""
+
+    distance: np.ndarray  # f[t], √KL from the SFT policy
+    utility: np.ndarray  # f[t], mean true utility of the iteration's samples
+    scores: np.ndarray  # f[t], mean score
+
+
+def preferences(ours: np.ndarray, theirs: np.ndarray, tie: float) -> np.ndarray:
+    """1 where `ours` f[n] is better than `theirs` f[n], ½ where they are equal or less than `tie` apart, else 0."""
+    gap = ours - theirs
+    return np.where((gap == 0) | (np.abs(gap) < tie), 0.5, (gap > 0).astype(float))
+
+
+def wins_estimate(reading: Reading, size: str, policy: str, by: str) -> Estimate | None:
+    """The win rate against the largest SFT."""
+    wins = reading.wins(size, policy, by)
+    return None if wins is None else mean_estimate(wins)
+
+
+def likert_estimate(reading: Reading, size: str, policy: str, by: str) -> Estimate | None:
+    """The mean grade of a group of labelers."""
+    answers = reading.answers.get((size, policy))
+    return None if answers is None else mean_estimate(answers.likert[by])
+
+
+def asked_about(experiment: Experiment, flag: str) -> np.ndarray:
+    """The prompts that a flag says something of: b[n]."""
+    tasks = [experiment.tasks[prompt] for prompt in experiment.prompts]
+    asked = {"constraint": [task.constrained for task in tasks], "hallucinates": [task.closed for task in tasks]}
+    return np.array(asked.get(flag, [True] * len(tasks)))
+
+
+def flag_estimate(reading: Reading, policy: str, flag: str) -> Estimate | None:
+    """Share of the prompts that `flag` speaks of for which it is set, sizes pooled; prompts are the units."""
+    per_size = [answers.flags[flag] for (_, name), answers in reading.answers.items() if name == policy]
+    if not per_size:
+        return None
+    return mean_estimate(np.mean(per_size, axis=0)[asked_about(reading.experiment, flag)])
+
+
+def mean_of(estimates: list[Estimate]) -> Estimate:
+    """The mean of independent estimates; its half-width is theirs in quadrature, by their number."""
+    half = np.sqrt(sum(((x.high - x.low) / 2) ** 2 for x in estimates)) / len(estimates)
+    value = sum(x.value for x in estimates) / len(estimates)
+    return Estimate(float(value), float(value - half), float(value + half), sum(x.count for x in estimates))
+
+
+def minus(ours: Estimate | None, theirs: Estimate | None) -> Estimate | None:
+    """The difference of independent estimates, half-widths in quadrature; None if either is missing."""
+    if ours is None or theirs is None:
+        return None
+    value, half = ours.value - theirs.value, np.hypot(ours.high - ours.low, theirs.high - theirs.low) / 2
+    return Estimate(value, float(value - half), float(value + half), min(ours.count, theirs.count))
+
+
+def read(experiment: Experiment) -> Reading:
+    """Judges every response; the same experiment is always judged the same."""
+    gpt = Reading(experiment.gpt, _judged(experiment.gpt, "GPT-3 prompts, ")) if experiment.gpt else None
+    return Reading(experiment, _judged(experiment, ""), gpt)
+
+
+def _judged(experiment: Experiment, purpose: str) -> dict[tuple[str, str], Answers]:
+    """(size, policy) → its responses, judged; `purpose` keeps the labelers' noise apart from that of other prompts."""
+    tasks = [experiment.tasks[prompt] for prompt in experiment.prompts]
+    return {
+        (size.name, policy): answers_of(tasks, records, experiment.seed, f"{purpose}{size.name} {policy}")
+        for size in experiment.sizes
+        for policy, records in size.samples.items()
+    }
+
+
+def answers_of(tasks: list[Task], records: list[Record], seed: int, purpose: str) -> Answers:
+    """One policy's responses, judged: prompt i by labeler i modulo their number, in each group."""
+    texts = [response_of(record) for record in records]
+    found = [judge(task, text) for task, text in zip(tasks, texts, strict=True)]
+    opinions, likert = {TRUTH: utilities(tasks, found)}, {}
+    for group in (LABELER, HELD_OUT):
+        labelers, rng = draw_labelers(seed, group, LABELER_COUNT), generator(seed, f"report {group} {purpose}")
+        asked = [
+            (labelers[i % LABELER_COUNT], task, text) for i, (task, text) in enumerate(zip(tasks, texts, strict=True))
+        ]
+        opinions[group] = np.array([labeler.opinion(task, text, rng) for labeler, task, text in asked])
+        likert[group] = np.array([grade(labeler, task, text, rng) for labeler, task, text in asked], float)
+    return Answers(
+        scores=np.array([record["score"] for record in records], float),
+        kl=np.array([record["kl"] for record in records], float),
+        flags={flag: np.array([getattr(judgement, flag) for judgement in found]) for flag in FLAGS},
+        opinions=opinions,
+        likert=likert,
+    )
+
+
+def utilities(tasks: list[Task], found: list[Judgement]) -> np.ndarray:
+    """The true utility at the caution of the training labelers: f[n]."""
+    caution = GROUPS["labeler"].caution
+    return np.array([judgement.utility(task.harmful, caution) for task, judgement in zip(tasks, found, strict=True)])
+
+
+def curve_of(experiment: Experiment, size: Size, folder: str) -> Curve | None:
+    """The PPO run in `folder` of a size; None without its samples."""
+    samples = read_lines(size.folder / folder / "samples.jsonl")
+    tasks = [experiment.tasks[record["prompt"].strip()] for record in samples]
+    utility = utilities(tasks, [judge(t, response_of(record)) for t, record in zip(tasks, samples, strict=True)])
+    steps = np.array([record["step"] for record in samples])
+    sampled = set(steps.tolist())
+    lines = [
+        line
+        for line in read_lines(size.folder / folder / "metrics.jsonl")
+        if line["step"] in sampled and line.get("kl") is not None and line.get("scores") is not None
+    ]
+    if not lines:
+        return None
+    return Curve(
+        distance=np.sqrt([max(line["kl"], 0.0) for line in lines]),
+        utility=np.array([utility[steps == line["step"]].mean() for line in lines]),
+        scores=np.array([line["scores"] for line in lines]),
+    )

@@ -1,0 +1,194 @@
+"""The logs of finished experiments in the embedded world, as they lie on disk: no model is loaded."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instructax.microworld.public import TASKS
+from instructax.microworld.run import tasks_of
+from instructax.microworld.tasks import Task
+from instructax.statistics import Estimate
+
+POLICIES = (
+    "GPT",
+    "GPT prompted",
+    "SFT",
+    "best-of-n",
+    "PPO",
+    "PPO-ptx",
+    "FLAN/T0",
+)  # in the order of tables and legends
+REWARD_RUNS = ("reward", "reward-quiet")  # the second learnt from labelers who never waver
+LABELERS, HELD_OUT = "labelers", "held-out labelers"  # the sets of comparisons that a reward model is measured on
+
+Record = Mapping[str, Any]
+Public = dict[str, dict[str, dict[str, Estimate]]]  # policy → task → condition → figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the runs of one model size logged."""
+
+    name: str
+    folder: Path
+    parameters: int
+    best_of: int  # n of best-of-n; 0 if the evaluation has none
+    samples: dict[str, list[Record]]  # policy → its responses, in the order of `Experiment.prompts`; {} if not run
+    reward_model: dict[str, Record]  # set of comparisons → "accuracy", "calibration", …
+    public: Public  # {} if the public tasks were not run
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One seed of an experiment."""
+
+    name: str
+    seed: int  # of the world
+    tasks: dict[str, Task]  # by prompt without white space at its ends
+    prompts: list[str]  # that every policy of every size answered
+    sizes: list[Size]  # from the smallest to the largest
+    reward_runs: Mapping[str, Record]  # run of a reward model → its last figures; {} if it was not run
+    gpt: "Experiment | None" = None  # the same sizes on prompts of the GPT-3 distribution
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; {} if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The object on each line of `path`; [] if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def estimate_of(record: Record, scale: float = 1.0) -> Estimate:
+    """A logged estimate times `scale`; null stands for a mean of nothing, or an infinite bound."""
+    defaults = {"value": math.nan, "low": -math.inf, "high": math.inf}
+    value, low, high = (scale * (default if record[k] is None else record[k]) for k, default in defaults.items())
+    return Estimate(value, low, high, record["count"])
+
+
+def parameters_of(model: Record) -> int:
+    """Numbers in the embeddings and matrices of a model's config; biases and norms are left out."""
+    width, head = model["width"], model["head_width"]
+    attention = 2 * width * head * (model["heads"] + model["kv_heads"])
+    mlp = (2 if model["activation"] == "gelu" else 3) * width * model["mlp_width"]
+    embeddings = width * model["vocab_size"] * (1 if model["tied_head"] else 2)
+    positions = width * model["max_length"] * (model["positions"] == "learned")
+    return embeddings + positions + model["layers"] * (attention + mlp)
+
+
+def in_words(parameters: int) -> str:
+    """A number of parameters, short: 0.2M, 1.3B."""
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.2g}M"
+
+
+def load(root: Path) -> Experiment:
+    """The experiment in the folder `root`. Raises ValueError where the report would have nothing to stand on."""
+    evaluations = sorted((*root.glob("evaluate/summary.json"), *root.glob("*/evaluate/summary.json")))
+    if not evaluations:
+        raise ValueError(f"{root} holds no finished run: evaluate/summary.json is neither in it nor in a size's folder")
+    if not (root / "world" / "config.json").exists():
+        raise ValueError(f"{root} holds no world: a report needs what its prompts ask for, {root}/world")
+    try:
+        tasks = tasks_of(root / "world")
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{root}/world/config.json is of another version of this project: write the world again"
+        ) from None
+    sizes = sorted((_load_size(path.parent.parent, root) for path in evaluations), key=lambda size: size.parameters)
+    seed, name = read_json(root / "world" / "config.json")["seed"], root.resolve().name
+    reward_runs = {run: read_json(root / run / "summary.json") for run in REWARD_RUNS}
+    experiment = Experiment(name, seed, tasks, *_answered(sizes, "evaluate", tasks), reward_runs)
+    if not (sizes[-1].folder / "evaluate-gpt" / "summary.json").exists():  # the baseline of all others
+        return experiment
+    prompts, sizes = _answered(sizes, "evaluate-gpt", tasks)
+    other = dataclasses.replace(experiment, name=f"{name}, GPT-3 prompts", prompts=prompts, sizes=sizes)
+    return dataclasses.replace(experiment, gpt=other)
+
+
+def _load_size(folder: Path, root: Path) -> Size:
+    config, summary = (read_json(folder / "evaluate" / f"{name}.json") for name in ("config", "summary"))
+    parameters = parameters_of(config["model"])
+    return Size(
+        name=in_words(parameters) if folder == root else folder.name,
+        folder=folder,
+        parameters=parameters,
+        best_of=config.get("best_of", 0),
+        samples={},
+        reward_model=summary.get("reward_model", {}),
+        public=public_of(read_json(folder / "tasks" / "summary.json")),
+    )
+
+
+def _answered(sizes: list[Size], run: str, tasks: Mapping[str, Task]) -> tuple[list[str], list[Size]]:
+    """The prompts of the evaluation `run`, and the sizes with what their policies answered."""
+    samples, folder = [_samples_of(size.folder / run) for size in sizes], sizes[-1].folder / run
+    if "SFT" not in samples[-1]:
+        raise ValueError(f"{folder} has no policy SFT, which all others are compared with")
+    prompts = [record["prompt"].strip() for record in samples[-1]["SFT"]]
+    unknown = [prompt for prompt in prompts if prompt not in tasks]
+    if unknown:
+        raise ValueError(f"the world does not have the prompt {unknown[0]!r}: {folder} is of another world")
+    return prompts, [
+        dataclasses.replace(size, samples=_in_order(size.folder / run, found, prompts))
+        for size, found in zip(sizes, samples, strict=True)
+    ]
+
+
+def _samples_of(folder: Path) -> dict[str, list[Record]]:
+    """Policy → its responses in the finished evaluation in `folder`; {} without one."""
+    samples: dict[str, list[Record]] = {}
+    for record in read_lines(folder / "samples.jsonl") if (folder / "summary.json").exists() else []:
+        samples.setdefault(record["policy"], []).append(record)
+    return samples
+
+
+def _in_order(folder: Path, samples: dict[str, list[Record]], prompts: list[str]) -> dict[str, list[Record]]:
+    """Policies in the order of POLICIES, responses in that of `prompts`."""
+    ordered = {}
+    for policy in sorted(samples, key=lambda name: POLICIES.index(name) if name in POLICIES else len(POLICIES)):
+        by_prompt = {record["prompt"].strip(): record for record in samples[policy]}
+        if by_prompt.keys() != set(prompts):
+            raise ValueError(
+                f"{folder}: {policy} answered other prompts than the largest size's SFT; "
+                "evaluate all sizes on the same prompts"
+            )
+        ordered[policy] = [by_prompt[prompt] for prompt in prompts]
+    return ordered
+
+
+def public_of(summary: Record) -> Public:
+    """The figures of the public tasks; BLEU, which counts to 100, as a share like all others."""
+    return {
+        policy: {
+            task: {
+                condition: estimate_of(record, 0.01 if TASKS[task].metric == "bleu" else 1.0)
+                for condition, record in conditions.items()
+            }
+            for task, conditions in tasks.items()
+        }
+        for policy, tasks in summary.get("policies", {}).items()
+    }
+
+
+def response_of(record: Record) -> str:
+    """The response without the end token."""
+    return record["response"].removesuffix("<|endoftext|>")
+
+
+def overfitting_of(size: Size) -> tuple[dict[int, float], dict[int, np.ndarray]]:
+    """Of an SFT run that goes on: step → validation loss, and kept step → score of each response f[n], the same prompts
+    at every step; both {} without such a run."""
+    lines = read_lines(size.folder / "sft-overfit" / "metrics.jsonl")
+    losses = {line["step"]: line["demonstrations_loss"] for line in lines if "demonstrations_loss" in line}
+    scores: dict[int, list[float]] = {}
+    for record in read_lines(size.folder / "evaluate-overfit" / "samples.jsonl"):
+        if record["policy"].startswith("step "):
+            scores.setdefault(int(record["policy"].removeprefix("step ")), []).append(record["score"])
+    return losses, {step: np.array(scores[step]) for step in sorted(scores)}
