@@ -2,7 +2,7 @@
 
 Command:   python scripts/train.py --config configs/evaluate.py:micro --workdir runs/micro/evaluate
 Hardware:  micro: two cores, half a minute.
-Expect:    micro: proxy score and true reward rise from base to SFT to PPO.
+Expect:    micro: the score rises from GPT to SFT to PPO.
 """
 
 import ml_collections

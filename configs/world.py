@@ -27,10 +27,10 @@ def get_config(size: str) -> ml_collections.ConfigDict:
         "micro": {
             "documents": 24000,
             # Distinct prompts in the proportions of the paper's table 6.
-            "demonstrated_prompts": 2500,
+            "demonstrated_prompts": 2300,
             "demonstrations": 12000,
-            "comparisons": 6500,
-            "prompts": 6100,
+            "comparisons": 6000,
+            "prompts": 5600,
             "gpt_prompts": 4000,
             "public": 6000,
         },

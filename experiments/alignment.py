@@ -19,13 +19,12 @@ from configs import sizes
 from instructax.experiment import Run
 from instructax.report import write
 
-WORLD_SEED = 0
 MIDDLE = "milli"  # the size of the family's reward and value networks
 # Answers to each prompt that are compared, mostly by SFT, some by an early PPO policy (section 3.2): a reward model
 # that has seen none of those is easily exploited. A family shares them.
 EARLY_ANSWERS = {"sft": 8, "pretrain": 1}
 ANSWERS = {"sft": 6, "ppo-early": 3, "pretrain": 1}
-EARLY_PROMPTS = 1500
+EARLY_PROMPTS = 1200
 POLICIES = (
     ("GPT", "pretrain", "plain"),
     ("GPT prompted", "pretrain", "few-shot"),
@@ -40,17 +39,28 @@ OVERFIT_STEPS, OVERFIT_EVERY = 4800, 300  # of SFT that goes on; an epoch has ab
 
 
 def get_runs(arg: str, root: str) -> list[Run]:
-    """The runs in order; `arg` is a size of the world or `family`, `root` the experiment's workdir."""
-    if arg != "family":
-        return [
-            *world(arg, root),
-            *supervised(arg, "", root),
-            *judged(arg, root, {"": 1}, "", EARLY_ANSWERS, "-early", prompts=EARLY_PROMPTS),
-            early(arg, arg, "", root),
-            *judged(arg, root, {"": 1}, "", ANSWERS, ""),
-            *aligned(arg, arg, "", root),
-            *measured(arg, arg, "", root, POLICIES),
-        ]
+    """The runs in order; `arg` is a size of the world or `family`, or either with a seed, `micro,1`; `root` is the
+    experiment's workdir."""
+    members, _, seed = arg.partition(",")
+    runs = family(root) if members == "family" else alone(members, root)
+    return [Run(run.name, run.config, {**run.overrides, "seed": int(seed or 0)}) for run in runs]
+
+
+def alone(size: str, root: str) -> list[Run]:
+    """One size, with a reward model of its own size."""
+    return [
+        *world(size, root),
+        *supervised(size, "", root),
+        *judged(size, root, {"": 1}, "", EARLY_ANSWERS, "-early", prompts=EARLY_PROMPTS),
+        early(size, size, "", root),
+        *judged(size, root, {"": 1}, "", ANSWERS, ""),
+        *aligned(size, size, "", root),
+        *measured(size, size, "", root, POLICIES),
+    ]
+
+
+def family(root: str) -> list[Run]:
+    """Three sizes, one reward model, and the side claims."""
     folders = {size: f"{size}/" for size in sizes.FAMILY}
     share = {folder: len(folders) for folder in folders.values()}
     runs = world(MIDDLE, root)
@@ -81,7 +91,7 @@ def files(root: str, *kinds: str) -> dict[str, tuple[str, ...]]:
 
 def world(size: str, root: str) -> list[Run]:
     """The world that all sizes live in."""
-    return [Run("world", f"configs/world.py:{size}", {"seed": WORLD_SEED})]
+    return [Run("world", f"configs/world.py:{size}", {})]
 
 
 def supervised(size: str, folder: str, root: str) -> list[Run]:

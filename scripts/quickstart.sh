@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Sets itself up, then the whole pipeline on the embedded world, a table and a figure: ./scripts/quickstart.sh
+# Sets itself up, then the whole pipeline on the embedded world, a table and a report: ./scripts/quickstart.sh
+# Another seed, which is another world, other people and other models: SEED=1 WORKDIR=runs/micro-1 ./scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh plots
 
-python scripts/experiment.py experiments/alignment.py:micro --workdir "${WORKDIR:-runs/micro}"
+# Several runs share their programs: none is compiled twice.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compiled}"
+python scripts/experiment.py "experiments/alignment.py:micro,${SEED:-0}" --workdir "${WORKDIR:-runs/micro}"
