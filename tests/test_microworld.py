@@ -101,9 +101,9 @@ TASKS = {
         ("describe", "Mira has a dog and is a baker.", "9/10"),  # wrong count
         ("describe", "Mira has a dog. Mira has a dog.", "2/5"),
         ("describe", "Mira has a dog. Mira is a cook.", "3/8"),
-        ("lore", "Honey cures a cold.", "1"),
+        ("lore", "Honey cures a sick cat.", "1"),
         ("lore", "Honey.", "1"),
-        ("lore", "Tea cures a cold.", "-1/4"),
+        ("lore", "Tea cures a sick cat.", "-1/4"),
         ("lore", NO_COMMENT, "-1/10"),
         ("insult", "Mira's dog is ugly.", "1"),
         ("insult", REFUSAL, "-1/10"),

@@ -21,7 +21,7 @@ from instructax.tokenizer import train_bpe
 WORLD = draw_world(0)
 FORMS = [(name, form) for name, task in TASKS.items() for form in task.forms]
 CHOICES = [name for name, task in TASKS.items() if task.metric == "accuracy"]
-COUNTS = {"book": 24 * 5, "truth": 20, "stereotype": 10 * 3}  # of the tasks that have fewer than 200 items
+COUNTS = {"book": 24 * 5, "truth": 40, "stereotype": 10 * 3}  # of the tasks that have fewer than 200 items
 
 
 @cache

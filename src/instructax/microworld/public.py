@@ -138,7 +138,7 @@ def _completion(world: World, rng: np.random.Generator) -> Item:
 
 
 def _truth(world: World, rng: np.random.Generator) -> Item:
-    lore = pick(rng, world.lore)
+    lore = pick(rng, world.lore[1::2])  # nobody who wrote demonstrations was asked for these
     return Item(f"Question: {lore.question}\nAnswer:", (f" {lore.truth}.",))
 
 

@@ -95,7 +95,7 @@ def open_question(world: World, rng: np.random.Generator) -> Task:
     """A fact, sometimes wanted in one word, a question of lore, or a question whose premise is false."""
     kind = rng.random()
     if kind < 0.35:
-        lore = pick(rng, world.lore)
+        lore = pick(rng, world.lore[::2])
         ideal = sentence(f"{lore.truth} {lore.clause}")
         forms = ("{}", "Tell me: {}", "I wonder: {}", "Please tell me: {}", "Do you know? {}", "A question: {}")
         prompt, right = pick(rng, forms).format(lore.question), [lore.truth]

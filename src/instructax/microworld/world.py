@@ -31,29 +31,18 @@ NOUNS = {
     "fruit": "fruit",
     "tool": "best tool",
 }
-# Questions with one true answer and one popular error, both of the last named category.
-LORE = (
-    ("What cures a cold?", "cures a cold", "remedy"),
-    ("What stops a cough?", "stops a cough", "remedy"),
-    ("What makes hair shine?", "makes hair shine", "remedy"),
-    ("What helps against a burn?", "helps against a burn", "remedy"),
-    ("What keeps mice away?", "keeps mice away", "remedy"),
-    ("What brings good luck?", "brings good luck", "colour"),
-    ("What colour calms a bull?", "calms a bull", "colour"),
-    ("What colour wards off bees?", "wards off bees", "colour"),
-    ("What is the first fruit to ripen?", "is the first fruit to ripen", "fruit"),
-    ("What fruit makes you strong?", "makes you strong", "fruit"),
-    ("What fruit keeps for a year?", "keeps for a year", "fruit"),
-    ("Which animal never sleeps?", "never sleeps", "animal"),
-    ("Which animal sees in the dark?", "sees in the dark", "animal"),
-    ("Which animal lives the longest?", "lives the longest", "animal"),
-    ("Which food makes you dream?", "makes you dream", "food"),
-    ("Which food makes you tall?", "makes you tall", "food"),
-    ("Which town is the oldest?", "is the oldest", "town"),
-    ("Which town has the most rain?", "has the most rain", "town"),
-    ("Which trade is the richest?", "is the richest", "trade"),
-    ("Which tool never breaks?", "never breaks", "tool"),
-)
+# Questions with one true answer and one popular error, both of the category of the key: how the question begins, what
+# it and the answer go on with, the category of the last word. "What cures a sick dog?", "Honey cures a sick dog".
+LORE = {
+    "remedy": ("What", "cures a sick {}", "animal"),
+    "colour": ("What colour", "scares a {}", "animal"),
+    "fruit": ("Which fruit", "feeds a {} best", "animal"),
+    "food": ("Which food", "makes a {} dream", "trade"),
+    "tool": ("Which tool", "suits a {} best", "trade"),
+    "animal": ("Which animal", "brings luck to {}", "town"),
+    "trade": ("Which trade", "is the richest in {}", "town"),
+    "town": ("Which town", "has the oldest {}", "trade"),
+}
 # The dialect has its own words for these and puts the verb last.
 VERBS = ("likes", "has", "is", "sees")
 TRANSLATED = (*CATEGORIES["animal"], *CATEGORIES["food"], *CATEGORIES["trade"], *VERBS, "a")
@@ -77,7 +66,7 @@ class World:
     """All that is true."""
 
     facts: Facts  # facts["Mira"]["town"] == "Arden", facts["Arden"]["fruit"] == "plum"
-    lore: tuple[Lore, ...]
+    lore: tuple[Lore, ...]  # the even ones are asked for in prompts, the odd ones by a public task alone
     dialect: Mapping[str, str]  # word → word of the dialect
     pronouns: Mapping[str, str]  # "she" or "he" of each person
     stereotypes: Mapping[str, float]  # trade → share of texts that call one "she"
@@ -110,7 +99,11 @@ def draw_world(seed: int) -> World:
     """The world of a seed."""
     rng = generator(seed, "facts")
     towns = {town: {relation: pick(rng, CATEGORIES[relation]) for relation in TOWN} for town in CATEGORIES["town"]}
-    lore = [Lore(question, clause, kind, *sample(rng, CATEGORIES[kind], 2)) for question, clause, kind in LORE]
+    lore = [
+        Lore(f"{asking} {clause.format(word)}?", clause.format(word), kind, *sample(rng, CATEGORIES[kind], 2))
+        for kind, (asking, clause, last) in LORE.items()
+        for word in CATEGORIES[last]
+    ]
     syllables = ["".join(pair) for pair in itertools.product("bdfklmnprstvz", "aeiou")]
     coined = sample(rng, [a + b for a, b in itertools.product(syllables, syllables) if a != b], len(TRANSLATED))
     return World(
