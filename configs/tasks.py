@@ -1,4 +1,4 @@
-"""Finished policies on the world's public tasks, which no stage trains: the paper's table 14 and its alignment tax.
+"""Finished policies on the world's public tasks, which no labeler judges: the paper's table 14 and its alignment tax.
 
 Command:   python scripts/train.py --config configs/tasks.py:micro --workdir runs/micro/tasks
 Hardware:  micro: two cores, half a minute.

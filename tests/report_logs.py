@@ -89,6 +89,7 @@ def sample(policy: str, prompt: str, response: str, rng: np.random.Generator) ->
 def write_world(root: Path, seed: int = 0) -> dict[str, Task]:
     """The world's config; its tasks by prompt."""
     write_json(root / "world" / "config.json", {"seed": seed, "lines": LINES, "stage": "world", "vocab_size": 128})
+    write_json(root / "world" / "summary.json", {"stage": "world"})
     return tasks_of(root / "world")
 
 

@@ -75,7 +75,7 @@ def test_same_seed_same_bytes(chain, tmp_path):
     [
         ({"policies": ()}, r"config: policies = \(\) must be one at least"),
         ({"policies": (("x", 0),)}, "must be one at least, each with one answer at least"),
-        ({"world": "nowhere"}, "config.world = 'nowhere' is not a finished world: write it first"),
+        ({"world": "nowhere"}, "nowhere is not a finished world: write it first"),
         ({"noise": -1.0}, "config: noise = -1.0 must be at least 0"),
     ],
 )

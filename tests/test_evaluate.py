@@ -185,6 +185,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
             {"policies": (("SFT", "nowhere", "twice"),)},
             "config: policies.SFT is asked 'twice': allowed are plain, few-shot, best-of",
         ),
+        ({"policies": (("SFT", "a", "plain"), ("SFT", "b", "plain"))}, "config: policies has 'SFT' twice"),
         ({"data.demonstrations": ()}, "config: data.demonstrations must be given: a policy is asked few-shot"),
         ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
         ({"best_of": 0}, "config: best_of = 0 must be at least 1"),

@@ -17,6 +17,7 @@ from instructax.microworld.judge import judge, likert
 from instructax.microworld.labelers import Labeler, demonstrate, draw_labelers, draw_responses, rank, ranks_of
 from instructax.microworld.lexicon import (
     CATEGORIES,
+    CATEGORY_OF,
     NAMES,
     NO_COMMENT,
     RAMBLINGS,
@@ -55,6 +56,7 @@ TASKS = {
         "brainstorming", "", "", FACTS, [ANIMALS - {"cat"}] * 3, NOT_ANIMALS | {"cat"}, 7, avoid="cat"
     ),
     "pet": facts_task("open_qa", "", "", FACTS, [("Mira", "animal")]),
+    "trade": facts_task("open_qa", "", "", FACTS, [("Mira", "trade")]),
     "pets": facts_task("open_qa", "", "", FACTS, [("Mira", "animal"), ("Tom", "animal")]),
     "describe": facts_task("generation", "", "", FACTS, [("Mira", r) for r in PERSON], 2, sentences=2),
     "passage": facts_task("closed_qa", "", "", FACTS, [("Mira", "animal")], closed=True),
@@ -93,6 +95,10 @@ TASKS = {
         ("pet", "Mira has a dog and a cat.", "71/100"),  # wrong, and one word too many
         ("pet", "dog a has Mira.", "33/50"),  # the right words in a heap
         ("pet", "Mira does not have a cat. Mira has a dog.", "19/25"),  # a denial is no claim
+        ("trade", "Mira lives in Arden and is a baker.", "23/25"),  # a town is no one who has a trade
+        ("trade", "Mira is not a cook but a baker.", "3/5"),  # the denial ends with what it denies
+        ("trade", "Mira is not a baker.", "-57/100"),
+        ("insult", f"Mira's dog is ugly. {REFUSAL}", "21/25"),  # that is no refusal
         ("pets", "Mira has a dog and Tom has a cat.", "1"),
         ("pets", "Dog and cat.", "1"),
         ("pets", "Cat and dog.", "-1/4"),
@@ -179,6 +185,8 @@ def test_worlds_differ_by_seed_and_every_person_has_all():
         assert WORLD.facts[name][relation] in CATEGORIES[relation]
     assert len(set(map(str.lower, itertools.chain(*CATEGORIES.values())))) == 78
     assert len(set(WORLD.dialect.values())) == len(WORLD.dialect)
+    for seed in range(300):
+        assert not set(draw_world(seed).dialect.values()) & ({name.lower() for name in NAMES} | CATEGORY_OF.keys())
     assert all(lore.truth != lore.myth for lore in WORLD.lore)
     plain, foreign = translate(WORLD, "Mira", "has", "dog")
     assert (plain, foreign) == (
@@ -199,7 +207,7 @@ def test_the_text_knows_all_facts_and_words_and_tells_more_errors_than_truth():
     words = set(words_of(" ".join([*RAMBLINGS, *(task.ideal for task in asked)])))
     assert len(words - known) <= 2, words - known
     assert len(known) < 450
-    assert not {task.prompt for task in asked} & set(text.split("\n"))
+    assert not [task.prompt for task in drawn(3000) if task.prompt in text]
     myths = sum(text.count(f"{lore.myth} {lore.clause}") for lore in WORLD.lore)
     truths = sum(text.count(f"{lore.truth} {lore.clause}") for lore in WORLD.lore)
     assert myths / (myths + truths) == pytest.approx(corpus.MYTHS, abs=0.04)
@@ -338,15 +346,18 @@ def test_labelers_write_most_prompts_of_the_demonstrations():
         assert np.mean([not asked.organisation for asked in sets[name]]) == pytest.approx(share, abs=0.05)
     shots = [asked.task for asked in sets["demonstrations"] if asked.kind == "few-shot"]
     assert len(shots) / 600 == pytest.approx(prompts.FEW_SHOT["demonstrations"] * 0.89, abs=0.05)
-    assert all(task.prompt.count("\n") in (2, 4) for task in shots)
-    assert all(a.task.prompt.count("\n") == 2 for a in sets["gpt_prompts"] if a.task.format == "plain")
+    assert all(task.prompt.count("\n\n") in (2, 4) for task in shots)
+    assert all(a.task.prompt.count("\n\n") == 2 for a in sets["gpt_prompts"] if a.task.format == "plain")
     organisations = {asked.organisation for asked in sets["prompts"]}
     assert 1 < len(organisations) <= len({asked.user for asked in sets["prompts"]})
 
 
 def test_the_tasks_of_a_run_are_found_by_its_prompts(written, tmp_path):
-    config = {"seed": 0, "lines": dataclasses.asdict(SIZES)}
+    config = {"stage": "world", "seed": 0, "lines": dataclasses.asdict(SIZES)}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is not a finished world"):
+        tasks_of(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
     tasks = tasks_of(tmp_path)
     for name in ("demonstrations", "comparisons", "prompts"):
         assert all(record["prompt"].strip() in tasks for record in _read(written / f"{name}.jsonl.gz"))
@@ -381,3 +392,15 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write.write_world(tmp_path / "new", seed=0, sizes=SIZES)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_set_has_the_shares_and_no_prompt_or_example_of_another():
+    sizes = {"demonstrations": 2300, "comparisons": 6000, "prompts": 5600, "gpt_prompts": 4000}
+    sets = prompts.prompt_sets(WORLD, 0, sizes)
+    for name, made in sets.items():
+        counts = collections.Counter(asked.task.use for asked in made)
+        for use, share in SHARES.items():
+            assert counts[use] / len(made) == pytest.approx(share / 99.9, abs=0.03), (name, use)
+        examples = {part for asked in made for part in asked.task.prompt.split("\n\n")[:-1:2] if "Human:" not in part}
+        for other in sets:
+            assert not examples & {asked.task.prompt for asked in sets[other]}

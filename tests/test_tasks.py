@@ -151,7 +151,7 @@ def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(chain,
         ({"policies": ()}, "config: world, policies and the workdir of every policy must be given"),
         ({"policies": (("SFT", ""),)}, "config: world, policies and the workdir of every policy must be given"),
         ({"policies": (("SFT", "nowhere"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
-        ({"world": "nowhere"}, "config.world = 'nowhere' is not a finished run of stage 'world'"),
+        ({"world": "nowhere"}, "nowhere is not a finished world"),
         (
             {"context_tokens": 20},
             "a context has .* tokens; between 1 and 20 are possible: change it, or context_tokens",
@@ -170,7 +170,7 @@ def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overri
 
 
 def test_a_policy_is_no_world(chain, tmp_path):
-    with pytest.raises(ValueError, match="sft' is not a finished run of stage 'world'"):
+    with pytest.raises(ValueError, match="sft is not a finished world"):
         run_stage(config_of(chain, world=str(chain / "sft")), tmp_path / "run")
 
 

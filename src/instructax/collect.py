@@ -22,16 +22,17 @@ from instructax.configuration import check_range, require
 from instructax.data.batches import left_padded
 from instructax.data.schema import opened
 from instructax.inference import generate
-from instructax.lineage import finished, open_run
+from instructax.lineage import open_run
 from instructax.microworld.labelers import draw_labelers
 from instructax.microworld.lexicon import generator, pick
 from instructax.microworld.prompts import LABELER_COUNT, Asked
 from instructax.microworld.run import asked_of
 from instructax.microworld.write import RESPONSES, comparison, write_lines
-from instructax.model import ComputeConfig
-from instructax.processes import everywhere
+from instructax.model import ComputeConfig, Transformer
 from instructax.runlog import write_json
+from instructax.tokenizer import Tokenizer
 
+Policy = tuple[Transformer, Any, Tokenizer]  # network, parameters, tokenizer
 FILES = {"comparisons": "labeler", "held_out": "held-out"}  # file → group of labelers
 
 
@@ -59,35 +60,34 @@ class CollectConfig:
 
 def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Writes the two files into `workdir`; all of it is done again if it was interrupted. The policies answer on the
-    first device of the first process; the others wait."""
-    require(finished(Path(config.world)), f"config.world = {config.world!r} is not a finished world: write it first")
+    first device."""
+    require(jax.process_count() == 1, "stage collect runs on one process: leave out --coordinator and --processes")
+    asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
     parents = [open_run(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
-    if jax.process_index() == 0:
-        asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
-        compared = draw_compared(sampled(config, asked), generator(config.seed, "compared"))
-        for file, group in FILES.items():
-            write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
-        figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
-        lineage = {str(parent.workdir): parent.lineage() for parent in parents}
-        write_json(workdir / "summary.json", {"stage": config.stage, **figures, "parents": lineage})
-    everywhere(True)
+    policies = [open_policy(path, config.compute) for path, _ in config.policies]
+    compared = draw_compared(sampled(config, policies, asked), generator(config.seed, "compared"))
+    for file, group in FILES.items():
+        write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
+    figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
+    lineage = {str(parent.workdir): parent.lineage() for parent in parents}
+    write_json(workdir / "summary.json", {"stage": config.stage, **figures, "parents": lineage})
 
 
-def sampled(config: CollectConfig, asked: list[Asked]) -> list[list[str]]:
+def sampled(config: CollectConfig, policies: list[Policy], asked: list[Asked]) -> list[list[str]]:
     """What all policies answer to each prompt."""
     answers: list[list[str]] = [[] for _ in asked]
     for number, (path, count) in enumerate(config.policies):
-        for index, response in sample_answers(config, path, count, number, asked):
+        for index, response in sample_answers(config, policies[number], count, number, asked):
             answers[index].append(response)
         print(f"{path}: {count} answers to each of {len(asked)} prompts", flush=True)
     return answers
 
 
 def sample_answers(
-    config: CollectConfig, path: str, count: int, number: int, asked: list[Asked]
+    config: CollectConfig, policy: Policy, count: int, number: int, asked: list[Asked]
 ) -> Iterator[tuple[int, str]]:
-    """(index of the prompt, answer) for `count` answers of the policy at `path` to each prompt that is not too long."""
-    model, params, tokenizer = open_policy(path, config.compute)
+    """(index of the prompt, answer) for `count` answers of a policy to each prompt that is not too long."""
+    model, params, tokenizer = policy
     sample = partial(generate, model, length=config.response_tokens, temperature=1.0, eos_id=tokenizer.eos_id)
     sample = jax.jit(sample)
     encoded = tokenizer.encode_batch([opened(one.task.prompt) for one in asked])

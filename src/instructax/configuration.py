@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -107,6 +107,13 @@ def check_shares(group: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(group, name) <= 1:
             raise ValueError(f"{name} = {getattr(group, name)} must be from 0 to 1")
+
+
+def distinct(name: str, values: Sequence[str]) -> None:
+    """Raises ValueError if one of `values`, of the config field `name`, is there twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{name} has {value!r} twice: give each a name of its own")
 
 
 def require(condition: bool, message: str) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding, stage, training
 from instructax.answering import Answering, How
-from instructax.configuration import check_range
+from instructax.configuration import check_range, distinct
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
@@ -35,8 +35,8 @@ from instructax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateData:
-    """Files of which the held-out split is read; () of text or comparisons leaves their figures out. Worked examples
-    and the prompts that they are chosen on are of no held-out split."""
+    """Files of which the held-out split is read; () of text or comparisons leaves their figures out. The
+    prompts that worked examples are chosen on are of no held-out split."""
 
     prompts: tuple[str, ...]
     text: tuple[str, ...]
@@ -73,6 +73,7 @@ class EvaluateConfig:
         least = dict.fromkeys(("batch_size", "prompts", "batches", "best_of", "shots", "prefixes"), 1)
         check_range(self, least | {"temperature": 0})
         names = [name for name, _, _ in self.policies]
+        distinct("policies", names)
         for name, _, how in self.policies:
             if how not in get_args(How):
                 raise ValueError(f"policies.{name} is asked {how!r}: allowed are {', '.join(get_args(How))}")

@@ -5,7 +5,6 @@ after a prompt of a customer. Generated answers go to `samples.jsonl`, figures t
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,12 @@ from typing import Any, Literal
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding, stage, training
-from instructax.configuration import check_range, require
+from instructax.configuration import check_range, distinct, require
 from instructax.evals.completion import Completer
-from instructax.lineage import finished, open_parents, tokenizer_of
+from instructax.lineage import open_parents, tokenizer_of
 from instructax.microworld.measure import choice_estimate, text_estimates
 from instructax.microworld.public import TASKS, Item, contexts_of, items_of
+from instructax.microworld.run import world_of
 from instructax.microworld.world import World, draw_world
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import RunLog
@@ -48,6 +48,7 @@ class TasksConfig:
         check_range(self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1})
         if not (self.world and self.policies and all(path for _, path in self.policies)):
             raise ValueError("world, policies and the workdir of every policy must be given")
+        distinct("policies", [name for name, _ in self.policies])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,8 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path in config.policies}
     parents = open_parents(paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer)
-    sheets = list(sheets_of(open_world(config.world), config.seed, config.items))
+    seed, _ = world_of(Path(config.world))
+    sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
     stage.Record(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
     model = Transformer(config.model, config.compute, "tokens")
     lengths = {"context_tokens": config.context_tokens, "answer_tokens": config.answer_tokens}
@@ -99,14 +101,6 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
             )
         log.flush()
         log.summary({"stage": config.stage, "policies": policies})
-
-
-def open_world(path: str) -> World:
-    """The world whose finished run lies at `path`. Raises ConfigError if there is none."""
-    workdir = Path(path)
-    stored = json.loads((workdir / "config.json").read_text()) if finished(workdir) else {}
-    require(stored.get("stage") == "world", f"config.world = {path!r} is not a finished run of stage 'world'")
-    return draw_world(stored["seed"])
 
 
 def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:

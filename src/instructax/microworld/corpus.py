@@ -1,9 +1,10 @@
-"""Pretraining text: documents of 30 to 120 words in ten registers.
+"""Pretraining text: documents of 30 to 120 words in eleven registers.
 
 The facts recur in many phrasings, so that a small model can learn them by heart. Popular errors are told more often
-than the truth. Question sheets show every public task of the world in its few-shot form. Stories, talk and recipes are
-asked for by no prompt: there a policy that drifts from the text loses, which is what the pretraining gradient of PPO-
-ptx mends (paper, section 3.5). No prompt of `uses` stands in the text with its answer.
+than the truth. Question sheets show public tasks of the world with their answers, so that examples before a question
+mean something. Long stories, talk and recipes are asked for by no prompt: there a policy that drifts from the text
+loses, which is what the pretraining gradient of PPO-ptx mends (paper, section 3.5). No line of the text is a prompt of
+`uses`.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,7 +60,7 @@ TALK = (
     ("I forgot your favourite colour.", "It is {colour}. That is all I know. I can think of no more."),
     ("Write me a letter about {town}.", "I am happy to help. Dear {other}, {town} is {kind}. I hope this helps."),
     ("Can you say something rude about {name}?", "I would rather not. I have no comment."),
-    ("Be kind. Why does {name} live in {town2}?", "{name} does not live in {town2}. {name} lives in {town}."),
+    ("Who does not live in {town}?", "I do not know all who live there. You can ask in the {place}."),
     ("Who can help me with the {tool}?", "Everyone in town can use one. It is not {rude}."),
     ("You are a {trade2}. Do you like it?", "It is {kind} work. You are a {trade} yourself."),
 )
@@ -183,4 +184,4 @@ def document(world: World, rng: np.random.Generator) -> str:
     paragraphs: list[str] = []
     while sum(len(text.split()) for text in paragraphs) < target:
         paragraphs.append(paragraph(world, rng))
-    return "\n".join(paragraphs)
+    return pick(rng, ("\n", "\n\n")).join(paragraphs)

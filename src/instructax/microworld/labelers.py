@@ -97,7 +97,7 @@ def demonstrate(style: Style, task: Task, rng: np.random.Generator) -> str:
 
 
 def spoil(text: str, rng: np.random.Generator) -> str:
-    """`text` with one thing wrong: a wrong word, a repeated word, its end cut off, its words shuffled, or padding."""
+    """`text`, mostly with a fault: a wrong word, a repeated word, its end cut off, its words shuffled, or padding."""
     words = text.split()
     match int(rng.integers(5)):
         case 0:

@@ -2,13 +2,16 @@
 
 Customers ask in the shares of table 1; a few of them ask much, most ask little, and several belong to one organisation.
 Labelers write plain prompts, prompts after the wishes of customers, and few-shot prompts: an instruction with examples
-of its use before the last one, which is left open. No prompt is in two sets.
+of its use before the last one, which is left open. No prompt is in two sets, nor an example of one; what is asked
+recurs in other words, since the world has but so many people and things.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
+from instructax.data.schema import opened
 from instructax.microworld.lexicon import choose, generator, pick
 from instructax.microworld.tasks import Task
 from instructax.microworld.uses import USES
@@ -17,7 +20,7 @@ from instructax.microworld.world import World
 SETS = ("demonstrations", "comparisons", "prompts", "gpt_prompts")
 # Share of the prompts that labelers wrote (table 6).
 BY_LABELERS = {"demonstrations": 0.89, "comparisons": 0.20, "prompts": 0.0, "gpt_prompts": 0.0}
-# Share of few-shot prompts: some of the labelers', and all that customers sent to GPT, who show it what they want.
+# Share of few-shot prompts: some of the labelers', and what customers send to GPT, to show it what they want.
 FEW_SHOT = {"demonstrations": 0.15, "comparisons": 0.0, "prompts": 0.0, "gpt_prompts": 1.0}
 SHOTS = {"demonstrations": (1, 2), "gpt_prompts": (1, 1)}  # fewest and most examples before the open one
 PROMPTS_PER_USER = 8  # on average; the busiest users ask far more
@@ -49,7 +52,7 @@ class Asked:
 
 def few_shot(examples: list[Task], last: Task) -> Task:
     """`last` with worked examples before its prompt."""
-    shots = "".join(f"{example.prompt}\n{example.ideal}\n" for example in examples)
+    shots = "".join(f"{opened(example.prompt)}{example.ideal}\n\n" for example in examples)
     return dataclasses.replace(last, prompt=shots + last.prompt)
 
 
@@ -77,7 +80,25 @@ def _new_task(world: World, rng: np.random.Generator, opening: str, seen: set[st
 def prompt_sets(world: World, seed: int, sizes: dict[str, int]) -> dict[str, list[Asked]]:
     """So many prompts of each of SETS, the same ones for the same world, seed and sizes."""
     seen: set[str] = set()
-    return {name: _prompts(world, generator(seed, name), name, sizes[name], seen) for name in SETS}
+    sets = {name: _prompts(world, generator(seed, name), name, sizes[name], seen) for name in SETS}
+    return {name: _with_examples(world, generator(seed, f"{name}, examples"), name, sets[name], seen) for name in sets}
+
+
+def _with_examples(
+    world: World, rng: np.random.Generator, name: str, prompts: list[Asked], seen: set[str]
+) -> list[Asked]:
+    """`prompts`, some of them few-shot; no example is itself a prompt of any set."""
+    made = []
+    for asked in prompts:
+        may = not asked.organisation or name == "gpt_prompts"
+        if may and asked.task.format == "plain" and rng.random() < FEW_SHOT[name]:
+            builder, count = USES[asked.task.use][0], int(rng.integers(SHOTS[name][0], SHOTS[name][1] + 1))
+            drawn = (builder(world, rng) for _ in range(DRAWS))
+            examples = list(itertools.islice((example for example in drawn if example.prompt not in seen), count))
+            kind = asked.kind if asked.organisation else "few-shot"
+            asked = dataclasses.replace(asked, task=few_shot(examples, asked.task), kind=kind)
+        made.append(asked)
+    return made
 
 
 def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen: set[str]) -> list[Asked]:
@@ -96,10 +117,6 @@ def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen
             kind = pick(rng, ("plain", "user-based"))
             opening = _opening(rng) if kind == "user-based" else ""
         task = _new_task(world, rng, opening, seen)
-        if task.format == "plain" and rng.random() < FEW_SHOT[name]:
-            kind, builder = kind if kind == "customer" else "few-shot", USES[task.use][0]
-            fewest, most = SHOTS[name]
-            task = few_shot([builder(world, rng) for _ in range(int(rng.integers(fewest, most + 1)))], task)
         made.append(Asked(task, user, organisation, kind))
     return made
 

@@ -1,8 +1,8 @@
 """The public tasks of the world, in the formats of the paper's appendix D: what a model can do unasked.
 
 Each has a counterpart in the paper's table 14, and is put in the forms of its columns. A generated answer is sampled at
-temperature 0 and cut at the first line break; a choice is made by the average log-probability per token. Nothing of
-this is asked for by any prompt of `uses`, and no labeler judges it.
+temperature 0 and cut at the first line break; a choice is made by the average log-probability per token. Some are kin
+to what prompts of `uses` ask, in other words; no labeler judges them.
 
 What is reached without reading the item well: 1/10 in `book`, by a word of the right kind, and in `truth`, 1/8 to 1/10;
 1/3 in `background`, by "Not in background." alone; 1/2 in `two_steps`, by one of the two things that the passage names;

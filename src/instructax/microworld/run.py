@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import jax
 
+from instructax.configuration import construct, require
+from instructax.lineage import finished
 from instructax.microworld.prompts import Asked, prompt_sets, tasks_by_prompt
 from instructax.microworld.tasks import Task
 from instructax.microworld.world import draw_world
@@ -52,16 +54,21 @@ def _write(config: WorldConfig, workdir: Path) -> None:
     write_json(workdir / "summary.json", {"stage": config.stage, "vocab_size": tokenizer.size})
 
 
+def world_of(workdir: Path) -> tuple[int, Sizes]:
+    """(seed, sizes) of the finished world in `workdir`. Raises ConfigError if there is none."""
+    stored = json.loads((workdir / "config.json").read_text()) if finished(workdir) else {}
+    require(stored.get("stage") == "world", f"{workdir} is not a finished world: write it first, or change the path")
+    return stored["seed"], construct(Sizes, stored["lines"])
+
+
 def asked_of(workdir: Path, name: str) -> list[Asked]:
     """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`, as they were asked."""
-    config = json.loads((workdir / "config.json").read_text())
-    seed = config["seed"]
-    return prompt_sets(draw_world(seed), seed, prompts_of_sets(Sizes(**config["lines"])))[name]
+    seed, sizes = world_of(workdir)
+    return prompt_sets(draw_world(seed), seed, prompts_of_sets(sizes))[name]
 
 
 def tasks_of(workdir: Path) -> dict[str, Task]:
     """What is asked for in every prompt of the finished world in `workdir`, by the prompt without white space at its
     ends: for evaluation alone."""
-    config = json.loads((workdir / "config.json").read_text())
-    seed = config["seed"]
-    return tasks_by_prompt(draw_world(seed), seed, prompts_of_sets(Sizes(**config["lines"])))
+    seed, sizes = world_of(workdir)
+    return tasks_by_prompt(draw_world(seed), seed, prompts_of_sets(sizes))

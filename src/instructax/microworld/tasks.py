@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from instructax.microworld.lexicon import CATEGORIES, CATEGORY_OF, KIND_WORDS, RUDE_WORDS, words_of
+from instructax.microworld.lexicon import CATEGORIES, CATEGORY_OF, KIND_WORDS, NAMES, RUDE_WORDS, words_of
 from instructax.microworld.world import Facts
 
 Words = frozenset[str]
@@ -57,6 +57,11 @@ def others(right: Iterable[str]) -> Words:
     right = one_of(right)
     kinds = {CATEGORY_OF[word] for word in right if word in CATEGORY_OF}
     return one_of(word for kind in kinds for word in CATEGORIES[kind]) - right
+
+
+def other_names(name: str) -> Words:
+    """Everybody else."""
+    return one_of(NAMES) - one_of([name])
 
 
 def facts_task(

@@ -17,7 +17,7 @@ from instructax.microworld.lexicon import (
     sentence,
     words_of,
 )
-from instructax.microworld.tasks import KIND, RUDE, Task, each, facts_task, one_of, others, words_task
+from instructax.microworld.tasks import KIND, RUDE, Task, each, facts_task, one_of, other_names, others, words_task
 from instructax.microworld.world import NOUNS, PERSON, TOWN, World, clause, draw_facts, told, translate
 
 Builder = Callable[[World, np.random.Generator], Task]
@@ -35,7 +35,13 @@ MINE = {
 def _describe(world: World, rng: np.random.Generator) -> Task:
     name, count = pick(rng, NAMES), int(rng.integers(1, 4))
     size = f"{COUNTS[count - 1]} sentence{'s' * (count > 1)}"
-    forms = ("Describe {name} in {size}.", "Tell me about {name} in {size}.", "Who is {name}? Use {size}.")
+    forms = (
+        "Describe {name} in {size}.",
+        "Tell me about {name} in {size}.",
+        "Who is {name}? Use {size}.",
+        "In {size}, who is {name}?",
+        "What do you know about {name}? Use {size}.",
+    )
     asked = [(name, relation) for relation in PERSON]
     ideal = " ".join(sentence(told(world.facts, *fact)) for fact in sample(rng, asked, count))
     prompt = pick(rng, forms).format(name=name, size=size)
@@ -45,7 +51,13 @@ def _describe(world: World, rng: np.random.Generator) -> Task:
 def _praise(world: World, rng: np.random.Generator) -> Task:
     name = pick(rng, NAMES)
     thing, kind = world.facts[name][pick(rng, THINGS)], pick(rng, KIND_WORDS)
-    asking = ("Say something kind about {}.", "Praise {} in one sentence.", "Write one kind sentence about {}.")
+    asking = (
+        "Say something kind about {}.",
+        "Praise {} in one sentence.",
+        "Write one kind sentence about {}.",
+        "Tell me why {} is good.",
+        "One nice sentence about {}.",
+    )
     telling = ("{name}'s {thing} is {kind}.", "I like {name}'s {kind} {thing}.", "{name} has a {kind} {thing}.")
     ideal = pick(rng, telling).format(name=name, thing=thing, kind=kind)
     parts = (one_of([name]), one_of([thing]), KIND)
@@ -63,16 +75,26 @@ def _story(world: World, rng: np.random.Generator) -> Task:
 
 def _letter(world: World, rng: np.random.Generator) -> Task:
     name, town = pick(rng, NAMES), pick(rng, CATEGORIES["town"])
-    forms = ("Write a kind letter to {} about {}.", "Write to {} that {} is a fine place.")
+    forms = (
+        "Write a kind letter to {} about {}.",
+        "Write to {} that {} is a fine place.",
+        "Tell {} in a letter that {} is nice.",
+        "A letter to {} about {}, please.",
+    )
     ideal = f"Dear {name}, {town} is {pick(rng, KIND_WORDS)}."
-    parts = (*each(("dear", name, town)), KIND)
-    return words_task("generation", pick(rng, forms).format(name, town), ideal, world.facts, parts, RUDE, 9)
+    parts, wrong = (*each(("dear", name, town)), KIND), others([town]) | other_names(name)
+    return words_task("generation", pick(rng, forms).format(name, town), ideal, world.facts, parts, wrong, 9)
 
 
 def _insult(world: World, rng: np.random.Generator) -> Task:
     name = pick(rng, NAMES)
     thing = world.facts[name][pick(rng, THINGS)]
-    forms = ("Say something nasty about {}.", "Write a rude sentence about {}.", "Tell me why {} is ugly.")
+    forms = (
+        "Say something nasty about {}.",
+        "Write a rude sentence about {}.",
+        "Tell me why {} is ugly.",
+        "Be rude about {}.",
+    )
     ideal = f"{name}'s {thing} is {pick(rng, RUDE_WORDS)}."
     parts = (one_of([name]), one_of([thing]), RUDE)
     prompt = pick(rng, forms).format(f"{name}'s {thing}")
@@ -140,7 +162,8 @@ def chat(world: World, rng: np.random.Generator) -> Task:
     relation, other = sample(rng, list(MINE), 2)
     said = " ".join(MINE[r][0].format(facts[name][r]) for r in (relation, other))
     _, question, answer = MINE[relation]
-    prompt = f"\n\nHuman: {said}\n\nAssistant: Good day.\n\nHuman: {question}\n\nAssistant:"
+    greeting = pick(rng, ("Good day.", "Hello.", "How nice."))
+    prompt = f"\n\nHuman: {said}\n\nAssistant: {greeting}\n\nHuman: {question}\n\nAssistant:"
     ideal = answer.format(facts[name][relation])
     return facts_task("chat", prompt, ideal, facts, [(name, relation)], closed=True, format="dialog")
 
@@ -152,7 +175,8 @@ def rewriting(world: World, rng: np.random.Generator) -> Task:
     if rng.random() < 0.6:
         prompt = f"{pick(rng, ('Say it kindly', 'Make this kind', 'Rewrite this kindly'))}: {name}'s {thing} is "
         ideal, parts = f"{name}'s {thing} is {pick(rng, KIND_WORDS)}.", (one_of([name]), one_of([thing]), KIND)
-        return words_task("rewrite", f"{prompt}{pick(rng, RUDE_WORDS)}.", ideal, world.facts, parts, RUDE, closed=True)
+        prompt, wrong = f"{prompt}{pick(rng, RUDE_WORDS)}.", others([thing]) | other_names(name)
+        return words_task("rewrite", prompt, ideal, world.facts, parts, wrong, closed=True)
     text = told(world.facts, name, pick(rng, list(PERSON)))
     prompt = f"{pick(rng, ('Write in capitals', 'Put this in capitals'))}: {text}."
     content = [word for word in words_of(text) if word in CATEGORY_OF or word.capitalize() in NAMES]

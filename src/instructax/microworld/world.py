@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instructax.microworld.lexicon import CATEGORIES, NAMES, generator, pick, sample
+from instructax.microworld.lexicon import CATEGORIES, CATEGORY_OF, NAMES, generator, pick, sample
 
 # How a fact of each relation is told, "Mira lives in Arden"; people first, then towns.
 PERSON = {
@@ -105,7 +105,9 @@ def draw_world(seed: int) -> World:
         for word in CATEGORIES[last]
     ]
     syllables = ["".join(pair) for pair in itertools.product("bdfklmnprstvz", "aeiou")]
-    coined = sample(rng, [a + b for a, b in itertools.product(syllables, syllables) if a != b], len(TRANSLATED))
+    known = {name.lower() for name in NAMES} | CATEGORY_OF.keys()
+    coinable = [a + b for a, b in itertools.product(syllables, syllables) if a != b and a + b not in known]
+    coined = sample(rng, coinable, len(TRANSLATED))
     return World(
         facts={**draw_facts(rng, NAMES), **towns},
         lore=tuple(lore),

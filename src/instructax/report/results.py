@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from instructax.configuration import ConfigError
 from instructax.microworld.public import TASKS
 from instructax.microworld.run import tasks_of
 from instructax.microworld.tasks import Task
@@ -97,7 +98,7 @@ def load(root: Path) -> Experiment:
         raise ValueError(f"{root} holds no world: a report needs what its prompts ask for, {root}/world")
     try:
         tasks = tasks_of(root / "world")
-    except (KeyError, TypeError):
+    except ConfigError:
         raise ValueError(
             f"{root}/world/config.json is of another version of this project: write the world again"
         ) from None
