@@ -1,8 +1,9 @@
 """Answers of policies to held-out prompts, with the reward model's score and the KL from a reference.
 
-A policy can be asked in three ways: "plain"; "few-shot", behind worked examples that the reward model chose among
-several (the paper's "GPT (prompted)", section 3.6), where a line break ends the answer; and "best-of", with the best of
-n answers by the reward model's score.
+A policy can be asked in three ways: "plain", where an answer runs on to its end or the limit, the pretrained model's
+mostly to the limit; "few-shot", behind worked examples that the reward model chose among several (the paper's "GPT
+(prompted)", section 3.6), where a line break ends the answer; and "best-of", with the best of n answers by the reward
+model's score, the first of them the plain one.
 """
 
 from collections.abc import Iterator
