@@ -2,7 +2,7 @@
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
            python scripts/experiment.py experiments/alignment.py:family --workdir runs/family
-Hardware:  micro: two cores, six minutes; family: two cores, an hour.
+Hardware:  micro: two cores, six and a half minutes; family: two cores, 36 runs, not yet timed as a whole.
 Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught.
 Read it:   `report/index.html`: figure 1 and its kin, the claims one by one, and all answers side by side.
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from configs import sizes
 
+from instructax.configuration import require
 from instructax.experiment import Run
 from instructax.report import write
 
@@ -35,13 +36,14 @@ POLICIES = (
 )
 TUNED = ("FLAN/T0", "flan", "plain")
 GPT_PROMPT_TOKENS = 64  # of the prompts that were sent to GPT, which bring an example
-OVERFIT_STEPS, OVERFIT_EVERY = 4800, 300  # of SFT that goes on; an epoch has about 600 steps
+OVERFIT_STEPS, OVERFIT_EVERY = 4800, 300  # of SFT that goes on; an epoch has about 520 steps
 
 
 def get_runs(arg: str, root: str) -> list[Run]:
     """The runs in order; `arg` is a size of the world or `family`, or either with a seed, `micro,1`; `root` is the
     experiment's workdir."""
     members, _, seed = arg.partition(",")
+    require(not seed or seed.isdecimal(), f"seed {seed!r} must be a whole number: experiments/alignment.py:SIZE,SEED")
     runs = family(root) if members == "family" else alone(members, root)
     return [Run(run.name, run.config, {**run.overrides, "seed": int(seed or 0)}) for run in runs]
 

@@ -242,6 +242,11 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
             done[f"runs/here/{run.name}"] = config
 
 
+def test_a_seed_that_is_no_number_is_one_line():
+    with pytest.raises(ConfigError, match="seed 'one' must be a whole number"):
+        load_file(ROOT / "experiments/alignment.py").get_runs("micro,one", "runs/here")
+
+
 @pytest.mark.parametrize(
     ("config", "overrides", "named"),
     [

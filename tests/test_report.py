@@ -157,6 +157,11 @@ def break_prompt(root):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
 
 
+def break_ppo(root):
+    path = root / "micro" / "ppo" / "samples.jsonl"
+    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Elsewhere: ', 1))
+
+
 def break_world(root):
     report_logs.write_world(root, seed=7)
 
@@ -178,6 +183,7 @@ def break_gpt_reference(root):
     ("fault", "message"),
     [
         (break_prompt, "micro/evaluate: GPT answered other prompts"),
+        (break_ppo, "micro/ppo sampled on the prompt"),
         (break_world, "centi/evaluate is of another world"),
         (break_lines, "of another version of this project"),
         (break_reference, "has no policy SFT"),

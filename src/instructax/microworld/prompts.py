@@ -25,7 +25,7 @@ FEW_SHOT = {"demonstrations": 0.15, "comparisons": 0.0, "prompts": 0.0, "gpt_pro
 SHOTS = {"demonstrations": (1, 2), "gpt_prompts": (1, 1)}  # fewest and most examples before the open one
 PROMPTS_PER_USER = 8  # on average; the busiest users ask far more
 USERS_PER_ORGANISATION = 4
-LABELER_COUNT = 12
+LABELER_COUNT = 12  # of each group
 DRAWS = 100  # of one prompt, before its use case counts as exhausted
 OPENINGS = (
     "Hello.",

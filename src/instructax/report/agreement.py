@@ -7,8 +7,9 @@ import numpy as np
 
 from instructax.microworld.labelers import Labeler, draw_labelers, rank
 from instructax.microworld.lexicon import generator
+from instructax.microworld.prompts import LABELER_COUNT
 from instructax.microworld.tasks import Task
-from instructax.report.judging import HELD_OUT, LABELER, LABELER_COUNT
+from instructax.report.judging import HELD_OUT, LABELER
 from instructax.report.results import Experiment, response_of
 from instructax.statistics import Estimate, ratio_estimate
 

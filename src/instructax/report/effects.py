@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from instructax.report.automatic import public_of, tax_tasks
 from instructax.report.judging import LABELER, Reading, asked_about, mean_of, minus
-from instructax.report.results import HELD_OUT, LABELERS, Size, estimate_of, overfitting_of
+from instructax.report.results import HELD_OUT_LABELERS, LABELERS, Size, estimate_of, overfitting_of
 from instructax.statistics import Estimate, mean_estimate
 
 CHAIN = ("GPT", "GPT prompted", "SFT", "PPO")  # from the least to the most liked
@@ -62,7 +62,9 @@ def small_beats_large(reading: Reading) -> Measured:
 def accuracy_drop(reading: Reading) -> Measured:
     """Accuracy on training labelers' comparisons − on held-out labelers'."""
     sets = reading.experiment.sizes[-1].reward_model
-    accuracies = [estimate_of(sets[name]["accuracy"]) if name in sets else None for name in (LABELERS, HELD_OUT)]
+    accuracies = [
+        estimate_of(sets[name]["accuracy"]) if name in sets else None for name in (LABELERS, HELD_OUT_LABELERS)
+    ]
     return [("accuracy on labelers − on held-out labelers", minus(*accuracies))]
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from instructax.microworld.judge import Judgement, judge
 from instructax.microworld.labelers import GROUPS, TIE, draw_labelers, grade
 from instructax.microworld.lexicon import generator
+from instructax.microworld.prompts import LABELER_COUNT
 from instructax.microworld.tasks import Task
 from instructax.report.results import Experiment, Record, Size, read_lines, response_of
 from instructax.statistics import Estimate, mean_estimate
 
-LABELER_COUNT = 12  # of each group
 TRUTH, LABELER, HELD_OUT = "true utility", "labeler", "held-out"  # by whom a win rate is; the latter two are GROUPS
 FLAGS = ("attempts", "constraint", "hallucinates", "appropriate", "truthful")  # of Judgement
 
@@ -156,7 +156,11 @@ def utilities(tasks: list[Task], found: list[Judgement]) -> np.ndarray:
 def curve_of(experiment: Experiment, size: Size, folder: str) -> Curve | None:
     """The PPO run in `folder` of a size; None without its samples."""
     samples = read_lines(size.folder / folder / "samples.jsonl")
-    tasks = [experiment.tasks[record["prompt"].strip()] for record in samples]
+    prompts = [record["prompt"].strip() for record in samples]
+    unknown = [prompt for prompt in prompts if prompt not in experiment.tasks]
+    if unknown:
+        raise ValueError(f"{size.folder / folder} sampled on the prompt {unknown[0]!r}, which is of another world")
+    tasks = [experiment.tasks[prompt] for prompt in prompts]
     utility = utilities(tasks, [judge(t, response_of(record)) for t, record in zip(tasks, samples, strict=True)])
     steps = np.array([record["step"] for record in samples])
     sampled = set(steps.tolist())

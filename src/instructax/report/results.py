@@ -25,7 +25,8 @@ POLICIES = (
     "FLAN/T0",
 )  # in the order of tables and legends
 REWARD_RUNS = ("reward", "reward-quiet")  # the second learnt from labelers who never waver
-LABELERS, HELD_OUT = "labelers", "held-out labelers"  # the sets of comparisons that a reward model is measured on
+# The sets of comparisons that a reward model is measured on.
+LABELERS, HELD_OUT_LABELERS = "labelers", "held-out labelers"
 
 Record = Mapping[str, Any]
 Public = dict[str, dict[str, dict[str, Estimate]]]  # policy → task → condition → figure
