@@ -157,11 +157,6 @@ def break_prompt(root):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
 
 
-def break_ppo(root):
-    path = root / "micro" / "ppo" / "samples.jsonl"
-    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Elsewhere: ', 1))
-
-
 def break_world(root):
     report_logs.write_world(root, seed=7)
 
@@ -183,7 +178,6 @@ def break_gpt_reference(root):
     ("fault", "message"),
     [
         (break_prompt, "micro/evaluate: GPT answered other prompts"),
-        (break_ppo, "micro/ppo sampled on the prompt"),
         (break_world, "centi/evaluate is of another world"),
         (break_lines, "of another version of this project"),
         (break_reference, "has no policy SFT"),
@@ -199,6 +193,16 @@ def test_logs_that_cannot_be_reported_are_one_line_and_code_2(tmp_path, capsys, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_ppo_on_other_prompts_is_one_line(tmp_path, capsys):
+    root = report_logs.write_family(tmp_path / "family", count=3)
+    path = root / "micro" / "ppo" / "samples.jsonl"
+    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Elsewhere: ', 1))
+    assert command.guarded(lambda: report.write([root], tmp_path / "out")) == command.USER
+    error = capsys.readouterr().err
+    assert "micro/ppo is of another world" in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "index.html").exists()
 
 
 def test_the_command_wants_folders_and_out():

@@ -13,7 +13,7 @@ from instructax.microworld.labelers import GROUPS, TIE, draw_labelers, grade
 from instructax.microworld.lexicon import generator
 from instructax.microworld.prompts import LABELER_COUNT
 from instructax.microworld.tasks import Task
-from instructax.report.results import Experiment, Record, Size, read_lines, response_of
+from instructax.report.results import Experiment, Record, Size, check_prompts, read_lines, response_of
 from instructax.statistics import Estimate, mean_estimate
 
 TRUTH, LABELER, HELD_OUT = "true utility", "labeler", "held-out"  # by whom a win rate is; the latter two are GROUPS
@@ -157,9 +157,7 @@ def curve_of(experiment: Experiment, size: Size, folder: str) -> Curve | None:
     """The PPO run in `folder` of a size; None without its samples."""
     samples = read_lines(size.folder / folder / "samples.jsonl")
     prompts = [record["prompt"].strip() for record in samples]
-    unknown = [prompt for prompt in prompts if prompt not in experiment.tasks]
-    if unknown:
-        raise ValueError(f"{size.folder / folder} sampled on the prompt {unknown[0]!r}, which is of another world")
+    check_prompts(experiment.tasks, prompts, size.folder / folder)
     tasks = [experiment.tasks[prompt] for prompt in prompts]
     utility = utilities(tasks, [judge(t, response_of(record)) for t, record in zip(tasks, samples, strict=True)])
     steps = np.array([record["step"] for record in samples])

@@ -134,13 +134,18 @@ def _answered(sizes: list[Size], run: str, tasks: Mapping[str, Task]) -> tuple[l
     if "SFT" not in samples[-1]:
         raise ValueError(f"{folder} has no policy SFT, which all others are compared with")
     prompts = [record["prompt"].strip() for record in samples[-1]["SFT"]]
-    unknown = [prompt for prompt in prompts if prompt not in tasks]
-    if unknown:
-        raise ValueError(f"the world does not have the prompt {unknown[0]!r}: {folder} is of another world")
+    check_prompts(tasks, prompts, folder)
     return prompts, [
         dataclasses.replace(size, samples=_in_order(size.folder / run, found, prompts))
         for size, found in zip(sizes, samples, strict=True)
     ]
+
+
+def check_prompts(tasks: Mapping[str, Task], prompts: list[str], folder: Path) -> None:
+    """Raises ValueError if the run in `folder` has a prompt that is not the world's."""
+    unknown = [prompt for prompt in prompts if prompt not in tasks]
+    if unknown:
+        raise ValueError(f"the world does not have the prompt {unknown[0]!r}: {folder} is of another world")
 
 
 def _samples_of(folder: Path) -> dict[str, list[Record]]:
