@@ -28,5 +28,6 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "response_tokens": 12 if size == "tiny" else limits["response_tokens"] - 1,
             "batch_size": 16 if size == "tiny" else 256,
             "noise": 1.0,
+            "round": 1,
         }
     )

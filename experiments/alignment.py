@@ -25,7 +25,7 @@ MIDDLE = "milli"  # the size of the family's reward and value networks
 # that has seen none of those is easily exploited. A family shares them.
 EARLY_ANSWERS = {"sft": 8, "pretrain": 1}
 ANSWERS = {"sft": 6, "ppo-early": 3, "pretrain": 1}
-EARLY_PROMPTS = 1200
+EARLY = {"round": 0, "prompts": 1200}
 POLICIES = (
     ("GPT", "pretrain", "plain"),
     ("GPT prompted", "pretrain", "few-shot"),
@@ -53,7 +53,7 @@ def alone(size: str, root: str) -> list[Run]:
     return [
         *world(size, root),
         *supervised(size, "", root),
-        *judged(size, root, {"": 1}, "", EARLY_ANSWERS, "-early", prompts=EARLY_PROMPTS),
+        *judged(size, root, {"": 1}, "", EARLY_ANSWERS, "-early", **EARLY),
         early(size, size, "", root),
         *judged(size, root, {"": 1}, "", ANSWERS, ""),
         *aligned(size, size, "", root),
@@ -68,7 +68,7 @@ def family(root: str) -> list[Run]:
     runs = world(MIDDLE, root)
     for size, folder in folders.items():
         runs += [*supervised(size, folder, root), tuned(size, folder, root)]
-    runs += judged(MIDDLE, root, share, f"{MIDDLE}/", EARLY_ANSWERS, "-early", prompts=EARLY_PROMPTS)
+    runs += judged(MIDDLE, root, share, f"{MIDDLE}/", EARLY_ANSWERS, "-early", **EARLY)
     runs += [early(size, MIDDLE, folder, root) for size, folder in folders.items()]
     runs += judged(MIDDLE, root, share, f"{MIDDLE}/", ANSWERS, "")
     for size, folder in folders.items():

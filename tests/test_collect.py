@@ -70,6 +70,14 @@ def test_same_seed_same_bytes(chain, tmp_path):
     assert (tmp_path / "other" / path).read_bytes() != (chain / "collect" / path).read_bytes()
 
 
+def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
+    ours = records_of(chain / "collect" / "comparisons.jsonl.gz")
+    assert run_stage(stages.config_of(chain, "collect", {"round": 2}), tmp_path / "next")
+    theirs = records_of(tmp_path / "next" / "comparisons.jsonl.gz")
+    answers = [{(a["prompt"], text) for a in records for text in a["completions"]} for records in (ours, theirs)]
+    assert len(answers[0] & answers[1]) < 0.2 * len(answers[0])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -50,10 +50,11 @@ class CollectConfig:
     response_tokens: int
     batch_size: int
     noise: float  # times the labelers' own: 0 = labelers who never waver
+    round: int  # which collection of an experiment this is; no two draw the same random numbers
 
     def __post_init__(self):
         least = dict.fromkeys(("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1)
-        check_range(self, least | {"noise": 0})
+        check_range(self, least | {"noise": 0, "round": 0})
         if not self.policies or min(count for _, count in self.policies) < 1:
             raise ValueError(f"policies = {self.policies!r} must be one at least, each with one answer at least")
 
@@ -65,7 +66,7 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
     asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
     parents = [open_run(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
     policies = [open_policy(path, config.compute) for path, _ in config.policies]
-    compared = draw_compared(sampled(config, policies, asked), generator(config.seed, "compared"))
+    compared = draw_compared(sampled(config, policies, asked), generator(config.seed, f"compared {config.round}"))
     for file, group in FILES.items():
         write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
     figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
@@ -97,8 +98,9 @@ def sample_answers(
         # The last batch is filled up with its first prompt, so that no shape changes.
         filled = rows + rows[:1] * (config.batch_size - len(rows))
         prompts = left_padded([(i, encoded[row]) for i, row in enumerate(filled)], len(filled), config.prompt_tokens)
-        # No two answers share a key: a policy has its step, an answer its own number.
-        keys = clock.sample_keys(clock.step_key(config.seed, "collect", number), jnp.array(filled) + draw * len(asked))
+        # No two answers share a key: a round has its step, a policy and an answer their own numbers.
+        key = jax.random.fold_in(clock.step_key(config.seed, "collect", config.round), number)
+        keys = clock.sample_keys(key, jnp.array(filled) + draw * len(asked))
         rollouts = jax.device_get(sample(params, prompts, keys))
         for i, row in enumerate(rows):
             length = int(rollouts.mask[i].sum()) - bool(rollouts.ended[i])
@@ -122,7 +124,7 @@ def rankings(
     config: CollectConfig, group: str, asked: list[Asked], compared: Mapping[int, list[str]]
 ) -> Iterator[dict[str, Any]]:
     """The records of the labelers of a group, each prompt by one of them."""
-    rng = generator(config.seed, f"rankings {group}")
+    rng = generator(config.seed, f"rankings {group} {config.round}")
     labelers = draw_labelers(config.seed, group, LABELER_COUNT)
     for index, responses in compared.items():
         labeler = pick(rng, labelers)
