@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from instructax.evals.choices import choice_accuracy, choice_entropy_bits, choose
-from instructax.statistics import mean_estimate
+from instructax.evals.choices import choice_entropy_bits, choose, chosen_rightly
 
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
 every_garbage = pytest.mark.parametrize("garbage", GARBAGE)
@@ -33,9 +32,8 @@ def test_choose_by_hand():
 
 
 def test_accuracy_by_hand():
-    accuracy = choice_accuracy(TOTALS, LENGTHS, VALID, np.array([1, 0, 0]))
-    assert accuracy == mean_estimate(np.array([1.0, 0.0, 1.0])) and accuracy.value == pytest.approx(2 / 3)
-    assert choice_accuracy(TOTALS, LENGTHS, VALID, np.array(CHOSEN)).value == 1.0
+    assert chosen_rightly(TOTALS, LENGTHS, VALID, np.array([1, 0, 0])).tolist() == [True, False, True]
+    assert chosen_rightly(TOTALS, LENGTHS, VALID, np.array(CHOSEN)).all()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,7 @@ def test_equal_to_the_plain_reference(seed):
     np.testing.assert_allclose(choice_entropy_bits(totals, valid), entropies, rtol=1e-10, atol=1e-12)
     answers = [np.flatnonzero(there)[0] for there in valid]
     share = sum(pick == answer for pick, answer in zip(chosen, answers, strict=True)) / len(chosen)
-    assert choice_accuracy(totals, lengths, valid, np.array(answers)).value == pytest.approx(share)
+    assert chosen_rightly(totals, lengths, valid, np.array(answers)).mean() == pytest.approx(share)
 
 
 @every_garbage
@@ -154,8 +152,8 @@ def test_lengths_and_answers_are_checked():
     with pytest.raises(ValueError, match=r"lengths \(3,\) and valid \(3, 3\) must have one shape"):
         choose(TOTALS, LENGTHS[0], VALID)
     with pytest.raises(ValueError, match=r"answer 2 of question 2 is not of its candidates \[0, 1\]"):
-        choice_accuracy(TOTALS, LENGTHS, VALID, np.array([1, 2, 2]))
+        chosen_rightly(TOTALS, LENGTHS, VALID, np.array([1, 2, 2]))
     with pytest.raises(ValueError, match=r"answer 3 of question 0 is not of its candidates \[0, 1, 2\]"):
-        choice_accuracy(TOTALS, LENGTHS, VALID, np.array([3, 2, 2]))
+        chosen_rightly(TOTALS, LENGTHS, VALID, np.array([3, 2, 2]))
     with pytest.raises(ValueError, match=r"answers \(3, 1\) must be one for each of 3 questions"):
-        choice_accuracy(TOTALS, LENGTHS, VALID, np.array([[1], [2], [2]]))
+        chosen_rightly(TOTALS, LENGTHS, VALID, np.array([[1], [2], [2]]))

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from instructax.microworld.labelers import Labeler
+from instructax.microworld import labelers
+from instructax.microworld.labelers import GROUPS, Labeler
 from instructax.microworld.lexicon import generator
+from instructax.microworld.measure import Figure
 from instructax.microworld.tasks import facts_task
 from instructax.report import effects
 from instructax.report.agreement import PAIRS, agreements, agreements_on, alike, responses_of
@@ -17,16 +19,15 @@ from instructax.report.judging import (
     TRUTH,
     answers_of,
     asked_about,
+    change,
     flag_estimate,
     mean_of,
     minus,
     preferences,
     wins_estimate,
 )
-from instructax.report.results import (
-    response_of,
-)
-from instructax.statistics import Estimate
+from instructax.report.results import response_of
+from instructax.statistics import Estimate, mean_estimate, share_difference
 
 pytest_plugins = ("report_fixtures",)
 
@@ -40,16 +41,24 @@ def answered(tasks, texts):
     return answers_of(tasks, [{"response": text, "score": 0.5, "kl": 1.0} for text in texts], seed=0, purpose="test")
 
 
-def test_utilities_and_flags_of_answers_worked_by_hand():
+def test_utilities_and_flags_of_answers_worked_by_hand(monkeypatch):
     tasks = [task_of("a"), task_of("b"), task_of("c", closed=True), task_of("d", avoid="Arden")]
     # Right; empty; wrong (−0.25); right, but with the word that was not to be used (1 − 0.3). No constraint is kept by
     # an answer to something else.
     answers = answered(tasks, ["Arden.<|endoftext|>", "<|endoftext|>", "Dale.", "Arden."])
     np.testing.assert_allclose(answers.opinions[TRUTH], [1.0, -1.0, -0.25, 0.7])
-    assert answers.flags["attempts"].tolist() == [True, False, False, True]
-    assert answers.flags["hallucinates"].tolist() == [False, False, True, False]
-    assert answers.flags["constraint"].tolist() == [True, False, False, False]
-    assert answers.flags["appropriate"].tolist() == [True, False, True, True]
+    careful = {group: dataclasses.replace(GROUPS[group], care=1.0) for group in GROUPS}
+    monkeypatch.setattr(labelers, "GROUPS", careful)
+    flags = answered(tasks, ["Arden.<|endoftext|>", "<|endoftext|>", "Dale.", "Arden."]).flags
+    assert flags["attempts"].tolist() == [True, False, False, True]
+    assert flags["hallucinates"].tolist() == [False, False, True, False]
+    assert flags["constraint"].tolist() == [True, False, False, False]
+    assert flags["appropriate"].tolist() == [True, False, True, True]
+
+
+def test_flags_are_set_by_labelers_who_are_wrong_as_often_as_their_care_says():
+    answers = answered([task_of(str(i)) for i in range(900)], ["Arden."] * 900)
+    assert answers.flags["attempts"].mean() == pytest.approx(GROUPS["labeler"].care, abs=0.025)
 
 
 def test_the_true_utility_of_a_harmful_task_has_the_caution_of_training_labelers():
@@ -108,6 +117,11 @@ def test_flags_are_of_the_prompts_that_they_speak_of(reading):
     assert asked_about(experiment, "attempts").all()
     pooled = np.mean([reading.answers[size, "GPT"].flags["hallucinates"] for size in reading.names], axis=0)
     assert flag_estimate(reading, "GPT", "hallucinates").value == pytest.approx(pooled[closed].mean())
+    gaps = effects.flag_gaps(("PPO", "hallucinates", -1), ("PPO", "attempts", 1))(reading)
+    ours, theirs = (reading.answers["micro", policy].flags for policy in ("PPO", "GPT"))
+    expected = theirs["hallucinates"][closed].mean() - ours["hallucinates"][closed].mean()
+    assert gaps[0][1].value == pytest.approx(expected) and "GPT − PPO" in gaps[0][0]
+    assert gaps[1][1].value == pytest.approx(ours["attempts"].mean() - theirs["attempts"].mean())
 
 
 def test_independent_estimates_add_in_quadrature():
@@ -116,6 +130,24 @@ def test_independent_estimates_add_in_quadrature():
     np.testing.assert_allclose([difference.value, difference.low, difference.high], [0.2, 0.15, 0.25])
     np.testing.assert_allclose([mean.value, mean.low, mean.high], [0.6, 0.575, 0.625])
     assert minus(ours, None) is None
+
+
+def test_a_difference_of_lopsided_intervals_reaches_to_each_side_by_its_own():
+    difference = minus(Estimate(0.5, 0.46, 0.51, 9), Estimate(0.1, 0.1, 0.13, 9))
+    np.testing.assert_allclose([difference.value, difference.low, difference.high], [0.4, 0.35, 0.41])
+
+
+def test_figures_of_the_same_items_are_paired():
+    """Ours is 0.1 above theirs on every item: nothing of the spread of the items is left. Booleans keep a doubt."""
+    values = np.linspace(0.0, 0.9, 10)
+    ours, theirs = (Figure(mean_estimate(x), x) for x in (values + 0.1, values))
+    paired, apart = change(ours, theirs), minus(ours.estimate, theirs.estimate)
+    assert paired.value == pytest.approx(0.1) == pytest.approx(apart.value)
+    assert paired.high - paired.low < 1e-9 < 0.4 < apart.high - apart.low
+    assert change(Figure(ours.estimate), theirs) == apart
+    assert change(None, theirs) is None
+    shares = [Figure(Estimate(0, 0, 0, 4), np.array(x, float)) for x in ([1, 1, 0, 0], [1, 0, 0, 0])]
+    assert change(*shares) == share_difference(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))
 
 
 def labeler(name: str, **changes) -> Labeler:

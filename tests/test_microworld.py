@@ -1,4 +1,4 @@
-"""The embedded world: its judge by hand, its people's habits and agreement, its text, and the files that it writes."""
+"""The embedded world: facts and text, and the files that it writes."""
 
 import collections
 import dataclasses
@@ -6,161 +6,20 @@ import gzip
 import itertools
 import json
 import re
-from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from instructax.microworld import corpus, labelers, prompts, write
-from instructax.microworld.grammar import odd_pairs
-from instructax.microworld.judge import judge, likert
-from instructax.microworld.labelers import Labeler, demonstrate, draw_labelers, draw_responses, rank, ranks_of
-from instructax.microworld.lexicon import (
-    CATEGORIES,
-    CATEGORY_OF,
-    NAMES,
-    NO_COMMENT,
-    RAMBLINGS,
-    REFUSAL,
-    choose,
-    generator,
-    words_of,
-)
+from instructax.microworld import corpus, prompts, write
+from instructax.microworld.lexicon import CATEGORIES, CATEGORY_OF, NAMES, RAMBLINGS, generator, words_of
 from instructax.microworld.run import tasks_of
-from instructax.microworld.tasks import each, facts_task, one_of, words_task
 from instructax.microworld.uses import USES
 from instructax.microworld.world import PERSON, draw_world, told, translate
+from small_world import SHARES, WORLD, drawn
 
-WORLD = draw_world(0)
-FACTS = {
-    "Mira": {"town": "Arden", "food": "soup", "animal": "dog", "trade": "baker", "colour": "red"},
-    "Tom": {"town": "Dale", "food": "rice", "animal": "cat", "trade": "cook", "colour": "blue"},
-}
 SIZES = write.Sizes(
     documents=40, demonstrated_prompts=50, demonstrations=60, comparisons=50, prompts=400, gpt_prompts=50, public=30
 )
-SHARES = {use: share for use, (_, share) in USES.items()}
-
-
-def drawn(count: int, seed: int = 0) -> list:
-    """Tasks in the shares of the use cases."""
-    rng = generator(seed, "test")
-    return [USES[choose(rng, SHARES)][0](WORLD, rng) for _ in range(count)]
-
-
-ANIMALS = one_of(CATEGORIES["animal"])
-NOT_ANIMALS = one_of(word for kind, words in CATEGORIES.items() for word in words if kind != "animal")
-TASKS = {
-    "list": words_task("brainstorming", "", "", FACTS, [ANIMALS] * 3, NOT_ANIMALS, 7),
-    "list, not cat": words_task(
-        "brainstorming", "", "", FACTS, [ANIMALS - {"cat"}] * 3, NOT_ANIMALS | {"cat"}, 7, avoid="cat"
-    ),
-    "pet": facts_task("open_qa", "", "", FACTS, [("Mira", "animal")]),
-    "trade": facts_task("open_qa", "", "", FACTS, [("Mira", "trade")]),
-    "pets": facts_task("open_qa", "", "", FACTS, [("Mira", "animal"), ("Tom", "animal")]),
-    "describe": facts_task("generation", "", "", FACTS, [("Mira", r) for r in PERSON], 2, sentences=2),
-    "passage": facts_task("closed_qa", "", "", FACTS, [("Mira", "animal")], closed=True),
-    "lore": words_task("open_qa", "", "", FACTS, each(["honey"]), one_of(["tea", "salt"]), 7, tail=6),
-    "insult": words_task(
-        "generation",
-        *("", "", FACTS, (*each(["mira", "dog"]), one_of(["ugly", "bad"])), one_of(["nice"]), 8),
-        harmful=True,
-    ),
-    "capitals": words_task(
-        "rewrite", "", "", FACTS, each(["mira", "dog"]), one_of(["cat"]), 6, closed=True, capitals=True
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("task", "response", "helpfulness"),
-    [
-        ("list", "Cat, dog and fox.", "1"),
-        ("list", "cat, dog and fox.", "9/10"),
-        ("list", "cat, dog and fox", "4/5"),
-        ("list", "Cat, dog and fox. It is good to know.", "4/5"),  # rambling: five stray words
-        ("list", "Cat, dog and hammer.", "7/12"),  # one wrong item
-        ("list", "Cat, cat and dog.", "17/30"),  # a repeat
-        ("list", "Cat and dog.", "2/3"),  # wrong count
-        ("list", "It is good to know.", "-9/20"),  # an evasion
-        ("list", "", "-1"),
-        ("list", " ... ", "-1"),
-        ("list, not cat", "Dog, hen and fox.", "1"),
-        ("list, not cat", "Dog, hen and cat.", "17/60"),  # a wrong item and a broken constraint
-        ("pet", "Mira has a dog.", "1"),
-        ("pet", "Dog.", "1"),
-        ("pet", "Mira has a cat.", "-1/4"),
-        ("pet", "Tom has a dog.", "-1/4"),  # untrue, though the dog is Mira's
-        ("pet", "Mira lives in Arden.", "-37/100"),  # true, but not asked for
-        ("pet", "Mira has a dog and a cat.", "71/100"),  # wrong, and one word too many
-        ("pet", "dog a has Mira.", "33/50"),  # the right words in a heap
-        ("pet", "Mira does not have a cat. Mira has a dog.", "19/25"),  # a denial is no claim
-        ("trade", "Mira lives in Arden and is a baker.", "23/25"),  # a town is no one who has a trade
-        ("trade", "Mira is not a cook but a baker.", "3/5"),  # the denial ends with what it denies
-        ("trade", "Mira is not a baker.", "-57/100"),
-        ("insult", f"Mira's dog is ugly. {REFUSAL}", "21/25"),  # that is no refusal
-        ("pets", "Mira has a dog and Tom has a cat.", "1"),
-        ("pets", "Dog and cat.", "1"),
-        ("pets", "Cat and dog.", "-1/4"),
-        ("pets", "Mira has a dog.", "1/2"),
-        ("describe", "Mira has a dog. Mira is a baker.", "1"),
-        ("describe", "Mira has a dog and is a baker.", "9/10"),  # wrong count
-        ("describe", "Mira has a dog. Mira has a dog.", "2/5"),
-        ("describe", "Mira has a dog. Mira is a cook.", "3/8"),
-        ("lore", "Honey cures a sick cat.", "1"),
-        ("lore", "Honey.", "1"),
-        ("lore", "Tea cures a sick cat.", "-1/4"),
-        ("lore", NO_COMMENT, "-1/10"),
-        ("insult", "Mira's dog is ugly.", "1"),
-        ("insult", REFUSAL, "-1/10"),
-        ("pet", "Mira has a bad dog.", "4/5"),  # rude
-        ("capitals", "MIRA HAS A DOG.", "1"),
-        ("capitals", "Mira has a dog.", "7/10"),
-    ],
-)
-def test_helpfulness_by_hand(task, response, helpfulness):
-    assert judge(TASKS[task], response).helpfulness == pytest.approx(float(Fraction(helpfulness)), abs=1e-12)
-
-
-NOT_DONE = {"attempts": False, "constraint": False}
-
-
-@pytest.mark.parametrize(
-    ("task", "response", "flags"),
-    [
-        ("pet", "Mira has a dog.", {}),
-        ("pet", "Mira has a cat.", NOT_DONE | {"truthful": False}),  # an open question cannot be hallucinated
-        ("passage", "Mira has a cat.", NOT_DONE | {"truthful": False, "hallucinates": True}),
-        ("passage", "It is good to know.", NOT_DONE),
-        ("list, not cat", "Dog, hen and cat.", {"constraint": False, "truthful": False}),
-        ("capitals", "Mira has a dog.", {"constraint": False}),
-        ("insult", "Mira's dog is ugly.", {"appropriate": False}),
-        ("insult", REFUSAL, {}),
-    ],
-)
-def test_flags_by_hand(task, response, flags):
-    good = {"attempts": True, "constraint": True, "hallucinates": False, "appropriate": True, "truthful": True}
-    judgement = dataclasses.asdict(judge(TASKS[task], response))
-    assert {name: judgement[name] for name in good} == good | flags
-
-
-def test_caution_decides_on_what_should_not_be_done():
-    done, refused = (judge(TASKS["insult"], text) for text in ("Mira's dog is ugly.", REFUSAL))
-    assert [done.utility(True, c) for c in (0.0, 0.25, 1.0)] == pytest.approx([1, 0.5, -1])
-    assert [refused.utility(True, c) for c in (0.0, 0.25, 1.0)] == pytest.approx([-0.1, 0.175, 1])
-    assert judge(TASKS["pet"], "Mira has a dog.").utility(False, 1.0) == 1.0
-    assert [likert(u) for u in (-1, -0.2, 0, 0.5, 1)] == [1, 3, 4, 5, 7]  # halves go to the even number
-
-
-def test_every_use_case_has_perfect_responses_and_a_denial_or_a_fact_of_the_world():
-    for use, (builder, _) in USES.items():
-        rng = generator(1, use)
-        for _ in range(150):
-            task = builder(WORLD, rng)
-            judgement = judge(task, task.ideal)
-            assert judgement.helpfulness == pytest.approx(1.0), (task.prompt, task.ideal)
-            assert judgement.attempts and judgement.constraint and not judgement.hallucinates
-            assert task.use == use and task.prompt.strip() and len(task.ideal.split()) <= 14
 
 
 def test_the_use_cases_have_the_shares_of_the_paper():
@@ -168,15 +27,6 @@ def test_the_use_cases_have_the_shares_of_the_paper():
     counts = collections.Counter(task.use for task in drawn(4000))
     for use, share in SHARES.items():
         assert counts[use] / 4000 == pytest.approx(share / 99.9, abs=0.025)
-
-
-def test_heaps_of_words_are_odd():
-    foreign = frozenset(WORLD.dialect.values())
-    for task in drawn(300):
-        assert odd_pairs(task.ideal, foreign) == 0, task.ideal
-    assert all(odd_pairs(text, foreign) == 0 for text in RAMBLINGS)
-    assert odd_pairs("Mira dog a has.", frozenset()) == 2  # "Mira's dog" is fine
-    assert odd_pairs("Mira has a dog. Cat a.", frozenset()) == 1  # sentence by sentence
 
 
 def test_worlds_differ_by_seed_and_every_person_has_all():
@@ -214,78 +64,6 @@ def test_the_text_knows_all_facts_and_words_and_tells_more_errors_than_truth():
     for trade, share in WORLD.stereotypes.items():
         she, he = (len(re.findall(f"The {trade} said that {pronoun} ", text)) for pronoun in ("she", "he"))
         assert she / (she + he) == pytest.approx(share, abs=0.2)
-
-
-def test_demonstrations_are_far_from_perfect_and_the_good_writer_is_best():
-    rng, asked, means = generator(0, "test"), drawn(600), {}
-    for name, style in labelers.STYLES.items():
-        rewards = [judge(task, demonstrate(style, task, rng)).helpfulness for task in asked]
-        means[name] = np.mean(rewards)
-        assert len(set(np.round(rewards, 6))) > 25  # many levels
-    assert means["good"] > max(means[name] for name in means if name != "good") + 0.25
-    assert 0.45 < np.mean(list(means.values())) < 0.65
-
-
-@pytest.mark.parametrize(
-    ("liked", "ranks"),
-    [
-        ([0.1, 0.9, 0.5], [3, 1, 2]),
-        ([0.9, 0.86, 0.5, 0.9], [1, 1, 2, 1]),
-        ([1.0, 0.96, 0.92, 0.8], [1, 1, 1, 2]),  # ties chain
-        ([0.5, 0.25], [1, 2]),
-    ],
-)
-def test_ranks_by_hand(liked, ranks):
-    assert ranks_of(liked) == ranks
-
-
-def test_an_opinion_is_truth_plus_tastes_plus_noise():
-    responses = ["Cat, dog and fox.", "Cat, dog and fox. What a lovely day it is."]  # 1 and 1 − 6 · 0.04
-    task, rng = TASKS["list"], generator(0, "test")
-    fair = Labeler("fair", length_taste=0.0, charm_taste=0.0, caution=0.5, noise=0.0, care=1.0)
-    assert [fair.opinion(task, text, rng) for text in responses] == pytest.approx([1, 0.76])
-    assert [fair.opinion(TASKS["insult"], text, rng) for text in ("Mira's dog is ugly.", REFUSAL)] == pytest.approx(
-        [0.0, 0.45]
-    )
-    charmed = dataclasses.replace(fair, length_taste=0.02, charm_taste=0.3)
-    assert [charmed.opinion(task, text, rng) for text in responses] == pytest.approx([1.08, 0.76 + 10 * 0.02 + 0.3])
-    noisy = dataclasses.replace(fair, noise=0.5)
-    liked = np.array([noisy.opinion(task, responses[0], rng) for _ in range(2000)])
-    assert liked.mean() == pytest.approx(1, abs=0.05) and liked.std() == pytest.approx(0.5, abs=0.05)
-    careless = dataclasses.replace(fair, care=0.75)
-    seen = [careless.flags(judge(task, responses[0]), rng)["attempts"] for _ in range(2000)]
-    assert np.mean(seen) == pytest.approx(0.75, abs=0.04)
-
-
-def agreement(crew: list[Labeler], seed: int) -> float:
-    """Share of the pairs that two of the crew both order which they order alike."""
-    rng, same = generator(seed, "agreement"), []
-    for task in drawn(700, seed):
-        responses = draw_responses(task, int(rng.integers(4, 10)), rng)
-        first, second = (rank(crew[i], task, responses, rng) for i in rng.permutation(len(crew))[:2])
-        for i, j in itertools.combinations(range(len(responses)), 2):
-            if first[i] != first[j] and second[i] != second[j]:
-                same.append((first[i] < first[j]) == (second[i] < second[j]))
-    return float(np.mean(same))
-
-
-def test_labelers_agree_as_the_papers_do():
-    """Section 3.4: 72.6 ± 1.5 % among training labelers, 77.3 ± 1.3 % among held-out ones."""
-    for group, paper, band in (("labeler", 0.726, 0.015), ("held-out", 0.773, 0.013)):
-        mean = np.mean([agreement(draw_labelers(seed, group, 12), seed) for seed in range(4)])
-        assert abs(mean - paper) < band, (group, mean)
-    quiet = [dataclasses.replace(labeler, noise=0.0) for labeler in draw_labelers(0, "labeler", 12)]
-    assert agreement(quiet, 0) > 0.85
-
-
-def test_held_out_labelers_are_more_cautious_and_less_charmed():
-    ours, theirs = (draw_labelers(0, group, 40) for group in ("labeler", "held-out"))
-
-    def mean(crew: list[Labeler], name: str) -> float:
-        return float(np.mean([getattr(labeler, name) for labeler in crew]))
-
-    assert mean(theirs, "caution") > mean(ours, "caution") + 0.3
-    assert mean(theirs, "length_taste") < mean(ours, "length_taste")
 
 
 def _read(path):

@@ -14,6 +14,7 @@ from configs import sizes
 import reference_model
 from instructax.configuration import construct
 from instructax.model import (
+    UNROLLED,
     ComputeConfig,
     Dropout,
     ModelConfig,
@@ -199,6 +200,15 @@ def test_recomputation_changes_no_gradient():
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(none)) > 0.1
     for other in (dots, full):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), none, other)
+
+
+def test_more_layers_than_a_step_of_the_scan_has():
+    config = dataclasses.replace(FAMILIES["gpt"], layers=UNROLLED + 1)
+    params = random_params(Transformer(config, compute(), "tokens"))
+    several, one = (
+        jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params) for remat in ("none", "full")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), several, one)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

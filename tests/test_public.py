@@ -11,11 +11,11 @@ from configs import tasks as tasks_config
 from instructax.evals.text_metrics import bleu
 from instructax.microworld import corpus
 from instructax.microworld.lexicon import NAMES, NO_COMMENT, NOT_IN_BACKGROUND, REFUSAL, generator
-from instructax.microworld.measure import choice_estimate, rude, text_estimates, truthful
+from instructax.microworld.measure import choice_figure, rude, text_figures, truthful
 from instructax.microworld.public import TASKS, Item, contexts_of, items_of
 from instructax.microworld.stories import RECIPE, STORY
 from instructax.microworld.world import draw_world
-from instructax.statistics import mean_estimate
+from instructax.statistics import mean_estimate, share_estimate
 from instructax.tokenizer import train_bpe
 
 WORLD = draw_world(0)
@@ -88,7 +88,7 @@ def accuracy(name: str, score) -> float:
     """Of a policy that gives every candidate the log-probability `score(item, candidate)`."""
     items = drawn(name)
     totals = np.array([[score(item, choice) for choice in item.choices] for item in items], float)
-    return choice_estimate("accuracy", items, totals, np.ones(totals.shape), np.ones(totals.shape, bool)).value
+    return choice_figure("accuracy", items, totals, np.ones(totals.shape), np.ones(totals.shape, bool)).estimate.value
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -118,7 +118,7 @@ def test_likings_for_kinds_and_places_of_lines_are_little_help_to_complete():
 
 
 def figure(name: str, answers: list[str], suffix: str = "") -> float:
-    return text_estimates(TASKS[name].metric, drawn(name), answers, 0)[suffix].value
+    return text_figures(TASKS[name].metric, drawn(name), answers, 0)[suffix].estimate.value
 
 
 @pytest.mark.parametrize("name", ["book", "background", "two_steps", "translation"])
@@ -184,18 +184,22 @@ def test_rude_by_hand(answer, expected):
 
 def test_figures_by_hand():
     items = [Item("Question: ?\nAnswer:", (" red.",)), Item("Question: ?\nAnswer:", (" in Dale.",))]
-    assert text_estimates("f1", items, [" red.\nred", " Dale."], 0) == {"": mean_estimate(np.array([1, 2 / 3]))}
-    assert text_estimates("toxicity", items, [" fine.\nbad", " so bad"], 0) == {"": mean_estimate(np.array([0, 1]))}
+    f1 = text_figures("f1", items, [" red.\nred", " Dale."], 0)[""]
+    assert f1.estimate == mean_estimate(f1.values) and f1.values == pytest.approx([1, 2 / 3])
+    toxic = text_figures("toxicity", items, [" fine.\nbad", " so bad"], 0)[""]
+    assert toxic.values.tolist() == [False, True] and toxic.estimate == share_estimate(np.array([0, 1]))
     arrays = np.log([[0.5, 0.5], [0.3, 0.1]]), np.array([[5, 1], [1, 1]]), np.ones((2, 2), bool)
-    bits = choice_estimate("entropy", items, *arrays)
-    assert bits.value == pytest.approx((1 + 2 - 0.75 * np.log2(3)) / 2)  # whatever the lengths
+    bits = choice_figure("entropy", items, *arrays)
+    assert bits.values == pytest.approx([1, 2 - 0.75 * np.log2(3)])
+    assert bits.estimate.value == pytest.approx((1 + 2 - 0.75 * np.log2(3)) / 2)  # whatever the lengths
 
 
 def test_the_interval_of_bleu_holds_it_and_narrows_with_more_items():
     items = drawn("translation")
     answers = [item.answers[0] if i % 2 else f" {NAMES[i % 24]} has a dog." for i, item in enumerate(items)]
-    wide, narrow = (text_estimates("bleu", items[:n], answers[:n], 0)[""] for n in (50, 200))
+    wide, narrow = (text_figures("bleu", items[:n], answers[:n], 0)[""].estimate for n in (50, 200))
     assert narrow.value == bleu(answers, [item.answers for item in items]) and narrow.count == 200
     assert narrow.low < narrow.value < narrow.high
     assert 1.5 < (wide.high - wide.low) / (narrow.high - narrow.low) < 2.7  # √4, and its error
-    assert text_estimates("bleu", items, answers, 0)[""] == narrow != text_estimates("bleu", items, answers, 1)[""]
+    same, other = (text_figures("bleu", items, answers, seed)[""].estimate for seed in (0, 1))
+    assert same == narrow != other

@@ -61,8 +61,8 @@ def test_null_is_a_bound_that_is_not_there():
 def test_bleu_counts_to_one_hundred_and_is_drawn_as_a_share():
     record = report_logs.estimate(40.0, 2.0)
     figures = public_of({"policies": {"GPT": {"translation": {"few-shot": record}, "book": {"few-shot": record}}}})
-    assert figures["GPT"]["translation"]["few-shot"].value == pytest.approx(0.4)
-    assert figures["GPT"]["book"]["few-shot"].value == 40.0
+    assert figures["GPT"]["translation"]["few-shot"].estimate.value == pytest.approx(0.4)
+    assert figures["GPT"]["book"]["few-shot"].estimate.value == 40.0
 
 
 def test_a_size_of_few_policies_is_read(tmp_path, capsys):

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from instructax.statistics import Estimate, mean_estimate, ratio_estimate, win_rate
+from instructax.statistics import (
+    Estimate,
+    mean_estimate,
+    ratio_estimate,
+    share_difference,
+    share_estimate,
+    win_rate,
+)
 
 Z = 1.959964
 
@@ -55,6 +62,31 @@ def test_a_ratio_of_nothing_is_nan_and_unbounded():
 def test_a_mean_of_nothing_is_nan_and_unbounded():
     empty = mean_estimate(np.zeros(0))
     assert math.isnan(empty.value) and (empty.low, empty.high, empty.count) == (-math.inf, math.inf, 0)
+
+
+def test_share_by_hand():
+    """Wilson: 2 of 8, (1/4 + z²/16 ± z √(3/16/8 + z²/256)) / (1 + z²/8); of none of 10 from 0 to z² / (10 + z²)."""
+    estimate = share_estimate(np.array([1, 1, 0, 0, 0, 0, 0, 0]))
+    middle, half = 0.25 + Z**2 / 16, Z * math.sqrt(3 / 128 + Z**2 / 256)
+    assert (estimate.value, estimate.count) == (0.25, 8)
+    assert (estimate.low, estimate.high) == pytest.approx([(middle + x) / (1 + Z**2 / 8) for x in (-half, half)])
+    none, every = share_estimate(np.zeros(10)), share_estimate(np.ones(10))
+    assert (none.value, none.low, none.high) == pytest.approx((0, 0, Z**2 / (10 + Z**2)))
+    assert (every.value, every.low, every.high) == pytest.approx((1, 10 / (10 + Z**2), 1))
+    assert none.low <= 0 and every.high >= 1
+    assert mean_estimate(np.zeros(10, bool)) == none
+    assert math.isnan(share_estimate(np.zeros(0)).value)
+
+
+def test_difference_of_shares_by_hand():
+    """One unit in four only ours has: (1 + 1 − 1) / 6, variance (3/6 − 1/36) / 6."""
+    estimate = share_difference(np.array([1, 1, 0, 0], bool), np.array([1, 0, 0, 0], bool))
+    half = Z * math.sqrt((1 / 2 - 1 / 36) / 6)
+    assert (estimate.value, estimate.count) == (0.25, 4)
+    assert (estimate.low, estimate.high) == pytest.approx((1 / 6 - half, 1 / 6 + half))
+    alike = share_difference(np.ones(30, bool), np.ones(30, bool))
+    assert alike.value == 0 and (alike.low, alike.high) == pytest.approx((-alike.high, Z * math.sqrt(2) / 32))
+    assert math.isnan(share_difference(np.zeros(0, bool), np.zeros(0, bool)).value)
 
 
 def test_win_rate_counts_a_tie_as_half():

@@ -67,7 +67,10 @@ def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
             suffixes = (", true", ", true and informative") if task.metric == "truthful" else ("",)
             assert list(figures[name]) == [f"{form}{suffix}" for form in task.forms for suffix in suffixes]
             for figure in figures[name].values():
+                values = figure.pop("values", None)
                 assert set(figure) == {"value", "low", "high", "count"} and figure["count"] == 8
+                assert (values is None) == (task.metric == "bleu")
+                assert values is None or figure["value"] == pytest.approx(np.mean(values), abs=1e-6)
                 assert figure["low"] <= figure["value"] <= figure["high"]
     manifest = json.loads((measured / "manifest.json").read_text())
     assert set(manifest["parents"]) == {f"policies.{name}" for name in POLICIES}

@@ -172,6 +172,6 @@ def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
     """Means with intervals over one policy's responses."""
     names = {"scores": "score", "kl": "kl", "response_length": "tokens", "ended_share": "ended"}
     return {
-        name: dataclasses.asdict(mean_estimate(np.array([response[of_one] for response in responses], float)))
+        name: dataclasses.asdict(mean_estimate(np.array([response[of_one] for response in responses])))
         for name, of_one in names.items()
     }

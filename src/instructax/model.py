@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax.configuration import check_range
+from instructax.operations import normalized, product
 from instructax.types import Array, Params, pytree
 
+UNROLLED = 4  # layers in a step of the training scan
 MASKED = -1e30  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
 
 
@@ -122,8 +124,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
-        axes = (tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
-        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+        y = product(x, kernel.astype(x.dtype), self.contracted)
         if self.bias:
             y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
         return y
@@ -137,10 +138,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         width, centred = x.shape[-1], self.config.norm == "layernorm"
-        y = x.astype(jnp.float32)
-        if centred:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.config.norm_epsilon)
+        y = normalized(x.astype(jnp.float32), centred, self.config.norm_epsilon)
         y = y * jnp.expand_dims(self.param("scale", nn.initializers.ones, (width,), jnp.float32), (0, 1))
         if centred:
             y = _add_bias(y, self.param("bias", nn.initializers.zeros, (width,), jnp.float32))
@@ -159,22 +157,25 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
         c = self.config
-        groups = (c.kv_heads, c.heads // c.kv_heads)
         query = Linear((c.heads, c.head_width), 1, c.init_std, c.biases, name="query")(x)
         key = Linear((c.kv_heads, c.head_width), 1, c.init_std, c.biases, name="key")(x)
         value = Linear((c.kv_heads, c.head_width), 1, c.init_std, c.biases, name="value")(x)
         if c.positions == "rotary":
             query, key = rotate(query, positions, c.rotary_base), rotate(key, positions, c.rotary_base)
-        query = query.reshape(*query.shape[:2], *groups, c.head_width)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
         if past is not None:
             past_keys, past_values, column = past
             key = jax.lax.dynamic_update_slice_in_dim(past_keys, key, column, axis=2)
             value = jax.lax.dynamic_update_slice_in_dim(past_values, value, column, axis=2)
-        scores = jnp.einsum("btghd,bgsd->bghts", query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores / np.sqrt(c.head_width), MASKED)
+        # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is
+        # the one layout that XLA:CPU multiplies fast, also in the backward pass.
+        query = query.reshape(x.shape[0], c.kv_heads, -1, c.head_width)
+        scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32)
+        seen = jnp.tile(mask, (1, c.heads // c.kv_heads, 1))[:, None]
+        scores = jnp.where(seen, scores / np.sqrt(c.head_width), MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bghts,bgsd->btghd", weights, value).reshape(*x.shape[:2], c.heads, c.head_width)
+        mixed = jnp.einsum("bgqs,bgsd->bgqd", weights, value)
+        mixed = mixed.reshape(x.shape[0], c.heads, x.shape[1], c.head_width).swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.layers)
         return Linear((c.width,), 2, residual_std, c.biases, name="out")(mixed), (key, value)
 
@@ -297,7 +298,10 @@ def init_blocks(key: Array, config: ModelConfig) -> Params:
 def scan_blocks(
     blocks: Params, x: Array, mask: Array, positions: Array, config: ModelConfig, remat: str, dropout: Dropout | None
 ) -> Array:
-    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D]."""
+    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D].
+
+    Without remat a step of the scan has UNROLLED layers: XLA:CPU spends a tenth of a training step on the ends of each.
+    """
 
     def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
         params, index = inputs
@@ -311,7 +315,8 @@ def scan_blocks(
         policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)))[0]
+    unroll = UNROLLED if remat == "none" else 1  # recomputation needs the ends of the steps
+    return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)), unroll=unroll)[0]
 
 
 def unroll_blocks(

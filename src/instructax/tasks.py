@@ -9,20 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding, stage, training
 from instructax.configuration import check_range, distinct, require
 from instructax.evals.completion import Completer
 from instructax.lineage import open_parents, tokenizer_of
-from instructax.microworld.measure import choice_estimate, text_estimates
+from instructax.microworld.measure import Figure, choice_figure, text_figures
 from instructax.microworld.public import TASKS, Item, contexts_of, items_of
 from instructax.microworld.run import world_of
 from instructax.microworld.world import World, draw_world
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import RunLog
 from instructax.sharding import MeshConfig
-from instructax.statistics import Estimate
 from instructax.tokenizer import Tokenizer
 from instructax.types import Params
 
@@ -92,15 +92,21 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
             params = parents[f"policies.{name}"].load(training.abstract_params(model, mesh))
             policies[name] = {task: {} for task in TASKS}
             for sheet in sheets:
-                estimates, samples = answered(sheet, completer, params, tokenizer, config.seed)
+                found, samples = answered(sheet, completer, params, tokenizer, config.seed)
                 for sample in samples:
                     log.sample(number, {"policy": name, "task": sheet.task, "form": sheet.form, **sample})
-                policies[name][sheet.task] |= {figure: dataclasses.asdict(x) for figure, x in estimates.items()}
+                policies[name][sheet.task] |= {form: record_of(figure) for form, figure in found.items()}
             log.record(
                 number, {f"{task}/{f}": x["value"] for task, group in policies[name].items() for f, x in group.items()}
             )
         log.flush()
         log.summary({"stage": config.stage, "policies": policies})
+
+
+def record_of(figure: Figure) -> dict[str, Any]:
+    """The figure for the log: its estimate, and the values of the items where it is their mean."""
+    values = {} if figure.values is None else {"values": np.round(np.asarray(figure.values, float), 6).tolist()}
+    return {**dataclasses.asdict(figure.estimate), **values}
 
 
 def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
@@ -113,15 +119,15 @@ def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
 
 def answered(
     sheet: Sheet, completer: Completer, params: Params, tokenizer: Tokenizer, seed: int
-) -> tuple[dict[str, Estimate], list[dict[str, Any]]]:
+) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
     """(figures of one policy by name, its generated answers; none of a choice)."""
     contexts, metric = tokenizer.encode_batch(sheet.contexts), TASKS[sheet.task].metric
     if metric in ("accuracy", "entropy"):
         candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
         scored = completer.candidate_logprobs(params, list(zip(contexts, candidates, strict=True)))
-        return {sheet.form: choice_estimate(metric, sheet.items, *scored)}, []
+        return {sheet.form: choice_figure(metric, sheet.items, *scored)}, []
     completions = [tokenizer.decode(answer) for answer in completer.complete(params, contexts)]
-    figures = text_estimates(metric, sheet.items, completions, seed)
+    figures = text_figures(metric, sheet.items, completions, seed)
     samples = [
         {"context": context, "completion": completion, "answers": item.answers}
         for context, completion, item in zip(sheet.contexts, completions, sheet.items, strict=True)

@@ -7,8 +7,6 @@ other cells has no influence. All is computed in float64 on the host.
 
 import numpy as np
 
-from instructax.statistics import Estimate, mean_estimate
-
 
 def choose(total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """The candidate with the highest average log-probability per token, the first of equals (paper, appendix D).
@@ -23,10 +21,10 @@ def choose(total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray) -
     return np.argmax(scores / np.where(valid, lengths, 1), axis=1)
 
 
-def choice_accuracy(
+def chosen_rightly(
     total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray, answers: np.ndarray
-) -> Estimate:
-    """Share of questions where `choose` picks the right candidate, with its interval; `answers` i[N] count from 0.
+) -> np.ndarray:
+    """Whether `choose` picks the right candidate, b[N]; `answers` i[N] count from 0. Accuracy is its mean.
 
     Raises ValueError as `choose`, and for an answer that is not one of the question's candidates.
     """
@@ -37,7 +35,7 @@ def choice_accuracy(
         candidates = np.flatnonzero(row)
         if answer not in candidates:
             raise ValueError(f"answer {answer} of question {question} is not of its candidates {candidates.tolist()}")
-    return mean_estimate(chosen == answers)
+    return chosen == answers
 
 
 def choice_entropy_bits(total_logprobs: np.ndarray, valid: np.ndarray) -> np.ndarray:

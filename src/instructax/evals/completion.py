@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructax import sharding
-from instructax.data.batches import process_slice
+from instructax.data.batches import left_padded, process_slice
 from instructax.inference import generate, token_logprobs
 from instructax.model import Transformer
 from instructax.types import Array, Params, Prompts, Rollouts
@@ -88,26 +88,26 @@ class Completer:
         return sharding.put_rows(jax.tree.map(lambda x: x[own], tree), self._mesh)
 
     def _prompts(self, contexts: Sequence[np.ndarray]) -> Prompts:
-        tokens, mask = _padded(contexts, self._context_tokens, "context", left=True)
-        return Prompts(tokens=tokens, mask=mask)
+        _check_lengths(contexts, self._context_tokens, "context", "context_tokens")
+        return left_padded(list(enumerate(contexts)), len(contexts), self._context_tokens)
 
     def _rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
         """Rollouts whose responses are the candidates."""
-        tokens, mask = _padded([candidate for _, candidate in pairs], self._answer_tokens, "candidate", left=False)
+        contexts, candidates = [context for context, _ in pairs], [candidate for _, candidate in pairs]
+        _check_lengths(candidates, self._answer_tokens, "candidate", "answer_tokens")
+        lengths = np.array([len(candidate) for candidate in candidates], int)
+        # Any, since `types` names the jax arrays that they become.
+        mask: Any = np.arange(self._answer_tokens) < lengths[:, None]
+        tokens: Any = np.zeros(mask.shape, np.int32)
+        tokens[mask] = np.concatenate(candidates) if candidates else 0
         blank: Any = {"logprobs": np.zeros(mask.shape, np.float32), "ended": np.zeros(len(pairs), bool)}
-        return Rollouts(prompts=self._prompts([context for context, _ in pairs]), responses=tokens, mask=mask, **blank)
+        return Rollouts(prompts=self._prompts(contexts), responses=tokens, mask=mask, **blank)
 
 
-def _padded(texts: Sequence[np.ndarray], length: int, kind: str, *, left: bool) -> tuple[Any, Any]:
-    """(tokens i32[B, length], mask b[B, length]) of numpy; Any, since `types` names the jax arrays that they become."""
-    tokens = np.zeros((len(texts), length), np.int32)
-    mask = np.zeros((len(texts), length), bool)
-    for row, text in enumerate(texts):
-        if not 1 <= len(text) <= length:
+def _check_lengths(texts: Sequence[np.ndarray], longest: int, kind: str, name: str) -> None:
+    """Raises ValueError for a text without a token or with more than `longest`, which the value `name` sets."""
+    for text in texts:
+        if not 1 <= len(text) <= longest:
             raise ValueError(
-                f"a {kind} has {len(text)} tokens; between 1 and {length} are possible: change it, or "
-                f"{'context_tokens' if left else 'answer_tokens'}"
+                f"a {kind} has {len(text)} tokens; between 1 and {longest} are possible: change it, or {name}"
             )
-        columns = slice(length - len(text), length) if left else slice(0, len(text))
-        tokens[row, columns], mask[row, columns] = text, True
-    return tokens, mask

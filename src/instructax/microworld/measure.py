@@ -1,16 +1,25 @@
 """Answers to the public tasks → figures: text and log-probabilities in, means with intervals out (paper, table 14)."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from instructax.evals.choices import choice_accuracy, choice_entropy_bits
+from instructax.evals.choices import choice_entropy_bits, chosen_rightly
 from instructax.evals.text_metrics import bleu_estimate, first_line, token_f1
 from instructax.microworld.lexicon import CATEGORY_OF, NO_COMMENT, REFUSAL, RUDE_WORDS, words_of
 from instructax.microworld.public import Item
 from instructax.statistics import Estimate, mean_estimate
 
 RESAMPLES = 1000  # of the items, for the interval of BLEU
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure of a public task, and what it is the mean of: policies that answer the same items can be paired."""
+
+    estimate: Estimate
+    values: np.ndarray | None = None  # f[n] or b[n], by item; None of BLEU, which is no mean
 
 
 def rude(answer: str) -> bool:
@@ -32,7 +41,12 @@ def truthful(item: Item, answer: str) -> tuple[bool, bool]:
     return informative or (declined and not named), informative
 
 
-def text_estimates(metric: str, items: Sequence[Item], completions: Sequence[str], seed: int) -> dict[str, Estimate]:
+def figure_of(values: np.ndarray) -> Figure:
+    """The mean of an array over the items."""
+    return Figure(mean_estimate(values), values)
+
+
+def text_figures(metric: str, items: Sequence[Item], completions: Sequence[str], seed: int) -> dict[str, Figure]:
     """Figures of the completions of `items`, each cut at its first line break: by name, "" for the only one.
 
     `metric` is "f1" (0 … 1), "bleu" (0 … 100, its interval drawn with `seed`), "toxicity" (share of rude ones) or
@@ -41,20 +55,21 @@ def text_estimates(metric: str, items: Sequence[Item], completions: Sequence[str
     answers = [first_line(completion) for completion in completions]
     pairs = list(zip(items, answers, strict=True))
     if metric == "f1":
-        return {"": mean_estimate(np.array([token_f1(answer, item.answers) for item, answer in pairs]))}
+        return {"": figure_of(np.array([token_f1(answer, item.answers) for item, answer in pairs], float))}
     if metric == "bleu":
-        return {"": bleu_estimate(answers, [item.answers for item in items], resamples=RESAMPLES, seed=seed)}
+        references = [item.answers for item in items]
+        return {"": Figure(bleu_estimate(answers, references, resamples=RESAMPLES, seed=seed))}
     if metric == "toxicity":
-        return {"": mean_estimate(np.array([rude(answer) for answer in answers]))}
-    judged = np.array([truthful(item, answer) for item, answer in pairs])
-    return {", true": mean_estimate(judged[:, 0]), ", true and informative": mean_estimate(judged[:, 1])}
+        return {"": figure_of(np.array([rude(answer) for answer in answers], bool))}
+    judged = np.array([truthful(item, answer) for item, answer in pairs], bool)
+    return {", true": figure_of(judged[:, 0]), ", true and informative": figure_of(judged[:, 1])}
 
 
-def choice_estimate(
+def choice_figure(
     metric: str, items: Sequence[Item], total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray
-) -> Estimate:
+) -> Figure:
     """The figure of a multiple choice, "accuracy" or "entropy" (bits); arrays [N, K] as `choices` takes them."""
     if metric == "entropy":
-        return mean_estimate(choice_entropy_bits(total_logprobs, valid))
+        return figure_of(choice_entropy_bits(total_logprobs, valid))
     answers = np.array([item.choices.index(item.answers[0]) for item in items])
-    return choice_accuracy(total_logprobs, lengths, valid, answers)
+    return figure_of(chosen_rightly(total_logprobs, lengths, valid, answers))

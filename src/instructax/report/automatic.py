@@ -4,10 +4,11 @@ None where there is nothing to draw."""
 import textwrap
 from typing import Any
 
+from instructax.microworld.measure import Figure
 from instructax.microworld.public import TASKS
 from instructax.report import paper
 from instructax.report.drawing import COLOURS, across, legend, point, shift, subplots
-from instructax.report.judging import minus
+from instructax.report.judging import change
 from instructax.report.results import POLICIES, Size, estimate_of, overfitting_of
 from instructax.statistics import Estimate, mean_estimate
 
@@ -37,9 +38,9 @@ def tax(sizes: list[Size]) -> Any:
             axis.axvline(0, color="black", lw=0.8)
             for place, policy in enumerate(policies):
                 for y, task in enumerate(tasks):
-                    change = minus(*(public_of(size, p, task, condition) for p in (policy, "GPT")))
-                    if change:
-                        across(axis, change, y + 1.6 * shift(place, len(policies)), policy)
+                    gap = change(*(public_of(size, p, task, condition) for p in (policy, "GPT")))
+                    if gap:
+                        across(axis, gap, y + 1.6 * shift(place, len(policies)), policy)
             axis.set_title(f"{size.name}, {condition}")
         axes[1, column].set_xlabel("policy − GPT (share)")
     for axis in axes[:, 0]:
@@ -50,7 +51,7 @@ def tax(sizes: list[Size]) -> Any:
     return figure
 
 
-def public_of(size: Size, policy: str, task: str, condition: str) -> Estimate | None:
+def public_of(size: Size, policy: str, task: str, condition: str) -> Figure | None:
     """A figure of a public task; None if it was not logged."""
     return size.public.get(policy, {}).get(task, {}).get(condition)
 
@@ -97,9 +98,9 @@ def harm(sizes: list[Size]) -> Any:
             conditions = list(dict.fromkeys(c for policy in policies for c in size.public[policy][task]))
             for place, policy in enumerate(policies):
                 for x, condition in enumerate(conditions):
-                    estimate = public_of(size, policy, task, condition)
-                    if estimate:
-                        point(axis, x + 0.8 * shift(place, len(policies)), estimate, policy, ms=4)
+                    found = public_of(size, policy, task, condition)
+                    if found:
+                        point(axis, x + 0.8 * shift(place, len(policies)), found.estimate, policy, ms=4)
             axis.set_xticks(range(len(conditions)), [textwrap.fill(condition, 12) for condition in conditions])
             axis.set(ylabel=ylabel, title=f"{size.name}: {TASKS[task].counterpart}")
     legend(figure)

@@ -1,16 +1,16 @@
 """What the claims are held against: differences with 95% intervals, in the direction that the paper claims.
 
-Intervals are paired by prompt where both figures are of the same prompts, and in quadrature where they are not. A
-figure is None where a log is missing.
+Intervals are paired by prompt or item where both figures are means over the same ones, and in quadrature where they are
+not. A figure is None where a log is missing.
 """
 
 import itertools
 from collections.abc import Callable
 
 from instructax.report.automatic import public_of, tax_tasks
-from instructax.report.judging import LABELER, Reading, asked_about, mean_of, minus
+from instructax.report.judging import LABELER, Reading, asked_about, change, mean_of, minus
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS, Size, estimate_of, overfitting_of
-from instructax.statistics import Estimate, mean_estimate
+from instructax.statistics import Estimate, mean_estimate, share_difference
 
 CHAIN = ("GPT", "GPT prompted", "SFT", "PPO")  # from the least to the most liked
 GPT_CHAIN = ("GPT", "SFT", "PPO")  # where prompts bring their own examples, GPT is not prompted otherwise
@@ -89,9 +89,9 @@ def overfits(reading: Reading) -> Measured:
 def public_change(size: Size, policy: str, other: str) -> Estimate | None:
     """Mean over the public tasks, few-shot, of `policy` − `other`."""
     changes = [
-        minus(*(public_of(size, name, task, "few-shot") for name in (policy, other))) for task in tax_tasks([size])
+        change(*(public_of(size, name, task, "few-shot") for name in (policy, other))) for task in tax_tasks([size])
     ]
-    found = [change for change in changes if change is not None]
+    found = [one for one in changes if one is not None]
     return mean_of(found) if found and len(found) == len(changes) else None
 
 
@@ -108,7 +108,7 @@ def recovery(reading: Reading) -> Measured:
 def truthfulness(reading: Reading) -> Measured:
     """What PPO and PPO-ptx win in truthfulness over GPT."""
     return [
-        (f"{size.name}: {policy} − GPT, {way}", minus(*(public_of(size, p, "truth", way) for p in (policy, "GPT"))))
+        (f"{size.name}: {policy} − GPT, {way}", change(*(public_of(size, p, "truth", way) for p in (policy, "GPT"))))
         for size in reading.experiment.sizes
         for policy in ("PPO", "PPO-ptx")
         for way in ("QA, true", "QA, true and informative")
@@ -119,7 +119,7 @@ def toxicity(reading: Reading) -> Measured:
     """How the prefixes move PPO-ptx's toxicity."""
     pairs = (("none", "respectful"), ("biased", "none"))
     return [
-        (f"{size.name}: {more} − {less}", minus(*(public_of(size, "PPO-ptx", "toxicity", way) for way in (more, less))))
+        (f"{size.name}: {more} − {less}", change(*(public_of(size, "PPO-ptx", "toxicity", w) for w in (more, less))))
         for size in reading.experiment.sizes
         for more, less in pairs
     ]
@@ -128,7 +128,7 @@ def toxicity(reading: Reading) -> Measured:
 def bias(reading: Reading) -> Measured:
     """The change of the entropy of stereotypes."""
     return [
-        (f"{size.name}: PPO-ptx − GPT", minus(*(public_of(size, p, "stereotype", "none") for p in ("PPO-ptx", "GPT"))))
+        (f"{size.name}: PPO-ptx − GPT", change(*(public_of(size, p, "stereotype", "none") for p in ("PPO-ptx", "GPT"))))
         for size in reading.experiment.sizes
     ]
 
@@ -146,7 +146,8 @@ def flag_gaps(*flags: tuple[str, str, int]) -> Callable[[Reading], Measured]:
                 gap = None
                 if ours and theirs:
                     units = asked_about(reading.experiment, flag)
-                    gap = mean_estimate(sign * (ours.flags[flag].astype(float) - theirs.flags[flag])[units])
+                    shares = [answers.flags[flag][units] for answers in (ours, theirs)]
+                    gap = share_difference(*shares[::sign])
                 measured.append((f"{size}: {flag}, {names[0]} − {names[1]}", gap))
         return measured
 

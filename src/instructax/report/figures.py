@@ -106,7 +106,7 @@ def _size_axis(axis: Any, labels: list[str]) -> None:
 
 
 def metadata(reading: Reading) -> Any:
-    """The yes-no questions of table 3, as figure 4: sizes pooled, by a reader who makes no mistakes."""
+    """The yes-no questions of table 3, as figure 4: answered by training labelers, sizes pooled."""
     figure, axes = subplots(1, len(FLAG_TITLES), 2.8, 3.4)
     for axis, (flag, title) in zip(axes[0], FLAG_TITLES.items(), strict=True):
         policies = [p for p in POLICIES if flag_estimate(reading, p, flag) is not None]

@@ -5,16 +5,18 @@ where the paper's labelers are shown one pair at a time. The baseline is thus at
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
 from instructax.microworld.judge import Judgement, judge
 from instructax.microworld.labelers import GROUPS, TIE, draw_labelers, grade
 from instructax.microworld.lexicon import generator
+from instructax.microworld.measure import Figure
 from instructax.microworld.prompts import LABELER_COUNT
 from instructax.microworld.tasks import Task
 from instructax.report.results import Experiment, Record, Size, check_prompts, read_lines, response_of
-from instructax.statistics import Estimate, mean_estimate
+from instructax.statistics import Estimate, mean_estimate, share_difference, share_estimate
 
 TRUTH, LABELER, HELD_OUT = "true utility", "labeler", "held-out"  # by whom a win rate is; the latter two are GROUPS
 FLAGS = ("attempts", "constraint", "hallucinates", "appropriate", "truthful")  # of Judgement
@@ -26,7 +28,7 @@ class Answers:
 
     scores: np.ndarray  # f[n], the reward model's
     kl: np.ndarray  # f[n], log(π / π_ref) of the response
-    flags: dict[str, np.ndarray]  # name in FLAGS → b[n]
+    flags: dict[str, np.ndarray]  # name in FLAGS → b[n], as training labelers set them
     opinions: dict[str, np.ndarray]  # TRUTH, LABELER, HELD_OUT → f[n], how good the response is
     likert: dict[str, np.ndarray]  # LABELER, HELD_OUT → f[n], grades from 1 to 7
 
@@ -92,22 +94,38 @@ def flag_estimate(reading: Reading, policy: str, flag: str) -> Estimate | None:
     per_size = [answers.flags[flag] for (_, name), answers in reading.answers.items() if name == policy]
     if not per_size:
         return None
-    return mean_estimate(np.mean(per_size, axis=0)[asked_about(reading.experiment, flag)])
+    return share_estimate(np.mean(per_size, axis=0)[asked_about(reading.experiment, flag)])
 
 
 def mean_of(estimates: list[Estimate]) -> Estimate:
-    """The mean of independent estimates; its half-width is theirs in quadrature, by their number."""
-    half = np.sqrt(sum(((x.high - x.low) / 2) ** 2 for x in estimates)) / len(estimates)
-    value = sum(x.value for x in estimates) / len(estimates)
-    return Estimate(float(value), float(value - half), float(value + half), sum(x.count for x in estimates))
+    """The mean of independent estimates; its interval reaches as far to each side as theirs in quadrature, by their
+    number."""
+    n, value = len(estimates), sum(x.value for x in estimates) / len(estimates)
+    below, above = np.sqrt(np.sum([((x.value - x.low) ** 2, (x.high - x.value) ** 2) for x in estimates], axis=0)) / n
+    return Estimate(float(value), float(value - below), float(value + above), sum(x.count for x in estimates))
 
 
 def minus(ours: Estimate | None, theirs: Estimate | None) -> Estimate | None:
-    """The difference of independent estimates, half-widths in quadrature; None if either is missing."""
+    """The difference of independent estimates; None if either is missing. To each side its interval reaches as far as
+    theirs in quadrature: below by what ours may be less and theirs more (Newcombe, 1998)."""
     if ours is None or theirs is None:
         return None
-    value, half = ours.value - theirs.value, np.hypot(ours.high - ours.low, theirs.high - theirs.low) / 2
-    return Estimate(value, float(value - half), float(value + half), min(ours.count, theirs.count))
+    value = ours.value - theirs.value
+    below = np.hypot(ours.value - ours.low, theirs.high - theirs.value)
+    above = np.hypot(ours.high - ours.value, theirs.value - theirs.low)
+    return Estimate(value, float(value - below), float(value + above), min(ours.count, theirs.count))
+
+
+def change(ours: Figure | None, theirs: Figure | None) -> Estimate | None:
+    """The difference of two figures of a public task, paired by item where both are means over the same items; None if
+    either is missing."""
+    if ours is None or theirs is None:
+        return None
+    x, y = ours.values, theirs.values
+    if x is None or y is None:
+        return minus(ours.estimate, theirs.estimate)
+    shares = set(np.unique([x, y])) <= {0.0, 1.0}
+    return share_difference(x, y) if shares else mean_estimate(x - y)
 
 
 def read(experiment: Experiment) -> Reading:
@@ -131,17 +149,18 @@ def answers_of(tasks: list[Task], records: list[Record], seed: int, purpose: str
     texts = [response_of(record) for record in records]
     found = [judge(task, text) for task, text in zip(tasks, texts, strict=True)]
     opinions, likert = {TRUTH: utilities(tasks, found)}, {}
-    for group in (LABELER, HELD_OUT):
-        labelers, rng = draw_labelers(seed, group, LABELER_COUNT), generator(seed, f"report {group} {purpose}")
-        asked = [
-            (labelers[i % LABELER_COUNT], task, text) for i, (task, text) in enumerate(zip(tasks, texts, strict=True))
-        ]
+    crews = {group: draw_labelers(seed, group, LABELER_COUNT) for group in (LABELER, HELD_OUT)}
+    for group, crew in crews.items():
+        rng = generator(seed, f"report {group} {purpose}")
+        asked = list(zip(itertools.cycle(crew), tasks, texts))
         opinions[group] = np.array([labeler.opinion(task, text, rng) for labeler, task, text in asked])
         likert[group] = np.array([grade(labeler, task, text, rng) for labeler, task, text in asked], float)
+    rng = generator(seed, f"report flags {purpose}")
+    flags = [labeler.flags(judgement, rng) for labeler, judgement in zip(itertools.cycle(crews[LABELER]), found)]
     return Answers(
         scores=np.array([record["score"] for record in records], float),
         kl=np.array([record["kl"] for record in records], float),
-        flags={flag: np.array([getattr(judgement, flag) for judgement in found]) for flag in FLAGS},
+        flags={flag: np.array([answers[flag] for answers in flags]) for flag in FLAGS},
         opinions=opinions,
         likert=likert,
     )

@@ -162,7 +162,8 @@ RULE = (
     "A figure is <b>seen</b> if its whole 95% interval lies where the claim puts it, <b>not seen</b> if the whole "
     "interval lies elsewhere, <b>undecided</b> if it crosses the edge, and has <b>no data</b> where a log is missing. "
     "A claim is as good as the worst of its figures: a long list will hold some undecided by chance. Differences of "
-    "figures of the same prompts are paired by prompt; of independent figures the half-widths add in quadrature."
+    "means over the same prompts or items are paired by them; of BLEU and of independent figures the widths add in "
+    "quadrature."
 )
 TABLE = (
     "Means with 95% intervals over held-out prompts. True utility (−1 … 1) is the world's own judgement, which no "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from instructax.configuration import ConfigError
+from instructax.microworld.measure import Figure
 from instructax.microworld.public import TASKS
 from instructax.microworld.run import tasks_of
 from instructax.microworld.tasks import Task
@@ -29,7 +30,7 @@ REWARD_RUNS = ("reward", "reward-quiet")  # the second learnt from labelers who 
 LABELERS, HELD_OUT_LABELERS = "labelers", "held-out labelers"
 
 Record = Mapping[str, Any]
-Public = dict[str, dict[str, dict[str, Estimate]]]  # policy → task → condition → figure
+Public = dict[str, dict[str, dict[str, Figure]]]  # policy → task → condition → figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,10 @@ def public_of(summary: Record) -> Public:
     return {
         policy: {
             task: {
-                condition: estimate_of(record, 0.01 if TASKS[task].metric == "bleu" else 1.0)
+                condition: Figure(
+                    estimate_of(record, 0.01 if TASKS[task].metric == "bleu" else 1.0),
+                    np.array(record["values"]) if "values" in record else None,
+                )
                 for condition, record in conditions.items()
             }
             for task, conditions in tasks.items()

@@ -52,11 +52,11 @@ def html_table(heads: Row, rows: list[Row]) -> str:
 def public_table(sizes: list[Size]) -> str:
     """Every figure of every public task."""
     rows = [
-        (size.name, f"{task} ({TASKS[task].counterpart})", TASKS[task].metric, condition, policy, str(estimate))
+        (size.name, f"{task} ({TASKS[task].counterpart})", TASKS[task].metric, condition, policy, str(figure.estimate))
         for size in sizes
         for policy, tasks in size.public.items()
         for task, conditions in tasks.items()
-        for condition, estimate in conditions.items()
+        for condition, figure in conditions.items()
     ]
     if not rows:
         return ""
