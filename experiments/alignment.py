@@ -51,7 +51,7 @@ def get_runs(arg: str, root: str) -> list[Run]:
 def alone(size: str, root: str) -> list[Run]:
     """One size, with a reward model of its own size."""
     return [
-        *world(size, root),
+        *world(size),
         *supervised(size, "", root),
         *judged(size, root, {"": 1}, "", EARLY_ANSWERS, "-early", **EARLY),
         early(size, size, "", root),
@@ -65,7 +65,7 @@ def family(root: str) -> list[Run]:
     """Three sizes, one reward model, and the side claims."""
     folders = {size: f"{size}/" for size in sizes.FAMILY}
     share = {folder: len(folders) for folder in folders.values()}
-    runs = world(MIDDLE, root)
+    runs = world(MIDDLE)
     for size, folder in folders.items():
         runs += [*supervised(size, folder, root), tuned(size, folder, root)]
     runs += judged(MIDDLE, root, share, f"{MIDDLE}/", EARLY_ANSWERS, "-early", **EARLY)
@@ -91,7 +91,7 @@ def files(root: str, *kinds: str) -> dict[str, tuple[str, ...]]:
     return {f"data.{kind}": (f"{root}/world/{kind}.jsonl.gz",) for kind in kinds}
 
 
-def world(size: str, root: str) -> list[Run]:
+def world(size: str) -> list[Run]:
     """The world that all sizes live in."""
     return [Run("world", f"configs/world.py:{size}", {})]
 
@@ -198,7 +198,8 @@ def measured(
             {
                 "tokenizer": f"{root}/world/tokenizer.json",
                 "world": f"{root}/world",
-                "policies": tuple((name, place) for name, place, how in places if how == "plain"),
+                # FLAN/T0 has been tuned on these tasks.
+                "policies": tuple((name, place) for name, place, how in places if how == "plain" and name != TUNED[0]),
             },
         ),
     ]

@@ -234,25 +234,48 @@ def test_values_stand_before_tokens_and_scores_after_the_last(scorer):
         assert float(scores[row]) == pytest.approx(outputs[-1], rel=1e-5, abs=1e-5)
 
 
-def test_comparisons_are_scored_as_separate_rows(scorer):
-    model, params = scorer
-    prompts = ragged_prompts((2, 4), columns=5, seed=1)
-    responses = np.random.default_rng(2).integers(VOCAB_SIZE, size=(2, 3, 4)).astype(np.int32)
-    lengths = np.array([[4, 1, 0], [2, 3, 4]])
-    comparisons = Comparisons(
-        prompts=prompts,
-        responses=jnp.asarray(responses),
-        mask=jnp.asarray(np.arange(4) < lengths[..., None]),
+ANSWER_LENGTHS = np.array([[4, 1, 0], [2, 3, 4]])  # of three responses to two prompts
+
+
+def some_comparisons() -> Comparisons:
+    return Comparisons(
+        prompts=ragged_prompts((2, 4), columns=5, seed=1),
+        responses=jnp.asarray(np.random.default_rng(2).integers(VOCAB_SIZE, size=(2, 3, 4)), jnp.int32),
+        mask=jnp.asarray(np.arange(4) < ANSWER_LENGTHS[..., None]),
         ranks=jnp.zeros((2, 3), jnp.int32),
         valid=jnp.ones((2, 3), bool),
         labeler=jnp.zeros((2,), jnp.int32),
     )
+
+
+def test_comparisons_are_scored_as_separate_rows(scorer):
+    model, params = scorer
+    comparisons = some_comparisons()
     scores = jax.jit(lambda c: sequence_scores(model, params, c))(comparisons)
     assert scores.shape == (2, 3)
+    responses = np.asarray(comparisons.responses)
     for row, answer in np.ndindex(2, 3):
-        text = text_of(prompts, row) + responses[row, answer, : lengths[row, answer]].tolist()
+        text = text_of(comparisons.prompts, row) + responses[row, answer, : ANSWER_LENGTHS[row, answer]].tolist()
         expected = reference_model.scalars(model.config, params, text)[-1]
         assert float(scores[row, answer]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_gradients_behind_one_prompt_are_those_of_separate_rows(scorer):
+    model, params = scorer
+    comparisons, weights = some_comparisons(), jnp.array([0.7, -1.3, 0.4, 1.1, -0.2, 0.9])
+    rows = Rollouts(
+        prompts=jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), comparisons.prompts),
+        responses=comparisons.responses.reshape(6, 4),
+        mask=comparisons.mask.reshape(6, 4),
+        logprobs=jnp.zeros((6, 4)),
+        ended=jnp.zeros((6,), bool),
+    )
+    shared, apart = (
+        jax.jit(jax.grad(lambda p, x=x: jnp.sum(weights * sequence_scores(model, p, x).reshape(-1))))(params)
+        for x in (comparisons, rows)
+    )
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(apart)) > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), shared, apart)
 
 
 def test_entropy_and_logprobs_against_the_plain_network(policy):

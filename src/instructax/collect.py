@@ -26,9 +26,9 @@ from instructax.lineage import open_run
 from instructax.microworld.labelers import draw_labelers
 from instructax.microworld.lexicon import generator, pick
 from instructax.microworld.prompts import LABELER_COUNT, Asked
-from instructax.microworld.run import asked_of
+from instructax.microworld.run import asked_of, world_of
 from instructax.microworld.write import RESPONSES, comparison, write_lines
-from instructax.model import ComputeConfig, Transformer
+from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import write_json
 from instructax.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class CollectConfig:
     response_tokens: int
     batch_size: int
     noise: float  # times the labelers' own: 0 = labelers who never waver
-    round: int  # which collection of an experiment this is; no two draw the same random numbers
+    round: int  # another round samples other answers and asks other labelers
 
     def __post_init__(self):
         least = dict.fromkeys(("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1)
@@ -66,12 +66,24 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
     asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
     parents = [open_run(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
     policies = [open_policy(path, config.compute) for path, _ in config.policies]
+    for model, _, _ in policies:
+        check_lengths(config, model.config)
     compared = draw_compared(sampled(config, policies, asked), generator(config.seed, f"compared {config.round}"))
     for file, group in FILES.items():
         write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
     figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
     lineage = {str(parent.workdir): parent.lineage() for parent in parents}
     write_json(workdir / "summary.json", {"stage": config.stage, **figures, "parents": lineage})
+
+
+def check_lengths(config: CollectConfig, model: ModelConfig) -> None:
+    """Raises ConfigError unless a prompt with its answer fits the positions of a policy."""
+    length = config.prompt_tokens + config.response_tokens
+    require(
+        length <= model.max_length,
+        f"config.prompt_tokens + config.response_tokens = {length} is above the {model.max_length} tokens of a policy: "
+        "lower one of them",
+    )
 
 
 def sampled(config: CollectConfig, policies: list[Policy], asked: list[Asked]) -> list[list[str]]:
@@ -125,7 +137,8 @@ def rankings(
 ) -> Iterator[dict[str, Any]]:
     """The records of the labelers of a group, each prompt by one of them."""
     rng = generator(config.seed, f"rankings {group} {config.round}")
-    labelers = draw_labelers(config.seed, group, LABELER_COUNT)
+    seed, _ = world_of(Path(config.world))
+    labelers = draw_labelers(seed, group, LABELER_COUNT)
     for index, responses in compared.items():
         labeler = pick(rng, labelers)
         labeler = dataclasses.replace(labeler, noise=labeler.noise * config.noise)

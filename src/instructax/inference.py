@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.model import Cache, Dropout, Transformer, head_kernel, init_cache, positions_of
+from instructax.model import SHARED, Cache, Dropout, Transformer, head_kernel, init_cache, positions_of
 from instructax.types import Array, Comparisons, LmBatch, Params, Prompts, Rollouts, pytree
 from instructax.vocabulary import logits_of, sequence_logprobs, sequence_logprobs_and_entropy
 
@@ -148,20 +148,35 @@ def sequence_scores(model: Transformer, params: Params, responses: Comparisons |
 
     A response without any real token is scored at the prompt's last token.
     """
-    if isinstance(responses, Rollouts):
-        outputs = _forward(model, params, responses.prompts, responses.responses, responses.mask)
-        columns = jnp.arange(responses.mask.shape[1]) + 1
-        last = jnp.max(jnp.where(responses.mask, columns[None, :], 0), axis=1)
-        return jnp.take_along_axis(outputs, last[:, None], axis=1)[:, 0]
-    batch, responses_per_prompt, length = responses.responses.shape
-    rows = Rollouts(
-        prompts=jax.tree.map(lambda x: jnp.repeat(x, responses_per_prompt, axis=0), responses.prompts),
-        responses=responses.responses.reshape(-1, length),
-        mask=responses.mask.reshape(-1, length),
-        logprobs=jnp.zeros((batch * responses_per_prompt, length), jnp.float32),
-        ended=jnp.zeros((batch * responses_per_prompt,), bool),
+    if isinstance(responses, Comparisons):
+        return _scores_behind_one_prompt(model, params, responses)
+    outputs = _forward(model, params, responses.prompts, responses.responses, responses.mask)
+    columns = jnp.arange(responses.mask.shape[1]) + 1
+    last = jnp.max(jnp.where(responses.mask, columns[None, :], 0), axis=1)
+    return jnp.take_along_axis(outputs, last[:, None], axis=1)[:, 0]
+
+
+def _scores_behind_one_prompt(model: Transformer, params: Params, responses: Comparisons) -> Array:
+    """Scores f32[B, K] from one row for each prompt: the prompt once, then its K responses, which see the prompt and
+    themselves, at the positions that each would have alone."""
+    prompts, (batch, count, length) = responses.prompts, responses.responses.shape
+    lengths, numbers = jnp.sum(responses.mask, axis=2, dtype=jnp.int32), jnp.arange(count, dtype=jnp.int32)
+    own_segments = jnp.where(responses.mask, numbers[None, :, None] + 1, 0)
+    own_positions = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None] + jnp.arange(length)[None, None, :]
+    own_positions = jnp.broadcast_to(own_positions, responses.mask.shape)
+
+    def joined(of_prompts: Array, of_responses: Array) -> Array:
+        return jnp.concatenate([of_prompts, of_responses.reshape(batch, -1)], axis=1)
+
+    outputs, _ = model.apply(
+        {"params": params},
+        joined(prompts.tokens, responses.responses),
+        joined(jnp.where(prompts.mask, SHARED, 0), own_segments),
+        joined(positions_of(prompts.mask), own_positions),
     )
-    return sequence_scores(model, params, rows).reshape(batch, responses_per_prompt)
+    start = prompts.tokens.shape[1]
+    last = jnp.where(lengths > 0, start + numbers[None, :] * length + lengths, start) - 1
+    return jnp.take_along_axis(outputs, last, axis=1)
 
 
 def row_logprobs(model: Transformer, params: Params, batch: LmBatch, *, dropout: Dropout | None = None) -> Array:

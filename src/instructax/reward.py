@@ -1,11 +1,12 @@
 """The reward model: a scalar head on the policy's trunk, trained on K-wise rankings (paper, section 3.5 and C.2).
 
-All pairs of a prompt are one batch element: each response is run forward once, and each prompt weighs the same however
-many responses it has. At every save the head's bias is set so that demonstrations score 0 on average.
+All pairs of a prompt are one batch element: the prompt and each of its responses is run forward once, and each prompt
+weighs the same however many responses it has. At every save the head's bias is set so that demonstrations score 0 on
+average.
 
 Departures from the paper: its last reward model started from a 6B GPT-3 tuned on public tasks (C.2, "similar results"
 from the SFT model), here it is the SFT model; the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides
-by C(K, 2); prompts with fewer than the most responses are padded, and each response is run with a copy of its prompt.
+by C(K, 2); prompts with fewer than the most responses are padded.
 """
 
 import dataclasses
@@ -82,15 +83,13 @@ def update(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state = apply_gradients(program.optimizer, state, gradients, rate)
-    responses = jnp.sum(batch.valid, axis=1, dtype=jnp.float32)
-    prompt_tokens = jnp.sum(batch.prompts.mask, axis=1, dtype=jnp.float32)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(prompt_shares * metrics["loss"]),
         "accuracy": jnp.sum(pair_shares * metrics["accuracy"]),
         "pairs": jnp.sum(pairs),
         "learning_rate": rate,
         "grad_norm": optax.tree.norm(gradients),
-        "tokens": token_count(batch.mask) + jnp.sum(responses * prompt_tokens),
+        "tokens": token_count(batch.mask) + token_count(batch.prompts.mask),
     }
 
 

@@ -119,13 +119,17 @@ def _prompts(name: str, prompts: list[Asked]) -> Iterator[dict[str, Any]]:
 
 
 def _public(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Questions of the public tasks as prompts, without the label that an answer stands behind on a sheet. Of `truth`
+    there are none: what FLAN and T0 were tuned on has no such questions either."""
     rng = generator(seed, "public demonstrations")
+    shares = {name: share for name, share in SHEETS.items() if name != "truth"}
     for i in range(count):
-        name = choose(rng, SHEETS)
+        name = choose(rng, shares)
         item = TASKS[name].draw(world, rng)
+        question, _, _ = item.context.rpartition("\n")
         yield {
             "id": f"public-{i:06d}",
-            "prompt": item.context,
+            "prompt": question,
             "format": "plain",
             "completion": item.answers[0].strip(),
             "source": SOURCE,
