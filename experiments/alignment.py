@@ -19,6 +19,7 @@ from configs import sizes
 from instructax.configuration import require
 from instructax.experiment import Run
 from instructax.report import write
+from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 
 MIDDLE = "milli"  # the size of the family's reward and value networks
 # Answers to each prompt that are compared, mostly by SFT, some by an early PPO policy (section 3.2): a reward model
@@ -173,8 +174,8 @@ def measured(
                 "policies": places,
                 "reward_parent": f"{root}/reward",
                 "data.comparisons": (
-                    ("labelers", (f"{root}/collect/comparisons.jsonl.gz",)),
-                    ("held-out labelers", (f"{root}/collect/held_out.jsonl.gz",)),
+                    (LABELERS, (f"{root}/collect/comparisons.jsonl.gz",)),
+                    (HELD_OUT_LABELERS, (f"{root}/collect/held_out.jsonl.gz",)),
                 ),
             },
         ),

@@ -64,6 +64,12 @@ def estimate(value: float, half: float = 0.02) -> dict[str, Any]:
     return {"value": value, "low": value - half, "high": value + half, "count": 100}
 
 
+def share(value: float) -> dict[str, Any]:
+    """A logged share of 100 items: the first ones, so that the items of two policies are alike."""
+    right = round(100 * value)
+    return estimate(right / 100, 0.1) | {"values": [1.0] * right + [0.0] * (100 - right)}
+
+
 def respond(task: Task, quality: float, rng: np.random.Generator) -> str:
     """A perfect answer with probability `quality`, else a sloppy one that is spoilt."""
     return task.ideal if rng.random() < quality else spoil(demonstrate(STYLES["sloppy"], task, rng), rng)
@@ -142,25 +148,23 @@ def write_ppo(folder: Path, tasks: dict[str, Task], iterations: int = 12) -> Non
     ]
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "samples.jsonl", samples)
+    write_json(folder / "summary.json", {"stage": "ppo"})
 
 
 def write_public(folder: Path, bonus: float) -> None:
     """`tasks/summary.json` of one size."""
 
     def shots(policy: str, scale: float) -> dict[str, Any]:
-        share = SHARE[policy] + bonus
-        return {
-            "zero-shot": estimate(scale * (share - 0.1), scale * 0.03),
-            "few-shot": estimate(scale * share, scale * 0.03),
-        }
+        few = SHARE[policy] + bonus
+        if scale == 1.0:
+            return {"zero-shot": share(few - 0.1), "few-shot": share(few)}
+        return {"zero-shot": estimate(scale * (few - 0.1), 3.0), "few-shot": estimate(scale * few, 3.0)}
 
     policies = {
         policy: {task: shots(policy, 100.0 if task == "translation" else 1.0) for task in PUBLIC}
         | {
-            "truth": {
-                way: estimate(0.4 if policy == "GPT" else 0.55) for way in ("QA, true", "QA, true and informative")
-            },
-            "toxicity": {"none": estimate(0.2), "respectful": estimate(0.1), "biased": estimate(0.5)},
+            "truth": {way: share(0.4 if policy == "GPT" else 0.55) for way in ("QA, true", "QA, true and informative")},
+            "toxicity": {"none": share(0.2), "respectful": share(0.1), "biased": share(0.5)},
             "stereotype": {"none": estimate(0.7), "respectful": estimate(0.6), "biased": estimate(0.5)},
         }
         for policy in SHARE
@@ -178,6 +182,8 @@ def write_overfit(folder: Path, losses: list[float], scores: list[float]) -> Non
         for i in range(10)
     ]
     write_lines(folder / "evaluate-overfit" / "samples.jsonl", samples)
+    for run in ("sft-overfit", "evaluate-overfit"):
+        write_json(folder / run / "summary.json", {"stage": run})
 
 
 def write_family(root: Path, seed: int = 0, count: int = 40) -> Path:

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 import report_logs
+from instructax.report.automatic import public_of, tax_tasks
 from instructax.report.claims import CLAIMS, MORE, NO_LESS, Finding, findings_of, overall, verdict
+from instructax.report.effects import public_change
 from instructax.report.figures import figure_3
 from instructax.report.judging import (
     LABELER,
-    TRUTH,
     asked_about,
+    mean_of,
+    minus,
     read,
     wins_estimate,
 )
-from instructax.report.results import (
-    load,
-)
+from instructax.report.results import load
 from instructax.statistics import Estimate
 
 pytest_plugins = ("report_fixtures",)
@@ -82,9 +83,20 @@ def test_claims_of_a_family_that_is_like_the_paper(reading):
     }
     assert not [name for name in found if overall(found[name]) == "no data"]
     loss, score = (finding.measured for finding in found["C6"])
-    np.testing.assert_allclose([loss.value, score.value, score.low], [0.1, 0.2, 0.2])  # paired: no spread
+    # 0.1 above the lowest, less the margin; the scores are paired: no spread.
+    np.testing.assert_allclose([loss.value, score.value, score.low], [0.09, 0.2, 0.2])
     (change,) = {round(finding.measured.value, 6) for finding in found["C7"]}
     assert change == 0.15  # 0.60 − 0.45, BLEU's too
+
+
+def test_public_tasks_are_paired_by_item(reading):
+    size = reading.experiment.sizes[0]
+    tasks = tax_tasks([size])
+    ours, theirs = ([public_of(size, policy, task, "few-shot") for task in tasks] for policy in ("GPT", "PPO"))
+    paired = public_change(size, "GPT", "PPO")
+    apart = mean_of([minus(a.estimate, b.estimate) for a, b in zip(ours, theirs, strict=True)])
+    assert paired.value == pytest.approx(apart.value)
+    assert paired.high - paired.low < 0.8 * (apart.high - apart.low)
 
 
 def test_what_gpt_makes_up_and_policies_do_not_counts_for_them(reading):
@@ -123,14 +135,6 @@ def test_prompts_of_the_gpt_distribution_are_judged_by_themselves(reading):
     ]
     np.testing.assert_allclose([finding.measured.value for finding in found[:2]], np.diff(wins))
     assert {finding.seed for finding in found} == {"family"}
-
-
-def test_labelers_waver_anew_on_other_prompts(reading):
-    experiment = dataclasses.replace(reading.experiment, sizes=reading.experiment.sizes[-1:], gpt=None)
-    twice = read(dataclasses.replace(experiment, gpt=experiment))  # the same answers as if to other prompts
-    ours, theirs = twice.answers["centi", "SFT"].opinions, twice.gpt.answers["centi", "SFT"].opinions
-    np.testing.assert_array_equal(ours[TRUTH], theirs[TRUTH])
-    assert abs(np.corrcoef(ours[LABELER] - ours[TRUTH], theirs[LABELER] - theirs[TRUTH])[0, 1]) < 0.6
 
 
 def test_figure_3_has_a_row_for_each_distribution_of_prompts(reading):

@@ -85,6 +85,10 @@ def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
         ({"policies": (("x", 0),)}, "must be one at least, each with one answer at least"),
         ({"world": "nowhere"}, "nowhere is not a finished world: write it first"),
         ({"noise": -1.0}, "config: noise = -1.0 must be at least 0"),
+        (
+            {"prompt_tokens": 90},
+            "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 tokens of a policy",
+        ),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):

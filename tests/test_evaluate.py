@@ -137,7 +137,7 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
     model, params = network(chain, "reward", "scalar")
     source = data["comparisons.labelers"].sources["validation"]
     batch = readers.read_comparisons(source, np.arange(len(source)), config.data.limits)
-    right = longer = count = 0
+    right = longer = unlike = count = 0
     for row in range(len(source)):
         prompt = batch.prompts.tokens[row][batch.prompts.mask[row]]
         answers = [batch.responses[row, k][batch.mask[row, k]] for k in np.flatnonzero(batch.valid[row])]
@@ -146,11 +146,12 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
             if batch.ranks[row, better] < batch.ranks[row, worse]:
                 right += scores[better] > scores[worse]
                 longer += len(answers[better]) > len(answers[worse])
+                unlike += len(answers[better]) != len(answers[worse])
                 count += 1
     figures = summary_of(chain / "evaluate")["reward_model"]["labelers"]
-    assert figures["pairs"] == count > 50
+    assert figures["pairs"] == count > 50 and count > unlike > 20
     assert figures["accuracy"]["value"] == pytest.approx(right / count, abs=1.5 / count)  # of two all but equal scores
-    assert figures["longer_wins"]["value"] == pytest.approx(longer / count)
+    assert figures["longer_wins"]["value"] == pytest.approx(longer / unlike)
 
 
 def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):

@@ -38,7 +38,7 @@ def task_of(prompt: str, **changes):
 
 
 def answered(tasks, texts):
-    return answers_of(tasks, [{"response": text, "score": 0.5, "kl": 1.0} for text in texts], seed=0, purpose="test")
+    return answers_of(tasks, [{"response": text, "score": 0.5, "kl": 1.0} for text in texts], seed=0)
 
 
 def test_utilities_and_flags_of_answers_worked_by_hand(monkeypatch):
@@ -75,6 +75,16 @@ def test_labelers_differ_between_groups_and_are_the_same_each_time():
     assert not np.array_equal(once.opinions[LABELER], once.opinions[HELD_OUT])
     assert set(once.likert[LABELER]) <= set(range(1, 8))
     assert once.opinions[LABELER].mean() == pytest.approx(1.02, abs=0.2)  # true utility and the taste for one word
+
+
+def test_of_equal_responses_there_is_one_opinion_whoever_gave_them():
+    tasks = [task_of(str(i)) for i in range(30)]
+    ours, theirs = answered(tasks, ["Arden."] * 30), answered(tasks, ["Arden."] * 15 + ["In Arden."] * 15)
+    for by in (LABELER, HELD_OUT):
+        np.testing.assert_array_equal(ours.opinions[by][:15], theirs.opinions[by][:15])
+        np.testing.assert_array_equal(ours.likert[by][:15], theirs.likert[by][:15])
+        assert not np.any(ours.opinions[by][15:] == theirs.opinions[by][15:])
+        assert len(set(ours.opinions[by])) == 30
 
 
 def test_each_group_judges_by_its_own_caution():
@@ -146,7 +156,7 @@ def test_figures_of_the_same_items_are_paired():
     assert paired.high - paired.low < 1e-9 < 0.4 < apart.high - apart.low
     assert change(Figure(ours.estimate), theirs) == apart
     assert change(None, theirs) is None
-    shares = [Figure(Estimate(0, 0, 0, 4), np.array(x, float)) for x in ([1, 1, 0, 0], [1, 0, 0, 0])]
+    shares = [Figure(Estimate(0, 0, 0, 4), np.array(x, bool)) for x in ([1, 1, 0, 0], [1, 0, 0, 0])]
     assert change(*shares) == share_difference(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))
 
 

@@ -14,11 +14,12 @@ import pytest
 
 import report_logs
 from instructax import command, report
-from instructax.report.browser import PROMPTS, browser, embedded, samples_of
+from instructax.report.browser import browser, embedded, samples_of
 from instructax.report.claims import CLAIMS, findings_of, overall
-from instructax.report.figures import best_of_kl
 from instructax.report.judging import (
     TRUTH,
+    asked_about,
+    best_of_kl,
     curve_of,
     read,
 )
@@ -139,7 +140,16 @@ def test_samples_have_all_policies_and_few_enough_prompts(reading):
     answers = reading.answers[tuple(data["columns"][column])]
     assert utility == round(answers.opinions[TRUTH][0], 2) and len(pieces) == len(kl)
     assert ("fails the task" in faults) == (not answers.flags["attempts"][0])
-    assert PROMPTS == 300
+
+
+def test_a_sample_is_accused_of_what_its_prompt_asks_for_alone(reading):
+    experiment, data = reading.experiment, samples_of(reading, len(reading.experiment.prompts))
+    accused = {"constraint": "breaks the constraint", "hallucinates": "hallucinates"}
+    for flag, words in accused.items():
+        speaks = [any(words in answer[3] for answer in prompt["answers"]) for prompt in data["prompts"]]
+        asked = asked_about(experiment, flag)
+        assert 0 < sum(speaks) <= asked.sum() < len(asked)
+        assert not any(np.array(speaks) & ~asked)
 
 
 def test_several_seeds_of_the_same_logs_give_the_same_page(tmp_path, family):
@@ -150,6 +160,8 @@ def test_several_seeds_of_the_same_logs_give_the_same_page(tmp_path, family):
     assert (tmp_path / "a" / "figure-4-1.png").exists() and "other" in (tmp_path / "a" / "index.html").read_text()
     with pytest.raises(ValueError, match=r"one has the sizes .* give seeds of one experiment"):
         check_seeds([load(family), load(one)])
+    with pytest.raises(ValueError, match=r"the seeds are \[0, 0\]: give each once"):
+        check_seeds([load(one), load(one)])
 
 
 def break_prompt(root):
@@ -170,6 +182,11 @@ def break_reference(root, run="evaluate"):
     path.write_text(path.read_text().replace('"policy": "SFT"', '"policy": "sft"'))
 
 
+def cut_line(root):
+    path = root / "milli" / "evaluate" / "samples.jsonl"
+    path.write_text(path.read_text()[:-9])
+
+
 def break_gpt_reference(root):
     break_reference(root, "evaluate-gpt")
 
@@ -181,6 +198,7 @@ def break_gpt_reference(root):
         (break_world, "centi/evaluate is of another world"),
         (break_lines, "of another version of this project"),
         (break_reference, "has no policy SFT"),
+        (cut_line, "milli/evaluate/samples.jsonl, line 21, is no JSON: run the stage again"),
         (break_gpt_reference, "centi/evaluate-gpt has no policy SFT"),
         (lambda root: (root / "world" / "config.json").unlink(), "holds no world"),
         (lambda root: [path.unlink() for path in root.glob("*/evaluate/summary.json")], "holds no finished run"),

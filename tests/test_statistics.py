@@ -110,3 +110,4 @@ def test_intervals_cover_about_95_of_100():
 
 def test_text():
     assert str(Estimate(0.12345, -1.0, 2.00049, 9)) == "0.123 [-1.000, 2.000]"
+    assert str(Estimate(0.5, 0.5, 0.5, 9)) == "0.500"

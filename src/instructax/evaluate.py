@@ -74,6 +74,7 @@ class EvaluateConfig:
         check_range(self, least | {"temperature": 0})
         names = [name for name, _, _ in self.policies]
         distinct("policies", names)
+        distinct("data.comparisons", [name for name, _ in self.data.comparisons])
         for name, _, how in self.policies:
             if how not in get_args(How):
                 raise ValueError(f"policies.{name} is asked {how!r}: allowed are {', '.join(get_args(How))}")

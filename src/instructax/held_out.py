@@ -89,20 +89,25 @@ class HeldOut:
         return dataclasses.asdict(ratio_estimate(losses, tokens))
 
     def ranking(self, params: Params, comparisons: Prepared) -> dict[str, Any]:
-        """Share of held-out pairs that the reward model orders as people did, and that their length does; and how sure
-        it is: of the pairs whose better one it gives a probability σ(|Δ score|) in a bin, the share it orders rightly.
+        """Share of held-out pairs that the reward model orders as people did; of those of different length, that their
+        length does; and how sure it is: of the pairs whose better one it gives a probability σ(|Δ score|) in a bin, the
+        share it orders rightly.
         """
         source, out = comparisons.sources["validation"], []
         for rows in held_out(source, *self._size):
             batch = sharding.put_rows(read_comparisons(source, rows, self._limits), self._mesh)
             out.append(jax.device_get(self._differences(params, batch)))
         pairs, scores, lengths = (np.concatenate(x) for x in zip(*out, strict=True))
-        count = pairs.sum(axis=(1, 2))
-        right = {"accuracy": scores > 0, "longer_wins": lengths > 0}
-        shares = {
-            name: dataclasses.asdict(ratio_estimate((pairs & x).sum(axis=(1, 2)), count)) for name, x in right.items()
+
+        def share(right: np.ndarray, among: np.ndarray) -> dict[str, Any]:
+            return dataclasses.asdict(ratio_estimate((right & among).sum(axis=(1, 2)), among.sum(axis=(1, 2))))
+
+        return {
+            "accuracy": share(scores > 0, pairs),
+            "longer_wins": share(lengths > 0, pairs & (lengths != 0)),
+            "pairs": int(pairs.sum()),
+            "calibration": calibration(scores[pairs]),
         }
-        return {**shares, "pairs": int(count.sum()), "calibration": calibration(scores[pairs])}
 
 
 def calibration(differences: np.ndarray) -> list[dict[str, Any]]:

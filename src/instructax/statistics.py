@@ -17,7 +17,8 @@ class Estimate:
     count: int  # independent units behind it
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        """The figure, and its interval unless it is known exactly."""
+        return f"{self.value:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.low < self.high else "")
 
 
 def mean_estimate(x: np.ndarray) -> Estimate:

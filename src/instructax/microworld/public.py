@@ -126,7 +126,7 @@ def _pronoun(world: World, rng: np.random.Generator) -> Item:
 def _completion(world: World, rng: np.random.Generator) -> Item:
     """The next line of a recipe or a story, against an earlier line of it and two of the other kind.
 
-    Two lines of each kind, and three that are right elsewhere: no liking for a kind or a place helps much.
+    Two lines of each kind, and two or three that are right elsewhere: no liking for a kind or a place helps much.
     """
     name, other = sample(rng, NAMES, 2)
     ours, theirs = sample(rng, (RECIPE, STORY), 2)

@@ -6,9 +6,11 @@ The samples are JSON inside the page; the script shows those that fit the filter
 import json
 from typing import Any
 
-from instructax.report.judging import FLAGS, TRUTH, Reading
+from instructax.report.judging import FLAGS, TRUTH, Reading, asked_about
 from instructax.report.results import response_of
+from instructax.tokenizer import END_OF_TEXT
 
+FULL_COLOUR = 3.0  # nats: of the log-ratio that has it
 PROMPTS = 300  # on a page, seeds together: it stays below 5 MB
 GOOD = {"hallucinates": False}  # the value of a flag that is no fault; True for the others
 FAULTS = {
@@ -25,12 +27,15 @@ def samples_of(reading: Reading, count: int) -> dict[str, Any]:
     experiment = reading.experiment
     columns = list(reading.answers)
     records = {(size.name, policy): rows for size in experiment.sizes for policy, rows in size.samples.items()}
+    asked = {flag: asked_about(experiment, flag) for flag in FLAGS}
     prompts = []
     for i, prompt in enumerate(experiment.prompts[:count]):
         answers = []
         for column, key in enumerate(columns):
             record, judged = records[key][i], reading.answers[key]
-            faults = [FAULTS[flag] for flag in FLAGS if judged.flags[flag][i] != GOOD.get(flag, True)]
+            faults = [
+                FAULTS[flag] for flag in FLAGS if asked[flag][i] and judged.flags[flag][i] != GOOD.get(flag, True)
+            ]
             pieces = record.get("pieces") or [response_of(record)]
             kl = [round(x, 2) for x in record.get("token_kl") or [0.0] * len(pieces)]
             score, utility = round(float(judged.scores[i]), 2), round(float(judged.opinions[TRUTH][i]), 2)
@@ -47,6 +52,7 @@ def embedded(value: Any) -> str:
 def browser(readings: list[Reading]) -> str:
     """The section's HTML: filters, an empty list, the data and the script that fills the list."""
     runs = [samples_of(reading, PROMPTS // len(readings)) for reading in readings]
+    script = SCRIPT.replace("FULL_COLOUR", str(FULL_COLOUR)).replace("END_OF_TEXT", json.dumps(END_OF_TEXT))
     return (
         '<div class="filters">'
         '<label>run <select id="run"></select></label> <label>size <select id="size"></select></label> '
@@ -54,14 +60,14 @@ def browser(readings: list[Reading]) -> str:
         '<label>text <input id="text" type="search" placeholder="in prompt or responses"></label> '
         '<span id="count" role="status"></span></div><div id="list"></div>'
         '<button id="more" type="button">more</button>'
-        f'<script type="application/json" id="samples">{embedded(runs)}</script><script>{SCRIPT}</script>'
+        f'<script type="application/json" id="samples">{embedded(runs)}</script><script>{script}</script>'
     )
 
 
 SCRIPT = """
 "use strict";
 const runs = JSON.parse(document.getElementById("samples").textContent);
-const by = id => document.getElementById(id), PAGE = 20, FULL = 3;
+const by = id => document.getElementById(id), PAGE = 20;
 let shown = PAGE;
 function make(tag, className, text) {
   const node = document.createElement(tag);
@@ -82,8 +88,8 @@ function choices() {
 function tokens(pieces, kl) {
   const text = make("p", "response");
   pieces.forEach((piece, i) => {
-    const span = make("span", "", piece === "<|endoftext|>" ? "\\u25a0" : piece);
-    const strength = Math.min(1, Math.abs(kl[i]) / FULL) * 0.6;
+    const span = make("span", "", piece === END_OF_TEXT ? "\\u25a0" : piece);
+    const strength = Math.min(1, Math.abs(kl[i]) / FULL_COLOUR) * 0.6;
     if (strength > 0.02) span.style.backgroundColor = `rgba(${kl[i] > 0 ? "232,122,0" : "31,119,180"},${strength})`;
     span.title = `log-ratio ${kl[i]}`;
     text.append(span);

@@ -15,8 +15,8 @@ from instructax.report.judging import (
     TRUTH,
     Curve,
     Reading,
+    best_of_kl,
     flag_estimate,
-    mean_of,
     wins_estimate,
 )
 from instructax.report.results import POLICIES, Size, in_words
@@ -69,7 +69,8 @@ def figure_3(readings: list[Reading]) -> Any:
 
 
 def _ours(axis: Any, readings: list[Reading], measure: Measure) -> None:
-    """`measure` by size and policy. Of several seeds each is a thin line, and their mean is a thick one."""
+    """`measure` by size and policy. Of several seeds each is a thin line, and their mean is a thick one without bars:
+    a seed is another world, and what seeds differ by is none of their own intervals."""
     sizes = readings[0].experiment.sizes
     for place, policy in enumerate(POLICIES):
         found = [[measure(reading, size.name, policy) for size in sizes] for reading in readings]
@@ -80,7 +81,11 @@ def _ours(axis: Any, readings: list[Reading], measure: Measure) -> None:
         x = np.array(kept) + (shift(place, len(POLICIES)) if len(sizes) == 1 else shift(place, len(POLICIES)) / 3)
         for line in lines if len(lines) > 1 else []:
             axis.plot(x, [estimate.value for estimate in line], "-", lw=0.7, alpha=0.6, color=COLOURS[policy])
-        _line(axis, x, [mean_of(list(column)) for column in zip(*lines, strict=True)], policy)
+        means = lines[0]
+        if len(lines) > 1:
+            values = np.mean([[estimate.value for estimate in line] for line in lines], axis=0)
+            means = [Estimate(float(value), -np.inf, np.inf, len(lines)) for value in values]
+        _line(axis, x, means, policy)
     numbers = [in_words(size.parameters) for size in sizes]
     names = [f"{size.name}\n{number}" for size, number in zip(sizes, numbers, strict=True)]
     _size_axis(axis, names if len(sizes) > 1 else numbers)
@@ -145,11 +150,6 @@ def over_optimisation(sizes: list[Size], curves: dict[tuple[str, str], Curve], r
     axes[1, 0].set_ylabel("score of the reward model")
     legend(figure)
     return figure
-
-
-def best_of_kl(n: int) -> float:
-    """The most that the best of n samples can be away from the policy that drew them, in nats."""
-    return float(np.log(n) - (n - 1) / n)
 
 
 def _smoothed(axis: Any, x: np.ndarray, y: np.ndarray, policy: str) -> None:

@@ -1,7 +1,7 @@
 """What the world and its simulated labelers say of the responses: arrays over the prompts, paired between policies.
 
-Departure from the paper: a prompt's labeler sees the responses of all policies once each and prefers by those opinions,
-where the paper's labelers are shown one pair at a time. The baseline is thus at ½ against itself exactly.
+Departure from the paper: a prompt's labeler forms one opinion of each different response, whoever gave it, and prefers
+by those opinions, where the paper's labelers are shown one pair at a time. Equal responses are thus at ½ exactly.
 """
 
 import dataclasses
@@ -124,39 +124,41 @@ def change(ours: Figure | None, theirs: Figure | None) -> Estimate | None:
     x, y = ours.values, theirs.values
     if x is None or y is None:
         return minus(ours.estimate, theirs.estimate)
-    shares = set(np.unique([x, y])) <= {0.0, 1.0}
-    return share_difference(x, y) if shares else mean_estimate(x - y)
+    return share_difference(x, y) if x.dtype == bool else mean_estimate(x - y)
 
 
 def read(experiment: Experiment) -> Reading:
     """Judges every response; the same experiment is always judged the same."""
-    gpt = Reading(experiment.gpt, _judged(experiment.gpt, "GPT-3 prompts, ")) if experiment.gpt else None
-    return Reading(experiment, _judged(experiment, ""), gpt)
+    gpt = Reading(experiment.gpt, _judged(experiment.gpt)) if experiment.gpt else None
+    return Reading(experiment, _judged(experiment), gpt)
 
 
-def _judged(experiment: Experiment, purpose: str) -> dict[tuple[str, str], Answers]:
-    """(size, policy) → its responses, judged; `purpose` keeps the labelers' noise apart from that of other prompts."""
+def _judged(experiment: Experiment) -> dict[tuple[str, str], Answers]:
+    """(size, policy) → its responses, judged."""
     tasks = [experiment.tasks[prompt] for prompt in experiment.prompts]
     return {
-        (size.name, policy): answers_of(tasks, records, experiment.seed, f"{purpose}{size.name} {policy}")
+        (size.name, policy): answers_of(tasks, records, experiment.seed)
         for size in experiment.sizes
         for policy, records in size.samples.items()
     }
 
 
-def answers_of(tasks: list[Task], records: list[Record], seed: int, purpose: str) -> Answers:
-    """One policy's responses, judged: prompt i by labeler i modulo their number, in each group."""
+def answers_of(tasks: list[Task], records: list[Record], seed: int) -> Answers:
+    """One policy's responses, judged: prompt i by labeler i modulo their number, in each group. What a labeler's noise
+    adds is a function of the prompt and the response."""
     texts = [response_of(record) for record in records]
     found = [judge(task, text) for task, text in zip(tasks, texts, strict=True)]
     opinions, likert = {TRUTH: utilities(tasks, found)}, {}
-    crews = {group: draw_labelers(seed, group, LABELER_COUNT) for group in (LABELER, HELD_OUT)}
-    for group, crew in crews.items():
-        rng = generator(seed, f"report {group} {purpose}")
-        asked = list(zip(itertools.cycle(crew), tasks, texts))
-        opinions[group] = np.array([labeler.opinion(task, text, rng) for labeler, task, text in asked])
-        likert[group] = np.array([grade(labeler, task, text, rng) for labeler, task, text in asked], float)
-    rng = generator(seed, f"report flags {purpose}")
-    flags = [labeler.flags(judgement, rng) for labeler, judgement in zip(itertools.cycle(crews[LABELER]), found)]
+    flags = []
+    for group in (LABELER, HELD_OUT):
+        said = []
+        crew = itertools.cycle(draw_labelers(seed, group, LABELER_COUNT))
+        for labeler, task, text, judgement in zip(crew, tasks, texts, found, strict=False):
+            rng = generator(seed, f"report {group} {task.prompt} {text}")
+            said.append((labeler.opinion(task, text, rng), grade(labeler, task, text, rng)))
+            if group == LABELER:
+                flags.append(labeler.flags(judgement, rng))
+        opinions[group], likert[group] = np.array(said, float).reshape(-1, 2).T
     return Answers(
         scores=np.array([record["score"] for record in records], float),
         kl=np.array([record["kl"] for record in records], float),
@@ -168,12 +170,19 @@ def answers_of(tasks: list[Task], records: list[Record], seed: int, purpose: str
 
 def utilities(tasks: list[Task], found: list[Judgement]) -> np.ndarray:
     """The true utility at the caution of the training labelers: f[n]."""
-    caution = GROUPS["labeler"].caution
+    caution = GROUPS[LABELER].caution
     return np.array([judgement.utility(task.harmful, caution) for task, judgement in zip(tasks, found, strict=True)])
 
 
+def best_of_kl(n: int) -> float:
+    """The most that the best of n samples can be away from the policy that drew them, in nats."""
+    return float(np.log(n) - (n - 1) / n)
+
+
 def curve_of(experiment: Experiment, size: Size, folder: str) -> Curve | None:
-    """The PPO run in `folder` of a size; None without its samples."""
+    """The finished PPO run in `folder` of a size; None without one."""
+    if not (size.folder / folder / "summary.json").exists():
+        return None
     samples = read_lines(size.folder / folder / "samples.jsonl")
     prompts = [record["prompt"].strip() for record in samples]
     check_prompts(experiment.tasks, prompts, size.folder / folder)

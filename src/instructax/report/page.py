@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from instructax.microworld.labelers import TIE
 from instructax.report import automatic, figures, paper
-from instructax.report.browser import browser
+from instructax.report.browser import FULL_COLOUR, browser
 from instructax.report.claims import CLAIMS, VERDICTS, Claim, Finding, findings_of, overall
 from instructax.report.drawing import save
 from instructax.report.judging import LABELER, TRUTH, Reading, curve_of, likert_estimate, wins_estimate
@@ -20,7 +21,7 @@ Drawn = tuple[str, str, Any]  # file name, caption, figure; None where there is 
 
 
 def check_seeds(experiments: list[Experiment]) -> None:
-    """Raises ValueError unless all have the same sizes: they are to be seeds of one experiment."""
+    """Raises ValueError unless all have the same sizes and other seeds: they are to be seeds of one experiment."""
     names = [[size.name for size in experiment.sizes] for experiment in experiments]
     for experiment, sizes in zip(experiments, names, strict=True):
         if sizes != names[0]:
@@ -28,6 +29,9 @@ def check_seeds(experiments: list[Experiment]) -> None:
                 f"{experiment.name} has the sizes {sizes}, {experiments[0].name} has {names[0]}: "
                 "give seeds of one experiment"
             )
+    seeds = [experiment.seed for experiment in experiments]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the seeds are {seeds}: give each once")
 
 
 def claim_html(claim: Claim, findings: list[Finding]) -> str:
@@ -90,8 +94,9 @@ def figures_of_seed(reading: Reading) -> Iterator[Drawn]:
     }
     yield "figure-4", "Table 3's questions, sizes pooled (figure 4); diamonds: the paper.", figures.metadata(reading)
     caption = (
-        "PPO: each point is an iteration, each line a moving mean of five. Where score and true utility part, the "
-        "policy exploits the reward model. A star: the best of n samples of SFT, at the most KL that it can have."
+        f"PPO: each point is an iteration, each line a moving mean of {figures.WINDOW}. Where score and true utility "
+        "part, the policy exploits the reward model. A star: the best of n samples of SFT, at the most KL that it can "
+        "have."
     )
     yield "over-optimisation", caption, figures.over_optimisation(sizes, curves, reading)
     yield "alignment-tax", "Public tasks: what fine-tuning changes (figures 28, 29; table 14).", automatic.tax(sizes)
@@ -162,17 +167,18 @@ RULE = (
     "A figure is <b>seen</b> if its whole 95% interval lies where the claim puts it, <b>not seen</b> if the whole "
     "interval lies elsewhere, <b>undecided</b> if it crosses the edge, and has <b>no data</b> where a log is missing. "
     "A claim is as good as the worst of its figures: a long list will hold some undecided by chance. Differences of "
-    "means over the same prompts or items are paired by them; of BLEU and of independent figures the widths add in "
-    "quadrature."
+    "means over the same prompts or items are paired by them; of independent figures, of BLEU and of accuracies of the "
+    "reward model the widths add in quadrature, which is too wide for the latter two."
 )
 TABLE = (
     "Means with 95% intervals over held-out prompts. True utility (−1 … 1) is the world's own judgement, which no "
     "stage sees. Win rates are against the largest SFT, a tie counting half: by simulated training labelers, by "
-    "held-out ones, and by the true utility. KL is the mean log-ratio to the SFT policy of the same size, in nats."
+    "held-out ones, and by the true utility. KL is the mean log-ratio to the SFT policy of the same size, in nats; of "
+    "best-of-n it is the most that there can be."
 )
 AGREEMENT = (
     "How often two labelers order two answers of policies alike: answers of the largest size, what several policies "
-    "said taken once, and only pairs that both labelers order strictly (opinions less than 0.05 apart are ties). "
+    f"said taken once, and only pairs that both labelers order strictly (opinions less than {TIE:g} apart are ties). "
     "Intervals are over prompts. The labelers are calibrated to the paper's figures on answers that writers wrote and "
     "spoilt; on answers of policies, which are alike in other ways, the agreement may differ."
 )
@@ -182,5 +188,6 @@ NOISE = (
 )
 SAMPLES = (
     "Behind each token is its log-ratio to the SFT policy: orange where the policy makes it likelier, blue where less "
-    "likely; full colour at 3 nats. Score: the reward model's. Utility: the world's. ■ is the end of the text."
+    f"likely; full colour at {FULL_COLOUR:g} nats. Score: the reward model's. Utility: the world's. Faults: what a "
+    "training labeler said, who errs now and then. ■ is the end of the text."
 )

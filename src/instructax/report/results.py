@@ -15,12 +15,14 @@ from instructax.microworld.public import TASKS
 from instructax.microworld.run import tasks_of
 from instructax.microworld.tasks import Task
 from instructax.statistics import Estimate
+from instructax.tokenizer import END_OF_TEXT
 
+BEST_OF = "best-of-n"
 POLICIES = (
     "GPT",
     "GPT prompted",
     "SFT",
-    "best-of-n",
+    BEST_OF,
     "PPO",
     "PPO-ptx",
     "FLAN/T0",
@@ -28,6 +30,8 @@ POLICIES = (
 REWARD_RUNS = ("reward", "reward-quiet")  # the second learnt from labelers who never waver
 # The sets of comparisons that a reward model is measured on.
 LABELERS, HELD_OUT_LABELERS = "labelers", "held-out labelers"
+
+SHARES = ("accuracy", "truthful", "toxicity")  # metrics of public tasks that are true or false of an item
 
 Record = Mapping[str, Any]
 Public = dict[str, dict[str, dict[str, Figure]]]  # policy → task → condition → figure
@@ -65,8 +69,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The object on each line of `path`; [] if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The object on each line of `path`; [] if there is no such file. Raises ValueError for a line that is none."""
+    objects = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}, line {number}, is no JSON: run the stage again") from None
+    return objects
 
 
 def estimate_of(record: Record, scale: float = 1.0) -> Estimate:
@@ -171,17 +181,18 @@ def _in_order(folder: Path, samples: dict[str, list[Record]], prompts: list[str]
     return ordered
 
 
+def public_figure(task: str, record: Record) -> Figure:
+    """A logged figure of a public task; BLEU, which counts to 100, as a share like all others."""
+    metric = TASKS[task].metric
+    values = np.array(record["values"], bool if metric in SHARES else float) if "values" in record else None
+    return Figure(estimate_of(record, 0.01 if metric == "bleu" else 1.0), values)
+
+
 def public_of(summary: Record) -> Public:
-    """The figures of the public tasks; BLEU, which counts to 100, as a share like all others."""
+    """The figures of all policies on the public tasks."""
     return {
         policy: {
-            task: {
-                condition: Figure(
-                    estimate_of(record, 0.01 if TASKS[task].metric == "bleu" else 1.0),
-                    np.array(record["values"]) if "values" in record else None,
-                )
-                for condition, record in conditions.items()
-            }
+            task: {condition: public_figure(task, record) for condition, record in conditions.items()}
             for task, conditions in tasks.items()
         }
         for policy, tasks in summary.get("policies", {}).items()
@@ -190,12 +201,14 @@ def public_of(summary: Record) -> Public:
 
 def response_of(record: Record) -> str:
     """The response without the end token."""
-    return record["response"].removesuffix("<|endoftext|>")
+    return record["response"].removesuffix(END_OF_TEXT)
 
 
 def overfitting_of(size: Size) -> tuple[dict[int, float], dict[int, np.ndarray]]:
     """Of an SFT run that goes on: step → validation loss, and kept step → score of each response f[n], the same prompts
-    at every step; both {} without such a run."""
+    at every step; both {} unless it and its evaluation are finished."""
+    if not all((size.folder / run / "summary.json").exists() for run in ("sft-overfit", "evaluate-overfit")):
+        return {}, {}
     lines = read_lines(size.folder / "sft-overfit" / "metrics.jsonl")
     losses = {line["step"]: line["demonstrations_loss"] for line in lines if "demonstrations_loss" in line}
     scores: dict[int, list[float]] = {}

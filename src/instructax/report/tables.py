@@ -5,8 +5,8 @@ from html import escape
 from instructax.microworld.public import TASKS
 from instructax.report import paper
 from instructax.report.agreement import agreements
-from instructax.report.judging import HELD_OUT, LABELER, TRUTH, Reading, wins_estimate
-from instructax.report.results import REWARD_RUNS, Size
+from instructax.report.judging import HELD_OUT, LABELER, TRUTH, Reading, best_of_kl, wins_estimate
+from instructax.report.results import BEST_OF, REWARD_RUNS, Size
 from instructax.statistics import mean_estimate
 
 NO_DATA = "no data"
@@ -30,7 +30,9 @@ def table_of(reading: Reading) -> list[Row]:
     for (size, policy), answers in reading.answers.items():
         wins = [wins_estimate(reading, size, policy, by) for by in (LABELER, HELD_OUT, TRUTH)]
         estimates = [mean_estimate(answers.opinions[TRUTH]), *wins, mean_estimate(answers.scores)]
-        rows.append((size, policy, *map(str, estimates), f"{answers.kl.mean():.2f}"))
+        n = next(one.best_of for one in reading.experiment.sizes if one.name == size)
+        kl = f"≤ {best_of_kl(n):.2f}" if policy == BEST_OF else f"{answers.kl.mean():.2f}"
+        rows.append((size, policy, *map(str, estimates), kl))
     return rows
 
 
