@@ -2,8 +2,8 @@
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
            python scripts/experiment.py experiments/alignment.py:family --workdir runs/family
-Hardware:  micro: two cores, six and a half minutes; family: two cores, 36 runs, not yet timed as a whole.
-Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught.
+Hardware:  micro: two cores, six minutes; family: two cores, 36 runs, an hour.
+Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught (`docs/alignment.md`).
 Read it:   `report/index.html`: figure 1 and its kin, the claims one by one, and all answers side by side.
 
 `micro` is one size. `family` is the three sizes that stand for 1.3B, 6B and 175B, with reward and value networks of the
