@@ -191,6 +191,11 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ),
         ({"policies": (("SFT", "a", "plain"), ("SFT", "b", "plain"))}, "config: policies has 'SFT' twice"),
         ({"data.demonstrations": ()}, "config: data.demonstrations must be given: a policy is asked few-shot"),
+        ({"shots": 9999}, "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower it, or give more"),
+        (
+            {"data.comparisons": (("labelers", ("a",)), ("labelers", ("b",)))},
+            "config: data.comparisons has 'labelers' twice",
+        ),
         ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
         ({"best_of": 0}, "config: best_of = 0 must be at least 1"),
         ({"prompts": 0}, "config: prompts = 0 must be at least 1"),

@@ -30,7 +30,7 @@ from instructax.report.results import (
     load,
     overfitting_of,
     parameters_of,
-    public_of,
+    public_figures,
 )
 from instructax.report.tables import agreement_table, html_table, noise_table, table_of
 
@@ -61,7 +61,7 @@ def test_null_is_a_bound_that_is_not_there():
 
 def test_bleu_counts_to_one_hundred_and_is_drawn_as_a_share():
     record = report_logs.estimate(40.0, 2.0)
-    figures = public_of({"policies": {"GPT": {"translation": {"few-shot": record}, "book": {"few-shot": record}}}})
+    figures = public_figures({"policies": {"GPT": {"translation": {"few-shot": record}, "book": {"few-shot": record}}}})
     assert figures["GPT"]["translation"]["few-shot"].estimate.value == pytest.approx(0.4)
     assert figures["GPT"]["book"]["few-shot"].estimate.value == 40.0
 

@@ -107,9 +107,14 @@ class Answering:
     ) -> tuple[str, np.ndarray]:
         """The one of `prefixes` random sets of `shots` worked examples behind which the answers to a batch of prompts
         get the highest mean score: (its text, its tokens)."""
+        plain = [example for example in examples if example.format == "plain"]
+        require(
+            len(plain) >= shots,
+            f"config.shots = {shots} is more than the {len(plain)} plain demonstrations: lower it, or give more",
+        )
         rng = np.random.default_rng(seed)
         best = (-np.inf, "", np.zeros(0, np.int32))
-        for text, tokens in self._fitting(examples, shots, prefixes, rng):
+        for text, tokens in self._fitting(plain, shots, prefixes, rng):
             batches = self.batches(params, source, self._batch_size, tokens, 0)
             score = np.mean([answers.scores[real].mean() for real, answers in batches])
             best = max(best, (float(score), text, tokens), key=lambda candidate: candidate[0])
@@ -119,9 +124,9 @@ class Answering:
     def _fitting(
         self, examples: list[Demonstration], shots: int, prefixes: int, rng: np.random.Generator
     ) -> Iterator[tuple[str, np.ndarray]]:
-        plain, found = [example for example in examples if example.format == "plain"], 0
+        found = 0
         for _ in range(100 * prefixes):
-            chosen = [plain[i] for i in rng.permutation(len(plain))[:shots]]
+            chosen = [examples[i] for i in rng.permutation(len(examples))[:shots]]
             text = "".join(f"{opened(example.prompt)}{example.completion}\n\n" for example in chosen)
             tokens = self._tokenizer.encode(text)
             if len(tokens) <= self._room:

@@ -135,7 +135,7 @@ def _load_size(folder: Path, root: Path) -> Size:
         best_of=config.get("best_of", 0),
         samples={},
         reward_model=summary.get("reward_model", {}),
-        public=public_of(read_json(folder / "tasks" / "summary.json")),
+        public=public_figures(read_json(folder / "tasks" / "summary.json")),
     )
 
 
@@ -188,7 +188,7 @@ def public_figure(task: str, record: Record) -> Figure:
     return Figure(estimate_of(record, 0.01 if metric == "bleu" else 1.0), values)
 
 
-def public_of(summary: Record) -> Public:
+def public_figures(summary: Record) -> Public:
     """The figures of all policies on the public tasks."""
     return {
         policy: {
