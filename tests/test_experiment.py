@@ -152,8 +152,8 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["size", "policy", "true", "utility"]
     for row, name in zip(lines[2:], ("GPT ", "GPT prompted", "SFT", "best-of-n", "PPO ", "PPO-ptx"), strict=False):
-        assert name in row and row.count("[") == 5  # figures with intervals
-    assert "0.500 [0.500, 0.500]" in lines[4]  # SFT against itself
+        assert name in row and row.count("[") >= 2  # the utility and the score; a rate of ties alone has no interval
+    assert lines[4].count("  0.500  ") == 3  # SFT against itself
     assert lines[-1] == f"report: {chain}/report/index.html"
     assert (chain / "report" / "figure-1.png").read_bytes().startswith(b"\x89PNG")
     assert len((chain / "report" / "index.html").read_text()) > 100_000

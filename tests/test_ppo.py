@@ -196,7 +196,7 @@ def test_text_adds_its_gradient_times_ptx_coef():
     wanted = jax.tree.map(lambda g, t: g + 1.5 * t, alone, text_gradients)
     stages.assert_trees_close(both, wanted, rtol=1e-3, atol=5e-5)
     assert float(metrics["ptx_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    stages.assert_trees_equal(value_both, value_alone)
+    stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)  # another program rounds otherwise
 
 
 def test_without_both_coefficients_it_is_plain_ppo():
