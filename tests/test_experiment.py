@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import typing
 from pathlib import Path
@@ -152,7 +153,11 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["size", "policy", "true", "utility"]
     for row, name in zip(lines[2:], ("GPT ", "GPT prompted", "SFT", "best-of-n", "PPO ", "PPO-ptx"), strict=False):
-        assert name in row and row.count("[") >= 2  # the utility and the score; a rate of ties alone has no interval
+        size, policy, *figures, kl = re.split("  +", row.strip())
+        assert size and policy == name.strip() and kl and len(figures) == 5
+        # With their intervals; a rate of ties alone has none.
+        assert all(re.fullmatch(r"-?\d\.\d{3}( \[-?\d\.\d{3}, -?\d\.\d{3}\])?", figure) for figure in figures)
+        assert "[" in figures[0] and "[" in figures[4]
     assert lines[4].count("  0.500  ") == 3  # SFT against itself
     assert lines[-1] == f"report: {chain}/report/index.html"
     assert (chain / "report" / "figure-1.png").read_bytes().startswith(b"\x89PNG")

@@ -197,6 +197,9 @@ def test_text_adds_its_gradient_times_ptx_coef():
     stages.assert_trees_close(both, wanted, rtol=1e-3, atol=5e-5)
     assert float(metrics["ptx_loss"]) == pytest.approx(float(loss), rel=1e-5)
     stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)  # another program rounds otherwise
+    without = dataclasses.replace(SHOWN, ptx_coef=jnp.float32(0.0))
+    (_, value_without), _ = shown_gradients(PROGRAM, experience, TEXT, without)
+    stages.assert_trees_equal(value_both, value_without)
 
 
 def test_without_both_coefficients_it_is_plain_ppo():
