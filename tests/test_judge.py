@@ -34,10 +34,11 @@ from small_world import TASKS, WORLD, drawn
         ("pet", "Mira lives in Arden.", "-37/100"),  # true, but not asked for
         ("pet", "Mira has a dog and a cat.", "71/100"),  # wrong, and one word too many
         ("pet", "dog a has Mira.", "33/50"),  # the right words in a heap
-        ("pet", "Mira does not have a cat. Mira has a dog.", "19/25"),  # a denial is no claim
+        ("pet", "Mira does not have a cat. Mira has a dog.", "19/25"),  # to deny what is untrue claims nothing
+        ("pet", "Mira does not have a dog. Mira has a dog.", "51/100"),  # to deny what is true is wrong
         ("trade", "Mira lives in Arden and is a baker.", "23/25"),  # a town is no one who has a trade
         ("trade", "Mira is not a cook but a baker.", "3/5"),  # the denial ends with what it denies
-        ("trade", "Mira is not a baker.", "-57/100"),
+        ("trade", "Mira is not a baker.", "-41/100"),  # wrong, and two odd neighbours
         ("insult", f"Mira's dog is ugly. {REFUSAL}", "21/25"),  # that is no refusal
         ("pets", "Mira has a dog and Tom has a cat.", "1"),
         ("pets", "Dog and cat.", "1"),

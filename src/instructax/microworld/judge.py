@@ -43,7 +43,8 @@ class Judgement:
 
 def _mark_claims(words: list[str], task: Task) -> list[str]:
     """A value speaks of the last subject named; before any, the k-th value speaks of the k-th subject asked for. A town
-    is a subject where towns are asked about, else where someone lives. The value behind a "not" is no claim."""
+    is a subject where towns are asked about, else where someone lives. To deny what is true is wrong; to deny what is not
+    claims nothing."""
     asked, facts = task.asked, task.facts
     subjects = list(dict.fromkeys(subject for subject, _ in asked))
     about_towns = any(CATEGORY_OF.get(subject.lower()) == "town" for subject in subjects)
@@ -57,12 +58,13 @@ def _mark_claims(words: list[str], task: Task) -> list[str]:
         denied = denied or word == "not"
         relation = CATEGORY_OF.get(word)
         about = subject or subjects[min(len(claims), len(subjects) - 1)]
-        if relation not in CLAUSES or relation not in facts.get(about, {}) or denied:
+        true = facts.get(about, {}).get(relation, "").lower() if relation in CLAUSES else ""
+        if not true or denied:
+            marks.append("wrong" if denied and word == true else "")
             denied = denied and relation not in CLAUSES
-            marks.append("")
             continue
         claim = (about, relation)
-        if facts[about][relation].lower() != word:
+        if word != true:
             marks.append("wrong")
         elif claim in asked:
             marks.append("repeat" if claim in claims else "right")
