@@ -53,7 +53,7 @@ def get_config(arg: str) -> ml_collections.ConfigDict:
             "batch_size": rollouts,
             "minibatches": minibatches,
             "inner_epochs": 1,  # C.4
-            "accumulate": {"175b": 2}.get(size, 4) if paper else 1,  # 64 rows on 32 devices that share rows, or on 16
+            "part_rows": sizes.part_rows(size),
             "ptx_rows": ptx_rows,  # per optimizer step
             "temperature": 1.0,  # C.4
             "kl_coef": 0.02

@@ -12,11 +12,12 @@ import reference_model
 from instructax import inference
 from instructax.inference import (
     generate,
+    rollout_rows,
     row_logprobs,
+    row_logprobs_and_entropy,
     sample_token,
     sequence_scores,
     token_logprobs,
-    token_logprobs_and_entropy,
     token_values,
 )
 from instructax.model import ModelConfig, Transformer
@@ -45,7 +46,13 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     model = Transformer(config, compute(), "tokens")
     params = random_params(model)
     sample = jax.jit(lambda p, k, t: generate(model, params, p, k, length=LENGTH, temperature=t, eos_id=EOS))
-    score = jax.jit(lambda r, t: token_logprobs_and_entropy(model, params, r, temperature=t))
+
+    @jax.jit
+    def score(rollouts: Rollouts, temperature: Array) -> tuple[Array, Array]:
+        found = row_logprobs_and_entropy(model, params, rollout_rows(rollouts), temperature=temperature)
+        start = rollouts.prompts.tokens.shape[1]
+        return found[0][:, start:], found[1][:, start:]
+
     return Policy(config, model, params, lambda *inputs: jax.device_get(sample(*inputs)), score)
 
 
@@ -303,7 +310,7 @@ def test_row_logprobs_equal_token_logprobs_of_the_same_text(policy):
         positions=jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 0]]),
         loss_mask=jnp.asarray([[False, True, True, True, True, False, True, True, False]]),
     )
-    logprobs = jax.jit(lambda b: row_logprobs(policy.model, policy.params, b))(batch)
+    logprobs = jax.jit(lambda b: row_logprobs(policy.model, policy.params, b, temperature=1.0))(batch)
     assert logprobs.shape == (1, 9)
     assert float(logprobs[0, 0]) == 0.0
     documents = [tokens[0, :5], tokens[0, 5:8]]

@@ -12,6 +12,7 @@ import pytest
 import small
 import stages
 from instructax import ppo, supervised, training
+from instructax.inference import sequence_scores, token_values
 from instructax.optimizer import make_optimizer
 from instructax.ppo_train import Iteration, abstract_state
 from instructax.types import LmBatch, PpoState, Rollouts
@@ -113,8 +114,8 @@ def test_scores_are_those_of_the_plain_computation(temperature):
 def test_value_before_a_token_is_the_score_of_what_stands_before_it():
     rollouts = rolled_out()[1]
     params, mask = other_params("scalar"), np.asarray(rollouts.mask)
-    values = jax.jit(partial(ppo.token_values, PROGRAM.scorer))(params, rollouts)
-    score = jax.jit(partial(ppo.sequence_scores, PROGRAM.scorer))
+    values = jax.jit(partial(token_values, PROGRAM.scorer))(params, rollouts)
+    score = jax.jit(partial(sequence_scores, PROGRAM.scorer))
     for t in range(7):
         cut = dataclasses.replace(rollouts, mask=jnp.asarray(mask & (np.arange(7) < t)))
         wanted = np.where(mask[:, t], score(params, cut), 0.0)
@@ -159,7 +160,7 @@ def test_value_gradient_is_that_of_half_the_squared_error():
     mask = judged.rollouts.mask
 
     def loss(params):
-        values = ppo.token_values(PROGRAM.scorer, params, judged.rollouts)
+        values = token_values(PROGRAM.scorer, params, judged.rollouts)
         return 0.5 * jnp.sum(mask * (values - experience.returns) ** 2) / mask.sum()
 
     value, wanted = jax.jit(jax.value_and_grad(loss))(state.value.params)
@@ -237,7 +238,7 @@ def test_accumulated_is_the_whole_minibatch():
     assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # parts of different size
     # In four parts one part of the text is a row with many trained tokens, one a row with none.
     whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
-    parts, parts_metrics = shown_gradients(dataclasses.replace(PROGRAM, accumulate=4), experience, TEXT)
+    parts, parts_metrics = shown_gradients(dataclasses.replace(PROGRAM, part_rows=1), experience, TEXT)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-4, atol=2e-6)
 
@@ -328,10 +329,11 @@ def counting_text(rows: int, seed: int) -> LmBatch:
     return LmBatch(tokens=tokens, segments=ones, positions=positions, loss_mask=positions > 0)
 
 
-def share_of_good(model, params, rollouts: Rollouts):
-    """The true reward: the share of good tokens in the response."""
-    good = rollouts.mask & (rollouts.responses < GOOD)
-    return jnp.sum(good, axis=1, dtype=jnp.float32) / jnp.sum(rollouts.mask, axis=1)
+def share_of_good(model, params, rows: LmBatch):
+    """The true reward at each cell: the share of good tokens in the response that the cell belongs to."""
+    same = (rows.segments[:, :, None] == rows.segments[:, None, :]) & rows.loss_mask[:, None, :]
+    good = same & (rows.tokens < GOOD)[:, None, :]
+    return jnp.sum(good, axis=2, dtype=jnp.float32) / jnp.maximum(jnp.sum(same, axis=2), 1)
 
 
 @cache
@@ -384,7 +386,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
 
 @pytest.mark.xdist_group("learning")
 def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):
-    monkeypatch.setattr(ppo, "sequence_scores", share_of_good)
+    monkeypatch.setattr(ppo, "row_outputs", share_of_good)
     rewards, text_loss = learn(ptx_coef=0.0)
     ptx_rewards, ptx_text_loss = learn(ptx_coef=1.0)
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.5

@@ -1,6 +1,7 @@
 """Log-probabilities in chunks against the whole softmax, and the proof that no chunk grows to the whole."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 
 from instructax.inference import row_logprobs, token_logprobs
+from instructax.masked import masked_mean
 from instructax.model import ModelConfig, Transformer
 from instructax.types import Array, LmBatch, Params, Rollouts
-from instructax.vocabulary import logits_of, sequence_logprobs, sequence_logprobs_and_entropy
+from instructax.vocabulary import logits_of, loss_and_gradients, sequence_logprobs, sequence_logprobs_and_entropy
 from programs import vocabulary_buffers
 from small import compute, gpt_config, llama_config, ragged_prompts, random_params
+from stages import assert_trees_close
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 7, 5, 11
+EVERY = np.ones((BATCH, LENGTH), bool)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def test_chunks_equal_the_whole(inputs, chunk):
     @jax.jit
     def weighted(hidden: Array, kernel: Array, temperature: Array) -> tuple[Any, Any]:
         def total(hidden: Array, kernel: Array) -> tuple[Array, Array]:
-            logprobs = sequence_logprobs(hidden, kernel, targets, temperature=temperature, chunk=chunk)
+            logprobs = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk)
             return jnp.sum(weights * logprobs), logprobs
 
         return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, kernel)
@@ -58,14 +62,61 @@ def test_chunks_equal_the_whole(inputs, chunk):
         np.testing.assert_allclose(by_kernel, np.einsum("btv,btd->vd", by_logits, hidden), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_what_the_mask_leaves_out_has_no_say(inputs, chunk):
+    hidden, kernel, targets, _ = inputs
+    mask = np.array([[False, True, True, False, False, True, False], [False] * 6 + [True]])
+    poisoned = np.where(mask[..., None], hidden, np.nan).astype(np.float32)
+    whole = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=0.7, chunk=chunk)
+    some = sequence_logprobs(poisoned, kernel, targets, mask, temperature=0.7, chunk=chunk)
+    np.testing.assert_allclose(some, np.where(mask, whole, 0.0), rtol=1e-5, atol=1e-6)
+    nothing = sequence_logprobs(hidden, kernel, targets, ~EVERY, temperature=0.7, chunk=chunk)
+    assert not np.any(nothing)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_loss_and_gradients_are_those_of_the_whole(inputs, chunk):
+    """A loss with factors of each token, its mean over a mask of three and four tokens."""
+    hidden, kernel, targets, weights = inputs
+    mask = np.array([[False, True, True, False, False, True, False], [True, True, False, False, True, True, False]])
+
+    def loss_of(logprobs, mask, factors):
+        loss = masked_mean(factors * jnp.exp(logprobs), mask)
+        return loss, {"mean": masked_mean(logprobs, mask)}
+
+    def whole(hidden, kernel):
+        logprobs = jax.nn.log_softmax(hidden @ kernel.T / 0.7, axis=-1)
+        return loss_of(jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], mask, weights)
+
+    found = jax.jit(partial(loss_and_gradients, loss_of, temperature=0.7, chunk=chunk))(
+        hidden, kernel, targets, mask, weights
+    )
+    (loss, metrics), (by_hidden, by_kernel) = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    for got, wanted in zip(found, (loss, metrics, by_hidden, by_kernel), strict=True):
+        assert_trees_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_over_nothing_has_no_gradient(inputs):
+    hidden, kernel, targets, _ = inputs
+
+    def loss_of(logprobs, mask, _):
+        return masked_mean(logprobs, mask), {}
+
+    loss, _, *gradients = loss_and_gradients(loss_of, hidden, kernel, targets, ~EVERY, None, temperature=1.0, chunk=3)
+    assert loss == 0
+    assert not any(np.any(gradient) for gradient in gradients)
+
+
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_entropy(inputs, chunk):
     hidden, kernel, targets, _ = inputs
     for temperature in (0.7, 1.0):
-        logprobs, entropy = sequence_logprobs_and_entropy(hidden, kernel, targets, temperature=temperature, chunk=chunk)
+        logprobs, entropy = sequence_logprobs_and_entropy(
+            hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
+        )
         probabilities = softmax(hidden, kernel, temperature)
         np.testing.assert_allclose(entropy, -(probabilities * np.log(probabilities)).sum(axis=-1), rtol=1e-5)
-        same = sequence_logprobs(hidden, kernel, targets, temperature=temperature, chunk=chunk)
+        same = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk)
         np.testing.assert_allclose(logprobs, same, rtol=1e-5, atol=1e-6)
 
 
@@ -74,7 +125,7 @@ def test_entropy_of_known_distributions():
     kernel = jnp.zeros((8, 1)).at[3, 0].set(1.0)
     targets = jnp.array([[3, 3]])
     hidden = jnp.array([[[0.0], [200.0]]])
-    logprobs, entropy = sequence_logprobs_and_entropy(hidden, kernel, targets, temperature=1.0, chunk=1)
+    logprobs, entropy = sequence_logprobs_and_entropy(hidden, kernel, targets, EVERY[:1, :2], temperature=1.0, chunk=1)
     np.testing.assert_allclose(logprobs, [[-np.log(8), 0.0]], atol=1e-6)
     np.testing.assert_allclose(entropy, [[np.log(8), 0.0]], atol=1e-6)
 
@@ -94,7 +145,7 @@ def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
     model = Transformer(config, compute(head_chunk=chunk), "tokens")
     ids = jnp.zeros((BATCH, TEXT), jnp.int32)
     batch = LmBatch(tokens=ids, segments=ids + 1, positions=ids, loss_mask=ids == 0)
-    return lambda params: jnp.sum(row_logprobs(model, params, batch))
+    return lambda params: jnp.sum(row_logprobs(model, params, batch, temperature=1.0))
 
 
 def responses_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:

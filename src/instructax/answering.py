@@ -6,7 +6,9 @@ mostly to the limit; "few-shot", behind worked examples that the reward model ch
 model's score, the first of them the plain one.
 """
 
+import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -59,32 +61,37 @@ class Answering:
         line_breaks = jnp.asarray(["\n" in tokenizer.decode([token]) for token in range(tokenizer.size)])
         scored_at = temperature if temperature > 0 else 1.0
 
-        def answer(
-            params: Params, fixed: tuple[Params, Params], asked: Prompts, prompts: Prompts, samples: Array, draw: Array
-        ) -> Answers:
+        def sample(
+            params: Params, asked: Prompts, prompts: Prompts, samples: Array, draw: Array
+        ) -> tuple[Rollouts, Rollouts, Array]:
+            """(What was sampled behind `asked`, the same behind the prompts alone and cut, the mask of what was not
+            put in its place)."""
             keys = clock.sample_keys(clock.step_key(seed, "evaluate", draw), samples)
             length, eos_id = limits.response_tokens, tokenizer.eos_id
             sampled = generate(policy, params, asked, keys, length=length, temperature=temperature, eos_id=eos_id)
-            logprobs = token_logprobs(policy, params, sampled, temperature=scored_at)
-            kept = sampled.mask
+            cut, kept = sampled, sampled.mask
             if asked.tokens.shape != prompts.tokens.shape:
-                sampled, kept = end_at(sampled, line_breaks, eos_id)
-            ref_params, reward_params = fixed
-            rollouts = Rollouts(
-                prompts=prompts,
-                responses=sampled.responses,
-                mask=sampled.mask,
-                logprobs=sampled.logprobs,
-                ended=sampled.ended,
-            )
-            ref_logprobs = token_logprobs(policy, ref_params, rollouts, temperature=scored_at)
+                cut, kept = end_at(sampled, line_breaks, eos_id)
+            return sampled, dataclasses.replace(cut, prompts=prompts), kept
+
+        def answers(params: Params, rollouts: Rollouts, kept: Array, logprobs: Array, ref_logprobs: Array) -> Answers:
             return Answers(
                 rollouts=rollouts,
-                scores=sequence_scores(scorer, reward_params, rollouts),
+                scores=sequence_scores(scorer, params, rollouts),
                 token_kl=jnp.where(kept, logprobs - ref_logprobs, 0.0),
             )
 
-        self._answer = jax.jit(answer, out_shardings=sharding.replicated(mesh))
+        rows = sharding.row_sharding(mesh)
+        self._sample = jax.jit(sample, out_shardings=rows)
+        # One program for both policies: of the reference against itself the KL is 0, to the bit.
+        self._logprobs = jax.jit(partial(token_logprobs, policy, temperature=scored_at), out_shardings=rows)
+        self._answers = jax.jit(answers, out_shardings=sharding.replicated(mesh))
+
+    def _answer(self, params: Params, asked: Prompts, prompts: Prompts, samples: Array, draw: Array) -> Answers:
+        ref_params, reward_params = self._fixed
+        sampled, rollouts, kept = self._sample(params, asked, prompts, samples, draw)
+        logprobs, ref_logprobs = self._logprobs(params, sampled), self._logprobs(ref_params, rollouts)
+        return self._answers(reward_params, rollouts, kept, logprobs, ref_logprobs)
 
     def batches(
         self, params: Params, source: Source, count: int, prefix: np.ndarray, draw: int
@@ -99,8 +106,9 @@ class Answering:
             # An empty row is given the first prompt, so that the sampler has something to read; the caller leaves it.
             prompts = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), self._limits.prompt_tokens)
             asked = behind(prefix, prompts, self._room) if len(prefix) else prompts
-            arrays = sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
-            yield rows != NO_ROW, jax.device_get(self._answer(params, self._fixed, *arrays, jnp.int32(draw)))
+            asked, prompts, samples = sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
+            answers = self._answer(params, asked, prompts, samples, jnp.int32(draw))
+            yield rows != NO_ROW, jax.device_get(answers)
 
     def best_prefix(
         self, params: Params, source: Source, examples: list[Demonstration], *, shots: int, prefixes: int, seed: int

@@ -27,7 +27,7 @@ BINS = 10  # of the calibration, from a probability of 0.5 to 1
 def held_out_loss(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
     """(sum of the loss over trained tokens in nats, their number), both f32[], without dropout."""
     count = token_count(batch.loss_mask)
-    return next_token_loss(row_logprobs(model, params, batch), batch.loss_mask) * count, count
+    return next_token_loss(row_logprobs(model, params, batch, temperature=1.0), batch.loss_mask) * count, count
 
 
 def held_out_losses(
@@ -67,8 +67,8 @@ class HeldOut:
 
         def losses(params: Params, batch: LmBatch) -> tuple[Array, Array]:
             """Loss summed over each row's trained tokens, and their number: f32[B] each."""
-            logprobs = row_logprobs(policy, params, batch)
-            return -jnp.sum(jnp.where(batch.loss_mask, logprobs, 0.0), axis=1), jnp.sum(batch.loss_mask, axis=1)
+            logprobs = row_logprobs(policy, params, batch, temperature=1.0)
+            return -jnp.sum(logprobs, axis=1), jnp.sum(batch.loss_mask, axis=1)
 
         def differences(params: Params, batch: Comparisons) -> tuple[Array, Array, Array]:
             """Of each two responses, the first better than the second by people's ranks: whether that is so b[B, K, K],

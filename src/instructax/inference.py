@@ -10,9 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.model import SHARED, Cache, Dropout, Transformer, head_kernel, init_cache, positions_of
+from instructax.model import Cache, Dropout, Transformer, head_kernel, init_cache, positions_of
+from instructax.operations import materialized
 from instructax.types import Array, Comparisons, LmBatch, Params, Prompts, Rollouts, pytree
-from instructax.vocabulary import logits_of, sequence_logprobs, sequence_logprobs_and_entropy
+from instructax.vocabulary import (
+    TokenLoss,
+    logits_of,
+    loss_and_gradients,
+    sequence_logprobs,
+    sequence_logprobs_and_entropy,
+)
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array, Array]:
@@ -105,42 +112,124 @@ def generate(
     return Rollouts(prompts=prompts, responses=end.responses, mask=end.mask, logprobs=end.logprobs, ended=end.ended)
 
 
-def _forward(model: Transformer, params: Params, prompts: Prompts, responses: Array, mask: Array) -> Array:
-    """Outputs of the network over prompt and response, from the prompt's last column on: [B, R + 1, ...].
+def rollout_rows(rollouts: Rollouts) -> LmBatch:
+    """Prompt and response of each rollout as a row [B, P + R]; the loss mask marks the response."""
+    real = jnp.concatenate([rollouts.prompts.mask, rollouts.mask], axis=1)
+    return LmBatch(
+        tokens=jnp.concatenate([rollouts.prompts.tokens, rollouts.responses], axis=1),
+        segments=real.astype(jnp.int32),
+        positions=positions_of(real),
+        loss_mask=jnp.concatenate([jnp.zeros_like(rollouts.prompts.mask), rollouts.mask], axis=1),
+    )
 
-    Entry t stands before response token t, entry t + 1 after it.
+
+def comparison_rows(comparisons: Comparisons) -> LmBatch:
+    """Each prompt once and its K responses after it as a row [B, P + K · R], the responses at the positions that each
+    would have alone and blind to each other; the loss mask marks them."""
+    prompts, (batch, count, length) = comparisons.prompts, comparisons.responses.shape
+    mask = comparisons.mask & comparisons.valid[:, :, None]
+    numbers, columns = jnp.arange(1, count + 1, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
+    positions = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None] + columns[None, None, :]
+
+    def joined(of_prompts: Array, of_responses: Array) -> Array:
+        return jnp.concatenate([of_prompts, of_responses.reshape(batch, -1)], axis=1)
+
+    return LmBatch(
+        tokens=joined(prompts.tokens, comparisons.responses),
+        segments=joined(-prompts.mask.astype(jnp.int32), jnp.where(mask, numbers[None, :, None], 0)),
+        positions=joined(positions_of(prompts.mask), jnp.broadcast_to(positions, mask.shape)),
+        loss_mask=joined(jnp.zeros_like(prompts.mask), mask),
+    )
+
+
+def last_columns(mask: Array, prompt_columns: int) -> Array:
+    """Where in the rows above the last token of each response stands, or of its prompt if it has none: b[B, K, R] →
+    i32[B, K]."""
+    lengths = jnp.sum(mask, axis=2, dtype=jnp.int32)
+    starts = prompt_columns + jnp.arange(mask.shape[1], dtype=jnp.int32) * mask.shape[2]
+    return jnp.where(lengths > 0, starts[None, :] + lengths, prompt_columns) - 1
+
+
+def _hidden_before(model: Transformer, params: Params, batch: LmBatch, dropout: Dropout | None) -> tuple[Any, ...]:
+    """(hidden states [B, T − 1, D], the head's kernel, the tokens that follow and their loss mask, both [B, T − 1])."""
+    hidden, _ = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions, dropout=dropout)
+    return materialized(hidden[:, :-1]), head_kernel(model.config, params), batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+
+
+def _behind_a_blank(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (1, 0)))
+
+
+def row_logprobs(model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float) -> Array:
+    """Log-probability of each token of the loss mask given its segment so far, at `temperature`, else 0: LmBatch [B, T]
+    → f32[B, T]. Nothing predicts column 0, and no loss mask marks it."""
+    inputs = _hidden_before(model, params, batch, None)
+    return _behind_a_blank(sequence_logprobs(*inputs, temperature=temperature, chunk=model.compute.head_chunk))
+
+
+def row_logprobs_and_entropy(
+    model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float
+) -> tuple[Array, Array]:
+    """As `row_logprobs`, and the policy's entropy in nats before each of these tokens, else 0; both f32[B, T]."""
+    inputs = _hidden_before(model, params, batch, None)
+    logprobs, entropy = sequence_logprobs_and_entropy(*inputs, temperature=temperature, chunk=model.compute.head_chunk)
+    return _behind_a_blank(logprobs), _behind_a_blank(entropy)
+
+
+def row_loss_and_gradients(
+    model: Transformer,
+    params: Params,
+    batch: LmBatch,
+    loss_of: TokenLoss,
+    extras: Any,
+    *,
+    temperature: Array | float,
+    dropout: Dropout | None = None,
+) -> tuple[Array, dict[str, Array], Params]:
+    """A loss that is a mean over the loss mask of packed rows, its metrics, and its gradient by the parameters.
+
+    `loss_of` and `extras` as in `vocabulary.loss_and_gradients`, the extras [B, T] beside the tokens that they belong
+    to. Head and loss run together, chunk by chunk, between the forward and the backward pass of the layers.
     """
-    tokens = jnp.concatenate([prompts.tokens, responses], axis=1)
-    real = jnp.concatenate([prompts.mask, mask], axis=1)
-    outputs, _ = model.apply({"params": params}, tokens, real.astype(jnp.int32), positions_of(real))
-    return outputs[:, prompts.tokens.shape[1] - 1 :]
+
+    def trunk(params: Params) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        hidden, kernel, *rest = _hidden_before(model, params, batch, dropout)
+        return (hidden, kernel), tuple(rest)
+
+    (hidden, kernel), pull, (targets, mask) = jax.vjp(trunk, params, has_aux=True)
+    loss, metrics, *by_outputs = loss_and_gradients(
+        loss_of,
+        hidden,
+        kernel,
+        targets,
+        mask,
+        jax.tree.map(lambda x: x[:, 1:], extras),
+        temperature=temperature,
+        chunk=model.compute.head_chunk,
+    )
+    return loss, metrics, pull(tuple(by_outputs))[0]
+
+
+def row_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
+    """The scalar head at each token: f32[B, T]."""
+    outputs, _ = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)
+    return outputs
+
+
+def row_values(model: Transformer, params: Params, batch: LmBatch) -> Array:
+    """The value network's estimate before each token of the loss mask, else 0: f32[B, T]."""
+    return jnp.where(batch.loss_mask, _behind_a_blank(row_outputs(model, params, batch)[:, :-1]), 0.0)
 
 
 def token_logprobs(model: Transformer, params: Params, rollouts: Rollouts, *, temperature: Array | float) -> Array:
     """Log-probability of each response token given all before it, at `temperature`: f32[B, R], zero where masked."""
-    hidden = _forward(model, params, rollouts.prompts, rollouts.responses, rollouts.mask)[:, :-1]
-    kernel = head_kernel(model.config, params)
-    chunk = model.compute.head_chunk
-    logprobs = sequence_logprobs(hidden, kernel, rollouts.responses, temperature=temperature, chunk=chunk)
-    return jnp.where(rollouts.mask, logprobs, 0.0)
-
-
-def token_logprobs_and_entropy(
-    model: Transformer, params: Params, rollouts: Rollouts, *, temperature: Array | float
-) -> tuple[Array, Array]:
-    """As `token_logprobs`, and the policy's entropy in nats before each token; both f32[B, R], zero where masked."""
-    hidden = _forward(model, params, rollouts.prompts, rollouts.responses, rollouts.mask)[:, :-1]
-    kernel = head_kernel(model.config, params)
-    logprobs, entropy = sequence_logprobs_and_entropy(
-        hidden, kernel, rollouts.responses, temperature=temperature, chunk=model.compute.head_chunk
-    )
-    return jnp.where(rollouts.mask, logprobs, 0.0), jnp.where(rollouts.mask, entropy, 0.0)
+    logprobs = row_logprobs(model, params, rollout_rows(rollouts), temperature=temperature)
+    return logprobs[:, rollouts.prompts.tokens.shape[1] :]
 
 
 def token_values(model: Transformer, params: Params, rollouts: Rollouts) -> Array:
     """The value network's estimate before each response token: f32[B, R], zero where masked."""
-    outputs = _forward(model, params, rollouts.prompts, rollouts.responses, rollouts.mask)[:, :-1]
-    return jnp.where(rollouts.mask, outputs, 0.0)
+    return row_values(model, params, rollout_rows(rollouts))[:, rollouts.prompts.tokens.shape[1] :]
 
 
 def sequence_scores(model: Transformer, params: Params, responses: Comparisons | Rollouts) -> Array:
@@ -148,44 +237,9 @@ def sequence_scores(model: Transformer, params: Params, responses: Comparisons |
 
     A response without any real token is scored at the prompt's last token.
     """
-    if isinstance(responses, Comparisons):
-        return _scores_behind_one_prompt(model, params, responses)
-    outputs = _forward(model, params, responses.prompts, responses.responses, responses.mask)
-    columns = jnp.arange(responses.mask.shape[1]) + 1
-    last = jnp.max(jnp.where(responses.mask, columns[None, :], 0), axis=1)
-    return jnp.take_along_axis(outputs, last[:, None], axis=1)[:, 0]
-
-
-def _scores_behind_one_prompt(model: Transformer, params: Params, responses: Comparisons) -> Array:
-    """Scores f32[B, K] from one row for each prompt: the prompt once, then its K responses, which see the prompt and
-    themselves, at the positions that each would have alone."""
-    prompts, (batch, count, length) = responses.prompts, responses.responses.shape
-    lengths, numbers = jnp.sum(responses.mask, axis=2, dtype=jnp.int32), jnp.arange(count, dtype=jnp.int32)
-    own_segments = jnp.where(responses.mask, numbers[None, :, None] + 1, 0)
-    own_positions = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None] + jnp.arange(length)[None, None, :]
-    own_positions = jnp.broadcast_to(own_positions, responses.mask.shape)
-
-    def joined(of_prompts: Array, of_responses: Array) -> Array:
-        return jnp.concatenate([of_prompts, of_responses.reshape(batch, -1)], axis=1)
-
-    outputs, _ = model.apply(
-        {"params": params},
-        joined(prompts.tokens, responses.responses),
-        joined(jnp.where(prompts.mask, SHARED, 0), own_segments),
-        joined(positions_of(prompts.mask), own_positions),
-    )
-    start = prompts.tokens.shape[1]
-    last = jnp.where(lengths > 0, start + numbers[None, :] * length + lengths, start) - 1
-    return jnp.take_along_axis(outputs, last, axis=1)
-
-
-def row_logprobs(model: Transformer, params: Params, batch: LmBatch, *, dropout: Dropout | None = None) -> Array:
-    """Log-probability of each token of packed rows given its segment so far: LmBatch [B, T] → f32[B, T].
-
-    Zero in column 0, which nothing predicts; the other tokens that open a segment get a value that no loss mask marks.
-    """
-    hidden, _ = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions, dropout=dropout)
-    kernel = head_kernel(model.config, params)
-    chunk = model.compute.head_chunk
-    logprobs = sequence_logprobs(hidden[:, :-1], kernel, batch.tokens[:, 1:], temperature=1.0, chunk=chunk)
-    return jnp.pad(logprobs, ((0, 0), (1, 0)))
+    prompt_columns = responses.prompts.tokens.shape[1]
+    if isinstance(responses, Rollouts):
+        outputs = row_outputs(model, params, rollout_rows(responses))
+        return jnp.take_along_axis(outputs, last_columns(responses.mask[:, None], prompt_columns), axis=1)[:, 0]
+    outputs = row_outputs(model, params, comparison_rows(responses))
+    return jnp.take_along_axis(outputs, last_columns(responses.mask, prompt_columns), axis=1)

@@ -20,7 +20,7 @@ from instructax.operations import normalized, product
 from instructax.types import Array, Params, pytree
 
 UNROLLED = 4  # layers in a step of the training scan
-SHARED = -1  # the segment that all segments after it see: the prompt of several responses in one row
+BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
 MASKED = -1e30  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
 
 
@@ -89,15 +89,16 @@ def positions_of(mask: Array) -> Array:
 
 
 def attention_mask(query_segments: Array, key_segments: Array, first_column: Array | int) -> Array:
-    """Which keys each query sees: those of its own segment, and of the shared one, that do not come after it.
+    """Which keys each query sees: those of its own segment, and of the one that it branches off, not after it.
 
     i32[B, T], i32[B, S], column of the first query → b[B, T, S]
     """
     query_columns = first_column + jnp.arange(query_segments.shape[1])
     causal = query_columns[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
+    stems = jnp.where(query_segments > 0, -((query_segments - 1) // BRANCHES) - 1, query_segments)
     keys = key_segments[:, None, :]
-    same = (query_segments[:, :, None] == keys) | (keys == SHARED)
-    return causal[None] & same & (keys != 0)
+    seen = (keys == query_segments[:, :, None]) | (keys == stems[:, :, None])
+    return causal[None] & seen & (keys != 0)
 
 
 def rotate(x: Array, positions: Array, base: float) -> Array:
@@ -252,7 +253,8 @@ class Transformer(nn.Module):
     ) -> tuple[Array, Cache | None]:
         """tokens, segments, positions i32[B, T] → (hidden dtype[B, T, D] | outputs f32[B, T], cache).
 
-        Segments are 0 (padding), a number (a text that sees itself alone) or SHARED, which texts behind it see too.
+        Segments are 0 (padding), n > 0 (a text that sees itself, and the segment −⌈n / BRANCHES⌉ if its row has one)
+        or negative (what several texts share).
         With a cache the T columns are appended to it, and see what it holds.
         """
         c = self.config

@@ -9,6 +9,8 @@ scale than a sum per document would give it.
 """
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +20,20 @@ from instructax import clock
 from instructax.experience import RewardSettings, diagnostics, make_experience
 from instructax.inference import (
     generate,
+    last_columns,
+    rollout_rows,
     row_logprobs,
-    sequence_scores,
-    token_logprobs,
-    token_logprobs_and_entropy,
-    token_values,
+    row_logprobs_and_entropy,
+    row_loss_and_gradients,
+    row_outputs,
+    row_values,
 )
-from instructax.losses import clipped_policy_loss, clipped_value_loss, next_token_loss
+from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masked import masked_mean
 from instructax.model import Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average
-from instructax.training import accumulate, merge_rows, shares, split_rows
+from instructax.rows import Layout, lay_out, pack, scan_parts
+from instructax.training import accumulate, language_gradients, parts_of, shares, split_rows
 from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
 
 
@@ -63,7 +68,8 @@ class PpoProgram:
     response_tokens: int  # the longest response
     inner_epochs: int
     minibatches: int
-    accumulate: int  # parts of a minibatch that are in memory one after the other
+    row_tokens: int  # W of the rows that prompts and responses are packed into
+    part_rows: int  # such rows, or rows of text, that a device has in memory at a time
     whiten_rewards: bool
     whiten_advantages: bool
     clip_values: bool
@@ -92,24 +98,30 @@ def score(
     rollouts: Rollouts,
     settings: PpoSettings,
 ) -> tuple[Experience, Scored, dict[str, Array]]:
-    """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give.
+    """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give."""
+    batch = rollout_rows(rollouts)
+    layout = _layout(program, batch)
 
-    As many rows are in memory at a time as in the update.
-    """
-
-    def judge(part: Rollouts) -> tuple[Scored, Array, Array]:
-        scored = Scored(
-            rollouts=part,
-            ref_logprobs=token_logprobs(program.policy, ref_params, part, temperature=settings.temperature),
-            values=token_values(program.scorer, state.value.params, part),
-            scores=sequence_scores(program.scorer, reward_params, part),
-        )
-        return scored, *token_logprobs_and_entropy(
-            program.policy, state.policy.params, part, temperature=settings.temperature
+    def judge(_: None, part: LmBatch) -> tuple[None, tuple[Array, ...]]:
+        temperature = settings.temperature
+        return None, (
+            row_logprobs(program.policy, ref_params, part, temperature=temperature),
+            row_values(program.scorer, state.value.params, part),
+            row_outputs(program.scorer, reward_params, part),
+            *row_logprobs_and_entropy(program.policy, state.policy.params, part, temperature=temperature),
         )
 
-    parts = split_rows(rollouts, program.minibatches * program.accumulate, program.mesh)
-    scored, logprobs, entropy = merge_rows(jax.lax.map(judge, parts), program.mesh)
+    judged = scan_parts(judge, None, pack(batch, layout), layout.used)[1]
+    ref_logprobs, values, outputs, logprobs, entropy = (layout.collect(x) for x in judged)
+    start = rollouts.prompts.tokens.shape[1]
+    ends = last_columns(rollouts.mask[:, None], start)
+    scored = Scored(
+        rollouts=rollouts,
+        ref_logprobs=ref_logprobs[:, start:],
+        values=values[:, start:],
+        scores=jnp.take_along_axis(outputs, ends, axis=1)[:, 0],
+    )
+    logprobs, entropy = logprobs[:, start:], entropy[:, start:]
     experience, rewards = make_experience(
         scored,
         logprobs,
@@ -117,7 +129,34 @@ def score(
         whiten_rewards=program.whiten_rewards,
         whiten_advantages=program.whiten_advantages,
     )
-    return experience, scored, diagnostics(scored, logprobs, entropy, rewards, experience.returns)
+    figures = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
+    return experience, scored, figures | {"padding": layout.padding()}
+
+
+def _layout(program: PpoProgram, batch: LmBatch) -> Layout:
+    return lay_out(batch.segments != 0, width=program.row_tokens, part_rows=program.part_rows, mesh=program.mesh)
+
+
+@pytree
+class Minibatch:
+    """The rollouts of one optimizer step, packed: what belongs to a response token stands where it does."""
+
+    rows: LmBatch  # [parts, rows, W], the loss mask marks response tokens
+    old_logprobs: Array  # f32[parts, rows, W], as the three below
+    values: Array
+    advantages: Array
+    returns: Array
+    used: Array  # i32[], parts that hold any
+
+
+def packed(program: PpoProgram, experience: Experience) -> Minibatch:
+    """Experience [n, ...] as a minibatch."""
+    batch = rollout_rows(experience.rollouts)
+    layout = _layout(program, batch)
+    start = experience.rollouts.prompts.tokens.shape[1]
+    names = ("old_logprobs", "values", "advantages", "returns")
+    arrays = {name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0)))) for name in names}
+    return Minibatch(rows=pack(batch, layout), used=layout.used, **arrays)
 
 
 def update(
@@ -131,7 +170,8 @@ def update(
     steps = program.inner_epochs * program.minibatches
     step = state.step
     rows_of_text = None if text is None else split_rows(text, steps, program.mesh)
-    inputs = (_minibatches(program, experience, step), rows_of_text)
+    minibatches = jax.lax.map(partial(packed, program), _minibatches(program, experience, step))
+    inputs = (minibatches, rows_of_text)
     policy_rate = learning_rate_at(
         step, peak=settings.learning_rate, config=program.policy_schedule, total_steps=program.total_steps
     )
@@ -139,7 +179,7 @@ def update(
         step, peak=settings.value_learning_rate, config=program.value_schedule, total_steps=program.total_steps
     )
 
-    def inner_step(state: PpoState, inputs: tuple[Experience, LmBatch | None]) -> tuple[PpoState, dict[str, Array]]:
+    def inner_step(state: PpoState, inputs: tuple[Minibatch, LmBatch | None]) -> tuple[PpoState, dict[str, Array]]:
         minibatch, text = inputs
         policy_gradients, metrics = policy_step(program, state.policy.params, minibatch, settings)
         if text is not None:
@@ -175,69 +215,61 @@ def _minibatches(program: PpoProgram, experience: Experience, step: Array) -> Ex
 
 
 def policy_step(
-    program: PpoProgram, params: Params, minibatch: Experience, settings: PpoSettings
+    program: PpoProgram, params: Params, minibatch: Minibatch, settings: PpoSettings
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient of the clipped policy loss over one minibatch, and its figures."""
-    parts = split_rows(minibatch, program.accumulate, program.mesh)
-    weights = shares(jnp.sum(parts.rollouts.mask, axis=(1, 2), dtype=jnp.float32))
 
-    def gradients_of(part: Experience) -> tuple[Params, dict[str, Array]]:
-        mask = part.rollouts.mask
+    def loss_of(logprobs: Array, mask: Array, extras: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
+        old_logprobs, advantages = extras
+        loss, clipped_fraction = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip=settings.clip)
+        log_ratios = jnp.where(mask, logprobs - old_logprobs, 0.0)
+        return loss, {
+            "clipped_fraction": clipped_fraction,
+            "update_kl": masked_mean(jnp.expm1(log_ratios) - log_ratios, mask),
+            "ratio_gap": masked_mean(jnp.abs(jnp.expm1(log_ratios)), mask),
+        }
 
-        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            logprobs = token_logprobs(program.policy, params, part.rollouts, temperature=settings.temperature)
-            loss, clipped_fraction = clipped_policy_loss(
-                logprobs, part.old_logprobs, part.advantages, mask, clip=settings.clip
-            )
-            log_ratios = jnp.where(mask, logprobs - part.old_logprobs, 0.0)
-            return loss, {
-                "policy_loss": loss,
-                "clipped_fraction": clipped_fraction,
-                "update_kl": masked_mean(jnp.expm1(log_ratios) - log_ratios, mask),
-                "ratio_gap": masked_mean(jnp.abs(jnp.expm1(log_ratios)), mask),
-            }
+    def gradients_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:
+        rows, extras = part
+        loss, metrics, gradients = row_loss_and_gradients(
+            program.policy, params, rows, loss_of, extras, temperature=settings.temperature
+        )
+        return gradients, {"policy_loss": loss, **metrics}
 
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return gradients, metrics
-
-    gradients, metrics = accumulate(gradients_of, parts, weights)
-    return gradients, {name: jnp.sum(weights * x) for name, x in metrics.items()}
+    parts = (minibatch.rows, (minibatch.old_logprobs, minibatch.advantages))
+    return _accumulated(gradients_of, parts, minibatch.rows.loss_mask, minibatch.used)
 
 
 def value_step(
-    program: PpoProgram, params: Params, minibatch: Experience, settings: PpoSettings
+    program: PpoProgram, params: Params, minibatch: Minibatch, settings: PpoSettings
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient of the value loss over one minibatch, and its figures."""
-    parts = split_rows(minibatch, program.accumulate, program.mesh)
-    weights = shares(jnp.sum(parts.rollouts.mask, axis=(1, 2), dtype=jnp.float32))
     clip = settings.value_clip if program.clip_values else None
 
-    def gradients_of(part: Experience) -> tuple[Params, dict[str, Array]]:
+    def gradients_of(part: tuple[LmBatch, Array, Array]) -> tuple[Params, dict[str, Array]]:
+        rows, old_values, returns = part
+
         def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            values = token_values(program.scorer, params, part.rollouts)
-            loss, clipped_fraction = clipped_value_loss(
-                values, part.values, part.returns, part.rollouts.mask, clip=clip
-            )
+            values = row_values(program.scorer, params, rows)
+            loss, clipped_fraction = clipped_value_loss(values, old_values, returns, rows.loss_mask, clip=clip)
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         return gradients, metrics
 
-    gradients, metrics = accumulate(gradients_of, parts, weights)
-    return gradients, {name: jnp.sum(weights * x) for name, x in metrics.items()}
+    parts = (minibatch.rows, minibatch.values, minibatch.returns)
+    return _accumulated(gradients_of, parts, minibatch.rows.loss_mask, minibatch.used)
 
 
 def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params, Array]:
     """Gradient of the pretraining loss over one minibatch's rows of text, before `ptx_coef`, and the loss."""
-    parts = split_rows(text, program.accumulate, program.mesh)
-    weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+    parts = split_rows(text, parts_of(text.tokens.shape[0], program.part_rows, program.mesh), program.mesh)
+    gradients, metrics = _accumulated(partial(language_gradients, program.policy, params), parts, parts.loss_mask, None)
+    return gradients, metrics["loss"]
 
-    def gradients_of(part: LmBatch) -> tuple[Params, Array]:
-        def loss_of(params: Params) -> Array:
-            return next_token_loss(row_logprobs(program.policy, params, part), part.loss_mask)
 
-        loss, gradients = jax.value_and_grad(loss_of)(params)
-        return gradients, loss
-
-    gradients, losses = accumulate(gradients_of, parts, weights)
-    return gradients, jnp.sum(weights * losses)
+def _accumulated(gradients_of: Any, parts: Any, mask: Array, used: Array | None) -> tuple[Params, dict[str, Array]]:
+    """Gradient and figures of a loss that is a mean over the `mask` [parts, rows, W] of all parts."""
+    weights = shares(jnp.sum(mask, axis=(1, 2), dtype=jnp.float32))
+    gradients, metrics = accumulate(gradients_of, parts, weights, used)
+    return gradients, {name: jnp.sum(weights * x) for name, x in metrics.items()}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import ppo, sharding, stage, training
-from instructax.configuration import check_positive, check_range, check_shares
+from instructax.configuration import check_positive, check_range, check_shares, require
 from instructax.data.batches import process_slice, prompt_batch, rows_of_batch
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
@@ -62,7 +62,7 @@ class PpoConfig:
     batch_size: int  # rollouts of one iteration
     minibatches: int  # optimizer steps of one inner epoch
     inner_epochs: int
-    accumulate: int  # parts of a minibatch that are in memory one after the other
+    part_rows: int  # packed rows of `data.limits.sequence_tokens` that a device has in memory at a time
     ptx_rows: int  # packed rows of pretraining text for each optimizer step
     temperature: float
     kl_coef: float  # β of Eq. 2
@@ -80,7 +80,7 @@ class PpoConfig:
     run: RunConfig
 
     def __post_init__(self):
-        counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs", "accumulate"), 1)
+        counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs", "part_rows"), 1)
         check_range(self, counts | {"ptx_rows": 0, "samples": 0, "kl_coef": 0, "ptx_coef": 0, "value_clip": 0})
         check_positive(self, "temperature", "clip", "tolerance")
         check_shares(self, "discount", "lambda_", "ema_decay")
@@ -143,9 +143,16 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
     stage.check_lengths(config.data.limits, config.model)
     stage.check_lengths(config.data.limits, config.reward_model)
-    stage.check_rows("batch_size", config.batch_size, config.minibatches * config.accumulate, mesh)
+    stage.check_rows("batch_size", config.batch_size, config.minibatches, mesh)
+    limits = config.data.limits
+    require(
+        limits.prompt_tokens + limits.response_tokens <= limits.sequence_tokens,
+        f"config.data.limits.sequence_tokens = {limits.sequence_tokens}, the width of packed rows, must hold "
+        f"prompt_tokens + response_tokens = {limits.prompt_tokens} + {limits.response_tokens}",
+    )
     if config.ptx_coef > 0:
-        stage.check_rows("ptx_rows", config.ptx_rows, config.accumulate, mesh)
+        parts = training.parts_of(config.ptx_rows, config.part_rows, mesh)
+        stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
 def read_data(config: PpoConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
@@ -173,7 +180,8 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
         response_tokens=config.data.limits.response_tokens,
         inner_epochs=config.inner_epochs,
         minibatches=config.minibatches,
-        accumulate=config.accumulate,
+        row_tokens=config.data.limits.sequence_tokens,
+        part_rows=config.part_rows,
         whiten_rewards=config.whiten_rewards,
         whiten_advantages=config.whiten_advantages,
         clip_values=config.value_clip > 0,

@@ -6,10 +6,10 @@ average.
 
 Departures from the paper: its last reward model started from a 6B GPT-3 tuned on public tasks (C.2, "similar results"
 from the SFT model), here it is the SFT model; the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides
-by C(K, 2); prompts with fewer than the most responses are padded.
+by C(K, 2).
 
-Cost: a row of a prompt and its K responses has P + K · R columns, and attention scores of their square: at K = 9 and
-1024 + 1024 tokens 2.8 times as many as K rows would have, for 0.56 times the tokens.
+Cost: rows have P + K · R columns, short prompts and responses share one, and attention scores are of the square: at
+K = 9 and 1024 + 1024 tokens 2.8 times as many as K rows would have, for 0.56 times the tokens.
 """
 
 import dataclasses
@@ -31,16 +31,17 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
-from instructax.inference import sequence_scores
+from instructax.inference import comparison_rows, last_columns, row_outputs, sequence_scores
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
+from instructax.rows import lay_out, pack
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
 from instructax.tokenizer import Tokenizer
-from instructax.training import accumulate, shares, split_rows
+from instructax.training import accumulate, shares
 from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
 
 
@@ -60,28 +61,37 @@ class RewardProgram:
     schedule: OptimizerConfig
     mesh: jax.sharding.Mesh
     total_steps: int
-    accumulate: int  # parts of a batch, by prompts, that are in memory one after the other
+    part_rows: int  # rows, of one prompt with all its responses or of several, that a device has in memory
 
 
 def update(
     program: RewardProgram, state: TrainState, batch: Comparisons, settings: RewardModelSettings
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the ranking loss of the whole batch of prompts."""
-    parts = split_rows(batch, program.accumulate, program.mesh)
-    pairs = jnp.sum(jax.vmap(ordered_pairs)(parts.ranks, parts.valid), axis=(2, 3), dtype=jnp.float32)
-    prompt_shares = shares(jnp.sum(pairs > 0, axis=1, dtype=jnp.float32))
-    pair_shares = shares(jnp.sum(pairs, axis=1))
+    rows = comparison_rows(batch)
+    layout = lay_out(rows.segments != 0, width=rows.tokens.shape[1], part_rows=program.part_rows, mesh=program.mesh)
+    ends = jnp.take_along_axis(layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1)
+    part_of = ends // layout.part_cells  # a prompt and its responses stand in one row
+    pairs = jnp.sum(ordered_pairs(batch.ranks, batch.valid), axis=(1, 2), dtype=jnp.float32)
+    own = part_of[:, :1] == jnp.arange(layout.texts.shape[0])[None, :]  # b[B, parts]
+    prompt_shares = shares(jnp.sum(own & (pairs > 0)[:, None], axis=0, dtype=jnp.float32))
+    pair_shares = shares(jnp.sum(own * pairs[:, None], axis=0))
 
-    def gradients_of(part: Comparisons) -> tuple[Params, dict[str, Array]]:
+    def gradients_of(inputs: tuple[Array, LmBatch]) -> tuple[Params, dict[str, Array]]:
+        index, part = inputs
+        valid = batch.valid & (part_of == index)
+
         def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            scores = sequence_scores(program.model, with_bias(params, 0.0), part)
-            loss, accuracy = pairwise_ranking_loss(scores, part.ranks, part.valid)
+            outputs = row_outputs(program.model, with_bias(params, 0.0), part).reshape(-1)
+            scores = outputs.at[ends - index * layout.part_cells].get(mode="fill", fill_value=0)
+            loss, accuracy = pairwise_ranking_loss(scores, batch.ranks, valid)
             return loss, {"loss": loss, "accuracy": accuracy}
 
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         return gradients, metrics
 
-    gradients, metrics = accumulate(gradients_of, parts, prompt_shares)
+    parts = (jnp.arange(layout.texts.shape[0]), pack(rows, layout))
+    gradients, metrics = accumulate(gradients_of, parts, prompt_shares, layout.used)
     rate = learning_rate_at(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
@@ -92,7 +102,8 @@ def update(
         "pairs": jnp.sum(pairs),
         "learning_rate": rate,
         "grad_norm": optax.tree.norm(gradients),
-        "tokens": token_count(batch.mask) + token_count(batch.prompts.mask),
+        "tokens": token_count(rows.segments != 0),
+        "padding": layout.padding(),
     }
 
 
@@ -141,18 +152,18 @@ class RewardConfig:
     optimizer: OptimizerConfig
     data: RewardData
     batch_size: int  # prompts
-    accumulate: int  # parts of a batch, by prompts, that are in memory one after the other
+    part_rows: int  # rows of prompt_tokens + completions · response_tokens that a device has in memory
     epochs: float  # more than one overfits (paper, C.2); 0 = `steps` counts
     steps: int  # 0 = `epochs` counts
     run: RunConfig
 
     def __post_init__(self):
-        check_range(self, {"batch_size": 1, "accumulate": 1, "epochs": 0, "steps": 0})
+        check_range(self, {"batch_size": 1, "part_rows": 1, "epochs": 0, "steps": 0})
 
 
 def check(config: RewardConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
-    stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    stage.check_rows("batch_size", config.batch_size, 1, mesh)
     stage.check_lengths(config.data.limits, config.model)
 
 
@@ -175,7 +186,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         schedule=config.optimizer,
         mesh=mesh,
         total_steps=total_steps,
-        accumulate=config.accumulate,
+        part_rows=config.part_rows,
     )
     settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
     abstract = training.abstract_state(model, optimizer, mesh)

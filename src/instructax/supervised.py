@@ -19,15 +19,13 @@ from instructax import clock, sharding, stage, training
 from instructax.configuration import check_range
 from instructax.data.readers import LmData, lm_reader, read_lm_data
 from instructax.held_out import held_out_losses
-from instructax.inference import row_logprobs
 from instructax.lineage import open_parents, tokenizer_of
-from instructax.losses import next_token_loss
 from instructax.masked import token_count
 from instructax.model import ComputeConfig, Dropout, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
-from instructax.training import accumulate, shares, split_rows
+from instructax.training import accumulate, language_gradients, shares, split_rows
 from instructax.types import Array, LmBatch, Params, TrainState, pytree
 
 
@@ -62,29 +60,23 @@ def update(
     rows = jnp.arange(batch.tokens.shape[0])
     keys = clock.sample_keys(clock.step_key(program.seed, "dropout", state.step), rows)
 
-    def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, Array]:
+    def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
         part, keys = inputs
         dropout = Dropout(rate=settings.dropout, keys=keys) if program.drops else None
+        return language_gradients(program.model, state.params, part, dropout)
 
-        def loss_of(params: Params) -> Array:
-            return next_token_loss(row_logprobs(program.model, params, part, dropout=dropout), part.loss_mask)
-
-        loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        return gradients, loss
-
-    gradients, losses = accumulate(gradients_of, (parts, keys.reshape(program.accumulate, -1)), weights)
+    gradients, metrics = accumulate(gradients_of, (parts, keys.reshape(program.accumulate, -1)), weights)
     rate = learning_rate_at(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state = apply_gradients(program.optimizer, state, gradients, rate)
-    metrics = {
-        "loss": jnp.sum(weights * losses),
+    return dataclasses.replace(state, step=state.step + 1), {
+        "loss": jnp.sum(weights * metrics["loss"]),
         "learning_rate": rate,
         "grad_norm": optax.tree.norm(gradients),
         "trained_tokens": token_count(batch.loss_mask),
         "tokens": token_count(batch.segments > 0),
     }
-    return dataclasses.replace(state, step=state.step + 1), metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

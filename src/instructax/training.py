@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
-from instructax.model import Transformer
+from instructax.inference import row_loss_and_gradients
+from instructax.losses import next_token_loss
+from instructax.model import Dropout, Transformer
 from instructax.processes import anywhere
-from instructax.types import Array, Params, TrainState
+from instructax.rows import scan_parts
+from instructax.types import Array, LmBatch, Params, TrainState
 
 
 def init_params(model: Transformer, key: Array) -> Params:
@@ -68,23 +71,26 @@ def compile_update(update: Callable[..., Any], abstract: Any, mesh: Mesh) -> Cal
     )
 
 
+def parts_of(rows: int, part_rows: int, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts `rows` are split so that no device has more than `part_rows` of them in memory."""
+    return -(-rows // (part_rows * sharding.row_ways(mesh)))
+
+
 def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
     """[B, ...] → [parts, B / parts, ...], every part's rows spread over the mesh."""
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
     return sharding.constrain_rows(split, mesh, axis=1)
 
 
-def merge_rows(tree: Any, mesh: Mesh) -> Any:
-    """[parts, rows, ...] → [parts · rows, ...], the other way of `split_rows`."""
-    return sharding.constrain_rows(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree), mesh)
-
-
-def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array) -> tuple[Params, Any]:
+def accumulate(
+    gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array, used: Array | None = None
+) -> tuple[Params, Any]:
     """Σᵢ weightsᵢ · gradients of part i, one part in memory at a time.
 
     `parts` is a pytree with a leading axis of parts, `weights` f32[parts] each part's share of what the loss is a mean
-    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes.
-    `gradients_of(part)` returns (gradients, metrics); metrics come back stacked on the axis of parts.
+    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes. Only the
+    first `used` parts are run, all if it is None. `gradients_of(part)` returns (gradients, metrics); metrics come back
+    stacked on the axis of parts.
     """
     if weights.shape[0] == 1:
         gradients, metrics = gradients_of(jax.tree.map(lambda x: x[0], parts))
@@ -97,7 +103,19 @@ def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, we
 
     shapes = jax.eval_shape(lambda p: gradients_of(jax.tree.map(lambda x: x[0], p))[0], parts)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, (parts, weights))
+    return scan_parts(add, zeros, (parts, weights), weights.shape[0] if used is None else used)
+
+
+def language_gradients(
+    model: Transformer, params: Params, batch: LmBatch, dropout: Dropout | None = None
+) -> tuple[Params, dict[str, Array]]:
+    """(gradient, {"loss"}) of the next-token loss of packed rows."""
+
+    def loss_of(logprobs: Array, mask: Array, _: None) -> tuple[Array, dict[str, Array]]:
+        return next_token_loss(logprobs, mask), {}
+
+    loss, _, gradients = row_loss_and_gradients(model, params, batch, loss_of, None, temperature=1.0, dropout=dropout)
+    return gradients, {"loss": loss}
 
 
 def shares(counts: Array) -> Array:

@@ -43,8 +43,8 @@ class Judgement:
 
 def _mark_claims(words: list[str], task: Task) -> list[str]:
     """A value speaks of the last subject named; before any, the k-th value speaks of the k-th subject asked for. A town
-    is a subject where towns are asked about, else where someone lives. To deny what is true is wrong; to deny what is not
-    claims nothing."""
+    is a subject where towns are asked about, else where someone lives. To deny what is true is wrong, to deny what is
+    untrue claims nothing."""
     asked, facts = task.asked, task.facts
     subjects = list(dict.fromkeys(subject for subject, _ in asked))
     about_towns = any(CATEGORY_OF.get(subject.lower()) == "town" for subject in subjects)
