@@ -53,7 +53,6 @@ def get_config(arg: str) -> ml_collections.ConfigDict:
             "batch_size": rollouts,
             "minibatches": minibatches,
             "inner_epochs": 1,  # C.4
-            "part_rows": sizes.part_rows(size),
             "ptx_rows": ptx_rows,  # per optimizer step
             "temperature": 1.0,  # C.4
             "kl_coef": 0.02

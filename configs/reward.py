@@ -34,7 +34,6 @@ def get_config(size: str) -> ml_collections.ConfigDict:
                 "folder": f"{folder}/rows",
             },
             "batch_size": {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8), "small": 16}.get(size, 64),  # prompts, C.2
-            "part_rows": sizes.part_rows(size),
             "epochs": 1.0,  # C.2
             "steps": 0,
             "run": sizes.run(size),

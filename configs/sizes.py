@@ -84,14 +84,11 @@ def compute(size: str) -> ml_collections.ConfigDict:
             "dtype": "bfloat16" if paper(size) else "float32",
             "remat": "full" if paper(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
+            # As many as fit at the paper's sizes; at the others as many as are fastest, since few leave little padding.
+            "part_rows": 1 if paper(size) else 2 if size == "tiny" else 4,
+            "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
         }
     )
-
-
-def part_rows(size: str) -> int:
-    """Rows that a device works on at a time: as many as fit at the paper's sizes, as many as are fastest at the others,
-    where few leave little padding at the end."""
-    return 1 if paper(size) else 2 if size == "tiny" else 4
 
 
 def mesh(size: str) -> ml_collections.ConfigDict:

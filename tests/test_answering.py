@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stages
-from instructax import clock, inference
+from instructax import clock, sampling
 from instructax.answering import Answering, behind, end_at
 from instructax.data.batches import evaluation_rows, prompt_batch
 from instructax.experiment import samples_of, summary_of
@@ -56,7 +56,7 @@ def draws_of(chain, count: int) -> list[Rollouts]:
     @jax.jit
     def sample(draw):
         keys = clock.sample_keys(clock.step_key(config.seed, "evaluate", draw), jnp.asarray(rows, jnp.int32))
-        return inference.generate(
+        return sampling.generate(
             model, params, prompts, keys, length=limits.response_tokens, temperature=1.0, eos_id=tokenizer.eos_id
         )
 

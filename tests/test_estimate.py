@@ -54,8 +54,11 @@ def test_memory_is_what_real_arrays_take(sizes):
 
     policy = zeros(config.model, "tokens", config.optimizer)
     value = zeros(config.reward_model, "scalar", config.value_optimizer)
-    # A cache of the rows that one device has, with the heads shared by the tensor axis.
-    cache = jax.tree.leaves(init_cache(config.model, config.compute, 8 // (sizes[0] * sizes[1]), 12))
+    # Caches of the rows that one device has, with the heads shared by the tensor axis.
+    rows, limits = 8 // (sizes[0] * sizes[1]), config.data.limits
+    slots = min(rows, config.compute.slots)
+    prompts = jax.tree.leaves(init_cache(config.model, config.compute, rows, limits.prompt_tokens))
+    cache = jax.tree.leaves(init_cache(config.model, config.compute, slots, 12))
     assert estimate.memory(config) == {
         "policy": held_by_first_device(policy.params),
         "optimizer of the policy": held_by_first_device(policy.opt_state),
@@ -64,14 +67,15 @@ def test_memory_is_what_real_arrays_take(sizes):
         "averaged policy": held_by_first_device(policy.params),
         "reference policy": held_by_first_device(policy.params),
         "reward model": held_by_first_device(value.params),
+        "cache of the prompts": sum(leaf.nbytes for leaf in prompts) // sizes[2],
         "cache of the sampler": sum(leaf.nbytes for leaf in cache) // sizes[2],
     }
 
 
 def test_rows_that_do_not_divide_are_rounded_up():
     mesh = MeshConfig(data=1, fsdp=2, tensor=1)
-    nine, ten = (estimate.memory(small_ppo(mesh, rows))["cache of the sampler"] for rows in (9, 10))
-    assert nine == ten > estimate.memory(small_ppo(mesh, 8))["cache of the sampler"]
+    nine, ten = (estimate.memory(small_ppo(mesh, rows))["cache of the prompts"] for rows in (9, 10))
+    assert nine == ten > estimate.memory(small_ppo(mesh, 8))["cache of the prompts"]
 
 
 def built(module, arg: str):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import stages
-from instructax import clock, evaluate, inference, sharding, training
+from instructax import clock, evaluate, sampling, sharding, training
 from instructax.checkpoint import load_params
 from instructax.configuration import construct
 from instructax.data import readers
@@ -52,7 +52,7 @@ def rollouts_of(chain, run: str, temperature: float = 1.0):
     rows = next(evaluation_rows(len(source), 16))
     prompts = prompt_batch(source, rows, limits.prompt_tokens)
     keys = clock.sample_keys(clock.step_key(config.seed, "evaluate", 0), jnp.asarray(rows, jnp.int32))
-    sample = partial(inference.generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id)
+    sample = partial(sampling.generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id)
     return jax.jit(partial(sample, temperature=temperature))(params, prompts, keys)
 
 

@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(("types", "configuration", "operations"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics"), 1),
-    **dict.fromkeys(("losses", "advantages", "data", "inference", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest"), 2),
     **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 3),
     **dict.fromkeys(("stage", "microworld"), 4),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),

@@ -156,7 +156,7 @@ def test_every_value_of_the_config_reaches_its_place(chain):
     names = ("kl_coef", "discount", "lambda_", "no_eos_penalty", "temperature", "clip", "value_clip", "ptx_coef")
     peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
     values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}  # no two alike
-    counts = {"seed": 5, "steps": 6, "inner_epochs": 2, "minibatches": 4, "part_rows": 7}
+    counts = {"seed": 5, "steps": 6, "inner_epochs": 2, "minibatches": 4}
     choices = {"whiten_rewards": True, "whiten_advantages": False}
     config, program, _ = ppo_parts(chain, **peaks, **values, **counts, **choices)
     settings = vars(ppo_train.settings_of(config))

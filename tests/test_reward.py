@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.ma
 
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MODEL = Transformer(small.gpt_config(), small.compute(), "scalar")
+FEW_ROWS = Transformer(small.gpt_config(), small.compute(part_rows=2), "scalar")  # at a time
 ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)  # of each prompt; the first prompt's are all tied, the second has no pair
 
 
@@ -39,7 +40,6 @@ def program(**changes) -> reward.RewardProgram:
         "schedule": small.optimizer_config(),
         "mesh": stages.mesh_of(),
         "total_steps": 10,
-        "part_rows": 8,
     }
     return reward.RewardProgram(**{**values, **changes})
 
@@ -118,19 +118,19 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
 def test_accumulated_is_the_whole_batch():
     batch = stages.comparisons(ANSWERS, 5)  # the parts have different numbers of prompts with a pair, and of pairs
     whole, metrics, _ = run_update(program(), batch)
-    parts, parts_metrics, _ = run_update(program(part_rows=2), batch)
+    parts, parts_metrics, _ = run_update(program(model=FEW_ROWS), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-6)
     assert parts_metrics.pop("padding") < metrics.pop("padding")  # fewer rows of the last part are empty
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("part_rows", [8, 2])
-def test_a_batch_without_a_pair_changes_nothing(part_rows):
+@pytest.mark.parametrize("model", [MODEL, FEW_ROWS])
+def test_a_batch_without_a_pair_changes_nothing(model):
     batch = stages.comparisons(ANSWERS, 5)
     tied = dataclasses.replace(batch, ranks=np.ones_like(batch.ranks))
     empty = dataclasses.replace(batch, valid=np.zeros_like(batch.valid), mask=np.zeros_like(batch.mask))
     for nothing in (tied, empty):
-        gradients, metrics, _ = run_update(program(part_rows=part_rows), nothing)
+        gradients, metrics, _ = run_update(program(model=model), nothing)
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
         assert (metrics["loss"], metrics["accuracy"], metrics["pairs"]) == (0, 0, 0)
 
@@ -154,7 +154,7 @@ def test_what_an_invalid_answer_holds_does_not_matter():
 def test_held_out_ranking_adds_up_over_batches():
     batch = stages.comparisons(ANSWERS, 5)
     params = small.random_params(MODEL)
-    ranking = jax.jit(partial(reward.held_out_ranking, MODEL))
+    ranking = jax.jit(partial(reward.held_out_ranking, MODEL, stages.mesh_of()))
     halves = [ranking(params, jax.tree.map(lambda x, part=part: x[part], batch)) for part in (slice(4), slice(4, 8))]
     loss, prompts, right, pairs = (sum(float(x) for x in column) for column in zip(*halves, strict=True))
     wanted, wanted_right, wanted_pairs = plain_ranking(MODEL, params, batch)
@@ -285,7 +285,7 @@ def test_held_out_figures_are_those_of_the_plain_computation(chain):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"part_rows": 0}, "part_rows = 0 must be at least 1"),
+        ({"compute.part_rows": 0}, "part_rows = 0 must be at least 1"),
         ({"model.width": 64}, "model of config.parent = .* is another: .*width: 32 .stored. != 64 .given."),
         ({"steps": 2}, "steps = 2 and config.epochs = 1.0: set one"),
     ],

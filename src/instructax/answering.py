@@ -20,8 +20,10 @@ from instructax.configuration import require
 from instructax.data.batches import NO_ROW, Source, evaluation_rows, process_slice, prompt_batch
 from instructax.data.limits import Limits
 from instructax.data.schema import Demonstration, opened
-from instructax.inference import generate, sequence_scores, token_logprobs
+from instructax.inference import at_the_end, rollout_rows, row_logprobs, row_outputs
 from instructax.model import Transformer
+from instructax.rows import packed_map
+from instructax.sampling import generate
 from instructax.tokenizer import Tokenizer
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
@@ -67,24 +69,41 @@ class Answering:
             """(What was sampled behind `asked`, the same behind the prompts alone and cut, the mask of what was not
             put in its place)."""
             keys = clock.sample_keys(clock.step_key(seed, "evaluate", draw), samples)
-            length, eos_id = limits.response_tokens, tokenizer.eos_id
-            sampled = generate(policy, params, asked, keys, length=length, temperature=temperature, eos_id=eos_id)
+            sampled = generate(
+                policy,
+                params,
+                asked,
+                keys,
+                length=limits.response_tokens,
+                temperature=temperature,
+                eos_id=tokenizer.eos_id,
+                groups=sharding.row_ways(mesh),
+            )
             cut, kept = sampled, sampled.mask
             if asked.tokens.shape != prompts.tokens.shape:
-                cut, kept = end_at(sampled, line_breaks, eos_id)
+                cut, kept = end_at(sampled, line_breaks, tokenizer.eos_id)
             return sampled, dataclasses.replace(cut, prompts=prompts), kept
+
+        def packed(function: Any, rollouts: Rollouts) -> Array:
+            width = max(limits.sequence_tokens, rollouts.prompts.tokens.shape[1] + limits.response_tokens)
+            part_rows = policy.compute.part_rows
+            return packed_map(function, rollout_rows(rollouts), width=width, part_rows=part_rows, mesh=mesh)[0]
+
+        def logprobs(params: Params, rollouts: Rollouts) -> Array:
+            found = packed(partial(row_logprobs, policy, params, temperature=scored_at), rollouts)
+            return found[:, rollouts.prompts.tokens.shape[1] :]
 
         def answers(params: Params, rollouts: Rollouts, kept: Array, logprobs: Array, ref_logprobs: Array) -> Answers:
             return Answers(
                 rollouts=rollouts,
-                scores=sequence_scores(scorer, params, rollouts),
+                scores=at_the_end(packed(partial(row_outputs, scorer, params), rollouts), rollouts),
                 token_kl=jnp.where(kept, logprobs - ref_logprobs, 0.0),
             )
 
         rows = sharding.row_sharding(mesh)
         self._sample = jax.jit(sample, out_shardings=rows)
         # One program for both policies: of the reference against itself the KL is 0, to the bit.
-        self._logprobs = jax.jit(partial(token_logprobs, policy, temperature=scored_at), out_shardings=rows)
+        self._logprobs = jax.jit(logprobs, out_shardings=rows)
         self._answers = jax.jit(answers, out_shardings=sharding.replicated(mesh))
 
     def _answer(self, params: Params, asked: Prompts, prompts: Prompts, samples: Array, draw: Array) -> Answers:

@@ -12,10 +12,10 @@ import numpy as np
 from instructax import clock, sharding, training
 from instructax.configuration import construct, require
 from instructax.data.schema import opened
-from instructax.inference import generate
 from instructax.lineage import STAGES, open_run
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import printable
+from instructax.sampling import generate
 from instructax.sharding import MeshConfig
 from instructax.tokenizer import Tokenizer, load_tokenizer
 from instructax.types import Prompts
@@ -64,7 +64,7 @@ def answerer(
 
 def talk(path: str | Path, prompts: Iterable[str], *, length: int, temperature: float, seed: int, dtype: Any) -> None:
     """Prints an answer to each prompt; one that cannot be read is answered with the reason."""
-    compute = ComputeConfig(dtype=dtype, remat="none", head_chunk=length)
+    compute = ComputeConfig(dtype=dtype, remat="none", head_chunk=length, part_rows=1, slots=1)
     answer = answerer(*open_policy(path, compute), length=length, temperature=temperature, seed=seed)
     for number, prompt in enumerate(prompts):
         try:

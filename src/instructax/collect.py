@@ -21,7 +21,6 @@ from instructax.chat import open_policy
 from instructax.configuration import check_range, require
 from instructax.data.batches import left_padded
 from instructax.data.schema import opened
-from instructax.inference import generate
 from instructax.lineage import open_run
 from instructax.microworld.labelers import draw_labelers
 from instructax.microworld.lexicon import generator, pick
@@ -30,6 +29,7 @@ from instructax.microworld.run import asked_of, world_of
 from instructax.microworld.write import RESPONSES, comparison, write_lines
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.runlog import write_json
+from instructax.sampling import generate
 from instructax.tokenizer import Tokenizer
 
 Policy = tuple[Transformer, Any, Tokenizer]  # network, parameters, tokenizer

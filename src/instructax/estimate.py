@@ -46,15 +46,18 @@ def memory(config: Any) -> dict[str, int]:
     value = state(config.reward_model, "scalar", config.value_optimizer)
     row_ways = sharding.row_ways(mesh)
     rows = -(-config.batch_size // row_ways)
+    slots = min(config.compute.slots, rows)
     head_ways = mesh.size // row_ways  # devices with the same rows have other heads of the cache
-    length = config.data.limits.prompt_tokens + config.data.limits.response_tokens
+    prompt_tokens = config.data.limits.prompt_tokens
+    length = prompt_tokens + config.data.limits.response_tokens
     return {
         **_state_bytes("policy", policy),
         **_state_bytes("value network", value),
         "averaged policy": bytes_per_device(policy.params),
         "reference policy": bytes_per_device(policy.params),
         "reward model": bytes_per_device(value.params),
-        "cache of the sampler": _cache_bytes(config.model, config.compute, rows, length) // head_ways,
+        "cache of the prompts": _cache_bytes(config.model, config.compute, rows, prompt_tokens) // head_ways,
+        "cache of the sampler": _cache_bytes(config.model, config.compute, slots, length) // head_ways,
     }
 
 

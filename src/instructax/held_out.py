@@ -8,33 +8,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.data.batches import Source
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
-from instructax.inference import row_logprobs, sequence_scores
+from instructax.inference import at_the_end, comparison_rows, row_logprobs, row_outputs
 from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masked import token_count
 from instructax.model import Transformer
+from instructax.rows import packed_map
 from instructax.statistics import ratio_estimate
 from instructax.types import Array, Comparisons, LmBatch, Params
 
 BINS = 10  # of the calibration, from a probability of 0.5 to 1
 
 
-def held_out_loss(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
+def by_parts(function: Callable[[LmBatch], Array], batch: LmBatch, model: Transformer, mesh: Mesh) -> Array:
+    """`function` of the rows of `batch` [B, T], packed and a few at a time."""
+    part_rows = model.compute.part_rows
+    return packed_map(function, batch, width=batch.tokens.shape[1], part_rows=part_rows, mesh=mesh)[0]
+
+
+def held_out_loss(model: Transformer, mesh: Mesh, params: Params, batch: LmBatch) -> tuple[Array, Array]:
     """(sum of the loss over trained tokens in nats, their number), both f32[], without dropout."""
     count = token_count(batch.loss_mask)
-    return next_token_loss(row_logprobs(model, params, batch, temperature=1.0), batch.loss_mask) * count, count
+    logprobs = by_parts(partial(row_logprobs, model, params, temperature=1.0), batch, model, mesh)
+    return next_token_loss(logprobs, batch.loss_mask) * count, count
 
 
 def held_out_losses(
-    model: Transformer, mesh: jax.sharding.Mesh, config: Any, sources: Mapping[str, Source]
+    model: Transformer, mesh: Mesh, config: Any, sources: Mapping[str, Source]
 ) -> Callable[[Params], dict[str, float]]:
     """A function from parameters to the loss in nats per token on each held-out source, `{name}_loss`."""
-    loss = jax.jit(partial(held_out_loss, model), out_shardings=sharding.replicated(mesh))
+    loss = jax.jit(partial(held_out_loss, model, mesh), out_shardings=sharding.replicated(mesh))
     length = config.data.limits.sequence_tokens
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -57,7 +66,7 @@ class HeldOut:
         self,
         policy: Transformer,
         scorer: Transformer,
-        mesh: jax.sharding.Mesh,
+        mesh: Mesh,
         limits: Limits,
         *,
         batch_size: int,
@@ -67,13 +76,14 @@ class HeldOut:
 
         def losses(params: Params, batch: LmBatch) -> tuple[Array, Array]:
             """Loss summed over each row's trained tokens, and their number: f32[B] each."""
-            logprobs = row_logprobs(policy, params, batch, temperature=1.0)
+            logprobs = by_parts(partial(row_logprobs, policy, params, temperature=1.0), batch, policy, mesh)
             return -jnp.sum(logprobs, axis=1), jnp.sum(batch.loss_mask, axis=1)
 
         def differences(params: Params, batch: Comparisons) -> tuple[Array, Array, Array]:
             """Of each two responses, the first better than the second by people's ranks: whether that is so b[B, K, K],
             by how much its score f[B, K, K] and its length i[B, K, K] are above the other's."""
-            scores, lengths = sequence_scores(scorer, params, batch), jnp.sum(batch.mask, axis=2)
+            outputs = by_parts(partial(row_outputs, scorer, params), comparison_rows(batch), scorer, mesh)
+            scores, lengths = at_the_end(outputs, batch), jnp.sum(batch.mask, axis=2)
             pairs = ordered_pairs(batch.ranks, batch.valid)
             return pairs, scores[:, :, None] - scores[:, None, :], lengths[:, :, None] - lengths[:, None, :]
 

@@ -1,8 +1,8 @@
-"""Sampling and scoring: one model code for both, at one temperature, without dropout.
+"""Scoring of what is there: log-probabilities of tokens, values before them, scores of responses; and the gradients of
+losses on log-probabilities.
 
-`generate` fills a cache with the left-padded prompts and then adds one column a step, until every row has ended. The
-scorers run the same parameters over prompt and response at once; sampled and scored log-probabilities agree up to
-rounding, and nothing is ever turned into text on the way.
+All of it is done on rows of tokens with segments and positions (`LmBatch`), packed or not; rollouts and comparisons are
+put into rows first, and nothing is ever turned into text on the way. The sampler is in `sampling`.
 """
 
 from typing import Any
@@ -10,106 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.model import Cache, Dropout, Transformer, head_kernel, init_cache, positions_of
+from instructax.model import Dropout, Transformer, head_kernel, positions_of
 from instructax.operations import materialized
-from instructax.types import Array, Comparisons, LmBatch, Params, Prompts, Rollouts, pytree
+from instructax.types import Array, Comparisons, LmBatch, Params, Rollouts
 from instructax.vocabulary import (
     TokenLoss,
-    logits_of,
     loss_and_gradients,
     sequence_logprobs,
     sequence_logprobs_and_entropy,
 )
-
-
-def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array, Array]:
-    """One token for each row, and its log-probability: f32[B, V], key[B], f32[] → (i32[B], f32[B]).
-
-    The inverse of the cumulative distribution at one uniform number a row: a vocabulary of Gumbel noise costs a
-    quarter of a decoding step on a CPU. Probabilities below 2⁻²⁴ are beyond the resolution of the uniform number and
-    of the running sum; a token whose probability is zero is never drawn.
-    Temperature 0 takes the likeliest token and reports its log-probability at temperature 1.
-    """
-    logprobs = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
-    probabilities = jnp.exp(logprobs)
-    # The running sum is rounded in no fixed order, so it can rise at a token of probability zero: that one is left out.
-    cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
-    total = jnp.max(cumulative, axis=-1, keepdims=True)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys)
-    # Kept below the total, or rounding could leave no token above the point.
-    points = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    sampled = jnp.argmax(cumulative > points, axis=-1).astype(jnp.int32)
-    tokens = jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
-
-
-@pytree
-class _Decoding:
-    """State of the sampling loop after `column` response tokens."""
-
-    column: Array  # i32[]
-    cache: Cache
-    responses: Array  # i32[B, R]
-    mask: Array  # b[B, R]
-    logprobs: Array  # f32[B, R]
-    ended: Array  # b[B]
-
-
-def generate(
-    model: Transformer,
-    params: Params,
-    prompts: Prompts,
-    keys: Array,
-    *,
-    length: int,
-    temperature: Array | float,
-    eos_id: int,
-) -> Rollouts:
-    """Samples up to `length` tokens after each prompt.
-
-    `prompts` [B, P]; `keys` key[B], one for each sample, so that a sample depends neither on its neighbours nor on its
-    row; token t uses fold_in(key, t). A row ends with `eos_id`, which belongs to the response; columns after it are
-    masked and hold `eos_id`. Returns Rollouts with R = `length`.
-    """
-    batch, prompt_length = prompts.tokens.shape
-    kernel = head_kernel(model.config, params)
-    temperature = jnp.asarray(temperature, jnp.float32)
-    prompt_lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-
-    def forward(tokens: Array, real: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-        outputs: Any = model.apply({"params": params}, tokens, real.astype(jnp.int32), positions, cache=cache)
-        return outputs[0][:, -1], outputs[1]
-
-    def add_token(s: _Decoding, hidden: Array, cache: Cache) -> _Decoding:
-        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, s.column)
-        tokens, logprobs = sample_token(logits_of(hidden, kernel), token_keys, temperature)
-        real = ~s.ended
-        tokens = jnp.where(real, tokens, eos_id)
-        return _Decoding(
-            column=s.column + 1,
-            cache=cache,
-            responses=s.responses.at[:, s.column].set(tokens),
-            mask=s.mask.at[:, s.column].set(real),
-            logprobs=s.logprobs.at[:, s.column].set(jnp.where(real, logprobs, 0.0)),
-            ended=s.ended | (tokens == eos_id),
-        )
-
-    def step(s: _Decoding) -> _Decoding:
-        last = s.column - 1
-        tokens, real = (jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (s.responses, s.mask))
-        return add_token(s, *forward(tokens, real, (prompt_lengths + last)[:, None], s.cache))
-
-    blank = _Decoding(
-        column=jnp.int32(0),
-        cache=init_cache(model.config, model.compute, batch, prompt_length + length - 1),
-        responses=jnp.full((batch, length), eos_id, jnp.int32),
-        mask=jnp.zeros((batch, length), bool),
-        logprobs=jnp.zeros((batch, length), jnp.float32),
-        ended=jnp.zeros((batch,), bool),
-    )
-    start = add_token(blank, *forward(prompts.tokens, prompts.mask, positions_of(prompts.mask), blank.cache))
-    end = jax.lax.while_loop(lambda s: (s.column < length) & ~jnp.all(s.ended), step, start)
-    return Rollouts(prompts=prompts, responses=end.responses, mask=end.mask, logprobs=end.logprobs, ended=end.ended)
 
 
 def rollout_rows(rollouts: Rollouts) -> LmBatch:
@@ -237,9 +146,13 @@ def sequence_scores(model: Transformer, params: Params, responses: Comparisons |
 
     A response without any real token is scored at the prompt's last token.
     """
+    rows = rollout_rows(responses) if isinstance(responses, Rollouts) else comparison_rows(responses)
+    return at_the_end(row_outputs(model, params, rows), responses)
+
+
+def at_the_end(outputs: Array, responses: Comparisons | Rollouts) -> Array:
+    """Of outputs [B, P + R] or [B, P + K · R] of the rows of `responses`, those at their last real tokens."""
     prompt_columns = responses.prompts.tokens.shape[1]
-    if isinstance(responses, Rollouts):
-        outputs = row_outputs(model, params, rollout_rows(responses))
-        return jnp.take_along_axis(outputs, last_columns(responses.mask[:, None], prompt_columns), axis=1)[:, 0]
-    outputs = row_outputs(model, params, comparison_rows(responses))
-    return jnp.take_along_axis(outputs, last_columns(responses.mask, prompt_columns), axis=1)
+    if isinstance(responses, Comparisons):
+        return jnp.take_along_axis(outputs, last_columns(responses.mask, prompt_columns), axis=1)
+    return jnp.take_along_axis(outputs, last_columns(responses.mask[:, None], prompt_columns), axis=1)[:, 0]

@@ -8,6 +8,7 @@ Departure from GPT-3, whose every second layer attends to a band: all layers her
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -61,19 +62,21 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"]  # of activations and of matrix products
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
+    part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
+    slots: int  # responses that a device samples at a time
 
     def __post_init__(self):
-        check_range(self, {"head_chunk": 1})
+        check_range(self, {"head_chunk": 1, "part_rows": 1, "slots": 1})
 
 
 @pytree
 class Cache:
-    """Keys and values of the columns seen so far."""
+    """Keys and values of the columns seen so far, and where the next ones go."""
 
     keys: tuple[Array, ...]  # per layer, dtype[B, kv_heads, S, head_width]
     values: tuple[Array, ...]  # per layer, dtype[B, kv_heads, S, head_width]
     segments: Array  # i32[B, S], 0 = padding or not yet filled
-    filled: Array  # i32[], columns in use
+    filled: Array  # i32[] or, of rows that are filled apart, i32[B]: columns in use, the next is written at
 
 
 def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
@@ -83,22 +86,32 @@ def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: 
     return Cache(keys=blank, values=blank, segments=jnp.zeros((batch, length), jnp.int32), filled=jnp.int32(0))
 
 
+def _written(cached: Array, new: Array, column: Array, axis: int) -> Array:
+    """`cached` with `new` from `column` of `axis` on; with i32[B] columns, each row at its own."""
+    if column.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, column, axis=axis)
+    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))(cached, new, column)
+
+
 def positions_of(mask: Array) -> Array:
     """Position of each real token among the real tokens of its row: b[B, T] → i32[B, T]; 0 before the first."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def attention_mask(query_segments: Array, key_segments: Array, first_column: Array | int) -> Array:
-    """Which keys each query sees: those of its own segment, and of the one that it branches off, not after it.
+    """Which keys each query sees: those of its own segment, and of the one that it branches off, but for the keys of
+    later queries. All other columns of a cache hold what came before, wherever they lie.
 
-    i32[B, T], i32[B, S], column of the first query → b[B, T, S]
+    i32[B, T], i32[B, S], column of the first query's key i32[] or i32[B] → b[B, T, S]
     """
-    query_columns = first_column + jnp.arange(query_segments.shape[1])
-    causal = query_columns[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
+    queries = jnp.arange(query_segments.shape[1])[None, :, None]
+    # The query whose key stands in a column, if it is one's.
+    query_of = (jnp.arange(key_segments.shape[1])[None, :] - jnp.reshape(first_column, (-1, 1)))[:, None, :]
+    later = (query_of > queries) & (query_of < query_segments.shape[1])
     stems = jnp.where(query_segments > 0, -((query_segments - 1) // BRANCHES) - 1, query_segments)
     keys = key_segments[:, None, :]
     seen = (keys == query_segments[:, :, None]) | (keys == stems[:, :, None])
-    return causal[None] & seen & (keys != 0)
+    return ~later & seen & (keys != 0)
 
 
 def rotate(x: Array, positions: Array, base: float) -> Array:
@@ -152,7 +165,7 @@ class Attention(nn.Module):
     """Causal self-attention with grouped queries; returns its keys and values for the cache.
 
     x dtype[B, T, D], mask b[B, T, S], positions i32[B, T], past (keys and values dtype[B, kv_heads, S, head_width], the
-    column to write at) or None, where S = T → (dtype[B, T, D], (keys, values)).
+    columns to write at, i32[] or i32[B]) or None, where S = T → (dtype[B, T, D], (keys, values)).
     """
 
     config: ModelConfig
@@ -168,8 +181,7 @@ class Attention(nn.Module):
         query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
         if past is not None:
             past_keys, past_values, column = past
-            key = jax.lax.dynamic_update_slice_in_dim(past_keys, key, column, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(past_values, value, column, axis=2)
+            key, value = _written(past_keys, key, column, 2), _written(past_values, value, column, 2)
         # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is
         # the one layout that XLA:CPU multiplies fast, also in the backward pass.
         query = query.reshape(x.shape[0], c.kv_heads, -1, c.head_width)
@@ -250,12 +262,14 @@ class Transformer(nn.Module):
         *,
         cache: Cache | None = None,
         dropout: Dropout | None = None,
+        layers: tuple[Params, ...] | None = None,
     ) -> tuple[Array, Cache | None]:
         """tokens, segments, positions i32[B, T] → (hidden dtype[B, T, D] | outputs f32[B, T], cache).
 
         Segments are 0 (padding), n > 0 (a text that sees itself, and the segment −⌈n / BRANCHES⌉ if its row has one)
         or negative (what several texts share).
-        With a cache the T columns are appended to it, and see what it holds.
+        With a cache the T columns are written to it, and see what it holds. `layers`, for calls with a cache, are the
+        parameters of `layers_of`, where a loop would take them apart again and again.
         """
         c = self.config
         embedding = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.width), jnp.float32)
@@ -268,7 +282,7 @@ class Transformer(nn.Module):
             mask = attention_mask(segments, segments, 0)
             x = scan_blocks(blocks, x, mask, positions, c, self.compute.remat, dropout)
         else:
-            x, cache = unroll_blocks(blocks, x, segments, positions, c, cache)
+            x, cache = unroll_blocks(layers or layers_of(blocks), x, segments, positions, c, cache)
         x = Norm(c, name="final_norm")(x)
         if self.head == "scalar":
             std = float(1.0 / np.sqrt(c.width + 1))
@@ -324,16 +338,21 @@ def scan_blocks(
     return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)), unroll=unroll)[0]
 
 
+def layers_of(blocks: Params) -> tuple[Params, ...]:
+    """The parameters of each layer, from the stacked ones of all."""
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf, i=index: leaf[i], blocks) for index in range(count))
+
+
 def unroll_blocks(
-    blocks: Params, x: Array, segments: Array, positions: Array, config: ModelConfig, cache: Cache
+    layers: tuple[Params, ...], x: Array, segments: Array, positions: Array, config: ModelConfig, cache: Cache
 ) -> tuple[Array, Cache]:
     """All layers one after the other, each with its own cache arrays."""
     column = cache.filled
-    seen = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, column, axis=1)
+    seen = _written(cache.segments, segments, column, 1)
     mask = attention_mask(segments, seen, column)
     keys, values = [], []
-    for index in range(config.layers):
-        params = jax.tree.map(lambda leaf, i=index: leaf[i], blocks)
+    for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
         x, (key, value) = Block(config, parent=None).apply({"params": params}, x, mask, positions, past, None)
         keys.append(key)

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructax import clock
+from instructax import clock, sharding
 from instructax.experience import RewardSettings, diagnostics, make_experience
 from instructax.inference import (
-    generate,
-    last_columns,
+    at_the_end,
     rollout_rows,
     row_logprobs,
     row_logprobs_and_entropy,
@@ -32,7 +31,8 @@ from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masked import masked_mean
 from instructax.model import Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average
-from instructax.rows import Layout, lay_out, pack, scan_parts
+from instructax.rows import lay_out, pack, packed_map
+from instructax.sampling import generate
 from instructax.training import accumulate, language_gradients, parts_of, shares, split_rows
 from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
 
@@ -69,10 +69,14 @@ class PpoProgram:
     inner_epochs: int
     minibatches: int
     row_tokens: int  # W of the rows that prompts and responses are packed into
-    part_rows: int  # such rows, or rows of text, that a device has in memory at a time
     whiten_rewards: bool
     whiten_advantages: bool
     clip_values: bool
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """How prompts and responses are packed: arguments of `rows.lay_out`."""
+        return {"width": self.row_tokens, "part_rows": self.policy.compute.part_rows, "mesh": self.mesh}
 
 
 def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, settings: PpoSettings) -> Rollouts:
@@ -87,6 +91,7 @@ def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, 
         length=program.response_tokens,
         temperature=settings.temperature,
         eos_id=program.eos_id,
+        groups=sharding.row_ways(program.mesh),
     )
 
 
@@ -99,27 +104,24 @@ def score(
     settings: PpoSettings,
 ) -> tuple[Experience, Scored, dict[str, Array]]:
     """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give."""
-    batch = rollout_rows(rollouts)
-    layout = _layout(program, batch)
 
-    def judge(_: None, part: LmBatch) -> tuple[None, tuple[Array, ...]]:
+    def judge(rows: LmBatch) -> tuple[Array, ...]:
         temperature = settings.temperature
-        return None, (
-            row_logprobs(program.policy, ref_params, part, temperature=temperature),
-            row_values(program.scorer, state.value.params, part),
-            row_outputs(program.scorer, reward_params, part),
-            *row_logprobs_and_entropy(program.policy, state.policy.params, part, temperature=temperature),
+        return (
+            row_logprobs(program.policy, ref_params, rows, temperature=temperature),
+            row_values(program.scorer, state.value.params, rows),
+            row_outputs(program.scorer, reward_params, rows),
+            *row_logprobs_and_entropy(program.policy, state.policy.params, rows, temperature=temperature),
         )
 
-    judged = scan_parts(judge, None, pack(batch, layout), layout.used)[1]
-    ref_logprobs, values, outputs, logprobs, entropy = (layout.collect(x) for x in judged)
+    judged, layout = packed_map(judge, rollout_rows(rollouts), **program.packing)
+    ref_logprobs, values, outputs, logprobs, entropy = judged
     start = rollouts.prompts.tokens.shape[1]
-    ends = last_columns(rollouts.mask[:, None], start)
     scored = Scored(
         rollouts=rollouts,
         ref_logprobs=ref_logprobs[:, start:],
         values=values[:, start:],
-        scores=jnp.take_along_axis(outputs, ends, axis=1)[:, 0],
+        scores=at_the_end(outputs, rollouts),
     )
     logprobs, entropy = logprobs[:, start:], entropy[:, start:]
     experience, rewards = make_experience(
@@ -131,10 +133,6 @@ def score(
     )
     figures = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
     return experience, scored, figures | {"padding": layout.padding()}
-
-
-def _layout(program: PpoProgram, batch: LmBatch) -> Layout:
-    return lay_out(batch.segments != 0, width=program.row_tokens, part_rows=program.part_rows, mesh=program.mesh)
 
 
 @pytree
@@ -152,7 +150,7 @@ class Minibatch:
 def packed(program: PpoProgram, experience: Experience) -> Minibatch:
     """Experience [n, ...] as a minibatch."""
     batch = rollout_rows(experience.rollouts)
-    layout = _layout(program, batch)
+    layout = lay_out(batch.segments != 0, **program.packing)
     start = experience.rollouts.prompts.tokens.shape[1]
     names = ("old_logprobs", "values", "advantages", "returns")
     arrays = {name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0)))) for name in names}
@@ -263,7 +261,8 @@ def value_step(
 
 def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params, Array]:
     """Gradient of the pretraining loss over one minibatch's rows of text, before `ptx_coef`, and the loss."""
-    parts = split_rows(text, parts_of(text.tokens.shape[0], program.part_rows, program.mesh), program.mesh)
+    count = parts_of(text.tokens.shape[0], program.policy.compute.part_rows, program.mesh)
+    parts = split_rows(text, count, program.mesh)
     gradients, metrics = _accumulated(partial(language_gradients, program.policy, params), parts, parts.loss_mask, None)
     return gradients, metrics["loss"]
 

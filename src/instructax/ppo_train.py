@@ -62,7 +62,6 @@ class PpoConfig:
     batch_size: int  # rollouts of one iteration
     minibatches: int  # optimizer steps of one inner epoch
     inner_epochs: int
-    part_rows: int  # packed rows of `data.limits.sequence_tokens` that a device has in memory at a time
     ptx_rows: int  # packed rows of pretraining text for each optimizer step
     temperature: float
     kl_coef: float  # β of Eq. 2
@@ -80,7 +79,7 @@ class PpoConfig:
     run: RunConfig
 
     def __post_init__(self):
-        counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs", "part_rows"), 1)
+        counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs"), 1)
         check_range(self, counts | {"ptx_rows": 0, "samples": 0, "kl_coef": 0, "ptx_coef": 0, "value_clip": 0})
         check_positive(self, "temperature", "clip", "tolerance")
         check_shares(self, "discount", "lambda_", "ema_decay")
@@ -151,7 +150,7 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
         f"prompt_tokens + response_tokens = {limits.prompt_tokens} + {limits.response_tokens}",
     )
     if config.ptx_coef > 0:
-        parts = training.parts_of(config.ptx_rows, config.part_rows, mesh)
+        parts = training.parts_of(config.ptx_rows, config.compute.part_rows, mesh)
         stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
@@ -181,7 +180,6 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
         inner_epochs=config.inner_epochs,
         minibatches=config.minibatches,
         row_tokens=config.data.limits.sequence_tokens,
-        part_rows=config.part_rows,
         whiten_rewards=config.whiten_rewards,
         whiten_advantages=config.whiten_advantages,
         clip_values=config.value_clip > 0,

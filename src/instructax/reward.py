@@ -31,7 +31,8 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
-from instructax.inference import comparison_rows, last_columns, row_outputs, sequence_scores
+from instructax.held_out import by_parts
+from instructax.inference import at_the_end, comparison_rows, last_columns, row_outputs
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
@@ -61,7 +62,6 @@ class RewardProgram:
     schedule: OptimizerConfig
     mesh: jax.sharding.Mesh
     total_steps: int
-    part_rows: int  # rows, of one prompt with all its responses or of several, that a device has in memory
 
 
 def update(
@@ -69,7 +69,8 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the ranking loss of the whole batch of prompts."""
     rows = comparison_rows(batch)
-    layout = lay_out(rows.segments != 0, width=rows.tokens.shape[1], part_rows=program.part_rows, mesh=program.mesh)
+    width, part_rows = rows.tokens.shape[1], program.model.compute.part_rows
+    layout = lay_out(rows.segments != 0, width=width, part_rows=part_rows, mesh=program.mesh)
     ends = jnp.take_along_axis(layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1)
     part_of = ends // layout.part_cells  # a prompt and its responses stand in one row
     pairs = jnp.sum(ordered_pairs(batch.ranks, batch.valid), axis=(1, 2), dtype=jnp.float32)
@@ -112,10 +113,13 @@ def with_bias(params: Params, bias: Array | float) -> Params:
     return {**params, "scalar_head": {**params["scalar_head"], "bias": jnp.asarray(bias, jnp.float32)}}
 
 
-def held_out_ranking(model: Transformer, params: Params, batch: Comparisons) -> tuple[Array, Array, Array, Array]:
+def held_out_ranking(
+    model: Transformer, mesh: Mesh, params: Params, batch: Comparisons
+) -> tuple[Array, Array, Array, Array]:
     """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number of pairs), each f32[]."""
     pairs = jnp.sum(ordered_pairs(batch.ranks, batch.valid), axis=(1, 2), dtype=jnp.float32)
-    loss, accuracy = pairwise_ranking_loss(sequence_scores(model, params, batch), batch.ranks, batch.valid)
+    outputs = by_parts(partial(row_outputs, model, params), comparison_rows(batch), model, mesh)
+    loss, accuracy = pairwise_ranking_loss(at_the_end(outputs, batch), batch.ranks, batch.valid)
     prompts, count = jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
     return loss * prompts, prompts, accuracy * count, count
 
@@ -152,13 +156,12 @@ class RewardConfig:
     optimizer: OptimizerConfig
     data: RewardData
     batch_size: int  # prompts
-    part_rows: int  # rows of prompt_tokens + completions · response_tokens that a device has in memory
     epochs: float  # more than one overfits (paper, C.2); 0 = `steps` counts
     steps: int  # 0 = `epochs` counts
     run: RunConfig
 
     def __post_init__(self):
-        check_range(self, {"batch_size": 1, "part_rows": 1, "epochs": 0, "steps": 0})
+        check_range(self, {"batch_size": 1, "epochs": 0, "steps": 0})
 
 
 def check(config: RewardConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -186,7 +189,6 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         schedule=config.optimizer,
         mesh=mesh,
         total_steps=total_steps,
-        part_rows=config.part_rows,
     )
     settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
     abstract = training.abstract_state(model, optimizer, mesh)
@@ -242,7 +244,7 @@ def ranking_figures(
     model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
 ) -> Callable[[Params], dict[str, float]]:
     """A function from parameters to loss and ranking accuracy on held-out comparisons."""
-    ranking = jax.jit(partial(held_out_ranking, model), out_shardings=sharding.replicated(mesh))
+    ranking = jax.jit(partial(held_out_ranking, model, mesh), out_shardings=sharding.replicated(mesh))
 
     def evaluate(params: Params) -> dict[str, float]:
         totals = [0.0] * 4

@@ -85,6 +85,16 @@ def pack(batch: LmBatch, layout: Layout) -> LmBatch:
     )
 
 
+def packed_map(
+    function: Callable[[LmBatch], Any], batch: LmBatch, *, width: int, part_rows: int, mesh: Mesh
+) -> tuple[Any, Layout]:
+    """(`function` of rows [rows, W] of packed texts, read back to the rows of `batch` [N, L]; the layout): what a
+    network makes of tokens, without most of the padding and a part at a time."""
+    layout = lay_out(batch.segments != 0, width=width, part_rows=part_rows, mesh=mesh)
+    _, outs = scan_parts(lambda _, part: (None, function(part)), None, pack(batch, layout), layout.used)
+    return jax.tree.map(layout.collect, outs), layout
+
+
 def scan_parts(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, parts: Any, used: Array | int
 ) -> tuple[Any, Any]:

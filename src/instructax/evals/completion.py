@@ -5,6 +5,7 @@ of each candidate of a multiple choice. Texts come and go as token ids; where on
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.data.batches import left_padded, process_slice
-from instructax.inference import generate, token_logprobs
+from instructax.inference import rollout_rows, row_logprobs
 from instructax.model import Transformer
+from instructax.rows import packed_map
+from instructax.sampling import generate
 from instructax.types import Array, Params, Prompts, Rollouts
 
 
@@ -41,10 +44,14 @@ class Completer:
 
         def continued(params: Params, prompts: Prompts) -> Rollouts:
             keys = jax.random.split(jax.random.key(0), batch_size)  # nothing is drawn at temperature 0
-            return generate(model, params, prompts, keys, length=answer_tokens, temperature=0.0, eos_id=eos_id)
+            length, groups = answer_tokens, sharding.row_ways(mesh)
+            return generate(model, params, prompts, keys, length=length, temperature=0.0, eos_id=eos_id, groups=groups)
 
         def totals(params: Params, rollouts: Rollouts) -> Array:
-            return jnp.sum(token_logprobs(model, params, rollouts, temperature=1.0), axis=1)
+            logprobs = partial(row_logprobs, model, params, temperature=1.0)
+            width, part_rows = context_tokens + answer_tokens, model.compute.part_rows
+            packed = packed_map(logprobs, rollout_rows(rollouts), width=width, part_rows=part_rows, mesh=mesh)[0]
+            return jnp.sum(packed, axis=1)
 
         self._continued = jax.jit(continued, out_shardings=sharding.replicated(mesh))
         self._totals = jax.jit(totals, out_shardings=sharding.replicated(mesh))
