@@ -2,7 +2,7 @@
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
            python scripts/experiment.py experiments/alignment.py:family --workdir runs/family
-Hardware:  micro: two cores, seven to twelve minutes; family: two cores, 36 runs, an hour.
+Hardware:  micro: two cores, seven minutes; family: two cores, 36 runs, an hour.
 Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught (`docs/alignment.md`).
 Read it:   `report/index.html`: figure 1 and its kin, the claims one by one, and all answers side by side.
 

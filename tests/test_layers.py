@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(("stage", "microworld"), 4),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),
     **dict.fromkeys(("ppo_train", "collect"), 6),  # ppo as a run; chat's policies before labelers
-    "experiment": 7,
+    **dict.fromkeys(("experiment", "benchmark"), 7),
     "command": 8,
 }
 # Library → the only places that may import it; nobody may import the last four.

@@ -73,45 +73,90 @@ def generate(
     `eos_id`, which belongs to the response; columns after it are masked and hold `eos_id`. `groups`: how many devices
     share rows; each has slots for its own share of the prompts. Returns Rollouts of N rows with R = `length`.
     """
-    sample = partial(_generate, model, params, length=length, temperature=temperature, eos_id=eos_id)
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
+
+    def sample(prompts: Prompts, keys: Array, axis: str | None) -> Rollouts:
+        sampler = _Sampler(
+            model=model,
+            params=params,
+            layers=layers_of(params["blocks"]),
+            prompts=prompts,
+            prefilled=_prefilled(model, params, prompts, model.compute.slots),
+            keys=keys,
+            length=length,
+            temperature=jnp.asarray(temperature, jnp.float32),
+            eos_id=eos_id,
+            axis=axis,
+        )
+        return sampler.run()
+
     if groups == 1:
-        return sample(prompts, keys, axis=None)
+        return sample(prompts, keys, None)
     split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (prompts, keys))
     rollouts = jax.vmap(partial(sample, axis="groups"), axis_name="groups")(*split)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
 
 
-def _generate(
-    model: Transformer,
-    params: Params,
-    prompts: Prompts,
-    keys: Array,
-    *,
-    length: int,
-    temperature: Array | float,
-    eos_id: int,
-    axis: str | None,
-) -> Rollouts:
-    """One group's samples. Where there are several, all of them loop until the last has ended."""
-    count, share = keys.shape[0], keys.shape[0] // prompts.tokens.shape[0]
-    slots, columns, room = min(model.compute.slots, count), prompts.tokens.shape[1], max(length - 1, 1)
-    kernel, layers = head_kernel(model.config, params), layers_of(params["blocks"])
-    temperature = jnp.asarray(temperature, jnp.float32)
-    prompt_lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-    prompt_hidden, prompt_keys, prompt_values = _prefilled(model, params, prompts, slots)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sampler:
+    """One group's samples. Where there are several groups, all of them loop until the last has ended."""
 
-    def anywhere(flag: Array) -> Array:
-        return flag if axis is None else jax.lax.pmax(flag.astype(jnp.int32), axis) > 0
+    model: Transformer
+    params: Params
+    layers: tuple[Params, ...]
+    prompts: Prompts  # [M, P]
+    prefilled: tuple[Array, tuple[Array, ...], tuple[Array, ...]]  # of `_prefilled`
+    keys: Array  # key[N]
+    length: int
+    temperature: Array
+    eos_id: int
+    axis: str | None  # of the groups, if there are several
 
-    def waits(s: _Slots) -> Array:
-        """Whether there is a slot for the next sample."""
-        return jnp.any(s.sample == count) & (s.next < count)
+    def run(self) -> Rollouts:
+        count = len(self.keys)
 
-    def take(s: _Slots) -> _Slots:
+        def goes_on(s: _Slots) -> Array:
+            return self._anywhere(jnp.any(s.sample < count) | (s.next < count))
+
+        end = jax.lax.while_loop(goes_on, self._step, self._draw(self._start()))
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, count // len(self.prompts.tokens), axis=0), self.prompts)
+        return Rollouts(prompts=prompts, responses=end.responses, mask=end.mask, logprobs=end.logprobs, ended=end.ended)
+
+    def _start(self) -> _Slots:
+        """All slots idle, nothing sampled."""
+        model, count = self.model, len(self.keys)
+        slots, columns = min(model.compute.slots, count), self.prompts.tokens.shape[1]
+        cache = init_cache(model.config, model.compute, slots, columns + max(self.length - 1, 1))
+        return _Slots(
+            cache=dataclasses.replace(cache, filled=jnp.full((slots,), columns, jnp.int32)),
+            hidden=jnp.zeros((slots, model.config.width), self.prefilled[0].dtype),
+            sample=jnp.full((slots,), count, jnp.int32),
+            column=jnp.zeros((slots,), jnp.int32),
+            token=jnp.zeros((slots,), jnp.int32),
+            next=jnp.int32(0),
+            responses=jnp.full((count, self.length), self.eos_id, jnp.int32),
+            mask=jnp.zeros((count, self.length), bool),
+            logprobs=jnp.zeros((count, self.length), jnp.float32),
+            ended=jnp.zeros((count,), bool),
+        )
+
+    def _anywhere(self, flag: Array) -> Array:
+        return flag if self.axis is None else jax.lax.pmax(flag.astype(jnp.int32), self.axis) > 0
+
+    def _waits(self, s: _Slots) -> Array:
+        """Whether there are a sample and a slot for it."""
+        return jnp.any(s.sample == len(self.keys)) & (s.next < len(self.keys))
+
+    def _prompt_of(self, sample: Array) -> Array:
+        """The row of its prompt; of no sample, the last one."""
+        count = len(self.prompts.tokens)
+        return jnp.minimum(sample // (len(self.keys) // count), count - 1)
+
+    def _take(self, s: _Slots) -> _Slots:
         """Gives the next sample to the first idle slot; nothing, if there is none of either."""
-        slot = jnp.where(waits(s), jnp.argmax(s.sample == count), slots)
-        prompt = jnp.minimum(s.next // share, prompts.tokens.shape[0] - 1)
+        slot = jnp.where(self._waits(s), jnp.argmax(s.sample == len(self.keys)), len(s.sample))
+        prompt, columns = self._prompt_of(s.next), self.prompts.tokens.shape[1]
+        hidden, keys, values = self.prefilled
 
         def put(all_: Array, one: Array | int) -> Array:
             return all_.at[slot].set(one, mode="drop")
@@ -120,29 +165,29 @@ def _generate(
             pairs = zip(cached, filled, strict=True)
             return tuple(all_.at[slot, :, :columns].set(one[prompt], mode="drop") for all_, one in pairs)
 
-        segments = jnp.pad(prompts.mask[prompt].astype(jnp.int32), (0, room))
-        cache = Cache(
-            keys=copied(s.cache.keys, prompt_keys),
-            values=copied(s.cache.values, prompt_values),
-            segments=put(s.cache.segments, segments),
-            filled=put(s.cache.filled, columns),
-        )
-        taken = waits(s).astype(jnp.int32)
+        seen = self.prompts.mask[prompt].astype(jnp.int32)
         return dataclasses.replace(
             s,
-            cache=cache,
-            hidden=put(s.hidden, prompt_hidden[prompt]),
+            cache=Cache(
+                keys=copied(s.cache.keys, keys),
+                values=copied(s.cache.values, values),
+                segments=put(s.cache.segments, jnp.pad(seen, (0, s.cache.segments.shape[1] - columns))),
+                filled=put(s.cache.filled, columns),
+            ),
+            hidden=put(s.hidden, hidden[prompt]),
             sample=put(s.sample, s.next),
             column=put(s.column, 0),
-            next=s.next + taken,
+            next=s.next + self._waits(s).astype(jnp.int32),
         )
 
-    def draw(s: _Slots) -> _Slots:
+    def _draw(self, s: _Slots) -> _Slots:
         """Fills idle slots, and adds a token to every response under way."""
-        s = jax.lax.while_loop(lambda s: anywhere(waits(s)), take, s)
-        token_keys = jax.vmap(jax.random.fold_in)(keys[jnp.minimum(s.sample, count - 1)], s.column)
-        tokens, logprobs = sample_token(logits_of(s.hidden, kernel), token_keys, temperature)
-        over = (tokens == eos_id) | (s.column + 1 == length)
+        s = jax.lax.while_loop(lambda s: self._anywhere(self._waits(s)), self._take, s)
+        count = len(self.keys)
+        keys = jax.vmap(jax.random.fold_in)(self.keys[jnp.minimum(s.sample, count - 1)], s.column)
+        logits = logits_of(s.hidden, head_kernel(self.model.config, self.params))
+        tokens, logprobs = sample_token(logits, keys, self.temperature)
+        over = (tokens == self.eos_id) | (s.column + 1 == self.length)
         return dataclasses.replace(
             s,
             sample=jnp.where(over, count, s.sample),
@@ -151,39 +196,24 @@ def _generate(
             responses=s.responses.at[s.sample, s.column].set(tokens, mode="drop"),
             mask=s.mask.at[s.sample, s.column].set(True, mode="drop"),
             logprobs=s.logprobs.at[s.sample, s.column].set(logprobs, mode="drop"),
-            ended=s.ended.at[s.sample].set(tokens == eos_id, mode="drop"),
+            ended=s.ended.at[s.sample].set(tokens == self.eos_id, mode="drop"),
         )
 
-    def step(s: _Slots) -> _Slots:
-        active = s.sample < count
-        prompt = jnp.minimum(s.sample // share, prompts.tokens.shape[0] - 1)
-        positions = jnp.where(active, prompt_lengths[prompt] + s.column - 1, 0)
-        outputs: Any = model.apply(
-            {"params": params},
+    def _step(self, s: _Slots) -> _Slots:
+        """Runs the last tokens through the network, and draws the next ones."""
+        active = s.sample < len(self.keys)
+        lengths = jnp.sum(self.prompts.mask, axis=1, dtype=jnp.int32)[self._prompt_of(s.sample)]
+        # Idle slots are run too; their positions must exist, and what they write is seen by none.
+        positions = jnp.where(active, lengths + s.column - 1, 0)
+        outputs: Any = self.model.apply(
+            {"params": self.params},
             s.token[:, None],
             active[:, None].astype(jnp.int32),
             positions[:, None],
             cache=s.cache,
-            layers=layers,
+            layers=self.layers,
         )
-        return draw(dataclasses.replace(s, cache=outputs[1], hidden=outputs[0][:, 0]))
-
-    blank = init_cache(model.config, model.compute, slots, columns + room)
-    start = _Slots(
-        cache=dataclasses.replace(blank, filled=jnp.full((slots,), columns, jnp.int32)),
-        hidden=jnp.zeros((slots, model.config.width), prompt_hidden.dtype),
-        sample=jnp.full((slots,), count, jnp.int32),
-        column=jnp.zeros((slots,), jnp.int32),
-        token=jnp.zeros((slots,), jnp.int32),
-        next=jnp.int32(0),
-        responses=jnp.full((count, length), eos_id, jnp.int32),
-        mask=jnp.zeros((count, length), bool),
-        logprobs=jnp.zeros((count, length), jnp.float32),
-        ended=jnp.zeros((count,), bool),
-    )
-    end = jax.lax.while_loop(lambda s: anywhere(jnp.any(s.sample < count) | (s.next < count)), step, draw(start))
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, share, axis=0), prompts)
-    return Rollouts(prompts=repeated, responses=end.responses, mask=end.mask, logprobs=end.logprobs, ended=end.ended)
+        return self._draw(dataclasses.replace(s, cache=outputs[1], hidden=outputs[0][:, 0]))
 
 
 def _prefilled(

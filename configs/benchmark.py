@@ -1,0 +1,40 @@
+"""Work to measure: sft, reward (nine responses to a prompt), reward4, reward2 and ppo, each at S and at M.
+
+Command:   python scripts/benchmark.py --config configs/benchmark.py:ppo,S
+
+S: 6 layers of 384, 8,192 words (14M parameters); M: 12 of 768, 50,257 words (124M): the shapes that peers were measured
+at. float32; random parameters and tokens.
+"""
+
+import ml_collections
+
+from configs import ppo, pretrain, reward
+
+ARCHITECTURES = {"S": (6, 384, 6, 64, 8192), "M": (12, 768, 12, 64, 50257)}
+STAGES = {"sft": pretrain, "ppo": ppo, "reward": reward, "reward4": reward, "reward2": reward}
+
+
+def get_config(arg: str) -> ml_collections.ConfigDict:
+    """A run of one stage, `arg` STAGE,SIZE."""
+    name, _, size = arg.partition(",")
+    if name not in STAGES or size not in ARCHITECTURES:
+        raise ValueError(f"benchmark {arg!r} must be one of {', '.join(STAGES)} and one of S, M: ppo,S")
+    config = STAGES[name].get_config("small")
+    layers, width, heads, head_width, vocabulary = ARCHITECTURES[size]
+    model = config.model
+    model.layers, model.width, model.heads, model.kv_heads, model.head_width = layers, width, heads, heads, head_width
+    model.mlp_width, model.vocab_size, model.max_length, model.init_std = 4 * width, vocabulary, 1024, 0.02
+    limits = config.data.limits
+    if name == "sft":
+        config.batch_size, limits.sequence_tokens = (8 if size == "S" else 4), 256
+        config.compute.head_chunk = 64
+    elif name.startswith("reward"):
+        limits.completions = int(name.removeprefix("reward") or 9)
+        limits.prompt_tokens, limits.response_tokens = 256, 32
+        config.batch_size, config.compute.part_rows = 1, 1
+    else:
+        limits.prompt_tokens, limits.response_tokens, limits.sequence_tokens = 64, 64, 256
+        config.batch_size, config.minibatches, config.ptx_coef = 32, 4, 0.0
+        config.compute.head_chunk, config.compute.slots = 128, 32
+        config.reward_model = model
+    return config

@@ -1,0 +1,92 @@
+"""What the benchmark counts: operations by hand, tokens, compilations; and that each of its works runs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from configs import benchmark as works
+
+import small
+from instructax import benchmark
+from instructax.configuration import construct
+from instructax.experiment import stage_of
+
+pytest_plugins = ("chain",)
+pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
+
+
+def test_operations_by_hand():
+    """Two layers of 16 wide, 4 heads of 6, 28 in the middle, 23 words; ten tokens in texts of 5, 4 of them scored."""
+    layer = 4 * 16 * 24 + 2 * 16 * 28
+    attention = 2 * 24 * 5  # scores and mixtures over 2.5 keys on average
+    wanted = 10 * 2 * (2 * layer + attention) + 2 * 4 * 23 * 16
+    assert benchmark.forward_operations(small.gpt_config(), 10, 5, 4) == wanted
+    grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28  # half as many keys as queries, and a gate
+    assert benchmark.forward_operations(small.llama_config(), 1, 0, 0) == 2 * 2 * grouped
+
+
+def config_of(arg: str) -> Any:
+    """The config of a work, with a network and lengths of seconds."""
+    values = works.get_config(arg)
+    for model in (values.model, values.get("reward_model")):
+        if model is not None:
+            model.layers, model.width, model.heads, model.kv_heads = 1, 16, 2, 2
+            model.head_width, model.mlp_width, model.vocab_size, model.max_length = 8, 32, 61, 64
+    values.data.limits.update(sequence_tokens=24, prompt_tokens=6, response_tokens=8)
+    values.mesh.data = 1
+    return construct(stage_of(values.to_dict())[0], values.to_dict())
+
+
+def measured(arg: str, **changes: Any) -> dict[str, Any]:
+    given = {"steps": 2, "ending": 0.0, "sampling_alone": False, "profile": ""}
+    return benchmark.measure(config_of(arg), **{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("arg", "tokens", "padding"),
+    [
+        ("sft,S", 8 * 24, 0.0),
+        ("reward,S", 6 + 9 * 8, 0.0),
+        ("reward2,M", 6 + 2 * 8, 0.0),
+        ("ppo,S", 32 * 14, 1 - 448 / 24 / 32),  # one to a row of 24
+    ],
+)
+def test_every_work_runs_and_compiles_once(arg, tokens, padding):
+    record = measured(arg)
+    assert record["tokens"] == tokens
+    assert record["padding"] == pytest.approx(padding, abs=1e-6)
+    assert record["compilations"] > 0
+    assert record["compilations_after_the_first"] == 0
+    assert record["tokens_per_second_per_device"] == pytest.approx(tokens / record["seconds"])
+    assert 0 < record["share_of_matmul"] < 1
+    assert all(np.isfinite(x) for x in jax.tree.leaves({k: v for k, v in record.items() if not isinstance(v, str)}))
+    assert [line.split("  ")[0] for line in benchmark.table(record)][:3] == ["device", "one repetition", "tokens"]
+
+
+def test_the_sampler_alone():
+    record = measured("ppo,S", sampling_alone=True)
+    assert record["tokens"] == 32 * 8
+    assert list(record["seconds_of"]) == ["rollout"]
+
+
+def test_a_policy_that_ends_now_and_then():
+    """With a probability of 0.25 the responses have (1 − 0.75⁸) / 0.25 = 3.6 tokens on average, ± 0.47 of 32."""
+    record = measured("ppo,S", sampling_alone=True, ending=0.25)
+    assert record["tokens"] / 32 == pytest.approx(3.6, abs=3 * 0.47)
+
+
+def test_compilations_are_counted_while_entered():
+    counter = benchmark.Compilations()
+    with counter:
+        jax.jit(lambda x: x + 1.5)(jnp.ones(3)).block_until_ready()
+    counted = counter.count
+    jax.jit(lambda x: x + 2.5)(jnp.ones(3)).block_until_ready()
+    assert counter.count == counted > 0
+
+
+@pytest.mark.parametrize("arg", ["ppo", "ppo,L", "tasks,S", ""])
+def test_an_unknown_work_is_one_line(arg):
+    with pytest.raises(ValueError, match=r"^benchmark '.*' must be one of [^\n]*ppo,S$"):
+        works.get_config(arg)
