@@ -1,5 +1,7 @@
 """What the benchmark counts: operations by hand, tokens, compilations; and that each of its works runs."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -63,6 +65,25 @@ def test_every_work_runs_and_compiles_once(arg, tokens, padding):
     assert 0 < record["share_of_matmul"] < 1
     assert all(np.isfinite(x) for x in jax.tree.leaves({k: v for k, v in record.items() if not isinstance(v, str)}))
     assert [line.split("  ")[0] for line in benchmark.table(record)][:3] == ["device", "one repetition", "tokens"]
+
+
+def test_ptx_runs_its_text():
+    config = config_of("ppo,S")
+    given = {"steps": 1, "ending": 0.0, "sampling_alone": False, "profile": ""}
+    without = benchmark.measure(config, **given)
+    record = benchmark.measure(dataclasses.replace(config, ptx_coef=1.0), **given)
+    text = 8 * 4 * 24  # tokens of eight rows for each of four minibatches
+    assert record["operations"] - without["operations"] == 3 * benchmark.forward_operations(
+        config.model, text, 24, text
+    )
+
+
+def test_a_stage_that_does_not_fit_is_one_line():
+    with pytest.raises(ValueError, match=r"config\.stage = 'supervised' samples nothing: leave out --sampling_alone"):
+        measured("sft,S", sampling_alone=True)
+    evaluation = SimpleNamespace(stage="evaluate")
+    with pytest.raises(ValueError, match=r"config\.stage = 'evaluate' trains nothing: give one of supervised, reward"):
+        benchmark.measure(evaluation, steps=1, ending=0.0, sampling_alone=False, profile="")
 
 
 def test_the_sampler_alone():

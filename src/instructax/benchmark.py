@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax import ppo, ppo_train, reward, sharding, supervised, training
+from instructax.configuration import require
 from instructax.model import ModelConfig, Transformer
 from instructax.optimizer import make_optimizer
 from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
@@ -47,9 +48,15 @@ def measure(config: Any, *, steps: int, ending: float, sampling_alone: bool, pro
     """The record of `steps` repetitions after a first one, which compiles; `config` is the config of a stage that
     trains. `ending`: the probability that a policy ends its response at a token (0: never); `sampling_alone`: of PPO
     the rollout only; `profile`: a folder for the trace of the last repetition, or ""."""
+    makers = {"supervised": _supervised, "reward": _reward, "ppo": _ppo}
+    require(config.stage in makers, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(makers)}")
+    require(
+        config.stage == "ppo" or not (sampling_alone or ending),
+        f"config.stage = {config.stage!r} samples nothing: leave out --sampling_alone and --ending",
+    )
     mesh = sharding.make_mesh(config.mesh)
     peak, bandwidth = matmul_rate(), copy_rate()
-    make = _sampling if sampling_alone else {"supervised": _supervised, "reward": _reward, "ppo": _ppo}[config.stage]
+    make = _sampling if sampling_alone else makers[config.stage]
     compiled = Compilations()
     with compiled:
         started = time.perf_counter()
@@ -185,15 +192,7 @@ def _supervised(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     )
     state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
     length = config.data.limits.sequence_tokens
-    shape = (config.batch_size, length)
-    positions: Any = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    batch = LmBatch(
-        tokens=_tokens(config.model, shape),
-        segments=_filled(shape, np.int32(1)),
-        positions=positions,
-        loss_mask=positions > 0,
-    )
-    batch = sharding.put_rows(batch, mesh)
+    batch = sharding.put_rows(_text(config, config.batch_size), mesh)
 
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
@@ -259,7 +258,8 @@ def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
             ema=jax.tree.map(jnp.copy, policy),
         )
     ]
-    batch = sharding.put_rows(_prompts(config), mesh), None
+    rows = config.ptx_rows * config.minibatches * config.inner_epochs if config.ptx_coef > 0 else 0
+    batch = sharding.put_rows((_prompts(config), _text(config, rows) if rows else None), mesh)
 
     def run(phase: Any) -> Mapping[str, float]:
         state[0], metrics, _, _ = iterate(state[0], batch, phase)
@@ -270,8 +270,10 @@ def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
         answers = config.batch_size * figures["response_length"]
         policy = forward_operations(config.model, figures["tokens"], length, answers)
         scalar = forward_operations(config.reward_model, figures["tokens"], length, 0)
-        # The sampler, the reference, the value and the reward; and both networks' updates.
-        return 2 * policy + 2 * scalar + 3 * config.inner_epochs * (policy + scalar)
+        width = config.data.limits.sequence_tokens
+        text = forward_operations(config.model, rows * width, width, rows * width)
+        # The sampler, the reference, the value and the reward; both networks' updates; and the text's.
+        return 2 * policy + 2 * scalar + 3 * config.inner_epochs * (policy + scalar) + 3 * text
 
     return Work(run, lambda figures: figures["tokens"], operations)
 
@@ -294,6 +296,18 @@ def _sampling(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
         return forward_operations(config.model, asked + figures["tokens"], length, figures["tokens"])
 
     return Work(run, lambda figures: figures["tokens"], operations)
+
+
+def _text(config: Any, rows: int) -> LmBatch:
+    """Rows of one text each, without padding."""
+    shape = (rows, config.data.limits.sequence_tokens)
+    positions: Any = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return LmBatch(
+        tokens=_tokens(config.model, shape),
+        segments=_filled(shape, np.int32(1)),
+        positions=positions,
+        loss_mask=positions > 0,
+    )
 
 
 def _prompts(config: Any) -> Prompts:

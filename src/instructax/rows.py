@@ -75,7 +75,8 @@ def lay_out(real: Array, *, width: int, part_rows: int, mesh: Mesh) -> Layout:
 
 
 def pack(batch: LmBatch, layout: Layout) -> LmBatch:
-    """Rows [N, L], each of one text or of one prompt with its responses, as the layout has them: [parts, rows, W]."""
+    """Rows [N, L], each of up to BRANCHES texts or of one prompt with its responses, as the layout has them: [parts,
+    rows, W]."""
     texts, segments = layout.texts, layout.spread(batch.segments)
     return LmBatch(
         tokens=layout.spread(batch.tokens),
