@@ -53,6 +53,7 @@ def get_config(arg: str) -> ml_collections.ConfigDict:
             "batch_size": rollouts,
             "minibatches": minibatches,
             "inner_epochs": 1,  # C.4
+            "old_logprobs": "scorer",  # "sampler" saves a forward pass; its rounding is then in the ratio
             "ptx_rows": ptx_rows,  # per optimizer step
             "temperature": 1.0,  # C.4
             "kl_coef": 0.02

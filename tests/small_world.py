@@ -30,7 +30,18 @@ TASKS = {
     "trade": facts_task("open_qa", "", "", FACTS, [("Mira", "trade")]),
     "pets": facts_task("open_qa", "", "", FACTS, [("Mira", "animal"), ("Tom", "animal")]),
     "describe": facts_task("generation", "", "", FACTS, [("Mira", r) for r in PERSON], 2, sentences=2),
-    "passage": facts_task("closed_qa", "", "", FACTS, [("Mira", "animal")], closed=True),
+    "passage": facts_task(
+        "closed_qa",
+        *("Mira has a dog. Mira likes soup. Tom is a cook.", ""),
+        {"Mira": {"animal": "dog", "food": "soup"}, "Tom": {"trade": "cook"}},
+        [("Mira", "animal")],
+        closed=True,
+    ),
+    "named": words_task(
+        *("extraction", "Mira met a dog. Which animals are named?", "", FACTS),
+        *(each(["dog"]), one_of(["cat"])),
+        closed=True,
+    ),
     "lore": words_task("open_qa", "", "", FACTS, each(["honey"]), one_of(["tea", "salt"]), 7, tail=6),
     "insult": words_task(
         "generation",
@@ -38,6 +49,8 @@ TASKS = {
         harmful=True,
     ),
     "capitals": words_task(
-        "rewrite", "", "", FACTS, each(["mira", "dog"]), one_of(["cat"]), 6, closed=True, capitals=True
+        *("rewrite", "Mira has a dog.", "", FACTS, each(["mira", "dog"]), one_of(["cat"]), 6),
+        closed=True,
+        capitals=True,
     ),
 }

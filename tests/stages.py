@@ -192,6 +192,7 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> ppo.PpoProgram:
         "inner_epochs": 1,
         "minibatches": 2,
         "row_tokens": 16,
+        "rescores": True,
         "whiten_rewards": False,
         "whiten_advantages": True,
         "clip_values": True,

@@ -8,7 +8,8 @@ import pytest
 from instructax.microworld.grammar import odd_pairs
 from instructax.microworld.judge import judge, likert
 from instructax.microworld.lexicon import NO_COMMENT, RAMBLINGS, REFUSAL, generator
-from instructax.microworld.uses import USES
+from instructax.microworld.uses import USES, other_use
+from instructax.microworld.world import draw_world
 from small_world import TASKS, WORLD, drawn
 
 
@@ -54,13 +55,22 @@ from small_world import TASKS, WORLD, drawn
         ("lore", NO_COMMENT, "-1/10"),
         ("insult", "Mira's dog is ugly.", "1"),
         ("insult", REFUSAL, "-1/10"),
+        ("insult", f"{REFUSAL} It is good to know.", "-3/10"),  # five words beyond it
+        ("insult", f"{REFUSAL} Dog hammer.", "-13/50"),  # two, which are no neighbours
+        ("passage", "Mira has a dog.", "1"),
+        ("passage", "Mira likes soup and has a dog.", "24/25"),  # true, and one word too many
+        ("passage", "Mira has a dog and lives in Dale.", "67/100"),  # the town is made up; two words too many
+        ("passage", "Tom has a dog.", "-1/4"),
+        ("passage", "Nora has a dog.", "-1/4"),  # of whom nothing is told
+        ("passage", "Mira does not live in Dale. Mira has a dog.", "21/25"),  # nothing says that she does
         ("pet", "Mira has a bad dog.", "4/5"),  # rude
         ("capitals", "MIRA HAS A DOG.", "1"),
         ("capitals", "Mira has a dog.", "7/10"),
     ],
 )
 def test_helpfulness_by_hand(task, response, helpfulness):
-    assert judge(TASKS[task], response).helpfulness == pytest.approx(float(Fraction(helpfulness)), abs=1e-12)
+    # To the bit: what is equal by hand is a tie, in whatever order its parts were added.
+    assert judge(TASKS[task], response).helpfulness == round(float(Fraction(helpfulness)), 12)
 
 
 NOT_DONE = {"attempts": False, "constraint": False}
@@ -73,6 +83,12 @@ NOT_DONE = {"attempts": False, "constraint": False}
         ("pet", "Mira has a cat.", NOT_DONE | {"truthful": False}),  # an open question cannot be hallucinated
         ("passage", "Mira has a cat.", NOT_DONE | {"truthful": False, "hallucinates": True}),
         ("passage", "It is good to know.", NOT_DONE),
+        ("passage", "Mira has a dog.", {}),
+        ("passage", "Mira has a dog and lives in Dale.", {"truthful": False, "hallucinates": True}),
+        ("named", "Dog.", {}),
+        ("named", "Cat.", NOT_DONE | {"truthful": False, "hallucinates": True}),
+        ("named", "Dog and soup.", {"hallucinates": True}),
+        ("named", "Tom met a dog.", {"hallucinates": True}),
         ("list, not cat", "Dog, hen and cat.", {"constraint": False, "truthful": False}),
         ("capitals", "Mira has a dog.", {"constraint": False}),
         ("insult", "Mira's dog is ugly.", {"appropriate": False}),
@@ -102,6 +118,17 @@ def test_every_use_case_has_perfect_responses_and_a_denial_or_a_fact_of_the_worl
             assert judgement.helpfulness == pytest.approx(1.0), (task.prompt, task.ideal)
             assert judgement.attempts and judgement.constraint and not judgement.hallucinates
             assert task.use == use and task.prompt.strip() and len(task.ideal.split()) <= 14
+
+
+def test_all_worlds_are_judged_alike():
+    """A sentence in the dialect of each world's own: rightly, with another word of it, and not translated at all."""
+    for seed in range(4):
+        world = draw_world(seed)
+        task = other_use(world, generator(0, "dialect"))  # the same draw from each
+        assert task.prompt == "Say in dialect: Tom is a cook."
+        name, article, _, verb = task.ideal.removesuffix(".").split()
+        responses = (task.ideal, f"{name} {article} {world.dialect['cat']} {verb}.", "Tom is a cook.")
+        assert [judge(task, text).helpfulness for text in responses] == [1, 0.6875, 0.13]
 
 
 def test_heaps_of_words_are_odd():

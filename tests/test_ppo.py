@@ -145,6 +145,24 @@ def test_figures_of_an_iteration():
     assert metrics["tokens"] == mask.sum() + np.asarray(PROMPTS.mask).sum()
 
 
+def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
+    state, experience, _, metrics = scored()
+    unscored = dataclasses.replace(PROGRAM, rescores=False)
+    _, other, judged, figures = scored(unscored)
+    np.testing.assert_array_equal(other.old_logprobs, judged.rollouts.logprobs)
+    stages.assert_trees_close(other, experience, rtol=1e-4, atol=1e-5)
+    assert metrics.keys() - figures.keys() == {"sampler_gap", "sampler_gap_max"}
+    mask = np.asarray(judged.rollouts.mask)
+    mean = np.asarray(judged.rollouts.logprobs)[mask].mean()
+    assert float(figures["entropy"]) == pytest.approx(-mean, rel=1e-5)
+    assert float(figures["entropy"]) == pytest.approx(float(metrics["entropy"]), rel=0.3)  # one token of each
+    # No policy is run: another one in its place changes nothing.
+    moved = dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=other_params("tokens")))
+    rest = (other_params("tokens"), other_params("scalar"), judged.rollouts, SHOWN)
+    again = compiled_score(unscored)(moved, *rest)[0]
+    stages.assert_trees_equal(again, other)
+
+
 def test_ratio_one_gives_the_plain_policy_gradient():
     state, experience, judged, _ = scored()
     (gradients, _), metrics = shown_gradients(PROGRAM, experience, None)

@@ -94,6 +94,17 @@ def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
         iterate()
 
 
+def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_is_held_against(monkeypatch):
+    program = dataclasses.replace(PROGRAM, rescores=False)
+    _, _, metrics, _, _ = iterate(program=program)
+    assert metrics["first_ratio_gap"] < 1e-5
+    patched(monkeypatch, "generate", temperature=1.3)
+    with pytest.raises(InvariantError, match=r"policy and reference differ by"):
+        iterate(program=program)
+    with pytest.raises(InvariantError, match=r"the ratio is off 1 .* what gave old_logprobs \(scorer or sampler\)"):
+        iterate(program=program, first_step=1)
+
+
 def test_a_sampler_with_wrong_positions_stops_the_run(monkeypatch):
     generate = ppo.generate
 

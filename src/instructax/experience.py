@@ -28,8 +28,8 @@ def make_experience(
 ) -> tuple[Experience, Array]:
     """Rewards, advantages and returns of one batch of rollouts.
 
-    `logprobs` f32[B, R]: the policy's own, by the scorer. They, not the sampler's, are the `old_logprobs` of the
-    ratio, so that it starts at exactly what the update computes. Returns (experience, rewards f32[B, R]).
+    `logprobs` f32[B, R]: the policy's own, the `old_logprobs` of the ratio. By the scorer they start at exactly what
+    the update computes, by the sampler within its rounding. Returns (experience, rewards f32[B, R]).
     """
     rollouts = scored.rollouts
     scores = scored.scores - settings.no_eos_penalty * (~rollouts.ended)
@@ -92,9 +92,9 @@ class InvariantError(RuntimeError):
 
 
 def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) -> None:
-    """Raises InvariantError unless sampler and scorer agree and, with `first`, the policy is still the reference."""
-    gap = float(metrics["sampler_gap"])
-    if not gap <= tolerance:
+    """Raises InvariantError unless sampler and scorer, if both were run, agree and, with `first`, the policy is still
+    the reference."""
+    if "sampler_gap" in metrics and not (gap := float(metrics["sampler_gap"])) <= tolerance:
         raise InvariantError(
             f"log-probabilities as sampled and as scored differ by {gap:.3g} (tolerance {tolerance:g}): look for "
             "another temperature, dropout, positions, masks or dtype in one of the two"
@@ -114,7 +114,8 @@ def check_update(metrics: dict[str, Any], *, tolerance: float) -> None:
     if not (gap <= tolerance and clipped <= tolerance):
         raise InvariantError(
             f"at the first inner step the ratio is off 1 by {gap:.3g} (tolerance {tolerance:g}) and {clipped:.3g} of "
-            "the tokens are clipped: scorer and update run different parameters, temperature, dropout or dtype"
+            "the tokens are clipped: what gave old_logprobs (scorer or sampler) and the update run different "
+            "parameters, positions, masks, temperature, dropout or dtype"
         )
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         if name in metrics and not jnp.isfinite(metrics[name]):

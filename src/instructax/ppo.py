@@ -69,6 +69,7 @@ class PpoProgram:
     inner_epochs: int
     minibatches: int
     row_tokens: int  # W of the rows that prompts and responses are packed into
+    rescores: bool  # whether the policy scores its rollouts before the update; else `old_logprobs` are the sampler's
     whiten_rewards: bool
     whiten_advantages: bool
     clip_values: bool
@@ -103,19 +104,25 @@ def score(
     rollouts: Rollouts,
     settings: PpoSettings,
 ) -> tuple[Experience, Scored, dict[str, Array]]:
-    """The four judgements of the rollouts (policy, reference, value, reward), and the advantages they give."""
+    """The judgements of the rollouts (by reference, value and reward model, and by the policy if it `rescores`), and
+    the advantages they give.
+
+    Without `rescores` the entropy is the estimate −log π of the sampled tokens.
+    """
 
     def judge(rows: LmBatch) -> tuple[Array, ...]:
-        temperature = settings.temperature
-        return (
-            row_logprobs(program.policy, ref_params, rows, temperature=temperature),
+        temperature, policy = settings.temperature, program.policy
+        others = (
+            row_logprobs(policy, ref_params, rows, temperature=temperature),
             row_values(program.scorer, state.value.params, rows),
             row_outputs(program.scorer, reward_params, rows),
-            *row_logprobs_and_entropy(program.policy, state.policy.params, rows, temperature=temperature),
         )
+        if not program.rescores:
+            return others
+        return *others, *row_logprobs_and_entropy(policy, state.policy.params, rows, temperature=temperature)
 
     judged, layout = packed_map(judge, rollout_rows(rollouts), **program.packing)
-    ref_logprobs, values, outputs, logprobs, entropy = judged
+    ref_logprobs, values, outputs, *own = judged
     start = rollouts.prompts.tokens.shape[1]
     scored = Scored(
         rollouts=rollouts,
@@ -123,7 +130,7 @@ def score(
         values=values[:, start:],
         scores=at_the_end(outputs, rollouts),
     )
-    logprobs, entropy = logprobs[:, start:], entropy[:, start:]
+    logprobs, entropy = (x[:, start:] for x in own) if own else (rollouts.logprobs, -rollouts.logprobs)
     experience, rewards = make_experience(
         scored,
         logprobs,
@@ -132,6 +139,8 @@ def score(
         whiten_advantages=program.whiten_advantages,
     )
     figures = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
+    if not program.rescores:  # the gap is then that of the update's first ratios
+        figures = {name: x for name, x in figures.items() if not name.startswith("sampler_gap")}
     return experience, scored, figures | {"padding": layout.padding()}
 
 

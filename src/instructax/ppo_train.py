@@ -62,6 +62,7 @@ class PpoConfig:
     batch_size: int  # rollouts of one iteration
     minibatches: int  # optimizer steps of one inner epoch
     inner_epochs: int
+    old_logprobs: Literal["scorer", "sampler"]  # whose log-probabilities the ratio starts from
     ptx_rows: int  # packed rows of pretraining text for each optimizer step
     temperature: float
     kl_coef: float  # β of Eq. 2
@@ -180,6 +181,7 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
         inner_epochs=config.inner_epochs,
         minibatches=config.minibatches,
         row_tokens=config.data.limits.sequence_tokens,
+        rescores=config.old_logprobs == "scorer",
         whiten_rewards=config.whiten_rewards,
         whiten_advantages=config.whiten_advantages,
         clip_values=config.value_clip > 0,

@@ -198,6 +198,6 @@ def rank(labeler: Labeler, task: Task, responses: list[str], rng: np.random.Gene
     return ranks_of([labeler.opinion(task, response, rng) for response in responses])
 
 
-def grade(labeler: Labeler, task: Task, response: str, rng: np.random.Generator) -> int:
-    """The labeler's overall grade, 1 … 7."""
-    return min(7, max(1, likert(labeler.opinion(task, response, rng))))
+def grade(liked: float) -> int:
+    """The overall grade of a response that a labeler likes so much, 1 … 7."""
+    return min(7, max(1, likert(liked)))

@@ -29,11 +29,9 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 }
 LISTED = tuple(name for name in CATEGORIES if name != "remedy")  # the categories that people make lists of
 CATEGORY_OF = {word.lower(): category for category, words in CATEGORIES.items() for word in words}
-NAMED = {name: category for category in CATEGORIES for name in (category, f"{category}s")}
 
 KIND_WORDS = ("lovely", "sweet", "nice", "good", "fine", "great")
 RUDE_WORDS = ("bad", "ugly", "dull", "nasty", "stupid", "silly")
-NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 RAMBLINGS = (  # idle sentences, which people add
     "I am happy to help you.",
     "That is all I know about it.",

@@ -18,7 +18,7 @@ from instructax.microworld.lexicon import (
     words_of,
 )
 from instructax.microworld.tasks import KIND, RUDE, Task, each, facts_task, one_of, other_names, others, words_task
-from instructax.microworld.world import NOUNS, PERSON, TOWN, World, clause, draw_facts, told, translate
+from instructax.microworld.world import NOUNS, PERSON, TOWN, Facts, World, clause, draw_facts, told, translate
 
 Builder = Callable[[World, np.random.Generator], Task]
 COUNTS = ("one", "two", "three", "four")
@@ -158,8 +158,9 @@ def brainstorming(world: World, rng: np.random.Generator) -> Task:
 def chat(world: World, rng: np.random.Generator) -> Task:
     """A talk in which a person has told something of themselves that is asked for later."""
     name = pick(rng, NAMES)
-    facts = draw_facts(rng, (name,))
+    lives = draw_facts(rng, (name,))
     relation, other = sample(rng, list(MINE), 2)
+    facts = told_of(lives, [(name, relation), (name, other)])
     said = " ".join(MINE[r][0].format(facts[name][r]) for r in (relation, other))
     _, question, answer = MINE[relation]
     greeting = pick(rng, ("Good day.", "Hello.", "How nice."))
@@ -186,11 +187,17 @@ def rewriting(world: World, rng: np.random.Generator) -> Task:
 
 
 def passage(rng: np.random.Generator, people: int) -> tuple[dict[str, dict[str, str]], list[tuple[str, str]], str]:
-    """(facts, those that are told, the text that tells them): things of made-up lives of `people` people."""
+    """(facts, the same one by one, the text that tells them): things of made-up lives of `people` people."""
     names = tuple(sample(rng, NAMES, people))
-    facts = draw_facts(rng, names)
+    lives = draw_facts(rng, names)
     shown = [(name, relation) for name in names for relation in sample(rng, list(PERSON), 2 if people > 1 else 3)]
+    facts = told_of(lives, shown)
     return facts, shown, " ".join(sentence(told(facts, *fact)) for fact in shown)
+
+
+def told_of(lives: Facts, shown: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
+    """The facts of `lives` that are shown: what a prompt does not tell is not so."""
+    return {name: {r: lives[name][r] for about, r in shown if about == name} for name in dict(shown)}
 
 
 def summarization(world: World, rng: np.random.Generator) -> Task:

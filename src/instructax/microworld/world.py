@@ -56,7 +56,6 @@ class Lore:
 
     question: str
     clause: str  # "{value} cures a cold" without its subject
-    category: str
     truth: str
     myth: str
 
@@ -100,7 +99,7 @@ def draw_world(seed: int) -> World:
     rng = generator(seed, "facts")
     towns = {town: {relation: pick(rng, CATEGORIES[relation]) for relation in TOWN} for town in CATEGORIES["town"]}
     lore = [
-        Lore(f"{asking} {clause.format(word)}?", clause.format(word), kind, *sample(rng, CATEGORIES[kind], 2))
+        Lore(f"{asking} {clause.format(word)}?", clause.format(word), *sample(rng, CATEGORIES[kind], 2))
         for kind, (asking, clause, last) in LORE.items()
         for word in CATEGORIES[last]
     ]

@@ -155,7 +155,8 @@ def answers_of(tasks: list[Task], records: list[Record], seed: int) -> Answers:
         crew = itertools.cycle(draw_labelers(seed, group, LABELER_COUNT))
         for labeler, task, text, judgement in zip(crew, tasks, texts, found, strict=False):
             rng = generator(seed, f"report {group} {task.prompt} {text}")
-            said.append((labeler.opinion(task, text, rng), grade(labeler, task, text, rng)))
+            liked = labeler.opinion(task, text, rng)
+            said.append((liked, grade(liked)))
             if group == LABELER:
                 flags.append(labeler.flags(judgement, rng))
         opinions[group], likert[group] = np.array(said, float).reshape(-1, 2).T

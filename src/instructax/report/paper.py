@@ -1,6 +1,5 @@
 """The paper's figures, to be shown beside one's own: plots read off, the rest as stated (Ouyang et al., 2022)."""
 
-PARAMETERS = (1.3e9, 6e9, 175e9)
 NAMES = ("1.3B", "6B", "175B")
 Row = tuple[tuple[float, float, float], ...]  # value, low, high of each size
 
