@@ -32,9 +32,12 @@ PROFILE = flags.DEFINE_string("profile", "", "folder for a trace of the last rep
 def main(argv: list[str]) -> int:
     """Flags in, one library call, exit code out."""
     if len(argv) > 1 or CONFIG.value is None:
-        print("error: give --config=FILE:ARGUMENT --config.name=value …", file=sys.stderr)
+        stray = f"unknown argument {argv[1]!r}; " if len(argv) > 1 else ""
+        print(f"error: {stray}give --config=FILE:ARGUMENT --config.name=value …", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # jax reports each platform that it looks for
+
+    command.keep_compiled()
 
     def run() -> None:
         from instructax import benchmark, experiment
@@ -56,4 +59,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=lambda argv: command.parse_config(argv, CONFIG))

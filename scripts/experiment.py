@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
         print("error: give FILE:SIZE of one experiment and --workdir=FOLDER", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
+    command.keep_compiled()
     from instructax import experiment
 
     root = pathlib.Path(WORKDIR.value)

@@ -5,6 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh plots
 
-# Several runs share their programs: none is compiled twice.
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compiled}"
 python scripts/experiment.py "experiments/alignment.py:micro,${SEED:-0}" --workdir "${WORKDIR:-runs/micro}"

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
+    command.keep_compiled()
     from instructax import chat
 
     # Bytes that are not UTF-8 become a mark, not a traceback.

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {stray}give --config=FILE:SIZE --config.name=value … --workdir=FOLDER", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
+    command.keep_compiled()
     from instructax import experiment
 
     config = CONFIG.value.to_dict()
@@ -50,22 +51,5 @@ def main(argv: list[str]) -> int:
     return command.guarded(run)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads flags and config; a bad one is one line and exit code 2."""
-    try:
-        rest = flags.FLAGS(argv)
-        if CONFIG.value is not None:
-            CONFIG.value.keys()  # a config file that is missing says so only when something is read from it
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        unknown = "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
-        inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
-        text = str(inner.args[0] if isinstance(inner, KeyError) else inner)  # str(KeyError) is quoted and escaped
-        # A config file that raises arrives as a whole traceback, whose last line is its message.
-        message = text.splitlines()[-1] if "Traceback" in text else " ".join(text.split())
-        print(f"error: {unknown}{message}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=lambda argv: command.parse_config(argv, CONFIG))

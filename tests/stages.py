@@ -185,7 +185,6 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> ppo.PpoProgram:
         "policy_schedule": optimizer,
         "value_schedule": optimizer,
         "mesh": mesh,
-        "seed": 3,
         "eos_id": 21,  # one that random policies sample now and then
         "total_steps": 10,
         "response_tokens": 7,
@@ -200,7 +199,7 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> ppo.PpoProgram:
     return ppo.PpoProgram(**{**values, **changes})
 
 
-def ppo_settings(**changes: float) -> ppo.PpoSettings:
+def ppo_settings(seed: int = 3, **changes: float) -> ppo.PpoSettings:
     """Settings as arrays."""
     values = {
         "kl_coef": 0.1,
@@ -217,7 +216,7 @@ def ppo_settings(**changes: float) -> ppo.PpoSettings:
     }
     arrays = {name: jnp.float32(value) for name, value in {**values, **changes}.items()}
     rewards = {name: arrays.pop(name) for name in ("kl_coef", "discount", "lambda_", "no_eos_penalty")}
-    return ppo.PpoSettings(rewards=RewardSettings(**rewards), **arrays)
+    return ppo.PpoSettings(seed=jnp.int32(seed), rewards=RewardSettings(**rewards), **arrays)
 
 
 def ppo_state(program: ppo.PpoProgram, seed: int = 0) -> PpoState:

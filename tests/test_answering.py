@@ -89,7 +89,7 @@ def test_a_prompted_policy_reads_examples_and_is_scored_without_them(chain):
     answering = Answering(model, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
     prefix = tokenizer.encode("Name a tool.\n\nSaw.\n\n")
     source = data["prompts"].sources["validation"]
-    ((real, answers),) = answering.batches(params, source, 16, prefix, 0)
+    ((real, answers),) = answering.batches(params, source, 16, prefix, 1)
     assert real.all()
     rollouts, rows = answers.rollouts, range(16)
     documents = stages.responses_of(rollouts)

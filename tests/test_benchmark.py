@@ -86,6 +86,14 @@ def test_a_stage_that_does_not_fit_is_one_line():
         benchmark.measure(evaluation, steps=1, ending=0.0, sampling_alone=False, profile="")
 
 
+@pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_head": False}])
+def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
+    config = config_of("ppo,S")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+    with pytest.raises(ValueError, match=r"--ending needs config[.]model[.]norm = 'layernorm'"):
+        benchmark.measure(config, steps=1, ending=0.1, sampling_alone=True, profile="")
+
+
 def test_the_sampler_alone():
     record = measured("ppo,S", sampling_alone=True)
     assert record["tokens"] == 32 * 8

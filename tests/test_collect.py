@@ -89,8 +89,10 @@ def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
             {"prompt_tokens": 90},
             "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 tokens of a policy",
         ),
+        ({"prompt_tokens": 1}, "no prompt of .* has two different answers: raise config.prompt_tokens = 1 if"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         run_stage(stages.config_of(chain, "collect", overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -1,5 +1,7 @@
 """Exit codes and the one line that goes with them, in this process and of the commands themselves."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +47,8 @@ def broken_invariant():
             broken_invariant,
             3,
             "invariant broken: at the first inner step the ratio is off 1 by 0.5 (tolerance 0.1) and 0 of the tokens "
-            "are clipped: scorer and update run different parameters, temperature, dropout or dtype\n",
+            "are clipped: scorer (sampler, if old_logprobs are its) and update run different parameters, temperature, "
+            "dropout or dtype\n",
         ),
         (
             raiser(Interrupted(7)),
@@ -98,6 +101,17 @@ def test_what_is_not_a_users_mistake_passes_through():
         command.guarded(lambda: 1 / 0)
 
 
+def test_compiled_programs_are_kept_unless_the_environment_decides(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    command.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    command.keep_compiled()
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.parent == tmp_path / "instructax" and re.fullmatch(r"compiled-[0-9a-f]{8}", folder.name)
+
+
 def run(script: str, *arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), *arguments],
@@ -126,6 +140,24 @@ def test_a_mistake_in_a_training_command_is_one_line(arguments, message, tmp_pat
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+WORK = ("--config", "configs/benchmark.py:ppo,S")
+WRONG_WORKS = [
+    ((*WORK, "--config.bogus=1"), "unknown config value: 'bogus'"),
+    (("--config", "configs/benchmark.py:ppo,L"), "ValueError: benchmark 'ppo,L' must be one of"),
+    ((*WORK, "--ending=2"), "ending"),
+    ((*WORK, "stray"), "unknown argument 'stray'; give --config"),
+    (("--config", "configs/benchmark.py:sft,S", "--ending=0.1"), "config.stage = 'supervised' samples nothing"),
+    (("--config", "configs/world.py:tiny"), "config.stage = 'world' trains nothing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_WORKS, ids=[message[:24] for _, message in WRONG_WORKS])
+def test_a_mistake_in_a_benchmark_command_is_one_line(arguments, message):
+    code, out, err = run("benchmark.py", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
 
 
 def test_a_training_command_without_a_workdir():
@@ -183,6 +215,16 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monk
         "report: world world",
     ]
     assert [(root / name / "text.jsonl.gz").read_bytes() for name in ("a", "b")] == texts
+
+
+def test_an_experiment_that_could_not_be_drawn_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "both.py").write_text(EXPERIMENT)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    for report_only in (False, True):
+        with pytest.raises(ConfigError, match=r"not installed: pip install 'instructax\[plots\]'"):
+            run_experiment(f"{tmp_path / 'both.py'}:tiny", tmp_path / "runs", report_only=report_only)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

@@ -93,6 +93,21 @@ def test_each_mistake_is_one_line(change, message):
     assert str(caught.value) == message
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded:
+    seed: int
+    split_seed: int
+
+
+def test_seeds_are_what_every_generator_takes():
+    assert construct(Seeded, {"seed": 0, "split_seed": 2**31 - 1}).split_seed == 2**31 - 1
+    for value in (-1, 2**31):
+        for name in ("seed", "split_seed"):
+            with pytest.raises(ConfigError) as caught:
+                construct(Seeded, {"seed": 0, "split_seed": 0, name: value})
+            assert str(caught.value) == f"config.{name} = {value} must be from 0 to 2147483647"
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -48,6 +48,40 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_used(tmp_path, monkey
     assert len(made.sources["train"]) == 2
 
 
+class Counting:
+    """Rows that note when they are read."""
+
+    def __init__(self, rows):
+        self.rows, self.read = rows, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, keys):
+        self.read += keys
+        return [self.rows[key] for key in keys]
+
+
+def test_rows_are_read_once_and_come_in_the_order_asked_for():
+    source = Counting([{"tokens": np.arange(i)} for i in range(6)])
+    kept = builders.Remembered(source)
+    for keys in ([4, 1, 4], [1, 0], [0, 4]):
+        assert [len(row["tokens"]) for row in kept.__getitems__(keys)] == keys
+    assert source.read == [4, 1, 0]
+    assert len(kept) == 6
+
+
+def test_only_what_is_small_is_kept_in_memory(tmp_path, monkeypatch):
+    prompts(tmp_path / "a.jsonl", 4)
+    kinds = []
+    for limit in (builders.REMEMBERED, 0):
+        monkeypatch.setattr(builders, "REMEMBERED", limit)
+        source = prepare.prepare_prompts([tmp_path / "a.jsonl"], TOKENIZER, LIMITS, tmp_path / "rows").sources["train"]
+        kinds.append(isinstance(source, builders.Remembered))
+        assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [b"p2\n\n", b"p0\n\n"]
+    assert kinds == [True, False]
+
+
 def test_a_rename_that_fails_is_not_hidden(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", 1)
 

@@ -56,12 +56,13 @@ def supervised_run(shape: tuple[int, int, int], config: ModelConfig = GPT) -> di
         optimizer=make_optimizer(OPTIMIZER),
         schedule=OPTIMIZER,
         mesh=stages.mesh_of(*shape),
-        seed=0,
         total_steps=10,
         accumulate=2,
         drops=True,
     )
-    settings = supervised.SupervisedSettings(learning_rate=jnp.float32(0.01), dropout=jnp.float32(0.2))
+    settings = supervised.SupervisedSettings(
+        seed=jnp.int32(0), learning_rate=jnp.float32(0.01), dropout=jnp.float32(0.2)
+    )
     return two_updates(supervised.update, program, settings, [stages.packed_rows(16, 14, seed) for seed in (0, 1)])
 
 

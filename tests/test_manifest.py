@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from instructax.manifest import check_parent, config_difference, manifest_hash, read_manifest, write_manifest
+from instructax.stage import Record
 
 
 def write(workdir, **changes):
@@ -45,6 +47,13 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path):
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert write(tmp_path)["stage"] == "reward" and not (tmp_path / "manifest.json").exists()
+
+
+def test_only_the_first_process_writes_what_a_run_was_made_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    tokenizer: Any = None  # not looked at
+    Record(config=None, given={}, tokenizer=tokenizer, data={}, parents={}).write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_hash_is_of_the_content(tmp_path):

@@ -274,7 +274,7 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     _, experience, _, _ = scored()
     rows = jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 7))
     numbered = dataclasses.replace(experience, advantages=rows, returns=rows)
-    shuffled = jax.jit(partial(ppo._minibatches, program))(numbered, jnp.int32(0))
+    shuffled = jax.jit(partial(ppo._minibatches, program))(numbered, jnp.int32(3), jnp.int32(0))
     order = np.asarray(shuffled.advantages[:, :, 0])
     assert order.shape == (8, 2)  # 2 epochs × 4 minibatches of 2 rows
     first, second = order.reshape(2, 8).astype(int)
@@ -283,7 +283,7 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     np.testing.assert_array_equal(shuffled.returns, shuffled.advantages)  # the arrays of a row stay together
     wanted = np.asarray(experience.rollouts.responses)[order.reshape(-1).astype(int)]
     np.testing.assert_array_equal(np.asarray(shuffled.rollouts.responses).reshape(16, 7), wanted)
-    later = jax.jit(partial(ppo._minibatches, program))(numbered, jnp.int32(1))
+    later = jax.jit(partial(ppo._minibatches, program))(numbered, jnp.int32(3), jnp.int32(1))
     assert not np.array_equal(later.advantages, shuffled.advantages)
 
 
@@ -335,8 +335,8 @@ def test_rollouts_change_with_the_step_and_the_seed_alone():
     same, other = (again(state.policy.params, PROMPTS, jnp.int32(step), SHOWN) for step in (0, 1))
     stages.assert_trees_equal(same, rollouts)
     assert not np.array_equal(other.responses, rollouts.responses)
-    seeded = jax.jit(partial(ppo.rollout, dataclasses.replace(PROGRAM, seed=4)))
-    assert not np.array_equal(seeded(state.policy.params, PROMPTS, jnp.int32(0), SHOWN).responses, rollouts.responses)
+    seeded = dataclasses.replace(SHOWN, seed=jnp.int32(4))
+    assert not np.array_equal(again(state.policy.params, PROMPTS, jnp.int32(0), seeded).responses, rollouts.responses)
 
 
 # A task of seconds: answers of "good" tokens are paid, text counts up
@@ -372,12 +372,13 @@ def pretrained():
         optimizer=optimizer,
         schedule=config,
         mesh=MESH,
-        seed=0,
         total_steps=1,
         accumulate=1,
         drops=False,
     )
-    settings = supervised.SupervisedSettings(learning_rate=jnp.float32(1e-2), dropout=jnp.float32(0.0))
+    settings = supervised.SupervisedSettings(
+        seed=jnp.int32(0), learning_rate=jnp.float32(1e-2), dropout=jnp.float32(0.0)
+    )
     update = jax.jit(partial(supervised.update, program))
     state = training.init_state(program.model, optimizer, jax.random.key(0), MESH)
     for step in range(80):

@@ -101,7 +101,7 @@ def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_i
     patched(monkeypatch, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match=r"policy and reference differ by"):
         iterate(program=program)
-    with pytest.raises(InvariantError, match=r"the ratio is off 1 .* what gave old_logprobs \(scorer or sampler\)"):
+    with pytest.raises(InvariantError, match=r"the ratio is off 1 by .* scorer \(sampler, if old_logprobs are its\)"):
         iterate(program=program, first_step=1)
 
 

@@ -112,7 +112,6 @@ def supervised_program(model):
         optimizer=make_optimizer(config),
         schedule=config,
         mesh=MESH,
-        seed=0,
         total_steps=10,
         accumulate=1,
         drops=False,
@@ -121,7 +120,9 @@ def supervised_program(model):
 
 def supervised_hlo(model) -> str:
     program = supervised_program(model)
-    settings = supervised.SupervisedSettings(learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0))
+    settings = supervised.SupervisedSettings(
+        seed=jnp.int32(0), learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0)
+    )
     state = training.abstract_state(model, program.optimizer, MESH)
     return jax.jit(partial(supervised.update, program)).lower(state, TEXT, settings).compile().as_text()
 

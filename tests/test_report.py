@@ -44,7 +44,7 @@ def test_what_the_logs_hold(family, reading):
     assert reading.names == ["micro", "milli", "centi"]
     assert list(reading.experiment.sizes[0].samples) == list(report_logs.QUALITY)
     assert parameters_of(report_logs.MODEL) == 16 * 128 + 2 * (4 * 16 * 16 + 2 * 16 * 64)
-    assert (in_words(160_000), in_words(1_300_000_000)) == ("0.16M", "1.3B")
+    assert [in_words(n) for n in (160_000, 124_439_808, 1_300_000_000)] == ["0.16M", "124M", "1.3B"]
     losses, scores = overfitting_of(reading.experiment.sizes[1])
     assert list(losses) == list(scores) == [100, 200, 300, 400]
     assert overfitting_of(reading.experiment.sizes[0]) == ({}, {})

@@ -153,6 +153,21 @@ def test_phases_add_up_and_belong_to_the_next_record(tmp_path, monkeypatch):
         assert line["time/tokens_per_second_per_device"] == 160 / 40 / 8
 
 
+def test_the_first_step_is_waited_for_and_timed(tmp_path, monkeypatch, capsys):
+    clock = iter([5.0, 12.25, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    waited = []
+    monkeypatch.setattr(runlog.jax, "block_until_ready", waited.append)
+    with open_log(tmp_path, log_every=1, console=True) as log:  # 5
+        log.started({"loss": 0.5})  # 12.25
+        log.record(1, {"loss": 0.5})
+        log.record(2, {"loss": 0.25})
+    assert waited == [{"loss": 0.5}]
+    first, second = read(tmp_path / "metrics.jsonl")
+    assert first["time/first_step_s"] == 7.25 and "time/first_step_s" not in second
+    assert capsys.readouterr().out.startswith("first step after 7.2 s\nstep 1/")
+
+
 def test_a_resumed_run_differs_only_in_times(tmp_path):
     for name, cuts in (("whole", [(0, 6)]), ("resumed", [(0, 4), (3, 6)])):
         for start, stop in cuts:

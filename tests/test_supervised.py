@@ -36,7 +36,6 @@ def program(**changes) -> supervised.SupervisedProgram:
         "optimizer": GRADIENT,
         "schedule": small.optimizer_config(),
         "mesh": stages.mesh_of(),
-        "seed": 0,
         "total_steps": 10,
         "accumulate": 1,
         "drops": False,
@@ -44,8 +43,10 @@ def program(**changes) -> supervised.SupervisedProgram:
     return supervised.SupervisedProgram(**{**values, **changes})
 
 
-def make_settings(*, learning_rate: float = 1.0, dropout: float = 0.0) -> supervised.SupervisedSettings:
-    return supervised.SupervisedSettings(learning_rate=jnp.float32(learning_rate), dropout=jnp.float32(dropout))
+def make_settings(*, seed: int = 0, learning_rate: float = 1.0, dropout: float = 0.0) -> supervised.SupervisedSettings:
+    return supervised.SupervisedSettings(
+        seed=jnp.int32(seed), learning_rate=jnp.float32(learning_rate), dropout=jnp.float32(dropout)
+    )
 
 
 @cache
@@ -154,7 +155,7 @@ def test_what_is_dropped_depends_on_row_and_seed_and_not_on_the_parts():
     parts, _, _ = run_update(program(drops=True, accumulate=2), batch, settings=half)
     whole, _, _ = run_update(program(drops=True, accumulate=1), batch, settings=half)
     stages.assert_trees_close(parts, whole, rtol=1e-4, atol=1e-6)
-    other, _, _ = run_update(program(drops=True, seed=1), batch, settings=half)
+    other, _, _ = run_update(program(drops=True), batch, settings=make_settings(seed=1, dropout=0.5))
     assert not np.allclose(other["embedding"], whole["embedding"], rtol=1e-3)
     # The same rows twice are not dropped alike: with one mask for both, half a batch would be seen twice.
     rows = stages.packed_rows(2, 14)
@@ -213,11 +214,11 @@ def test_a_run_drops_at_its_own_rate(chain, tmp_path):
     config, _, data = sft_parts(chain)
     overrides = {"dropout": 0.3, "steps": 1, "epochs": 0.0}
     assert experiment.run_stage(stages.config_of(chain, "sft", overrides), tmp_path / "run")
-    own = program(model=Transformer(config.model, config.compute, "tokens"), drops=True, seed=config.seed)
+    own = program(model=Transformer(config.model, config.compute, "tokens"), drops=True)
     abstract = training.abstract_state(own.model, GRADIENT, stages.mesh_of()).params
     state = training.new_state(load_params(chain / "pretrain", abstract), GRADIENT)
     first = readers.lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)(0)
-    _, metrics = compiled(own)(state, first, make_settings(dropout=0.3))
+    _, metrics = compiled(own)(state, first, make_settings(seed=config.seed, dropout=0.3))
     assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-5)
 
 

@@ -29,6 +29,7 @@ class Toy:
     save_every: int = 100
     signal_in: tuple[str, int] = ("", 0)  # where SIGINT comes: (call, step)
     calls: list[Any] = dataclasses.field(default_factory=list)
+    first_metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -55,6 +56,9 @@ class Toy:
     def phase(self, name: str):
         self.note("phase", name)
         yield
+
+    def started(self, metrics: dict[str, Any]) -> None:
+        self.first_metrics.append(dict(metrics))
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         self.note("record", step, dict(metrics))
@@ -191,6 +195,13 @@ def test_a_second_signal_ends_at_once():
     with pytest.raises(KeyboardInterrupt):
         toy.fit(State(0), total_steps=9)
     assert toy.named("save") == []
+
+
+def test_the_first_step_of_a_run_or_of_what_is_left_of_it_is_noted():
+    for first in (0, 2):
+        toy = Toy()
+        toy.fit(State(first), total_steps=4)
+        assert toy.first_metrics == [{"loss": 10 - first}]
 
 
 def test_a_failing_update_restores_the_handlers():

@@ -141,7 +141,7 @@ TEXT, PROMPT, PRIME = 64, 8, 97  # tokens of a row, those of its prompt, and a v
 
 
 def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
-    """What pretraining and SFT compute."""
+    """Log-probabilities of all tokens of rows, and their gradient."""
     model = Transformer(config, compute(head_chunk=chunk), "tokens")
     ids = jnp.zeros((BATCH, TEXT), jnp.int32)
     batch = LmBatch(tokens=ids, segments=ids + 1, positions=ids, loss_mask=ids == 0)
@@ -149,7 +149,7 @@ def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
 
 
 def responses_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
-    """What PPO computes."""
+    """Log-probabilities of responses, and their gradient."""
     model = Transformer(config, compute(head_chunk=chunk), "tokens")
     ids = jnp.zeros((BATCH, TEXT), jnp.int32)
     prompts = ragged_prompts((3, 8), columns=PROMPT)

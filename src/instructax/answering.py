@@ -39,6 +39,16 @@ class Answers:
     token_kl: Array  # f32[B, R], log(π / π_ref) of each token, both of what they read; 0 where masked
 
 
+@pytree
+class _Sampled:
+    """Answers before the policies are compared on them."""
+
+    sampled: Rollouts  # behind what was asked
+    rollouts: Rollouts  # the same behind the prompts alone, and cut
+    kept: Array  # b[B, R], what was not put in its place
+    scores: Array  # f32[B], the reward model's
+
+
 class Answering:
     """The compiled programs that all policies of an architecture share."""
 
@@ -63,12 +73,17 @@ class Answering:
         line_breaks = jnp.asarray(["\n" in tokenizer.decode([token]) for token in range(tokenizer.size)])
         scored_at = temperature if temperature > 0 else 1.0
 
+        def packed(function: Any, rollouts: Rollouts) -> Array:
+            width = max(limits.sequence_tokens, rollouts.prompts.tokens.shape[1] + limits.response_tokens)
+            part_rows = policy.compute.part_rows
+            return packed_map(function, rollout_rows(rollouts), width=width, part_rows=part_rows, mesh=mesh)[0]
+
         def sample(
-            params: Params, asked: Prompts, prompts: Prompts, samples: Array, draw: Array
-        ) -> tuple[Rollouts, Rollouts, Array]:
-            """(What was sampled behind `asked`, the same behind the prompts alone and cut, the mask of what was not
-            put in its place)."""
-            keys = clock.sample_keys(clock.step_key(seed, "evaluate", draw), samples)
+            params: Params, reward_params: Params, asked: Prompts, prompts: Prompts, samples: Array, *, draws: int
+        ) -> _Sampled:
+            """Of `draws` answers to each prompt the one with the highest score, the first of equals."""
+            steps = jax.vmap(partial(clock.step_key, seed, "evaluate"))(jnp.arange(draws))
+            keys = jax.vmap(clock.sample_keys, (0, None), 1)(steps, samples).reshape(-1)
             sampled = generate(
                 policy,
                 params,
@@ -82,41 +97,25 @@ class Answering:
             cut, kept = sampled, sampled.mask
             if asked.tokens.shape != prompts.tokens.shape:
                 cut, kept = end_at(sampled, line_breaks, tokenizer.eos_id)
-            return sampled, dataclasses.replace(cut, prompts=prompts), kept
-
-        def packed(function: Any, rollouts: Rollouts) -> Array:
-            width = max(limits.sequence_tokens, rollouts.prompts.tokens.shape[1] + limits.response_tokens)
-            part_rows = policy.compute.part_rows
-            return packed_map(function, rollout_rows(rollouts), width=width, part_rows=part_rows, mesh=mesh)[0]
+            prompts = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), prompts)
+            cut = dataclasses.replace(cut, prompts=prompts)
+            scores = at_the_end(packed(partial(row_outputs, scorer, reward_params), cut), cut)
+            drawn = _Sampled(sampled=sampled, rollouts=cut, kept=kept, scores=scores)
+            best = jnp.arange(0, len(keys), draws) + jnp.argmax(scores.reshape(-1, draws), axis=1)
+            return drawn if draws == 1 else jax.tree.map(lambda x: x[best], drawn)
 
         def logprobs(params: Params, rollouts: Rollouts) -> Array:
             found = packed(partial(row_logprobs, policy, params, temperature=scored_at), rollouts)
             return found[:, rollouts.prompts.tokens.shape[1] :]
 
-        def answers(params: Params, rollouts: Rollouts, kept: Array, logprobs: Array, ref_logprobs: Array) -> Answers:
-            return Answers(
-                rollouts=rollouts,
-                scores=at_the_end(packed(partial(row_outputs, scorer, params), rollouts), rollouts),
-                token_kl=jnp.where(kept, logprobs - ref_logprobs, 0.0),
-            )
-
         rows = sharding.row_sharding(mesh)
-        self._sample = jax.jit(sample, out_shardings=rows)
+        self._sample = jax.jit(sample, static_argnames="draws", out_shardings=rows)
         # One program for both policies: of the reference against itself the KL is 0, to the bit.
         self._logprobs = jax.jit(logprobs, out_shardings=rows)
-        self._answers = jax.jit(answers, out_shardings=sharding.replicated(mesh))
+        self._whole = jax.jit(lambda answers: answers, out_shardings=sharding.replicated(mesh))
 
-    def _answer(self, params: Params, asked: Prompts, prompts: Prompts, samples: Array, draw: Array) -> Answers:
-        ref_params, reward_params = self._fixed
-        sampled, rollouts, kept = self._sample(params, asked, prompts, samples, draw)
-        logprobs, ref_logprobs = self._logprobs(params, sampled), self._logprobs(ref_params, rollouts)
-        return self._answers(reward_params, rollouts, kept, logprobs, ref_logprobs)
-
-    def batches(
-        self, params: Params, source: Source, count: int, prefix: np.ndarray, draw: int
-    ) -> Iterator[tuple[np.ndarray, Answers]]:
-        """(marks of the rows that are real, answers on the host) of the first `count` held-out prompts of `source`, all
-        behind `prefix` i32[n] unless it is empty; another `draw`, other answers."""
+    def _asked(self, source: Source, count: int, prefix: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
+        """(marks of the rows that are real, what `sample` reads) of each batch of the first `count` prompts."""
         for start, rows in enumerate(evaluation_rows(len(source), self._batch_size)):
             rows = np.where(np.arange(self._batch_size) < count - start * self._batch_size, rows, NO_ROW)
             if (rows == NO_ROW).all():
@@ -125,9 +124,20 @@ class Answering:
             # An empty row is given the first prompt, so that the sampler has something to read; the caller leaves it.
             prompts = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), self._limits.prompt_tokens)
             asked = behind(prefix, prompts, self._room) if len(prefix) else prompts
-            asked, prompts, samples = sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
-            answers = self._answer(params, asked, prompts, samples, jnp.int32(draw))
-            yield rows != NO_ROW, jax.device_get(answers)
+            yield rows != NO_ROW, sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
+
+    def batches(
+        self, params: Params, source: Source, count: int, prefix: np.ndarray, draws: int
+    ) -> Iterator[tuple[np.ndarray, Answers]]:
+        """(marks of the rows that are real, answers on the host) of the first `count` held-out prompts of `source`, all
+        behind `prefix` i32[n] unless it is empty; of `draws` to each prompt the best."""
+        ref_params, reward_params = self._fixed
+        for real, asked in self._asked(source, count, prefix):
+            found = self._sample(params, reward_params, *asked, draws=draws)
+            log_ratios = self._logprobs(params, found.sampled) - self._logprobs(ref_params, found.rollouts)
+            token_kl = jnp.where(found.kept, log_ratios, 0.0)
+            answers = Answers(rollouts=found.rollouts, scores=found.scores, token_kl=token_kl)
+            yield real, jax.device_get(self._whole(answers))
 
     def best_prefix(
         self, params: Params, source: Source, examples: list[Demonstration], *, shots: int, prefixes: int, seed: int
@@ -142,9 +152,9 @@ class Answering:
         rng = np.random.default_rng(seed)
         best = (-np.inf, "", np.zeros(0, np.int32))
         for text, tokens in self._fitting(plain, shots, prefixes, rng):
-            batches = self.batches(params, source, self._batch_size, tokens, 0)
-            score = np.mean([answers.scores[real].mean() for real, answers in batches])
-            best = max(best, (float(score), text, tokens), key=lambda candidate: candidate[0])
+            ((real, asked),) = self._asked(source, self._batch_size, tokens)
+            scores = self._whole(self._sample(params, self._fixed[1], *asked, draws=1).scores)
+            best = max(best, (float(scores[real].mean()), text, tokens), key=lambda candidate: candidate[0])
         require(len(best[2]) > 0, f"no {shots} examples fit into {self._room} tokens: lower config.shots")
         return best[1], best[2]
 
@@ -167,16 +177,11 @@ class Answering:
     ) -> list[dict[str, Any]]:
         """The answer to each of the first `count` held-out prompts, of `draws` the one with the highest score, as text
         and figures."""
-        best: list[dict[str, Any]] = []
-        for draw in range(draws):
-            drawn = [
-                self._record(answers, int(row))
-                for real, answers in self.batches(params, source, count, prefix, draw)
-                for row in np.flatnonzero(real)
-            ]
-            pairs = zip(best or drawn, drawn, strict=True)
-            best = [max(pair, key=lambda record: record["score"]) for pair in pairs]
-        return best
+        return [
+            self._record(answers, int(row))
+            for real, answers in self.batches(params, source, count, prefix, draws)
+            for row in np.flatnonzero(real)
+        ]
 
     def _record(self, answers: Answers, row: int) -> dict[str, Any]:
         rollouts, decode = answers.rollouts, self._tokenizer.decode

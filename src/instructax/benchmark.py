@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,11 +21,10 @@ import numpy as np
 
 from instructax import ppo, ppo_train, reward, sharding, supervised, training
 from instructax.configuration import require
+from instructax.estimate import GIB
 from instructax.model import ModelConfig, Transformer
 from instructax.optimizer import make_optimizer
 from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,10 @@ def measure(config: Any, *, steps: int, ending: float, sampling_alone: bool, pro
     require(
         config.stage == "ppo" or not (sampling_alone or ending),
         f"config.stage = {config.stage!r} samples nothing: leave out --sampling_alone and --ending",
+    )
+    require(
+        not ending or (config.model.norm, config.model.tied_head) == ("layernorm", True),
+        "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
     mesh = sharding.make_mesh(config.mesh)
     peak, bandwidth = matmul_rate(), copy_rate()
@@ -158,9 +162,10 @@ def copy_rate() -> float:
 
 def peak_memory() -> float:
     """Bytes: of the fullest device where it is known, else of the whole process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     known = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _tokens(config: ModelConfig, shape: tuple[int, ...]) -> Any:
@@ -179,13 +184,14 @@ def _supervised(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         optimizer=optimizer,
         schedule=config.optimizer,
         mesh=mesh,
-        seed=config.seed,
         total_steps=1000,
         accumulate=config.accumulate,
         drops=config.dropout > 0,
     )
     settings = supervised.SupervisedSettings(
-        learning_rate=jnp.float32(config.optimizer.learning_rate), dropout=jnp.float32(config.dropout)
+        seed=jnp.int32(config.seed),
+        learning_rate=jnp.float32(config.optimizer.learning_rate),
+        dropout=jnp.float32(config.dropout),
     )
     step = training.compile_update(
         partial(supervised.update, program), training.abstract_state(model, optimizer, mesh), mesh
@@ -197,7 +203,7 @@ def _supervised(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
             state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {name: float(metrics[name]) for name in ("tokens", "loss")}
+        return {"tokens": float(metrics["tokens"])}
 
     def operations(figures: Mapping[str, float]) -> float:
         return 3 * forward_operations(config.model, figures["tokens"], length, figures["tokens"])
@@ -235,7 +241,7 @@ def _reward(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
             state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {name: float(metrics[name]) for name in ("tokens", "pairs", "padding")}
+        return {name: float(metrics[name]) for name in ("tokens", "padding")}
 
     def operations(figures: Mapping[str, float]) -> float:
         # A response sees the prompt and half of itself on average, the prompt half of itself.
@@ -250,7 +256,8 @@ def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
     program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
     policy = _policy(program, ending)
     scorer = training.init_state(program.scorer, program.value_optimizer, jax.random.key(1), mesh).params
-    iterate = ppo_train.Iteration(program, ppo_train.abstract_state(program), settings, policy, scorer, 1e-3)
+    abstract, tolerance = ppo_train.abstract_state(program), config.tolerance
+    iterate = ppo_train.Iteration(program, abstract, settings, policy, scorer, tolerance)
     state = [
         PpoState(
             policy=training.start_from(policy, program.policy_optimizer, mesh),

@@ -8,8 +8,8 @@ from instructax.types import Array
 PURPOSES = ("init", "dropout", "rollout", "minibatches", "evaluate", "collect")
 
 
-def step_key(seed: int, purpose: str, step: Array | int) -> Array:
-    """The key of one step for one purpose: key[]. Works inside jit, where `step` is an array."""
+def step_key(seed: Array | int, purpose: str, step: Array | int) -> Array:
+    """The key of one step for one purpose: key[]. Works inside jit, on arrays."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), step)
 
 

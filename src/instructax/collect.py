@@ -6,7 +6,6 @@ model is trained on, `held_out.jsonl.gz` with the same answers ranked by held-ou
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -69,6 +68,11 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
     for model, _, _ in policies:
         check_lengths(config, model.config)
     compared = draw_compared(sampled(config, policies, asked), generator(config.seed, f"compared {config.round}"))
+    require(
+        bool(compared),
+        f"no prompt of {config.world} has two different answers: raise config.prompt_tokens = {config.prompt_tokens} "
+        "if all are longer, or let config.policies give more",
+    )
     for file, group in FILES.items():
         write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
     figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
@@ -105,18 +109,18 @@ def sample_answers(
     sample = jax.jit(sample)
     encoded = tokenizer.encode_batch([opened(one.task.prompt) for one in asked])
     fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
-    for draw, start in itertools.product(range(count), range(0, len(fits), config.batch_size)):
+    # No two answers share a key: a round has its step, a policy and an answer their own numbers.
+    key = jax.random.fold_in(clock.step_key(config.seed, "collect", config.round), number)
+    for start in range(0, len(fits), config.batch_size):
         rows = fits[start : start + config.batch_size]
         # The last batch is filled up with its first prompt, so that no shape changes.
         filled = rows + rows[:1] * (config.batch_size - len(rows))
         prompts = left_padded([(i, encoded[row]) for i, row in enumerate(filled)], len(filled), config.prompt_tokens)
-        # No two answers share a key: a round has its step, a policy and an answer their own numbers.
-        key = jax.random.fold_in(clock.step_key(config.seed, "collect", config.round), number)
-        keys = clock.sample_keys(key, jnp.array(filled) + draw * len(asked))
-        rollouts = jax.device_get(sample(params, prompts, keys))
-        for i, row in enumerate(rows):
+        draws = np.array(filled)[:, None] + np.arange(count) * len(asked)
+        rollouts = jax.device_get(sample(params, prompts, clock.sample_keys(key, jnp.array(draws.reshape(-1)))))
+        for i, row in enumerate(np.repeat(rows, count)):
             length = int(rollouts.mask[i].sum()) - bool(rollouts.ended[i])
-            yield row, tokenizer.decode(rollouts.responses[i][:length])
+            yield int(row), tokenizer.decode(rollouts.responses[i][:length])
 
 
 def draw_compared(answers: list[list[str]], rng: np.random.Generator) -> dict[int, list[str]]:

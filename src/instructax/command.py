@@ -1,7 +1,9 @@
 """What the commands share: a user's mistake is one line and exit code 2, never a traceback."""
 
+import os
 import sys
 import traceback
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,32 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         sys.exit(_say(f"error: {error}", USER))
+
+
+def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
+    """As `parse_flags` for a command with a config flag of ml_collections, whose values are read here too."""
+    try:
+        rest = flags.FLAGS(argv)
+        if config.value is not None:
+            config.value.keys()  # a config file that is missing says so only when something is read from it
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        unknown = "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
+        inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
+        text = str(inner.args[0] if isinstance(inner, KeyError) else inner)  # str(KeyError) is quoted and escaped
+        # A config file that raises arrives as a whole traceback, whose last line is its message.
+        message = text.splitlines()[-1] if "Traceback" in text else text
+        sys.exit(_say(f"error: {unknown}{message}", USER))
+
+
+def keep_compiled() -> None:
+    """Lets JAX keep compiled programs for the next process, unless JAX_COMPILATION_CACHE_DIR already says where or, if
+    it is empty, that nothing is kept. To be called before JAX is imported. The folder can be deleted at any time."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # A program for one kind of processor does not run on another, and homes are shared.
+    cpuinfo = Path("/proc/cpuinfo")
+    kind = zlib.crc32(cpuinfo.read_bytes().partition(b"flags")[2].partition(b"\n")[0]) if cpuinfo.exists() else 0
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "instructax" / f"compiled-{kind:08x}"))
 
 
 def guarded(call: Callable[[], Any]) -> int:

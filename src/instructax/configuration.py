@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+SEEDS = 2**31  # what every generator of random numbers takes: seeds are below it
 
 
 class ConfigError(ValueError):
@@ -76,6 +77,8 @@ def _convert_tuple(value: Any, item_hints: tuple[Any, ...], where: str) -> tuple
 
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    if where.endswith("seed") and isinstance(value, int) and not 0 <= value < SEEDS:
+        raise ConfigError(f"{where} = {value} must be from 0 to {SEEDS - 1}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -114,8 +114,8 @@ def check_update(metrics: dict[str, Any], *, tolerance: float) -> None:
     if not (gap <= tolerance and clipped <= tolerance):
         raise InvariantError(
             f"at the first inner step the ratio is off 1 by {gap:.3g} (tolerance {tolerance:g}) and {clipped:.3g} of "
-            "the tokens are clipped: what gave old_logprobs (scorer or sampler) and the update run different "
-            "parameters, positions, masks, temperature, dropout or dtype"
+            "the tokens are clipped: scorer (sampler, if old_logprobs are its) and update run different "
+            "parameters, temperature, dropout or dtype"
         )
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         if name in metrics and not jnp.isfinite(metrics[name]):

@@ -12,6 +12,7 @@ from typing import Any
 from instructax import estimate, stage
 from instructax.configuration import ConfigError, construct, require
 from instructax.lineage import finished
+from instructax.report.drawing import require_matplotlib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
         hasattr(experiment, "get_runs") and hasattr(experiment, "report"),
         f"{path} is not an experiment: it needs get_runs(arg, root) and report(root)",
     )
+    require_matplotlib()
     runs = experiment.get_runs(size, str(root))
     for number, run in enumerate([] if report_only else runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)

@@ -20,6 +20,7 @@ from instructax.configuration import check_range
 from instructax.operations import normalized, product
 from instructax.types import Array, Params, pytree
 
+QUERY_BLOCK, QUERY_BLOCKS = 128, 8  # queries that attend together, at least, and into how many blocks at most
 UNROLLED = 4  # layers in a step of the training scan
 BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
 MASKED = -1e30  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
@@ -161,6 +162,22 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
+def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    """The mean of the values that each query sees, weighted by softmax(query · key / √d).
+
+    query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d].
+    """
+    batch, heads, length, width = query.shape
+    sharing = heads // key.shape[1]
+    # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is the
+    # one layout that XLA:CPU multiplies fast, also in the backward pass.
+    query = query.reshape(batch, -1, sharing * length, width)
+    scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32)
+    seen = jnp.tile(mask, (1, sharing, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores / np.sqrt(width), MASKED), axis=-1).astype(value.dtype)
+    return jnp.einsum("bgqs,bgsd->bgqd", weights, value).reshape(batch, heads, length, width)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; returns its keys and values for the cache.
 
@@ -182,15 +199,21 @@ class Attention(nn.Module):
         if past is not None:
             past_keys, past_values, column = past
             key, value = _written(past_keys, key, column, 2), _written(past_values, value, column, 2)
-        # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is
-        # the one layout that XLA:CPU multiplies fast, also in the backward pass.
-        query = query.reshape(x.shape[0], c.kv_heads, -1, c.head_width)
-        scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32)
-        seen = jnp.tile(mask, (1, c.heads // c.kv_heads, 1))[:, None]
-        scores = jnp.where(seen, scores / np.sqrt(c.head_width), MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bgqs,bgsd->bgqd", weights, value)
-        mixed = mixed.reshape(x.shape[0], c.heads, x.shape[1], c.head_width).swapaxes(1, 2)
+            mixed = attend(query, key, value, mask)
+        else:
+            # No query sees a key of a later column: what comes after a block of queries is not computed for it.
+            block = max(QUERY_BLOCK, -(-x.shape[1] // QUERY_BLOCKS))
+            parts = [
+                attend(
+                    query[:, :, i : i + block],
+                    key[:, :, : i + block],
+                    value[:, :, : i + block],
+                    mask[:, i : i + block, : i + block],
+                )
+                for i in range(0, x.shape[1], block)
+            ]
+            mixed = jnp.concatenate(parts, axis=2)
+        mixed = mixed.swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.layers)
         return Linear((c.width,), 2, residual_std, c.biases, name="out")(mixed), (key, value)
 

@@ -41,6 +41,7 @@ from instructax.types import Array, Experience, LmBatch, Params, PpoState, Promp
 class PpoSettings:
     """What a sweep varies: arrays, so that every value runs the same compiled programs."""
 
+    seed: Array  # i32[], of rollouts and of the order of minibatches
     rewards: RewardSettings
     temperature: Array  # f32[]
     clip: Array  # f32[], of the ratio
@@ -62,7 +63,6 @@ class PpoProgram:
     policy_schedule: OptimizerConfig
     value_schedule: OptimizerConfig
     mesh: jax.sharding.Mesh
-    seed: int
     eos_id: int
     total_steps: int  # iterations
     response_tokens: int  # the longest response
@@ -83,7 +83,7 @@ class PpoProgram:
 def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, settings: PpoSettings) -> Rollouts:
     """Samples one response to each prompt; sample i of iteration `step` has a random key of its own."""
     samples = jnp.arange(prompts.tokens.shape[0])
-    keys = clock.sample_keys(clock.step_key(program.seed, "rollout", step), samples)
+    keys = clock.sample_keys(clock.step_key(settings.seed, "rollout", step), samples)
     return generate(
         program.policy,
         params,
@@ -177,7 +177,7 @@ def update(
     steps = program.inner_epochs * program.minibatches
     step = state.step
     rows_of_text = None if text is None else split_rows(text, steps, program.mesh)
-    minibatches = jax.lax.map(partial(packed, program), _minibatches(program, experience, step))
+    minibatches = jax.lax.map(partial(packed, program), _minibatches(program, experience, settings.seed, step))
     inputs = (minibatches, rows_of_text)
     policy_rate = learning_rate_at(
         step, peak=settings.learning_rate, config=program.policy_schedule, total_steps=program.total_steps
@@ -212,9 +212,9 @@ def _tick(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=state.step + 1)
 
 
-def _minibatches(program: PpoProgram, experience: Experience, step: Array) -> Experience:
+def _minibatches(program: PpoProgram, experience: Experience, seed: Array, step: Array) -> Experience:
     """The rows in a new order for each inner epoch: [B, ...] → [inner_epochs · minibatches, rows, ...]."""
-    key = clock.step_key(program.seed, "minibatches", step)
+    key = clock.step_key(seed, "minibatches", step)
     rows = experience.advantages.shape[0]
     epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(key, program.inner_epochs))
     shuffled = jax.tree.map(lambda x: jnp.take(x, epochs.reshape(-1), axis=0), experience)

@@ -174,7 +174,6 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
         policy_schedule=config.optimizer,
         value_schedule=config.value_optimizer,
         mesh=mesh,
-        seed=config.seed,
         eos_id=eos_id,
         total_steps=config.steps,
         response_tokens=config.data.limits.response_tokens,
@@ -191,6 +190,7 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
 def settings_of(config: PpoConfig) -> ppo.PpoSettings:
     """What a sweep varies, as arrays."""
     return ppo.PpoSettings(
+        seed=jnp.int32(config.seed),
         rewards=RewardSettings(
             kl_coef=jnp.float32(config.kl_coef),
             discount=jnp.float32(config.discount),

@@ -216,6 +216,14 @@ class RunLog:
             print(f"sample {step}  " + "  ".join(fields), flush=True)
         self._last_sampled = step
 
+    def started(self, metrics: Mapping[str, Any]) -> None:
+        """Waits for the metrics of the first step, and notes the seconds since the log was opened, most of which went
+        into compiling: `time/first_step_s` of the next record, and a line on the console."""
+        jax.block_until_ready(metrics)
+        seconds = self._phases["first_step"] = time.perf_counter() - self._window_start
+        if self._console:
+            print(f"first step after {seconds:.1f} s", flush=True)
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the wall time of the block to `time/{name}_s` of the next record.

@@ -134,7 +134,9 @@ class Record:
         )
 
     def write(self, workdir: Path) -> None:
-        """Writes `manifest.json`, and `tokenizer.json`, so that the run can be moved."""
+        """Writes `manifest.json`, and `tokenizer.json`, so that the run can be moved; the first process does."""
+        if jax.process_index() > 0:
+            return
         save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
         origins = self.origins()
         write_manifest(
@@ -175,8 +177,7 @@ def run(
     state, step = restored if restored else (start(), 0)
     if restored:
         record.check(workdir)
-    if jax.process_index() == 0:
-        record.write(workdir)
+    record.write(workdir)
     logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
     log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
     with log:

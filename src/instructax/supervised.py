@@ -33,6 +33,7 @@ from instructax.types import Array, LmBatch, Params, TrainState, pytree
 class SupervisedSettings:
     """What a sweep varies."""
 
+    seed: Array  # i32[], of dropout
     learning_rate: Array  # f32[], the peak
     dropout: Array  # f32[], residual
 
@@ -45,7 +46,6 @@ class SupervisedProgram:
     optimizer: optax.GradientTransformation
     schedule: OptimizerConfig
     mesh: jax.sharding.Mesh
-    seed: int
     total_steps: int
     accumulate: int  # parts of a batch that are in memory one after the other
     drops: bool  # whether there is dropout at all
@@ -58,7 +58,7 @@ def update(
     parts = split_rows(batch, program.accumulate, program.mesh)
     weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
     rows = jnp.arange(batch.tokens.shape[0])
-    keys = clock.sample_keys(clock.step_key(program.seed, "dropout", state.step), rows)
+    keys = clock.sample_keys(clock.step_key(settings.seed, "dropout", state.step), rows)
 
     def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
         part, keys = inputs
@@ -131,13 +131,14 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         optimizer=optimizer,
         schedule=config.optimizer,
         mesh=mesh,
-        seed=config.seed,
         total_steps=total_steps,
         accumulate=config.accumulate,
         drops=config.dropout > 0,
     )
     settings = SupervisedSettings(
-        learning_rate=jnp.float32(config.optimizer.learning_rate), dropout=jnp.float32(config.dropout)
+        seed=jnp.int32(config.seed),
+        learning_rate=jnp.float32(config.optimizer.learning_rate),
+        dropout=jnp.float32(config.dropout),
     )
     abstract = training.abstract_state(model, optimizer, mesh)
     step = training.compile_update(partial(update, program), abstract, mesh)

@@ -185,11 +185,14 @@ def fit(
         return state, evaluate(state)
     metrics: dict[str, Any] = {}
     with Interruption() as interruption:
-        for step in range(int(state.step), total_steps):
+        first = int(state.step)
+        for step in range(first, total_steps):
             with log.phase("data"):
                 batch = batches(step)
             with log.phase("update"):
                 state, metrics = update(state, batch)
+            if step == first:
+                log.started(metrics)
             done = step + 1
             if done == total_steps or (evaluate_every and done % evaluate_every == 0):
                 with log.phase("evaluate"):

@@ -25,12 +25,12 @@ def pytree(cls: type[Class]) -> type[Class]:
 
 @pytree
 class LmBatch:
-    """Rows of packed text: what pretraining and supervised fine-tuning read."""
+    """Rows of tokens, packed or not: text and demonstrations, and rollouts and comparisons where they are scored."""
 
     tokens: Array  # i32[B, T]
-    segments: Array  # i32[B, T], 0 = padding, 1.. = the documents of a row
-    positions: Array  # i32[B, T], counted from 0 within each segment
-    loss_mask: Array  # b[B, T], the tokens whose prediction is trained (never the first of a segment)
+    segments: Array  # i32[B, T], 0 = padding, n > 0 = a text of the row, negative = a prompt that several texts share
+    positions: Array  # i32[B, T], counted from 0 within each segment; after a shared prompt, on from its end
+    loss_mask: Array  # b[B, T], the tokens that are predicted or valued (never the first of a row)
 
 
 @pytree

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 
 from instructax.data.batches import Source
 
+REMEMBERED = 64 * 2**20  # bytes on disk: of less, rows stay in memory once they were read
 REPORT = "report.json"
 SIZES = "sizes.json"
 
@@ -52,6 +53,23 @@ class Prepared:
     folder: Path
     sources: dict[str, Source]  # by split
     report: Report
+
+
+class Remembered:
+    """A source whose rows are decoded once: on small networks that costs as much as a training step."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._rows: dict[int, Mapping[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitems__(self, record_keys: Sequence[int], /) -> list[Mapping[str, Any]]:
+        new = [key for key in dict.fromkeys(record_keys) if key not in self._rows]
+        if new:
+            self._rows.update(zip(new, self._source.__getitems__(new), strict=True))
+        return [self._rows[key] for key in record_keys]
 
 
 class _Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -138,6 +156,8 @@ def read_rows(builder: type[_Rows], folder: Path) -> Prepared:
             )
     stored: Any = tfds.builder_from_directory(str(folder / builder.name / str(builder.VERSION)))
     sources = {name: stored.as_data_source(split=name) for name in report.rows}
+    if sum(sizes.values()) < REMEMBERED:
+        sources = {name: Remembered(source) for name, source in sources.items()}
     return Prepared(folder=folder, sources=sources, report=report)
 
 

@@ -121,7 +121,6 @@ def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen
     return made
 
 
-def tasks_by_prompt(world: World, seed: int, sizes: dict[str, int]) -> dict[str, Task]:
+def tasks_by_prompt(sets: dict[str, list[Asked]]) -> dict[str, Task]:
     """The task of every prompt, without white space at its ends: how an evaluation finds what was asked for."""
-    sets = prompt_sets(world, seed, sizes)
     return {asked.task.prompt.strip(): asked.task for prompts in sets.values() for asked in prompts}

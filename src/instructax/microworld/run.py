@@ -1,6 +1,7 @@
 """The world as a run: its files and their tokenizer, in a workdir like any other."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import shutil
@@ -63,12 +64,15 @@ def world_of(workdir: Path) -> tuple[int, Sizes]:
 
 def asked_of(workdir: Path, name: str) -> list[Asked]:
     """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`, as they were asked."""
-    seed, sizes = world_of(workdir)
-    return prompt_sets(draw_world(seed), seed, prompts_of_sets(sizes))[name]
+    return _sets(*world_of(workdir))[name]
 
 
 def tasks_of(workdir: Path) -> dict[str, Task]:
     """What is asked for in every prompt of the finished world in `workdir`, by the prompt without white space at its
     ends: for evaluation alone."""
-    seed, sizes = world_of(workdir)
-    return tasks_by_prompt(draw_world(seed), seed, prompts_of_sets(sizes))
+    return tasks_by_prompt(_sets(*world_of(workdir)))
+
+
+@functools.lru_cache(maxsize=1)  # of one experiment, whose stages and report all ask for the same world
+def _sets(seed: int, sizes: Sizes) -> dict[str, list[Asked]]:
+    return prompt_sets(draw_world(seed), seed, prompts_of_sets(sizes))

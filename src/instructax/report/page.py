@@ -172,7 +172,8 @@ RULE = (
 )
 TABLE = (
     "Means with 95% intervals over held-out prompts. True utility (−1 … 1) is the world's own judgement, which no "
-    "stage sees. Win rates are against the largest SFT, a tie counting half: by simulated training labelers, by "
+    "stage sees; on harmful prompts it weighs harmlessness against helpfulness as training labelers do on average. "
+    "Win rates are against the largest SFT, a tie counting half: by simulated training labelers, by "
     "held-out ones, and by the true utility. KL is the mean log-ratio to the SFT policy of the same size, in nats; of "
     "best-of-n it is the most that there can be."
 )
