@@ -12,20 +12,21 @@ import pytest
 from configs import sizes
 
 import reference_model
+import stages
 from instructax.configuration import construct
 from instructax.model import (
-    UNROLLED,
     ComputeConfig,
     Dropout,
     ModelConfig,
     Transformer,
-    drop,
+    cast_matrices,
     head_kernel,
     init_cache,
     parameter_count,
     positions_of,
-    scan_blocks,
 )
+from instructax.model.attention import QUERY_BLOCK, QUERY_BLOCKS, attend, attend_causally, attention_mask
+from instructax.model.network import UNROLLED, drop, scan_blocks
 from instructax.training import init_params
 from instructax.types import Params
 from small import VOCAB_SIZE, compute, gpt_config, llama_config, random_params
@@ -238,6 +239,39 @@ def test_bfloat16_stays_close(network, head):
     assert 1e-4 < error < 0.05  # 8 bits of mantissa: 0.4% an operation
     shapes = jax.eval_shape(lambda key: init_params(rounded, key), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_matrices_are_cast_as_the_network_casts_them(network):
+    """To the bit, so that a sampler may cast once; what is not multiplied stays as it is."""
+    model = Transformer(network.config, compute(dtype="bfloat16"), "tokens")
+    inputs = rows([(0, texts(9)[0])], [(0, texts(12)[0])])
+    cast = cast_matrices(network.params, "bfloat16")
+    run = jax.jit(lambda params: (model.apply({"params": params}, *inputs)[0], head_kernel(network.config, params)))
+    (hidden, _), (wanted, kernel) = run(cast), run(network.params)
+    np.testing.assert_array_equal(np.asarray(hidden, np.float32), np.asarray(wanted, np.float32))
+    np.testing.assert_array_equal(head_kernel(network.config, cast), kernel.astype(jnp.bfloat16))
+    kept = {path[-1].key for path, leaf in jax.tree_util.tree_leaves_with_path(cast) if leaf.dtype == jnp.float32}
+    assert kept <= {"scale", "bias"}
+
+
+@pytest.mark.parametrize("length", [QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK, QUERY_BLOCKS * QUERY_BLOCK + 3])
+def test_blocks_of_queries_attend_as_all_at_once(length):
+    """Values and gradients, with grouped queries, for packed texts and for responses that share a prompt."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(1, heads, length, 2)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(rng.choice([-1, 1, 2, 3, 0], size=(1, length)))
+    mask = attention_mask(segments, segments, 0)
+    weights = jnp.asarray(rng.normal(size=query.shape), jnp.float32) * (segments != 0)[:, None, :, None]
+
+    def total(function, *inputs):
+        return jnp.sum(weights * function(*inputs, mask))
+
+    for gradient in (False, True):
+        ours, wanted = (
+            (jax.grad(total, argnums=(1, 2, 3)) if gradient else total)(function, query, key, value)
+            for function in (attend_causally, attend)
+        )
+        stages.assert_trees_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_mean_and_rate_zero_keeps_all():

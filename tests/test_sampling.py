@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import reference_model
 from instructax import sampling
@@ -215,6 +218,38 @@ def test_samples_of_one_prompt_share_it(policy):
     assert_same(shared, twice, rows=[*range(len(keys))], bitwise=False)
     np.testing.assert_array_equal(shared.prompts.tokens, twice.prompts.tokens)
     np.testing.assert_array_equal(shared.prompts.mask, twice.prompts.mask)
+
+
+def converted(jaxpr: Any, inside: bool = False) -> set[tuple[int, ...]]:
+    """Shapes of the float32 arrays that the loops of a program turn into bfloat16."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if (
+            inside
+            and equation.primitive.name == "convert_element_type"
+            and equation.outvars[0].aval.dtype == "bfloat16"
+        ):
+            found |= {x.aval.shape for x in equation.invars if x.aval.dtype == "float32"}
+        for inner in jaxprs_in_params(equation.params):
+            found |= converted(inner, inside or equation.primitive.name in ("while", "scan"))
+    return found
+
+
+def test_matrices_are_cast_before_the_loop_and_not_at_every_token(policy, monkeypatch):
+    """A decoding step reads all of them: in bfloat16 half the bytes of float32."""
+    model = Transformer(policy.config, compute(dtype="bfloat16"), "tokens")
+    prompts, keys = prompts_and_keys()
+    matrices = {leaf.shape[1:] for leaf in jax.tree.leaves(policy.params["blocks"]) if leaf.ndim > 2}
+    matrices |= {policy.params["embedding"].shape}
+
+    def cast_in_loops() -> set[tuple[int, ...]]:
+        sample = partial(generate, model, length=LENGTH, temperature=1.0, eos_id=EOS)
+        program = jax.make_jaxpr(lambda params: sample(params, prompts, keys))(policy.params)
+        return converted(program.jaxpr) & matrices
+
+    assert not cast_in_loops()
+    monkeypatch.setattr(sampling, "cast_matrices", lambda params, dtype: params)
+    assert policy.params["embedding"].shape in cast_in_loops()
 
 
 def test_a_limit_of_one_token(policy):

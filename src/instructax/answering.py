@@ -22,7 +22,7 @@ from instructax.data.limits import Limits
 from instructax.data.schema import Demonstration, opened
 from instructax.inference import at_the_end, rollout_rows, row_logprobs, row_outputs
 from instructax.model import Transformer
-from instructax.rows import packed_map
+from instructax.rows import by_parts
 from instructax.sampling import generate
 from instructax.tokenizer import Tokenizer
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
@@ -74,9 +74,9 @@ class Answering:
         scored_at = temperature if temperature > 0 else 1.0
 
         def packed(function: Any, rollouts: Rollouts) -> Array:
-            width = max(limits.sequence_tokens, rollouts.prompts.tokens.shape[1] + limits.response_tokens)
-            part_rows = policy.compute.part_rows
-            return packed_map(function, rollout_rows(rollouts), width=width, part_rows=part_rows, mesh=mesh)[0]
+            rows = rollout_rows(rollouts)
+            width = max(limits.sequence_tokens, rows.tokens.shape[1])
+            return by_parts(function, rows, policy, mesh, width=width)
 
         def sample(
             params: Params, reward_params: Params, asked: Prompts, prompts: Prompts, samples: Array, *, draws: int

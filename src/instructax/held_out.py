@@ -19,17 +19,11 @@ from instructax.inference import at_the_end, comparison_rows, row_logprobs, row_
 from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masked import token_count
 from instructax.model import Transformer
-from instructax.rows import packed_map
+from instructax.rows import by_parts
 from instructax.statistics import ratio_estimate
 from instructax.types import Array, Comparisons, LmBatch, Params
 
 BINS = 10  # of the calibration, from a probability of 0.5 to 1
-
-
-def by_parts(function: Callable[[LmBatch], Array], batch: LmBatch, model: Transformer, mesh: Mesh) -> Array:
-    """`function` of the rows of `batch` [B, T], packed and a few at a time."""
-    part_rows = model.compute.part_rows
-    return packed_map(function, batch, width=batch.tokens.shape[1], part_rows=part_rows, mesh=mesh)[0]
 
 
 def held_out_loss(model: Transformer, mesh: Mesh, params: Params, batch: LmBatch) -> tuple[Array, Array]:

@@ -31,14 +31,13 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
-from instructax.held_out import by_parts
 from instructax.inference import at_the_end, comparison_rows, last_columns, row_outputs
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
-from instructax.rows import lay_out, pack
+from instructax.rows import by_parts, lay_out, pack
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
 from instructax.tokenizer import Tokenizer

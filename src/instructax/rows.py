@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructax import sharding
-from instructax.model import BRANCHES
+from instructax.model import BRANCHES, Transformer
 from instructax.types import Array, LmBatch, pytree
 
 
@@ -94,6 +94,15 @@ def packed_map(
     layout = lay_out(batch.segments != 0, width=width, part_rows=part_rows, mesh=mesh)
     _, outs = scan_parts(lambda _, part: (None, function(part)), None, pack(batch, layout), layout.used)
     return jax.tree.map(layout.collect, outs), layout
+
+
+def by_parts(
+    function: Callable[[LmBatch], Array], batch: LmBatch, model: Transformer, mesh: Mesh, *, width: int = 0
+) -> Array:
+    """`function` of the rows of `batch` [B, T], packed into rows of `width`, by default T, as many at a time as
+    `model` has in memory: f[B, T]."""
+    width, part_rows = width or batch.tokens.shape[1], model.compute.part_rows
+    return packed_map(function, batch, width=width, part_rows=part_rows, mesh=mesh)[0]
 
 
 def scan_parts(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.model import Cache, Transformer, head_kernel, init_cache, layers_of, positions_of
+from instructax.model import Cache, Transformer, cast_matrices, head_kernel, init_cache, layers_of, positions_of
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 from instructax.vocabulary import logits_of
 
@@ -74,6 +74,7 @@ def generate(
     share rows; each has slots for its own share of the prompts. Returns Rollouts of N rows with R = `length`.
     """
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
+    params = cast_matrices(params, model.compute.dtype)
 
     def sample(prompts: Prompts, keys: Array, axis: str | None) -> Rollouts:
         sampler = _Sampler(

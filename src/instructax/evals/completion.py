@@ -17,7 +17,7 @@ from instructax import sharding
 from instructax.data.batches import left_padded, process_slice
 from instructax.inference import rollout_rows, row_logprobs
 from instructax.model import Transformer
-from instructax.rows import packed_map
+from instructax.rows import by_parts
 from instructax.sampling import generate
 from instructax.types import Array, Params, Prompts, Rollouts
 
@@ -49,9 +49,7 @@ class Completer:
 
         def totals(params: Params, rollouts: Rollouts) -> Array:
             logprobs = partial(row_logprobs, model, params, temperature=1.0)
-            width, part_rows = context_tokens + answer_tokens, model.compute.part_rows
-            packed = packed_map(logprobs, rollout_rows(rollouts), width=width, part_rows=part_rows, mesh=mesh)[0]
-            return jnp.sum(packed, axis=1)
+            return jnp.sum(by_parts(logprobs, rollout_rows(rollouts), model, mesh), axis=1)
 
         self._continued = jax.jit(continued, out_shardings=sharding.replicated(mesh))
         self._totals = jax.jit(totals, out_shardings=sharding.replicated(mesh))

@@ -23,6 +23,7 @@ SAMPLES = 400  # perfect responses of each use case that the pairs are read from
 FREE = (*RAMBLINGS, REFUSAL, NO_COMMENT, NOT_IN_BACKGROUND)  # what may stand in any response
 
 
+@functools.lru_cache(maxsize=4096)
 def class_of(word: str) -> str:
     """What a word stands for in a sentence: "<animal>", "<name>", … or itself."""
     if word.capitalize() in NAMES:
@@ -50,5 +51,5 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 def odd_pairs(text: str, foreign: frozenset[str]) -> int:
     """How many neighbours in a response never stand together in a perfect one; "and", and words of
     `foreign`, go with all."""
-    pairs = (pair for pair in _pairs(text) if not foreign & set(pair))
-    return sum(pair not in known_pairs() and "and" not in pair for pair in pairs)
+    known = known_pairs()
+    return sum(pair not in known and "and" not in pair and foreign.isdisjoint(pair) for pair in _pairs(text))

@@ -7,67 +7,20 @@ leading axis: training scans over it (compile time flat in depth), decoding unro
 Departure from GPT-3, whose every second layer attends to a band: all layers here attend to all that is before.
 """
 
-import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.configuration import check_range
+from instructax.model.attention import attend, attend_causally, attention_mask, rotate
+from instructax.model.config import ComputeConfig, ModelConfig
 from instructax.operations import normalized, product
 from instructax.types import Array, Params, pytree
 
-QUERY_BLOCK, QUERY_BLOCKS = 128, 8  # queries that attend together, at least, and into how many blocks at most
 UNROLLED = 4  # layers in a step of the training scan
-BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
-MASKED = -1e30  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The architecture; it travels with the parameters from stage to stage."""
-
-    vocab_size: int
-    max_length: int  # longest sequence, and the rows of a learned position table
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int  # < heads: grouped queries
-    head_width: int
-    mlp_width: int
-    norm: Literal["layernorm", "rmsnorm"]
-    norm_epsilon: float
-    positions: Literal["learned", "rotary"]
-    rotary_base: float  # wavelengths of rotary positions run from 2π to 2π · base; unused by learned ones
-    activation: Literal["gelu", "swiglu"]
-    biases: bool
-    tied_head: bool
-    init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
-
-    def __post_init__(self):
-        sizes = ("vocab_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
-        check_range(self, dict.fromkeys(sizes, 1) | {"norm_epsilon": 0, "rotary_base": 1, "init_std": 0})
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(f"model.head_width = {self.head_width} must be even for rotary positions")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComputeConfig:
-    """How a run computes; free to differ between stages that share parameters."""
-
-    dtype: Literal["float32", "bfloat16"]  # of activations and of matrix products
-    remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
-    head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
-    part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
-    slots: int  # responses that a device samples at a time
-
-    def __post_init__(self):
-        check_range(self, {"head_chunk": 1, "part_rows": 1, "slots": 1})
 
 
 @pytree
@@ -92,37 +45,6 @@ def _written(cached: Array, new: Array, column: Array, axis: int) -> Array:
     if column.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cached, new, column, axis=axis)
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))(cached, new, column)
-
-
-def positions_of(mask: Array) -> Array:
-    """Position of each real token among the real tokens of its row: b[B, T] → i32[B, T]; 0 before the first."""
-    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
-
-
-def attention_mask(query_segments: Array, key_segments: Array, first_column: Array | int) -> Array:
-    """Which keys each query sees: those of its own segment, and of the one that it branches off, but for the keys of
-    later queries. All other columns of a cache hold what came before, wherever they lie.
-
-    i32[B, T], i32[B, S], column of the first query's key i32[] or i32[B] → b[B, T, S]
-    """
-    queries = jnp.arange(query_segments.shape[1])[None, :, None]
-    # The query whose key stands in a column, if it is one's.
-    query_of = (jnp.arange(key_segments.shape[1])[None, :] - jnp.reshape(first_column, (-1, 1)))[:, None, :]
-    later = (query_of > queries) & (query_of < query_segments.shape[1])
-    stems = jnp.where(query_segments > 0, -((query_segments - 1) // BRANCHES) - 1, query_segments)
-    keys = key_segments[:, None, :]
-    seen = (keys == query_segments[:, :, None]) | (keys == stems[:, :, None])
-    return ~later & seen & (keys != 0)
-
-
-def rotate(x: Array, positions: Array, base: float) -> Array:
-    """Rotary positions (Su et al., 2021), halves convention: x dtype[B, T, H, d], positions i32[B, T] → as x."""
-    half = x.shape[-1] // 2
-    frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _add_bias(x: Array, bias: Array) -> Array:
@@ -162,22 +84,6 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """The mean of the values that each query sees, weighted by softmax(query · key / √d).
-
-    query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d].
-    """
-    batch, heads, length, width = query.shape
-    sharing = heads // key.shape[1]
-    # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is the
-    # one layout that XLA:CPU multiplies fast, also in the backward pass.
-    query = query.reshape(batch, -1, sharing * length, width)
-    scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32)
-    seen = jnp.tile(mask, (1, sharing, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores / np.sqrt(width), MASKED), axis=-1).astype(value.dtype)
-    return jnp.einsum("bgqs,bgsd->bgqd", weights, value).reshape(batch, heads, length, width)
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; returns its keys and values for the cache.
 
@@ -201,18 +107,7 @@ class Attention(nn.Module):
             key, value = _written(past_keys, key, column, 2), _written(past_values, value, column, 2)
             mixed = attend(query, key, value, mask)
         else:
-            # No query sees a key of a later column: what comes after a block of queries is not computed for it.
-            block = max(QUERY_BLOCK, -(-x.shape[1] // QUERY_BLOCKS))
-            parts = [
-                attend(
-                    query[:, :, i : i + block],
-                    key[:, :, : i + block],
-                    value[:, :, : i + block],
-                    mask[:, i : i + block, : i + block],
-                )
-                for i in range(0, x.shape[1], block)
-            ]
-            mixed = jnp.concatenate(parts, axis=2)
+            mixed = attend_causally(query, key, value, mask)
         mixed = mixed.swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.layers)
         return Linear((c.width,), 2, residual_std, c.biases, name="out")(mixed), (key, value)
@@ -365,6 +260,16 @@ def layers_of(blocks: Params) -> tuple[Params, ...]:
     """The parameters of each layer, from the stacked ones of all."""
     count = jax.tree.leaves(blocks)[0].shape[0]
     return tuple(jax.tree.map(lambda leaf, i=index: leaf[i], blocks) for index in range(count))
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """The matrices in the dtype that the network multiplies them in, as it would cast them itself: a loop then reads
+    no more bytes than it needs. Norms and biases stay as they are."""
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding", "positions") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def unroll_blocks(
