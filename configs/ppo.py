@@ -3,7 +3,7 @@
 Command:   python scripts/train.py --config configs/ppo.py:micro --workdir runs/micro/ppo-ptx
            python scripts/train.py --config configs/ppo.py:micro --config.ptx_coef=0.0 --workdir runs/micro/ppo
 Hardware:  micro: two cores, half a minute; 1.3b with a 6b reward model: 16 accelerators; 175b: 256.
-Expect:    micro: scores rise from 0 to about 0.7 while kl stays near 1 nat.
+Expect:    micro: scores rise from 0 to between 0.5 and 0.9, by the seed, while kl stays near 1 nat.
 
 The learning rates are those that the paper's figure 38 shows to be best with ptx (the text names none). Without ptx the
 paper's runs diverge above 8.05e-6; its best were 3.74e-6, 2.55e-6 and 2.55e-6.

@@ -37,6 +37,6 @@ def get_config(size: str) -> ml_collections.ConfigDict:
             "items": 8 if size == "tiny" else 200,
             "context_tokens": context,
             "answer_tokens": answer,
-            "batch_size": 8 if size == "tiny" else 64,
+            "batch_size": 8 if size == "tiny" else 200,
         }
     )

@@ -26,6 +26,9 @@ ENDING = flags.DEFINE_float(
     upper_bound=0.99,
 )
 SAMPLING = flags.DEFINE_bool("sampling_alone", False, "PPO: the rollout only")
+BESIDE = flags.DEFINE_integer(
+    "side_by_side", 0, "PPO: so many runs in one program; 0: one run in its three programs", lower_bound=0
+)
 PROFILE = flags.DEFINE_string("profile", "", "folder for a trace of the last repetition, read by TensorBoard or xprof")
 
 
@@ -50,6 +53,7 @@ def main(argv: list[str]) -> int:
             steps=STEPS.value,
             ending=ENDING.value,
             sampling_alone=SAMPLING.value,
+            side_by_side=BESIDE.value,
             profile=PROFILE.value,
         )
         print("\n".join(benchmark.table(record)))

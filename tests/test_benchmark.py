@@ -42,7 +42,7 @@ def config_of(arg: str) -> Any:
 
 
 def measured(arg: str, **changes: Any) -> dict[str, Any]:
-    given = {"steps": 2, "ending": 0.0, "sampling_alone": False, "profile": ""}
+    given = {"steps": 2, "ending": 0.0, "sampling_alone": False, "side_by_side": 0, "profile": ""}
     return benchmark.measure(config_of(arg), **{**given, **changes})
 
 
@@ -69,7 +69,7 @@ def test_every_work_runs_and_compiles_once(arg, tokens, padding):
 
 def test_ptx_runs_its_text():
     config = config_of("ppo,S")
-    given = {"steps": 1, "ending": 0.0, "sampling_alone": False, "profile": ""}
+    given = {"steps": 1, "ending": 0.0, "sampling_alone": False, "side_by_side": 0, "profile": ""}
     without = benchmark.measure(config, **given)
     record = benchmark.measure(dataclasses.replace(config, ptx_coef=1.0), **given)
     text = 8 * 4 * 24  # tokens of eight rows for each of four minibatches
@@ -83,7 +83,7 @@ def test_a_stage_that_does_not_fit_is_one_line():
         measured("sft,S", sampling_alone=True)
     evaluation = SimpleNamespace(stage="evaluate")
     with pytest.raises(ValueError, match=r"config\.stage = 'evaluate' trains nothing: give one of supervised, reward"):
-        benchmark.measure(evaluation, steps=1, ending=0.0, sampling_alone=False, profile="")
+        benchmark.measure(evaluation, steps=1, ending=0.0, sampling_alone=False, side_by_side=0, profile="")
 
 
 @pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_head": False}])
@@ -91,7 +91,13 @@ def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
     config = config_of("ppo,S")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
     with pytest.raises(ValueError, match=r"--ending needs config[.]model[.]norm = 'layernorm'"):
-        benchmark.measure(config, steps=1, ending=0.1, sampling_alone=True, profile="")
+        benchmark.measure(config, steps=1, ending=0.1, sampling_alone=True, side_by_side=0, profile="")
+
+
+def test_runs_side_by_side():
+    alone, three = measured("ppo,S"), measured("ppo,S", side_by_side=3)
+    assert three["tokens"] == 3 * alone["tokens"] and three["operations"] == 3 * alone["operations"]
+    assert list(three["seconds_of"]) == ["iteration"] and three["compilations_after_the_first"] == 0
 
 
 def test_the_sampler_alone():

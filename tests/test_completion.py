@@ -32,10 +32,11 @@ def network(family: str):
 
 
 def completer(
-    family: str, mesh: tuple[int, int, int] = (1, 1, 1), *, batch_size: int = 4, eos_id: int = 0
+    family: str, mesh: tuple[int, int, int] = (1, 1, 1), *, batch_size: int = 4, eos_id: int = 0, stop: int = -1
 ) -> Completer:
     lengths = {"context_tokens": CONTEXT, "answer_tokens": ANSWER}
-    return Completer(network(family)[0], stages.mesh_of(*mesh), batch_size=batch_size, eos_id=eos_id, **lengths)
+    ends = {"eos_id": eos_id, "stops": np.arange(small.VOCAB_SIZE) == stop}
+    return Completer(network(family)[0], stages.mesh_of(*mesh), batch_size=batch_size, **ends, **lengths)
 
 
 def plain_completions(family: str) -> list[np.ndarray]:
@@ -60,6 +61,17 @@ def test_completions_are_the_likeliest_tokens_up_to_the_end(family, mesh):
     wanted = [until(answer, eos_id) for answer in plain]
     assert {0 < len(answer) < ANSWER for answer in wanted} == {True, False}
     got = completer(family, mesh, eos_id=eos_id).complete(network(family)[1], CONTEXTS)
+    assert [answer.tolist() for answer in got] == wanted
+
+
+def test_a_completion_ends_with_the_first_stop():
+    plain = plain_completions("gpt")
+    inner = [token for answer in plain for token in answer[:-1].tolist()]
+    stop = min(inner, key=lambda token: sum(token in answer for answer in plain))
+    wanted = [[*until(answer, stop), *([stop] if stop in answer else [])] for answer in plain]
+    assert {len(answer) < ANSWER for answer in wanted} == {True, False}
+    unused = next(token for token in range(small.VOCAB_SIZE) if not any(token in answer for answer in plain))
+    got = completer("gpt", eos_id=unused, stop=stop).complete(network("gpt")[1], CONTEXTS)
     assert [answer.tolist() for answer in got] == wanted
 
 

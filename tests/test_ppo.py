@@ -246,6 +246,36 @@ def test_without_both_coefficients_it_is_plain_ppo():
     np.testing.assert_allclose(experience.returns, np.where(mask, finals[:, None], 0.0), rtol=1e-4, atol=1e-4)
 
 
+def test_runs_side_by_side_are_what_each_is_alone():
+    """Two iterations of three runs of other seeds, coefficients and rates, in one program, and one after the other."""
+    program = stages.ppo_program(MESH)
+    changes = (
+        {},
+        {"seed": 8, "kl_coef": 0.5, "learning_rate": 0.002},
+        {"temperature": 0.7, "ptx_coef": 0.0, "clip": 0.1},
+    )
+    settings = [stages.ppo_settings(**change) for change in changes]
+    fixed = (other_params("tokens"), other_params("scalar"))
+    texts = [jax.tree.map(jnp.asarray, stages.packed_rows(4, 14, seed)) for seed in range(3)]
+    states = [stages.ppo_state(program, seed) for seed in range(3)]
+
+    def stacked(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    alone = jax.jit(partial(ppo.iteration, program))
+    together = jax.jit(jax.vmap(partial(ppo.iteration, program), in_axes=(0, None, None, None, 0, 0)))
+    many = stacked(states)
+    for _ in range(2):
+        many, metrics, rollouts, scores = together(many, *fixed, PROMPTS, stacked(texts), stacked(settings))
+        ones = [alone(s, *fixed, PROMPTS, t, c) for s, t, c in zip(states, texts, settings, strict=True)]
+        states = [one[0] for one in ones]
+        np.testing.assert_array_equal(rollouts.responses, stacked([one[2].responses for one in ones]))
+        stages.assert_trees_close(metrics, stacked([one[1] for one in ones]), rtol=1e-3, atol=1e-5)
+        stages.assert_trees_close(scores, stacked([one[3] for one in ones]), rtol=1e-4, atol=1e-5)
+        stages.assert_trees_close(many, stacked(states), rtol=1e-3, atol=1e-5)
+    assert len(set(np.asarray(metrics["learning_rate"]).tolist())) == 2
+
+
 def test_clipped_tokens_have_no_gradient():
     _, experience, judged, _ = scored()
     mask = judged.rollouts.mask

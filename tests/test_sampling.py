@@ -220,6 +220,22 @@ def test_samples_of_one_prompt_share_it(policy):
     np.testing.assert_array_equal(shared.prompts.mask, twice.prompts.mask)
 
 
+def test_a_stop_ends_a_response_and_belongs_to_it(policy):
+    prompts, keys = prompts_and_keys()
+    whole = policy.sample(prompts, keys, 1.0)
+    long = whole.mask.sum(axis=1) > 5
+    stops = np.isin(np.arange(policy.config.vocab_size), whole.responses[long, 3])
+    sample = partial(generate, policy.model, length=LENGTH, temperature=1.0, eos_id=EOS, stops=jnp.asarray(stops))
+    cut = jax.device_get(jax.jit(sample)(policy.params, prompts, keys))
+    lengths = cut.mask.sum(axis=1)
+    assert long.sum() > 1 and (lengths[long] <= 4).all()
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(cut.responses[row, :length], whole.responses[row, :length])
+        assert not stops[cut.responses[row, : length - 1]].any()
+        assert cut.ended[row] == (stops[cut.responses[row, length - 1]] or whole.ended[row])
+        assert length == LENGTH or cut.ended[row]
+
+
 def converted(jaxpr: Any, inside: bool = False) -> set[tuple[int, ...]]:
     """Shapes of the float32 arrays that the loops of a program turn into bfloat16."""
     found = set()

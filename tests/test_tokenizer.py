@@ -393,3 +393,8 @@ def test_help_imports_neither_jax_nor_tokenizers():
     )
     done = subprocess.run([sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert "--vocab_size" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_tokens_with_a_text_are_those_whose_own_text_holds_it():
+    marked = tokenizer_lib.load_tokenizer("bytes").with_text("\n")
+    assert marked.shape == (257,) and np.flatnonzero(marked).tolist() == [10]

@@ -70,7 +70,7 @@ class Answering:
         self._batch_size = batch_size
         self._room = policy.config.max_length - limits.prompt_tokens - limits.response_tokens
         self._fixed = (ref_params, reward_params)
-        line_breaks = jnp.asarray(["\n" in tokenizer.decode([token]) for token in range(tokenizer.size)])
+        line_breaks = jnp.asarray(tokenizer.with_text("\n"))
         scored_at = temperature if temperature > 0 else 1.0
 
         def packed(function: Any, rollouts: Rollouts) -> Array:
@@ -84,6 +84,7 @@ class Answering:
             """Of `draws` answers to each prompt the one with the highest score, the first of equals."""
             steps = jax.vmap(partial(clock.step_key, seed, "evaluate"))(jnp.arange(draws))
             keys = jax.vmap(clock.sample_keys, (0, None), 1)(steps, samples).reshape(-1)
+            prompted = asked.tokens.shape != prompts.tokens.shape
             sampled = generate(
                 policy,
                 params,
@@ -92,10 +93,11 @@ class Answering:
                 length=limits.response_tokens,
                 temperature=temperature,
                 eos_id=tokenizer.eos_id,
+                stops=line_breaks if prompted else None,
                 groups=sharding.row_ways(mesh),
             )
             cut, kept = sampled, sampled.mask
-            if asked.tokens.shape != prompts.tokens.shape:
+            if prompted:
                 cut, kept = end_at(sampled, line_breaks, tokenizer.eos_id)
             prompts = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), prompts)
             cut = dataclasses.replace(cut, prompts=prompts)

@@ -44,15 +44,18 @@ def forward_operations(config: ModelConfig, tokens: float, length: float, scored
     return tokens * (2 * config.layers * block + attention) + 2 * scored * config.vocab_size * config.width
 
 
-def measure(config: Any, *, steps: int, ending: float, sampling_alone: bool, profile: str) -> dict[str, Any]:
+def measure(
+    config: Any, *, steps: int, ending: float, sampling_alone: bool, side_by_side: int, profile: str
+) -> dict[str, Any]:
     """The record of `steps` repetitions after a first one, which compiles; `config` is the config of a stage that
     trains. `ending`: the probability that a policy ends its response at a token (0: never); `sampling_alone`: of PPO
-    the rollout only; `profile`: a folder for the trace of the last repetition, or ""."""
+    the rollout only; `side_by_side`: of PPO, so many runs in one program, 1 for one run whose three programs are one, 0
+    for the programs of a run; `profile`: a folder for the trace of the last repetition, or ""."""
     makers = {"supervised": _supervised, "reward": _reward, "ppo": _ppo}
     require(config.stage in makers, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(makers)}")
     require(
-        config.stage == "ppo" or not (sampling_alone or ending),
-        f"config.stage = {config.stage!r} samples nothing: leave out --sampling_alone and --ending",
+        config.stage == "ppo" or not (sampling_alone or ending or side_by_side),
+        f"config.stage = {config.stage!r} samples nothing: leave out --sampling_alone, --ending and --side_by_side",
     )
     require(
         not ending or (config.model.norm, config.model.tied_head) == ("layernorm", True),
@@ -60,7 +63,7 @@ def measure(config: Any, *, steps: int, ending: float, sampling_alone: bool, pro
     )
     mesh = sharding.make_mesh(config.mesh)
     peak, bandwidth = matmul_rate(), copy_rate()
-    make = _sampling if sampling_alone else makers[config.stage]
+    make = _sampling if sampling_alone else partial(_ppo, runs=side_by_side) if side_by_side else makers[config.stage]
     compiled = Compilations()
     with compiled:
         started = time.perf_counter()
@@ -252,25 +255,38 @@ def _reward(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     return Work(run, lambda figures: figures["tokens"], operations)
 
 
-def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
+def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0) -> Work:
+    """The three programs of an iteration; with `runs`, that many runs of other seeds side by side in one program."""
     program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
     policy = _policy(program, ending)
     scorer = training.init_state(program.scorer, program.value_optimizer, jax.random.key(1), mesh).params
-    abstract, tolerance = ppo_train.abstract_state(program), config.tolerance
-    iterate = ppo_train.Iteration(program, abstract, settings, policy, scorer, tolerance)
-    state = [
-        PpoState(
-            policy=training.start_from(policy, program.policy_optimizer, mesh),
-            value=training.start_from(scorer, program.value_optimizer, mesh),
-            ema=jax.tree.map(jnp.copy, policy),
-        )
-    ]
+    state = PpoState(
+        policy=training.start_from(policy, program.policy_optimizer, mesh),
+        value=training.start_from(scorer, program.value_optimizer, mesh),
+        ema=jax.tree.map(jnp.copy, policy),
+    )
     rows = config.ptx_rows * config.minibatches * config.inner_epochs if config.ptx_coef > 0 else 0
     batch = sharding.put_rows((_prompts(config), _text(config, rows) if rows else None), mesh)
+    iterate: Any
+    if runs:
+        settings = jax.tree.map(lambda x: jnp.stack([x] * runs), settings)
+        settings = dataclasses.replace(settings, seed=jnp.arange(runs, dtype=jnp.int32))
+        states = [jax.tree.map(lambda x: jnp.stack([x] * runs), state)]
+        many = jax.vmap(partial(ppo.iteration, program), in_axes=(0, None, None, None, None, 0))
+        iterate = jax.jit(many, donate_argnums=0)
+    else:
+        states = [state]
+        iterate = ppo_train.Iteration(
+            program, ppo_train.abstract_state(program), settings, policy, scorer, config.tolerance
+        )
 
     def run(phase: Any) -> Mapping[str, float]:
-        state[0], metrics, _, _ = iterate(state[0], batch, phase)
-        return {name: float(metrics[name]) for name in ("tokens", "response_length", "padding")}
+        if runs:
+            with phase("iteration"):
+                states[0], metrics, _, _ = jax.block_until_ready(iterate(states[0], policy, scorer, *batch, settings))
+        else:
+            states[0], metrics, _, _ = iterate(states[0], batch, phase)
+        return {name: float(jnp.mean(metrics[name])) for name in ("tokens", "response_length", "padding")}
 
     def operations(figures: Mapping[str, float]) -> float:
         length = figures["tokens"] / config.batch_size
@@ -280,9 +296,10 @@ def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
         width = config.data.limits.sequence_tokens
         text = forward_operations(config.model, rows * width, width, rows * width)
         # The sampler, the reference, the value and the reward; both networks' updates; and the text's.
-        return 2 * policy + 2 * scalar + 3 * config.inner_epochs * (policy + scalar) + 3 * text
+        once = 2 * policy + 2 * scalar + 3 * config.inner_epochs * (policy + scalar) + 3 * text
+        return max(runs, 1) * once
 
-    return Work(run, lambda figures: figures["tokens"], operations)
+    return Work(run, lambda figures: max(runs, 1) * figures["tokens"], operations)
 
 
 def _sampling(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:

@@ -208,6 +208,26 @@ def update(
     return state, {**means, **first, "learning_rate": policy_rate, "value_learning_rate": value_rate}
 
 
+def iteration(
+    program: PpoProgram,
+    state: PpoState,
+    ref_params: Params,
+    reward_params: Params,
+    prompts: Prompts,
+    text: LmBatch | None,
+    settings: PpoSettings,
+) -> tuple[PpoState, dict[str, Array], Rollouts, Array]:
+    """Rollout, scores and update as one function: (new state, metrics, rollouts, scores f32[B]).
+
+    `jax.vmap` of it over state, prompts, text and settings is a sweep: runs of other seeds, coefficients and learning
+    rates side by side in one program, each with the numbers that it has alone, up to rounding.
+    """
+    rollouts = rollout(program, state.policy.params, prompts, state.step, settings)
+    experience, scored, metrics = score(program, state, ref_params, reward_params, rollouts, settings)
+    state, update_metrics = update(program, state, experience, text, settings)
+    return state, {**metrics, **update_metrics}, rollouts, scored.scores
+
+
 def _tick(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=state.step + 1)
 

@@ -64,14 +64,16 @@ def generate(
     length: int,
     temperature: Array | float,
     eos_id: int,
+    stops: Array | None = None,
     groups: int = 1,
 ) -> Rollouts:
     """Samples up to `length` tokens after each prompt.
 
     `prompts` [M, P]; `keys` key[N], one for each sample, so that a sample depends neither on its neighbours nor on its
     slot; N is a multiple of M, and sample i is of prompt i // (N / M). Token t uses fold_in(key, t). A row ends with
-    `eos_id`, which belongs to the response; columns after it are masked and hold `eos_id`. `groups`: how many devices
-    share rows; each has slots for its own share of the prompts. Returns Rollouts of N rows with R = `length`.
+    `eos_id`, or with one of `stops` b[V] if they are given, which belongs to the response; columns after it are masked
+    and hold `eos_id`. `groups`: how many devices share rows; each has slots for its own share of the prompts. Returns
+    Rollouts of N rows with R = `length`.
     """
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
     params = cast_matrices(params, model.compute.dtype)
@@ -87,6 +89,7 @@ def generate(
             length=length,
             temperature=jnp.asarray(temperature, jnp.float32),
             eos_id=eos_id,
+            stops=jnp.zeros((model.config.vocab_size,), bool) if stops is None else stops,
             axis=axis,
         )
         return sampler.run()
@@ -111,6 +114,7 @@ class _Sampler:
     length: int
     temperature: Array
     eos_id: int
+    stops: Array  # b[V]
     axis: str | None  # of the groups, if there are several
 
     def run(self) -> Rollouts:
@@ -188,7 +192,8 @@ class _Sampler:
         keys = jax.vmap(jax.random.fold_in)(self.keys[jnp.minimum(s.sample, count - 1)], s.column)
         logits = logits_of(s.hidden, head_kernel(self.model.config, self.params))
         tokens, logprobs = sample_token(logits, keys, self.temperature)
-        over = (tokens == self.eos_id) | (s.column + 1 == self.length)
+        stopped = (tokens == self.eos_id) | self.stops[tokens]
+        over = stopped | (s.column + 1 == self.length)
         return dataclasses.replace(
             s,
             sample=jnp.where(over, count, s.sample),
@@ -197,7 +202,7 @@ class _Sampler:
             responses=s.responses.at[s.sample, s.column].set(tokens, mode="drop"),
             mask=s.mask.at[s.sample, s.column].set(True, mode="drop"),
             logprobs=s.logprobs.at[s.sample, s.column].set(logprobs, mode="drop"),
-            ended=s.ended.at[s.sample].set(tokens == self.eos_id, mode="drop"),
+            ended=s.ended.at[s.sample].set(stopped, mode="drop"),
         )
 
     def _step(self, s: _Slots) -> _Slots:

@@ -84,7 +84,9 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     stage.Record(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
     model = Transformer(config.model, config.compute, "tokens")
     lengths = {"context_tokens": config.context_tokens, "answer_tokens": config.answer_tokens}
-    completer = Completer(model, mesh, batch_size=config.batch_size, eos_id=tokenizer.eos_id, **lengths)
+    # What stands after a line break is never read.
+    stops = tokenizer.with_text("\n")
+    completer = Completer(model, mesh, batch_size=config.batch_size, eos_id=tokenizer.eos_id, stops=stops, **lengths)
     policies: dict[str, dict[str, dict[str, Any]]] = {}
     log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
     with log:

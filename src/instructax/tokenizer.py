@@ -62,6 +62,10 @@ class Tokenizer:
         decoder = self._backend.decoder
         return decoder.decode(tokens) if decoder else " ".join(tokens)
 
+    def with_text(self, text: str) -> np.ndarray:
+        """Marks the tokens that hold `text`, such as those with a line break: b[size]."""
+        return np.array([text in self.decode([token]) for token in range(self.size)])
+
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Returns the tokenizer at `path`.

@@ -38,14 +38,15 @@ class Completer:
         answer_tokens: int,
         batch_size: int,
         eos_id: int,
+        stops: np.ndarray,
     ):
-        self._mesh, self._batch_size = mesh, batch_size
+        self._mesh, self._batch_size, self._eos_id = mesh, batch_size, eos_id
         self._context_tokens, self._answer_tokens = context_tokens, answer_tokens
 
         def continued(params: Params, prompts: Prompts) -> Rollouts:
             keys = jax.random.split(jax.random.key(0), batch_size)  # nothing is drawn at temperature 0
-            length, groups = answer_tokens, sharding.row_ways(mesh)
-            return generate(model, params, prompts, keys, length=length, temperature=0.0, eos_id=eos_id, groups=groups)
+            ends = {"length": answer_tokens, "eos_id": eos_id, "stops": jnp.asarray(stops)}
+            return generate(model, params, prompts, keys, temperature=0.0, groups=sharding.row_ways(mesh), **ends)
 
         def totals(params: Params, rollouts: Rollouts) -> Array:
             logprobs = partial(row_logprobs, model, params, temperature=1.0)
@@ -55,14 +56,15 @@ class Completer:
         self._totals = jax.jit(totals, out_shardings=sharding.replicated(mesh))
 
     def complete(self, params: Params, contexts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The likeliest next token after each context i32[n], again and again, up to `answer_tokens` or the end token,
-        which is left out: i32[m] each. Raises ValueError for a context that is empty or does not fit."""
+        """The likeliest next token after each context i32[n], again and again, up to `answer_tokens`, one of `stops`
+        b[V], or the end token, which is left out: i32[m] each. Raises ValueError for a context that is empty or does
+        not fit."""
         prompts, answers = self._prompts(contexts), []
         for rows in self._batches(len(contexts)):
             out = jax.device_get(self._continued(params, self._put(prompts, rows)))
             for i in range(len(np.unique(rows))):
-                real = int(out.mask[i].sum()) - int(out.ended[i])
-                answers.append(out.responses[i, :real])
+                answer = out.responses[i, : out.mask[i].sum()]
+                answers.append(answer[:-1] if answer[-1] == self._eos_id else answer)
         return answers
 
     def candidate_logprobs(

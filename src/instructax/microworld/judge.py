@@ -6,6 +6,7 @@ letters, full stops, who is spoken of, and neighbours that never stand together 
 """
 
 import dataclasses
+import functools
 
 from instructax.microworld.grammar import odd_pairs
 from instructax.microworld.lexicon import CATEGORY_OF, NAMES, REFUSAL, RUDE_WORDS, sentences_of, words_of
@@ -128,6 +129,7 @@ def _keeps_constraint(task: Task, response: str, words: list[str]) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=2**16)  # two groups of labelers and the report ask about the same responses
 def judge(task: Task, response: str) -> Judgement:
     """What is true of `response`. An empty one has the helpfulness −1.
 

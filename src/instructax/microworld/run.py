@@ -1,7 +1,6 @@
 """The world as a run: its files and their tokenizer, in a workdir like any other."""
 
 import dataclasses
-import functools
 import gzip
 import json
 import shutil
@@ -13,10 +12,9 @@ import jax
 
 from instructax.configuration import construct, require
 from instructax.lineage import finished
-from instructax.microworld.prompts import Asked, prompt_sets, tasks_by_prompt
+from instructax.microworld.prompts import Asked, tasks_by_prompt
 from instructax.microworld.tasks import Task
-from instructax.microworld.world import draw_world
-from instructax.microworld.write import Sizes, prompts_of_sets, write_world
+from instructax.microworld.write import Sizes, prompts_of, write_world
 from instructax.processes import everywhere
 from instructax.runlog import write_json
 from instructax.tokenizer import save_tokenizer, train_bpe
@@ -64,15 +62,10 @@ def world_of(workdir: Path) -> tuple[int, Sizes]:
 
 def asked_of(workdir: Path, name: str) -> list[Asked]:
     """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`, as they were asked."""
-    return _sets(*world_of(workdir))[name]
+    return prompts_of(*world_of(workdir))[name]
 
 
 def tasks_of(workdir: Path) -> dict[str, Task]:
     """What is asked for in every prompt of the finished world in `workdir`, by the prompt without white space at its
     ends: for evaluation alone."""
-    return tasks_by_prompt(_sets(*world_of(workdir)))
-
-
-@functools.lru_cache(maxsize=1)  # of one experiment, whose stages and report all ask for the same world
-def _sets(seed: int, sizes: Sizes) -> dict[str, list[Asked]]:
-    return prompt_sets(draw_world(seed), seed, prompts_of_sets(sizes))
+    return tasks_by_prompt(prompts_of(*world_of(workdir)))

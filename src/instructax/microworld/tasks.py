@@ -10,7 +10,7 @@ from instructax.microworld.world import Facts
 Words = frozenset[str]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # each is itself alone, so that judgements can be kept
 class Task:
     """A prompt and what is asked for in it.
 

@@ -1,6 +1,7 @@
 """Writes a world as JSON lines in the one supported schema, the same bytes for the same seed and sizes."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -48,14 +49,16 @@ class Sizes:
                 raise ValueError(f"{name} = {size}, must be at least 1")
 
 
-def prompts_of_sets(sizes: Sizes) -> dict[str, int]:
-    """How many distinct prompts each set has."""
-    return {
+@functools.lru_cache(maxsize=1)  # one experiment's stages and report all ask for the same ones
+def prompts_of(seed: int, sizes: Sizes) -> dict[str, list[Asked]]:
+    """The prompts of each set of the world of `seed`."""
+    counts = {
         "demonstrations": sizes.demonstrated_prompts,
         "comparisons": sizes.comparisons,
         "prompts": sizes.prompts,
         "gpt_prompts": sizes.gpt_prompts,
     }
+    return prompt_sets(draw_world(seed), seed, counts)
 
 
 def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
@@ -153,7 +156,7 @@ def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -
       ValueError: `directory` exists, or there are fewer distinct prompts than asked for.
     """
     directory, world = Path(directory), draw_world(seed)
-    sets = prompt_sets(world, seed, prompts_of_sets(sizes))
+    sets = prompts_of(seed, sizes)
     if directory.exists():
         raise ValueError(f"directory {str(directory)!r} exists already; remove it or choose another one")
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")

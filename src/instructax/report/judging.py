@@ -23,7 +23,7 @@ FLAGS = ("attempts", "constraint", "hallucinates", "appropriate", "truthful")  #
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Judged:
     """One policy's responses, judged; every array is over the prompts."""
 
     scores: np.ndarray  # f[n], the reward model's
@@ -38,7 +38,7 @@ class Reading:
     """An experiment and what is said of its responses."""
 
     experiment: Experiment
-    answers: dict[tuple[str, str], Answers]  # (size, policy) →
+    answers: dict[tuple[str, str], Judged]  # (size, policy) →
     gpt: "Reading | None" = None  # the same on prompts of the GPT-3 distribution
 
     @property
@@ -133,7 +133,7 @@ def read(experiment: Experiment) -> Reading:
     return Reading(experiment, _judged(experiment), gpt)
 
 
-def _judged(experiment: Experiment) -> dict[tuple[str, str], Answers]:
+def _judged(experiment: Experiment) -> dict[tuple[str, str], Judged]:
     """(size, policy) → its responses, judged."""
     tasks = [experiment.tasks[prompt] for prompt in experiment.prompts]
     return {
@@ -143,7 +143,7 @@ def _judged(experiment: Experiment) -> dict[tuple[str, str], Answers]:
     }
 
 
-def answers_of(tasks: list[Task], records: list[Record], seed: int) -> Answers:
+def answers_of(tasks: list[Task], records: list[Record], seed: int) -> Judged:
     """One policy's responses, judged: prompt i by labeler i modulo their number, in each group. What a labeler's noise
     adds is a function of the prompt and the response."""
     texts = [response_of(record) for record in records]
@@ -160,7 +160,7 @@ def answers_of(tasks: list[Task], records: list[Record], seed: int) -> Answers:
             if group == LABELER:
                 flags.append(labeler.flags(judgement, rng))
         opinions[group], likert[group] = np.array(said, float).reshape(-1, 2).T
-    return Answers(
+    return Judged(
         scores=np.array([record["score"] for record in records], float),
         kl=np.array([record["kl"] for record in records], float),
         flags={flag: np.array([answers[flag] for answers in flags]) for flag in FLAGS},

@@ -98,7 +98,9 @@ def parameters_of(model: Record) -> int:
 
 def in_words(parameters: int) -> str:
     """A number of parameters, short: 0.2M, 1.3B."""
-    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.3g}B"
+    return f"{parameters / 1e6:.3g}M" if parameters >= 1e8 else f"{parameters / 1e6:.2g}M"
 
 
 def load(root: Path) -> Experiment:
