@@ -1,4 +1,4 @@
-"""Operations of the network whose backward pass is written by hand, because on CPUs the derived one is slow.
+"""Operations that JAX would derive worse: backward passes of the network, and loops under `vmap`.
 
 XLA:CPU fuses what computes an array into every product that reads it, and computes it again there: in the backward pass
 of a transformer, the norms and activations of all later layers. Here such arrays are written to memory once. The
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+custom_vmap: Any = jax.custom_batching.custom_vmap
 custom_vjp: Any = jax.custom_vjp  # whose stubs forget what a decorated function returns
 
 
@@ -71,3 +72,29 @@ def _normalized_backward(centred: bool, epsilon: float, kept: tuple[Array, Array
 
 
 normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+@custom_vmap
+def anywhere(flag: Array) -> Array:
+    """`flag` b[]; under `vmap` whether it holds for any of the batch, and one answer for all.
+
+    A loop that ends by it is one loop for the whole batch. Else `vmap` lets each go on by itself: it keeps the state of
+    those that have ended by copying all of it at every step.
+    """
+    return flag
+
+
+@anywhere.def_vmap
+def _(_size: int, _batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    return jnp.any(flags, axis=0), False
+
+
+@custom_vmap
+def largest(number: Array) -> Array:
+    """`number` i32[]; under `vmap` the largest of the batch, for all: a loop's end, as `anywhere`."""
+    return number
+
+
+@largest.def_vmap
+def _(_size: int, _batched: list[bool], numbers: Array) -> tuple[Array, bool]:
+    return jnp.max(numbers, axis=0), False

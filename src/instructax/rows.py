@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.model import BRANCHES, Transformer
+from instructax.operations import largest
 from instructax.types import Array, LmBatch, pytree
 
 
@@ -109,7 +110,8 @@ def scan_parts(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, parts: Any, used: Array | int
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` of `step(carry, part) -> (carry, out)` that ends after the first `used` parts; what it would have
-    stacked for the others is zero. It has no gradient: take it inside `step`."""
+    stacked for the others is zero. It has no gradient: take it inside `step`. Under `vmap` all go on to the last part
+    that any has in use."""
     count = jax.tree.leaves(parts)[0].shape[0]
     outs = jax.eval_shape(lambda: step(carry, jax.tree.map(lambda x: x[0], parts))[1])
     blank = jax.tree.map(lambda out: jnp.zeros((count, *out.shape), out.dtype), outs)
@@ -120,4 +122,4 @@ def scan_parts(
         carry, out = step(carry, part)
         return carry, jax.tree.map(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, index, 0), stacked, out)
 
-    return jax.lax.fori_loop(0, used, one, (carry, blank))
+    return jax.lax.fori_loop(0, largest(jnp.asarray(used, jnp.int32)), one, (carry, blank))

@@ -7,13 +7,13 @@ its forward pass. All of it is one compiled program.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from instructax.model import Cache, Transformer, cast_matrices, head_kernel, init_cache, layers_of, positions_of
+from instructax.operations import anywhere
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 from instructax.vocabulary import logits_of
 
@@ -78,7 +78,7 @@ def generate(
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
     params = cast_matrices(params, model.compute.dtype)
 
-    def sample(prompts: Prompts, keys: Array, axis: str | None) -> Rollouts:
+    def sample(prompts: Prompts, keys: Array) -> Rollouts:
         sampler = _Sampler(
             model=model,
             params=params,
@@ -90,14 +90,13 @@ def generate(
             temperature=jnp.asarray(temperature, jnp.float32),
             eos_id=eos_id,
             stops=jnp.zeros((model.config.vocab_size,), bool) if stops is None else stops,
-            axis=axis,
         )
         return sampler.run()
 
     if groups == 1:
-        return sample(prompts, keys, None)
+        return sample(prompts, keys)
     split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (prompts, keys))
-    rollouts = jax.vmap(partial(sample, axis="groups"), axis_name="groups")(*split)
+    rollouts = jax.vmap(sample)(*split)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
 
 
@@ -115,13 +114,12 @@ class _Sampler:
     temperature: Array
     eos_id: int
     stops: Array  # b[V]
-    axis: str | None  # of the groups, if there are several
 
     def run(self) -> Rollouts:
         count = len(self.keys)
 
         def goes_on(s: _Slots) -> Array:
-            return self._anywhere(jnp.any(s.sample < count) | (s.next < count))
+            return anywhere(jnp.any(s.sample < count) | (s.next < count))
 
         end = jax.lax.while_loop(goes_on, self._step, self._draw(self._start()))
         prompts = jax.tree.map(lambda x: jnp.repeat(x, count // len(self.prompts.tokens), axis=0), self.prompts)
@@ -144,9 +142,6 @@ class _Sampler:
             logprobs=jnp.zeros((count, self.length), jnp.float32),
             ended=jnp.zeros((count,), bool),
         )
-
-    def _anywhere(self, flag: Array) -> Array:
-        return flag if self.axis is None else jax.lax.pmax(flag.astype(jnp.int32), self.axis) > 0
 
     def _waits(self, s: _Slots) -> Array:
         """Whether there are a sample and a slot for it."""
@@ -187,7 +182,7 @@ class _Sampler:
 
     def _draw(self, s: _Slots) -> _Slots:
         """Fills idle slots, and adds a token to every response under way."""
-        s = jax.lax.while_loop(lambda s: self._anywhere(self._waits(s)), self._take, s)
+        s = jax.lax.while_loop(lambda s: anywhere(self._waits(s)), self._take, s)
         count = len(self.keys)
         keys = jax.vmap(jax.random.fold_in)(self.keys[jnp.minimum(s.sample, count - 1)], s.column)
         logits = logits_of(s.hidden, head_kernel(self.model.config, self.params))
