@@ -167,19 +167,20 @@ def test_every_value_of_the_config_reaches_its_place(chain):
     names = ("kl_coef", "discount", "lambda_", "no_eos_penalty", "temperature", "clip", "value_clip", "ptx_coef")
     peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
     values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}  # no two alike
-    counts = {"seed": 5, "steps": 6, "inner_epochs": 2, "minibatches": 4}
+    counts = {"steps": 6, "inner_epochs": 2, "minibatches": 4}
     choices = {"whiten_rewards": True, "whiten_advantages": False}
-    config, program, _ = ppo_parts(chain, **peaks, **values, **counts, **choices)
+    config, program, _ = ppo_parts(chain, seed=5, **peaks, **values, **counts, **choices)
     settings = vars(ppo_train.settings_of(config))
     settings |= vars(settings.pop("rewards"))
     rates = {"learning_rate": 0.75, "value_learning_rate": 0.5}
-    assert {name: float(value) for name, value in settings.items()} == values | rates
+    assert {name: float(value) for name, value in settings.items()} == values | rates | {"seed": 5}
     counts["total_steps"] = counts.pop("steps")
     assert {name: getattr(program, name) for name in counts | choices} == counts | choices
     assert (program.policy_schedule, program.value_schedule) == (config.optimizer, config.value_optimizer)
     assert (program.policy.config, program.scorer.config) == (config.model, config.reward_model)
     assert program.response_tokens == config.data.limits.response_tokens
     assert program.clip_values and not ppo_parts(chain, value_clip=0.0)[1].clip_values
+    assert program.rescores and not ppo_parts(chain, old_logprobs="sampler")[1].rescores
 
 
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
