@@ -14,7 +14,7 @@ ARCHITECTURES = {"S": (6, 384, 6, 64, 8192), "M": (12, 768, 12, 64, 50257)}
 STAGES = {"sft": pretrain, "ppo": ppo, "reward": reward, "reward4": reward, "reward2": reward}
 
 
-def get_config(arg: str) -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A run of one stage, `arg` STAGE,SIZE."""
     name, _, size = arg.partition(",")
     if name not in STAGES or size not in ARCHITECTURES:

@@ -10,10 +10,12 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
+def get_config(size: str = "") -> ml_collections.ConfigDict:
     """Comparisons of answers by SFT, now and then by the pretrained model."""
     if size not in sizes.WORLDS:
-        raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: only the embedded world has labelers")
+        raise ValueError(
+            f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: only the embedded world has labelers"
+        )
     folder, limits = f"runs/{size}", sizes.limits(size).to_dict()
     return ml_collections.ConfigDict(
         {

@@ -10,7 +10,7 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(arg: str) -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A comparison of GPT, SFT, PPO and PPO-ptx, plain and by the two ways that train nothing more.
 
     `arg` is SIZE, or SIZE,SCORER for a reward model of another size.

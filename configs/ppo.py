@@ -14,7 +14,7 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(arg: str) -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A run of PPO-ptx; with ptx_coef 0, of PPO. `arg` is SIZE, or SIZE,SCORER for a reward model of another size."""
     size, scorer = sizes.policy_and_scorer(arg)
     folder = f"runs/{size}"

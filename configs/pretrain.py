@@ -22,7 +22,7 @@ GPT3_RATE_AND_ROWS = {
 TOKENS, WARMUP_TOKENS = 300e9, 375e6  # GPT-3's (Brown et al., table 2.1 and appendix B)
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
+def get_config(size: str = "") -> ml_collections.ConfigDict:
     """A run of pretraining."""
     small = {"tiny": (3e-3, 8), **dict.fromkeys(sizes.FAMILY, (3e-3, 4)), "small": (2e-3, 16)}
     rate, rows = {**small, **GPT3_RATE_AND_ROWS}[sizes.check(size)]

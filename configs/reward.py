@@ -10,7 +10,7 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
+def get_config(size: str = "") -> ml_collections.ConfigDict:
     """A run of reward-model training."""
     folder = f"runs/{sizes.check(size)}"
     return ml_collections.ConfigDict(

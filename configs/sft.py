@@ -18,7 +18,7 @@ PAPER_RATES = {"1.3b": (5e-6, 9.65e-6), "6b": (1.04e-5, 9.65e-6), "175b": (2.45e
 SMALL_RATES = {"tiny": (1e-3, 1e-3), **dict.fromkeys(sizes.FAMILY, (2e-3, 2e-3)), "small": (3e-4, 3e-4)}
 
 
-def get_config(arg: str) -> ml_collections.ConfigDict:
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A run of supervised fine-tuning; `arg` is SIZE or SIZE,baseline."""
     size, _, variant = arg.partition(",")
     if variant not in ("", "baseline"):

@@ -12,7 +12,7 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
+def get_config(size: str = "") -> ml_collections.ConfigDict:
     """GPT, SFT, PPO and PPO-ptx on all tasks, in the sizes that live in the embedded world."""
     if size not in sizes.WORLDS:
         raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: the paper's sizes have no embedded world")

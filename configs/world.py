@@ -10,10 +10,12 @@ import ml_collections
 from configs import sizes
 
 
-def get_config(size: str) -> ml_collections.ConfigDict:
+def get_config(size: str = "") -> ml_collections.ConfigDict:
     """`tiny`, or one of the family `micro`, `milli`, `centi`, which share a world."""
     if size not in sizes.WORLDS:
-        raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: the paper's sizes have no embedded world")
+        raise ValueError(
+            f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: the paper's sizes have no embedded world"
+        )
     lines = {
         "tiny": {
             "documents": 200,

@@ -44,6 +44,8 @@ def get_runs(arg: str, root: str) -> list[Run]:
     """The runs in order; `arg` is a size of the world or `family`, or either with a seed, `micro,1`; `root` is the
     experiment's workdir."""
     members, _, seed = arg.partition(",")
+    allowed = (*sizes.WORLDS, "family")
+    require(members in allowed, f"size {members!r} must be one of {', '.join(allowed)}: experiments/alignment.py:SIZE")
     require(not seed or seed.isdecimal(), f"seed {seed!r} must be a whole number: experiments/alignment.py:SIZE,SEED")
     runs = family(root) if members == "family" else alone(members, root)
     return [Run(run.name, run.config, {**run.overrides, "seed": int(seed or 0)}) for run in runs]

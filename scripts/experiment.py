@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Runs a whole experiment: python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
 
-Its runs in order, then its table and figure. The same command again goes on where it stopped. Exit codes as those of
-train.py.
+Its runs in order, then its table and figure. The head of an experiment's file says which sizes it takes: alignment.py
+takes tiny, micro, milli, centi and family, each with a seed after a comma if you like. The same command again goes on
+where it stopped. Exit codes as those of train.py.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the report of finished experiments: python scripts/report.py runs/micro --out=runs/micro/report
 
-One page, `index.html`, with the paper's figures, its claims and all samples, and the figures as PNG and SVG beside it.
+One page, `index.html`, with the paper's figures, its claims and samples, and the figures as PNG and SVG beside it.
 Several folders are seeds of one experiment. It reads logs alone, no checkpoint. Exit codes as those of train.py.
 """
 

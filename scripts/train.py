@@ -5,7 +5,6 @@ The same command again goes on where it stopped; a finished run is left alone. E
 be used (one line says which), 3 an invariant of the run is broken, 130 interrupted and saved.
 """
 
-import json
 import pathlib
 import sys
 
@@ -34,11 +33,13 @@ def main(argv: list[str]) -> int:
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
     command.keep_compiled()
+    from flax.traverse_util import flatten_dict
+
     from instructax import experiment
 
     config = CONFIG.value.to_dict()
     if DRY_RUN.value:
-        print(json.dumps(config, indent=2))
+        print("\n".join(f"config.{name} = {value!r}" for name, value in flatten_dict(config, sep=".").items()))
         return command.guarded(lambda: print(experiment.dry_run(config)))
 
     def run() -> None:

@@ -62,7 +62,7 @@ BAD_LINES = [
     (Text, b'{"id": "t", "text": "x", "text": "y"}', "text: given twice (['id', 'text', 'text'])"),
     (Text, b'{"id": "t", "text": "x", "meta": {"a": 1, "a": 2}}', "a: given twice (['a', 'a'])"),
     (Text, TEXT | {"meta": 3}, "meta: not an object (3)"),
-    (Text, without(TEXT, "text"), "text: missing (['id'])"),
+    (Text, without(TEXT, "text"), "text: missing among the fields of this line (['id'])"),
     (Text, TEXT | {"id": 7}, "id: must be a string (7)"),
     (Text, TEXT | {"text": " \n"}, "text: empty (' \\n')"),
     (Text, b'{"id": "t", "text": "ab\\ud800"}', "text: lone surrogate at character 2 ('\\ud800')"),
@@ -70,7 +70,7 @@ BAD_LINES = [
     (Demonstration, DEMONSTRATION | {"labler": "w"}, "labler: not a field of Demonstration, which has id, prompt, "),
     (Demonstration, DEMONSTRATION | {"prompt": ""}, "prompt: empty ('')"),
     (Demonstration, DEMONSTRATION | {"completion": None}, "completion: must be a string (None)"),
-    (Demonstration, without(DEMONSTRATION, "format"), "format: missing ("),
+    (Demonstration, without(DEMONSTRATION, "format"), "format: missing among the fields of this line ("),
     (Demonstration, DEMONSTRATION | {"format": "chat"}, 'format: must be "plain" or "dialog" (\'chat\')'),
     (Demonstration, DEMONSTRATION | {"format": []}, 'format: must be "plain" or "dialog" ([])'),
     (Prompt, PROMPT | {"user": 5}, "user: must be a string (5)"),
@@ -119,11 +119,11 @@ def test_files_that_cannot_be_read(tmp_path):
     not_gzip.write_bytes(b"{}")
     corrupt.write_bytes(whole[:12] + b"\xff\xff\xff" + whole[15:])
     cases = [
-        (tmp_path / "none.jsonl", ":1: file: cannot be read ("),
-        (tmp_path, ":1: file: cannot be read ("),
+        (tmp_path / "none.jsonl", "none.jsonl: cannot be read ("),
+        (tmp_path, f"{tmp_path}: cannot be read ("),
         (cut, "file: gzip data ends too early"),
-        (not_gzip, ":1: file: cannot be read (Not a gzipped file"),
-        (corrupt, ":1: file: cannot be read ("),
+        (not_gzip, "not.jsonl.gz: cannot be read (Not a gzipped file"),
+        (corrupt, "corrupt.jsonl.gz: cannot be read ("),
     ]
     for file, message in cases:
         with pytest.raises(DataError) as caught:

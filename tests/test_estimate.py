@@ -109,7 +109,7 @@ def test_report():
     lines = estimate.report(built(ppo_config, "175b")).splitlines()
     assert lines[0].startswith("model: 174,6") and lines[0].endswith(" parameters")
     assert lines[1].startswith("reward_model: 6,6") and lines[1].endswith(" parameters")
-    assert lines[2] == "mesh: data 1 × fsdp 32 × tensor 8"
+    assert lines[2] == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple (config.mesh.data = -1)"
     assert lines[3].split() == ["policy", "2.571", "GiB", "per", "device"]
     total = sum(estimate.memory(built(ppo_config, "175b")).values()) / GIB
     assert lines[-1].split()[:3] == ["held", "throughout", f"{total:.3f}"]

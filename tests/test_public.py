@@ -15,7 +15,7 @@ from instructax.microworld.measure import choice_figure, rude, text_figures, tru
 from instructax.microworld.public import TASKS, Item, contexts_of, items_of
 from instructax.microworld.stories import RECIPE, STORY
 from instructax.microworld.world import draw_world
-from instructax.statistics import mean_estimate, share_estimate
+from instructax.statistics import share_estimate
 from instructax.tokenizer import train_bpe
 
 WORLD = draw_world(0)
@@ -185,7 +185,8 @@ def test_rude_by_hand(answer, expected):
 def test_figures_by_hand():
     items = [Item("Question: ?\nAnswer:", (" red.",)), Item("Question: ?\nAnswer:", (" in Dale.",))]
     f1 = text_figures("f1", items, [" red.\nred", " Dale."], 0)[""]
-    assert f1.estimate == mean_estimate(f1.values) and f1.values == pytest.approx([1, 2 / 3])
+    assert f1.estimate == share_estimate(f1.values) and f1.estimate.high <= 1
+    assert f1.values == pytest.approx([1, 2 / 3])
     toxic = text_figures("toxicity", items, [" fine.\nbad", " so bad"], 0)[""]
     assert toxic.values.tolist() == [False, True] and toxic.estimate == share_estimate(np.array([0, 1]))
     arrays = np.log([[0.5, 0.5], [0.3, 0.1]]), np.array([[5, 1], [1, 1]]), np.ones((2, 2), bool)

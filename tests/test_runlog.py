@@ -154,18 +154,32 @@ def test_phases_add_up_and_belong_to_the_next_record(tmp_path, monkeypatch):
 
 
 def test_the_first_step_is_waited_for_and_timed(tmp_path, monkeypatch, capsys):
-    clock = iter([5.0, 12.25, 20.0, 30.0, 40.0])
+    clock = iter([5.0, 12.25, 20.0, 30.0, 42.0])
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
     waited = []
     monkeypatch.setattr(runlog.jax, "block_until_ready", waited.append)
     with open_log(tmp_path, log_every=1, console=True) as log:  # 5
         log.started({"loss": 0.5})  # 12.25
-        log.record(1, {"loss": 0.5})
-        log.record(2, {"loss": 0.25})
+        log.record(1, {"loss": 0.5, "tokens": 58})  # 20
+        log.record(2, {"loss": 0.25, "tokens": 80})  # 30
     assert waited == [{"loss": 0.5}]
     first, second = read(tmp_path / "metrics.jsonl")
     assert first["time/first_step_s"] == 7.25 and "time/first_step_s" not in second
+    assert (first["time/step_s"], second["time/step_s"]) == (7.25, 10.0)
+    rate = "time/tokens_per_second_per_device"
+    assert (first[rate], second[rate]) == (1.0, 1.0)
     assert capsys.readouterr().out.startswith("first step after 7.2 s\nstep 1/")
+
+
+def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(tmp_path, monkeypatch):
+    clock = iter([5.0, 105.0, 125.0])
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    with open_log(tmp_path, log_every=3) as log:  # 5
+        log.started({"loss": 0.5})  # 105
+        for step in (1, 2, 3):
+            log.record(step, {"loss": 0.5, "tokens": 1000 if step == 1 else 80})
+    for line in read(tmp_path / "metrics.jsonl"):  # flushed at 125
+        assert line["time/step_s"] == 10.0 and line["time/tokens_per_second_per_device"] == 1.0
 
 
 def test_a_resumed_run_differs_only_in_times(tmp_path):

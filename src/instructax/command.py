@@ -1,6 +1,7 @@
 """What the commands share: a user's mistake is one line and exit code 2, never a traceback."""
 
 import os
+import re
 import sys
 import traceback
 import zlib
@@ -16,15 +17,22 @@ DONE, INTERNAL, USER, INVARIANT, INTERRUPTED = 0, 1, 2, 3, 130
 def parse_flags(argv: list[str]) -> list[str]:
     """Reads a command's flags and returns the other arguments; a bad flag is one line and exit code 2."""
     try:
-        return flags.FLAGS(argv)
+        return _parsed(argv)
     except flags.Error as error:
         sys.exit(_say(f"error: {error}", USER))
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:  # absl's --help ends as a failure does
+        sys.exit(DONE)
 
 
 def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
     """As `parse_flags` for a command with a config flag of ml_collections, whose values are read here too."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = _parsed(argv)
         if config.value is not None:
             config.value.keys()  # a config file that is missing says so only when something is read from it
         return rest
@@ -33,7 +41,9 @@ def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
         inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
         text = str(inner.args[0] if isinstance(inner, KeyError) else inner)  # str(KeyError) is quoted and escaped
         # A config file that raises arrives as a whole traceback, whose last line is its message.
-        message = text.splitlines()[-1] if "Traceback" in text else text
+        message = text.splitlines()[-1].removeprefix("ValueError: ") if "Traceback" in text else text
+        if missing := re.search(r"No such file or directory: '(.+)'", text):
+            unknown, message = "", f"--config: no such file: {missing[1]}"
         sys.exit(_say(f"error: {unknown}{message}", USER))
 
 

@@ -81,7 +81,10 @@ def report(config: Any) -> str:
     for name, (model, head) in models.items():
         shapes = training.abstract_params(Transformer(model, config.compute, head), mesh)
         lines.append(f"{name}: {parameter_count(shapes):,} parameters")
-    lines.append("mesh: " + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    more = ", or a multiple (config.mesh.data = -1)" if config.mesh.data == -1 else ""
+    lines.append(
+        "mesh: " + " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items()) + f" = {mesh.size} devices{more}"
+    )
     held = memory(config)
     lines += [f"{name:<32}{size / GIB:10.3f} GiB per device" for name, size in held.items()]
     lines.append(

@@ -66,6 +66,8 @@ def open_run(path: str | Path, named: str) -> Parent:
         folder, suffix = path, ""
     workdir = Path(folder)
     require(finished(workdir), f"{named} = {path!r} is not a finished run: train it first, or change the path")
+    trained = (workdir / "manifest.json").exists()
+    require(trained, f"{named} = {path!r} is a run that trained no network: give one of a stage that does")
     manifest, steps = read_manifest(workdir), committed_steps(workdir)
     require(bool(steps), f"{named} = {path!r} has no checkpoint: delete it and train it again")
     step = best_step(workdir) if suffix == "best" else int(suffix or steps[-1])

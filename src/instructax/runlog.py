@@ -22,6 +22,7 @@ import numpy as np
 
 RESERVED = ("step", "nonfinite")  # the keys that the log itself writes
 MAIN = ("loss", "accuracy", "scores", "rewards", "kl", "entropy", "response_length")  # come first on the console
+FIRST_STEP = "first_step"  # the phase of `started`
 CONSOLE_METRICS = 6  # metrics on the console line: those of `MAIN`, then the others by name
 CONSOLE_CHARACTERS = 160  # of each field of a sample on the console
 
@@ -160,8 +161,9 @@ class RunLog:
         """Fetches and writes what `record` took since the last flush.
 
         `time/step_s` and `time/tokens_per_second_per_device` are means over these steps: a step's own time is unknown,
-        since the device works behind the host. A checkpoint's step should be flushed before it is saved, as it is where
-        `log_every` divides the steps between checkpoints: else a killed and resumed run has a gap in its log.
+        since the device works behind the host. The first step, most of which went into compiling, counts only where
+        there is no other. A checkpoint's step should be flushed before it is saved, as it is where `log_every` divides
+        the steps between checkpoints: else a killed and resumed run has a gap in its log.
         """
         if not self._buffer:
             return
@@ -169,11 +171,14 @@ class RunLog:
         fetched = jax.device_get([record.metrics for record in records])
         now = time.perf_counter()
         seconds, self._window_start = now - self._window_start, now
-        rate = sum(float(metrics.get("tokens", 0)) for metrics in fetched) / seconds / jax.device_count()
+        timed = [i for i, record in enumerate(records) if FIRST_STEP not in record.phases]
+        if not timed:
+            seconds, timed = records[0].phases[FIRST_STEP], [0]
+        rate = sum(float(fetched[i].get("tokens", 0)) for i in timed) / seconds / jax.device_count()
         lines = []
         for record, metrics in zip(records, fetched, strict=True):
             times = {f"time/{name}_s": value for name, value in record.phases.items()}
-            times |= {"time/unix_s": record.unix, "time/step_s": seconds / len(records)}
+            times |= {"time/unix_s": record.unix, "time/step_s": seconds / len(timed)}
             if "tokens" in metrics:
                 times["time/tokens_per_second_per_device"] = rate
             lines.append(_line(record.step, metrics, times))
@@ -220,7 +225,9 @@ class RunLog:
         """Waits for the metrics of the first step, and notes the seconds since the log was opened, most of which went
         into compiling: `time/first_step_s` of the next record, and a line on the console."""
         jax.block_until_ready(metrics)
-        seconds = self._phases["first_step"] = time.perf_counter() - self._window_start
+        now = time.perf_counter()
+        seconds, self._window_start = now - self._window_start, now
+        self._phases[FIRST_STEP] = seconds
         if self._console:
             print(f"first step after {seconds:.1f} s", flush=True)
 

@@ -176,6 +176,8 @@ def _make(
     records = [_opened(record) for record in read_jsonl(files, recipe.record)]
     names = {str(record.labeler) for record in records if getattr(record, "labeler", None)}
     labelers = {name: index for index, name in enumerate(sorted(names))}
+    if not records:
+        raise ValueError(f"no {recipe.kind} in {', '.join(map(str, files))}: each holds no line")
     dropped: dict[str, int] = {}
     splits = _splits(_filtered(records, recipe.filters, dropped), limits)
     if limits.filter_pii:
@@ -225,7 +227,7 @@ def _hash(kind: str, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits
             with open(file, "rb") as stream:
                 contents.append(hashlib.file_digest(stream, "sha256").hexdigest())
         except OSError as error:
-            raise DataError(f"{file}:1: file: cannot be read ({error})") from None
+            raise DataError(f"{file}: cannot be read ({error})") from None
     decisive = [ROWS_VERSION, kind, tokenizer.hash, dataclasses.asdict(limits), contents]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

@@ -114,7 +114,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     except EOFError:
         raise DataError(f"{file}:{number + 1}: file: gzip data ends too early ({file})") from None
     except (zlib.error, OSError) as error:
-        raise DataError(f"{file}:{number + 1}: file: cannot be read ({error})") from None
+        place = f"{file}:{number + 1}: file" if number else f"{file}"
+        raise DataError(f"{place}: cannot be read ({error})") from None
 
 
 def _record(line: bytes, cls: type[R]) -> R:
@@ -128,7 +129,7 @@ def _record(line: bytes, cls: type[R]) -> R:
         raise _Fault("meta", "not an object", given["meta"])
     for name in fields:
         if name not in given and name not in _OPTIONAL:
-            raise _Fault(name, "missing", sorted(given))
+            raise _Fault(name, "missing among the fields of this line", sorted(given))
     record = cls(**{name: _CHECKS[name](name, given.get(name)) for name in fields})
     if isinstance(record, Comparison):
         _check_judgement(record)

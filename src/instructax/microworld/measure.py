@@ -9,7 +9,7 @@ from instructax.evals.choices import choice_entropy_bits, chosen_rightly
 from instructax.evals.text_metrics import bleu_estimate, first_line, token_f1
 from instructax.microworld.lexicon import CATEGORY_OF, NO_COMMENT, REFUSAL, RUDE_WORDS, words_of
 from instructax.microworld.public import Item
-from instructax.statistics import Estimate, mean_estimate
+from instructax.statistics import Estimate, mean_estimate, share_estimate
 
 RESAMPLES = 1000  # of the items, for the interval of BLEU
 
@@ -55,7 +55,8 @@ def text_figures(metric: str, items: Sequence[Item], completions: Sequence[str],
     answers = [first_line(completion) for completion in completions]
     pairs = list(zip(items, answers, strict=True))
     if metric == "f1":
-        return {"": figure_of(np.array([token_f1(answer, item.answers) for item, answer in pairs], float))}
+        values = np.array([token_f1(answer, item.answers) for item, answer in pairs], float)
+        return {"": Figure(share_estimate(values), values)}  # an interval that stays within 0 … 1
     if metric == "bleu":
         references = [item.answers for item in items]
         return {"": Figure(bleu_estimate(answers, references, resamples=RESAMPLES, seed=seed))}

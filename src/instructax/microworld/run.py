@@ -44,6 +44,8 @@ def _write(config: WorldConfig, workdir: Path) -> None:
     for file in made.iterdir():
         file.replace(workdir / file.name)
     made.rmdir()
+    lines = ", ".join(f"{count:,} {name}" for name, count in dataclasses.asdict(config.lines).items())
+    print(f"world of seed {config.seed} in {workdir}: {lines}; learning its tokenizer", flush=True)
     texts = []
     for name, fields in (("text", ("text",)), ("demonstrations", ("prompt", "completion"))):
         with gzip.open(workdir / f"{name}.jsonl.gz", "rt") as lines:

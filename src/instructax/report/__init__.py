@@ -1,4 +1,4 @@
-"""The report of finished experiments in the embedded world: one page with the paper's figures, claims and all samples.
+"""The report of finished experiments in the embedded world: one page with the paper's figures, claims and samples.
 
 It is made from run logs and the world alone; what the labelers say is simulated, and the same for the same logs.
 """
@@ -16,6 +16,8 @@ def write(roots: list[Path], out: Path) -> Path:
     from instructax.report.tables import console_table
 
     require_matplotlib()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give the folder that the page is written into")
     experiments = [load(root) for root in roots]
     page.check_seeds(experiments)
     readings = [read(experiment) for experiment in experiments]

@@ -74,7 +74,7 @@ def reward_model(sizes: list[Size]) -> Any:
             point(left, x, theirs, "the paper's reward models", fmt="D", mfc="none", color="black")
     left.axhline(0.5, color="black", lw=0.8, ls=":")
     left.set_xticks(range(len(sets)), [f"{name}\n{figures['pairs']} pairs" for name, figures in sets.items()])
-    left.set(xlim=(-0.6, len(sets) - 0.4), ylabel="share of pairs ordered as people did", title="accuracy")
+    left.set(xlim=(-0.6, len(sets) - 0.4), ylabel="share of pairs ordered as labelers did", title="accuracy")
     for (name, figures), style, colour in zip(sets.items(), ("o-", "s--"), (RANKER, "black"), strict=False):
         bins = [bin for bin in figures.get("calibration", []) if bin["pairs"]]
         if bins:
@@ -101,7 +101,9 @@ def harm(sizes: list[Size]) -> Any:
                     found = public_of(size, policy, task, condition)
                     if found:
                         point(axis, x + 0.8 * shift(place, len(policies)), found.estimate, policy, ms=4)
-            axis.set_xticks(range(len(conditions)), [textwrap.fill(condition, 12) for condition in conditions])
+            counts = [max(f.estimate.count for p in policies if (f := public_of(size, p, task, c))) for c in conditions]
+            names = [f"{textwrap.fill(c, 12)}\n(n = {n})" for c, n in zip(conditions, counts, strict=True)]
+            axis.set_xticks(range(len(conditions)), names)
             axis.set(ylabel=ylabel, title=f"{size.name}: {TASKS[task].counterpart}")
     legend(figure)
     return figure

@@ -11,7 +11,7 @@ from instructax.report.results import response_of
 from instructax.tokenizer import END_OF_TEXT
 
 FULL_COLOUR = 3.0  # nats: of the log-ratio that has it
-PROMPTS = 300  # on a page, seeds together: it stays below 5 MB
+PROMPTS = 300  # on a page, seeds together: it stays below 5 MB; all are in samples.jsonl
 GOOD = {"hallucinates": False}  # the value of a flag that is no fault; True for the others
 FAULTS = {
     "attempts": "fails the task",

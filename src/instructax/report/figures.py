@@ -15,12 +15,13 @@ from instructax.report.judging import (
     TRUTH,
     Curve,
     Reading,
+    asked_about,
     best_of_kl,
     flag_estimate,
     wins_estimate,
 )
 from instructax.report.results import POLICIES, Size, in_words
-from instructax.statistics import Estimate
+from instructax.statistics import Estimate, mean_estimate
 
 WINDOW = 5  # iterations: of the moving averages that are drawn as lines
 FLAG_TITLES = {
@@ -69,16 +70,18 @@ def figure_3(readings: list[Reading]) -> Any:
 
 
 def _ours(axis: Any, readings: list[Reading], measure: Measure) -> None:
-    """`measure` by size and policy. Of several seeds each is a thin line, and their mean is a thick one without bars:
-    a seed is another world, and what seeds differ by is none of their own intervals."""
+    """`measure` by size and policy, or by policy where there is one size. Of several seeds each is a thin line, and
+    their mean is a thick one without bars: a seed is another world, and what seeds differ by is none of their own
+    intervals."""
     sizes = readings[0].experiment.sizes
-    for place, policy in enumerate(POLICIES):
-        found = [[measure(reading, size.name, policy) for size in sizes] for reading in readings]
-        kept = [i for i in range(len(sizes)) if all(line[i] is not None for line in found)]
-        if not kept:
-            continue
-        lines: list[list[Any]] = [[line[i] for i in kept] for line in found]
-        x = np.array(kept) + (shift(place, len(POLICIES)) if len(sizes) == 1 else shift(place, len(POLICIES)) / 3)
+    found = {
+        policy: [[measure(reading, size.name, policy) for size in sizes] for reading in readings] for policy in POLICIES
+    }
+    kept = {policy: [i for i in range(len(sizes)) if all(line[i] for line in lines)] for policy, lines in found.items()}
+    shown = [policy for policy in POLICIES if kept[policy]]
+    for place, policy in enumerate(shown):
+        lines: list[list[Any]] = [[line[i] for i in kept[policy]] for line in found[policy]]
+        x = np.array(kept[policy]) + (shift(place, len(shown)) / 3 if len(sizes) > 1 else place)
         for line in lines if len(lines) > 1 else []:
             axis.plot(x, [estimate.value for estimate in line], "-", lw=0.7, alpha=0.6, color=COLOURS[policy])
         means = lines[0]
@@ -87,8 +90,11 @@ def _ours(axis: Any, readings: list[Reading], measure: Measure) -> None:
             means = [Estimate(float(value), -np.inf, np.inf, len(lines)) for value in values]
         _line(axis, x, means, policy)
     numbers = [in_words(size.parameters) for size in sizes]
-    names = [f"{size.name}\n{number}" for size, number in zip(sizes, numbers, strict=True)]
-    _size_axis(axis, names if len(sizes) > 1 else numbers)
+    if len(sizes) > 1:
+        _size_axis(axis, [f"{size.name}\n{number}" for size, number in zip(sizes, numbers, strict=True)])
+    else:
+        axis.set_xticks(range(len(shown)), shown, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set(xlabel=f"{numbers[0]} parameters")
 
 
 def _papers(axis: Any, table: dict[str, paper.Row]) -> None:
@@ -123,7 +129,8 @@ def metadata(reading: Reading) -> Any:
             if policy in paper.METADATA[flag]:
                 axis.plot(x, paper.METADATA[flag][policy], "D", ms=5, mfc="none", color="black", label="the paper")
         axis.set_xticks(range(len(policies)), policies, rotation=60, ha="right", rotation_mode="anchor")
-        axis.set(title=title, ylim=(0, 1.05))
+        prompts = int(asked_about(reading.experiment, flag).sum())
+        axis.set(title=title, xlabel=f"{prompts} prompts", ylim=(0, 1.05))
     axes[0][0].set_ylabel("share of responses")
     return figure
 
@@ -143,7 +150,8 @@ def over_optimisation(sizes: list[Size], curves: dict[tuple[str, str], Curve], r
         if answers and size.best_of:
             bound = np.sqrt(best_of_kl(size.best_of))
             for axis, y in zip(axes[:, column], (answers.opinions[TRUTH], answers.scores), strict=True):
-                axis.plot(bound, y.mean(), "*", ms=11, color=COLOURS["best-of-n"], label=f"best of {size.best_of}")
+                style = {"fmt": "*", "ms": 11, "label": f"best of {size.best_of}"}
+                point(axis, bound, mean_estimate(y), "best-of-n", **style)
         axes[0, column].set_title(size.name)
         axes[1, column].set_xlabel("√KL from the SFT policy (√nats)")
     axes[0, 0].set_ylabel("true utility (−1 … 1)")

@@ -96,7 +96,7 @@ def figures_of_seed(reading: Reading) -> Iterator[Drawn]:
     caption = (
         f"PPO: each point is an iteration, each line a moving mean of {figures.WINDOW}. Where score and true utility "
         "part, the policy exploits the reward model. A star: the best of n samples of SFT, at the most KL that it can "
-        "have."
+        "have; it is of held-out prompts, where the curves are of training prompts."
     )
     yield "over-optimisation", caption, figures.over_optimisation(sizes, curves, reading)
     yield "alignment-tax", "Public tasks: what fine-tuning changes (figures 28, 29; table 14).", automatic.tax(sizes)
@@ -188,6 +188,7 @@ NOISE = (
     "was trained and measured on labelers who never waver: what it still gets wrong is not their noise."
 )
 SAMPLES = (
+    "The first prompts of each set; all are in the evaluations' samples.jsonl. "
     "Behind each token is its log-ratio to the SFT policy: orange where the policy makes it likelier, blue where less "
     f"likely; full colour at {FULL_COLOUR:g} nats. Score: the reward model's. Utility: the world's. Faults: what a "
     "training labeler said, who errs now and then. ■ is the end of the text."
