@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # jax reports each platform that it looks for
 
     command.keep_compiled()
+    command.use_large_pages()
 
     def run() -> None:
         from instructax import benchmark, experiment

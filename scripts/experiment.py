@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
     command.keep_compiled()
+    command.use_large_pages()
     from instructax import experiment
 
     root = pathlib.Path(WORKDIR.value)

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
         return 2
     logging.set_verbosity(logging.WARNING)
     command.keep_compiled()
+    command.use_large_pages()
     from instructax import chat
 
     # Bytes that are not UTF-8 become a mark, not a traceback.

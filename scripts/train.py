@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
     command.keep_compiled()
+    command.use_large_pages()
     from flax.traverse_util import flatten_dict
 
     from instructax import experiment

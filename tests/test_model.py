@@ -225,12 +225,13 @@ def test_recomputation_is_done_where_asked(family):
     assert full - none == {"gpt": 7, "llama": 8}[family]  # three projections, two activations', out, up (and gate)
 
 
+@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
 @pytest.mark.parametrize("head", ["tokens", "scalar"])
-def test_bfloat16_stays_close(network, head):
+def test_sixteen_bits_stay_close(network, head, dtype):
     inputs = rows([(0, texts(COLUMNS)[0])])
     exact = Transformer(network.config, compute(), head)
     params = random_params(exact)
-    rounded = Transformer(network.config, compute(dtype="bfloat16"), head)
+    rounded = Transformer(network.config, compute(dtype=dtype), head)
     expected, _ = jax.jit(exact.apply)({"params": params}, *inputs)
     outputs, _ = jax.jit(rounded.apply)({"params": params}, *inputs)
     assert outputs.dtype == (jnp.bfloat16 if head == "tokens" else jnp.float32)
@@ -245,7 +246,7 @@ def test_matrices_are_cast_as_the_network_casts_them(network):
     """To the bit, so that a sampler may cast once; what is not multiplied stays as it is."""
     model = Transformer(network.config, compute(dtype="bfloat16"), "tokens")
     inputs = rows([(0, texts(9)[0])], [(0, texts(12)[0])])
-    cast = cast_matrices(network.params, "bfloat16")
+    cast = cast_matrices(network.params, model.compute)
     run = jax.jit(lambda params: (model.apply({"params": params}, *inputs)[0], head_kernel(network.config, params)))
     (hidden, _), (wanted, kernel) = run(cast), run(network.params)
     np.testing.assert_array_equal(np.asarray(hidden, np.float32), np.asarray(wanted, np.float32))
@@ -264,7 +265,7 @@ def test_blocks_of_queries_attend_as_all_at_once(length):
     weights = jnp.asarray(rng.normal(size=query.shape), jnp.float32) * (segments != 0)[:, None, :, None]
 
     def total(function, *inputs):
-        return jnp.sum(weights * function(*inputs, mask))
+        return jnp.sum(weights * function(*inputs, mask, "float32"))
 
     for gradient in (False, True):
         ours, wanted = (
@@ -296,7 +297,7 @@ def test_dropout_differs_by_layer_branch_and_key():
     @jax.jit
     def sums(key):
         dropout = Dropout(rate=jnp.float32(0.5), keys=jax.random.split(key, 4))
-        return scan_blocks(blocks, x, mask, positions, config, "none", dropout) / 2
+        return scan_blocks(blocks, x, mask, positions, config, compute(), dropout) / 2
 
     masks = []
     for key in jax.random.split(jax.random.key(1), 2):

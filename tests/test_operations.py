@@ -5,15 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructax.operations import materialized, normalized, product
+from instructax.operations import gelu, materialized, normalized, product
 
 
 def normal(seed: int, *shape: int):
     return jax.random.normal(jax.random.key(seed), shape) + 0.3
-
-
-def plain_product(x, kernel, contracted):
-    return jnp.tensordot(x, kernel, contracted)
 
 
 def plain_normalized(x, centred, epsilon):
@@ -27,16 +23,48 @@ def pulled_back(function, *args):
     return y, *pull(normal(9, *y.shape))
 
 
-@pytest.mark.parametrize(
-    ("x", "kernel", "contracted"),
-    [((2, 3, 4), (4, 5), 1), ((2, 3, 4), (4, 5, 2), 1), ((2, 3, 5, 2), (5, 2, 4), 2), ((2, 3, 4), (4,), 1)],
-)
-def test_products_and_their_gradients(x, kernel, contracted):
-    args = normal(0, *x), normal(1, *kernel)
-    ours = pulled_back(lambda a, b: product(a, b, contracted), *args)
-    theirs = pulled_back(lambda a, b: plain_product(a, b, contracted), *args)
+SHAPES = {"a": 2, "b": 3, "d": 4, "f": 5, "g": 7, "h": 2, "q": 6, "s": 8}
+PRODUCTS = ["abd,df->abf", "abd,dfg->abfg", "abfg,fgh->abh", "abd,d->ab", "ad,vd->av"]
+PRODUCTS += ["bhqd,bhsd->bhqs", "bhqs,bhsd->bhqd"]  # attention's
+
+
+def arrays(axes):
+    of_x, of_y, _ = axes.replace("->", ",").split(",")
+    sizes = [[SHAPES.get(axis, 9) for axis in names] for names in (of_x, of_y)]
+    return normal(0, *sizes[0]), normal(1, *sizes[1])
+
+
+@pytest.mark.parametrize("axes", PRODUCTS)
+def test_products_and_their_gradients(axes):
+    ours = jax.jit(lambda *args: pulled_back(lambda x, y: product(axes, x, y, "float32"), *args))(*arrays(axes))
+    theirs = pulled_back(lambda x, y: jnp.einsum(axes, x, y), *arrays(axes))
     assert [y.shape for y in ours] == [y.shape for y in theirs]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+def rounded(x):
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("axes", PRODUCTS)
+def test_what_is_multiplied_is_rounded_and_nothing_else(axes):
+    """Products of sixteen bits are exact in float32; so are their sums here, up to the order."""
+    x, y = arrays(axes)
+    ours = jax.jit(lambda *args: pulled_back(lambda x, y: product(axes, x, y, "bfloat16"), *args))(x, y)
+    result, pull = jax.vjp(lambda x, y: jnp.einsum(axes, x, y), rounded(x), rounded(y))
+    theirs = result, *pull(rounded(normal(9, *result.shape)))
+    assert {found.dtype for found in ours} == {jnp.dtype("float32")}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+    exact = jnp.einsum(axes, x, y)
+    assert 1e-4 < float(jnp.max(jnp.abs(ours[0] - exact)) / jnp.max(jnp.abs(exact))) < 1e-2
+
+
+def test_a_gelu_and_its_gradient():
+    x = 3 * normal(0, 3, 5)
+    ours, theirs = pulled_back(gelu, x), pulled_back(lambda x: jax.nn.gelu(x, approximate=True), x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+    kept = jax.tree.leaves(jax.vjp(gelu, x)[1])
+    assert sum(leaf.size for leaf in kept) == x.size
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -56,7 +84,9 @@ def test_a_norm_of_two_numbers_by_hand():
 
 def test_gradients_in_sixteen_bits_stay_in_sixteen_bits():
     args = normal(0, 2, 4).astype(jnp.bfloat16), normal(1, 4, 5).astype(jnp.bfloat16)
-    of_x, of_kernel = jax.grad(lambda a, b: product(a, b, 1).astype(jnp.float32).sum(), argnums=(0, 1))(*args)
+    of_x, of_kernel = jax.grad(
+        lambda x, y: product("ad,df->af", x, y, "bfloat16").astype(jnp.float32).sum(), argnums=(0, 1)
+    )(*args)
     assert of_x.dtype == of_kernel.dtype == jnp.bfloat16
 
 
@@ -64,7 +94,7 @@ def test_several_runs_side_by_side():
     x, kernels = normal(0, 2, 4), normal(1, 3, 4, 5)
 
     def of_kernel(kernel):
-        return jax.grad(lambda k: (normalized(product(x, k, 1), True, 1e-5) ** 3).sum())(kernel)
+        return jax.grad(lambda k: (normalized(product("ad,df->af", x, k, "float32"), True, 1e-5) ** 3).sum())(kernel)
 
     together = jax.vmap(of_kernel)(kernels)
     np.testing.assert_allclose(together, jnp.stack([of_kernel(kernel) for kernel in kernels]), rtol=1e-4, atol=1e-5)

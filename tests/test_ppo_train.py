@@ -260,6 +260,18 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     assert metrics_of(tmp_path / "run") == []
 
 
+@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
+    """Sampler, scorer and update round alike, so that the invariants hold; the figures are near those of float32."""
+    half, exact = {"compute.dtype": dtype, "steps": 1, "tolerance": 0.03}, {"steps": 1}
+    for name, overrides in (("half", half), ("exact", exact)):
+        run_stage(stages.config_of(chain, "ppo-ptx", overrides), tmp_path / name)
+    (line,), (wanted,) = metrics_of(tmp_path / "half"), metrics_of(tmp_path / "exact")
+    assert line["sampler_gap"] < 0.03 and line["first_ratio_gap"] < 0.03
+    assert line["entropy"] != wanted["entropy"]
+    assert line["entropy"] == pytest.approx(wanted["entropy"], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

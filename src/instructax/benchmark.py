@@ -62,7 +62,7 @@ def measure(
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
     mesh = sharding.make_mesh(config.mesh)
-    peak, bandwidth = matmul_rate(), copy_rate()
+    peak, bandwidth = matmul_rate(config.compute.operands), copy_rate()
     make = _sampling if sampling_alone else partial(_ppo, runs=side_by_side) if side_by_side else makers[config.stage]
     compiled = Compilations()
     with compiled:
@@ -147,13 +147,12 @@ def _best(function: Callable[[], Any], repetitions: int) -> float:
     return min(times)
 
 
-def matmul_rate() -> float:
-    """Operations per second of the product of two float32 (on accelerators bfloat16) matrices, on one device."""
-    cpu = jax.default_backend() == "cpu"
-    size, dtype = (2048, jnp.float32) if cpu else (8192, jnp.bfloat16)
-    x = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / _best(lambda: multiply(x), 5)
+def matmul_rate(operands: str) -> float:
+    """Operations per second of the product of two large matrices of the dtype `operands`, on one device."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), operands)
+    multiply = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
+    return 2 * size**3 / _best(lambda: multiply(x, x), 5)
 
 
 def copy_rate() -> float:

@@ -57,6 +57,20 @@ def keep_compiled() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "instructax" / f"compiled-{kind:08x}"))
 
 
+def use_large_pages() -> None:
+    """Starts this command again, in the same process, with memory in large pages where glibc can ask Linux for them.
+
+    XLA:CPU takes the memory of a program anew at each of its runs, and Linux fills it with zeros page by page: with
+    small pages a sixth of a training step. glibc reads the setting when a process starts. A setting that is there
+    already stays; JAX must not have been imported.
+    """
+    setting = "GLIBC_TUNABLES"
+    if setting in os.environ or not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        return
+    os.environ[setting] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def guarded(call: Callable[[], Any]) -> int:
     """Runs `call` and returns the exit code, after one line on stderr unless all went well.
 

@@ -22,26 +22,47 @@ def materialized(x: Array) -> Array:
     return kept
 
 
-@partial(custom_vjp, nondiff_argnums=(2,))
-def product(x: Array, kernel: Array, contracted: int) -> Array:
-    """Σ x · kernel over the last axes of x and the first of the kernel, `contracted` of them:
-    dtype[..., contracted axes], dtype[contracted axes, *features] → dtype[..., *features]."""
-    return _product_forward(x, kernel, contracted)[0]
+@partial(custom_vjp, nondiff_argnums=(0, 3))
+def product(axes: str, x: Array, y: Array, operands: str) -> Array:
+    """Einstein's sum of two arrays: with `axes` "td,df->tf" it is Σ_d x[t, d] · y[d, f], of the dtype of x.
+
+    Both are rounded to the dtype `operands`; sums are float32. Each axis is one of two of the three arrays, or of all.
+    """
+    return _product_forward(axes, x, y, operands)[0]
 
 
-def _product_forward(x: Array, kernel: Array, contracted: int) -> tuple[Array, tuple[Array, Array]]:
-    axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ()))), (x, kernel)
+def _product_forward(axes: str, x: Array, y: Array, operands: str) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum(axes, x.astype(operands), y.astype(operands)).astype(x.dtype), (x, y)
 
 
-def _product_backward(contracted: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    """d x = gradient · kernelᵀ over the features, d kernel = xᵀ · gradient over the rows."""
-    x, kernel = kept
-    x, gradient = materialized(x), materialized(gradient)
-    rows = tuple(range(x.ndim - contracted))
-    features = tuple(range(len(rows), gradient.ndim)), tuple(range(contracted, kernel.ndim))
-    of_x = jax.lax.dot_general(gradient, kernel, (features, ((), ())))
-    return of_x, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+def _product_backward(axes: str, operands: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """d x = gradient · y and d y = x · gradient, each summed over the axes that it lacks."""
+    of_x, of_y, of_result = axes.replace("->", ",").split(",")
+    x, gradient = materialized(kept[0].astype(operands)), materialized(gradient.astype(operands))
+    by_x = _einsum(f"{of_result},{of_y}->{of_x}", gradient, kept[1].astype(operands))
+    # Both are summed over their first axes, so that the left one has to be transposed: the smaller one.
+    (left, of_left), (right, of_right) = sorted([(x, of_x), (gradient, of_result)], key=lambda pair: pair[0].size)
+    by_y = _einsum(f"{of_left},{of_right}->{of_y}", left, right)
+    return by_x.astype(kept[0].dtype), by_y.astype(kept[1].dtype)
+
+
+def _einsum(axes: str, x: Array, y: Array) -> Array:
+    """As `product`, in float32; what is transposed for it is written to memory."""
+    of_x, of_y, of_result = axes.replace("->", ",").split(",")
+    batch = "".join(axis for axis in of_x if axis in of_y and axis in of_result)
+    summed = "".join(axis for axis in of_x if axis in of_y and axis not in of_result)
+    free = "".join(axis for axis in of_x if axis not in of_y)
+    x, of_x = _transposed(x, of_x, batch + free + summed), batch + free + summed
+    contracted = tuple(map(of_x.index, summed)), tuple(map(of_y.index, summed))
+    along = tuple(map(of_x.index, batch)), tuple(map(of_y.index, batch))
+    result = jax.lax.dot_general(x, y, (contracted, along), preferred_element_type=jnp.float32)
+    return _transposed(result, batch + free + "".join(axis for axis in of_y if axis not in of_x), of_result)
+
+
+def _transposed(x: Array, axes: str, wanted: str) -> Array:
+    if axes == wanted:
+        return x
+    return materialized(jnp.transpose(materialized(x), tuple(map(axes.index, wanted))))
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -72,6 +93,19 @@ def _normalized_backward(centred: bool, epsilon: float, kept: tuple[Array, Array
 
 
 normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+@custom_vjp
+def gelu(x: Array) -> Array:
+    """GELU in its tanh form, as GPT-2's: dtype[...] → dtype[...]. Only x is kept for the backward pass."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    return jax.vjp(partial(jax.nn.gelu, approximate=True), materialized(x))[1](gradient)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 @custom_vmap

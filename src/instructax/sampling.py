@@ -76,12 +76,14 @@ def generate(
     Rollouts of N rows with R = `length`.
     """
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
-    params = cast_matrices(params, model.compute.dtype)
+    head = head_kernel(model.config, params).astype(model.compute.operands)
+    params = cast_matrices(params, model.compute)
 
     def sample(prompts: Prompts, keys: Array) -> Rollouts:
         sampler = _Sampler(
             model=model,
             params=params,
+            head=head,
             layers=layers_of(params["blocks"]),
             prompts=prompts,
             prefilled=_prefilled(model, params, prompts, model.compute.slots),
@@ -106,6 +108,7 @@ class _Sampler:
 
     model: Transformer
     params: Params
+    head: Array  # operands[V, D]
     layers: tuple[Params, ...]
     prompts: Prompts  # [M, P]
     prefilled: tuple[Array, tuple[Array, ...], tuple[Array, ...]]  # of `_prefilled`
@@ -185,7 +188,7 @@ class _Sampler:
         s = jax.lax.while_loop(lambda s: anywhere(self._waits(s)), self._take, s)
         count = len(self.keys)
         keys = jax.vmap(jax.random.fold_in)(self.keys[jnp.minimum(s.sample, count - 1)], s.column)
-        logits = logits_of(s.hidden, head_kernel(self.model.config, self.params))
+        logits = logits_of(s.hidden, self.head)
         tokens, logprobs = sample_token(logits, keys, self.temperature)
         stopped = (tokens == self.eos_id) | self.stops[tokens]
         over = stopped | (s.column + 1 == self.length)

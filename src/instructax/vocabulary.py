@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.operations import largest
+from instructax.operations import largest, product
 from instructax.types import Array
 
 # (logprobs f32[B, c], mask b[B, c], extras [B, c] each) → (loss, metrics): means over the mask, all f32[].
@@ -21,9 +21,10 @@ TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
 def logits_of(hidden: Array, kernel: Array) -> Array:
-    """Scores over the vocabulary: dtype[..., D], f32[V, D] → f32[..., V], accumulated in float32."""
-    contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+    """Scores over the vocabulary: dtype[..., D], f32[V, D] → f32[..., V]. The kernel is rounded to the dtype of the
+    hidden states, sums are float32."""
+    rows = "abc"[: hidden.ndim - 1]
+    return product(f"{rows}d,vd->{rows}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name)
 
 
 def sequence_logprobs(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instructax.operations import product
 from instructax.types import Array
 
 BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
@@ -42,29 +43,31 @@ def rotate(x: Array, positions: Array, base: float) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def attend(query: Array, key: Array, value: Array, mask: Array, operands: str) -> Array:
     """The mean of the values that each query sees, weighted by softmax(query · key / √d).
 
-    query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d].
+    query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d]. What
+    is multiplied is rounded to the dtype `operands`; sums and softmax are float32.
     """
     batch, heads, length, width = query.shape
     sharing = heads // key.shape[1]
     # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is the
     # one layout that XLA:CPU multiplies fast, also in the backward pass.
     query = query.reshape(batch, -1, sharing * length, width)
-    scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32)
+    scores = product("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, operands)
     seen = jnp.tile(mask, (1, sharing, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores / np.sqrt(width), MASKED), axis=-1).astype(value.dtype)
-    return jnp.einsum("bgqs,bgsd->bgqd", weights, value).reshape(batch, heads, length, width)
+    weights = jax.nn.softmax(jnp.where(seen, scores / np.sqrt(width), MASKED), axis=-1)
+    mixed = product("bgqs,bgsd->bgqd", weights, value, operands).astype(query.dtype)
+    return mixed.reshape(batch, heads, length, width)
 
 
-def attend_causally(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def attend_causally(query: Array, key: Array, value: Array, mask: Array, operands: str) -> Array:
     """As `attend` where S = T and no query sees a later key: what comes after a block of queries is not computed."""
     length = query.shape[2]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
     starts, ends = range(0, length, block), (*range(block, length, block), length)
     parts = [
-        attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, start:end, :end])
+        attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, start:end, :end], operands)
         for start, end in zip(starts, ends, strict=True)
     ]
     return jnp.concatenate(parts, axis=2)

@@ -40,7 +40,7 @@ class ModelConfig:
 class ComputeConfig:
     """How a run computes; free to differ between stages that share parameters."""
 
-    dtype: Literal["float32", "bfloat16"]  # of activations and of matrix products
+    dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the operands of products rounded to bfloat16
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
     part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
@@ -48,3 +48,13 @@ class ComputeConfig:
 
     def __post_init__(self):
         check_range(self, {"head_chunk": 1, "part_rows": 1, "slots": 1})
+
+    @property
+    def activations(self) -> str:
+        """The dtype of all that is computed but for norms, softmax and heads, which work in float32."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def operands(self) -> str:
+        """The dtype that matrix products multiply in; they sum in float32."""
+        return "float32" if self.dtype == "float32" else "bfloat16"

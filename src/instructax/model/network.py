@@ -1,8 +1,8 @@
 """One decoder-only transformer for the GPT-2/GPT-3 and the Llama families; the only file that imports flax.
 
-Parameters are a plain dict, the cache is an argument: the module keeps no state. Parameters are float32 and are cast to
-the compute dtype where they are used; softmax, norms and heads work in float32. The layers' parameters are stacked on a
-leading axis: training scans over it (compile time flat in depth), decoding unrolls it (a scan there halves the speed).
+Parameters are a plain dict, the cache is an argument: the module keeps no state. Parameters are float32 and are cast
+where they are used (`ComputeConfig`); softmax, norms and heads work in float32. The layers' parameters are stacked on a
+leading axis: training scans over it, decoding unrolls it (a scan there halves the speed).
 
 Departure from GPT-3, whose every second layer attends to a band: all layers here attend to all that is before.
 """
@@ -17,10 +17,10 @@ import numpy as np
 
 from instructax.model.attention import attend, attend_causally, attention_mask, rotate
 from instructax.model.config import ComputeConfig, ModelConfig
-from instructax.operations import normalized, product
+from instructax.operations import gelu, normalized, product
 from instructax.types import Array, Params, pytree
 
-UNROLLED = 4  # layers in a step of the training scan
+UNROLLED = 12  # the most layers in a step of the training scan
 
 
 @pytree
@@ -36,7 +36,7 @@ class Cache:
 def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of `length` columns."""
     shape = (batch, config.kv_heads, length, config.head_width)
-    blank = tuple(jnp.zeros(shape, compute.dtype) for _ in range(config.layers))
+    blank = tuple(jnp.zeros(shape, compute.operands) for _ in range(config.layers))
     return Cache(keys=blank, values=blank, segments=jnp.zeros((batch, length), jnp.int32), filled=jnp.int32(0))
 
 
@@ -52,18 +52,21 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 
 class Linear(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x: dtype[..., contracted axes] → dtype[..., *features]."""
+    """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype `operands`:
+    dtype[..., contracted axes] → dtype[..., *features]."""
 
     features: tuple[int, ...]
     contracted: int
     std: float
     bias: bool
+    operands: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
-        y = product(x, kernel.astype(x.dtype), self.contracted)
+        rows, summed, features = "abc"[: x.ndim - self.contracted], "xy"[: self.contracted], "fgh"[: len(self.features)]
+        y = product(f"{rows}{summed},{summed}{features}->{rows}{features}", x, kernel, self.operands)
         if self.bias:
             y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
         return y
@@ -92,41 +95,46 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
+    operands: str
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
         c = self.config
-        query = Linear((c.heads, c.head_width), 1, c.init_std, c.biases, name="query")(x)
-        key = Linear((c.kv_heads, c.head_width), 1, c.init_std, c.biases, name="key")(x)
-        value = Linear((c.kv_heads, c.head_width), 1, c.init_std, c.biases, name="value")(x)
+        linear = partial(Linear, bias=c.biases, operands=self.operands)
+        query = linear((c.heads, c.head_width), 1, c.init_std, name="query")(x)
+        key = linear((c.kv_heads, c.head_width), 1, c.init_std, name="key")(x)
+        value = linear((c.kv_heads, c.head_width), 1, c.init_std, name="value")(x)
         if c.positions == "rotary":
             query, key = rotate(query, positions, c.rotary_base), rotate(key, positions, c.rotary_base)
         query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
         if past is not None:
             past_keys, past_values, column = past
-            key, value = _written(past_keys, key, column, 2), _written(past_values, value, column, 2)
-            mixed = attend(query, key, value, mask)
+            key = _written(past_keys, key.astype(past_keys.dtype), column, 2)
+            value = _written(past_values, value.astype(past_values.dtype), column, 2)
+            mixed = attend(query, key, value, mask, self.operands)
         else:
-            mixed = attend_causally(query, key, value, mask)
+            mixed = attend_causally(query, key, value, mask, self.operands)
         mixed = mixed.swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.layers)
-        return Linear((c.width,), 2, residual_std, c.biases, name="out")(mixed), (key, value)
+        return linear((c.width,), 2, residual_std, name="out")(mixed), (key, value)
 
 
 class Mlp(nn.Module):
     """GELU (tanh form, as GPT-2) or SwiGLU: dtype[B, T, D] → dtype[B, T, D]."""
 
     config: ModelConfig
+    operands: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        y = Linear((c.mlp_width,), 1, c.init_std, c.biases, name="up")(x)
+        linear = partial(Linear, bias=c.biases, operands=self.operands)
+        y = linear((c.mlp_width,), 1, c.init_std, name="up")(x)
         if c.activation == "gelu":
-            y = jax.nn.gelu(y, approximate=True)
+            y = gelu(y)
         else:
-            y = y * jax.nn.silu(Linear((c.mlp_width,), 1, c.init_std, c.biases, name="gate")(x))
-        return Linear((c.width,), 1, c.init_std / np.sqrt(2 * c.layers), c.biases, name="down")(y)
+            y = y * jax.nn.silu(linear((c.mlp_width,), 1, c.init_std, name="gate")(x))
+        return linear((c.width,), 1, c.init_std / np.sqrt(2 * c.layers), name="down")(y)
 
 
 @pytree
@@ -153,13 +161,15 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
+    operands: str
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None):
         c = self.config
-        attended, present = Attention(c, name="attention")(Norm(c, name="attention_norm")(x), mask, positions, past)
+        attention, mlp = Attention(c, self.operands, name="attention"), Mlp(c, self.operands, name="mlp")
+        attended, present = attention(Norm(c, name="attention_norm")(x), mask, positions, past)
         x = x + drop(attended, dropout, 0)
-        x = x + drop(Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x)), dropout, 1)
+        x = x + drop(mlp(Norm(c, name="mlp_norm")(x)), dropout, 1)
         return x, present
 
 
@@ -191,24 +201,24 @@ class Transformer(nn.Module):
         """
         c = self.config
         embedding = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.width), jnp.float32)
-        x = jnp.take(embedding, tokens, axis=0).astype(self.compute.dtype)
+        x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activations)
         if c.positions == "learned":
             table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
         blocks = self.param("blocks", init_blocks, c)
         if cache is None:
             mask = attention_mask(segments, segments, 0)
-            x = scan_blocks(blocks, x, mask, positions, c, self.compute.remat, dropout)
+            x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout)
         else:
-            x, cache = unroll_blocks(layers or layers_of(blocks), x, segments, positions, c, cache)
+            x, cache = unroll_blocks(layers or layers_of(blocks), x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
         if self.head == "scalar":
             std = float(1.0 / np.sqrt(c.width + 1))
-            outputs = Linear((), 1, std, True, name="scalar_head")(x.astype(jnp.float32))
+            outputs = Linear((), 1, std, True, "float32", name="scalar_head")(x.astype(jnp.float32))
             return outputs, cache
         if not c.tied_head:
             self.param("head", init_head, c)
-        return x, cache
+        return x.astype(self.compute.operands), cache
 
 
 def init_head(key: Array, config: ModelConfig) -> Params:
@@ -227,17 +237,25 @@ def init_blocks(key: Array, config: ModelConfig) -> Params:
     x, mask = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool)
 
     def init(key: Array) -> Params:
-        return Block(config, parent=None).init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
+        block = Block(config, "float32", parent=None)
+        return block.init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, config.layers))
 
 
 def scan_blocks(
-    blocks: Params, x: Array, mask: Array, positions: Array, config: ModelConfig, remat: str, dropout: Dropout | None
+    blocks: Params,
+    x: Array,
+    mask: Array,
+    positions: Array,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    dropout: Dropout | None,
 ) -> Array:
     """All layers by one scan: dtype[B, T, D] → dtype[B, T, D].
 
-    Without remat a step of the scan has UNROLLED layers: XLA:CPU spends a tenth of a training step on the ends of each.
+    Without remat a step of the scan has UNROLLED layers: what is kept for the backward pass is copied at the ends of
+    each, for which XLA:CPU needs a tenth of a training step.
     """
 
     def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
@@ -245,8 +263,11 @@ def scan_blocks(
         own = None
         if dropout is not None:
             own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
-        return Block(config, parent=None).apply({"params": params}, x, mask, positions, None, own)[0], None
+        return Block(config, compute.operands, parent=None).apply({"params": params}, x, mask, positions, None, own)[
+            0
+        ], None
 
+    remat = compute.remat
     if remat != "none":
         policies = jax.checkpoint_policies
         policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
@@ -262,18 +283,25 @@ def layers_of(blocks: Params) -> tuple[Params, ...]:
     return tuple(jax.tree.map(lambda leaf, i=index: leaf[i], blocks) for index in range(count))
 
 
-def cast_matrices(params: Params, dtype: str) -> Params:
-    """The matrices in the dtype that the network multiplies them in, as it would cast them itself: a loop then reads
-    no more bytes than it needs. Norms and biases stay as they are."""
+def cast_matrices(params: Params, compute: ComputeConfig) -> Params:
+    """The matrices in the dtypes that the network uses them in, as it would cast them itself: a loop then reads no more
+    bytes than it needs. Norms and biases stay as they are."""
+    dtypes = {"kernel": compute.operands, "embedding": compute.activations, "positions": compute.activations}
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding", "positions") else leaf
+        return leaf.astype(dtypes.get(path[-1].key, leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def unroll_blocks(
-    layers: tuple[Params, ...], x: Array, segments: Array, positions: Array, config: ModelConfig, cache: Cache
+    layers: tuple[Params, ...],
+    x: Array,
+    segments: Array,
+    positions: Array,
+    config: ModelConfig,
+    compute: ComputeConfig,
+    cache: Cache,
 ) -> tuple[Array, Cache]:
     """All layers one after the other, each with its own cache arrays."""
     column = cache.filled
@@ -282,7 +310,9 @@ def unroll_blocks(
     keys, values = [], []
     for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
-        x, (key, value) = Block(config, parent=None).apply({"params": params}, x, mask, positions, past, None)
+        x, (key, value) = Block(config, compute.operands, parent=None).apply(
+            {"params": params}, x, mask, positions, past, None
+        )
         keys.append(key)
         values.append(value)
     filled = column + segments.shape[1]
