@@ -58,7 +58,14 @@ def llama_config(**changes: Any) -> ModelConfig:
 
 def compute(**changes: Any) -> ComputeConfig:
     """float32, nothing recomputed, and a chunk that divides few lengths."""
-    values: dict[str, Any] = {"dtype": "float32", "remat": "none", "head_chunk": 4, "part_rows": 8, "slots": 3}
+    values: dict[str, Any] = {
+        "dtype": "float32",
+        "decoding": "float32",
+        "remat": "none",
+        "head_chunk": 4,
+        "part_rows": 8,
+        "slots": 3,
+    }
     return ComputeConfig(**{**values, **changes})
 
 

@@ -254,7 +254,7 @@ def converted(jaxpr: Any, inside: bool = False) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
 def test_matrices_are_cast_before_the_loop_and_not_at_every_token(policy, dtype, monkeypatch):
     """A decoding step reads all of them: in bfloat16 half the bytes of float32."""
-    model = Transformer(policy.config, compute(dtype=dtype), "tokens")
+    model = Transformer(policy.config, compute(decoding=dtype), "tokens")
     prompts, keys = prompts_and_keys()
     blocks = jax.tree_util.tree_leaves_with_path(policy.params["blocks"])
     matrices = {leaf.shape[1:] for path, leaf in blocks if path[-1].key == "kernel"}
@@ -268,6 +268,17 @@ def test_matrices_are_cast_before_the_loop_and_not_at_every_token(policy, dtype,
     assert not cast_in_loops()
     monkeypatch.setattr(sampling, "cast_matrices", lambda params, compute: params)
     assert cast_in_loops() == matrices - {policy.params["embedding"].shape}  # the head is cast before all the same
+
+
+def test_a_sampler_rounds_as_it_is_told_to(policy):
+    prompts, keys = prompts_and_keys()
+    exact = policy.sample(prompts, keys, 1.0)
+    for dtype in ("mixed", "bfloat16"):
+        model = Transformer(policy.config, compute(decoding=dtype), "tokens")
+        sample = jax.jit(lambda p, k, m=model: generate(m, policy.params, p, k, length=1, temperature=1.0, eos_id=EOS))
+        same = sample(prompts, keys).responses[:, 0] == exact.responses[:, 0]
+        gaps = jnp.abs(sample(prompts, keys).logprobs[:, 0] - exact.logprobs[:, 0])[same]
+        assert same.mean() > 0.5 and 1e-5 < float(gaps.max()) < 0.1
 
 
 def test_a_limit_of_one_token(policy):

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from instructax import sharding, training
 from instructax.configuration import require
-from instructax.model import ComputeConfig, ModelConfig, Transformer, init_cache, parameter_count
+from instructax.model import ComputeConfig, ModelConfig, Transformer, init_cache, parameter_count, while_sampling
 from instructax.optimizer import make_optimizer
 from instructax.sharding import MeshConfig
 
@@ -66,7 +66,7 @@ def _state_bytes(name: str, state: Any) -> dict[str, int]:
 
 
 def _cache_bytes(model: ModelConfig, compute: ComputeConfig, rows: int, length: int) -> int:
-    cache = jax.eval_shape(lambda: init_cache(model, compute, rows, length))
+    cache = jax.eval_shape(lambda: init_cache(model, while_sampling(compute), rows, length))
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 

@@ -12,7 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.model import Cache, Transformer, cast_matrices, head_kernel, init_cache, layers_of, positions_of
+from instructax.model import (
+    Cache,
+    Transformer,
+    cast_matrices,
+    head_kernel,
+    init_cache,
+    layers_of,
+    positions_of,
+    while_sampling,
+)
 from instructax.operations import anywhere
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 from instructax.vocabulary import logits_of
@@ -75,6 +84,7 @@ def generate(
     and hold `eos_id`. `groups`: how many devices share rows; each has slots for its own share of the prompts. Returns
     Rollouts of N rows with R = `length`.
     """
+    model = model.clone(compute=while_sampling(model.compute))
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
     head = head_kernel(model.config, params).astype(model.compute.operands)
     params = cast_matrices(params, model.compute)

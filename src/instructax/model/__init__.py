@@ -1,7 +1,7 @@
 """One decoder-only transformer for the GPT-2/GPT-3 and the Llama families; the only folder that imports flax."""
 
 from instructax.model.attention import BRANCHES, attention_mask, positions_of
-from instructax.model.config import ComputeConfig, ModelConfig
+from instructax.model.config import ComputeConfig, ModelConfig, while_sampling
 from instructax.model.network import (
     Block,
     Cache,
@@ -29,4 +29,5 @@ __all__ = [
     "layers_of",
     "parameter_count",
     "positions_of",
+    "while_sampling",
 ]

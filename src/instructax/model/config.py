@@ -41,6 +41,7 @@ class ComputeConfig:
     """How a run computes; free to differ between stages that share parameters."""
 
     dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the operands of products rounded to bfloat16
+    decoding: Literal["float32", "mixed", "bfloat16"]  # the same of the sampler, which is bound by other things
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
     part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
@@ -58,3 +59,8 @@ class ComputeConfig:
     def operands(self) -> str:
         """The dtype that matrix products multiply in; they sum in float32."""
         return "float32" if self.dtype == "float32" else "bfloat16"
+
+
+def while_sampling(compute: ComputeConfig) -> ComputeConfig:
+    """How the sampler of a run computes."""
+    return dataclasses.replace(compute, dtype=compute.decoding)
