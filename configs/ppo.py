@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such responses -1
             "whiten_rewards": False,
             "whiten_advantages": True,  # not in the paper; as in its ancestors
-            "tolerance": 0.03 if paper else 1e-4,  # nats, mean over tokens; bfloat16 or float32
+            "tolerance": 0.03 if paper else 1e-4,  # nats, mean over tokens; mixed and bfloat16, or float32
             "samples": 8 if paper else rollouts,
             "run": sizes.run(size),
         }
