@@ -15,7 +15,9 @@ from configs import sizes
 def get_config(size: str = "") -> ml_collections.ConfigDict:
     """GPT, SFT, PPO and PPO-ptx on all tasks, in the sizes that live in the embedded world."""
     if size not in sizes.WORLDS:
-        raise ValueError(f"size {size!r} must be one of {sizes.WORLDS}: the paper's sizes have no embedded world")
+        raise ValueError(
+            f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: the paper's sizes have no embedded world"
+        )
     folder = f"runs/{size}"
     # The tiny tokenizer cuts the same texts into more pieces, and rotary positions go on beyond the model's length.
     context, answer = (192, 48) if size == "tiny" else (102, 26)

@@ -18,7 +18,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "a finished run of pretraining, S
 LENGTH = flags.DEFINE_integer("length", 32, "the most tokens of an answer", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 = the likeliest token", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "another seed, other answers", lower_bound=0)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "mixed", "bfloat16"], "of the computation")
 
 
 def main(argv: list[str]) -> int:

@@ -34,14 +34,11 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
     command.keep_compiled()
     command.use_large_pages()
-    from flax.traverse_util import flatten_dict
-
     from instructax import experiment
 
     config = CONFIG.value.to_dict()
     if DRY_RUN.value:
-        print("\n".join(f"config.{name} = {value!r}" for name, value in flatten_dict(config, sep=".").items()))
-        return command.guarded(lambda: print(experiment.dry_run(config)))
+        return command.guarded(lambda: print(experiment.values_of(config), experiment.dry_run(config), sep="\n"))
 
     def run() -> None:
         from instructax import processes

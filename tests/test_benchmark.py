@@ -11,7 +11,7 @@ import pytest
 from configs import benchmark as works
 
 import small
-from instructax import benchmark
+from instructax import benchmark, workloads
 from instructax.configuration import construct
 from instructax.experiment import stage_of
 
@@ -24,9 +24,9 @@ def test_operations_by_hand():
     layer = 4 * 16 * 24 + 2 * 16 * 28
     attention = 2 * 24 * 5  # scores and mixtures over 2.5 keys on average
     wanted = 10 * 2 * (2 * layer + attention) + 2 * 4 * 23 * 16
-    assert benchmark.forward_operations(small.gpt_config(), 10, 5, 4) == wanted
+    assert workloads.forward_operations(small.gpt_config(), 10, 5, 4) == wanted
     grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28  # half as many keys as queries, and a gate
-    assert benchmark.forward_operations(small.llama_config(), 1, 0, 0) == 2 * 2 * grouped
+    assert workloads.forward_operations(small.llama_config(), 1, 0, 0) == 2 * 2 * grouped
 
 
 def config_of(arg: str) -> Any:
@@ -73,7 +73,7 @@ def test_ptx_runs_its_text():
     without = benchmark.measure(config, **given)
     record = benchmark.measure(dataclasses.replace(config, ptx_coef=1.0), **given)
     text = 8 * 4 * 24  # tokens of eight rows for each of four minibatches
-    assert record["operations"] - without["operations"] == 3 * benchmark.forward_operations(
+    assert record["operations"] - without["operations"] == 3 * workloads.forward_operations(
         config.model, text, 24, text
     )
 

@@ -178,6 +178,34 @@ def test_a_dry_run_says_what_it_would_hold():
     assert "held throughout" in out
 
 
+def started_again(monkeypatch, tmp_path, environment, enabled="always [madvise] never"):
+    """With which GLIBC_TUNABLES a command starts itself again; None if it does not."""
+    pages, found = tmp_path / "enabled", []
+    pages.write_text(enabled)
+    monkeypatch.setattr(command, "Path", lambda _: pages)
+    monkeypatch.setattr(command.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(command.sys, "gettrace", lambda: None)
+    monkeypatch.setattr(command.sys, "modules", {})
+    monkeypatch.setattr(command.sys, "orig_argv", ["python", "-X", "dev", "scripts/train.py", "--x=1"])
+    monkeypatch.setattr(command.os, "environ", environment)
+    monkeypatch.setattr(command.os, "execv", lambda program, arguments: found.append((program, arguments)))
+    command.use_large_pages()
+    assert all(call == (sys.executable, [sys.executable, "-X", "dev", "scripts/train.py", "--x=1"]) for call in found)
+    return environment["GLIBC_TUNABLES"] if found else None
+
+
+def test_large_pages_are_asked_for_once_and_where_linux_waits_to_be_asked(monkeypatch, tmp_path):
+    environment = {}
+    assert started_again(monkeypatch, tmp_path, environment) == "glibc.malloc.hugetlb=1"
+    assert started_again(monkeypatch, tmp_path, environment) is None
+    assert started_again(monkeypatch, tmp_path, {"GLIBC_TUNABLES": ""}) is None
+    assert started_again(monkeypatch, tmp_path, {}, enabled="[always] madvise never") is None
+    monkeypatch.undo()
+    before = dict(os.environ)
+    command.use_large_pages()  # jax is imported: nothing is started again
+    assert dict(os.environ) == before
+
+
 def test_help_is_no_failure():
     code, out, err = run("train.py", "--help")
     assert (code, err) == (0, "") and "--config" in out

@@ -28,7 +28,7 @@ def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
         mesh=mesh,
         model=small.gpt_config(),
         reward_model=small.llama_config(layers=1),
-        compute=small.compute(),
+        compute=small.compute(decoding="bfloat16"),
         optimizer=small.optimizer_config(clip_norm=1.0),
         value_optimizer=small.optimizer_config(),
         batch_size=batch_size,
@@ -56,9 +56,9 @@ def test_memory_is_what_real_arrays_take(sizes):
     value = zeros(config.reward_model, "scalar", config.value_optimizer)
     # Caches of the rows that one device has, with the heads shared by the tensor axis.
     rows, limits = 8 // (sizes[0] * sizes[1]), config.data.limits
-    slots = min(rows, config.compute.slots)
-    prompts = jax.tree.leaves(init_cache(config.model, config.compute, rows, limits.prompt_tokens))
-    cache = jax.tree.leaves(init_cache(config.model, config.compute, slots, 12))
+    slots, sampler = min(rows, config.compute.slots), dataclasses.replace(config.compute, dtype="bfloat16")
+    prompts = jax.tree.leaves(init_cache(config.model, sampler, rows, limits.prompt_tokens))
+    cache = jax.tree.leaves(init_cache(config.model, sampler, slots, 12))
     assert estimate.memory(config) == {
         "policy": held_by_first_device(policy.params),
         "optimizer of the policy": held_by_first_device(policy.opt_state),

@@ -14,6 +14,7 @@ import stages
 from instructax import experiment
 from instructax.configuration import ConfigError
 from instructax.experiment import Run, load_config, load_file, run_experiment, run_stage
+from instructax.microworld.write import prompts_of
 
 pytest_plugins = ("chain",)
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +206,7 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
     short = {name: overrides | own_rows.get(name, {}) for name, overrides in SHORT.items()}
     configs = {name: stages.config_of(chain, name, overrides) for name, overrides in short.items()}
     groups = set[Any]().union(*(groups_of(experiment.stage_of(config)[0]) for config in configs.values()))
+    prompts_of.cache_clear()  # else another test may have drawn this world's already
     read = {group: watched(monkeypatch, group) for group in groups}
     for name, config in configs.items():
         assert run_stage(config, tmp_path / name)

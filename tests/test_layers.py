@@ -20,8 +20,9 @@ FLOORS = {
     **dict.fromkeys(("stage", "microworld"), 4),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),
     **dict.fromkeys(("ppo_train", "collect"), 6),  # ppo as a run; chat's policies before labelers
-    **dict.fromkeys(("experiment", "benchmark"), 7),
-    "command": 8,
+    **dict.fromkeys(("experiment", "workloads"), 7),
+    "benchmark": 8,
+    "command": 9,
 }
 # Library → the only places that may import it; nobody may import the last four.
 HOMES = {

@@ -263,7 +263,8 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
 @pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
 def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
     """Sampler, scorer and update round alike, so that the invariants hold; the figures are near those of float32."""
-    half, exact = {"compute.dtype": dtype, "steps": 1, "tolerance": 0.03}, {"steps": 1}
+    half = {"compute.dtype": dtype, "compute.decoding": dtype, "steps": 1, "tolerance": 0.03}
+    exact = {"steps": 1}
     for name, overrides in (("half", half), ("exact", exact)):
         run_stage(stages.config_of(chain, "ppo-ptx", overrides), tmp_path / name)
     (line,), (wanted,) = metrics_of(tmp_path / "half"), metrics_of(tmp_path / "exact")

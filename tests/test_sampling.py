@@ -271,14 +271,19 @@ def test_matrices_are_cast_before_the_loop_and_not_at_every_token(policy, dtype,
 
 
 def test_a_sampler_rounds_as_it_is_told_to(policy):
+    """In the first token as in those behind it, whose keys and values come from the cache."""
     prompts, keys = prompts_and_keys()
     exact = policy.sample(prompts, keys, 1.0)
     for dtype in ("mixed", "bfloat16"):
         model = Transformer(policy.config, compute(decoding=dtype), "tokens")
-        sample = jax.jit(lambda p, k, m=model: generate(m, policy.params, p, k, length=1, temperature=1.0, eos_id=EOS))
-        same = sample(prompts, keys).responses[:, 0] == exact.responses[:, 0]
-        gaps = jnp.abs(sample(prompts, keys).logprobs[:, 0] - exact.logprobs[:, 0])[same]
-        assert same.mean() > 0.5 and 1e-5 < float(gaps.max()) < 0.1
+        sample = partial(generate, model, length=LENGTH, temperature=1.0, eos_id=EOS)
+        found = jax.jit(sample)(policy.params, prompts, keys)
+        # As long as all tokens are the same, so are the distributions but for rounding.
+        same = np.cumprod(found.responses == exact.responses, axis=1).astype(bool) & np.asarray(exact.mask)
+        gaps = np.abs(found.logprobs - exact.logprobs) * same
+        assert same[:, 1:].sum() > 10
+        for column in (gaps[:, 0], gaps[:, 1:]):
+            assert 1e-5 < column.max() < 0.15
 
 
 def test_a_limit_of_one_token(policy):

@@ -1,12 +1,6 @@
-"""How fast the stages are: random parameters and tokens, compiled updates, medians, and the limits of the machine.
-
-Operations are those of the model, 2 for each multiplication and addition: per token of a forward pass 2 · (N + V · D)
-with N the parameters of the layers and V · D those of the head (where its scores are needed), and 2 · L · H · d · T for
-causal attention over T tokens; three times as many with the backward pass. What is computed twice is counted once.
-"""
+"""How fast the stages are: random parameters and tokens, compiled updates, medians, and the limits of the machine."""
 
 import contextlib
-import dataclasses
 import resource
 import statistics
 import sys
@@ -17,31 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from instructax import ppo, ppo_train, reward, sharding, supervised, training
+from instructax import sharding
 from instructax.configuration import require
 from instructax.estimate import GIB
-from instructax.model import ModelConfig, Transformer
-from instructax.optimizer import make_optimizer
-from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What is measured: a call, and what it does."""
-
-    run: Callable[[Any], Mapping[str, float]]  # (phase) → figures of one repetition; phases are timed by it
-    tokens: Callable[[Mapping[str, float]], float]  # of one repetition, from its figures
-    operations: Callable[[Mapping[str, float]], float]
-
-
-def forward_operations(config: ModelConfig, tokens: float, length: float, scored: float) -> float:
-    """Of `tokens` in texts of `length`, of which the head scores the vocabulary at `scored`."""
-    block = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
-    block += config.width * config.mlp_width * (3 if config.activation == "swiglu" else 2)
-    attention = 2 * config.layers * config.heads * config.head_width * length
-    return tokens * (2 * config.layers * block + attention) + 2 * scored * config.vocab_size * config.width
+from instructax.model import while_sampling
+from instructax.workloads import ppo_work, reward_work, sampling_work, supervised_work
 
 
 def measure(
@@ -51,7 +26,7 @@ def measure(
     trains. `ending`: the probability that a policy ends its response at a token (0: never); `sampling_alone`: of PPO
     the rollout only; `side_by_side`: of PPO, so many runs in one program, 1 for one run whose three programs are one, 0
     for the programs of a run; `profile`: a folder for the trace of the last repetition, or ""."""
-    makers = {"supervised": _supervised, "reward": _reward, "ppo": _ppo}
+    makers = {"supervised": supervised_work, "reward": reward_work, "ppo": ppo_work}
     require(config.stage in makers, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(makers)}")
     require(
         config.stage == "ppo" or not (sampling_alone or ending or side_by_side),
@@ -62,8 +37,11 @@ def measure(
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
     mesh = sharding.make_mesh(config.mesh)
-    peak, bandwidth = matmul_rate(config.compute.operands), copy_rate()
-    make = _sampling if sampling_alone else partial(_ppo, runs=side_by_side) if side_by_side else makers[config.stage]
+    compute = while_sampling(config.compute) if sampling_alone else config.compute
+    peak, bandwidth = matmul_rate(compute.operands), copy_rate()
+    make = makers[config.stage]
+    if sampling_alone or side_by_side:
+        make = sampling_work if sampling_alone else partial(ppo_work, runs=side_by_side)
     compiled = Compilations()
     with compiled:
         started = time.perf_counter()
@@ -89,6 +67,7 @@ def measure(
         "devices": mesh.size,
         "device": jax.devices()[0].device_kind,
         "dtype": config.compute.dtype,
+        "decoding": config.compute.decoding,
         "attention": "jax (products and a mask)",
         "seconds": median,
         "seconds_best": min(seconds),
@@ -170,197 +149,12 @@ def peak_memory() -> float:
     return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _tokens(config: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return np.random.default_rng(0).integers(config.vocab_size, size=shape).astype(np.int32)
-
-
-def _filled(shape: tuple[int, ...], value: Any) -> Any:
-    """A numpy array; typed as Any since `types` names the jax arrays that it becomes on a device."""
-    return np.full(shape, value)
-
-
-def _supervised(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "tokens"), make_optimizer(config.optimizer)
-    program = supervised.SupervisedProgram(
-        model=model,
-        optimizer=optimizer,
-        schedule=config.optimizer,
-        mesh=mesh,
-        total_steps=1000,
-        accumulate=config.accumulate,
-        drops=config.dropout > 0,
-    )
-    settings = supervised.SupervisedSettings(
-        seed=jnp.int32(config.seed),
-        learning_rate=jnp.float32(config.optimizer.learning_rate),
-        dropout=jnp.float32(config.dropout),
-    )
-    step = training.compile_update(
-        partial(supervised.update, program), training.abstract_state(model, optimizer, mesh), mesh
-    )
-    state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
-    length = config.data.limits.sequence_tokens
-    batch = sharding.put_rows(_text(config, config.batch_size), mesh)
-
-    def run(phase: Any) -> Mapping[str, float]:
-        with phase("update"):
-            state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {"tokens": float(metrics["tokens"])}
-
-    def operations(figures: Mapping[str, float]) -> float:
-        return 3 * forward_operations(config.model, figures["tokens"], length, figures["tokens"])
-
-    return Work(run, lambda figures: figures["tokens"], operations)
-
-
-def _reward(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "scalar"), make_optimizer(config.optimizer)
-    program = reward.RewardProgram(
-        model=model,
-        optimizer=optimizer,
-        schedule=config.optimizer,
-        mesh=mesh,
-        total_steps=1000,
-    )
-    settings = reward.RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
-    step = training.compile_update(
-        partial(reward.update, program), training.abstract_state(model, optimizer, mesh), mesh
-    )
-    state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
-    limits, rows = config.data.limits, config.batch_size
-    shape = (rows, limits.completions, limits.response_tokens)
-    ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])
-    batch = Comparisons(
-        prompts=_prompts(config),
-        responses=_tokens(config.model, shape),
-        mask=_filled(shape, True),
-        ranks=ranks,
-        valid=_filled(shape[:2], True),
-        labeler=_filled((rows,), np.int32(0)),
-    )
-    batch = sharding.put_rows(batch, mesh)
-
-    def run(phase: Any) -> Mapping[str, float]:
-        with phase("update"):
-            state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {name: float(metrics[name]) for name in ("tokens", "padding")}
-
-    def operations(figures: Mapping[str, float]) -> float:
-        # A response sees the prompt and half of itself on average, the prompt half of itself.
-        prompt, response = limits.prompt_tokens, limits.response_tokens
-        asked = forward_operations(config.model, rows * prompt, prompt, 0)
-        return 3 * (asked + forward_operations(config.model, rows * shape[1] * response, 2 * prompt + response, 0))
-
-    return Work(run, lambda figures: figures["tokens"], operations)
-
-
-def _ppo(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0) -> Work:
-    """The three programs of an iteration; with `runs`, that many runs of other seeds side by side in one program."""
-    program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
-    policy = _policy(program, ending)
-    scorer = training.init_state(program.scorer, program.value_optimizer, jax.random.key(1), mesh).params
-    state = PpoState(
-        policy=training.start_from(policy, program.policy_optimizer, mesh),
-        value=training.start_from(scorer, program.value_optimizer, mesh),
-        ema=jax.tree.map(jnp.copy, policy),
-    )
-    rows = config.ptx_rows * config.minibatches * config.inner_epochs if config.ptx_coef > 0 else 0
-    batch = sharding.put_rows((_prompts(config), _text(config, rows) if rows else None), mesh)
-    iterate: Any
-    if runs:
-        settings = jax.tree.map(lambda x: jnp.stack([x] * runs), settings)
-        settings = dataclasses.replace(settings, seed=jnp.arange(runs, dtype=jnp.int32))
-        states = [jax.tree.map(lambda x: jnp.stack([x] * runs), state)]
-        many = jax.vmap(partial(ppo.iteration, program), in_axes=(0, None, None, None, None, 0))
-        iterate = jax.jit(many, donate_argnums=0)
-    else:
-        states = [state]
-        iterate = ppo_train.Iteration(
-            program, ppo_train.abstract_state(program), settings, policy, scorer, config.tolerance
-        )
-
-    def run(phase: Any) -> Mapping[str, float]:
-        if runs:
-            with phase("iteration"):
-                states[0], metrics, _, _ = jax.block_until_ready(iterate(states[0], policy, scorer, *batch, settings))
-        else:
-            states[0], metrics, _, _ = iterate(states[0], batch, phase)
-        return {name: float(jnp.mean(metrics[name])) for name in ("tokens", "response_length", "padding")}
-
-    def operations(figures: Mapping[str, float]) -> float:
-        length = figures["tokens"] / config.batch_size
-        answers = config.batch_size * figures["response_length"]
-        policy = forward_operations(config.model, figures["tokens"], length, answers)
-        scalar = forward_operations(config.reward_model, figures["tokens"], length, 0)
-        width = config.data.limits.sequence_tokens
-        text = forward_operations(config.model, rows * width, width, rows * width)
-        # The sampler, the reference, the value and the reward; both networks' updates; and the text's.
-        once = 2 * policy + 2 * scalar + 3 * config.inner_epochs * (policy + scalar) + 3 * text
-        return max(runs, 1) * once
-
-    return Work(run, lambda figures: max(runs, 1) * figures["tokens"], operations)
-
-
-def _sampling(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
-    program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
-    policy, prompts = _policy(program, ending), sharding.put_rows(_prompts(config), mesh)
-    rollout = jax.jit(partial(ppo.rollout, program))
-    step = [0]
-
-    def run(phase: Any) -> Mapping[str, float]:
-        step[0] += 1
-        with phase("rollout"):
-            rollouts = jax.block_until_ready(rollout(policy, prompts, jnp.int32(step[0]), settings))
-        return {"tokens": float(rollouts.mask.sum())}
-
-    def operations(figures: Mapping[str, float]) -> float:
-        asked = config.batch_size * config.data.limits.prompt_tokens
-        length = (asked + figures["tokens"]) / config.batch_size
-        return forward_operations(config.model, asked + figures["tokens"], length, figures["tokens"])
-
-    return Work(run, lambda figures: figures["tokens"], operations)
-
-
-def _text(config: Any, rows: int) -> LmBatch:
-    """Rows of one text each, without padding."""
-    shape = (rows, config.data.limits.sequence_tokens)
-    positions: Any = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return LmBatch(
-        tokens=_tokens(config.model, shape),
-        segments=_filled(shape, np.int32(1)),
-        positions=positions,
-        loss_mask=positions > 0,
-    )
-
-
-def _prompts(config: Any) -> Prompts:
-    shape = (config.batch_size, config.data.limits.prompt_tokens)
-    return Prompts(tokens=_tokens(config.model, shape), mask=_filled(shape, True))
-
-
-def _eos_id(config: Any, ending: float) -> int:
-    """The last token's, or one that no token has: then nothing ends before the limit."""
-    return config.model.vocab_size - (ending > 0)
-
-
-def _policy(program: ppo.PpoProgram, ending: float) -> Params:
-    """Random parameters. To end a response with about the probability `ending` at each token, the final norm's bias and
-    the end token's embedding share a direction that no other token has."""
-    params = training.init_state(program.policy, program.policy_optimizer, jax.random.key(0), program.mesh).params
-    if ending == 0:
-        return params
-    vocabulary, width = params["embedding"].shape
-    direction = jnp.full((width,), width**-0.5)
-    logit = jnp.log(ending / (1 - ending) * vocabulary)
-    norm = {**params["final_norm"], "bias": direction}
-    return {**params, "final_norm": norm, "embedding": params["embedding"].at[program.eos_id].set(logit * direction)}
-
-
 def table(record: Mapping[str, Any]) -> list[str]:
     """The record as lines to read."""
+    dtypes = f"{record['dtype']} (sampling {record['decoding']})"
     phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in record["seconds_of"].items())
     rows = (
-        ("device", f"{record['devices']} × {record['device']}, {record['dtype']}, attention: {record['attention']}"),
+        ("device", f"{record['devices']} × {record['device']}, {dtypes}, attention: {record['attention']}"),
         ("one repetition", f"{record['seconds']:.4g} s (best {record['seconds_best']:.4g}): {phases}"),
         ("tokens", f"{record['tokens']:,.0f}, {record['tokens_per_second_per_device']:,.0f} per second and device"),
         (

@@ -1,8 +1,10 @@
 """What the commands share: a user's mistake is one line and exit code 2, never a traceback."""
 
+import contextlib
 import os
 import re
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Callable
@@ -25,8 +27,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _parsed(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except SystemExit:  # absl's --help ends as a failure does
-        sys.exit(DONE)
+    except SystemExit as end:  # absl's --help ends as a failure does
+        sys.exit(DONE if end.code == 1 else end.code)
 
 
 def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
@@ -61,14 +63,16 @@ def use_large_pages() -> None:
     """Starts this command again, in the same process, with memory in large pages where glibc can ask Linux for them.
 
     XLA:CPU takes the memory of a program anew at each of its runs, and Linux fills it with zeros page by page: with
-    small pages a sixth of a training step. glibc reads the setting when a process starts. A setting that is there
-    already stays; JAX must not have been imported.
+    small pages a sixth of a training step. glibc reads the setting GLIBC_TUNABLES when a process starts; one that is
+    there already, empty ones too, stays. Nothing is done within another program, such as a debugger or a notebook.
     """
-    setting = "GLIBC_TUNABLES"
-    if setting in os.environ or not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+    setting, pages = "GLIBC_TUNABLES", Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    alone = "jax" not in sys.modules and threading.active_count() == 1 and sys.gettrace() is None
+    if setting in os.environ or not alone or not pages.exists() or "[madvise]" not in pages.read_text():
         return
     os.environ[setting] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # then the pages stay small
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def guarded(call: Callable[[], Any]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from instructax import estimate, stage
 from instructax.configuration import ConfigError, construct, require
 from instructax.lineage import finished
+from instructax.manifest import flat
 from instructax.report.drawing import require_matplotlib
 
 
@@ -85,6 +86,11 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
         return False
     module.train(built, workdir, config)
     return True
+
+
+def values_of(config: Mapping[str, Any]) -> str:
+    """A line for each value of a config, as the command line names it."""
+    return "\n".join(f"config.{name} = {value}" for name, value in flat(config).items())
 
 
 def dry_run(config: Mapping[str, Any]) -> str:

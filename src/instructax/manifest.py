@@ -95,7 +95,7 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 
     Compares what JSON keeps, so that a tuple equals the list it is stored as. Lines are sorted by dotted name.
     """
-    stored, given = _flat(plain(old)), _flat(plain(new))
+    stored, given = flat(plain(old)), flat(plain(new))
     return [
         f"{name}: {stored.get(name, 'absent')} (stored) != {given.get(name, 'absent')} (given)"
         for name in sorted(stored | given)
@@ -103,11 +103,11 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     ]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+def flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """Dotted name → repr of the leaf: 1 and 1.0 and True differ, as they do in a config. An empty dict is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: repr(tree)}
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found

@@ -5,6 +5,7 @@ of a transformer, the norms and activations of all later layers. Here such array
 mathematics is that of the derived gradients; on other accelerators XLA is left alone.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,22 +33,24 @@ def product(axes: str, x: Array, y: Array, operands: str) -> Array:
 
 
 def _product_forward(axes: str, x: Array, y: Array, operands: str) -> tuple[Array, tuple[Array, Array]]:
-    return _einsum(axes, x.astype(operands), y.astype(operands)).astype(x.dtype), (x, y)
+    rounded = x.astype(operands)
+    return _einsum(axes, rounded, y.astype(operands), x.dtype), (rounded, y)
 
 
 def _product_backward(axes: str, operands: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     """d x = gradient · y and d y = x · gradient, each summed over the axes that it lacks."""
     of_x, of_y, of_result = axes.replace("->", ",").split(",")
-    x, gradient = materialized(kept[0].astype(operands)), materialized(gradient.astype(operands))
-    by_x = _einsum(f"{of_result},{of_y}->{of_x}", gradient, kept[1].astype(operands))
+    (x, y), dtype = kept, gradient.dtype
+    x, gradient = materialized(x), materialized(gradient.astype(operands))
+    by_x = _einsum(f"{of_result},{of_y}->{of_x}", gradient, y.astype(operands), dtype)
     # Both are summed over their first axes, so that the left one has to be transposed: the smaller one.
     (left, of_left), (right, of_right) = sorted([(x, of_x), (gradient, of_result)], key=lambda pair: pair[0].size)
-    by_y = _einsum(f"{of_left},{of_right}->{of_y}", left, right)
-    return by_x.astype(kept[0].dtype), by_y.astype(kept[1].dtype)
+    by_y = _einsum(f"{of_left},{of_right}->{of_y}", left, right, dtype)
+    return by_x, by_y.astype(y.dtype)
 
 
-def _einsum(axes: str, x: Array, y: Array) -> Array:
-    """As `product`, in float32; what is transposed for it is written to memory."""
+def _einsum(axes: str, x: Array, y: Array, dtype: Any) -> Array:
+    """As `product`, of `dtype`; what is transposed for it is written to memory."""
     of_x, of_y, of_result = axes.replace("->", ",").split(",")
     batch = "".join(axis for axis in of_x if axis in of_y and axis in of_result)
     summed = "".join(axis for axis in of_x if axis in of_y and axis not in of_result)
@@ -55,7 +58,15 @@ def _einsum(axes: str, x: Array, y: Array) -> Array:
     x, of_x = _transposed(x, of_x, batch + free + summed), batch + free + summed
     contracted = tuple(map(of_x.index, summed)), tuple(map(of_y.index, summed))
     along = tuple(map(of_x.index, batch)), tuple(map(of_y.index, batch))
-    result = jax.lax.dot_general(x, y, (contracted, along), preferred_element_type=jnp.float32)
+
+    def into(sums: Any) -> Callable[[Array, Array], Array]:
+        return lambda x, y: jax.lax.dot_general(x, y, (contracted, along), preferred_element_type=sums).astype(dtype)
+
+    result: Any
+    if dtype == jnp.float32:
+        result = into(jnp.float32)(x, y)
+    else:  # sixteen bits, which XLA:CPU multiplies fast into float32 alone
+        result = jax.lax.platform_dependent(x, y, cpu=into(jnp.float32), default=into(dtype))
     return _transposed(result, batch + free + "".join(axis for axis in of_y if axis not in of_x), of_result)
 
 

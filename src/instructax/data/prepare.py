@@ -173,6 +173,8 @@ def _make(
     recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, content: str
 ) -> tuple[Rows, Report]:
     """Returns the rows of every split, and the report; `content` is the hash of the other arguments."""
+    if not files:
+        raise ValueError(f"no files of {recipe.kind}: give at least one")
     records = [_opened(record) for record in read_jsonl(files, recipe.record)]
     names = {str(record.labeler) for record in records if getattr(record, "labeler", None)}
     labelers = {name: index for index, name in enumerate(sorted(names))}

@@ -27,8 +27,8 @@ UNROLLED = 12  # the most layers in a step of the training scan
 class Cache:
     """Keys and values of the columns seen so far, and where the next ones go."""
 
-    keys: tuple[Array, ...]  # per layer, dtype[B, kv_heads, S, head_width]
-    values: tuple[Array, ...]  # per layer, dtype[B, kv_heads, S, head_width]
+    keys: tuple[Array, ...]  # per layer, operands' dtype[B, kv_heads, S, head_width]
+    values: tuple[Array, ...]  # per layer, operands' dtype[B, kv_heads, S, head_width]
     segments: Array  # i32[B, S], 0 = padding or not yet filled
     filled: Array  # i32[] or, of rows that are filled apart, i32[B]: columns in use, the next is written at
 
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         dropout: Dropout | None = None,
         layers: tuple[Params, ...] | None = None,
     ) -> tuple[Array, Cache | None]:
-        """tokens, segments, positions i32[B, T] → (hidden dtype[B, T, D] | outputs f32[B, T], cache).
+        """tokens, segments, positions i32[B, T] → (hidden operands' dtype[B, T, D] | outputs f32[B, T], cache).
 
         Segments are 0 (padding), n > 0 (a text that sees itself, and the segment −⌈n / BRANCHES⌉ if its row has one)
         or negative (what several texts share).
@@ -263,9 +263,8 @@ def scan_blocks(
         own = None
         if dropout is not None:
             own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
-        return Block(config, compute.operands, parent=None).apply({"params": params}, x, mask, positions, None, own)[
-            0
-        ], None
+        block = Block(config, compute.operands, parent=None)
+        return block.apply({"params": params}, x, mask, positions, None, own)[0], None
 
     remat = compute.remat
     if remat != "none":
