@@ -104,3 +104,14 @@ def test_several_runs_side_by_side():
 def test_only_cpus_have_a_barrier(platform, barriers):
     lowered = jax.jit(lambda x: materialized(x) + 1).trace(jnp.ones(3)).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("optimization_barrier") == barriers
+
+
+@pytest.mark.parametrize(("platform", "sums"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+def test_sixteen_bits_come_out_of_a_product_in_sixteen_bits_but_on_cpus(platform, sums):
+    """Else what devices exchange, and what is kept of products, would take twice the bytes."""
+    x, y = (a.astype(jnp.bfloat16) for a in arrays("ad,df->af"))
+    traced = jax.jit(lambda x, y: product("ad,df->af", x, y, "bfloat16")).trace(x, y)
+    (line,) = [
+        line for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines() if "dot_gen" in line
+    ]
+    assert line.rstrip().endswith(f"-> tensor<2x5x{sums}>")
