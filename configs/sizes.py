@@ -79,7 +79,7 @@ def model(size: str) -> ml_collections.ConfigDict:
 
 def compute(size: str) -> ml_collections.ConfigDict:
     """The paper computed in 16 bits with 32-bit parameters (appendix C). float32 elsewhere; CPUs that multiply bfloat16
-    are twice as fast at large sizes with "mixed" (`docs/performance.md`)."""
+    are up to twice as fast at large sizes with "mixed" (`docs/performance.md`)."""
     return ml_collections.ConfigDict(
         {
             "dtype": "bfloat16" if paper(size) else "float32",

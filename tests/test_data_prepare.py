@@ -240,6 +240,8 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match=rf"^no text in {file}: each holds no line$"):
         prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"^no files of text: give at least one$"):
+        prepare.prepare_text([], TOKENIZER, ALL, tmp_path / "data")
 
 
 @pytest.mark.parametrize(
