@@ -21,7 +21,7 @@ FLOORS = {
     **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 3),
     **dict.fromkeys(("stage", "microworld"), 4),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),
-    **dict.fromkeys(("ppo_train", "collect"), 6),  # ppo as a run; chat's policies before labelers
+    **dict.fromkeys(("ppo_train", "collect", "interchange"), 6),  # ppo as a run; chat's policies before labelers
     **dict.fromkeys(("experiment", "workloads"), 7),
     "benchmark": 8,
     "command": 9,

@@ -84,15 +84,19 @@ def read_params(tensors: Tensors, family: str, config: ModelConfig, abstract: Pa
     places = places_of(family, config, shapes)
     names = stored_names(family, tensors, places)
     leaves = {name: _zeros(leaf) for name, leaf in shapes.items()}
-    for name, place in places.items():
-        tensor, wanted = tensors[names[name]](), shape_of(place.row, config)
+
+    def place_one(name: str, place: Place) -> None:  # whose end frees the tensor before the next one is read
+        tensor, wanted = tensors[name](), shape_of(place.row, config)
         require(
             tensor.shape == wanted,
-            f"tensor {names[name]!r} is {list(tensor.shape)}, but config.json makes it {list(wanted)}",
+            f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it {list(wanted)}",
         )
         for leaf, part in zip(place.row.leaves, parts_of(tensor, place.row, config), strict=True):
             path = leaf_name(leaf, place.layer is not None)
             leaves[path] = put(leaves[path], part, place.layer, place.row.plus)
+
+    for name, place in places.items():
+        place_one(names[name], place)
     return jax.tree.unflatten(structure, leaves.values())
 
 
@@ -112,7 +116,8 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, plus: float) -> Array:
     for start in range(0, part.shape[axis], step):
         piece = part[(slice(None),) * axis + (slice(start, start + step),)]
         given = jax.make_array_from_callback(piece.shape, layout, lambda index, x=piece: np.ascontiguousarray(x[index]))
-        leaf = _write(leaf, given, layer or 0, start, axis, plus, of_leaf)
+        # Waits, or the pieces of calls that have not run yet would add up.
+        leaf = jax.block_until_ready(_write(leaf, given, layer or 0, start, axis, plus, of_leaf))
     return leaf
 
 
