@@ -56,7 +56,7 @@ def test_a_step_that_was_kept_is_named(chain):
 
 
 def test_what_is_no_policy_is_refused(chain, tmp_path):
-    with pytest.raises(ConfigError, match="stage 'reward'; only supervised and ppo runs answer prompts"):
+    with pytest.raises(ConfigError, match="stage 'reward'; only supervised, ppo, pretrained runs answer prompts"):
         chat.open_policy(chain / "reward", COMPUTE)
     copy = tmp_path / "sft"
     shutil.copytree(chain / "sft", copy, ignore=shutil.ignore_patterns("summary.json"))

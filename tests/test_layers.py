@@ -15,11 +15,13 @@ FLOORS = {
     **dict.fromkeys(("types", "configuration", "operations"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics"), 1),
-    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(
+        ("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest", "pretrained"), 2
+    ),
     **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 3),
     **dict.fromkeys(("stage", "microworld"), 4),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),
-    **dict.fromkeys(("ppo_train", "collect"), 6),  # ppo as a run; chat's policies before labelers
+    **dict.fromkeys(("ppo_train", "collect", "interchange"), 6),  # ppo as a run; chat's policies before labelers
     **dict.fromkeys(("experiment", "workloads"), 7),
     "benchmark": 8,
     "command": 9,
@@ -80,7 +82,7 @@ def test_libraries_stay_at_home():
     assert [breach for path, source in FILES.items() for breach in home_breaches(place_of(path), source)] == []
 
 
-@pytest.mark.parametrize("folder", ["data", "evals", "microworld", "report"])
+@pytest.mark.parametrize("folder", ["data", "evals", "microworld", "model", "pretrained", "report"])
 def test_files_of_a_folder_form_no_circle(folder):
     files = {path.stem: imports_of(path.read_text()) for path in (PACKAGE / folder).glob("*.py")}
     graph = {name: {o for o in files if f"instructax.{folder}.{o}" in used} for name, used in files.items()}

@@ -27,7 +27,7 @@ def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, 
     manifest = run.manifest
     require(
         manifest["stage"] in STAGES["tokens"],
-        f"{path} holds a run of stage {manifest['stage']!r}; only {' and '.join(STAGES['tokens'])} runs answer prompts",
+        f"{path} holds a run of stage {manifest['stage']!r}; only {', '.join(STAGES['tokens'])} runs answer prompts",
     )
     model = Transformer(construct(ModelConfig, manifest["model"], "model"), compute, "tokens")
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))

@@ -178,13 +178,19 @@ class _Sampler:
             pairs = zip(cached, filled, strict=True)
             return tuple(all_.at[slot, :, :columns].set(one[prompt], mode="drop") for all_, one in pairs)
 
-        seen = self.prompts.mask[prompt].astype(jnp.int32)
+        def padded(of_prompt: Array) -> Array:
+            return jnp.pad(of_prompt, (0, s.cache.segments.shape[1] - columns))
+
+        seen, positions = self.prompts.mask[prompt].astype(jnp.int32), s.cache.positions
+        if positions is not None:
+            positions = put(positions, padded(positions_of(self.prompts.mask[prompt])))
         return dataclasses.replace(
             s,
             cache=Cache(
                 keys=copied(s.cache.keys, keys),
                 values=copied(s.cache.values, values),
-                segments=put(s.cache.segments, jnp.pad(seen, (0, s.cache.segments.shape[1] - columns))),
+                segments=put(s.cache.segments, padded(seen)),
+                positions=positions,
                 filled=put(s.cache.filled, columns),
             ),
             hidden=put(s.hidden, hidden[prompt]),
@@ -198,7 +204,7 @@ class _Sampler:
         s = jax.lax.while_loop(lambda s: anywhere(self._waits(s)), self._take, s)
         count = len(self.keys)
         keys = jax.vmap(jax.random.fold_in)(self.keys[jnp.minimum(s.sample, count - 1)], s.column)
-        logits = logits_of(s.hidden, self.head)
+        logits = logits_of(s.hidden, self.head, self.model.config.logit_cap)
         tokens, logprobs = sample_token(logits, keys, self.temperature)
         stopped = (tokens == self.eos_id) | self.stops[tokens]
         over = stopped | (s.column + 1 == self.length)
