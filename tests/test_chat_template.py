@@ -169,13 +169,22 @@ def test_a_template_runs_in_a_sandbox_with_the_usual_names(chatml):
 
 def test_a_file_is_loaded_if_it_is_there(tmp_path, chatml):
     tokenizer, template = chatml
-    path = tmp_path / "chat_template.jinja"
-    assert load_template(path, tokenizer) is None
-    path.write_text(CHATML)
-    assert load_template(path, tokenizer) == template
-    path.write_text("{% for %}")
+    assert load_template(tmp_path, tokenizer) is None
+    (tmp_path / "source").mkdir()
+    for kept in (tmp_path / "source", tmp_path):
+        named = [{"name": "tools", "template": "{{ 1 }}"}, {"name": "default", "template": CHATML}]
+        for written in (named, CHATML):
+            config = {"chat_template": written, "bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+            (kept / "tokenizer_config.json").write_text(json.dumps(config))
+            found = load_template(tmp_path, tokenizer)
+            assert found.source == CHATML and found.bos_token == "<|im_start|>"
+        (kept / "tokenizer_config.json").unlink()
+        (kept / "chat_template.jinja").write_text(CHATML)
+        assert load_template(tmp_path, tokenizer) == template and template.bos_token == ""
+        (kept / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(ValueError, match="the chat template cannot be read"):
-        load_template(path, tokenizer)
+        load_template(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(

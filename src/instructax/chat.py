@@ -11,7 +11,6 @@ import numpy as np
 
 from instructax import sharding, training
 from instructax.chat_template import (
-    TEMPLATE_FILE,
     ChatTemplate,
     Message,
     check_messages,
@@ -65,7 +64,7 @@ def open_served(path: str | Path, *, dtype: Any, rows: int) -> Policy:
     """The policy of the finished run at `path`, for up to `rows` requests at a time."""
     compute = ComputeConfig(dtype=dtype, decoding=dtype, remat="none", head_chunk=64, part_rows=rows, slots=rows)
     model, params, tokenizer = open_policy(path, compute)
-    template = load_template(open_run(path, "--workdir").workdir / TEMPLATE_FILE, tokenizer)
+    template = load_template(open_run(path, "--workdir").workdir, tokenizer)
     engine = Engine(model, params, eos_id=tokenizer.eos_id, rows=rows)
     return Policy(engine=engine, tokenizer=tokenizer, template=template)
 

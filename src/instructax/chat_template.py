@@ -1,8 +1,9 @@
 """From the messages of a conversation to the text, and the tokens, that a policy reads.
 
-With a template, the Jinja text that comes with an imported model (`chat_template.jinja` beside `tokenizer.json`), it is
-what Hugging Face's `apply_chat_template` makes of them. Without one it is the stages' own format of prompts: a single
-message of the user is the prompt, and of longer conversations the turns are "\\n\\nHuman: …\\n\\nAssistant: …".
+With a template, the Jinja text that comes with an imported model (`chat_template.jinja` beside `tokenizer.json`, or
+among the files of the model kept in `source`), it is what Hugging Face's `apply_chat_template` makes of them. Without
+one it is the stages' own format of prompts: a single message of the user is the prompt, and of longer conversations the
+turns are "\\n\\nHuman: …\\n\\nAssistant: …".
 
 A template is a program by somebody else, and is run in Jinja's sandbox. What it writes may hold special tokens; what
 people write may not: a message that holds the text of one is refused, so that nobody can end somebody's turn.
@@ -23,6 +24,7 @@ from instructax.data.schema import opened
 from instructax.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
+PLACES = (".", "source")  # of a run where a template may be: its own, and the files of the model that it was made from
 BOS_CANDIDATES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")  # tried in this order
 ROLES = ("system", "user", "assistant")
 MARK = "\ufdd0"  # a code point that is no character: stands for an answer where the end of a turn is looked up
@@ -40,22 +42,30 @@ class ChatTemplate:
     special: tuple[str, ...]  # all texts that become one token by themselves
 
 
-def load_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template in the file `path`; None if there is no file. Raises ValueError if it cannot be used."""
-    if not path.exists():
-        return None
-    template = template_of(path.read_text(encoding="utf-8"), tokenizer)
-    _compiled(template.source)
-    return template
+def load_template(workdir: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of the run in `workdir`: `chat_template.jinja`, or what `tokenizer_config.json` says; None if there
+    is none. Raises ValueError if it cannot be used."""
+    for folder in (workdir / place for place in PLACES):
+        file, config_file = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+        source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = next((named["template"] for named in source if named["name"] == "default"), None)
+        if source:
+            bos = config.get("bos_token") or "" if config else None
+            template = template_of(source, tokenizer, bos["content"] if isinstance(bos, dict) else bos)
+            _compiled(template.source)
+            return template
+    return None
 
 
-def template_of(source: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """`source` with the special tokens of `tokenizer`."""
+def template_of(source: str, tokenizer: Tokenizer, bos_token: str | None = None) -> ChatTemplate:
+    """`source` with the special tokens of `tokenizer`; `bos_token` "" = none, None = the first candidate."""
     content = json.loads(tokenizer.content)
     added = [token for token in content["added_tokens"] if token.get("special") or len(token["content"]) > 1]
     special = tuple(dict.fromkeys([*(token["content"] for token in added), content["model"]["eos_token"]]))
-    bos = next((token for token in BOS_CANDIDATES if token in special), "")
-    return ChatTemplate(source, bos, content["model"]["eos_token"], special)
+    found = next((token for token in BOS_CANDIDATES if token in special), "")
+    return ChatTemplate(source, found if bos_token is None else bos_token, content["model"]["eos_token"], special)
 
 
 def render(messages: Sequence[Message], template: ChatTemplate | None, *, add_generation_prompt: bool) -> str:
