@@ -162,6 +162,25 @@ def test_a_mistake_in_a_benchmark_command_is_one_line(arguments, message):
     assert message in err and err.count("\n") == 1
 
 
+SAMPLES = [
+    ((), "give --workdir=FOLDER of a finished run"),
+    (("--workdir=/nowhere",), "--workdir = '/nowhere' is not a finished run: train it first"),
+    (("--workdir=x", "--input=a.jsonl"), "give --input and --output together"),
+    (("--workdir=x", "--chat", "--samples=2"), "--chat goes with neither --input"),
+    (("--workdir=x", "--system=y"), "--system goes with --chat"),
+    (("--workdir=x", "--stop="), "--stop must not be empty"),
+    (("--workdir=x", "--temperature=-1"), "temperature"),
+    (("--workdir=x", "--input=/nowhere.jsonl", "--output=/nowhere.out"), "--input = /nowhere.jsonl cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), SAMPLES, ids=[message[:24] for _, message in SAMPLES])
+def test_a_mistake_in_a_sampling_command_is_one_line(arguments, message):
+    code, out, err = run("sample.py", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
 def test_a_training_command_without_a_workdir():
     assert run("train.py", *TINY) == (
         2,

@@ -15,16 +15,16 @@ FLOORS = {
     **dict.fromkeys(("types", "configuration", "operations"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics"), 1),
-    **dict.fromkeys(
-        ("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest", "pretrained"), 2
-    ),
-    **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 3),
-    **dict.fromkeys(("stage", "microworld"), 4),
-    **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),
-    **dict.fromkeys(("ppo_train", "collect", "interchange"), 6),  # ppo as a run; chat's policies before labelers
-    **dict.fromkeys(("experiment", "workloads"), 7),
-    "benchmark": 8,
-    "command": 9,
+    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(("streaming", "batch_view", "pretrained"), 2),
+    **dict.fromkeys(("engine", "chat_template"), 3),
+    **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 4),
+    **dict.fromkeys(("stage", "microworld"), 5),
+    **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 6),
+    **dict.fromkeys(("ppo_train", "collect", "serving", "interchange"), 7),  # ppo as a run; chat's policies before labelers, on HTTP
+    **dict.fromkeys(("experiment", "workloads"), 8),
+    "benchmark": 9,
+    "command": 10,
 }
 # Library → the only places that may import it; nobody may import the last four.
 HOMES = {

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import clock, sharding, stage, training
+from instructax.batch_view import show
 from instructax.configuration import check_range
 from instructax.data.readers import LmData, lm_reader, read_lm_data
 from instructax.held_out import held_out_losses
@@ -146,6 +147,8 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     losses = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
 
     def start() -> TrainState:
+        if config.data.demonstrations and jax.process_index() == 0:
+            show(read(0), tokenizer.decode)
         if "parent" in parents:
             return training.start_from(parents["parent"].load(abstract.params), optimizer, mesh)
         return training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
