@@ -21,7 +21,9 @@ FLOORS = {
     **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 4),
     **dict.fromkeys(("stage", "microworld"), 5),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 6),
-    **dict.fromkeys(("ppo_train", "collect", "serving", "interchange"), 7),  # ppo as a run; chat's policies before labelers, on HTTP
+    **dict.fromkeys(
+        ("ppo_train", "collect", "serving", "interchange"), 7
+    ),  # ppo as a run; chat's policies before labelers, on HTTP
     **dict.fromkeys(("experiment", "workloads"), 8),
     "benchmark": 9,
     "command": 10,
