@@ -12,10 +12,11 @@ PACKAGE = ROOT / "src" / "instructax"
 
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
-    **dict.fromkeys(("types", "configuration", "operations"), 0),
+    **dict.fromkeys(("types", "configuration", "operations", "watchdog"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
-    **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics"), 1),
-    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),
+    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows"), 2),
+    **dict.fromkeys(("checkpoint", "manifest", "interruption", "locking"), 2),
     **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 3),
     **dict.fromkeys(("stage", "microworld"), 4),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 5),
