@@ -196,5 +196,7 @@ def run(size: str) -> ml_collections.ConfigDict:
             "keep": 2,
             "best_metric": "",
             "tensorboard": False,
+            "most_skipped": 3,
+            "watchdog_seconds": 7200.0 if paper(size) else 1800.0,  # compiling the largest takes minutes
         }
     )

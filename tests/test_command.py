@@ -52,7 +52,7 @@ def broken_invariant():
         ),
         (
             raiser(Interrupted(7)),
-            130,
+            42,
             "interrupted; step 7 is saved, the same command goes on from there\n",
         ),
         (raiser(KeyboardInterrupt()), 130, "interrupted\n"),
