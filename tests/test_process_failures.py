@@ -22,7 +22,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 from instructax import command, experiment, processes, supervised
-from instructax.configuration import ConfigError
+from instructax.configuration import require
 
 address, count, index, victim, fault, step, config, workdir = sys.argv[1:]
 reader = supervised.lm_reader
@@ -31,7 +31,7 @@ reader = supervised.lm_reader
 def fail():
     print("fault", flush=True)
     if fault == "refuse":
-        raise ConfigError("a value that this process alone finds wrong")
+        require(False, "a value that this process alone finds wrong")
     if fault == "raise":
         1 / 0
     if fault == "kill":

@@ -193,11 +193,12 @@ def _score(
     real = columns < lengths[:, None]
     positions = jnp.where(real, columns - 1, 0)
     hidden, _ = model.apply({"params": params}, tokens[:, :-1], real.astype(jnp.int32), positions)
-    hidden, kernel, chunk = materialized(hidden), head_kernel(model.config, params), model.compute.head_chunk
+    hidden, kernel = materialized(hidden), head_kernel(model.config, params)
+    how = {"chunk": model.compute.head_chunk, "cap": model.config.logit_cap}
     mask = real & (columns >= firsts[:, None])
-    logprobs, greedy = sequence_logprobs_and_greedy(hidden, kernel, tokens[:, 1:], mask, chunk=chunk)
+    logprobs, greedy = sequence_logprobs_and_greedy(hidden, kernel, tokens[:, 1:], mask, **how)
     blank = jnp.zeros((*mask.shape, 0))
-    likeliest = top_logprobs(hidden, kernel, count=top, chunk=chunk) if top else (blank, blank.astype(jnp.int32))
+    likeliest = top_logprobs(hidden, kernel, count=top, **how) if top else (blank, blank.astype(jnp.int32))
 
     def behind_a_blank(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (1, 0), *(((0, 0),) * (x.ndim - 2))))

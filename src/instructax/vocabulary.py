@@ -61,21 +61,25 @@ def sequence_logprobs_and_entropy(
 
 
 def sequence_logprobs_and_greedy(
-    hidden: Array, kernel: Array, targets: Array, mask: Array, *, chunk: int
+    hidden: Array, kernel: Array, targets: Array, mask: Array, *, chunk: int, cap: float
 ) -> tuple[Array, Array]:
     """As `sequence_logprobs` at temperature 1, and whether each target is the likeliest token, the first of equals:
     (f32[B, T], b[B, T]), False where masked."""
-    logprobs, greedy = _by_chunks(_logprobs_and_greedy, hidden, kernel, targets, mask, chunk)
+    logprobs, greedy = _by_chunks(partial(_logprobs_and_greedy, cap=cap), hidden, kernel, targets, mask, chunk)
     return logprobs, greedy > 0
 
 
-def top_logprobs(hidden: Array, kernel: Array, *, count: int, chunk: int) -> tuple[Array, Array]:
+def top_logprobs(hidden: Array, kernel: Array, *, count: int, chunk: int, cap: float) -> tuple[Array, Array]:
     """The `count` likeliest tokens at each position, the likeliest first: dtype[B, T, D], f32[V, D] →
-    (log-probabilities f32[B, T, count], ids i32[B, T, count])."""
+    (log-probabilities f32[B, T, count], ids i32[B, T, count]); `cap` is that of `logits_of`."""
     batch, length, width = hidden.shape
     chunk = min(chunk, length)
     slices = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
-    found = jax.lax.map(lambda part: jax.lax.top_k(jax.nn.log_softmax(logits_of(part, kernel), axis=-1), count), slices)
+
+    def likeliest(part: Array) -> list[Array]:
+        return jax.lax.top_k(jax.nn.log_softmax(logits_of(part, kernel, cap), axis=-1), count)
+
+    found = jax.lax.map(likeliest, slices)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, count)[:, :length], (found[0], found[1]))
 
 
@@ -138,8 +142,8 @@ def _logprobs_and_entropy(hidden, kernel, targets, *, temperature, cap):
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-def _logprobs_and_greedy(hidden, kernel, targets):
-    logits = logits_of(hidden, kernel)
+def _logprobs_and_greedy(hidden, kernel, targets, *, cap):
+    logits = logits_of(hidden, kernel, cap)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     greedy = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return chosen - jax.nn.logsumexp(logits, axis=-1), greedy
