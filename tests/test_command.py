@@ -56,6 +56,11 @@ def broken_invariant():
             "interrupted; step 7 is saved, the same command goes on from there\n",
         ),
         (raiser(KeyboardInterrupt()), 130, "interrupted\n"),
+        (
+            raiser(TimeoutError("at a barrier")),
+            1,
+            "error: another process of the run has ended or stands still: at a barrier\n",
+        ),
         (raiser(PermissionError(13, "Permission denied", "/x")), 2, "error: [Errno 13] Permission denied: '/x'\n"),
     ],
 )

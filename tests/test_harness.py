@@ -174,6 +174,7 @@ def tasks(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_harness_on_local_tasks(tasks, tmp_path, policy):
     workdir, output = tmp_path / "tiny", tmp_path / "results.json"
     stages.fabricated(workdir, CONFIG, policy[1], "bytes")

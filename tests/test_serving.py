@@ -355,7 +355,10 @@ def served(tmp_path_factory, compiled_folder):
     stages.fabricated(workdir, CONFIG, small.random_params(model), "bytes")
     save_tokenizer(BYTES, str(workdir / "tokenizer.json"))
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), f"--workdir={workdir}", "--port=0", "--rows=2"]
+    # A shell lets what it starts in the background ignore Ctrl-C, and what this process ignores the server would too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    signal.signal(signal.SIGINT, before)
     line = process.stdout.readline()
     assert line.startswith("tiny is served on http://127.0.0.1:"), process.stderr.read()
     yield process, line.split()[4].rstrip(",")

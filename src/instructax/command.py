@@ -97,6 +97,8 @@ def guarded(call: Callable[[], Any]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # whoever read the output has left; nothing more is written, not even at exit
         return DONE
+    except TimeoutError as error:  # an OSError too
+        return _say(f"error: another process of the run has ended or stands still: {error}", INTERNAL)
     except OSError as error:
         return _say(f"error: {error}", USER)
     except InvariantError as error:

@@ -22,6 +22,7 @@ from instructax import sharding, stage, training
 from instructax.checkpoint import Checkpoints
 from instructax.configuration import construct, require
 from instructax.lineage import STAGES, Head, finished, open_run
+from instructax.locking import locked
 from instructax.manifest import write_manifest
 from instructax.model import ComputeConfig, ModelConfig, Transformer, head_kernel, parameter_count
 from instructax.pretrained import configs, folder, reading, writing
@@ -76,26 +77,27 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices=jax.devices()[: fsdp * tensor])
     abstract = training.abstract_params(Transformer(config, COMPUTE, "tokens"), mesh)
     params = reading.read_params(tensors, family, config, abstract)
-    stage.claim(workdir, given)
-    checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="params")
-    checkpoints.save(0, TrainState(step=jnp.int32(0), params=params, opt_state=()), {})
-    checkpoints.close()
-    save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
-    for name, content in kept.items():
-        (workdir / ASIDE).mkdir(exist_ok=True)
-        (workdir / ASIDE / name).write_bytes(content)
-    write_manifest(
-        workdir,
-        stage="pretrained",
-        config=given,
-        model=dataclasses.asdict(config),
-        tokenizer_hash=tokenizer.hash,
-        tokenizer_path=str(path),
-        data_hashes=_hashes(path),
-        parents={},
-    )
-    count = parameter_count(params)
-    write_json(workdir / "summary.json", {**given, "family": family, "parameters": count})
+    with locked(workdir):
+        stage.claim(workdir, given)
+        checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="params")
+        checkpoints.save(0, TrainState(step=jnp.int32(0), params=params, opt_state=()), {})
+        checkpoints.close()
+        save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
+        for name, content in kept.items():
+            (workdir / ASIDE).mkdir(exist_ok=True)
+            (workdir / ASIDE / name).write_bytes(content)
+        write_manifest(
+            workdir,
+            stage="pretrained",
+            config=given,
+            model=dataclasses.asdict(config),
+            tokenizer_hash=tokenizer.hash,
+            tokenizer_path=str(path),
+            data_hashes=_hashes(path),
+            parents={},
+        )
+        count = parameter_count(params)
+        write_json(workdir / "summary.json", {**given, "family": family, "parameters": count})
     return f"{workdir}: {family}, {count:,} parameters, {tokenizer.size} token ids"
 
 

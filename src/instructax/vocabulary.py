@@ -76,7 +76,7 @@ def top_logprobs(hidden: Array, kernel: Array, *, count: int, chunk: int, cap: f
     chunk = min(chunk, length)
     slices = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
 
-    def likeliest(part: Array) -> list[Array]:
+    def likeliest(part: Array) -> Any:
         return jax.lax.top_k(jax.nn.log_softmax(logits_of(part, kernel, cap), axis=-1), count)
 
     found = jax.lax.map(likeliest, slices)
