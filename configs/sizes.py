@@ -3,8 +3,13 @@
 `tiny` (seconds, for tests) and the family `micro`, `milli`, `centi` (minutes on two cores; in place of the paper's
 1.3b, 6b and 175b) live in the embedded world; `small` is for real text on a laptop; the others have GPT-3's shapes
 (Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128
-for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b.
+for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import.py` has put into
+runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the paper's 1.3b.
 """
+
+import json
+import pathlib
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -29,10 +34,20 @@ VOCABULARY = {"tiny": 512, **dict.fromkeys(FAMILY, 1024), "small": 8192}
 CONTEXT = {"tiny": 96, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GPT-3's: 2048
 
 
+def imported(size: str) -> dict[str, Any]:
+    """What `scripts/import.py` says of the model in runs/SIZE/pretrain; {} if it put none there."""
+    manifest = pathlib.Path(f"runs/{size}/pretrain/manifest.json")
+    found = json.loads(manifest.read_text()) if size not in SIZES and manifest.is_file() else {}
+    return found if found.get("stage") == "pretrained" else {}
+
+
 def check(size: str) -> str:
     """Returns `size`; raises ValueError if there is none of that name."""
-    if size not in SIZES:
-        raise ValueError(f"size {size!r} must be one of {', '.join(SIZES)}: give it as configs/STAGE.py:SIZE")
+    if size not in SIZES and not imported(size):
+        raise ValueError(
+            f"size {size!r} must be one of {', '.join(SIZES)}, or the NAME of a model that scripts/import.py has put "
+            "into runs/NAME/pretrain: give it as configs/STAGE.py:SIZE"
+        )
     return size
 
 
@@ -53,6 +68,8 @@ def model(size: str) -> ml_collections.ConfigDict:
     The world's models have rotary positions of short wavelengths: with learned ones, models as small as these take
     several times as long to find out how to copy from their prompt.
     """
+    if found := imported(size):
+        return ml_collections.ConfigDict({**found["model"], "windowed": tuple(found["model"]["windowed"])})
     layers, width, heads, head_width = {**SMALL, **GPT3}[check(size)]
     return ml_collections.ConfigDict(
         {
@@ -68,9 +85,21 @@ def model(size: str) -> ml_collections.ConfigDict:
             "norm_epsilon": 1e-5,
             "positions": "rotary" if size in WORLDS else "learned",
             "rotary_base": 200.0 if size in WORLDS else 10000.0,
+            "rotary_fraction": 1.0,
+            "rotary_scaling": None,
             "activation": "gelu",
             "biases": True,
+            "qkv_biases": False,
+            "qk_norms": False,
+            "score_width": 0.0,
+            "attention_cap": 0.0,
+            "window": 0,
+            "windowed": (),
+            "parallel_residual": False,
+            "post_norms": False,
+            "scaled_embedding": False,
             "tied_head": True,
+            "logit_cap": 0.0,
             # GPT-2's; small widths train faster from a larger one.
             "init_std": 0.02 if paper(size) else 0.05 if size == "small" else 0.1,
         }
@@ -84,10 +113,10 @@ def compute(size: str) -> ml_collections.ConfigDict:
         {
             "dtype": "bfloat16" if paper(size) else "float32",
             "decoding": "bfloat16" if paper(size) else "float32",
-            "remat": "full" if paper(size) else "none",
+            "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
             # As many as fit at the paper's sizes; at the others as many as are fastest, since few leave little padding.
-            "part_rows": 1 if paper(size) else 2 if size == "tiny" else 4,
+            "part_rows": 1 if paper(size) or imported(size) else 2 if size == "tiny" else 4,
             "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
         }
     )
@@ -100,9 +129,11 @@ def mesh(size: str) -> ml_collections.ConfigDict:
 
 
 def tokenizer(size: str) -> str:
-    """GPT-2's BPE files for the paper's sizes, else a trained one."""
+    """GPT-2's BPE files for the paper's sizes, an imported model's own, else a trained one."""
     if size in WORLDS:
         return f"runs/{size}/world/tokenizer.json"
+    if imported(size):
+        return f"runs/{size}/pretrain/tokenizer.json"
     return "data/gpt2" if paper(size) else "data/tokenizer.json"
 
 
@@ -110,6 +141,9 @@ def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
     lengths = {"tiny": (64, 24, 24), **dict.fromkeys(FAMILY, (128, 38, 22)), "small": (256, 128, 96)}
     sequence, prompt, response = lengths.get(size, (2048, 1024, 1024))
+    if found := imported(size):
+        sequence = min(2048, found["model"]["max_length"])
+        prompt = response = sequence // 2
     return ml_collections.ConfigDict(
         {
             "sequence_tokens": sequence,
@@ -119,7 +153,7 @@ def limits(size: str) -> ml_collections.ConfigDict:
             # The world's prompts repeat on purpose.
             "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
             "prompts_per_user": 200,
-            "filter_pii": paper(size) or size == "small",
+            "filter_pii": size not in WORLDS,
             "splits": (("train", 0.9), ("validation", 0.1)),
             "split_seed": 0,
         }
@@ -162,5 +196,7 @@ def run(size: str) -> ml_collections.ConfigDict:
             "keep": 2,
             "best_metric": "",
             "tensorboard": False,
+            "most_skipped": 3,
+            "watchdog_seconds": 7200.0 if paper(size) else 1800.0,  # compiling the largest takes minutes
         }
     )

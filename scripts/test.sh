@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Sets itself up, then format, lint, types and tests: ./scripts/test.sh; minutes-long checks: ./scripts/test.sh slow
+# Sets itself up, then format, lint, types and tests: ./scripts/test.sh; minutes-long checks: ./scripts/test.sh slow;
+# against transformers, in an environment of its own, since torch is large: ./scripts/test.sh interop
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ "${1:-}" == "interop" ]]; then
+  VENV=${VENV:-.venv-interop}
+  source scripts/setup.sh interop
+  exec pytest -m interop "${@:2}"
+fi
 source scripts/setup.sh dev
 
 ruff format --check .

@@ -2,7 +2,9 @@
 """Runs one stage: python scripts/train.py --config configs/ppo.py:micro --config.kl_coef=0.05 --workdir runs/micro/ppo
 
 The same command again goes on where it stopped; a finished run is left alone. Exit codes: 0 done, 2 a value that cannot
-be used (one line says which), 3 an invariant of the run is broken, 130 interrupted and saved.
+be used (one line says which), 3 diverged or an invariant of the run is broken, 42 asked to stop and saved (the same
+command goes on), 130 interrupted by hand before anything could be saved, 134 stopped by the watchdog, 1 an error of the
+program itself.
 """
 
 import pathlib
@@ -34,20 +36,18 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
     command.keep_compiled()
     command.use_large_pages()
-    from instructax import experiment
+    from instructax import experiment, processes
 
     config = CONFIG.value.to_dict()
     if DRY_RUN.value:
         return command.guarded(lambda: print(experiment.values_of(config), experiment.dry_run(config), sep="\n"))
 
     def run() -> None:
-        from instructax import processes
-
         if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
             processes.join(COORDINATOR.value or "", PROCESSES.value, PROCESS.value)
         experiment.run_stage(config, pathlib.Path(WORKDIR.value or "."))
 
-    return command.guarded(run)
+    return processes.ended(lambda: command.guarded(run))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny networks and inputs for the tests: both model families, two layers, all dimensions different.
+"""Tiny networks and inputs for the tests: the model families, two layers, all dimensions different.
 
 Every number of a config can be changed by name, as in `gpt_config(layers=3)`. The sizes differ from one another, so
 that an exchange of two axes is an error of shape; the parameters of `random_params` are large and nowhere zero or one,
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.model import ComputeConfig, ModelConfig, RotaryScaling, Transformer
 from instructax.optimizer import OptimizerConfig
 from instructax.types import Params, Prompts
 
@@ -34,9 +34,21 @@ def gpt_config(**changes: Any) -> ModelConfig:
         "norm_epsilon": 1e-5,
         "positions": "learned",
         "rotary_base": 10000.0,
+        "rotary_fraction": 1.0,
+        "rotary_scaling": None,
         "activation": "gelu",
         "biases": True,
+        "qkv_biases": False,
+        "qk_norms": False,
+        "score_width": 0.0,
+        "attention_cap": 0.0,
+        "window": 0,
+        "windowed": (),
+        "parallel_residual": False,
+        "post_norms": False,
+        "scaled_embedding": False,
         "tied_head": True,
+        "logit_cap": 0.0,
         "init_std": 0.2,
     }
     return ModelConfig(**{**values, **changes})
@@ -54,6 +66,42 @@ def llama_config(**changes: Any) -> ModelConfig:
         "tied_head": False,
     }
     return gpt_config(**{**family, **changes})
+
+
+def neox_config(**changes: Any) -> ModelConfig:
+    """GPT-NeoX: a parallel residual, partly rotary positions, exact GELU, an untied head."""
+    family: dict[str, Any] = {
+        "head_width": 8,
+        "positions": "rotary",
+        "rotary_fraction": 0.5,
+        "activation": "gelu_exact",
+        "parallel_residual": True,
+        "tied_head": False,
+    }
+    return gpt_config(**{**family, **changes})
+
+
+def qwen_config(**changes: Any) -> ModelConfig:
+    """Qwen's two ways in one: biases of query, key and value, and norms of query and key; stretched positions."""
+    scaling = RotaryScaling(kind="llama3", factor=4.0, low_turns=1.0, high_turns=3.0, original_length=16)
+    family = {"qkv_biases": True, "qk_norms": True, "rotary_scaling": scaling}
+    return llama_config(**{**family, **changes})
+
+
+def gemma_config(**changes: Any) -> ModelConfig:
+    """Gemma 2: post-norms, soft caps, a scaled embedding, GEGLU, a window in the first of two layers."""
+    family: dict[str, Any] = {
+        "activation": "geglu",
+        "score_width": 9.0,
+        "attention_cap": 2.0,
+        "window": 3,
+        "windowed": (0,),
+        "post_norms": True,
+        "scaled_embedding": True,
+        "tied_head": True,
+        "logit_cap": 1.5,
+    }
+    return llama_config(**{**family, **changes})
 
 
 def compute(**changes: Any) -> ComputeConfig:

@@ -260,7 +260,10 @@ BLOCK = 16  # documents that are run at a time, so that any number of them compi
 def _outputs(model: Transformer, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     outputs: Any = model.apply({"params": params}, tokens, jnp.ones_like(tokens), positions)[0]
-    return outputs if model.head == "scalar" else outputs @ head_kernel(model.config, params).T
+    if model.head == "scalar":
+        return outputs
+    logits, cap = outputs @ head_kernel(model.config, params).T, model.config.logit_cap
+    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def plain_outputs(model: Transformer, params: Any, documents: Sequence[np.ndarray]) -> np.ndarray:

@@ -27,6 +27,10 @@ def test_operations_by_hand():
     assert workloads.forward_operations(small.gpt_config(), 10, 5, 4) == wanted
     grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28  # half as many keys as queries, and a gate
     assert workloads.forward_operations(small.llama_config(), 1, 0, 0) == 2 * 2 * grouped
+    # In windows of two the five tokens see 1, 2, 2, 2 and 2 keys: 1.8, or 1.6 counted as the 2.5 of all are.
+    windowed = small.gpt_config(window=2, windowed=(0,))
+    wanted = 10 * (4 * layer + 4 * 24 * (1.6 + 2.5)) + 2 * 4 * 23 * 16
+    assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(wanted, rel=1e-12)
 
 
 def config_of(arg: str) -> Any:

@@ -52,10 +52,15 @@ def broken_invariant():
         ),
         (
             raiser(Interrupted(7)),
-            130,
+            42,
             "interrupted; step 7 is saved, the same command goes on from there\n",
         ),
         (raiser(KeyboardInterrupt()), 130, "interrupted\n"),
+        (
+            raiser(TimeoutError("at a barrier")),
+            1,
+            "error: another process of the run has ended or stands still: at a barrier\n",
+        ),
         (raiser(PermissionError(13, "Permission denied", "/x")), 2, "error: [Errno 13] Permission denied: '/x'\n"),
     ],
 )
@@ -158,6 +163,25 @@ WRONG_WORKS = [
 @pytest.mark.parametrize(("arguments", "message"), WRONG_WORKS, ids=[message[:24] for _, message in WRONG_WORKS])
 def test_a_mistake_in_a_benchmark_command_is_one_line(arguments, message):
     code, out, err = run("benchmark.py", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+SAMPLES = [
+    ((), "give --workdir=FOLDER of a finished run"),
+    (("--workdir=/nowhere",), "--workdir = '/nowhere' is not a finished run: train it first"),
+    (("--workdir=x", "--input=a.jsonl"), "give --input and --output together"),
+    (("--workdir=x", "--chat", "--samples=2"), "--chat goes with neither --input"),
+    (("--workdir=x", "--system=y"), "--system goes with --chat"),
+    (("--workdir=x", "--stop="), "--stop must not be empty"),
+    (("--workdir=x", "--temperature=-1"), "temperature"),
+    (("--workdir=x", "--input=/nowhere.jsonl", "--output=/nowhere.out"), "--input = /nowhere.jsonl cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), SAMPLES, ids=[message[:24] for _, message in SAMPLES])
+def test_a_mistake_in_a_sampling_command_is_one_line(arguments, message):
+    code, out, err = run("sample.py", *arguments)
     assert (code, out) == (2, "")
     assert message in err and err.count("\n") == 1
 

@@ -1,6 +1,7 @@
 """From files to rows on disk: what comes through, what names the folder, and who may use it."""
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -105,6 +106,33 @@ def test_demonstrations_are_whole_or_dropped(tmp_path):
     made = prepare.prepare_demonstrations([file], TOKENIZER, short, tmp_path / "data")
     assert made.report.dropped == {"prompt_tokens": 1, "completion_tokens": 1, "sequence_tokens": 2}
     assert made.report.kept == {"train": 2}
+
+
+def test_every_demonstration_trains_on_one_end_token(tmp_path):
+    file = demonstrations(tmp_path / "d.jsonl", [("ab", "cd"), ("e", "f"), ("g", "hi")])
+    (row,) = rows_of(prepare.prepare_demonstrations([file], TOKENIZER, ALL, tmp_path).sources["train"])
+    starts = np.cumsum([0, *row["lengths"]])
+    for start, stop in itertools.pairwise(starts):
+        trained = np.array(row["tokens"][start:stop])[np.array(row["loss_mask"][start:stop])]
+        assert (trained == EOS).tolist() == [False] * (len(trained) - 1) + [True]
+
+
+def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
+    """Ordinary text never has one, but an unknown word may, where its token is the end token."""
+    words = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "</s>": 2}, "unk_token": "</s>"},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    known = demonstrations(tmp_path / "known.jsonl", [("a what", "b a")])  # in a prompt it is read, not trained
+    (row,) = rows_of(prepare.prepare_demonstrations([known], tokenizer, ALL, tmp_path).sources["train"])
+    assert row["tokens"] == [0, 2, 1, 0, 2]
+    file = demonstrations(tmp_path / "d.jsonl", [("a", "b a"), ("a", "b what")])
+    with pytest.raises(DataError, match="demonstration '1': completion: its tokens hold the end token 2 before"):
+        prepare.prepare_demonstrations([file], tokenizer, ALL, tmp_path)
 
 
 def test_prompts_pass_every_rule_and_are_counted(tmp_path):

@@ -18,6 +18,7 @@ from instructax.model import (
     ComputeConfig,
     Dropout,
     ModelConfig,
+    RotaryScaling,
     Transformer,
     cast_matrices,
     head_kernel,
@@ -26,14 +27,26 @@ from instructax.model import (
     positions_of,
 )
 from instructax.model.attention import QUERY_BLOCK, QUERY_BLOCKS, attend, attend_causally, attention_mask
-from instructax.model.network import UNROLLED, drop, scan_blocks
+from instructax.model.layers import drop
+from instructax.model.network import UNROLLED, scan_blocks
 from instructax.training import init_params
 from instructax.types import Params
-from small import VOCAB_SIZE, compute, gpt_config, llama_config, random_params
+from small import VOCAB_SIZE, compute, gemma_config, gpt_config, llama_config, neox_config, qwen_config, random_params
 
 COLUMNS = 12
 QUICK = {"xla_backend_optimization_level": "0"}  # for programs that compile for seconds and run once
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}
+OTHERS = {
+    "neox": neox_config(),
+    "qwen": qwen_config(),
+    "gemma": gemma_config(),
+    "windows everywhere": gpt_config(window=4, windowed=(0, 1)),
+    "a window in the last layer": llama_config(
+        window=5,
+        windowed=(1,),
+        rotary_scaling=RotaryScaling(kind="linear", factor=2.5, low_turns=0.0, high_turns=1.0, original_length=1),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Network:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def network(request: pytest.FixtureRequest) -> Network:
-    config = FAMILIES[request.param]
+    config = {**FAMILIES, **OTHERS}[request.param]
     model = Transformer(config, compute(), "tokens")
     params = random_params(model)
     forward = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs)[0])
@@ -74,10 +87,11 @@ def rows(*documents_of_rows: list[tuple[int, list[int]]], fill: int | None = Non
     "config",
     [
         *FAMILIES.values(),
+        *OTHERS.values(),
         gpt_config(kv_heads=1, tied_head=False, norm="rmsnorm", biases=False),
         llama_config(layers=3, kv_heads=4, biases=True, norm="layernorm", tied_head=True),
     ],
-    ids=["gpt", "llama", "gpt-mixed", "llama-mixed"],
+    ids=[*FAMILIES, *OTHERS, "gpt-mixed", "llama-mixed"],
 )
 def test_forward_equals_the_plain_one(config, head):
     model = Transformer(config, compute(), head)
@@ -138,6 +152,7 @@ def test_an_output_depends_on_the_earlier_tokens_of_its_segment_alone(network):
     assert sizes_of_gradients[real][:, real][seen[real][:, real]].min() > 1e-5
 
 
+@pytest.mark.parametrize("network", [*FAMILIES, "gemma"], indirect=True)
 def test_packed_rows_equal_separate_rows(network):
     first, second, third = texts(5, 4, 3)
     packed = network.forward(*rows([(0, first), (5, second), (9, third)], []))
@@ -167,6 +182,7 @@ def test_positions_count_the_real_tokens():
     assert positions_of(mask).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 3], [0, 0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("network", [*FAMILIES, "gemma"], indirect=True)
 def test_with_a_cache_as_without(network):
     model = Transformer(network.config, compute(), "tokens")
     append = jax.jit(lambda cache, *columns: model.apply({"params": network.params}, *columns, cache=cache))
@@ -356,3 +372,21 @@ def test_refused_architectures():
     with pytest.raises(ValueError, match=r"^model.head_width = 5 must be even for rotary positions$"):
         llama_config(head_width=5)
     assert gpt_config(head_width=5).head_width == 5  # learned positions allow it
+    for wrong, message in (
+        (
+            {"head_width": 6, "rotary_fraction": 0.5},
+            r"^model.head_width = 6 × model.rotary_fraction = 0.5 must be even",
+        ),
+        ({"rotary_fraction": 0.0}, r"^model.rotary_fraction = 0.0 must be above 0 and at most 1$"),
+        ({"biases": True, "qkv_biases": True}, r"^model.qkv_biases = True is for model.biases = False"),
+        ({"window": 4}, r"^model.window = 4 and model.windowed = \(\): set both, or 0 and \(\) for none$"),
+        ({"window": 4, "windowed": (1, 0)}, r"^model.windowed = \(1, 0\) must be rising numbers from 0 to 1$"),
+        ({"window": 4, "windowed": (2,)}, r"^model.windowed = \(2,\) must be rising numbers from 0 to 1$"),
+        ({"logit_cap": -1.0}, r"^logit_cap = -1.0 must be at least 0$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llama_config(**wrong)
+    with pytest.raises(
+        ValueError, match=r"^rotary_scaling.high_turns = 1.0 must be above rotary_scaling.low_turns = 4"
+    ):
+        RotaryScaling(kind="llama3", factor=8.0, low_turns=4.0, high_turns=1.0, original_length=8)

@@ -7,11 +7,12 @@ from fractions import Fraction as F
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import small
 from instructax.model import Transformer
-from instructax.optimizer import apply_gradients, decayed, learning_rate_at, make_optimizer, moving_average
+from instructax.optimizer import apply_gradients, decayed, learning_rate_at, make_optimizer, moving_average, skipped
 from instructax.training import init_params, new_state
 from instructax.types import TrainState
 
@@ -92,6 +93,21 @@ def test_clipping_by_the_global_norm(clip_norm, factor):
     (moments,) = [part.mu for part in state.opt_state if hasattr(part, "mu")]
     expected = [float((1 - BETA1) * g * factor) for g in (3, 4)]
     np.testing.assert_allclose([moments["a"], moments["b"]], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])  # the last one's square is not finite
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_gradients_that_are_not_finite_change_nothing(value, clip_norm):
+    state, optimizer = state_of({"a": jnp.float32(2), "b": jnp.float32(5)}, clip_norm=clip_norm)
+    good = {"a": jnp.float32(3), "b": jnp.float32(4)}
+    state = apply_gradients(optimizer, state, good, jnp.float32(1))
+    bad = {**good, "b": jnp.float32(value)}
+    after = apply_gradients(optimizer, state, bad, jnp.float32(1))
+    assert jax.tree.map(float, after) == jax.tree.map(float, state)
+    again = apply_gradients(optimizer, after, good, jnp.float32(1))
+    assert np.isfinite(jax.tree.leaves(again)).all() and float(again.params["b"]) < float(after.params["b"])
+    norms = [optax.tree.norm(gradients) for gradients in (good, bad)]
+    assert [float(skipped(norm)) for norm in norms] == [0.0, 1.0] and float(skipped(*norms)) == 1.0
 
 
 PEAK = F(1, 100)

@@ -1,16 +1,19 @@
 """A stopped run goes on as if it had not been stopped, to the bit; what cannot go on says why."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 import stages
-from instructax import training
-from instructax.checkpoint import committed_steps, files_hash
+from instructax import held_out, reward, training
+from instructax.checkpoint import best_step, committed_steps, files_hash
 from instructax.configuration import ConfigError
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
+from instructax.interruption import pause
 from instructax.manifest import manifest_hash
 
 pytest_plugins = ("chain",)
@@ -33,6 +36,10 @@ def lines_of(workdir):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics_of(workdir)]
 
 
+def summary_without_times(workdir):
+    return {name: value for name, value in summary_of(workdir).items() if not name.startswith("time/")}
+
+
 def run(config, workdir, **watched):
     """(the state that the loop started from, the one it ended with)."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -42,11 +49,14 @@ def run(config, workdir, **watched):
 
 
 def interrupted(config, workdir):
-    """As `run`, sent a Ctrl-C while it reads its second batch."""
-    with pytest.raises(training.Interrupted, match="step 2 is saved, the same command goes on"):
+    """As `run`, sent a Ctrl-C while it reads its second batch; the step that it stopped after: an iteration of PPO is
+    given up between its programs."""
+    saved = 1 if config["stage"] == "ppo" else 2
+    with pytest.raises(training.Interrupted, match=f"step {saved} is saved, the same command goes on"):
         run(config, workdir, interrupt_at=1)
-    assert committed_steps(workdir) == [2]
+    assert committed_steps(workdir) == [saved]
     assert not (workdir / "summary.json").exists()
+    return saved
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +73,9 @@ def supervised_run(chain, tmp_path_factory, compiled_folder):
 def test_two_and_two_steps_are_four(chain, tmp_path, name):
     config = config_of(chain, name)
     _, straight = run(config, tmp_path / "straight")
-    interrupted(config, tmp_path / "stopped")
+    saved = interrupted(config, tmp_path / "stopped")
     first, last = run(config, tmp_path / "stopped")
-    assert first.step == 2
+    assert first.step == saved
     stages.assert_trees_equal(last, straight)  # parameters, optimizer state, average
     lines = lines_of(tmp_path / "stopped")
     assert lines == lines_of(tmp_path / "straight")
@@ -73,6 +83,34 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
     assert len({json.dumps(line | {"step": 0}) for line in lines}) == 4  # no step is like another
     if name == "ppo-ptx":
         assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("name", "stops"), [("sft", 1), ("reward", 2), ("ppo-ptx", 1), ("ppo-ptx", 2)])
+def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, stops):
+    """Also its figures in the log, and which step is the best; the first evaluation is after step 2, the second at the
+    end."""
+    best = {"sft": "demonstrations_loss", "reward": "held_out_loss", "ppo-ptx": "text_loss"}[name]
+    config = config_of(chain, name, **{"run.best_metric": best, "run.save_every": 2})
+    _, straight = run(config, tmp_path / "straight")
+    module, read = (reward if name == "reward" else held_out), []
+
+    def stop():
+        if read[-1] == 2 * stops - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        pause()
+
+    with pytest.MonkeyPatch.context() as stopping:
+        stages.Watch(stopping).read.append(read.append)
+        stopping.setattr(module, "pause", stop)
+        with pytest.raises(training.Interrupted, match=f"step {2 * stops} is saved"):
+            run_stage(config, tmp_path / "stopped")
+    assert [line["step"] for line in lines_of(tmp_path / "stopped")] == list(range(1, 2 * stops))
+    first, last = run(config, tmp_path / "stopped")
+    assert first.step == 2 * stops
+    stages.assert_trees_equal(last, straight)
+    assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "straight")
+    assert best_step(tmp_path / "stopped") == best_step(tmp_path / "straight")
+    assert summary_without_times(tmp_path / "stopped") == summary_without_times(tmp_path / "straight")
 
 
 def test_killed_between_the_last_save_and_the_summary(supervised_run, tmp_path):
@@ -161,10 +199,11 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
         stages.use_devices(monkeypatch, devices)
         with pytest.raises(training.Interrupted):
             run({**config, "mesh": mesh}, tmp_path / "moved", interrupt_at=read_last)
-    assert committed_steps(tmp_path / "moved")[-1] == 3
+    saved = 2 if name == "ppo-ptx" else 3  # an iteration of PPO is given up between its programs
+    assert committed_steps(tmp_path / "moved")[-1] == saved
     stages.use_devices(monkeypatch, 1)
     first, last = run(config, tmp_path / "moved")
-    assert first.step == 3
+    assert first.step == saved
     stages.assert_trees_close(last, straight, rtol=1e-3, atol=1e-5)
     for ours, theirs in zip(lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True):
         # Rounding errors themselves, and the empty rows of parts as large as the mesh wants them.

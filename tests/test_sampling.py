@@ -17,7 +17,7 @@ from instructax.inference import token_logprobs
 from instructax.model import ModelConfig, Transformer
 from instructax.sampling import generate, sample_token
 from instructax.types import Array, Params, Prompts, Rollouts
-from small import compute, gpt_config, llama_config, ragged_prompts, random_params
+from small import compute, gemma_config, gpt_config, llama_config, ragged_prompts, random_params
 
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}
 LENGTHS = (6, 1, 3, 4, 2, 5, 6, 2)  # of the prompts, which share three slots
@@ -100,6 +100,23 @@ def test_sampled_equals_rescored(policy, temperature):
     np.testing.assert_allclose(logprobs, rollouts.logprobs, atol=1e-5)
     other = policy.score(rollouts, temperature + 0.1)
     assert np.abs(other - rollouts.logprobs).max() > 1e-2
+
+
+def test_windows_and_soft_caps_are_those_of_the_definition():
+    """Responses are longer than the window of three tokens, slots are taken over, and scores reach the caps."""
+    config = gemma_config()
+    model = Transformer(config, compute(), "tokens")
+    params, (prompts, keys) = random_params(model), prompts_and_keys()
+    sample = partial(generate, model, length=LENGTH, temperature=1.0, eos_id=EOS)
+    rollouts = jax.device_get(jax.jit(sample)(params, prompts, keys))
+    rescored = jax.jit(partial(token_logprobs, model, temperature=1.0))(params, rollouts)
+    np.testing.assert_allclose(rescored, rollouts.logprobs, atol=1e-5)
+    for row in range(len(LENGTHS)):
+        prompt, response = text_of(prompts, row), rollouts.responses[row].tolist()
+        logprobs = reference_model.logprobs(config, params, prompt + response[:-1])[len(prompt) - 1 :]
+        end = int(rollouts.mask[row].sum())
+        wanted = logprobs[np.arange(end), response[:end]]
+        np.testing.assert_allclose(rollouts.logprobs[row, :end], wanted, atol=1e-5)
 
 
 def test_a_sample_depends_on_its_prompt_and_key_alone(policy):

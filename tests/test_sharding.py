@@ -19,7 +19,7 @@ from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent
 
-# Parameter → its layout, and who has it: "all", a family, or a head. Shapes: layers first, in everything of `blocks`.
+# Parameter → its layout, and who has it: "all", or families. Shapes: layers first, in everything of `blocks`.
 COLUMNS = P(None, ("tensor", "fsdp"))
 TABLE = {
     "embedding": (COLUMNS, "all"),
@@ -28,21 +28,25 @@ TABLE = {
     "blocks/attention/key/kernel": (P(None, "fsdp", "tensor", None), "all"),
     "blocks/attention/value/kernel": (P(None, "fsdp", "tensor", None), "all"),
     "blocks/attention/out/kernel": (P(None, "tensor", None, "fsdp"), "all"),
-    "blocks/attention/query/bias": (P(None, "tensor", None), "gpt"),
-    "blocks/attention/key/bias": (P(None, "tensor", None), "gpt"),
-    "blocks/attention/value/bias": (P(None, "tensor", None), "gpt"),
-    "blocks/attention/out/bias": (P(), "gpt"),
+    "blocks/attention/query/bias": (P(None, "tensor", None), "gpt neox qwen"),
+    "blocks/attention/key/bias": (P(None, "tensor", None), "gpt neox qwen"),
+    "blocks/attention/value/bias": (P(None, "tensor", None), "gpt neox qwen"),
+    "blocks/attention/out/bias": (P(), "gpt neox"),
+    "blocks/attention/query_norm/scale": (P(), "qwen"),
+    "blocks/attention/key_norm/scale": (P(), "qwen"),
+    "blocks/attention_post_norm/scale": (P(), "gemma"),
+    "blocks/mlp_post_norm/scale": (P(), "gemma"),
     "blocks/attention_norm/scale": (P(), "all"),
-    "blocks/attention_norm/bias": (P(), "gpt"),
+    "blocks/attention_norm/bias": (P(), "gpt neox"),
     "blocks/mlp/up/kernel": (P(None, "fsdp", "tensor"), "all"),
-    "blocks/mlp/gate/kernel": (P(None, "fsdp", "tensor"), "llama"),
+    "blocks/mlp/gate/kernel": (P(None, "fsdp", "tensor"), "llama qwen gemma"),
     "blocks/mlp/down/kernel": (P(None, "tensor", "fsdp"), "all"),
-    "blocks/mlp/up/bias": (P(None, "tensor"), "gpt"),
-    "blocks/mlp/down/bias": (P(), "gpt"),
+    "blocks/mlp/up/bias": (P(None, "tensor"), "gpt neox"),
+    "blocks/mlp/down/bias": (P(), "gpt neox"),
     "blocks/mlp_norm/scale": (P(), "all"),
-    "blocks/mlp_norm/bias": (P(), "gpt"),
+    "blocks/mlp_norm/bias": (P(), "gpt neox"),
     "final_norm/scale": (P(), "all"),
-    "final_norm/bias": (P(), "gpt"),
+    "final_norm/bias": (P(), "gpt neox"),
 }
 HEADS = {
     ("tokens", True): {},
@@ -50,7 +54,13 @@ HEADS = {
     ("scalar", True): {"scalar_head/kernel": P(), "scalar_head/bias": P()},
     ("scalar", False): {"scalar_head/kernel": P(), "scalar_head/bias": P()},
 }
-FAMILIES = {"gpt": small.gpt_config, "llama": small.llama_config}
+FAMILIES = {
+    "gpt": small.gpt_config,
+    "llama": small.llama_config,
+    "neox": small.neox_config,
+    "qwen": small.qwen_config,
+    "gemma": small.gemma_config,
+}
 EVERY_MODEL = [(family, head, tied) for family in FAMILIES for head, tied in HEADS]
 
 
@@ -71,7 +81,9 @@ def specs_of(tree) -> dict[str, P]:
 
 @pytest.mark.parametrize(("family", "head", "tied"), EVERY_MODEL)
 def test_every_leaf_lies_as_the_table_says(family, head, tied):
-    of_params = {name: spec for name, (spec, who) in TABLE.items() if who in ("all", family)} | HEADS[head, tied]
+    of_params = {name: spec for name, (spec, who) in TABLE.items() if who == "all" or family in who.split()} | HEADS[
+        head, tied
+    ]
     places = ("params", "opt_state/1/mu", "opt_state/1/nu")  # a leaf's moments follow it
     expected = {f"{place}/{name}": spec for place in places for name, spec in of_params.items()}
     expected |= {"step": P(), "opt_state/1/count": P()}

@@ -210,6 +210,14 @@ def test_the_first_step_starts_from_the_parent(chain):
     assert logged["learning_rate"] == pytest.approx(config.optimizer.learning_rate)
 
 
+def test_the_first_row_of_demonstrations_is_shown(chain, tmp_path, capsys):
+    for name, shown in (("sft", 1), ("pretrain", 0)):
+        stages.started(stages.config_of(chain, name, {}), tmp_path / name)
+        out = capsys.readouterr().out
+        assert (out.count("first batch, row 1 of "), "⟨end⟩" in out) == (shown, bool(shown))
+        assert "\x1b" not in out  # no colours where no terminal is
+
+
 def test_a_run_drops_at_its_own_rate(chain, tmp_path):
     config, _, data = sft_parts(chain)
     overrides = {"dropout": 0.3, "steps": 1, "epochs": 0.0}

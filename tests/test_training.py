@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +14,8 @@ import pytest
 
 import small
 from instructax import sharding, training
+from instructax.divergence import Diverged, SkippedUpdates
+from instructax.interruption import pause
 from instructax.masked import masked_mean
 from instructax.model import Transformer
 from instructax.optimizer import apply_gradients, make_optimizer
@@ -30,11 +30,15 @@ class Toy:
     signal_in: tuple[str, int] = ("", 0)  # where SIGINT comes: (call, step)
     calls: list[Any] = dataclasses.field(default_factory=list)
     first_metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    unevaluated: dict[str, Any] | None = None
+    pauses_in: str = ""  # which of the calls can be given up
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
         if call[:2] == self.signal_in:
             os.kill(os.getpid(), signal.SIGINT)
+        if call[0] == self.pauses_in:
+            pause()
 
     def batches(self, step: int) -> str:
         self.note("read", step)
@@ -63,8 +67,11 @@ class Toy:
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         self.note("record", step, dict(metrics))
 
-    def save(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
-        self.note("save", step, state.seen, dict(metrics))
+    def save(self, step: int, state: Any, metrics: dict[str, Any], *, evaluated: bool = True) -> None:
+        self.note("save", step, state.seen, dict(metrics), *([] if evaluated else ["unevaluated"]))
+
+    def complete(self, metrics: dict[str, Any]) -> None:
+        self.note("complete", dict(metrics))
 
     def due(self, step: int) -> bool:
         return step % self.save_every == 0
@@ -84,7 +91,7 @@ class Toy:
             log=self,
             evaluate=self.evaluate,
             evaluate_every=evaluate_every,
-            **keywords,
+            **{"skips": SkippedUpdates(0, Path("never")), **keywords},
         )
 
     def named(self, *names: str) -> list[tuple[Any, ...]]:
@@ -183,6 +190,43 @@ def test_an_interruption_during_a_save_that_was_none_takes_one_more_step():
     assert [call[1] for call in toy.named("save")] == [4]
 
 
+def test_an_update_that_pauses_is_given_up():
+    toy = Toy(signal_in=("update", 2), pauses_in="update")
+    with pytest.raises(training.Interrupted, match="step 2 is saved"):
+        toy.fit(State(0), total_steps=9, evaluate_every=1, at_save=toy.finish)
+    assert toy.named("save") == [("save", 2, ("batch 0", "batch 1", "finished"), {"loss": 9, "held_out": 2})]
+    assert [call[1] for call in toy.named("record")] == [1, 2]
+
+
+def test_a_first_update_that_pauses_leaves_the_start():
+    toy = Toy(signal_in=("read", 0), pauses_in="update")
+    with pytest.raises(training.Interrupted, match="step 0 is saved"):
+        toy.fit(State(0), total_steps=9)
+    assert toy.named("save", "record") == [("save", 0, (), {})]
+
+
+@pytest.mark.parametrize("total_steps", [5, 3])
+def test_an_evaluation_that_pauses_is_made_up_for(total_steps):
+    """Steps, figures and lines of the log are in the end what they are of a run that nothing stopped."""
+    whole, stopped = Toy(save_every=2), Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate")
+    wanted = whole.fit(State(0), total_steps=total_steps, evaluate_every=3)
+    with pytest.raises(training.Interrupted, match="step 3 is saved"):
+        stopped.fit(State(0), total_steps=total_steps, evaluate_every=3)
+    seen = ("batch 0", "batch 1", "batch 2")
+    assert stopped.calls[-1] == ("save", 3, seen, {"loss": 8}, "unevaluated")
+    resumed = Toy(save_every=2, unevaluated={"loss": 8})
+    assert resumed.fit(State(3, seen), total_steps=total_steps, evaluate_every=3) == wanted
+    assert resumed.named("complete") == [("complete", {"loss": 8, "held_out": 3})]
+    assert stopped.named("record") + resumed.named("record") == whole.named("record")
+
+
+def test_an_evaluation_may_be_given_up_again():
+    toy = Toy(unevaluated={"loss": 8}, signal_in=("evaluate", 3), pauses_in="evaluate")
+    with pytest.raises(training.Interrupted, match="step 3 is saved"):
+        toy.fit(State(3, ("batch 2",)), total_steps=3)
+    assert toy.named("save", "record") == [("save", 3, ("batch 2",), {"loss": 8}, "unevaluated")]
+
+
 def test_an_interruption_of_the_last_step_is_too_late():
     toy = Toy(signal_in=("update", 8))
     assert toy.fit(State(0), total_steps=9)[0].step == 9
@@ -216,16 +260,8 @@ def test_a_failing_update_restores_the_handlers():
             log=toy,
             evaluate=toy.evaluate,
             evaluate_every=0,
+            skips=SkippedUpdates(0, Path("never")),
         )
-
-
-def test_sigterm_asks_as_well():
-    with training.Interruption() as interruption:
-        assert not interruption.asked
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 # Pieces of a step.
@@ -327,29 +363,41 @@ def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh)
     jax.tree.map(np.testing.assert_array_equal, loaded, kept)
 
 
-def test_a_real_ctrl_c_in_a_process_of_its_own():
-    """The second one must get through although the step never ends, as a compiled program that hangs would not."""
-    program = """
-        import os, signal, time
-        from instructax import training
-        with training.Interruption():
-            os.kill(os.getpid(), signal.SIGINT)
-            print("asked", flush=True)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
-    assert done.stdout == "asked\n" and done.stderr.rstrip().endswith("KeyboardInterrupt")
+class Failing(Toy):
+    """Skips the updates after the steps in `bad`."""
+
+    bad: tuple[int, ...] = ()
+
+    def update(self, state, batch):
+        moved, metrics = super().update(state, batch)
+        return moved, {**metrics, "skipped": jnp.float32(state.step in self.bad)}
 
 
-@pytest.mark.parametrize("name", ["loss", "policy_loss", "value_grad_norm"])
-def test_what_is_not_finite_is_never_saved(name):
-    class Failing(Toy):
-        def update(self, state, batch):
-            state, metrics = super().update(state, batch)
-            return state, {**metrics, name: np.nan if state.step >= 3 else 1.0, "held_out": np.nan}
+@pytest.mark.parametrize(("bad", "ends_after"), [((1, 2, 4, 5), None), ((2, 3, 4), 5), ((0, 1, 2), 3), ((3, 4, 5), 6)])
+def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(tmp_path, bad, ends_after):
+    """Two may be; it is seen one update later, but at once where a step is saved."""
+    toy = Failing(save_every=3)
+    toy.bad = bad
+    skips = SkippedUpdates(2, tmp_path / "skipped")
+    if ends_after is None:
+        toy.fit(State(0), total_steps=6, skips=skips)
+    else:
+        message = f"not finite in 3 updates in a row, up to step {ends_after}; .*same command repeats it"
+        with pytest.raises(Diverged, match=message):
+            toy.fit(State(0), total_steps=6, skips=skips)
+    # The first three of a row end the run; none of their batches but the first two is kept.
+    kept = [step + 1 for step in bad][: None if ends_after is None else 2]
+    assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [f"{step}-0.npz" for step in kept]
+    saved = [call[1] for call in toy.named("save")]
+    assert saved == [step for step in (3, 6) if ends_after is None or step < ends_after]
 
-    toy = Failing(save_every=2)
-    with pytest.raises(training.Diverged, match=f"{name} is nan at step 4, nothing of it is saved"):
-        toy.fit(State(0), total_steps=6)
-    assert [call[1] for call in toy.named("save")] == [2]
+
+def test_the_batch_of_a_skipped_update_is_kept(mesh, tmp_path):
+    batch = sharding.put_rows({"tokens": np.arange(16).reshape(8, 2), "more": {"mask": np.arange(8) > 3}}, mesh)
+    skips = SkippedUpdates(1, tmp_path)
+    skips.note(7, batch, {"skipped": jnp.float32(0.25)})  # one of PPO's four minibatches
+    skips.check()
+    with np.load(tmp_path / "7-0.npz") as kept:
+        assert sorted(kept) == ["more.mask", "tokens"]
+        np.testing.assert_array_equal(kept["tokens"], batch["tokens"])
+        np.testing.assert_array_equal(kept["more.mask"], batch["more"]["mask"])

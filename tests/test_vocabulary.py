@@ -96,6 +96,28 @@ def test_loss_and_gradients_are_those_of_the_whole(inputs, chunk):
         assert_trees_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_soft_caps_are_those_of_the_whole(inputs, chunk):
+    """log softmax(1.5 · tanh(logits / 1.5) / 0.7), and its gradients through the caps."""
+    hidden, kernel, targets, weights = inputs
+
+    def whole(hidden, kernel):
+        logprobs = jax.nn.log_softmax(1.5 * jnp.tanh(hidden @ kernel.T / 1.5) / 0.7, axis=-1)
+        logprobs = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+        return masked_mean(weights * logprobs, EVERY), logprobs
+
+    def loss_of(logprobs, mask, factors):
+        return masked_mean(factors * logprobs, mask), {}
+
+    (loss, logprobs), gradients = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    settings = {"temperature": 0.7, "chunk": chunk, "cap": 1.5}
+    found = jax.jit(partial(loss_and_gradients, loss_of, **settings))(hidden, kernel, targets, EVERY, weights)
+    np.testing.assert_allclose(found[0], loss, rtol=1e-5)
+    assert_trees_close(found[2:], gradients, rtol=1e-4, atol=1e-6)
+    for function in (sequence_logprobs, lambda *x, **y: sequence_logprobs_and_entropy(*x, **y)[0]):
+        np.testing.assert_allclose(function(hidden, kernel, targets, EVERY, **settings), logprobs, rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_over_nothing_has_no_gradient(inputs):
     hidden, kernel, targets, _ = inputs
 

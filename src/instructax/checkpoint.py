@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from instructax.divergence import Diverged
 from instructax.processes import everywhere
 from instructax.runlog import write_json
 from instructax.types import Params
@@ -81,6 +82,7 @@ class Checkpoints:
         self._save_every, self._keep = save_every, keep
         self._best_metric, self._exported = best_metric, exported
         self._saved: int | None = None  # the step that this object last saved or restored
+        self.unevaluated: dict[str, Any] | None = None  # the metrics of a restored step whose evaluation was given up
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         if jax.process_index() == 0:
@@ -103,16 +105,21 @@ class Checkpoints:
         if self.due(step):
             self.save(step, state, metrics)
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, metrics: Mapping[str, Any], *, evaluated: bool = True) -> None:
         """Starts a save once the one before has ended; does nothing if `step` is saved already.
 
+        If the step is not `evaluated`, its metrics are kept for the run that goes on from it: `unevaluated`.
         Returns when the arrays have been copied from the devices, so the caller may donate `state` at once; writing,
-        hashing and deleting old steps go on in the background. Raises what the save before failed with.
+        hashing and deleting old steps go on in the background. Raises what the save before failed with, and Diverged
+        for a state that is not finite.
         """
         self.wait()
         if step == self._saved:
             return
-        metric = self._metric(step, metrics)
+        if not _finite(state):
+            raise Diverged(f"the state of step {step} is not finite, nothing of it is saved: lower the learning rate")
+        note = {"unevaluated": None if evaluated else jax.device_get(dict(metrics))}
+        note |= self._rating(step, metrics) if evaluated else {"best_metric": self._best_metric, "metric": None}
         if jax.process_index() == 0:
             _hash_file(self._root / str(step)).unlink(missing_ok=True)
         items = {
@@ -124,23 +131,33 @@ class Checkpoints:
         context.async_options.create_directories_asynchronously = False
         with context:
             response = ocp.save_checkpointables_async(str(self._root / str(step)), items, overwrite=True)
-        self._pending = step, self._thread.submit(self._finish, step, response, metric)
+        self._pending = step, self._thread.submit(self._finish, step, response, note)
 
-    def _metric(self, step: int, metrics: Mapping[str, Any]) -> float | None:
+    def _rating(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         if self._best_metric and self._best_metric not in metrics:
             logger.warning(
                 "step %d cannot become the best checkpoint: best_metric %r is not among its metrics (%s)",
                 *(step, self._best_metric, ", ".join(sorted(metrics))),
             )
-        return float(metrics[self._best_metric]) if self._best_metric in metrics else None
+        metric = float(metrics[self._best_metric]) if self._best_metric in metrics else None
+        return {"best_metric": self._best_metric, "metric": metric}
 
-    def _finish(self, step: int, response: ocp.AsyncResponse[None], metric: float | None) -> None:
+    def complete(self, metrics: Mapping[str, Any]) -> None:
+        """Notes at the restored step, which was `unevaluated`, that it now is evaluated."""
+        self.unevaluated = None
+        if jax.process_index() == 0 and self._saved is not None:
+            path = self._root / str(self._saved)
+            stored = _read_hash_file(path) or {"files": _hashes(path)}
+            rating = self._rating(self._saved, metrics)
+            write_json(_hash_file(path), {**stored, **rating, "unevaluated": None})
+
+    def _finish(self, step: int, response: ocp.AsyncResponse[None], note: dict[str, Any]) -> None:
         """Waits for the commit, then hashes the step and deletes the steps that need not stay."""
         response.result()
         if jax.process_index() > 0:
             return
         path = self._root / str(step)
-        write_json(_hash_file(path), {"best_metric": self._best_metric, "metric": metric, "files": _hashes(path)})
+        write_json(_hash_file(path), {**note, "files": _hashes(path)})
         steps = self.steps()
         for old in set(steps) - set(steps[-self._keep :]) - {best_step(self._workdir)}:
             remains = (self._root / str(old)).rename(self._root / f"{old}.deleted")  # at once no longer a step
@@ -187,6 +204,7 @@ class Checkpoints:
                 logger.warning("checkpoint %d IS DAMAGED and set aside, going on from %d: %s", damaged, step, reason)
                 self._set_aside(damaged)
             self._saved = step
+            self.unevaluated = (_read_hash_file(self._root / str(step)) or {}).get("unevaluated")
             return dataclasses.replace(items["state"], **{self._exported: items["params"]}), step
         if damages:
             raise ValueError(
@@ -200,6 +218,13 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self._root / str(step)).rename(target)
             _hash_file(self._root / str(step)).unlink(missing_ok=True)
+
+
+@jax.jit
+def _finite(state: Any) -> jax.Array:
+    """Whether every number of the state is finite: b[]."""
+    floating = (leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
 
 
 def load_params(path: Path, abstract_params: Params, *, step: int | None = None) -> Params:

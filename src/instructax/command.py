@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-DONE, INTERNAL, USER, INVARIANT, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, INTERNAL, USER, INVARIANT, SAVED, INTERRUPTED = 0, 1, 2, 3, 42, 130
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -81,10 +81,11 @@ def guarded(call: Callable[[], Any]) -> int:
     A ValueError that this project raises speaks of a value the user can change: 2. Any other, from a library or from an
     operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. What the operating system
     refuses (no such file, no permission, no space) is the user's: 2. A broken invariant and a run that diverged are 3,
-    an interruption that was saved is 130.
+    an interruption that was saved is 42, one that was not 130.
     """
+    from instructax.divergence import Diverged
     from instructax.experience import InvariantError
-    from instructax.training import Diverged, Interrupted
+    from instructax.training import Interrupted
 
     try:
         call()
@@ -96,14 +97,18 @@ def guarded(call: Callable[[], Any]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # whoever read the output has left; nothing more is written, not even at exit
         return DONE
+    except TimeoutError as error:  # an OSError too
+        return _say(f"error: another process of the run has ended or stands still: {error}", INTERNAL)
     except OSError as error:
         return _say(f"error: {error}", USER)
     except InvariantError as error:
         return _say(f"invariant broken: {error}", INVARIANT)
     except Diverged as error:
         return _say(f"diverged: {error}", INVARIANT)
-    except (Interrupted, KeyboardInterrupt) as error:
-        return _say(str(error) or "interrupted", INTERRUPTED)
+    except Interrupted as error:
+        return _say(str(error), SAVED)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
     return DONE
 
 

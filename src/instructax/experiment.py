@@ -12,6 +12,7 @@ from typing import Any
 from instructax import estimate, stage
 from instructax.configuration import ConfigError, construct, require
 from instructax.lineage import finished
+from instructax.locking import locked
 from instructax.manifest import flat
 from instructax.report.drawing import require_matplotlib
 
@@ -80,11 +81,13 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
     """
     cls, module = stage_of(config)
     built = construct(cls, config)
-    stage.claim(workdir, config)
     if finished(workdir):
+        stage.claim(workdir, config)
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
-    module.train(built, workdir, config)
+    with locked(workdir):
+        stage.claim(workdir, config)
+        module.train(built, workdir, config)
     return True
 
 

@@ -16,6 +16,7 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
 from instructax.inference import at_the_end, comparison_rows, row_logprobs, row_outputs
+from instructax.interruption import pause
 from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masked import token_count
 from instructax.model import Transformer
@@ -45,6 +46,7 @@ def held_out_losses(
         for name, source in sources.items():
             total = count = 0.0
             for batch in held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
+                pause()
                 added, tokens = loss(params, sharding.put_rows(batch, mesh))
                 total, count = total + float(added), count + float(tokens)
             figures[f"{name}_loss"] = total / max(count, 1.0)

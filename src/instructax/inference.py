@@ -73,7 +73,8 @@ def row_logprobs(model: Transformer, params: Params, batch: LmBatch, *, temperat
     """Log-probability of each token of the loss mask given its segment so far, at `temperature`, else 0: LmBatch [B, T]
     → f32[B, T]. Nothing predicts column 0, and no loss mask marks it."""
     inputs = _hidden_before(model, params, batch, None)
-    return _behind_a_blank(sequence_logprobs(*inputs, temperature=temperature, chunk=model.compute.head_chunk))
+    chunk, cap = model.compute.head_chunk, model.config.logit_cap
+    return _behind_a_blank(sequence_logprobs(*inputs, temperature=temperature, chunk=chunk, cap=cap))
 
 
 def row_logprobs_and_entropy(
@@ -81,7 +82,8 @@ def row_logprobs_and_entropy(
 ) -> tuple[Array, Array]:
     """As `row_logprobs`, and the policy's entropy in nats before each of these tokens, else 0; both f32[B, T]."""
     inputs = _hidden_before(model, params, batch, None)
-    logprobs, entropy = sequence_logprobs_and_entropy(*inputs, temperature=temperature, chunk=model.compute.head_chunk)
+    chunk, cap = model.compute.head_chunk, model.config.logit_cap
+    logprobs, entropy = sequence_logprobs_and_entropy(*inputs, temperature=temperature, chunk=chunk, cap=cap)
     return _behind_a_blank(logprobs), _behind_a_blank(entropy)
 
 
@@ -115,6 +117,7 @@ def row_loss_and_gradients(
         jax.tree.map(lambda x: x[:, 1:], extras),
         temperature=temperature,
         chunk=model.compute.head_chunk,
+        cap=model.config.logit_cap,
     )
     return loss, metrics, pull(tuple(by_outputs))[0]
 

@@ -16,7 +16,10 @@ from instructax.tokenizer import Tokenizer, load_tokenizer
 from instructax.types import Params
 
 Head = Literal["tokens", "scalar"]
-STAGES = {"tokens": ("supervised", "ppo"), "scalar": ("reward",)}  # whose runs have a network with this head
+STAGES = {
+    "tokens": ("supervised", "ppo", "pretrained"),
+    "scalar": ("reward",),
+}  # whose runs have a network with this head
 
 
 def finished(workdir: Path) -> bool:

@@ -106,17 +106,23 @@ def _normalized_backward(centred: bool, epsilon: float, kept: tuple[Array, Array
 normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
-@custom_vjp
-def gelu(x: Array) -> Array:
-    """GELU in its tanh form, as GPT-2's: dtype[...] → dtype[...]. Only x is kept for the backward pass."""
-    return jax.nn.gelu(x, approximate=True)
+@partial(custom_vjp, nondiff_argnums=(1,))
+def gelu(x: Array, approximate: bool = True) -> Array:
+    """GELU in its tanh form, as GPT-2's, or with the exact normal distribution, as GPT-NeoX's: dtype[...] → dtype[...].
+    Only x is kept for the backward pass."""
+    return jax.nn.gelu(x, approximate=approximate)
 
 
-def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
-    return jax.vjp(partial(jax.nn.gelu, approximate=True), materialized(x))[1](gradient)
+def _gelu_backward(approximate: bool, x: Array, gradient: Array) -> tuple[Array]:
+    return jax.vjp(partial(jax.nn.gelu, approximate=approximate), materialized(x))[1](gradient)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu.defvjp(lambda x, approximate: (gelu(x, approximate), x), _gelu_backward)
+
+
+def soft_capped(x: Array, cap: float) -> Array:
+    """cap · tanh(x / cap), which never leaves −cap … cap (Gemma Team, 2024); x itself with a cap of 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 @custom_vmap

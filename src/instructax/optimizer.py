@@ -74,10 +74,18 @@ def learning_rate_at(step: Array, *, peak: Array | float, config: OptimizerConfi
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Params, learning_rate: Array
 ) -> TrainState:
-    """One optimizer step: params − learning_rate · direction. The step count is the caller's."""
+    """One optimizer step: params − learning_rate · direction; none if the norm of the gradients is not finite: then the
+    state stays as it is. The step count is the caller's."""
     directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
-    return dataclasses.replace(state, params=params, opt_state=opt_state)
+    moved = dataclasses.replace(state, params=params, opt_state=opt_state)
+    finite = jnp.isfinite(optax.tree.norm(gradients))
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+
+
+def skipped(*norms: Array) -> Array:
+    """1 where `apply_gradients` skipped gradients of any of these norms f32[], else 0: f32[]."""
+    return 1.0 - jnp.all(jnp.isfinite(jnp.stack(norms))).astype(jnp.float32)
 
 
 def moving_average(average: Params, params: Params, decay: Array | float) -> Params:

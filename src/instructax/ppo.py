@@ -30,7 +30,7 @@ from instructax.inference import (
 from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masked import masked_mean
 from instructax.model import Transformer
-from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average
+from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average, skipped
 from instructax.rows import lay_out, pack, packed_map
 from instructax.sampling import generate
 from instructax.training import accumulate, language_gradients, parts_of, shares, split_rows
@@ -197,8 +197,9 @@ def update(
         value = apply_gradients(program.value_optimizer, state.value, value_gradients, value_rate)
         ema = moving_average(state.ema, policy.params, settings.ema_decay)
         metrics |= value_metrics
-        metrics["policy_grad_norm"] = optax.tree.norm(policy_gradients)
-        metrics["value_grad_norm"] = optax.tree.norm(value_gradients)
+        norms = optax.tree.norm(policy_gradients), optax.tree.norm(value_gradients)
+        metrics["policy_grad_norm"], metrics["value_grad_norm"] = norms
+        metrics["skipped"] = skipped(*norms)
         return PpoState(policy=policy, value=value, ema=ema), metrics
 
     state, metrics = jax.lax.scan(inner_step, state, inputs)

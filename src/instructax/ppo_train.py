@@ -23,6 +23,7 @@ from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.data.readers import LmData, lm_reader
 from instructax.experience import RewardSettings, check_rollouts, check_update
 from instructax.held_out import held_out_losses
+from instructax.interruption import pause
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.model import ComputeConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, make_optimizer
@@ -267,17 +268,22 @@ class Iteration:
         self._tolerance = tolerance
 
     def __call__(self, state: PpoState, batch: Any, phase: Any) -> tuple[PpoState, dict[str, Any], Rollouts, Any]:
-        """One iteration: (new state, metrics, rollouts, scores f32[B]). Raises InvariantError."""
+        """One iteration: (new state, metrics, rollouts, scores f32[B]).
+
+        Raises InvariantError, and Asked if asked to stop before the update has begun.
+        """
         prompts, text = batch
         first = int(state.step) == 0
         with phase("rollout"):
             rollouts = self._rollout(state.policy.params, prompts, state.step, self._settings)
             jax.block_until_ready(rollouts)
+        pause()
         with phase("score"):
             experience, scored, metrics = self._score(
                 state, self._ref_params, self._reward_params, rollouts, self._settings
             )
             check_rollouts(metrics, first=first, tolerance=self._tolerance)
+        pause()
         with phase("ppo_update"):
             state, update_metrics = self._update(state, experience, text, self._settings)
             check_update(update_metrics, tolerance=self._tolerance)

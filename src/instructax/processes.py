@@ -1,10 +1,18 @@
 """Several processes, one program: how they find each other, and what they must agree on."""
 
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from instructax.configuration import require
+
+HEARTBEAT = 15  # seconds without a sign of a process after which the others end
 
 
 def join(coordinator: str, count: int | None, index: int | None) -> None:
@@ -15,7 +23,8 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
     """
     if coordinator == "auto":
         require(count is None and index is None, "--coordinator=auto finds --processes and --process itself: leave out")
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        _forget_preemption()
         return
     host, _, port = coordinator.rpartition(":")
     require(bool(host) and port.isdecimal(), f"--coordinator={coordinator} must be HOST:PORT or auto")
@@ -23,7 +32,32 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
         count is not None and index is not None and 0 <= index < count,
         f"--coordinator={coordinator} needs --processes=N and --process=0 … N − 1, and got {count} and {index}",
     )
-    jax.distributed.initialize(coordinator, count, index)
+    jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
+    _forget_preemption()
+
+
+def _forget_preemption() -> None:
+    """JAX takes SIGTERM for its own notice of preemption, and then it ends nothing: `interruption` answers it here."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def ended(call: Callable[[], int]) -> int:
+    """The exit code that `call` returns; of several processes, one that does not end with 0 ends here and at once.
+
+    JAX would let it wait for the others for five minutes, and they, in a sum over all, for it.
+    """
+    try:
+        code = call()
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def everywhere(condition: bool) -> bool:

@@ -32,11 +32,12 @@ from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
 from instructax.inference import at_the_end, comparison_rows, last_columns, row_outputs
+from instructax.interruption import pause
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
 from instructax.model import ComputeConfig, ModelConfig, Transformer
-from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
+from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
 from instructax.rows import by_parts, lay_out, pack
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
@@ -95,13 +96,14 @@ def update(
     rate = learning_rate_at(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
-    state = apply_gradients(program.optimizer, state, gradients, rate)
+    state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(prompt_shares * metrics["loss"]),
         "accuracy": jnp.sum(pair_shares * metrics["accuracy"]),
         "pairs": jnp.sum(pairs),
         "learning_rate": rate,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": norm,
+        "skipped": skipped(norm),
         "tokens": token_count(rows.segments != 0),
         "padding": layout.padding(),
     }
@@ -248,6 +250,7 @@ def ranking_figures(
     def evaluate(params: Params) -> dict[str, float]:
         totals = [0.0] * 4
         for rows in held_out(source, config.batch_size, config.run.evaluate_batches):
+            pause()
             batch = sharding.put_rows(read_comparisons(source, rows, config.data.limits), mesh)
             totals = [total + float(x) for total, x in zip(totals, ranking(params, batch), strict=True)]
         loss, prompts, right, pairs = totals

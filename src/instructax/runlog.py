@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,19 @@ class RunLog:
       start_step: finished steps of the state that the run continues from; 0 for a new run.
       tensorboard: also write scalars to `workdir/tensorboard`.
       console: also print.
+      beat: called with the name of every phase when it begins and when it ends.
     """
 
     def __init__(
-        self, workdir: Path, *, total_steps: int, log_every: int, start_step: int, tensorboard: bool, console: bool
+        self,
+        workdir: Path,
+        *,
+        total_steps: int,
+        log_every: int,
+        start_step: int,
+        tensorboard: bool,
+        console: bool,
+        beat: Callable[[str], None] = lambda name: None,
     ):
         if log_every < 1:
             raise ValueError(f"log_every is {log_every}; it must be at least 1: set it in the config of the run")
@@ -108,6 +117,7 @@ class RunLog:
         self._total_steps, self._log_every = total_steps, log_every
         self._writes = jax.process_index() == 0
         self._console = console and self._writes
+        self._beat = beat
         self._last_step = start_step if start_step > 0 else -1  # a new run may record step 0
         self._last_sampled = -1
         self._buffer: list[_Record] = []
@@ -237,10 +247,12 @@ class RunLog:
 
         It is the host's time: a block that only dispatches work to the device ends before the device does.
         """
+        self._beat(name)
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._beat(f"the end of {name}")
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 
     def summary(self, figures: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 The prompts are run first, a few at a time, and their keys and values are kept. Responses are then made in `slots`, one
 token in each at a step: a slot whose response has ended takes the next sample, with a copy of its prompt's keys and
 values, so that a batch of long and short responses costs about the sum of their lengths. Samples of one prompt share
-its forward pass. All of it is one compiled program.
+its forward pass. `generate` is all of it in one compiled program; `start` and `advance` are the same loop in pieces,
+for whoever shows a sample while it is drawn, and what is drawn does not depend on the pieces.
 """
 
 import dataclasses
@@ -28,14 +29,15 @@ from instructax.vocabulary import logits_of
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array, Array]:
-    """One token for each row, and its log-probability: f32[B, V], key[B], f32[] → (i32[B], f32[B]).
+    """One token for each row, and its log-probability: f32[B, V], key[B], f32[] or f32[B] → (i32[B], f32[B]).
 
     The inverse of the cumulative distribution at one uniform number a row: a vocabulary of Gumbel noise costs a
     quarter of a decoding step on a CPU. Probabilities below 2⁻²⁴ are beyond the resolution of the uniform number and
     of the running sum; a token whose probability is zero is never drawn.
     Temperature 0 takes the likeliest token and reports its log-probability at temperature 1.
     """
-    logprobs = jax.nn.log_softmax(logits / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
+    divisors = jnp.reshape(jnp.where(temperature > 0, temperature, 1.0), (-1, 1))
+    logprobs = jax.nn.log_softmax(logits / divisors, axis=-1)
     probabilities = jnp.exp(logprobs)
     # The running sum is rounded in no fixed order, so it can rise at a token of probability zero: that one is left out.
     cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
@@ -64,6 +66,100 @@ class _Slots:
     ended: Array  # b[N]
 
 
+@pytree
+class Sampling:
+    """N samples that are being drawn; `advance` goes on with them."""
+
+    prompts: Prompts  # [M, P]
+    prefilled: tuple[Array, tuple[Array, ...], tuple[Array, ...]]  # of `_prefilled`
+    keys: Array  # key[N]
+    temperature: Array  # f32[N]
+    limits: Array  # i32[N]
+    slots: _Slots
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """What has been drawn so far: N rows, `ended` only where the end token, or a stop, has been."""
+        count, s = len(self.keys) // len(self.prompts.tokens), self.slots
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self.prompts)
+        return Rollouts(prompts=prompts, responses=s.responses, mask=s.mask, logprobs=s.logprobs, ended=s.ended)
+
+
+def start(
+    model: Transformer,
+    params: Params,
+    prompts: Prompts,
+    keys: Array,
+    *,
+    length: int,
+    limits: Array,
+    temperature: Array,
+    eos_id: int,
+    stops: Array | None = None,
+) -> Sampling:
+    """Runs the prompts, and draws the first token of as many samples as there are slots.
+
+    As `generate` on one device, but each sample has a temperature of its own, f32[N], and its own number of tokens that
+    it may have, `limits` i32[N], from 1 to `length`.
+    """
+    network = _network(model, params)
+    sampler = _Sampler(
+        **network,
+        prompts=prompts,
+        prefilled=_prefilled(network["model"], network["params"], prompts, model.compute.slots),
+        keys=keys,
+        length=length,
+        limits=limits,
+        temperature=temperature,
+        eos_id=eos_id,
+        stops=_no_stops(model) if stops is None else stops,
+    )
+    return Sampling(
+        prompts=prompts,
+        prefilled=sampler.prefilled,
+        keys=keys,
+        temperature=temperature,
+        limits=limits,
+        slots=sampler.begin(),
+    )
+
+
+def advance(
+    model: Transformer,
+    params: Params,
+    sampling: Sampling,
+    *,
+    steps: Array,
+    eos_id: int,
+    stops: Array | None = None,
+) -> Sampling:
+    """Draws up to `steps` i32[] further tokens of each sample under way; `eos_id` and `stops` as in `start`."""
+    sampler = _Sampler(
+        **_network(model, params),
+        prompts=sampling.prompts,
+        prefilled=sampling.prefilled,
+        keys=sampling.keys,
+        length=sampling.slots.responses.shape[1],
+        limits=sampling.limits,
+        temperature=sampling.temperature,
+        eos_id=eos_id,
+        stops=_no_stops(model) if stops is None else stops,
+    )
+    return dataclasses.replace(sampling, slots=sampler.advance(sampling.slots, steps))
+
+
+def _network(model: Transformer, params: Params) -> dict[str, Any]:
+    """The network as it samples, and its parameters in the dtypes that it uses them in: fields of `_Sampler`."""
+    model = model.clone(compute=while_sampling(model.compute))
+    head = head_kernel(model.config, params).astype(model.compute.operands)
+    params = cast_matrices(params, model.compute)
+    return {"model": model, "params": params, "head": head, "layers": layers_of(params["blocks"])}
+
+
+def _no_stops(model: Transformer) -> Array:
+    return jnp.zeros((model.config.vocab_size,), bool)
+
+
 def generate(
     model: Transformer,
     params: Params,
@@ -84,24 +180,20 @@ def generate(
     and hold `eos_id`. `groups`: how many devices share rows; each has slots for its own share of the prompts. Returns
     Rollouts of N rows with R = `length`.
     """
-    model = model.clone(compute=while_sampling(model.compute))
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
-    head = head_kernel(model.config, params).astype(model.compute.operands)
-    params = cast_matrices(params, model.compute)
+    network = _network(model, params)
 
     def sample(prompts: Prompts, keys: Array) -> Rollouts:
         sampler = _Sampler(
-            model=model,
-            params=params,
-            head=head,
-            layers=layers_of(params["blocks"]),
+            **network,
             prompts=prompts,
-            prefilled=_prefilled(model, params, prompts, model.compute.slots),
+            prefilled=_prefilled(network["model"], network["params"], prompts, model.compute.slots),
             keys=keys,
             length=length,
-            temperature=jnp.asarray(temperature, jnp.float32),
+            limits=jnp.full((len(keys),), length, jnp.int32),
+            temperature=jnp.full((len(keys),), temperature, jnp.float32),
             eos_id=eos_id,
-            stops=jnp.zeros((model.config.vocab_size,), bool) if stops is None else stops,
+            stops=_no_stops(model) if stops is None else stops,
         )
         return sampler.run()
 
@@ -124,19 +216,32 @@ class _Sampler:
     prefilled: tuple[Array, tuple[Array, ...], tuple[Array, ...]]  # of `_prefilled`
     keys: Array  # key[N]
     length: int
-    temperature: Array
+    limits: Array  # i32[N], ≤ length
+    temperature: Array  # f32[N]
     eos_id: int
     stops: Array  # b[V]
 
     def run(self) -> Rollouts:
         count = len(self.keys)
-
-        def goes_on(s: _Slots) -> Array:
-            return anywhere(jnp.any(s.sample < count) | (s.next < count))
-
-        end = jax.lax.while_loop(goes_on, self._step, self._draw(self._start()))
+        end = jax.lax.while_loop(self._goes_on, self._step, self.begin())
         prompts = jax.tree.map(lambda x: jnp.repeat(x, count // len(self.prompts.tokens), axis=0), self.prompts)
         return Rollouts(prompts=prompts, responses=end.responses, mask=end.mask, logprobs=end.logprobs, ended=end.ended)
+
+    def begin(self) -> _Slots:
+        """The first token in every slot."""
+        return self._draw(self._start())
+
+    def advance(self, s: _Slots, steps: Array) -> _Slots:
+        """Up to `steps` i32[] further tokens in every slot."""
+
+        def goes_on(state: tuple[_Slots, Array]) -> Array:
+            return self._goes_on(state[0]) & (state[1] > 0)
+
+        return jax.lax.while_loop(goes_on, lambda state: (self._step(state[0]), state[1] - 1), (s, steps))[0]
+
+    def _goes_on(self, s: _Slots) -> Array:
+        count = len(self.keys)
+        return anywhere(jnp.any(s.sample < count) | (s.next < count))
 
     def _start(self) -> _Slots:
         """All slots idle, nothing sampled."""
@@ -178,13 +283,19 @@ class _Sampler:
             pairs = zip(cached, filled, strict=True)
             return tuple(all_.at[slot, :, :columns].set(one[prompt], mode="drop") for all_, one in pairs)
 
-        seen = self.prompts.mask[prompt].astype(jnp.int32)
+        def padded(of_prompt: Array) -> Array:
+            return jnp.pad(of_prompt, (0, s.cache.segments.shape[1] - columns))
+
+        seen, positions = self.prompts.mask[prompt].astype(jnp.int32), s.cache.positions
+        if positions is not None:
+            positions = put(positions, padded(positions_of(self.prompts.mask[prompt])))
         return dataclasses.replace(
             s,
             cache=Cache(
                 keys=copied(s.cache.keys, keys),
                 values=copied(s.cache.values, values),
-                segments=put(s.cache.segments, jnp.pad(seen, (0, s.cache.segments.shape[1] - columns))),
+                segments=put(s.cache.segments, padded(seen)),
+                positions=positions,
                 filled=put(s.cache.filled, columns),
             ),
             hidden=put(s.hidden, hidden[prompt]),
@@ -197,11 +308,12 @@ class _Sampler:
         """Fills idle slots, and adds a token to every response under way."""
         s = jax.lax.while_loop(lambda s: anywhere(self._waits(s)), self._take, s)
         count = len(self.keys)
-        keys = jax.vmap(jax.random.fold_in)(self.keys[jnp.minimum(s.sample, count - 1)], s.column)
-        logits = logits_of(s.hidden, self.head)
-        tokens, logprobs = sample_token(logits, keys, self.temperature)
+        own = jnp.minimum(s.sample, count - 1)
+        keys = jax.vmap(jax.random.fold_in)(self.keys[own], s.column)
+        logits = logits_of(s.hidden, self.head, self.model.config.logit_cap)
+        tokens, logprobs = sample_token(logits, keys, self.temperature[own])
         stopped = (tokens == self.eos_id) | self.stops[tokens]
-        over = stopped | (s.column + 1 == self.length)
+        over = stopped | (s.column + 1 == self.limits[own])
         return dataclasses.replace(
             s,
             sample=jnp.where(over, count, s.sample),

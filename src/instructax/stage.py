@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding, training
 from instructax.checkpoint import Checkpoints, committed_steps
-from instructax.configuration import ConfigError, check_range, require
+from instructax.configuration import check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.lineage import Parent, finished
@@ -20,6 +20,7 @@ from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
 from instructax.runlog import RunLog, write_json
 from instructax.tokenizer import Tokenizer, save_tokenizer
+from instructax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,12 @@ class RunConfig:
     keep: int  # newest checkpoints that stay
     best_metric: str  # held-out figure whose best checkpoint stays as well, the lowest of a loss; "" = none
     tensorboard: bool
+    most_skipped: int  # updates in a row that may be skipped for gradients that are not finite
+    watchdog_seconds: float  # the longest that a phase of a step may take, compiling included; 0 = no limit
 
     def __post_init__(self):
-        check_range(self, {"log_every": 1, "evaluate_every": 0, "evaluate_batches": 1, "save_every": 1, "keep": 1})
+        least = {"log_every": 1, "evaluate_every": 0, "evaluate_batches": 1, "save_every": 1, "keep": 1}
+        check_range(self, least | {"most_skipped": 0, "watchdog_seconds": 0})
         if self.save_every % self.log_every:
             raise ValueError(
                 f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}: "
@@ -44,7 +48,7 @@ class RunConfig:
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes `workdir` this config's own.
+    """Makes the folder `workdir` this config's own.
 
     Raises ConfigError, with the differences, if it holds a run of another config. The groups `run` and `mesh` may
     change, since they decide how a run is kept and where it is computed, not what.
@@ -59,10 +63,6 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             "give the stored values again or choose another --workdir",
         )
     if jax.process_index() == 0 and not finished(workdir):
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--workdir {workdir} cannot be made: {error}") from None
         write_json(path, config)
 
 
@@ -179,8 +179,10 @@ def run(
         record.check(workdir)
     record.write(workdir)
     logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
-    log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
-    with log:
+    logged = step if checkpoints.unevaluated is None else step - 1
+    watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{jax.process_index()}.txt")
+    log = RunLog(workdir, total_steps=total_steps, start_step=logged, beat=watchdog.beat, **logging)
+    with watchdog, log:
         try:
             training.fit(
                 state,
@@ -191,6 +193,7 @@ def run(
                 log=log,
                 evaluate=evaluate,
                 evaluate_every=config.evaluate_every,
+                skips=training.SkippedUpdates(config.most_skipped, workdir / "skipped"),
                 at_save=at_save,
             )
         finally:

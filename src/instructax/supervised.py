@@ -16,13 +16,14 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import clock, sharding, stage, training
+from instructax.batch_view import show
 from instructax.configuration import check_range
 from instructax.data.readers import LmData, lm_reader, read_lm_data
 from instructax.held_out import held_out_losses
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.masked import token_count
 from instructax.model import ComputeConfig, Dropout, ModelConfig, Transformer
-from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer
+from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
 from instructax.training import accumulate, language_gradients, shares, split_rows
@@ -69,11 +70,12 @@ def update(
     rate = learning_rate_at(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
-    state = apply_gradients(program.optimizer, state, gradients, rate)
+    state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(weights * metrics["loss"]),
         "learning_rate": rate,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": norm,
+        "skipped": skipped(norm),
         "trained_tokens": token_count(batch.loss_mask),
         "tokens": token_count(batch.segments > 0),
     }
@@ -146,6 +148,8 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     losses = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
 
     def start() -> TrainState:
+        if config.data.demonstrations and jax.process_index() == 0:
+            show(read(0), tokenizer.decode)
         if "parent" in parents:
             return training.start_from(parents["parent"].load(abstract.params), optimizer, mesh)
         return training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)

@@ -20,6 +20,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 EOS_CANDIDATES = (END_OF_TEXT, "</s>", "<|im_end|>")  # tried in this order where a file names none
+GPT2_FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))  # OpenAI's names, and Hugging Face's
 UNKNOWN = "\U0010ffff"  # a code point that stands for no character: text that holds it is unknown all the same
 
 
@@ -62,6 +63,14 @@ class Tokenizer:
         decoder = self._backend.decoder
         return decoder.decode(tokens) if decoder else " ".join(tokens)
 
+    def token(self, index: int) -> str:
+        """The name of a token in the file, "" of an id that the file leaves free."""
+        return next((token for token, other in _token_ids(json.loads(self.content)).items() if other == index), "")
+
+    def free_ids(self) -> list[int]:
+        """The ids that the file leaves free, in rising order: no text has them."""
+        return sorted(set(range(self.size)) - self._tokens.keys())
+
     def with_text(self, text: str) -> np.ndarray:
         """Marks the tokens that hold `text`, such as those with a line break: b[size]."""
         return np.array([text in self.decode([token]) for token in range(self.size)])
@@ -71,7 +80,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Returns the tokenizer at `path`.
 
     - `"bytes"`: ids 0 .. 255 are the bytes of UTF-8, 256 ends a text.
-    - A folder with `vocab.bpe` and `encoder.json`: GPT-2's BPE, ended by `<|endoftext|>`.
+    - A folder with `vocab.bpe` and `encoder.json`, or `merges.txt` and `vocab.json` but no `tokenizer.json`: GPT-2's
+      BPE, ended by `<|endoftext|>`.
     - A `tokenizer.json`, or a folder that holds one: Hugging Face. The end of text is the token that `save_tokenizer`
       noted in the file, else `eos_token` of a `tokenizer_config.json` beside it, else the first of `EOS_CANDIDATES`
       that the vocabulary has. What adds to a text or cuts it (post-processor, truncation, padding) and BPE dropout are
@@ -88,8 +98,10 @@ def load_tokenizer(path: str) -> Tokenizer:
             f'no tokenizer at {path}: give "bytes", a tokenizer.json, or the folder of one or of GPT-2 files'
         )
     try:
-        if (file / "vocab.bpe").exists() and (file / "encoder.json").exists():
-            return _build(_gpt2_content(file))
+        for merges, vocab in GPT2_FILES:
+            whole = merges == "merges.txt" and (file / "tokenizer.json").exists()
+            if (file / merges).exists() and (file / vocab).exists() and not whole:
+                return _build(_gpt2_content(file / merges, file / vocab))
         return _build(_hugging_face_content(file / "tokenizer.json" if file.is_dir() else file))
     except Exception as error:  # malformed files fail in many ways, and the backend raises plain `Exception`
         reason = str(error).partition("\n")[0]
@@ -101,6 +113,18 @@ def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Writes `tokenizer` as a `tokenizer.json`; `load_tokenizer(path)` has the same hash."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(tokenizer.content + "\n", encoding="utf-8")
+
+
+def padded(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """`tokenizer` with ids up to `size` - 1, of which the new ones are of no text: those of a model that has more rows.
+
+    Its hash is another, unless `size` is its own.
+    """
+    if size == tokenizer.size:
+        return tokenizer
+    content = json.loads(tokenizer.content)
+    content["model"]["padded_size"] = size
+    return _build(content)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -156,10 +180,10 @@ def _byte_level_content(vocab: dict[str, int], merges: list) -> dict[str, Any]:
     }
 
 
-def _gpt2_content(folder: Path) -> dict[str, Any]:
+def _gpt2_content(merges_file: Path, vocab_file: Path) -> dict[str, Any]:
     """Returns GPT-2's two files as the content of a `tokenizer.json`."""
-    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
+    lines = merges_file.read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     return _byte_level_content(vocab, merges)
 
@@ -205,7 +229,7 @@ def _build(content: dict[str, Any]) -> Tokenizer:
         tokens |= {ids[token]: "".join(symbols[byte] for byte in token.encode()) for token in added}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return Tokenizer(
-        size=max(ids.values()) + 1,
+        size=max(max(ids.values()) + 1, content["model"].get("padded_size", 0)),
         eos_id=ids[content["model"]["eos_token"]],
         hash=hashlib.sha256(text.encode()).hexdigest(),
         content=text,

@@ -1,17 +1,17 @@
 """The one loop that all stages share, and the pieces of a step that they have in common."""
 
-import signal
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
+from instructax.divergence import SkippedUpdates
 from instructax.inference import row_loss_and_gradients
+from instructax.interruption import Asked, Interruption
 from instructax.losses import next_token_loss
 from instructax.model import Dropout, Transformer
 from instructax.processes import anywhere
@@ -123,36 +123,6 @@ def shares(counts: Array) -> Array:
     return counts / jnp.maximum(jnp.sum(counts), 1.0)
 
 
-class Interruption:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one ends the program at once."""
-
-    def __enter__(self):
-        self.asked = False
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class Diverged(RuntimeError):
-    """A loss or a gradient is no longer a number; the last checkpoint is of before."""
-
-
-def check_finite(step: int, metrics: dict[str, Any]) -> None:
-    """Raises Diverged if a loss or a gradient norm among `metrics` is not finite."""
-    watched = {name: x for name, x in metrics.items() if name.endswith(("loss", "grad_norm"))}
-    for name, value in jax.device_get(watched).items():
-        if not np.isfinite(value):
-            raise Diverged(f"{name} is {value} at step {step}, nothing of it is saved: lower the learning rate")
-
-
 class Interrupted(Exception):
     """The run was asked to stop, and has saved `step`."""
 
@@ -170,6 +140,7 @@ def fit(
     log: Any,
     evaluate: Callable[[Any], dict[str, Any]],
     evaluate_every: int,
+    skips: SkippedUpdates,
     at_save: Callable[[Any], Any] = lambda state: state,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains from `state.step` to `total_steps`: read, update, evaluate, record, save.
@@ -178,36 +149,62 @@ def fit(
     `batches(step)` is a function of the step alone, so that a resumed run reads what the first would have read.
     Evaluates every `evaluate_every` steps (0: never) and at the end. `at_save` changes a state that is about to be
     saved, in a way that neither later steps nor `evaluate` depend on. A state that has come to the end already is
-    evaluated and nothing else: its run was killed between its last save and its summary. A first Ctrl-C or SIGTERM
-    saves the finished step and raises Interrupted. Returns (state, the last metrics).
+    evaluated and nothing else: its run was killed between its last save and its summary.
+
+    A first Ctrl-C or SIGTERM saves the last finished step and raises Interrupted; an update that pauses is given up
+    (`interruption.pause`). So is an evaluation: the step is saved with the metrics that it has, and evaluated and
+    recorded when the run goes on. Raises Diverged if `skips` says so. Returns (state, the last metrics).
     """
-    if int(state.step) >= total_steps:
-        return state, evaluate(state)
+    first = int(state.step)
     metrics: dict[str, Any] = {}
     with Interruption() as interruption:
-        first = int(state.step)
+
+        def stopped(step: int, evaluated: bool) -> Interrupted:
+            skips.check()
+            with log.phase("save"):
+                checkpoints.save(step, at_save(state), metrics, evaluated=evaluated)
+            return Interrupted(step)
+
+        def evaluated(step: int) -> dict[str, Any]:
+            try:
+                with log.phase("evaluate"):
+                    return {**metrics, **evaluate(state)}
+            except Asked:
+                raise stopped(step, evaluated=False) from None
+
+        if checkpoints.unevaluated is not None:
+            metrics = checkpoints.unevaluated
+            metrics = evaluated(first)
+            log.record(first, metrics)
+            checkpoints.complete(metrics)
+        elif first >= total_steps:
+            return state, evaluate(state)
         for step in range(first, total_steps):
-            with log.phase("data"):
-                batch = batches(step)
-            with log.phase("update"):
-                state, metrics = update(state, batch)
+            try:
+                with log.phase("data"):
+                    batch = batches(step)
+                with log.phase("update"):
+                    state, metrics = update(state, batch)
+            except Asked:
+                raise stopped(step, evaluated=True) from None
             if step == first:
                 log.started(metrics)
             done = step + 1
-            if done == total_steps or (evaluate_every and done % evaluate_every == 0):
-                with log.phase("evaluate"):
-                    metrics = {**metrics, **evaluate(state)}
+            skips.note(done, batch, metrics)
+            ends = done == total_steps
+            if ends or (evaluate_every and done % evaluate_every == 0):
+                metrics = evaluated(done)
             log.record(done, metrics)
             # Read once: a signal during the save below waits for the next step.
             asked = anywhere(interruption.asked)
-            if asked or done == total_steps or checkpoints.due(done):
-                check_finite(done, metrics)
+            if asked or ends or checkpoints.due(done):
+                skips.check()
                 state = at_save(state)
             with log.phase("save"):
-                if done == total_steps or asked:
+                if ends or asked:
                     checkpoints.save(done, state, metrics)
                 else:
                     checkpoints.maybe_save(done, state, metrics)
-            if asked and done < total_steps:
+            if asked and not ends:
                 raise Interrupted(done)
     return state, metrics

@@ -13,35 +13,74 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.operations import largest, product
+from instructax.operations import largest, product, soft_capped
 from instructax.types import Array
 
 # (logprobs f32[B, c], mask b[B, c], extras [B, c] each) → (loss, metrics): means over the mask, all f32[].
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
-def logits_of(hidden: Array, kernel: Array) -> Array:
-    """Scores over the vocabulary: dtype[..., D], f32[V, D] → f32[..., V]. The kernel is rounded to the dtype of the
-    hidden states, sums are float32."""
+def logits_of(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
+    """Scores over the vocabulary: dtype[..., D], f32[V, D] → f32[..., V], soft-capped with a `cap` above 0. The kernel
+    is rounded to the dtype of the hidden states, sums are float32."""
     rows = "abc"[: hidden.ndim - 1]
-    return product(f"{rows}d,vd->{rows}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name)
+    logits = product(f"{rows}d,vd->{rows}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name)
+    return soft_capped(logits, cap)
 
 
 def sequence_logprobs(
-    hidden: Array, kernel: Array, targets: Array, mask: Array, *, temperature: Array | float, chunk: int
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    mask: Array,
+    *,
+    temperature: Array | float,
+    chunk: int,
+    cap: float = 0.0,
 ) -> Array:
-    """log softmax(logits / temperature) at the targets where `mask`, else 0.
+    """log softmax(logits / temperature) at the targets where `mask`, else 0; `cap` is that of `logits_of`.
 
     `hidden` dtype[B, T, D], `kernel` f32[V, D], `targets` i32[B, T], `mask` b[B, T] → f32[B, T]. Differentiable.
     """
-    return _by_chunks(partial(_logprobs, temperature=temperature), hidden, kernel, targets, mask, chunk)
+    return _by_chunks(partial(_logprobs, temperature=temperature, cap=cap), hidden, kernel, targets, mask, chunk)
 
 
 def sequence_logprobs_and_entropy(
-    hidden: Array, kernel: Array, targets: Array, mask: Array, *, temperature: Array | float, chunk: int
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    mask: Array,
+    *,
+    temperature: Array | float,
+    chunk: int,
+    cap: float = 0.0,
 ) -> tuple[Array, Array]:
     """As `sequence_logprobs`, and the entropy in nats of the distribution at each position: (f32[B, T], f32[B, T])."""
-    return _by_chunks(partial(_logprobs_and_entropy, temperature=temperature), hidden, kernel, targets, mask, chunk)
+    function = partial(_logprobs_and_entropy, temperature=temperature, cap=cap)
+    return _by_chunks(function, hidden, kernel, targets, mask, chunk)
+
+
+def sequence_logprobs_and_greedy(
+    hidden: Array, kernel: Array, targets: Array, mask: Array, *, chunk: int, cap: float
+) -> tuple[Array, Array]:
+    """As `sequence_logprobs` at temperature 1, and whether each target is the likeliest token, the first of equals:
+    (f32[B, T], b[B, T]), False where masked."""
+    logprobs, greedy = _by_chunks(partial(_logprobs_and_greedy, cap=cap), hidden, kernel, targets, mask, chunk)
+    return logprobs, greedy > 0
+
+
+def top_logprobs(hidden: Array, kernel: Array, *, count: int, chunk: int, cap: float) -> tuple[Array, Array]:
+    """The `count` likeliest tokens at each position, the likeliest first: dtype[B, T, D], f32[V, D] →
+    (log-probabilities f32[B, T, count], ids i32[B, T, count]); `cap` is that of `logits_of`."""
+    batch, length, width = hidden.shape
+    chunk = min(chunk, length)
+    slices = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0))).reshape(batch, -1, chunk, width).swapaxes(0, 1)
+
+    def likeliest(part: Array) -> Any:
+        return jax.lax.top_k(jax.nn.log_softmax(logits_of(part, kernel, cap), axis=-1), count)
+
+    found = jax.lax.map(likeliest, slices)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, count)[:, :length], (found[0], found[1]))
 
 
 def loss_and_gradients(
@@ -54,6 +93,7 @@ def loss_and_gradients(
     *,
     temperature: Array | float,
     chunk: int,
+    cap: float = 0.0,
 ) -> tuple[Array, dict[str, Array], Array, Array]:
     """A mean over the masked tokens of what depends on each token's own log-probability, and its gradients.
 
@@ -64,7 +104,7 @@ def loss_and_gradients(
     total = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
     def share_of_loss(hidden: Array, kernel: Array, targets: Array, mask: Array, extras: Any):
-        loss, metrics = loss_of(_logprobs(hidden, kernel, targets, temperature=temperature), mask, extras)
+        loss, metrics = loss_of(_logprobs(hidden, kernel, targets, temperature=temperature, cap=cap), mask, extras)
         share = jnp.sum(mask, dtype=jnp.float32) / total
         return share * loss, {"loss": share * loss} | {name: share * x for name, x in metrics.items()}
 
@@ -90,16 +130,23 @@ def loss_and_gradients(
     return loss, figures, back(by_slices), by_kernel
 
 
-def _logprobs(hidden, kernel, targets, *, temperature):
-    logits = logits_of(hidden, kernel) / temperature
+def _logprobs(hidden, kernel, targets, *, temperature, cap):
+    logits = logits_of(hidden, kernel, cap) / temperature
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _logprobs_and_entropy(hidden, kernel, targets, *, temperature):
-    logprobs = jax.nn.log_softmax(logits_of(hidden, kernel) / temperature, axis=-1)
+def _logprobs_and_entropy(hidden, kernel, targets, *, temperature, cap):
+    logprobs = jax.nn.log_softmax(logits_of(hidden, kernel, cap) / temperature, axis=-1)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def _logprobs_and_greedy(hidden, kernel, targets, *, cap):
+    logits = logits_of(hidden, kernel, cap)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    greedy = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return chosen - jax.nn.logsumexp(logits, axis=-1), greedy
 
 
 def _chunks(tree: Any, mask: Array, chunk: int) -> tuple[Any, Callable[[Array], Array], Array]:

@@ -32,8 +32,13 @@ class Work:
 def forward_operations(config: ModelConfig, tokens: float, length: float, scored: float) -> float:
     """Of `tokens` in texts of `length`, of which the head scores the vocabulary at `scored`."""
     block = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
-    block += config.width * config.mlp_width * (3 if config.activation == "swiglu" else 2)
-    attention = 2 * config.layers * config.heads * config.head_width * length
+    block += config.width * config.mlp_width * (3 if config.gated else 2)
+    near = min(config.window, length)
+    # A window of w lets the tokens of a text of T see w − w² / 2T of them on average, the whole text T / 2.
+    seen = (config.layers - len(config.windowed)) * length / 2 + len(config.windowed) * (
+        near - near**2 / (2 * max(length, 1))
+    )
+    attention = 4 * config.heads * config.head_width * seen
     return tokens * (2 * config.layers * block + attention) + 2 * scored * config.vocab_size * config.width
 
 

@@ -80,6 +80,8 @@ def prepare_demonstrations(files: Sequence[Path], tokenizer: Tokenizer, limits: 
 
     def rows(records: list[Demonstration], ids: Ids, labelers: Mapping[str, int]) -> list[dict[str, Any]]:
         eos = tokenizer.eos_id
+        for record in records:
+            _check_end(record, ids[record.completion], eos)
         return _packed([packing.demonstration_document(ids[r.prompt], ids[r.completion], eos) for r in records], length)
 
     filters = _prefix_filters(limits)
@@ -129,6 +131,15 @@ def prepare_comparisons(files: Sequence[Path], tokenizer: Tokenizer, limits: Lim
     filters = [("unranked", hygiene.drop_unranked)]
     recipe = _Recipe("comparisons", Comparison, ComparisonRows, filters, length_filters, rows, cells)
     return _prepare(recipe, files, tokenizer, limits, data_dir)
+
+
+def _check_end(record: Demonstration, completion: np.ndarray, eos_id: int) -> None:
+    """Raises DataError unless the end token that will be put behind a completion is the only one to be trained."""
+    if np.any(completion == eos_id):
+        raise DataError(
+            f"demonstration {record.id!r}: completion: its tokens hold the end token {eos_id} before their end, as an "
+            "unknown character does where the tokenizer has one token for both: name another as eos_token, or change it"
+        )
 
 
 def _prefix_filters(limits: Limits) -> list[Filter]:

@@ -1,15 +1,13 @@
-"""One decoder-only transformer for the GPT-2/GPT-3 and the Llama families; the only folder that imports flax."""
+"""One decoder-only transformer for all families of models; the only folder that imports flax."""
 
 from instructax.model.attention import BRANCHES, attention_mask, positions_of
-from instructax.model.config import ComputeConfig, ModelConfig, while_sampling
+from instructax.model.cache import Cache, init_cache
+from instructax.model.config import ComputeConfig, ModelConfig, RotaryScaling, while_sampling
+from instructax.model.layers import Block, Dropout
 from instructax.model.network import (
-    Block,
-    Cache,
-    Dropout,
     Transformer,
     cast_matrices,
     head_kernel,
-    init_cache,
     layers_of,
     parameter_count,
 )
@@ -21,6 +19,7 @@ __all__ = [
     "ComputeConfig",
     "Dropout",
     "ModelConfig",
+    "RotaryScaling",
     "Transformer",
     "attention_mask",
     "cast_matrices",

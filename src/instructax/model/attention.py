@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.operations import product
+from instructax.model.config import ModelConfig
+from instructax.operations import product, soft_capped
 from instructax.types import Array
 
 BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
@@ -33,18 +34,40 @@ def attention_mask(query_segments: Array, key_segments: Array, first_column: Arr
     return ~later & seen & (keys != 0)
 
 
-def rotate(x: Array, positions: Array, base: float) -> Array:
-    """Rotary positions (Su et al., 2021), halves convention: x dtype[B, T, H, d], positions i32[B, T] → as x."""
-    half = x.shape[-1] // 2
-    frequencies = jnp.asarray(base ** (-np.arange(half) / half), jnp.float32)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+def window_mask(query_positions: Array, key_positions: Array, window: int) -> Array:
+    """Which keys are among the last `window` up to each query, itself included: i32[B, T], i32[B, S] → b[B, T, S]."""
+    return key_positions[:, None, :] > query_positions[:, :, None] - window
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians that each pair of components turns from one position to the next, f64[rotary_width / 2]."""
+    half = config.rotary_width // 2
+    frequencies = config.rotary_base ** (-np.arange(half) / half)
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    kept = np.clip((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns), 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+    """Rotary positions (Su et al., 2021), halves convention, on the first 2 · len(frequencies) components: x
+    dtype[B, T, H, d], positions i32[B, T] → as x."""
+    width = 2 * len(frequencies)
+    if width < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :width], positions, frequencies), x[..., width:]], axis=-1)
+    turns = jnp.asarray(frequencies, jnp.float32)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * turns[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array, operands: str) -> Array:
-    """The mean of the values that each query sees, weighted by softmax(query · key / √d).
+def attend(query: Array, key: Array, value: Array, mask: Array, operands: str, cap: float = 0.0) -> Array:
+    """The mean of the values that each query sees, weighted by softmax(query · key / √d), the scores soft-capped first.
 
     query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d]. What
     is multiplied is rounded to the dtype `operands`; sums and softmax are float32.
@@ -56,18 +79,18 @@ def attend(query: Array, key: Array, value: Array, mask: Array, operands: str) -
     query = query.reshape(batch, -1, sharing * length, width)
     scores = product("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, operands)
     seen = jnp.tile(mask, (1, sharing, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores / np.sqrt(width), MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, soft_capped(scores / np.sqrt(width), cap), MASKED), axis=-1)
     mixed = product("bgqs,bgsd->bgqd", weights, value, operands).astype(query.dtype)
     return mixed.reshape(batch, heads, length, width)
 
 
-def attend_causally(query: Array, key: Array, value: Array, mask: Array, operands: str) -> Array:
+def attend_causally(query: Array, key: Array, value: Array, mask: Array, operands: str, cap: float = 0.0) -> Array:
     """As `attend` where S = T and no query sees a later key: what comes after a block of queries is not computed."""
     length = query.shape[2]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
     starts, ends = range(0, length, block), (*range(block, length, block), length)
     parts = [
-        attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, start:end, :end], operands)
+        attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, start:end, :end], operands, cap)
         for start, end in zip(starts, ends, strict=True)
     ]
     return jnp.concatenate(parts, axis=2)

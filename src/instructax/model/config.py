@@ -7,6 +7,30 @@ from instructax.configuration import check_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How rotary positions are stretched over longer texts than the first ones.
+
+    "linear" divides all frequencies by `factor` (Chen et al., 2023). "llama3" divides those that turn fewer than
+    `low_turns` times over `original_length`, leaves those that turn more than `high_turns` times, and passes smoothly
+    from the one to the other (Llama 3.1); "linear" reads neither of the three.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_turns: float
+    high_turns: float
+    original_length: int  # tokens
+
+    def __post_init__(self):
+        check_range(self, {"factor": 1, "low_turns": 0, "high_turns": 0, "original_length": 1})
+        if self.high_turns <= self.low_turns:
+            raise ValueError(
+                f"rotary_scaling.high_turns = {self.high_turns} must be above "
+                f"rotary_scaling.low_turns = {self.low_turns}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture; it travels with the parameters from stage to stage."""
 
@@ -22,18 +46,52 @@ class ModelConfig:
     norm_epsilon: float
     positions: Literal["learned", "rotary"]
     rotary_base: float  # wavelengths of rotary positions run from 2π to 2π · base; unused by learned ones
-    activation: Literal["gelu", "swiglu"]
-    biases: bool
+    rotary_fraction: float  # of each head's width, the first part, that has rotary positions; the rest has none
+    rotary_scaling: RotaryScaling | None
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"]  # gelu and geglu in the tanh form
+    biases: bool  # of all matrices of the layers
+    qkv_biases: bool  # of those to query, key and value alone
+    qk_norms: bool  # a norm on each head's query and key
+    score_width: float  # attention divides scores by its square root; 0 = head_width
+    attention_cap: float  # c: scores become c · tanh(score / c); 0 = they stay
+    window: int  # tokens that layers in `windowed` see, the token itself included; 0 = all before it
+    windowed: tuple[int, ...]  # layers, from 0
+    parallel_residual: bool  # attention and MLP both read the layer's input
+    post_norms: bool  # norms behind attention and MLP, besides those before them
+    scaled_embedding: bool  # by √width
     tied_head: bool
+    logit_cap: float  # as attention_cap, of the scores of the vocabulary
     init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
 
     def __post_init__(self):
         sizes = ("vocab_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
-        check_range(self, dict.fromkeys(sizes, 1) | {"norm_epsilon": 0, "rotary_base": 1, "init_std": 0})
+        least = dict.fromkeys(("norm_epsilon", "init_std", "score_width", "attention_cap", "logit_cap", "window"), 0)
+        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1})
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(f"model.head_width = {self.head_width} must be even for rotary positions")
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1")
+        if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
+            share = f" × model.rotary_fraction = {self.rotary_fraction}" if self.rotary_fraction < 1 else ""
+            raise ValueError(f"model.head_width = {self.head_width}{share} must be even for rotary positions")
+        if self.biases and self.qkv_biases:
+            raise ValueError("model.qkv_biases = True is for model.biases = False: all matrices have biases already")
+        if list(self.windowed) != sorted({layer for layer in self.windowed if 0 <= layer < self.layers}):
+            raise ValueError(f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.layers - 1}")
+        if bool(self.window) != bool(self.windowed):
+            raise ValueError(
+                f"model.window = {self.window} and model.windowed = {self.windowed}: set both, or 0 and () for none"
+            )
+
+    @property
+    def rotary_width(self) -> int:
+        """Components of each head that rotary positions turn."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a third matrix, for its gate."""
+        return self.activation in ("swiglu", "geglu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,14 @@
-"""One decoder-only transformer for the GPT-2/GPT-3 and the Llama families; the only file that imports flax.
+"""One decoder-only transformer for the families of GPT-2/GPT-3, GPT-NeoX, Llama, Qwen and Gemma, by `ModelConfig`.
 
 Parameters are a plain dict, the cache is an argument: the module keeps no state. Parameters are float32 and are cast
 where they are used (`ComputeConfig`); softmax, norms and heads work in float32. The layers' parameters are stacked on a
 leading axis: training scans over it, decoding unrolls it (a scan there halves the speed).
 
-Departure from GPT-3, whose every second layer attends to a band: all layers here attend to all that is before.
+Departure from GPT-3, whose every second layer attends to a band: in our configs all layers attend to all that is before
+(`ModelConfig.windowed` could say otherwise).
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,162 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.model.attention import attend, attend_causally, attention_mask, rotate
+from instructax.model.attention import attention_mask, window_mask
+from instructax.model.cache import Cache, written
 from instructax.model.config import ComputeConfig, ModelConfig
-from instructax.operations import gelu, normalized, product
-from instructax.types import Array, Params, pytree
+from instructax.model.layers import Block, Dropout, Linear, Norm
+from instructax.types import Array, Params
 
 UNROLLED = 12  # the most layers in a step of the training scan
-
-
-@pytree
-class Cache:
-    """Keys and values of the columns seen so far, and where the next ones go."""
-
-    keys: tuple[Array, ...]  # per layer, operands' dtype[B, kv_heads, S, head_width]
-    values: tuple[Array, ...]  # per layer, operands' dtype[B, kv_heads, S, head_width]
-    segments: Array  # i32[B, S], 0 = padding or not yet filled
-    filled: Array  # i32[] or, of rows that are filled apart, i32[B]: columns in use, the next is written at
-
-
-def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
-    """An empty cache for `batch` rows of `length` columns."""
-    shape = (batch, config.kv_heads, length, config.head_width)
-    blank = tuple(jnp.zeros(shape, compute.operands) for _ in range(config.layers))
-    return Cache(keys=blank, values=blank, segments=jnp.zeros((batch, length), jnp.int32), filled=jnp.int32(0))
-
-
-def _written(cached: Array, new: Array, column: Array, axis: int) -> Array:
-    """`cached` with `new` from `column` of `axis` on; with i32[B] columns, each row at its own."""
-    if column.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cached, new, column, axis=axis)
-    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))(cached, new, column)
-
-
-def _add_bias(x: Array, bias: Array) -> Array:
-    return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - bias.ndim)))
-
-
-class Linear(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype `operands`:
-    dtype[..., contracted axes] → dtype[..., *features]."""
-
-    features: tuple[int, ...]
-    contracted: int
-    std: float
-    bias: bool
-    operands: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (*x.shape[-self.contracted :], *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
-        rows, summed, features = "abc"[: x.ndim - self.contracted], "xy"[: self.contracted], "fgh"[: len(self.features)]
-        y = product(f"{rows}{summed},{summed}{features}->{rows}{features}", x, kernel, self.operands)
-        if self.bias:
-            y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
-        return y
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, in float32: dtype[B, T, D] → dtype[B, T, D]."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        width, centred = x.shape[-1], self.config.norm == "layernorm"
-        y = normalized(x.astype(jnp.float32), centred, self.config.norm_epsilon)
-        y = y * jnp.expand_dims(self.param("scale", nn.initializers.ones, (width,), jnp.float32), (0, 1))
-        if centred:
-            y = _add_bias(y, self.param("bias", nn.initializers.zeros, (width,), jnp.float32))
-        return y.astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with grouped queries; returns its keys and values for the cache.
-
-    x dtype[B, T, D], mask b[B, T, S], positions i32[B, T], past (keys and values dtype[B, kv_heads, S, head_width], the
-    columns to write at, i32[] or i32[B]) or None, where S = T → (dtype[B, T, D], (keys, values)).
-    """
-
-    config: ModelConfig
-    operands: str
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
-        c = self.config
-        linear = partial(Linear, bias=c.biases, operands=self.operands)
-        query = linear((c.heads, c.head_width), 1, c.init_std, name="query")(x)
-        key = linear((c.kv_heads, c.head_width), 1, c.init_std, name="key")(x)
-        value = linear((c.kv_heads, c.head_width), 1, c.init_std, name="value")(x)
-        if c.positions == "rotary":
-            query, key = rotate(query, positions, c.rotary_base), rotate(key, positions, c.rotary_base)
-        query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
-        if past is not None:
-            past_keys, past_values, column = past
-            key = _written(past_keys, key.astype(past_keys.dtype), column, 2)
-            value = _written(past_values, value.astype(past_values.dtype), column, 2)
-            mixed = attend(query, key, value, mask, self.operands)
-        else:
-            mixed = attend_causally(query, key, value, mask, self.operands)
-        mixed = mixed.swapaxes(1, 2)
-        residual_std = c.init_std / np.sqrt(2 * c.layers)
-        return linear((c.width,), 2, residual_std, name="out")(mixed), (key, value)
-
-
-class Mlp(nn.Module):
-    """GELU (tanh form, as GPT-2) or SwiGLU: dtype[B, T, D] → dtype[B, T, D]."""
-
-    config: ModelConfig
-    operands: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c = self.config
-        linear = partial(Linear, bias=c.biases, operands=self.operands)
-        y = linear((c.mlp_width,), 1, c.init_std, name="up")(x)
-        if c.activation == "gelu":
-            y = gelu(y)
-        else:
-            y = y * jax.nn.silu(linear((c.mlp_width,), 1, c.init_std, name="gate")(x))
-        return linear((c.width,), 1, c.init_std / np.sqrt(2 * c.layers), name="down")(y)
-
-
-@pytree
-class Dropout:
-    """Residual dropout of one forward pass (paper, appendix C.1: 0.2 in the SFT baseline, none elsewhere)."""
-
-    rate: Array  # f32[]
-    keys: Array  # key[B], one for each row: what is dropped in a row does not depend on the rows beside it
-
-
-def drop(x: Array, dropout: Dropout | None, branch: int) -> Array:
-    """Zeroes each cell with probability `rate` and scales the others by 1 / (1 − rate)."""
-    if dropout is None:
-        return x
-    keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, branch)
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:]))(keys)
-    return jnp.where(kept, x / (1.0 - dropout.rate).astype(x.dtype), jnp.zeros((), x.dtype))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches (residual dropout).
-
-    Arguments and results as those of `Attention`.
-    """
-
-    config: ModelConfig
-    operands: str
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None):
-        c = self.config
-        attention, mlp = Attention(c, self.operands, name="attention"), Mlp(c, self.operands, name="mlp")
-        attended, present = attention(Norm(c, name="attention_norm")(x), mask, positions, past)
-        x = x + drop(attended, dropout, 0)
-        x = x + drop(mlp(Norm(c, name="mlp_norm")(x)), dropout, 1)
-        return x, present
 
 
 class Transformer(nn.Module):
@@ -202,6 +54,8 @@ class Transformer(nn.Module):
         c = self.config
         embedding = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.width), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activations)
+        if c.scaled_embedding:
+            x = x * jnp.asarray(np.sqrt(c.width), x.dtype)
         if c.positions == "learned":
             table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
@@ -257,6 +111,7 @@ def scan_blocks(
     Without remat a step of the scan has UNROLLED layers: what is kept for the backward pass is copied at the ends of
     each, for which XLA:CPU needs a tenth of a training step.
     """
+    seen_by = masks_of_layers(mask, positions, positions, config)
 
     def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
         params, index = inputs
@@ -264,7 +119,7 @@ def scan_blocks(
         if dropout is not None:
             own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
         block = Block(config, compute.operands, parent=None)
-        return block.apply({"params": params}, x, mask, positions, None, own)[0], None
+        return block.apply({"params": params}, x, seen_by(index), positions, None, own)[0], None
 
     remat = compute.remat
     if remat != "none":
@@ -274,6 +129,24 @@ def scan_blocks(
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     unroll = UNROLLED if remat == "none" else 1  # recomputation needs the ends of the steps
     return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)), unroll=unroll)[0]
+
+
+def masks_of_layers(
+    mask: Array, query_positions: Array, key_positions: Array | None, config: ModelConfig
+) -> Callable[[int | Array], Array]:
+    """What the queries see in each layer: a function from the layer's index to b[B, T, S], `mask` itself or what a
+    window leaves of it."""
+    if key_positions is None or not config.window:
+        return lambda _: mask
+    near = mask & window_mask(query_positions, key_positions, config.window)
+    windowed = np.isin(np.arange(config.layers), config.windowed)
+
+    def choose(index: int | Array) -> Array:
+        if isinstance(index, int) or windowed.all():
+            return near if windowed.all() or windowed[index] else mask
+        return jnp.where(jnp.asarray(windowed)[index], near, mask)
+
+    return choose
 
 
 def layers_of(blocks: Params) -> tuple[Params, ...]:
@@ -304,18 +177,20 @@ def unroll_blocks(
 ) -> tuple[Array, Cache]:
     """All layers one after the other, each with its own cache arrays."""
     column = cache.filled
-    seen = _written(cache.segments, segments, column, 1)
+    seen = written(cache.segments, segments, column, 1)
     mask = attention_mask(segments, seen, column)
+    columns = None if cache.positions is None else written(cache.positions, positions, column, 1)
+    seen_by = masks_of_layers(mask, positions, columns, config)
     keys, values = [], []
     for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
         x, (key, value) = Block(config, compute.operands, parent=None).apply(
-            {"params": params}, x, mask, positions, past, None
+            {"params": params}, x, seen_by(index), positions, past, None
         )
         keys.append(key)
         values.append(value)
     filled = column + segments.shape[1]
-    return x, Cache(keys=tuple(keys), values=tuple(values), segments=seen, filled=filled)
+    return x, Cache(keys=tuple(keys), values=tuple(values), segments=seen, positions=columns, filled=filled)
 
 
 def parameter_count(params: Params) -> int:

@@ -1,0 +1,56 @@
+"""Ends a process that stands still: a hung collective or a stuck reader would hold its devices for ever."""
+
+import contextlib
+import faulthandler
+import os
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Watchdog:
+    """While entered, aborts the process (SIGABRT, code 134) once `seconds` have passed without a `beat`; 0: never.
+
+    Before it does, it writes to `report` what was begun last and the stacks of all threads. A thread that holds
+    Python's lock for ever holds up the watchdog too.
+    """
+
+    def __init__(self, seconds: float, report: Path):
+        self._seconds, self._report = seconds, report
+        self._woken, self._left = threading.Condition(), False
+        self.beat("start")
+
+    def beat(self, name: str) -> None:
+        """Notes that work called `name` begins or ends now."""
+        self._last = time.monotonic(), name
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self.beat("start")
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._woken:
+            self._left = True
+            self._woken.notify()
+
+    def _watch(self) -> None:
+        with self._woken:
+            while not self._left:
+                still = time.monotonic() - self._last[0]
+                if still >= self._seconds:
+                    self._abort(still)
+                self._woken.wait(self._seconds - still)
+
+    def _abort(self, still: float) -> None:
+        line = f"watchdog: nothing has moved for {still:.0f} s since {self._last[1]!r}; stacks: {self._report}"
+        with contextlib.suppress(OSError), self._report.open("w") as file:
+            print(line, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(line, file=sys.stderr, flush=True)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of all parameters helps nobody
+        os.abort()
