@@ -64,7 +64,9 @@ def answerer(
 
 def talk(path: str | Path, prompts: Iterable[str], *, length: int, temperature: float, seed: int, dtype: Any) -> None:
     """Prints an answer to each prompt; one that cannot be read is answered with the reason."""
-    compute = ComputeConfig(dtype=dtype, decoding=dtype, remat="none", head_chunk=length, part_rows=1, slots=1)
+    compute = ComputeConfig(
+        dtype=dtype, decoding=dtype, attention="jax", remat="none", head_chunk=length, part_rows=1, slots=1
+    )
     answer = answerer(*open_policy(path, compute), length=length, temperature=temperature, seed=seed)
     for number, prompt in enumerate(prompts):
         try:

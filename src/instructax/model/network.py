@@ -7,6 +7,7 @@ leading axis: training scans over it, decoding unrolls it (a scan there halves t
 Departure from GPT-3, whose every second layer attends to a band: all layers here attend to all that is before.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -14,9 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from instructax.model.attention import attend, attend_causally, attention_mask, rotate
 from instructax.model.config import ComputeConfig, ModelConfig
+from instructax.model.kernels import kernel_of_rows
 from instructax.operations import gelu, normalized, product
 from instructax.types import Array, Params, pytree
 
@@ -90,12 +93,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; returns its keys and values for the cache.
 
-    x dtype[B, T, D], mask b[B, T, S], positions i32[B, T], past (keys and values dtype[B, kv_heads, S, head_width], the
-    columns to write at, i32[] or i32[B]) or None, where S = T → (dtype[B, T, D], (keys, values)).
+    x dtype[B, T, D], mask b[B, T, S] or what `attend` takes for it, positions i32[B, T], past (keys and values
+    dtype[B, kv_heads, S, head_width], the columns to write at, i32[] or i32[B]) or None, where S = T
+    → (dtype[B, T, D], (keys, values)).
     """
 
     config: ModelConfig
     operands: str
+    attend: Callable[..., Array]  # `attention.attend` or one that does as it does
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
@@ -111,10 +116,7 @@ class Attention(nn.Module):
             past_keys, past_values, column = past
             key = _written(past_keys, key.astype(past_keys.dtype), column, 2)
             value = _written(past_values, value.astype(past_values.dtype), column, 2)
-            mixed = attend(query, key, value, mask, self.operands)
-        else:
-            mixed = attend_causally(query, key, value, mask, self.operands)
-        mixed = mixed.swapaxes(1, 2)
+        mixed = self.attend(query, key, value, mask, self.operands).swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.layers)
         return linear((c.width,), 2, residual_std, name="out")(mixed), (key, value)
 
@@ -162,11 +164,13 @@ class Block(nn.Module):
 
     config: ModelConfig
     operands: str
+    attend: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None):
         c = self.config
-        attention, mlp = Attention(c, self.operands, name="attention"), Mlp(c, self.operands, name="mlp")
+        attention = Attention(c, self.operands, self.attend, name="attention")
+        mlp = Mlp(c, self.operands, name="mlp")
         attended, present = attention(Norm(c, name="attention_norm")(x), mask, positions, past)
         x = x + drop(attended, dropout, 0)
         x = x + drop(mlp(Norm(c, name="mlp_norm")(x)), dropout, 1)
@@ -180,6 +184,7 @@ class Transformer(nn.Module):
     config: ModelConfig
     compute: ComputeConfig
     head: Literal["tokens", "scalar"]
+    mesh: Mesh | None = None  # the devices that rows and heads are split over, which splash has to know
 
     @nn.compact
     def __call__(
@@ -207,8 +212,9 @@ class Transformer(nn.Module):
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
         blocks = self.param("blocks", init_blocks, c)
         if cache is None:
-            mask = attention_mask(segments, segments, 0)
-            x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout)
+            kernel = "jax" if self.is_initializing() else self.compute.attention  # one token is enough for shapes
+            attend_rows, mask = kernel_of_rows(kernel, segments, self.mesh)
+            x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout, attend_rows)
         else:
             x, cache = unroll_blocks(layers or layers_of(blocks), x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
@@ -237,7 +243,7 @@ def init_blocks(key: Array, config: ModelConfig) -> Params:
     x, mask = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool)
 
     def init(key: Array) -> Params:
-        block = Block(config, "float32", parent=None)
+        block = Block(config, "float32", attend_causally, parent=None)
         return block.init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, config.layers))
@@ -251,8 +257,9 @@ def scan_blocks(
     config: ModelConfig,
     compute: ComputeConfig,
     dropout: Dropout | None,
+    attend_rows: Callable[..., Array],
 ) -> Array:
-    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D].
+    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D]. `mask` is what `attend_rows` takes for one.
 
     Without remat a step of the scan has UNROLLED layers: what is kept for the backward pass is copied at the ends of
     each, for which XLA:CPU needs a tenth of a training step.
@@ -263,7 +270,7 @@ def scan_blocks(
         own = None
         if dropout is not None:
             own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
-        block = Block(config, compute.operands, parent=None)
+        block = Block(config, compute.operands, attend_rows, parent=None)
         return block.apply({"params": params}, x, mask, positions, None, own)[0], None
 
     remat = compute.remat
@@ -309,7 +316,7 @@ def unroll_blocks(
     keys, values = [], []
     for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
-        x, (key, value) = Block(config, compute.operands, parent=None).apply(
+        x, (key, value) = Block(config, compute.operands, attend, parent=None).apply(
             {"params": params}, x, mask, positions, past, None
         )
         keys.append(key)
