@@ -113,6 +113,7 @@ def compute(size: str) -> ml_collections.ConfigDict:
         {
             "dtype": "bfloat16" if paper(size) else "float32",
             "decoding": "bfloat16" if paper(size) else "float32",
+            "attention": "auto",
             "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
             # As many as fit at the paper's sizes; at the others as many as are fastest, since few leave little padding.

@@ -109,6 +109,7 @@ def compute(**changes: Any) -> ComputeConfig:
     values: dict[str, Any] = {
         "dtype": "float32",
         "decoding": "float32",
+        "attention": "jax",
         "remat": "none",
         "head_chunk": 4,
         "part_rows": 8,

@@ -16,7 +16,6 @@ import small
 import stages
 from instructax import clock, experiment, reward, training
 from instructax.checkpoint import committed_steps, load_params
-from instructax.configuration import construct
 from instructax.data import readers
 from instructax.data.batches import lm_batch, rows_of_batch
 from instructax.experiment import metrics_of, summary_of
@@ -189,7 +188,7 @@ def test_demonstration_scores_are_those_at_each_documents_end():
 
 def reward_parts(chain, step: int | None = None):
     """(config, model, tokenizer, the model's parameters at the last or a kept step) of the chain's reward run."""
-    config = construct(reward.RewardConfig, stages.config_of(chain, "reward", {}))
+    config = stages.construct_settled(reward.RewardConfig, stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = training.abstract_state(model, GRADIENT, stages.mesh_of()).params
     return (

@@ -169,7 +169,7 @@ def test_what_is_dropped_depends_on_row_and_seed_and_not_on_the_parts():
 
 def sft_parts(chain):
     """(config, tokenizer, prepared rows) of the chain's supervised run."""
-    config = construct(supervised.SupervisedConfig, stages.config_of(chain, "sft", {}))
+    config = stages.construct_settled(supervised.SupervisedConfig, stages.config_of(chain, "sft", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, readers.read_lm_data(config.data, tokenizer)
 

@@ -97,6 +97,7 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path, _ in config.policies}
     paths["reward_parent"] = config.reward_parent
@@ -108,8 +109,8 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     reward_params = load(parents["reward_parent"], "scalar")
-    policy = Transformer(config.model, config.compute, "tokens")
-    scorer = Transformer(config.reward_model, config.compute, "scalar")
+    policy = Transformer(config.model, config.compute, "tokens", mesh)
+    scorer = Transformer(config.reward_model, config.compute, "scalar", mesh)
     limits = config.data.limits
     sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
     answering = Answering(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)

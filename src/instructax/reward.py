@@ -175,6 +175,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
     data = read_data(config, tokenizer)
@@ -182,7 +183,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     total_steps = stage.steps_of(
         steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
     )
-    model = Transformer(config.model, config.compute, "scalar")
+    model = Transformer(config.model, config.compute, "scalar", mesh)
     optimizer = make_optimizer(config.optimizer)
     program = RewardProgram(
         model=model,

@@ -115,6 +115,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
     data = read_lm_data(config.data, tokenizer)
@@ -126,7 +127,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         rows=len(data[counted].sources["train"]),
         rows_per_step=share * config.batch_size,
     )
-    model = Transformer(config.model, config.compute, "tokens")
+    model = Transformer(config.model, config.compute, "tokens", mesh)
     optimizer = make_optimizer(config.optimizer)
     program = SupervisedProgram(
         model=model,

@@ -52,7 +52,7 @@ def _filled(shape: tuple[int, ...], value: Any) -> Any:
 
 
 def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "tokens"), make_optimizer(config.optimizer)
+    model, optimizer = Transformer(config.model, config.compute, "tokens", mesh), make_optimizer(config.optimizer)
     program = supervised.SupervisedProgram(
         model=model,
         optimizer=optimizer,
@@ -86,7 +86,7 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
 
 
 def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "scalar"), make_optimizer(config.optimizer)
+    model, optimizer = Transformer(config.model, config.compute, "scalar", mesh), make_optimizer(config.optimizer)
     program = reward.RewardProgram(
         model=model,
         optimizer=optimizer,

@@ -100,6 +100,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the operands of products rounded to bfloat16
     decoding: Literal["float32", "mixed", "bfloat16"]  # the same of the sampler, which is bound by other things
+    attention: Literal["auto", "jax", "cudnn", "splash"]  # kernel of whole rows; "auto": the fastest that surely runs
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
     part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
