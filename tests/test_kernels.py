@@ -50,7 +50,6 @@ OBSTACLES = [
     ("splash", {"platform": "cuda"}, "platform cuda, allowed is tpu"),
     ("cudnn", {"version": 7.5}, "cuda 7.5, allowed is 8 or newer"),
     ("splash", {"version": 3.0}, "tpu 3, allowed is 4 or newer"),
-    ("splash", {"windows": True}, "model.window is set, allowed is 0"),
     ("splash", {"branches": True}, "texts in a row share another, allowed is each by itself"),
 ]
 for name, width in (("cudnn", 20), ("cudnn", 136), ("splash", 64), ("splash", 384)):
@@ -63,6 +62,7 @@ for name in HERE:
         (name, {"side_by_side": True}, "several runs in one program, allowed is one"),
         (name, {"softly_capped": True}, "model.attention_cap is set, allowed is 0"),
     ]
+OBSTACLES.append(("splash", {"windows": True}, "model.window is set, allowed is 0"))
 
 
 @pytest.mark.parametrize(("kernel", "changes", "why"), OBSTACLES, ids=[f"{k}-{w}" for k, _, w in OBSTACLES])
