@@ -64,6 +64,7 @@ def compute(**changes: Any) -> ComputeConfig:
         "remat": "none",
         "head_chunk": 4,
         "part_rows": 8,
+        "part_halvings": 0,
         "slots": 3,
     }
     return ComputeConfig(**{**values, **changes})

@@ -14,7 +14,9 @@ from instructax.model import ComputeConfig
 pytest_plugins = ("chain",)
 pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.xdist_group("chain")]
 
-COMPUTE = ComputeConfig(dtype="float32", decoding="float32", remat="none", head_chunk=8, part_rows=1, slots=1)
+COMPUTE = ComputeConfig(
+    dtype="float32", decoding="float32", remat="none", head_chunk=8, part_rows=1, part_halvings=0, slots=1
+)
 SAMPLING = {"length": 8, "temperature": 1.0, "seed": 0}
 
 

@@ -87,6 +87,7 @@ def test_update_is_the_gradient_of_the_mean_over_trained_tokens():
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(wanted)), rel=1e-4)
     assert metrics["trained_tokens"] == batch.loss_mask.sum()
     assert metrics["tokens"] == (batch.segments > 0).sum()
+    assert float(metrics["padding"]) == pytest.approx((batch.segments == 0).mean(), abs=1e-6)
     assert state.step == 1
 
 

@@ -64,7 +64,8 @@ def answerer(
 
 def talk(path: str | Path, prompts: Iterable[str], *, length: int, temperature: float, seed: int, dtype: Any) -> None:
     """Prints an answer to each prompt; one that cannot be read is answered with the reason."""
-    compute = ComputeConfig(dtype=dtype, decoding=dtype, remat="none", head_chunk=length, part_rows=1, slots=1)
+    one = {"part_rows": 1, "part_halvings": 0, "slots": 1}
+    compute = ComputeConfig(dtype=dtype, decoding=dtype, remat="none", head_chunk=length, **one)
     answer = answerer(*open_policy(path, compute), length=length, temperature=temperature, seed=seed)
     for number, prompt in enumerate(prompts):
         try:

@@ -22,6 +22,7 @@ from instructax.configuration import check_range, distinct
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
+from instructax.data.readers import comparison_tokens
 from instructax.data.schema import Demonstration, read_jsonl
 from instructax.held_out import HeldOut
 from instructax.lineage import Head, Parent, open_parents, tokenizer_of
@@ -113,7 +114,10 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     limits = config.data.limits
     sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
     answering = Answering(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
-    held = HeldOut(policy, scorer, mesh, limits, batch_size=config.batch_size, batches=config.batches)
+    sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
+    sizes = {"batch_size": config.batch_size, "batches": config.batches}
+    width = comparison_tokens(list(sets.values()), limits)
+    held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
     scores: dict[str, np.ndarray] = {}
     log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
@@ -138,7 +142,6 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
         for name in scores:
             wins = win_rate(scores[name], scores[config.reference])
             figures["policies"][name]["proxy_win_rate"] = dataclasses.asdict(wins)
-        sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
         figures["reward_model"] = {name: held.ranking(reward_params, rows) for name, rows in sets.items()}
         log.flush()
         log.summary(figures)

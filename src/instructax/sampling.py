@@ -1,9 +1,9 @@
 """Sampling: one model code with the scorers, at one temperature, without dropout.
 
-The prompts are run first, a few at a time, and their keys and values are kept. Responses are then made in `slots`, one
-token in each at a step: a slot whose response has ended takes the next sample, with a copy of its prompt's keys and
-values, so that a batch of long and short responses costs about the sum of their lengths. Samples of one prompt share
-its forward pass. All of it is one compiled program.
+The prompts are run first, packed side by side and a few rows at a time, and their keys and values are kept. Responses
+are then made in `slots`, one token in each at a step: a slot whose response has ended takes the next sample, with a
+copy of its prompt's keys and values, so that a batch of long and short responses costs about the sum of their lengths.
+Samples of one prompt share its forward pass. All of it is one compiled program.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from instructax.model import (
     while_sampling,
 )
 from instructax.operations import anywhere
+from instructax.rows import Layout, lay_out, scan_rows
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 from instructax.vocabulary import logits_of
 
@@ -49,10 +50,27 @@ def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array,
 
 
 @pytree
+class _Prefilled:
+    """Prompts that were run through the network, where they stand in packed rows of width W."""
+
+    hidden: Array  # dtype[M, D], after each prompt
+    keys: tuple[Array, ...]  # per layer, operands' dtype[rows, W, kv_heads, head_width]
+    values: tuple[Array, ...]
+    texts: Array  # i32[rows, W], the number from 1 of the prompt that a cell belongs to; 0 = padding
+    rows: Array  # i32[M], the row of each prompt
+    columns: Array  # i32[M], its first column
+
+    def window(self, packed: Array, prompt: Array, columns: int) -> Array:
+        """Of [rows, W, ...] so many columns of one row, the prompt's among them: [columns, ...]."""
+        start = (self.rows[prompt], self.columns[prompt], *(0,) * (packed.ndim - 2))  # or earlier, at the row's end
+        return jax.lax.dynamic_slice(packed, start, (1, columns, *packed.shape[2:]))[0]
+
+
+@pytree
 class _Slots:
     """What is under way, S responses at a time, and what has been made of all N samples."""
 
-    cache: Cache  # of S rows: P columns of the prompt, then those of the response
+    cache: Cache  # of S rows: P columns that hold the prompt, then those of the response
     hidden: Array  # dtype[S, D], from which the next token is drawn
     sample: Array  # i32[S], which sample a slot makes; N = none
     column: Array  # i32[S], response tokens that it has so far
@@ -81,8 +99,9 @@ def generate(
     `prompts` [M, P]; `keys` key[N], one for each sample, so that a sample depends neither on its neighbours nor on its
     slot; N is a multiple of M, and sample i is of prompt i // (N / M). Token t uses fold_in(key, t). A row ends with
     `eos_id`, or with one of `stops` b[V] if they are given, which belongs to the response; columns after it are masked
-    and hold `eos_id`. `groups`: how many devices share rows; each has slots for its own share of the prompts. Returns
-    Rollouts of N rows with R = `length`.
+    and hold `eos_id`. Nothing is sampled after prompts without a token that come last in a share of the rows. `groups`:
+    how many devices share rows; each has slots for its own share of the prompts. Returns Rollouts of N rows with R =
+    `length`.
     """
     model = model.clone(compute=while_sampling(model.compute))
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
@@ -96,8 +115,9 @@ def generate(
             head=head,
             layers=layers_of(params["blocks"]),
             prompts=prompts,
-            prefilled=_prefilled(model, params, prompts, model.compute.slots),
+            prefilled=_prefilled(model, params, prompts),
             keys=keys,
+            wanted=_filled(prompts) * (len(keys) // len(prompts.tokens)),
             length=length,
             temperature=jnp.asarray(temperature, jnp.float32),
             eos_id=eos_id,
@@ -121,8 +141,9 @@ class _Sampler:
     head: Array  # operands[V, D]
     layers: tuple[Params, ...]
     prompts: Prompts  # [M, P]
-    prefilled: tuple[Array, tuple[Array, ...], tuple[Array, ...]]  # of `_prefilled`
+    prefilled: _Prefilled
     keys: Array  # key[N]
+    wanted: Array  # i32[], samples that are made, the first ones
     length: int
     temperature: Array
     eos_id: int
@@ -132,7 +153,7 @@ class _Sampler:
         count = len(self.keys)
 
         def goes_on(s: _Slots) -> Array:
-            return anywhere(jnp.any(s.sample < count) | (s.next < count))
+            return anywhere(jnp.any(s.sample < count) | (s.next < self.wanted))
 
         end = jax.lax.while_loop(goes_on, self._step, self._draw(self._start()))
         prompts = jax.tree.map(lambda x: jnp.repeat(x, count // len(self.prompts.tokens), axis=0), self.prompts)
@@ -145,7 +166,7 @@ class _Sampler:
         cache = init_cache(model.config, model.compute, slots, columns + max(self.length - 1, 1))
         return _Slots(
             cache=dataclasses.replace(cache, filled=jnp.full((slots,), columns, jnp.int32)),
-            hidden=jnp.zeros((slots, model.config.width), self.prefilled[0].dtype),
+            hidden=jnp.zeros((slots, model.config.width), self.prefilled.hidden.dtype),
             sample=jnp.full((slots,), count, jnp.int32),
             column=jnp.zeros((slots,), jnp.int32),
             token=jnp.zeros((slots,), jnp.int32),
@@ -158,7 +179,7 @@ class _Sampler:
 
     def _waits(self, s: _Slots) -> Array:
         """Whether there are a sample and a slot for it."""
-        return jnp.any(s.sample == len(self.keys)) & (s.next < len(self.keys))
+        return jnp.any(s.sample == len(self.keys)) & (s.next < self.wanted)
 
     def _prompt_of(self, sample: Array) -> Array:
         """The row of its prompt; of no sample, the last one."""
@@ -168,26 +189,27 @@ class _Sampler:
     def _take(self, s: _Slots) -> _Slots:
         """Gives the next sample to the first idle slot; nothing, if there is none of either."""
         slot = jnp.where(self._waits(s), jnp.argmax(s.sample == len(self.keys)), len(s.sample))
-        prompt, columns = self._prompt_of(s.next), self.prompts.tokens.shape[1]
-        hidden, keys, values = self.prefilled
+        prompt, columns, prefilled = self._prompt_of(s.next), self.prompts.tokens.shape[1], self.prefilled
 
         def put(all_: Array, one: Array | int) -> Array:
             return all_.at[slot].set(one, mode="drop")
 
-        def copied(cached: tuple[Array, ...], filled: tuple[Array, ...]) -> tuple[Array, ...]:
-            pairs = zip(cached, filled, strict=True)
-            return tuple(all_.at[slot, :, :columns].set(one[prompt], mode="drop") for all_, one in pairs)
+        def copied(cached: tuple[Array, ...], packed: tuple[Array, ...]) -> tuple[Array, ...]:
+            windows = [prefilled.window(one, prompt, columns).swapaxes(0, 1) for one in packed]
+            pairs = zip(cached, windows, strict=True)
+            return tuple(all_.at[slot, :, :columns].set(one, mode="drop") for all_, one in pairs)
 
-        seen = self.prompts.mask[prompt].astype(jnp.int32)
+        # Where in its columns the prompt stands is all the same: each token knows its position.
+        seen = (prefilled.window(prefilled.texts, prompt, columns) == prompt + 1).astype(jnp.int32)
         return dataclasses.replace(
             s,
             cache=Cache(
-                keys=copied(s.cache.keys, keys),
-                values=copied(s.cache.values, values),
+                keys=copied(s.cache.keys, prefilled.keys),
+                values=copied(s.cache.values, prefilled.values),
                 segments=put(s.cache.segments, jnp.pad(seen, (0, s.cache.segments.shape[1] - columns))),
                 filled=put(s.cache.filled, columns),
             ),
-            hidden=put(s.hidden, hidden[prompt]),
+            hidden=put(s.hidden, prefilled.hidden[prompt]),
             sample=put(s.sample, s.next),
             column=put(s.column, 0),
             next=s.next + self._waits(s).astype(jnp.int32),
@@ -230,20 +252,45 @@ class _Sampler:
         return self._draw(dataclasses.replace(s, cache=outputs[1], hidden=outputs[0][:, 0]))
 
 
-def _prefilled(
-    model: Transformer, params: Params, prompts: Prompts, rows: int
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """(hidden state after each prompt dtype[M', D], its keys and values by layer [M', kv_heads, P, head_width]), a few
-    prompts at a time; M' is M, filled up with empty prompts to a multiple of `rows`."""
+def _filled(prompts: Prompts) -> Array:
+    """How many prompts there are up to the last one with a token: i32[]."""
+    count = len(prompts.mask)
+    return jnp.max(jnp.where(jnp.any(prompts.mask, axis=1), jnp.arange(1, count + 1, dtype=jnp.int32), 0))
+
+
+def prompt_layout(model: Transformer, prompts: Prompts) -> Layout:
+    """Where prompts [M, P] stand while they are run: in rows of 2 · P, which waste little and are soon attended to."""
     count, columns = prompts.tokens.shape
-    rows = min(rows, count)
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % rows), (0, 0))).reshape(-1, rows, columns), prompts)
+    return lay_out(prompts.mask, width=min(count, 2) * columns, compute=model.compute, mesh=None)
 
-    def fill(_: None, part: Prompts) -> tuple[None, Any]:
-        cache = init_cache(model.config, model.compute, rows, columns)
-        segments = part.mask.astype(jnp.int32)
-        outputs: Any = model.apply({"params": params}, part.tokens, segments, positions_of(part.mask), cache=cache)
-        return None, (outputs[0][:, -1], outputs[1].keys, outputs[1].values)
 
-    _, filled = jax.lax.scan(fill, None, padded)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), filled)
+def prefill_padding(model: Transformer, prompts: Prompts, groups: int) -> Array:
+    """Share of the cells that `generate` runs for prompts [M, P] that hold no token, the mean over groups: f32[]."""
+    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), prompts)
+    return jnp.mean(jax.vmap(lambda prompts: prompt_layout(model, prompts).padding())(split))
+
+
+def _prefilled(model: Transformer, params: Params, prompts: Prompts) -> _Prefilled:
+    """Runs the prompts, a few rows of them at a time."""
+    layout = prompt_layout(model, prompts)
+
+    def fill(_: None, part: tuple[Array, Array, Array]) -> tuple[None, Any]:
+        cache = init_cache(model.config, model.compute, *part[0].shape)
+        outputs: Any = model.apply({"params": params}, *part, cache=cache)
+        kept = jax.tree.map(lambda x: x.swapaxes(1, 2), (outputs[1].keys, outputs[1].values))
+        return None, (outputs[0], *kept)
+
+    rows = (layout.spread(prompts.tokens), layout.texts, layout.spread(positions_of(prompts.mask)))
+    _, packed = scan_rows(fill, None, rows, layout)
+    hidden, keys, values = jax.tree.map(lambda x: x[:, 0], packed)  # one device's: a row is a line
+    ends = jnp.minimum(layout.cells[:, -1], layout.texts.size - 1)
+    starts = jnp.maximum(ends - jnp.sum(prompts.mask, axis=1, dtype=jnp.int32) + 1, 0)
+    row, column = jnp.divmod(starts, hidden.shape[1])
+    return _Prefilled(
+        hidden=hidden.reshape(-1, hidden.shape[-1])[ends],
+        keys=keys,
+        values=values,
+        texts=layout.texts[:, 0],
+        rows=row,
+        columns=column,
+    )

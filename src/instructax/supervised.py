@@ -70,12 +70,14 @@ def update(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state = apply_gradients(program.optimizer, state, gradients, rate)
+    tokens = token_count(batch.segments > 0)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(weights * metrics["loss"]),
         "learning_rate": rate,
         "grad_norm": optax.tree.norm(gradients),
         "trained_tokens": token_count(batch.loss_mask),
-        "tokens": token_count(batch.segments > 0),
+        "tokens": tokens,
+        "padding": 1.0 - tokens / batch.segments.size,
     }
 
 

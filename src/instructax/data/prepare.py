@@ -30,7 +30,7 @@ from instructax.data.limits import Limits
 from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, opened, read_jsonl
 from instructax.tokenizer import Tokenizer
 
-ROWS_VERSION = 1  # raise it with any change to what the same records become on disk
+ROWS_VERSION = 2  # raise it with any change to what the same records become on disk
 
 Ids = Mapping[str, np.ndarray]  # the token ids of a text
 Filter = tuple[str, Callable[[list[Any]], list[Any]]]  # a rule, and what keeps the records that pass it
@@ -204,6 +204,7 @@ def _make(
         kept={split: len(kept[split]) for split in rows},
         rows={split: len(rows[split]) for split in rows},
         tokens=tokens,
+        longest={split: max(map(_count_tokens, rows[split])) for split in rows},
         padding={split: 1 - tokens[split] / (len(rows[split]) * recipe.cells) for split in rows},
         labelers=list(labelers),
     )

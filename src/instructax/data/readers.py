@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ def held_out_rows(source: Source, batch_size: int, limit: int, length: int) -> I
     """At most `limit` batches of held-out packed rows, this process's share of each."""
     for rows in held_out(source, batch_size, limit):
         yield lm_batch(source, rows, length)
+
+
+def comparison_tokens(sets: Sequence[Prepared], limits: Limits) -> int:
+    """The width of rows that hold any prompt of `sets` with its responses: the longest, up to a multiple of 64, which
+    computers multiply well, and never above what `limits` allow."""
+    most = limits.prompt_tokens + limits.completions * limits.response_tokens
+    longest = max((max(prepared.report.longest.values()) for prepared in sets), default=0)
+    return min(-(-longest // 64) * 64, most)
 
 
 def read_comparisons(source: Source, rows: Any, limits: Limits) -> Comparisons:

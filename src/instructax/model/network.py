@@ -21,6 +21,7 @@ from instructax.operations import gelu, normalized, product
 from instructax.types import Array, Params, pytree
 
 UNROLLED = 12  # the most layers in a step of the training scan
+FEW_TOKENS = 512  # fewer than these are the last of a batch, for which one layer at a time is compiled
 
 
 @pytree
@@ -272,7 +273,8 @@ def scan_blocks(
         policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    unroll = UNROLLED if remat == "none" else 1  # recomputation needs the ends of the steps
+    few = x.shape[0] * x.shape[1] < FEW_TOKENS
+    unroll = UNROLLED if remat == "none" and not few else 1  # recomputation needs the ends of the steps
     return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)), unroll=unroll)[0]
 
 
