@@ -109,6 +109,7 @@ def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, s
     assert first.step == 2 * stops
     stages.assert_trees_equal(last, straight)
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "straight")
+    assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
     assert best_step(tmp_path / "stopped") == best_step(tmp_path / "straight")
     assert summary_without_times(tmp_path / "stopped") == summary_without_times(tmp_path / "straight")
 

@@ -159,7 +159,14 @@ def test_a_run_that_lacks_only_its_summary_is_evaluated():
     toy = Toy()
     state, metrics = toy.fit(State(4, ("finished",)), total_steps=4, at_save=toy.finish)
     assert (state, metrics) == (State(4, ("finished",)), {"held_out": 4})
-    assert toy.calls == [("evaluate", 4, "finished")]
+    assert toy.calls == [("phase", "evaluate"), ("evaluate", 4, "finished")]
+
+
+def test_that_evaluation_may_be_given_up_too():
+    toy = Toy(signal_in=("evaluate", 4), pauses_in="evaluate")
+    with pytest.raises(training.Interrupted, match="step 4 is saved"):
+        toy.fit(State(4, ("finished",)), total_steps=4)
+    assert toy.named("record") == []
 
 
 HANDLERS = (signal.SIGINT, signal.SIGTERM)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +110,16 @@ def answers(
             return
 
 
-def answerer(
-    model: Transformer, params: Any, tokenizer: Tokenizer, *, length: int, temperature: float, seed: int
-) -> Callable[[str, int], str]:
-    """A function from (prompt, number of the sample) to the answer; compiles once for each power of two of length."""
-    engine = Engine(model, params, eos_id=tokenizer.eos_id, rows=1)
-    room = model.config.max_length - length
-    require(room > 0, f"length = {length} must be below the model's {model.config.max_length} tokens")
-    policy = Policy(engine=engine, tokenizer=tokenizer, template=None)
-    asking = Asking(length=length, temperature=temperature, seed=seed, samples=1, stops=())
-
-    def answer(prompt: str, number: int) -> str:
-        *_, (_, (stream,)) = answers(policy, [(number, tokenizer.encode(opened(prompt)))], asking, None)
-        return stream.text
-
-    return answer
+def _opened_for(asking: Asking, path: str | Path, *, dtype: Any, rows: int) -> Policy:
+    """As `open_served`; raises ConfigError if answers so long leave a prompt no room."""
+    policy = open_served(path, dtype=dtype, rows=rows)
+    policy.engine.check(1, asking.length)
+    return policy
 
 
 def talk(path: str | Path, prompts: Iterable[str], asking: Asking, *, dtype: Any) -> None:
     """Prints answers to each prompt, a single one while it is drawn; one that cannot be read gets the reason."""
-    policy = open_served(path, dtype=dtype, rows=asking.samples)
+    policy = _opened_for(asking, path, dtype=dtype, rows=asking.samples)
     for number, prompt in enumerate(prompts):
         try:
             _print_answers(policy, policy.tokenizer.encode(opened(prompt)), asking, number, None)
@@ -139,7 +129,7 @@ def talk(path: str | Path, prompts: Iterable[str], asking: Asking, *, dtype: Any
 
 def converse(path: str | Path, said: Iterable[str], asking: Asking, *, dtype: Any, system: str) -> None:
     """As `talk`, as one conversation, which "/new" begins anew; `system`, if not empty, opens it."""
-    policy = open_served(path, dtype=dtype, rows=1)
+    policy = _opened_for(asking, path, dtype=dtype, rows=1)
     ends = turn_ends(policy.tokenizer, policy.template)
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -182,7 +172,7 @@ def answer_file(path: str | Path, source: Path, target: Path, asking: Asking, *,
     require(not target.exists(), f"--output = {target} is there already: delete it, or choose another name")
     lines = list(_asked(source))
     # One answer in a batch for each sample; a prompt's own are in one batch.
-    policy = open_served(path, dtype=dtype, rows=max(rows, asking.samples))
+    policy = _opened_for(asking, path, dtype=dtype, rows=max(rows, asking.samples))
     together = max(rows // asking.samples, 1)
     with target.open("w", encoding="utf-8") as file:
         for first in range(0, len(lines), together):

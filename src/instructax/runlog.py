@@ -94,10 +94,12 @@ class RunLog:
     Args:
       total_steps: the run's last step, for the console line and the estimated time of arrival.
       log_every: steps between two flushes (one device-to-host copy and one console line each).
-      start_step: finished steps of the state that the run continues from; 0 for a new run.
+      start_step: finished steps of the state that the run continues from; 0 for a new run. What the files hold of later
+        steps is dropped.
       tensorboard: also write scalars to `workdir/tensorboard`.
       console: also print.
       beat: called with the name of every phase when it begins and when it ends.
+      recorded: whether `start_step` has been recorded; else it is recorded next.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class RunLog:
         tensorboard: bool,
         console: bool,
         beat: Callable[[str], None] = lambda name: None,
+        recorded: bool = True,
     ):
         if log_every < 1:
             raise ValueError(f"log_every is {log_every}; it must be at least 1: set it in the config of the run")
@@ -118,7 +121,7 @@ class RunLog:
         self._writes = jax.process_index() == 0
         self._console = console and self._writes
         self._beat = beat
-        self._last_step = start_step if start_step > 0 else -1  # a new run may record step 0
+        self._last_step = start_step - (not recorded) if start_step > 0 else -1  # a new run may record step 0
         self._last_sampled = -1
         self._buffer: list[_Record] = []
         self._phases: dict[str, float] = {}

@@ -15,6 +15,7 @@ from instructax.checkpoint import Checkpoints, committed_steps
 from instructax.configuration import check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
+from instructax.divergence import SkippedUpdates
 from instructax.lineage import Parent, finished
 from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
@@ -179,9 +180,9 @@ def run(
         record.check(workdir)
     record.write(workdir)
     logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
-    logged = step if checkpoints.unevaluated is None else step - 1
     watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{jax.process_index()}.txt")
-    log = RunLog(workdir, total_steps=total_steps, start_step=logged, beat=watchdog.beat, **logging)
+    logging |= {"beat": watchdog.beat, "recorded": checkpoints.unevaluated is None}
+    log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
     with watchdog, log:
         try:
             training.fit(
@@ -193,7 +194,7 @@ def run(
                 log=log,
                 evaluate=evaluate,
                 evaluate_every=config.evaluate_every,
-                skips=training.SkippedUpdates(config.most_skipped, workdir / "skipped"),
+                skips=SkippedUpdates(config.most_skipped, workdir / "skipped"),
                 at_save=at_save,
             )
         finally:

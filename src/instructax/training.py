@@ -178,7 +178,7 @@ def fit(
             log.record(first, metrics)
             checkpoints.complete(metrics)
         elif first >= total_steps:
-            return state, evaluate(state)
+            return state, evaluated(first)
         for step in range(first, total_steps):
             try:
                 with log.phase("data"):
