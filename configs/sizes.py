@@ -113,10 +113,13 @@ def compute(size: str) -> ml_collections.ConfigDict:
         {
             "dtype": "bfloat16" if paper(size) else "float32",
             "decoding": "bfloat16" if paper(size) else "float32",
+            "attention": "auto",
             "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
-            # As many as fit at the paper's sizes; at the others as many as are fastest, since few leave little padding.
-            "part_rows": 1 if paper(size) or imported(size) else 2 if size == "tiny" else 4,
+            # As many as fit at the paper's sizes; at the others as many as are fastest.
+            "part_rows": 1 if paper(size) or imported(size) else 4 if size in FAMILY else 2,
+            # Down to half a row, but where a run takes little longer than compiling.
+            "part_halvings": 1 if paper(size) or imported(size) else 2 if size == "small" else 0,
             "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
         }
     )

@@ -26,6 +26,7 @@ from instructax.data.schema import Demonstration, read_jsonl
 from instructax.held_out import HeldOut
 from instructax.lineage import Head, Parent, open_parents, tokenizer_of
 from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.rows import width_of
 from instructax.runlog import RunLog
 from instructax.sharding import MeshConfig
 from instructax.statistics import mean_estimate, win_rate
@@ -97,6 +98,7 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path, _ in config.policies}
     paths["reward_parent"] = config.reward_parent
@@ -108,12 +110,16 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     reward_params = load(parents["reward_parent"], "scalar")
-    policy = Transformer(config.model, config.compute, "tokens")
-    scorer = Transformer(config.reward_model, config.compute, "scalar")
+    policy = Transformer(config.model, config.compute, "tokens", mesh)
+    scorer = Transformer(config.reward_model, config.compute, "scalar", mesh)
     limits = config.data.limits
     sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
     answering = Answering(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
-    held = HeldOut(policy, scorer, mesh, limits, batch_size=config.batch_size, batches=config.batches)
+    sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
+    sizes = {"batch_size": config.batch_size, "batches": config.batches}
+    longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
+    width = width_of(longest, limits.comparison_tokens, config.compute)
+    held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
     scores: dict[str, np.ndarray] = {}
     log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
@@ -138,7 +144,6 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
         for name in scores:
             wins = win_rate(scores[name], scores[config.reference])
             figures["policies"][name]["proxy_win_rate"] = dataclasses.asdict(wins)
-        sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
         figures["reward_model"] = {name: held.ranking(reward_params, rows) for name, rows in sets.items()}
         log.flush()
         log.summary(figures)

@@ -95,6 +95,7 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
     models: Any = {"policy_parent": (config.model, "tokens"), "reward_parent": (config.reward_model, "scalar")}
@@ -168,8 +169,8 @@ def read_data(config: PpoConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
 def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.PpoProgram:
     """What is compiled in."""
     return ppo.PpoProgram(
-        policy=Transformer(config.model, config.compute, "tokens"),
-        scorer=Transformer(config.reward_model, config.compute, "scalar"),
+        policy=Transformer(config.model, config.compute, "tokens", mesh),
+        scorer=Transformer(config.reward_model, config.compute, "scalar", mesh),
         policy_optimizer=make_optimizer(config.optimizer),
         value_optimizer=make_optimizer(config.value_optimizer),
         policy_schedule=config.optimizer,

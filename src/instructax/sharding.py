@@ -7,6 +7,7 @@ these shardings the compiler writes the communication; `pjit` is today this very
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -125,6 +126,15 @@ def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
     """Inside jit: keeps axis `axis` of every array split as batch rows are."""
     spec = P(*(None,) * axis, ROWS)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), tree)
+
+
+def by_rows_and_heads(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`function` of query, key and value [B, heads, T, d] and segments [B, T] on each device's own rows and heads,
+    which it must not mix. Without a mesh there is one device."""
+    if mesh is None:
+        return function
+    own = P(ROWS, "tensor")
+    return jax.shard_map(function, mesh=mesh, in_specs=(own, own, own, P(ROWS)), out_specs=own, check_vma=False)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:

@@ -19,6 +19,7 @@ from instructax.divergence import SkippedUpdates
 from instructax.lineage import Parent, finished
 from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
+from instructax.model.kernels import Conditions, choose, place_of
 from instructax.runlog import RunLog, write_json
 from instructax.tokenizer import Tokenizer, save_tokenizer
 from instructax.watchdog import Watchdog
@@ -104,6 +105,63 @@ def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> 
         f"config.{name} = {rows} rows must be a positive multiple of {ways} = {pieces} parts × "
         f"{sharding.row_ways(mesh)} devices that share rows; change it or config.mesh",
     )
+
+
+def whole_rows(config: Any) -> tuple[tuple[int, ...], bool]:
+    """(lengths of the rows that the networks of a stage run without a cache, whether texts in them share another).
+
+    Of the rows of comparisons it is the longest there can be; the others are pieces of rows (`rows.part_shapes`) too.
+    """
+
+    def pieces(*widths: int) -> tuple[int, ...]:
+        return tuple(sorted({width >> i for width in widths for i in range(config.compute.part_halvings + 1)}))
+
+    if config.stage == "collect":
+        return (), False
+    if config.stage == "tasks":
+        return pieces(config.context_tokens + config.answer_tokens), False
+    limits = config.data.limits
+    packed, pair = limits.sequence_tokens, limits.prompt_tokens + limits.response_tokens
+    if config.stage == "reward":
+        return (*pieces(limits.comparison_tokens), packed), True
+    if config.stage == "evaluate":
+        asked = [config.model.max_length for _, _, how in config.policies if how == "few-shot"]
+        ranked = [limits.comparison_tokens] if config.data.comparisons else []
+        return pieces(packed, max(packed, pair), max(packed, pair, *asked), *ranked), bool(ranked)
+    return pieces(packed) if config.stage == "ppo" else (packed,), False
+
+
+def choose_attention(config: Any, *, sampling_alone: bool = False, side_by_side: bool = False) -> Any:
+    """(the config of a stage with the kernel that its networks take as `compute.attention`, that kernel and why).
+
+    `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several runs share a program.
+    Raises ConfigError if the config names a kernel that cannot run.
+    """
+    platform, version = place_of(jax.devices()[0])
+    lengths, branches = ((), False) if sampling_alone else whole_rows(config)
+    networks = [getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)]
+    given = Conditions(
+        platform=platform,
+        version=version,
+        dtype=config.compute.dtype,
+        head_widths=[network.head_width for network in networks],
+        lengths=lengths,
+        softly_capped=any(network.attention_cap > 0 for network in networks),
+        windows=any(network.window > 0 for network in networks),
+        branches=branches,
+        side_by_side=side_by_side,
+    )
+    kernel, reason = choose(config.compute.attention, given)
+    compute = dataclasses.replace(config.compute, attention=kernel)
+    return dataclasses.replace(config, compute=compute), f"{kernel} ({reason})"
+
+
+def settled(config: Any) -> Any:
+    """The config with its attention kernel chosen, which is said on the console."""
+    config, attention = choose_attention(config)
+    if jax.process_index() == 0:
+        print(f"attention: {attention}", flush=True)
+    return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -71,13 +71,15 @@ def update(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
+    tokens = token_count(batch.segments > 0)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(weights * metrics["loss"]),
         "learning_rate": rate,
         "grad_norm": norm,
         "skipped": skipped(norm),
         "trained_tokens": token_count(batch.loss_mask),
-        "tokens": token_count(batch.segments > 0),
+        "tokens": tokens,
+        "padding": 1.0 - tokens / batch.segments.size,
     }
 
 
@@ -115,6 +117,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
     data = read_lm_data(config.data, tokenizer)
@@ -126,7 +129,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         rows=len(data[counted].sources["train"]),
         rows_per_step=share * config.batch_size,
     )
-    model = Transformer(config.model, config.compute, "tokens")
+    model = Transformer(config.model, config.compute, "tokens", mesh)
     optimizer = make_optimizer(config.optimizer)
     program = SupervisedProgram(
         model=model,

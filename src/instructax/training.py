@@ -15,7 +15,7 @@ from instructax.interruption import Asked, Interruption
 from instructax.losses import next_token_loss
 from instructax.model import Dropout, Transformer
 from instructax.processes import anywhere
-from instructax.rows import scan_parts
+from instructax.rows import Layout, scan_rows
 from instructax.types import Array, LmBatch, Params, TrainState
 
 
@@ -82,15 +82,12 @@ def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
     return sharding.constrain_rows(split, mesh, axis=1)
 
 
-def accumulate(
-    gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array, used: Array | None = None
-) -> tuple[Params, Any]:
+def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array) -> tuple[Params, Any]:
     """Σᵢ weightsᵢ · gradients of part i, one part in memory at a time.
 
     `parts` is a pytree with a leading axis of parts, `weights` f32[parts] each part's share of what the loss is a mean
-    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes. Only the
-    first `used` parts are run, all if it is None. `gradients_of(part)` returns (gradients, metrics); metrics come back
-    stacked on the axis of parts.
+    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes.
+    `gradients_of(part)` returns (gradients, metrics); metrics come back stacked on the axis of parts.
     """
     if weights.shape[0] == 1:
         gradients, metrics = gradients_of(jax.tree.map(lambda x: x[0], parts))
@@ -103,7 +100,25 @@ def accumulate(
 
     shapes = jax.eval_shape(lambda p: gradients_of(jax.tree.map(lambda x: x[0], p))[0], parts)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return scan_parts(add, zeros, (parts, weights), weights.shape[0] if used is None else used)
+    return jax.lax.scan(add, zeros, (parts, weights))
+
+
+def accumulate_rows(share_of: Callable[[Any], Any], rows: Any, layout: Layout) -> Any:
+    """Σ share_of(part) over the parts in use of packed rows, a tree of [lines, ways, W]; one part in memory at a time.
+
+    What a part adds to the whole is weighted already: its gradients and its figures times its share of what they are
+    means over.
+    """
+    first = layout.part(rows, 0, layout.shapes[0])
+    if layout.shapes == ((len(layout.texts), layout.texts.shape[2]),):  # the one part that there is
+        return share_of(first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(share_of, first))
+    return scan_rows(lambda total, part: (jax.tree.map(jnp.add, total, share_of(part)), None), zeros, rows, layout)[0]
+
+
+def scaled(weight: Array, tree: Any) -> Any:
+    """Every leaf times `weight`."""
+    return jax.tree.map(lambda x: weight * x, tree)
 
 
 def language_gradients(

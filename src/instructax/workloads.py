@@ -52,7 +52,7 @@ def _filled(shape: tuple[int, ...], value: Any) -> Any:
 
 
 def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "tokens"), make_optimizer(config.optimizer)
+    model, optimizer = Transformer(config.model, config.compute, "tokens", mesh), make_optimizer(config.optimizer)
     program = supervised.SupervisedProgram(
         model=model,
         optimizer=optimizer,
@@ -77,7 +77,7 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
             state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {"tokens": float(metrics["tokens"])}
+        return {name: float(metrics[name]) for name in ("tokens", "padding")}
 
     def operations(figures: Mapping[str, float]) -> float:
         return 3 * forward_operations(config.model, figures["tokens"], length, figures["tokens"])
@@ -86,20 +86,21 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
 
 
 def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "scalar"), make_optimizer(config.optimizer)
+    model, optimizer = Transformer(config.model, config.compute, "scalar", mesh), make_optimizer(config.optimizer)
+    limits, rows = config.data.limits, config.batch_size
     program = reward.RewardProgram(
         model=model,
         optimizer=optimizer,
         schedule=config.optimizer,
         mesh=mesh,
         total_steps=1000,
+        row_tokens=limits.comparison_tokens,
     )
     settings = reward.RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
     step = training.compile_update(
         partial(reward.update, program), training.abstract_state(model, optimizer, mesh), mesh
     )
     state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
-    limits, rows = config.data.limits, config.batch_size
     shape = (rows, limits.completions, limits.response_tokens)
     ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])
     batch = Comparisons(

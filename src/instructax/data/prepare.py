@@ -30,7 +30,7 @@ from instructax.data.limits import Limits
 from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, opened, read_jsonl
 from instructax.tokenizer import Tokenizer
 
-ROWS_VERSION = 1  # raise it with any change to what the same records become on disk
+ROWS_VERSION = 2  # raise it with any change to what the same records become on disk
 
 Ids = Mapping[str, np.ndarray]  # the token ids of a text
 Filter = tuple[str, Callable[[list[Any]], list[Any]]]  # a rule, and what keeps the records that pass it
@@ -127,7 +127,7 @@ def prepare_comparisons(files: Sequence[Path], tokenizer: Tokenizer, limits: Lim
     def rows(records: list[Comparison], ids: Ids, labelers: Mapping[str, int]) -> list[dict[str, Any]]:
         return [_comparison_row(record, ids, labelers, tokenizer.eos_id) for record in records]
 
-    cells = limits.prompt_tokens + limits.completions * limits.response_tokens
+    cells = limits.comparison_tokens
     filters = [("unranked", hygiene.drop_unranked)]
     recipe = _Recipe("comparisons", Comparison, ComparisonRows, filters, length_filters, rows, cells)
     return _prepare(recipe, files, tokenizer, limits, data_dir)
@@ -215,6 +215,7 @@ def _make(
         kept={split: len(kept[split]) for split in rows},
         rows={split: len(rows[split]) for split in rows},
         tokens=tokens,
+        longest={split: max(map(_count_tokens, rows[split])) for split in rows},
         padding={split: 1 - tokens[split] / (len(rows[split]) * recipe.cells) for split in rows},
         labelers=list(labelers),
     )
