@@ -203,25 +203,25 @@ class Checkpoints:
         self.wait()
         exported = getattr(abstract_state, self._exported)
         abstract = {"params": exported, "state": dataclasses.replace(abstract_state, **{self._exported: None})}
-        damages: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             damage = _damage(self._root / str(step)) or _unreadable(self._root / str(step), abstract)
             if damage:
-                damages[step] = damage
+                damaged[step] = damage
                 continue
             items = _load(self._root / str(step), abstract, cast=False)
-            for damaged, reason in damages.items():
-                logger.warning("checkpoint %d IS DAMAGED and set aside, going on from %d: %s", damaged, step, reason)
-                self._set_aside(damaged)
+            for newer, reason in damaged.items():
+                logger.warning("checkpoint %d IS DAMAGED and set aside, going on from %d: %s", newer, step, reason)
+                self._set_aside(newer)
             self._saved = step
             record = read_record(self._root / str(step)) or {"best_metric": self._best_metric, "metric": None}
             self.unevaluated = record.get("unevaluated")
             if not record.get("files"):
                 self._settle(step, record)
             return dataclasses.replace(items["state"], **{self._exported: items["params"]}), step
-        if damages:
+        if damaged:
             raise ValueError(
-                f"every checkpoint is damaged; restore a copy of {self._root}: {'; '.join(damages.values())}"
+                f"every checkpoint is damaged; restore a copy of {self._root}: {'; '.join(damaged.values())}"
             )
         return None
 

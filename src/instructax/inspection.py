@@ -2,7 +2,7 @@
 
 import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -12,7 +12,7 @@ from instructax.configuration import ConfigError, require
 from instructax.goodput import described, totals
 from instructax.integrity import FromTheFuture, damages, read_record, strangers
 
-Leaves = Literal["exported", "trained", "all"]
+LEAVES = ("exported", "trained", "all")
 SUFFIXES = (".npz", ".safetensors")
 
 
@@ -74,7 +74,7 @@ def findings(workdir: Path, step: int | None) -> tuple[list[str], list[str]]:
     return good, bad
 
 
-def write_arrays(workdir: Path, step: int | None, to: Path, leaves: Leaves) -> str:
+def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
     """Writes arrays of a step, the newest if None, to the new file `to`, .npz or .safetensors; a line that says what.
 
     `exported` is what later stages read, named as in the tree of parameters: of PPO the average of the policy.
@@ -83,6 +83,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: Leaves) -> s
 
     Raises ConfigError, and ValueError for a step that is damaged.
     """
+    require(leaves in LEAVES, f"--leaves={leaves} must be one of {', '.join(LEAVES)}")
     require(to.suffix in SUFFIXES, f"--to={to} must end in {' or '.join(SUFFIXES)}")
     require(not to.exists(), f"--to={to} is there already: give a new file")
     require(to.parent.is_dir(), f"--to={to}: there is no folder {to.parent}")
@@ -101,7 +102,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: Leaves) -> s
     return f"{to}: {len(arrays)} arrays, {sum(x.size for x in arrays.values()):,} numbers of step {number}"
 
 
-def chosen(stored: dict[str, Any], leaves: Leaves) -> dict[str, Any]:
+def chosen(stored: dict[str, Any], leaves: str) -> dict[str, Any]:
     """The arrays of a step that `write_arrays` writes, by the names that they get."""
     if leaves == "all":
         return stored

@@ -30,22 +30,15 @@ def read_record(step: Path) -> dict[str, Any] | None:
     path = record_path(step)
     if not path.exists():
         return None
+    neutral = {"best_metric": "", "metric": None, "unevaluated": None, "files": None, "bytes": {}}
     try:
-        record = json.loads(path.read_text())
+        record = {**neutral, **json.loads(path.read_text())}
         form = int(record.get("format", 1))
-        complete = {"best_metric": "", "metric": None, "unevaluated": None, "files": None, "bytes": {}, **record}
-    except (ValueError, TypeError, AttributeError) as error:
-        return {
-            "best_metric": "",
-            "metric": None,
-            "unevaluated": None,
-            "files": {},
-            "bytes": {},
-            "unreadable": f"{error}",
-        }
+    except (ValueError, TypeError) as error:
+        return {**neutral, "files": {}, "unreadable": str(error)}
     if form > FORMAT:
         raise FromTheFuture(f"{step} has format {form}, and this version reads {FORMAT}: update instructax")
-    return complete
+    return record
 
 
 def digests(step: Path) -> dict[str, dict[str, Any]]:
