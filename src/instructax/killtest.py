@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,30 +276,36 @@ def run(root: Path, train: Sequence[str], *, names: Sequence[str], kills: int, s
     unknown = [name for name in names if name not in STAGES]
     require(not unknown, f"--stages has {', '.join(unknown)}: give some of {','.join(STAGES)}")
     root = root.absolute()
-    commands, began = Commands(root, train), time.monotonic()
+    commands = Commands(root, train)
     times = straight(commands, names, _say)
-    table: list[dict[str, Any]] = []
-    began, done, total = time.monotonic(), 0, kills * len(names)
-    for name in names:
-        places = draw(name, random.Random(f"{seed} {name}"), times[name], metrics_of(root / name))
-        left = kills
-        while left > 0:
+    places = {name: draw(name, random.Random(f"{seed} {name}"), times[name], metrics_of(root / name)) for name in names}
+    left, table = dict.fromkeys(names, kills), []
+    progress = Progress(kills * len(names))
+    while any(left.values()):
+        for name in (name for name in names if left[name]):  # in turn: a test that is ended early has seen all stages
             workdir = root / "killed" / f"{name}-{len(table)}"
             shutil.rmtree(workdir, ignore_errors=True)
-
-            def say(line: str, name: str = name) -> None:
-                nonlocal done
-                done += 1
-                eta = timedelta(seconds=round((time.monotonic() - began) / done * max(total - done, 0)))
-                _say(f"[{done}/{total}] {name} {line}; eta {eta}")
-
-            record = killed_run(commands, name, workdir, places, min(left, KILLS_OF_A_RUN), say)
-            left -= len(record["kills"])
+            say = partial(progress.killed, name)
+            record = killed_run(commands, name, workdir, places[name], min(left[name], KILLS_OF_A_RUN), say)
+            left[name] -= len(record["kills"])
             table.append(record)
             _say(f"{name}: {_outcome(record)}")
             write_json(root / "killtest.json", {"seed": seed, "kills": kills, "runs": table})
     print("\n".join(rows(table)), flush=True)
     return sum(bool(record["differing"]) for record in table)
+
+
+class Progress:
+    """A line for each kill, with the time that the others will take."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._began = total, 0, time.monotonic()
+
+    def killed(self, name: str, line: str) -> None:
+        """Notes a kill of the stage `name`; `line` says where it fell."""
+        self._done += 1
+        left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
+        _say(f"[{self._done}/{self._total}] {name} {line}; eta {timedelta(seconds=round(left))}")
 
 
 def _say(line: str) -> None:
