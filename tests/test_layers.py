@@ -13,19 +13,20 @@ PACKAGE = ROOT / "src" / "instructax"
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
     **dict.fromkeys(("types", "configuration", "operations", "watchdog", "sharding"), 0),
+    **dict.fromkeys(("heartbeat", "goodput", "integrity"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary", "optimizer"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),
     **dict.fromkeys(("losses", "advantages", "data", "inference", "rows", "checkpoint", "manifest"), 2),
     **dict.fromkeys(("interruption", "locking", "streaming", "batch_view", "pretrained"), 2),
     **dict.fromkeys(("sampling", "chat_template"), 3),
     "engine": 4,
-    **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 5),
+    **dict.fromkeys(("training", "lineage", "inspection", "experience", "evals", "held_out", "answering"), 5),
     **dict.fromkeys(("stage", "microworld"), 6),
     **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 7),
     # PPO as a run; chat's policies before labelers and on HTTP; models of others as runs
     **dict.fromkeys(("ppo_train", "collect", "serving", "interchange"), 8),
     **dict.fromkeys(("experiment", "workloads"), 9),
-    "benchmark": 10,
+    **dict.fromkeys(("benchmark", "killtest", "overhead"), 10),
     "command": 11,
 }
 # Library → the only places that may import it; nobody may import the last four.

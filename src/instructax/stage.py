@@ -1,5 +1,6 @@
 """What every stage does around its loop: claim the folder, check the parent, open the log, resume, finish."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,12 +11,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from instructax import sharding, training
+from instructax import goodput, sharding, training
 from instructax.checkpoint import Checkpoints, committed_steps
 from instructax.configuration import check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.divergence import SkippedUpdates
+from instructax.goodput import Ledger
+from instructax.heartbeat import Heartbeat
 from instructax.lineage import Parent, finished
 from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
@@ -230,6 +233,16 @@ def run(
     step go to `summary.json`.
     """
     config: RunConfig = record.config.run
+    process = jax.process_index()
+    watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
+    heartbeat = Heartbeat(workdir / f"heartbeat-{process}.json")
+    ledger = Ledger(workdir / "goodput.jsonl", writes=process == 0)
+
+    def beat(name: str) -> None:
+        for listener in (watchdog, heartbeat, ledger):
+            listener.beat(name)
+
+    beat("restore")
     keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
     checkpoints = Checkpoints(workdir, **keeping, exported=exported)
     restored = checkpoints.restore(abstract)
@@ -237,11 +250,12 @@ def run(
     if restored:
         record.check(workdir)
     record.write(workdir)
+    beat("start")
+    ledger.begin(step)
     logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
-    watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{jax.process_index()}.txt")
-    logging |= {"beat": watchdog.beat, "recorded": checkpoints.unevaluated is None}
+    logging |= {"beat": beat, "written": ledger.write, "recorded": checkpoints.unevaluated is None}
     log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
-    with watchdog, log:
+    with contextlib.closing(heartbeat), contextlib.closing(ledger), watchdog, log:
         try:
             training.fit(
                 state,
@@ -259,7 +273,10 @@ def run(
             checkpoints.close()
         log.flush()
         # From the file: a run that was killed after its last save has nothing left to compute.
+        beat("finish")
         log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
+    if process == 0:
+        print(goodput.described(goodput.totals(workdir / "goodput.jsonl")), flush=True)
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -176,6 +176,7 @@ def fit(
 
         def stopped(step: int, evaluated: bool) -> Interrupted:
             skips.check()
+            log.flush()  # what a saved step needs of the log is on disk before the step is
             with log.phase("save"):
                 checkpoints.save(step, at_save(state), metrics, evaluated=evaluated)
             return Interrupted(step)
@@ -217,6 +218,7 @@ def fit(
                 state = at_save(state)
             with log.phase("save"):
                 if ends or asked:
+                    log.flush()
                     checkpoints.save(done, state, metrics)
                 else:
                     checkpoints.maybe_save(done, state, metrics)
