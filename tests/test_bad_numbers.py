@@ -1,4 +1,4 @@
-"""What rollouts can bring: each case trains with finite numbers, or is skipped and counted and leaves the state alone."""
+"""What rollouts can bring: a case trains with finite numbers, or is skipped and counted and leaves the state alone."""
 
 import dataclasses
 from functools import cache, partial

@@ -205,7 +205,7 @@ def test_what_is_no_conversation_is_refused(messages, message):
 
 
 BOMBS = {
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "has not ended after 1000000 steps",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "not ended after 1000000 steps",
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth exceeded",
     "{% for i in range(10**9) %}{% endfor %}": "Range too big",
     "{{ 'a' * 10**10 }}": "makes a text of more than 1000000 characters",
@@ -235,7 +235,7 @@ def test_a_template_sees_nothing_behind_its_values(chatml, source):
 
 
 def test_a_debugger_goes_on_after_a_template(chatml):
-    tokenizer, template = chatml
+    _, template = chatml
     before = sys.gettrace()
     seen = []
     sys.settrace(lambda frame, event, arg: seen.append(frame))

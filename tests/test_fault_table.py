@@ -1,4 +1,4 @@
-"""Every test that the table of faults in docs/reliability.md names is there, and every row names one or says why not."""
+"""Every test that the table of faults in docs/reliability.md names is there; every row names one or says why not."""
 
 import ast
 import re

@@ -71,8 +71,8 @@ def _refuse_idle_gpus() -> None:
     gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
     if gpus and jax.default_backend() == "cpu" and "cpu" not in (jax.config.jax_platforms or ""):
         raise ValueError(
-            f"this machine has {len(gpus)} NVIDIA GPUs, but JAX would compute on the processor: install jax[cuda13] and "
-            "look at what it warns of, or set JAX_PLATFORMS=cpu"
+            f"this machine has {len(gpus)} NVIDIA GPUs, but JAX would compute on the processor: install "
+            "jax[cuda13] and look at what it warns of, or set JAX_PLATFORMS=cpu"
         )
 
 
