@@ -46,10 +46,10 @@ def judged(**changes: Any) -> Scored:
     return Scored(rollouts=Rollouts(prompts=prompts, **own), **arrays)
 
 
-def experience_of(scored: Scored, whiten: bool = True) -> tuple[Experience, Any]:
+def experience_of(scored: Scored) -> tuple[Experience, Any]:
     """(experience, rewards f32[B, R]) as PPO makes them."""
     logprobs = scored.rollouts.logprobs
-    return make_experience(scored, logprobs, SETTINGS.rewards, whiten_rewards=False, whiten_advantages=whiten)
+    return make_experience(scored, logprobs, SETTINGS.rewards, whiten_rewards=False, whiten_advantages=True)
 
 
 @cache

@@ -38,8 +38,25 @@ BYTES = 512 * 2**20  # that a property may add to the process's largest size
 LINE = 600  # characters of an error, besides its path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
-PATH = FOLDER / f"instructax-fuzz-{id(object())}"
+PATH = Path()  # where a case writes what is read
+PROPERTIES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+
+
+def of_all(*strategies: Any) -> Callable[[Any], Any]:
+    """Marks what must hold of every value of `strategies`."""
+
+    def register(holds: Callable[..., None]) -> Callable[..., None]:
+        PROPERTIES[holds.__name__] = holds, strategies
+        return holds
+
+    return register
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path(tmp_path_factory):
+    """A file of this module's own."""
+    global PATH
+    PATH = tmp_path_factory.mktemp("fuzz") / "case"
 
 
 @contextlib.contextmanager
@@ -114,7 +131,7 @@ def lines(draw: Any) -> tuple[Any, bytes]:
     return cls, draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\0"])) + content
 
 
-@given(lines())
+@of_all(lines())
 def json_lines(given_: tuple[Any, bytes]) -> None:
     cls, content = given_
     PATH.write_bytes(content)
@@ -122,7 +139,7 @@ def json_lines(given_: tuple[Any, bytes]) -> None:
         assert all(text.strip() and text.encode() for text in hygiene.texts_of(record))
 
 
-@given(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))
+@of_all(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))
 def damaged_gzip(given_: tuple[Any, bytes], place: int, byte: int, cut: int) -> None:
     cls, content = given_
     packed = bytearray(gzip.compress(content, mtime=0))
@@ -130,16 +147,15 @@ def damaged_gzip(given_: tuple[Any, bytes], place: int, byte: int, cut: int) -> 
     path = PATH.with_suffix(".gz")
     path.write_bytes(packed[: cut or None])
     refused(DataError, lambda: list(read_jsonl([path], cls)))
-    path.unlink()
 
 
-@given(st.binary(max_size=300))
+@of_all(st.binary(max_size=300))
 def any_bytes(content: bytes) -> None:
     PATH.write_bytes(content)
     for cls in RECORDS:
         refused(DataError, lambda cls=cls: list(read_jsonl([PATH], cls)))
     rewind(PATH, 3)
-    for line in PATH.read_text().splitlines():
+    for line in PATH.read_text().split("\n")[:-1]:
         assert float(json.loads(line)["step"]) <= 3
 
 
@@ -152,7 +168,7 @@ PAIRS = st.one_of(
 )
 
 
-@given(st.lists(st.sampled_from(["a", "bb", "ccc", "", " ", "a"]), max_size=5) | JSON, RANKS, PAIRS)
+@of_all(st.lists(st.sampled_from(["a", "bb", "ccc", "", " ", "a"]), max_size=5) | JSON, RANKS, PAIRS)
 def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
     record = {"id": "c", "prompt": "p", "completions": completions, "ranks": ranks, "pairs": pairs}
     PATH.write_bytes(dumped(record))
@@ -236,7 +252,7 @@ def numbers_of(value: Any) -> Iterator[float]:
             yield from numbers_of(getattr(value, name))
 
 
-@given(changed())
+@of_all(changed())
 def config_values(config: dict[str, Any]) -> None:
     def build() -> Any:
         cls, module = stage_of(config)
@@ -259,16 +275,21 @@ ARGUMENTS = st.one_of(
 )
 
 
-@given(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
+@of_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
 def command_lines(name: str, data: Any, text: str) -> None:
     """An override as it is typed: a config that can be built or is refused, or exit code 2 and one line."""
     assume("\0" not in text and text.isprintable())
     base = BASES.setdefault(name, tiny(name))
     path = ".".join(data.draw(st.sampled_from(names_of(base))))
     values = flags.FlagValues()
-    with mock.patch.object(flags, "FLAGS", values), mock.patch.object(sys, "stderr") as stderr, within(SECONDS):
+    arguments = ["train.py", f"--config={ROOT / 'configs' / name}.py:tiny", f"--config.{path}={text}"]
+    with (
+        mock.patch.object(flags, "FLAGS", values),
+        mock.patch.object(sys, "argv", arguments),
+        mock.patch.object(sys, "stderr") as stderr,
+        within(SECONDS),
+    ):
         holder = config_flags.DEFINE_config_file("config", None, flag_values=values)
-        arguments = ["train.py", f"--config={ROOT / 'configs' / name}.py:tiny", f"--config.{path}={text}"]
         try:
             command.parse_config(arguments, holder)
         except SystemExit as end:
@@ -280,7 +301,7 @@ def command_lines(name: str, data: Any, text: str) -> None:
     refused(ConfigError, lambda: construct(stage_of(config)[0], config))
 
 
-@given(JSON)
+@of_all(JSON)
 def manifests(content: Any) -> None:
     folder = PATH.with_suffix(".run")
     folder.mkdir(exist_ok=True)
@@ -297,7 +318,7 @@ SPOKEN = st.lists(TEXTS | SPECIAL | st.text(max_size=30), max_size=5).map("".joi
 TOKENIZERS = [load_tokenizer("bytes"), train_bpe(["the quick brown fox", "ééé 中文 <|endoftext|>"] * 9, 300)]
 
 
-@given(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
+@of_all(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
 def tokens(text: str, ids: list[int]) -> None:
     for tokenizer in TOKENIZERS:
         valid = not any(0xD800 <= ord(char) < 0xE000 for char in text)
@@ -310,7 +331,7 @@ def tokens(text: str, ids: list[int]) -> None:
         assert (decoded is not None) == all(0 <= index < tokenizer.size for index in ids)
 
 
-@given(st.data())
+@of_all(st.data())
 def tokenizer_files(data: Any) -> None:
     """A tokenizer.json of which something is another."""
     content = json.loads(TOKENIZERS[1].content)
@@ -328,13 +349,9 @@ def tokenizer_files(data: Any) -> None:
         assert load_tokenizer(str(path)).hash == made.hash
 
 
-PROPERTIES = [json_lines, damaged_gzip, any_bytes, rankings, config_values, command_lines, manifests, tokens]
-PROPERTIES += [tokenizer_files]
-
-
 @pytest.mark.parametrize("profile", ["quick", pytest.param("fuzz", marks=pytest.mark.fuzz)])
-@pytest.mark.parametrize("of", PROPERTIES, ids=lambda of: of.__name__)
-def test_it_is_taken_or_refused_in_one_line(of, profile, capsys):
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
     before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     checks = settings(
         max_examples=CASES[profile],
@@ -343,11 +360,11 @@ def test_it_is_taken_or_refused_in_one_line(of, profile, capsys):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    checks(of)()
+    holds, strategies = PROPERTIES[name]
+    checks(given(*strategies)(holds))()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < BYTES
-    PATH.unlink(missing_ok=True)
     if profile == "fuzz":
         with capsys.disabled():
             seconds = time.monotonic() - since
-            print(f"\n{of.__name__}: {CASES[profile]} cases, {seconds:.0f} s, {grown / 2**20:.0f} MiB more", flush=True)
+            print(f"\n{name}: {CASES[profile]} cases, {seconds:.0f} s, {grown / 2**20:.0f} MiB more", flush=True)

@@ -29,7 +29,7 @@ def construct(cls: type[Config], values: Mapping[str, Any], where: str = "config
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{where}.{_cut(str(name))} is unknown; {where} has: {', '.join(fields)}")
+            raise ConfigError(f"{where}.{_cut(repr(str(name))[1:-1])} is unknown; {where} has: {', '.join(fields)}")
     for name in fields:
         if name not in values:
             raise ConfigError(f"{where}.{name} is missing; it must be of type {_type_name(hints[name])}")

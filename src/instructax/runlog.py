@@ -78,7 +78,7 @@ def _step_of(line: str) -> float:
     """The step of a log line; infinity if the line has none."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -46,6 +46,6 @@ def redacted_text(text: str) -> str:
     """`text` for people, without the logins of its URLs and what stands behind the name of a secret."""
 
     def hide(found: re.Match[str]) -> str:
-        return f"{found[1]}{found[2]}{HIDDEN}" if is_secret(found[1]) else found[0]
+        return f"{found[1]}{found[2]}{HIDDEN if is_secret(found[1]) else redacted_text(found[3])}"
 
     return _NAMED.sub(hide, _HEADER.sub(rf"\1{HIDDEN}", _LOGIN.sub(rf"\1{HIDDEN}@", text)))
