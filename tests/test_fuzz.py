@@ -32,7 +32,8 @@ from instructax.manifest import read_manifest
 from instructax.runlog import rewind
 from instructax.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_bpe
 
-CASES = {"quick": 40, "fuzz": 13_000}  # of each property: the one place to change it
+CASES = {"quick": 40, "fuzz": 14_000}  # of each property: the one place to change it
+SHARES = {"command_lines": 0.1}  # of them; a case of it runs a config file
 SECONDS = 20.0  # the longest that a case may take
 BYTES = 512 * 2**20  # that a property may add to the process's largest size
 LINE = 600  # characters of an error, besides its path
@@ -98,7 +99,7 @@ TEXTS = st.text(st.characters(codec=None), max_size=40)  # lone surrogates too
 NUMBERS = st.one_of(
     st.integers(),
     st.floats(),
-    st.sampled_from([0, 1, -1, 2**31, 2**63, -(2**31), 10**400, -(10**5000), 1e308, 1e-45, 5e-324, True, False]),
+    st.sampled_from([0, 1, -1, 2**31, 2**63, -(2**31), 10**400, -(10**4000), 1e308, 1e-45, 5e-324, True, False]),
 )
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
@@ -159,7 +160,16 @@ def any_bytes(content: bytes) -> None:
         assert float(json.loads(line)["step"]) <= 3
 
 
-RANKS = st.one_of(st.none(), st.lists(st.integers(-1, 5), max_size=5), st.lists(JSON, max_size=4), JSON)
+COMPLETIONS = st.one_of(
+    st.lists(st.sampled_from(["a", "bb", "ccc", "a"]), min_size=2, max_size=3), st.lists(JSON), JSON
+)
+RANKS = st.one_of(
+    st.lists(st.integers(1, 3), min_size=2, max_size=3),
+    st.none(),
+    st.lists(st.integers(-1, 5), max_size=5),
+    st.lists(JSON, max_size=4),
+    JSON,
+)
 PAIRS = st.one_of(
     st.none(),
     st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), max_size=4),
@@ -168,12 +178,13 @@ PAIRS = st.one_of(
 )
 
 
-@of_all(st.lists(st.sampled_from(["a", "bb", "ccc", "", " ", "a"]), max_size=5) | JSON, RANKS, PAIRS)
+@of_all(COMPLETIONS, RANKS, PAIRS)
 def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
     record = {"id": "c", "prompt": "p", "completions": completions, "ranks": ranks, "pairs": pairs}
     PATH.write_bytes(dumped(record))
     found = refused(DataError, lambda: list(read_jsonl([PATH], Comparison)))
-    assume(found)
+    if not found:
+        return
     (comparison,) = found
     count = len(comparison.completions)
     assert count >= 2 and list(comparison.completions) == completions
@@ -349,12 +360,14 @@ def tokenizer_files(data: Any) -> None:
         assert load_tokenizer(str(path)).hash == made.hash
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections reads a config
 @pytest.mark.parametrize("profile", ["quick", pytest.param("fuzz", marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
     before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    cases = round(CASES[profile] * SHARES.get(name, 1.0))
     checks = settings(
-        max_examples=CASES[profile],
+        max_examples=cases,
         derandomize=profile == "quick",
         deadline=None,
         database=None,
@@ -367,4 +380,4 @@ def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
     if profile == "fuzz":
         with capsys.disabled():
             seconds = time.monotonic() - since
-            print(f"\n{name}: {CASES[profile]} cases, {seconds:.0f} s, {grown / 2**20:.0f} MiB more", flush=True)
+            print(f"\n{name}: {cases} cases, {seconds:.0f} s, {grown / 2**20:.0f} MiB more", flush=True)
