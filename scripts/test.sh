@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets itself up, then format, lint, types and tests: ./scripts/test.sh; minutes-long checks: ./scripts/test.sh slow;
-# against transformers, in an environment of its own, since torch is large: ./scripts/test.sh interop
+# 100,000 random inputs: ./scripts/test.sh fuzz; against transformers, in an environment of its own, since torch is large:
+# ./scripts/test.sh interop
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == "interop" ]]; then
@@ -9,6 +10,9 @@ if [[ "${1:-}" == "interop" ]]; then
   exec pytest -m interop "${@:2}"
 fi
 source scripts/setup.sh dev
+if [[ "${1:-}" == "fuzz" ]]; then
+  exec pytest -m fuzz -s "${@:2}"
+fi
 
 ruff format --check .
 ruff check .
@@ -16,5 +20,5 @@ pyright
 if [[ "${1:-}" == "slow" ]]; then
   pytest -m slow
 else
-  pytest -m "not slow" -n 2 --dist loadgroup --cov=instructax --cov-report=term:skip-covered --cov-fail-under=90 "$@"
+  pytest -m "not slow and not fuzz" -n 2 --dist loadgroup --cov=instructax --cov-report=term:skip-covered --cov-fail-under=90 "$@"
 fi

@@ -11,7 +11,7 @@ from instructax import chat
 from instructax.checkpoint import committed_steps
 from instructax.configuration import ConfigError
 from instructax.model import ComputeConfig
-from instructax.runlog import printable
+from instructax.safe_text import printable
 
 pytest_plugins = ("chain",)
 pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.xdist_group("chain")]

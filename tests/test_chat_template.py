@@ -1,6 +1,7 @@
 """Conversations as text and tokens: templates in wide use, the stages' own format, and what is refused."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -201,3 +202,46 @@ def test_a_file_is_loaded_if_it_is_there(tmp_path, chatml):
 def test_what_is_no_conversation_is_refused(messages, message):
     with pytest.raises(ValueError, match=message):
         check_messages(messages, "x")
+
+
+BOMBS = {
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "not ended after 1000000 steps",
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "maximum recursion depth exceeded",
+    "{% for i in range(10**9) %}{% endfor %}": "Range too big",
+    "{{ 'a' * 10**10 }}": "makes a text of more than 1000000 characters",
+    "{{ 10**10 * [0] }}": "makes a text of more than 1000000 characters",
+    "{{ 2 ** 10**9 }}": "its power 1000000000 is above 64",
+    "{{ lipsum.__globals__['os'] }}": "access to attribute '__globals__'",
+    "{{ cycler.__init__.__globals__ }}": "access to attribute '__init__'",
+    "{% include '/etc/passwd' %}": "no loader",
+    "{% import 'os' as os %}": "no loader",
+}
+
+
+@pytest.mark.parametrize("source", BOMBS)
+def test_a_template_cannot_break_out_or_go_on_for_ever(chatml, source):
+    tokenizer, _ = chatml
+    with pytest.raises(ValueError, match="the chat template refuses these messages: ") as error:
+        render([USER], template_of(source, tokenizer), add_generation_prompt=True)
+    assert BOMBS[source] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ ''.__class__ }}", "{{ messages|attr('__class__') }}", "{{ '{0.__class__}'.format(1) }}"]
+)
+def test_a_template_sees_nothing_behind_its_values(chatml, source):
+    tokenizer, _ = chatml
+    assert render([USER], template_of(source, tokenizer), add_generation_prompt=True) == ""
+
+
+def test_a_debugger_goes_on_after_a_template(chatml):
+    _, template = chatml
+    before = sys.gettrace()
+    seen = []
+    sys.settrace(lambda frame, event, arg: seen.append(frame))
+    try:
+        own = sys.gettrace()
+        render([USER], template, add_generation_prompt=True)
+        assert sys.gettrace() is own
+    finally:
+        sys.settrace(before)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -60,6 +61,12 @@ def broken_invariant():
             raiser(TimeoutError("at a barrier")),
             1,
             "error: another process of the run has ended or stands still: at a barrier\n",
+        ),
+        (raiser(MemoryError("8 GiB")), 2, f"error: {command.OUT_OF_MEMORY}: 8 GiB\n"),
+        (
+            raiser(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n  a list")),
+            2,
+            f"error: {command.OUT_OF_MEMORY}: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n",
         ),
         (raiser(PermissionError(13, "Permission denied", "/x")), 2, "error: [Errno 13] Permission denied: '/x'\n"),
     ],

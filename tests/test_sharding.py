@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import types
 from pathlib import Path
 
 import jax
@@ -161,6 +162,18 @@ def test_a_mesh_that_does_not_fit_is_one_line(sizes):
         mesh_of(*sizes)
     product = " × ".join(map(str, sizes))
     assert str(caught.value) == (f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of devices, 8")
+
+
+def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(sharding, "GPUS", tmp_path)
+    mesh_of(-1, 1, 1)  # the tests ask for the processor
+    with monkeypatch.context() as unasked:
+        unasked.setattr(sharding.jax, "config", types.SimpleNamespace(jax_platforms=None))
+        with pytest.raises(ValueError, match="has 1 NVIDIA GPUs, but JAX would compute on the processor"):
+            make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+        unasked.setattr(sharding, "GPUS", tmp_path / "none")
+        make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
 
 
 def test_put_rows_gives_each_device_its_rows():

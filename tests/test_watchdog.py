@@ -39,3 +39,27 @@ def test_a_process_that_moves_is_left_alone(tmp_path, seconds):
             watchdog.beat(f"phase {number}")
     time.sleep(0.7)  # and after its end
     assert not (tmp_path / "hang.txt").exists()
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from instructax.watchdog import Watchdog
+
+with Watchdog(2.0, Path(sys.argv[1])) as watchdog:
+    for number in range(5):
+        watchdog.beat(f"phase {number}")
+        print("moves", flush=True)
+        time.sleep(0.5)
+"""
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
+    report = tmp_path / "hang-0.txt"
+    with subprocess.Popen([sys.executable, "-c", STOPPED, str(report)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "moves\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=50) == 0
+    assert not report.exists()

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from instructax.runlog import printable
+from instructax.safe_text import printable
 from instructax.types import LmBatch
 
 STYLES = {"prompt": "cyan", "trained": "bold green", "end": "reverse bold green", "padding": "dim"}

@@ -23,7 +23,7 @@ from instructax.data.schema import opened
 from instructax.engine import Draw, Engine
 from instructax.lineage import STAGES, open_run
 from instructax.model import ComputeConfig, ModelConfig, Transformer
-from instructax.runlog import printable
+from instructax.safe_text import printable
 from instructax.sharding import MeshConfig
 from instructax.streaming import TextStream
 from instructax.tokenizer import Tokenizer, load_tokenizer

@@ -5,15 +5,18 @@ among the files of the model kept in `source`), it is what Hugging Face's `apply
 one it is the stages' own format of prompts: a single message of the user is the prompt, and of longer conversations the
 turns are "\\n\\nHuman: …\\n\\nAssistant: …".
 
-A template is a program by somebody else, and is run in Jinja's sandbox. What it writes may hold special tokens; what
-people write may not: a message that holds the text of one is refused, so that nobody can end somebody's turn.
+A template is a program by somebody else, and is run in Jinja's sandbox, for a bounded number of steps. What it writes
+may hold special tokens; what people write may not: a message that holds the text of one is refused, so that nobody can
+end somebody's turn.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from instructax.tokenizer import Tokenizer
 TEMPLATE_FILE = "chat_template.jinja"
 PLACES = (".", "source")  # of a run where a template may be: its own, and the files of the model that it was made from
 BOS_CANDIDATES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")  # tried in this order
+STEPS = 1_000_000  # lines of Python that a template may run: long conversations need thousands
+CHARACTERS = 1_000_000  # that a template's product may have
 ROLES = ("system", "user", "assistant")
 MARK = "\ufdd0"  # a code point that is no character: stands for an answer where the end of a turn is looked up
 
@@ -165,14 +170,47 @@ def _plain(messages: Sequence[Message], add_generation_prompt: bool) -> str:
 def _rendered(messages: Sequence[Message], template: ChatTemplate, add_generation_prompt: bool) -> str:
     compiled = _compiled(template.source)
     try:
-        return compiled.render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            bos_token=template.bos_token,
-            eos_token=template.eos_token,
-        )
+        with _bounded_steps():
+            return compiled.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token=template.bos_token,
+                eos_token=template.eos_token,
+            )
     except Exception as error:  # a template can fail in any way that a program can
         raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+
+@contextlib.contextmanager
+def _bounded_steps() -> Iterator[None]:
+    """While entered, this thread raises ValueError once it has run `STEPS` lines of Python: a template may loop for
+    ever. A debugger's or coverage's own tracing rests for so long."""
+    left = STEPS
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise ValueError(f"it has not ended after {STEPS} steps")
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(outer)
+
+
+def _small(operands: tuple[Any, Any], operator: str) -> None:
+    """Raises ValueError for a product or power that would take all memory."""
+    left, right = operands
+    if operator == "**" and isinstance(right, int) and abs(right) > 64:
+        raise ValueError(f"its power {right} is above 64")
+    sized = next((x for x in operands if isinstance(x, str | list | tuple)), None)
+    times = right if sized is left else left
+    if operator == "*" and sized is not None and isinstance(times, int) and len(sized) * times > CHARACTERS:
+        raise ValueError(f"it makes a text of more than {CHARACTERS} characters")
 
 
 @functools.lru_cache(maxsize=8)
@@ -196,12 +234,19 @@ def _compiled(source: str) -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Without products that take all memory."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _small((left, right), operator)
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
     # Jinja's own filter escapes for HTML.
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception

@@ -89,7 +89,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
             for path in (*self._root.glob("*.orbax-checkpoint-tmp*"), *self._root.glob("*.deleted")):
-                shutil.rmtree(path)
+                _delete(path)
             for path in self._root.glob("*.sha256.json"):
                 if not path.with_name(path.name.partition(".")[0]).exists():
                     path.unlink()  # of a save that was killed
@@ -170,7 +170,7 @@ class Checkpoints:
         for old in set(steps) - set(staying) - {best_step(self._workdir)}:
             remains = (self._root / str(old)).rename(self._root / f"{old}.deleted")  # at once no longer a step
             record_path(self._root / str(old)).unlink(missing_ok=True)
-            shutil.rmtree(remains)
+            _delete(remains)
 
     def wait(self) -> None:
         """Blocks until the save under way is committed and hashed; raises what it failed with."""
@@ -231,6 +231,14 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self._root / str(step)).rename(target)
             record_path(self._root / str(step)).unlink(missing_ok=True)
+
+
+def _delete(path: Path) -> None:
+    """Deletes a folder; of a symbolic link itself alone, and nothing of where it leads."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 @jax.jit

@@ -13,6 +13,9 @@ from typing import Any
 
 from absl import flags
 
+from instructax.safe_text import printable, redacted_text
+
+OUT_OF_MEMORY = "out of memory; use more devices, shorter texts, smaller batches or parts, or config.compute.remat=full"
 DONE, INTERNAL, USER, INVARIANT, SAVED, INTERRUPTED = 0, 1, 2, 3, 42, 130
 
 
@@ -80,9 +83,11 @@ def guarded(call: Callable[[], Any]) -> int:
 
     A ValueError that this project raises speaks of a value the user can change: 2. Any other, from a library or from an
     operation on arrays, is a fault of the program: its traceback is shown, and the code is 1. What the operating system
-    refuses (no such file, no permission, no space) is the user's: 2. A broken invariant and a run that diverged are 3,
-    an interruption that was saved is 42, one that was not 130.
+    refuses (no such file, no permission, no space, no memory) is the user's: 2. A broken invariant and a run that
+    diverged are 3, an interruption that was saved is 42, one that was not 130.
     """
+    import jax
+
     from instructax.divergence import Diverged
     from instructax.experience import InvariantError
     from instructax.training import Interrupted
@@ -91,7 +96,7 @@ def guarded(call: Callable[[], Any]) -> int:
         call()
     except ValueError as error:
         if not _raised_here(error):
-            traceback.print_exc()
+            print(redacted_text(traceback.format_exc()), end="", file=sys.stderr)
             return INTERNAL
         return _say(f"error: {error}", USER)
     except BrokenPipeError:
@@ -101,6 +106,12 @@ def guarded(call: Callable[[], Any]) -> int:
         return _say(f"error: another process of the run has ended or stands still: {error}", INTERNAL)
     except OSError as error:
         return _say(f"error: {error}", USER)
+    except MemoryError as error:
+        return _say(f"error: {OUT_OF_MEMORY}: {error or 'the system gives no more'}", USER)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _say(f"error: {OUT_OF_MEMORY}: {str(error).splitlines()[0]}", USER)
     except InvariantError as error:
         return _say(f"invariant broken: {error}", INVARIANT)
     except Diverged as error:
@@ -113,7 +124,7 @@ def guarded(call: Callable[[], Any]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(printable(" ".join(redacted_text(message).split())), file=sys.stderr)
     return code
 
 

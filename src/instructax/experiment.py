@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from instructax import estimate, stage
-from instructax.configuration import ConfigError, construct, require
+from instructax.configuration import ConfigError, construct, require, shown
 from instructax.lineage import finished
 from instructax.locking import locked
 from instructax.manifest import flat
 from instructax.report.drawing import require_matplotlib
+from instructax.safe_text import redacted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def load_file(path: str | Path) -> Any:
         raise ConfigError(f"no such file: {path}")
     root = str(Path.cwd())
     if root not in sys.path:
-        sys.path.insert(0, root)  # files of configs/ import each other from the folder they stand in
+        sys.path.append(root)  # files of configs/ import each other; what is installed comes first
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -51,8 +52,8 @@ def load_config(run: Run) -> dict[str, Any]:
         config = module.get_config(arg)
         config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{run.config} with {dict(run.overrides)}: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{run.config} with {shown(dict(run.overrides))}: {error}") from None
     return config.to_dict()
 
 
@@ -93,7 +94,7 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
 
 def values_of(config: Mapping[str, Any]) -> str:
     """A line for each value of a config, as the command line names it."""
-    return "\n".join(f"config.{name} = {value}" for name, value in flat(config).items())
+    return "\n".join(f"config.{name} = {value}" for name, value in flat(redacted(config)).items())
 
 
 def dry_run(config: Mapping[str, Any]) -> str:

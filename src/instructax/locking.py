@@ -14,6 +14,7 @@ import jax
 
 from instructax.configuration import require
 from instructax.processes import everywhere
+from instructax.runlog import open_own
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def _hold(workdir: Path, held: contextlib.ExitStack) -> str:
     path = workdir / "lock.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(path.open("a+"))
+        file = held.enter_context(open_own(path, "a+"))
     except OSError as error:
         return f"--workdir {workdir} cannot be used: {error}"
     try:

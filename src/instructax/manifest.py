@@ -15,6 +15,7 @@ import jax
 
 import instructax
 from instructax.runlog import plain, write_json
+from instructax.safe_text import redacted
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FIELDS = ("stage", "config", "model", "tokenizer", "data", "parents", "versions")
@@ -42,15 +43,17 @@ def write_manifest(
     """
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     manifest = plain(
-        {
-            "stage": stage,
-            "config": config,
-            "model": model,
-            "tokenizer": {"hash": tokenizer_hash, "path": tokenizer_path},
-            "data": data_hashes,
-            "parents": parents,
-            "versions": {"instructax": instructax.__version__, **versions},
-        }
+        redacted(
+            {
+                "stage": stage,
+                "config": config,
+                "model": model,
+                "tokenizer": {"hash": tokenizer_hash, "path": tokenizer_path},
+                "data": data_hashes,
+                "parents": parents,
+                "versions": {"instructax": instructax.__version__, **versions},
+            }
+        )
     )
     if jax.process_index() == 0:
         Path(workdir).mkdir(parents=True, exist_ok=True)

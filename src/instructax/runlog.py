@@ -15,10 +15,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import jax
 import numpy as np
+
+from instructax.safe_text import printable
 
 RESERVED = ("step", "nonfinite")  # the keys that the log itself writes
 MAIN = ("loss", "accuracy", "scores", "rewards", "kl", "entropy", "response_length")  # come first on the console
@@ -45,10 +47,15 @@ def write_json(path: Path, value: Any) -> None:
     _replace(path, [json.dumps(plain(value), indent=2, allow_nan=False) + "\n"])
 
 
+def open_own(path: Path, mode: str) -> TextIO:
+    """Opens a file of a run for writing, but none that is a symbolic link, which may lead out of the workdir."""
+    return cast(TextIO, open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)))
+
+
 def _replace(path: Path, lines: Iterable[str]) -> None:
     """Whenever the process dies, `path` holds either its old content or all of the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with open_own(temporary, "w") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
@@ -71,13 +78,8 @@ def _step_of(line: str) -> float:
     """The step of a log line; infinity if the line has none."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
-
-
-def printable(text: str) -> str:
-    """`text` with control, formatting and surrogate characters escaped: sampled text must not drive a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,8 @@ class RunLog:
         self._workdir.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             rewind(self._workdir / name, start_step)
-        self._metrics = self._files.enter_context((self._workdir / "metrics.jsonl").open("a"))
-        self._samples = self._files.enter_context((self._workdir / "samples.jsonl").open("a"))
+        self._metrics = self._files.enter_context(open_own(self._workdir / "metrics.jsonl", "a"))
+        self._samples = self._files.enter_context(open_own(self._workdir / "samples.jsonl", "a"))
 
     def __enter__(self) -> "RunLog":
         return self

@@ -8,6 +8,7 @@ these shardings the compiler writes the communication; `pjit` is today this very
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
@@ -49,8 +51,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (all, if None). Raises ValueError when the sizes do not multiply to their number."""
-    devices = jax.devices() if devices is None else devices
+    """The mesh over `devices` (all, if None). Raises ValueError when the sizes do not multiply to their number, or when
+    all devices are processors while the machine has GPUs."""
+    if devices is None:
+        _refuse_idle_gpus()
+        devices = jax.devices()
     fixed = config.fsdp * config.tensor
     data = len(devices) // fixed if config.data == -1 and fixed > 0 else config.data
     if min(data, config.fsdp, config.tensor) < 1 or data * fixed != len(devices):
@@ -60,6 +65,16 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         )
     # Explicit axes, the default of make_mesh, would ask the model to state every layout.
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _refuse_idle_gpus() -> None:
+    """JAX only warns where it finds GPUs that it cannot use, and would go on a hundred times as slow."""
+    gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
+    if gpus and jax.default_backend() == "cpu" and "cpu" not in (jax.config.values["jax_platforms"] or ""):
+        raise ValueError(
+            f"this machine has {len(gpus)} NVIDIA GPUs, but JAX would compute on the processor: install "
+            "jax[cuda13] and look at what it warns of, or set JAX_PLATFORMS=cpu"
+        )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

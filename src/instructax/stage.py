@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import goodput, sharding, training
 from instructax.checkpoint import Checkpoints, committed_steps
-from instructax.configuration import check_range, require
+from instructax.configuration import INTEGERS, check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.divergence import SkippedUpdates
@@ -24,6 +24,7 @@ from instructax.manifest import config_difference, read_manifest, write_manifest
 from instructax.model import ModelConfig
 from instructax.model.kernels import Conditions, choose, place_of
 from instructax.runlog import RunLog, write_json
+from instructax.safe_text import redacted
 from instructax.tokenizer import Tokenizer, save_tokenizer
 from instructax.watchdog import Watchdog
 
@@ -58,10 +59,12 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     Raises ConfigError, with the differences, if it holds a run of another config. The groups `run` and `mesh` may
     change, since they decide how a run is kept and where it is computed, not what.
     """
-    path = workdir / "config.json"
+    path, config = workdir / "config.json", redacted(config)
     if path.exists() and (finished(workdir) or committed_steps(workdir)):
         stored = json.loads(path.read_text())
         difference = config_difference(_decisive(stored), _decisive(config))
+        if stored.get("stage") != config.get("stage"):  # then hardly a name is the same
+            difference = [line for line in difference if line.startswith("stage: ")]
         require(
             not difference,
             f"{workdir} holds a run with another config ({'; '.join(difference)}); "
@@ -97,7 +100,9 @@ def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> i
         min(steps, epochs) == 0 < max(steps, epochs),
         f"config.steps = {steps} and config.epochs = {epochs}: set one, the other to 0",
     )
-    return steps or math.ceil(epochs * rows / rows_per_step)
+    found = steps or math.ceil(epochs * rows / rows_per_step)
+    require(found < INTEGERS, f"config.epochs = {epochs} are {found:.3g} steps of {rows} rows: lower it")
+    return found
 
 
 def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> None:
@@ -187,7 +192,7 @@ class Record:
     def check(self, workdir: Path) -> None:
         """Raises ConfigError if config, data or parents have changed since the manifest in `workdir` was written."""
         manifest = read_manifest(workdir)
-        origins = {**self.origins(), "config": _decisive(self.given)}
+        origins = redacted({**self.origins(), "config": _decisive(self.given)})
         stored = {name: manifest[name] for name in origins}
         difference = config_difference({**stored, "config": _decisive(stored["config"])}, origins)
         require(

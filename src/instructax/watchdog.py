@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+TICK = 5.0  # seconds after which the watchdog looks again, or less
+
 
 class Watchdog:
     """While entered, aborts the process (SIGABRT, code 134) once `seconds` have passed without a `beat`; 0: never.
 
-    Before it does, it writes to `report` what was begun last and the stacks of all threads. A thread that holds
-    Python's lock for ever holds up the watchdog too.
+    Time in which the process itself was stopped, as by SIGSTOP or a frozen container, does not count. Before it aborts,
+    it writes to `report` what was begun last and the stacks of all threads. A thread that holds Python's lock for ever
+    holds up the watchdog too.
     """
 
     def __init__(self, seconds: float, report: Path):
@@ -39,12 +42,17 @@ class Watchdog:
             self._woken.notify()
 
     def _watch(self) -> None:
+        tick, looked = min(TICK, self._seconds / 4), time.monotonic()
         with self._woken:
             while not self._left:
-                still = time.monotonic() - self._last[0]
-                if still >= self._seconds:
+                self._woken.wait(tick)
+                now = time.monotonic()
+                if now - looked > 2 * tick:  # this thread stood still too
+                    began, name = self._last
+                    self._last = began + (now - looked - tick), name
+                looked = now
+                if (still := now - self._last[0]) >= self._seconds:
                     self._abort(still)
-                self._woken.wait(self._seconds - still)
 
     def _abort(self, still: float) -> None:
         line = f"watchdog: nothing has moved for {still:.0f} s since {self._last[1]!r}; stacks: {self._report}"

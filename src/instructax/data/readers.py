@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from instructax.configuration import require
+from instructax.configuration import check_shares, require
 from instructax.data.batches import Source, comparison_batch, evaluation_rows, lm_batch, mixed_lm_batch, process_slice
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
@@ -27,6 +27,9 @@ class LmData:
     text_fraction: float  # 1: pretraining, 0: demonstrations alone, 0.1: the PPO initialisation (paper, C.3)
     limits: Limits
     folder: str  # where prepared rows are kept
+
+    def __post_init__(self):
+        check_shares(self, "text_fraction")
 
 
 def read_lm_data(config: LmData, tokenizer: Tokenizer) -> dict[str, Prepared]:

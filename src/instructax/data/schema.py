@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+LINE_BYTES = 64 * 2**20  # of the longest line: of one without an end, as a small gzip file may hold, no more is read
+
 
 class DataError(ValueError):
     """A line that cannot be used; reads `file:line: field: reason (value)`."""
@@ -107,7 +109,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with gzip.open(file, "rb") if str(file).endswith(".gz") else open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(LINE_BYTES + 1), b""), start=1):
+                if len(line) > LINE_BYTES:
+                    raise DataError(f"{file}:{number}: line: longer than {LINE_BYTES} bytes: split the text")
                 content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip(b" \t\r\n")
                 if content:
                     yield number, content

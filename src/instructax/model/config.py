@@ -5,6 +5,8 @@ from typing import Literal
 
 from instructax.configuration import check_range
 
+LAYERS = 10_000  # a network has fewer: a list of them is made even to estimate it
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
@@ -66,7 +68,7 @@ class ModelConfig:
     def __post_init__(self):
         sizes = ("vocab_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
         least = dict.fromkeys(("norm_epsilon", "init_std", "score_width", "attention_cap", "logit_cap", "window"), 0)
-        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1})
+        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1}, {"layers": LAYERS})
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
         if not 0 < self.rotary_fraction <= 1:
