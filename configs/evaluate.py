@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "text": sizes.files(size, "text"),
                 "comparisons": (("labelers", sizes.files(size, "comparisons")),),
                 "demonstrations": sizes.files(size, "demonstrations"),
+                "chat": size in sizes.RECIPES,
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },

@@ -13,9 +13,11 @@ PACKAGE = ROOT / "src" / "instructax"
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
     **dict.fromkeys(("types", "configuration", "operations", "watchdog"), 0),
-    **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
+    **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),
-    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(
+        ("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest", "optimizer"), 2
+    ),
     **dict.fromkeys(("interruption", "locking", "streaming", "batch_view", "pretrained"), 2),
     **dict.fromkeys(("engine", "chat_template"), 3),
     **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 4),

@@ -12,7 +12,9 @@ people write may not: a message that holds the text of one is refused, so that n
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import tokenizers
 
 from instructax.data.schema import opened
+from instructax.data.wording import Wording, turns
 from instructax.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -57,6 +60,16 @@ def load_template(workdir: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
             _compiled(template.source)
             return template
     return None
+
+
+def inherit_template(parent: Path, workdir: Path) -> None:
+    """Puts the files that the chat template of the run in `parent` is read from into `workdir`, for whoever talks to
+    the child as it was trained."""
+    for place in PLACES:
+        for name in (TEMPLATE_FILE, "tokenizer_config.json"):
+            if (parent / place / name).is_file():
+                (workdir / place).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(parent / place / name, workdir / place / name)
 
 
 def template_of(source: str, tokenizer: Tokenizer, bos_token: str | None = None) -> ChatTemplate:
@@ -102,6 +115,25 @@ def render_demonstration(prompt: str, answer: str, template: ChatTemplate | None
             "name one and the same in tokenizer_config.json, as eos_token"
         )
     return before, answered
+
+
+def wording(template: ChatTemplate | None, tokenizer: Tokenizer) -> Wording:
+    """How records are worded for training with `template`: the turns of their prompt, and what opens an answer.
+
+    An answer is then trained as it is, with the one end token behind it. Raises ValueError where the template would
+    write it otherwise, or end it with another token.
+    """
+    if template is None:
+        raise ValueError("there is no chat template")
+    answered = render_demonstration("a", MARK, template)[1]
+    if answered != MARK:
+        raise ValueError(f"the chat template writes the answer {MARK!r} as {answered!r}: it cannot be trained with")
+    return Wording(
+        hash=hashlib.sha256(repr(dataclasses.astuple(template)).encode()).hexdigest(),
+        word=lambda prompt: render(turns(prompt), template, add_generation_prompt=True),
+        encode=lambda text: encode_rendered(text, tokenizer, template),
+        reserved=template.special,
+    )
 
 
 def encode_rendered(text: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> np.ndarray:

@@ -59,7 +59,9 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
-        blocks = self.param("blocks", init_blocks, c)
+        # Adapters are leaves that no fresh network has, which `param` would refuse.
+        given = self.has_variable("params", "blocks")
+        blocks = self.get_variable("params", "blocks") if given else self.param("blocks", init_blocks, c)
         if cache is None:
             mask = attention_mask(segments, segments, 0)
             x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout)
