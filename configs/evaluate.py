@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "seed": 0,
             "policies": (
                 ("GPT", f"{folder}/pretrain", "plain"),
-                ("GPT prompted", f"{folder}/pretrain", "few-shot"),
+                *(() if size in sizes.RECIPES else (("GPT prompted", f"{folder}/pretrain", "few-shot"),)),
                 ("SFT", f"{folder}/sft", "plain"),
                 ("best-of-n", f"{folder}/sft", "best-of"),
                 ("PPO", f"{folder}/ppo", "plain"),

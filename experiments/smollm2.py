@@ -1,7 +1,7 @@
 """SmolLM2-135M, a pretrained model, through all stages with LoRA: SFT, a reward model on people's rankings, PPO-ptx.
 
 Command:   ./scripts/smollm2.sh DATA
-           python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (the model is there already)
+           python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (from the stages on)
 Hardware:  two cores, a night; `DATA,hour` in place of `DATA`: about an hour; one GPU: minutes.
 Expect:    a reward model that orders held-out pairs better than their length does, and than the same network that was
            never pretrained; PPO raises its score.
@@ -52,7 +52,8 @@ def get_runs(arg: str, root: str) -> list[Run]:
     parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
     groups = tuple((Path(file).name.partition(".")[0], (file,)) for file in files["comparisons"])
     measured = {**common, **prompts, "data.demonstrations": (), "reference": "SFT"}
-    alone = {**measured, "policies": (("SFT", f"{root}/sft", "plain"),), "prompts": 1, "batch_size": 1, "data.text": ()}
+    alone = {**measured, "policies": (("SFT", f"{root}/sft", "plain"),), "data.text": ()}
+    alone |= {"prompts": 1, "batch_size": 4, "batches": 10000}
     policies = (("SmolLM2", BASE, "plain"), ("SFT", f"{root}/sft", "plain"), ("PPO-ptx", f"{root}/ppo-ptx", "plain"))
     short = {"data.limits.prompt_tokens": 256, "data.limits.response_tokens": 128, "data.limits.sequence_tokens": 512}
     every = [
@@ -74,7 +75,7 @@ def get_runs(arg: str, root: str) -> list[Run]:
             | {"reward_parent": f"{root}/reward", "prompts": 128, "batch_size": 16, "batches": 4},
         ),
     ]
-    changes = HOUR if length else {}
+    changes: dict[str, Any] = HOUR if length else {}
     return [
         Run(name, f"configs/{stage}.py:{SIZE}", {**values, **changes.get(name, {})}) for name, stage, values in every
     ]

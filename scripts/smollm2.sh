@@ -21,8 +21,13 @@ if [[ ! -e "$folder/pretrain/summary.json" ]]; then
   python scripts/import.py --source "$weights" --workdir "$folder/pretrain"
 fi
 if [[ ! -e "$folder/answers.jsonl" ]]; then
+  for prompt in "What is the capital of France?" "Explain in two sentences why the sky is blue." \
+    "Write a short story about a fox who learns to read." "How do I boil an egg?" \
+    "List three differences between cats and dogs."; do
+    echo "{\"messages\": [{\"role\": \"user\", \"content\": \"$prompt\"}]}"
+  done > "$folder/prompts.jsonl"
   python scripts/sample.py --workdir "$folder/pretrain" --length 64 --temperature 0 --rows 5 \
-    --input scripts/five_prompts.jsonl --output "$folder/answers.jsonl"
+    --input "$folder/prompts.jsonl" --output "$folder/answers.jsonl"
 fi
 cat "$folder/answers.jsonl"
 if (($#)); then
