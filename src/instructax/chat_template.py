@@ -117,20 +117,19 @@ def render_demonstration(prompt: str, answer: str, template: ChatTemplate | None
     return before, answered
 
 
-def wording(template: ChatTemplate | None, tokenizer: Tokenizer) -> Wording:
-    """How records are worded for training with `template`: the turns of their prompt, and what opens an answer.
+def wording(template: ChatTemplate, tokenizer: Tokenizer) -> Wording:
+    """How records are worded for training with `template`: the turns of their prompt and what opens an answer, then the
+    answer as the template writes it, behind which the stages put the one end token.
 
-    An answer is then trained as it is, with the one end token behind it. Raises ValueError where the template would
-    write it otherwise, or end it with another token.
+    Raises ValueError where the template ends an answer with another token.
     """
-    if template is None:
-        raise ValueError("there is no chat template")
     answered = render_demonstration("a", MARK, template)[1]
-    if answered != MARK:
-        raise ValueError(f"the chat template writes the answer {MARK!r} as {answered!r}: it cannot be trained with")
+    if MARK not in answered:
+        raise ValueError(f"the chat template writes no answer, but {answered!r}: it cannot be trained with")
     return Wording(
         hash=hashlib.sha256(repr(dataclasses.astuple(template)).encode()).hexdigest(),
-        word=lambda prompt: render(turns(prompt), template, add_generation_prompt=True),
+        prompt=lambda prompt: render(turns(prompt), template, add_generation_prompt=True),
+        answer=lambda text: answered.replace(MARK, text),
         encode=lambda text: encode_rendered(text, tokenizer, template),
         reserved=template.special,
     )

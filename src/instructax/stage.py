@@ -110,15 +110,15 @@ def wording_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) 
         return PLAIN
     found = {name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()}
     require(bool(found), "config.data.chat = True, but there is no parent that has a chat template: give one, or False")
-    first = next(iter(found))
+    first, expected = next(iter(found.items()))
     for name, template in found.items():
         require(
-            template is not None and template == found[first],
+            template is not None and template == expected,
             f"config.data.chat = True, but config.{name} = {str(parents[name].workdir)!r} has "
             + ("no chat template" if template is None else f"another chat template than config.{first}")
             + ": train all of them with it, or none",
         )
-    return wording(found[first], tokenizer)
+    return PLAIN if expected is None else wording(expected, tokenizer)
 
 
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:

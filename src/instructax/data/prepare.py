@@ -237,7 +237,14 @@ def _opened(record: Any) -> Any:
 
 
 def _worded(record: Any, wording: Wording) -> Any:
-    return record if isinstance(record, Text) else dataclasses.replace(record, prompt=wording.word(record.prompt))
+    if isinstance(record, Text):
+        return record
+    changes: dict[str, Any] = {"prompt": wording.prompt(record.prompt)}
+    if isinstance(record, Demonstration):
+        changes["completion"] = wording.answer(record.completion)
+    if isinstance(record, Comparison):
+        changes["completions"] = tuple(map(wording.answer, record.completions))
+    return dataclasses.replace(record, **changes)
 
 
 def _splits(records: Sequence[Any], limits: Limits) -> dict[str, list[Any]]:

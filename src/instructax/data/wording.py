@@ -1,4 +1,4 @@
-"""How a prompt is worded for a model: as it is, or in the turns of a conversation."""
+"""How prompts and answers are worded for a model: as they are, or in the turns of a conversation."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,18 +8,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """From the prompt of a record to its tokens, up to where its completion begins.
+    """From the texts of a record to those that a model reads and writes.
 
     `hash` tells wordings apart: prepared rows depend on it.
     """
 
     hash: str
-    word: Callable[[str], str]  # of a prompt that is `opened`
+    prompt: Callable[[str], str]  # of a prompt that is `opened`, up to where its completion begins
+    answer: Callable[[str], str]  # of a completion, up to the end token
     encode: Callable[[str], np.ndarray] | None  # of a worded prompt; None: as any other text
     reserved: Sequence[str]  # texts that no prompt or completion may hold, since the model reads them as its own
 
 
-PLAIN = Wording(hash="", word=lambda prompt: prompt, encode=None, reserved=())
+PLAIN = Wording(hash="", prompt=str, answer=str, encode=None, reserved=())
 
 
 def turns(prompt: str) -> list[Mapping[str, str]]:
