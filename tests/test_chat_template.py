@@ -267,7 +267,7 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name
 
 def test_a_template_that_ends_otherwise_cannot_be_trained_with(chatml):
     tokenizer, _ = chatml
-    with pytest.raises(ValueError, match="ends an answer with '<|im_start|>'"):
+    with pytest.raises(ValueError, match=r"ends an answer with '<\|im_start\|>'"):
         wording(template_of(CHATML.replace("<|im_end|>' + '\n'", "<|im_start|>'"), tokenizer), tokenizer)
 
 
