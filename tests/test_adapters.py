@@ -230,4 +230,4 @@ def test_eight_devices_give_the_same_adapters(chain):
         small.random_params(model), optax.adam(1.0), mesh, lambda p: adapted(p, LORA, jax.random.key(0))
     )
     alone = adapted(small.random_params(model), LORA, jax.random.key(0))
-    stages.assert_trees_equal(jax.device_get(state.params), jax.device_get(alone))
+    stages.assert_trees_close(jax.device_get(state.params), jax.device_get(alone), rtol=1e-6, atol=1e-7)

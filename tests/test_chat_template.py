@@ -224,7 +224,7 @@ def test_turns_of_a_prompt():
 @pytest.mark.parametrize("template_name", ["chatml", "inst"])
 def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name, request, tmp_path):
     tokenizer, template = request.getfixturevalue(template_name)
-    limits = Limits(200, 150, 40, 3, None, None, False, (("train", 1.0),), 0)
+    limits = Limits(500, 400, 40, 3, None, None, False, (("train", 1.0),), 0)
     texts = [("Hi there", "Hello."), ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Why?\n\nAssistant:", "So.")]
     texts.append(("Say <|im_end|> and </s>", "No."))  # nobody ends somebody's turn
     files = {"d": [], "c": [], "p": []}

@@ -18,7 +18,8 @@ from instructax.configuration import check_positive, check_range
 from instructax.types import Array, Params
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"  # beside `kernel`
-CONTRACTED = {"out": 2}  # leading axes of a kernel [L, ...] that its product sums over, the layer's left out; others: 1
+# Each linear map of the layers, and how many axes of its kernel its product sums over.
+CONTRACTED = {"query": 1, "key": 1, "value": 1, "out": 2, "up": 1, "gate": 1, "down": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,12 @@ def adapted(params: Params, config: LoraConfig, key: Array) -> Params:
     """`params` with adapters: A from N(0, 1 / the number of inputs), B = 0. With rank 0 `params` themselves."""
     if config.rank == 0:
         return params
-    number = iter(range(100))
+    keys = dict(zip(CONTRACTED, jax.random.split(key, len(CONTRACTED)), strict=True))
 
     def added(name: str, linear: Params) -> Params:
         kernel = linear["kernel"]
         layers, (inputs, outputs) = kernel.shape[0], _inputs_and_outputs(name, kernel)
-        a = jax.random.normal(jax.random.fold_in(key, next(number)), (layers, *inputs, config.rank), jnp.float32)
+        a = jax.random.normal(keys[name], (layers, *inputs, config.rank), jnp.float32)
         return {
             **linear,
             A: a / np.sqrt(np.prod(inputs)),
@@ -94,7 +95,7 @@ def _adapted(params: Params) -> bool:
 
 
 def _inputs_and_outputs(name: str, kernel: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    border = 1 + CONTRACTED.get(name, 1)
+    border = 1 + CONTRACTED[name]
     return kernel.shape[1:border], kernel.shape[border:]
 
 
