@@ -258,8 +258,8 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name
 
     judged = prepared(prepare.prepare_comparisons, "c").sources["train"]
     asked = prepared(prepare.prepare_prompts, "p").sources["train"]
-    prompts = sorted(np.asarray(judged[i]["prompt"]).tolist() for i in range(len(judged)))
-    assert prompts == sorted(np.asarray(asked[i]["tokens"]).tolist() for i in range(len(asked)))
+    prompts = sorted(row["prompt"].tolist() for row in judged.__getitems__(range(len(judged))))
+    assert prompts == sorted(row["tokens"].tolist() for row in asked.__getitems__(range(len(asked))))
     assert encode_messages([USER], tokenizer, template).tolist() in prompts
     plain = prepared(prepare.prepare_prompts, "p", PLAIN)
     assert plain.report.kept["train"] == 3 and plain.report.hash != prepared(prepare.prepare_prompts, "p").report.hash
