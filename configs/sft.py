@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "batch_size": {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 4), "small": 16, "smollm2": 16, "175b": 8}.get(
                 size, 32
             ),  # packed rows, C.1
-            "accumulate": 1,
+            "accumulate": 4 if size in sizes.RECIPES else 1,
             "dropout": 0.2 if baseline else 0.0,  # C.1
             "epochs": 16.0 if baseline else 2.0,  # C.1, C.3
             "steps": 0,

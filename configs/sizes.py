@@ -158,7 +158,7 @@ def limits(size: str) -> ml_collections.ConfigDict:
             "sequence_tokens": sequence,
             "prompt_tokens": prompt,
             "response_tokens": response,
-            "completions": 4 if size == "small" else 9,  # K; short contexts fit few
+            "completions": {"small": 4, "smollm2": 5}.get(size, 9),  # K; short contexts fit few
             # The world's prompts repeat on purpose.
             "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
             "prompts_per_user": 200,

@@ -31,10 +31,10 @@ ZERO = ("demos/oasst*", "demos/selfinstruct*")  # score 0 on average: all of the
 # Without a past: the shape of the pretrained network at a sixth of its depth, trained in full.
 SCRATCH = {"parent": "", "lora.rank": 0, "model.layers": 5, "optimizer.learning_rate": 3e-4, "data.chat": False}
 HOUR = {
-    "sft": {"steps": 20, "epochs": 0.0},
+    "sft": {"steps": 12, "epochs": 0.0},
     "reward": {"steps": 30, "epochs": 0.0},
     "scratch": {"steps": 30, "epochs": 0.0},
-    "ppo-ptx": {"steps": 8},
+    "ppo-ptx": {"steps": 6},
     "evaluate": {"prompts": 16},
 }
 RANKINGS = {"from SmolLM2": "ranking", "from scratch": "ranking-scratch"}
