@@ -14,9 +14,9 @@ PACKAGE = ROOT / "src" / "instructax"
 FLOORS = {
     **dict.fromkeys(("types", "configuration", "operations", "watchdog", "sharding", "safe_text"), 0),
     **dict.fromkeys(("heartbeat", "goodput", "integrity"), 0),
-    **dict.fromkeys(("masked", "clock", "model", "vocabulary", "optimizer"), 1),
+    **dict.fromkeys(("masked", "clock", "model", "vocabulary"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),
-    **dict.fromkeys(("losses", "advantages", "data", "inference", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(("losses", "advantages", "data", "inference", "rows", "checkpoint", "manifest", "optimizer"), 2),
     **dict.fromkeys(("interruption", "locking", "streaming", "batch_view", "pretrained"), 2),
     **dict.fromkeys(("sampling", "chat_template"), 3),
     "engine": 4,

@@ -23,6 +23,7 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
 from instructax.data.schema import Demonstration, read_jsonl
+from instructax.data.wording import PLAIN, Wording
 from instructax.held_out import HeldOut
 from instructax.lineage import Head, Parent, open_parents, tokenizer_of
 from instructax.model import ComputeConfig, ModelConfig, Transformer
@@ -43,6 +44,7 @@ class EvaluateData:
     text: tuple[str, ...]
     comparisons: tuple[tuple[str, tuple[str, ...]], ...]  # (name of a group of labelers, files of what they ranked)
     demonstrations: tuple[str, ...]  # what the worked examples of "few-shot" are taken from
+    chat: bool  # whether prompts are worded by the policies' chat template
     limits: Limits
     folder: str  # where prepared rows are kept
 
@@ -79,6 +81,8 @@ class EvaluateConfig:
         for name, _, how in self.policies:
             if how not in get_args(How):
                 raise ValueError(f"policies.{name} is asked {how!r}: allowed are {', '.join(get_args(How))}")
+        if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
+            raise ValueError("data.chat = True has no few-shot: worked examples stand before plain prompts")
         if any(how == "few-shot" for _, _, how in self.policies) and not self.data.demonstrations:
             raise ValueError("data.demonstrations must be given: a policy is asked few-shot, behind some of them")
         if self.reference not in names:
@@ -105,7 +109,7 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(paths, (config.model, "tokens"))
     models["reward_parent"] = (config.reward_model, "scalar")
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
     stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
@@ -159,18 +163,18 @@ def _load(config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: Parent, head:
     return parent.load(training.abstract_params(model, mesh))
 
 
-def read_data(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+def read_data(config: EvaluateConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
     """What there are files of, prepared."""
     limits, folder = config.data.limits, Path(config.data.folder)
 
     def prepared(prepare: Callable[..., Prepared], files: Iterable[str]) -> Prepared:
         return prepare([Path(file) for file in files], tokenizer, limits, folder)
 
-    data = {"prompts": prepared(prepare_prompts, config.data.prompts)}
+    data = {"prompts": prepared(partial(prepare_prompts, wording=wording), config.data.prompts)}
     if config.data.text:
         data["text"] = prepared(prepare_text, config.data.text)
     for name, files in config.data.comparisons:
-        data[f"comparisons.{name}"] = prepared(prepare_comparisons, files)
+        data[f"comparisons.{name}"] = prepared(partial(prepare_comparisons, wording=wording), files)
     return data
 
 

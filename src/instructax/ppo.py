@@ -30,7 +30,7 @@ from instructax.inference import (
 )
 from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masked import masked_mean, token_count
-from instructax.model import Transformer
+from instructax.model import Transformer, joined, merged, trained
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average, skipped
 from instructax.rows import Layout, lay_out, pack, packed_map
 from instructax.sampling import generate, prefill_padding
@@ -95,7 +95,7 @@ def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, 
     keys = clock.sample_keys(clock.step_key(settings.seed, "rollout", step), samples)
     return generate(
         program.policy,
-        params,
+        merged(params),
         prompts,
         keys,
         length=program.response_tokens,
@@ -286,12 +286,12 @@ def value_step(
     def gradients_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:
         rows, (old_values, returns) = part
 
-        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            values = row_values(program.scorer, params, rows)
+        def loss_of(part: Params) -> tuple[Array, dict[str, Array]]:
+            values = row_values(program.scorer, joined(part, params), rows)
             loss, clipped_fraction = clipped_value_loss(values, old_values, returns, rows.loss_mask, clip=clip)
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(params))
         return gradients, metrics
 
     return _accumulated(gradients_of, minibatch, (minibatch.values, minibatch.returns))

@@ -31,12 +31,13 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
+from instructax.data.wording import PLAIN, Wording
 from instructax.inference import at_the_end, comparison_rows, last_columns, row_outputs
 from instructax.interruption import pause
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
-from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.model import ComputeConfig, LoraConfig, ModelConfig, Transformer, joined, trained
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
 from instructax.rows import by_parts, lay_out, pack, width_of
 from instructax.sharding import MeshConfig
@@ -85,11 +86,12 @@ def update(
 
         valid = batch.valid & at_the_ends(rows.segments != 0)
 
-        def loss_of(params: Params) -> tuple[Array, Array]:
-            outputs = row_outputs(program.model, with_bias(params, 0.0), rows)
+        def loss_of(moved: Params) -> tuple[Array, Array]:
+            params = with_bias(joined(moved, state.params), 0.0)
+            outputs = row_outputs(program.model, params, rows)
             return pairwise_ranking_loss(at_the_ends(outputs), batch.ranks, valid)
 
-        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(state.params))
         own_prompts, own_pairs = _counts(batch, valid)
         gradients, loss = scaled(own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss))
         return gradients, {"loss": loss, "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy}
@@ -149,6 +151,7 @@ class RewardData:
 
     comparisons: tuple[str, ...]
     demonstrations: tuple[str, ...]
+    chat: bool  # whether prompts are worded by the parent's chat template
     limits: Limits
     folder: str  # where prepared rows are kept
 
@@ -163,6 +166,7 @@ class RewardConfig:
     tokenizer: str  # path, or "bytes"
     model: ModelConfig
     compute: ComputeConfig
+    lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: RewardData
@@ -179,6 +183,7 @@ def check(config: RewardConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
     stage.check_rows("batch_size", config.batch_size, 1, mesh)
     stage.check_lengths(config.data.limits, config.model)
+    stage.check_adapters(config.lora, config.model, config.parent)
 
 
 def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None:
@@ -188,7 +193,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
     train_rows = data["comparisons"].sources["train"]
     total_steps = stage.steps_of(
         steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
@@ -206,19 +211,22 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         row_tokens=row_tokens,
     )
     settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
-    abstract = training.abstract_state(model, optimizer, mesh)
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
     step = training.compile_update(partial(update, program), abstract, mesh)
     ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"], row_tokens)
     normalize = normalizer(model, mesh, config, data["demonstrations"].sources["train"])
 
     def start() -> TrainState:
-        fresh = training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
+        key = clock.step_key(config.seed, "init", 0)
+        fresh = training.init_state(model, optimizer, key, mesh, adapt)
         if "parent" not in parents:
             return fresh
         policy = Transformer(config.model, config.compute, "tokens")
         loaded = parents["parent"].load(training.abstract_params(policy, mesh))
         # The unembedding is left behind (paper, section 3.5), unless it is the input embedding as well.
-        return dataclasses.replace(fresh, params={name: loaded.get(name, leaf) for name, leaf in fresh.params.items()})
+        trunk = {name: leaf for name, leaf in loaded.items() if name in fresh.params}
+        return dataclasses.replace(fresh, params=joined(trunk, fresh.params))
 
     stage.run(
         workdir,
@@ -234,13 +242,13 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     )
 
 
-def read_data(config: RewardConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+def read_data(config: RewardConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
     """Comparisons, and the demonstrations that score 0 on average."""
     limits, folder = config.data.limits, Path(config.data.folder)
     files = {name: [Path(path) for path in getattr(config.data, name)] for name in ("comparisons", "demonstrations")}
     return {
-        "comparisons": prepare_comparisons(files["comparisons"], tokenizer, limits, folder),
-        "demonstrations": prepare_demonstrations(files["demonstrations"], tokenizer, limits, folder),
+        "comparisons": prepare_comparisons(files["comparisons"], tokenizer, limits, folder, wording),
+        "demonstrations": prepare_demonstrations(files["demonstrations"], tokenizer, limits, folder, wording),
     }
 
 

@@ -30,6 +30,11 @@ LAYOUTS: tuple[tuple[str, P], ...] = (
     (r"mlp/(up|gate)/bias", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"(out|down)/bias", P()),  # [L, D]
+    (r"(query|key|value|up|gate)/lora_a", P(None, "fsdp", None)),  # [L, D, r]
+    (r"(query|key|value|up|gate)/lora_b", P(None, None, "tensor")),  # [L, r, H, d] or [L, r, F]
+    (r"(out|down)/lora_a", P(None, "tensor")),  # [L, H, d, r] or [L, F, r]
+    (r"(out|down)/lora_b", P(None, None, "fsdp")),  # [L, r, D]
+    (r"lora_scale", P()),  # [L]
     (r"norm/(scale|bias)", P()),  # [L, D] or [D]
     # The width is split, not the vocabulary: 257 and 50257 words divide by nothing.
     (r"(params|mu|nu|ema|^)/?embedding", P(None, ("tensor", "fsdp"))),  # [V, D]

@@ -12,16 +12,18 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import goodput, sharding, training
+from instructax.chat_template import inherit_template, load_template, wording
 from instructax.checkpoint import Checkpoints, committed_steps
 from instructax.configuration import INTEGERS, check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
+from instructax.data.wording import PLAIN, Wording
 from instructax.divergence import SkippedUpdates
 from instructax.goodput import Ledger
 from instructax.heartbeat import Heartbeat
 from instructax.lineage import Parent, finished
 from instructax.manifest import config_difference, read_manifest, write_manifest
-from instructax.model import ModelConfig
+from instructax.model import LoraConfig, ModelConfig
 from instructax.model.kernels import Conditions, choose, place_of
 from instructax.runlog import RunLog, write_json
 from instructax.safe_text import redacted
@@ -92,6 +94,38 @@ def check_lengths(limits: Limits, model: ModelConfig) -> None:
             length <= model.max_length,
             f"config.data.limits.{name} = {length} is above config.model.max_length = {model.max_length}: lower it",
         )
+
+
+def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
+    """Raises ConfigError for adapters wider than what they adapt, or of a network that nobody has trained."""
+    require(
+        lora.rank <= model.width,
+        f"config.lora.rank = {lora.rank} is above config.model.width = {model.width}: lower it, or 0 trains everything",
+    )
+    require(
+        lora.rank == 0 or bool(parent),
+        f"config.lora.rank = {lora.rank}, but there is no parent whose weights could stay: give one, or rank 0",
+    )
+
+
+def wording_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) -> Wording:
+    """How the prompts of a run are worded: by the chat template of its parents if it is to `chat`, else plainly.
+
+    Raises ConfigError if a parent has none, or another than the rest.
+    """
+    if not chat:
+        return PLAIN
+    found = {name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()}
+    require(bool(found), "config.data.chat = True, but there is no parent that has a chat template: give one, or False")
+    first, expected = next(iter(found.items()))
+    for name, template in found.items():
+        require(
+            template is not None and template == expected,
+            f"config.data.chat = True, but config.{name} = {str(parents[name].workdir)!r} has "
+            + ("no chat template" if template is None else f"another chat template than config.{first}")
+            + ": train all of them with it, or none",
+        )
+    return PLAIN if expected is None else wording(expected, tokenizer)
 
 
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
@@ -205,6 +239,8 @@ class Record:
         if jax.process_index() > 0:
             return
         save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
+        if getattr(getattr(self.config, "data", None), "chat", False) and self.parents:
+            inherit_template(next(iter(self.parents.values())).workdir, workdir)
         origins = self.origins()
         write_manifest(
             workdir,

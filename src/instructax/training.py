@@ -8,15 +8,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from instructax import sharding
+from instructax import clock, sharding
 from instructax.divergence import SkippedUpdates
 from instructax.inference import row_loss_and_gradients
 from instructax.interruption import Asked, Interruption
 from instructax.losses import next_token_loss
-from instructax.model import Dropout, Transformer
+from instructax.model import Dropout, Transformer, adapted, trained
 from instructax.processes import anywhere
 from instructax.rows import Layout, scan_rows
 from instructax.types import Array, LmBatch, Params, TrainState
+
+Adapt = Callable[[Params], Params]
+
+
+def _as_it_is(params: Params) -> Params:
+    return params
 
 
 def init_params(model: Transformer, key: Array) -> Params:
@@ -26,8 +32,13 @@ def init_params(model: Transformer, key: Array) -> Params:
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 with the given parameters."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    """Step 0 with the given parameters; the optimizer has a state of what is trained alone."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(trained(params)))
+
+
+def adapters_of(config: Any, network: int = 0) -> Adapt:
+    """What adds the adapters of a stage's config to parameters, the first ones of its network number `network`."""
+    return lambda params: adapted(params, config.lora, clock.step_key(config.seed, "adapters", network))
 
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Params:
@@ -35,9 +46,11 @@ def abstract_params(model: Transformer, mesh: Mesh) -> Params:
     return sharding.abstract(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, adapt: Adapt = _as_it_is
+) -> TrainState:
     """Shapes and layouts of a state, without data."""
-    shapes = jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
+    shapes = jax.eval_shape(lambda: new_state(adapt(init_params(model, jax.random.key(0))), optimizer))
     return sharding.abstract(shapes, mesh)
 
 
@@ -46,17 +59,25 @@ def layouts(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def init_state(model: Transformer, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
+def init_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    mesh: Mesh,
+    adapt: Adapt = _as_it_is,
+) -> TrainState:
     """A fresh state, each device allocating only its part of it."""
-    out = layouts(abstract_state(model, optimizer, mesh))
-    return jax.jit(lambda key: new_state(init_params(model, key), optimizer), out_shardings=out)(key)
+    out = layouts(abstract_state(model, optimizer, mesh, adapt))
+    return jax.jit(lambda key: new_state(adapt(init_params(model, key)), optimizer), out_shardings=out)(key)
 
 
-def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def start_from(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, adapt: Adapt = _as_it_is
+) -> TrainState:
     """A state at step 0 with loaded parameters and a fresh optimizer, sharded as the mesh wants it."""
-    shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
+    shapes = jax.eval_shape(lambda p: new_state(adapt(p), optimizer), params)
     out = sharding.shardings(shapes, mesh)
-    return jax.jit(lambda p: new_state(p, optimizer), out_shardings=out)(params)
+    return jax.jit(lambda p: new_state(adapt(p), optimizer), out_shardings=out)(params)
 
 
 def compile_update(update: Callable[..., Any], abstract: Any, mesh: Mesh) -> Callable[[Any, Any, Any], Any]:

@@ -67,10 +67,10 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         dropout=jnp.float32(config.dropout),
     )
-    step = training.compile_update(
-        partial(supervised.update, program), training.abstract_state(model, optimizer, mesh), mesh
-    )
-    state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
+    step = training.compile_update(partial(supervised.update, program), abstract, mesh)
+    state = [training.init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     length = config.data.limits.sequence_tokens
     batch = sharding.put_rows(_text(config, config.batch_size), mesh)
 
@@ -97,10 +97,10 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         row_tokens=limits.comparison_tokens,
     )
     settings = reward.RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
-    step = training.compile_update(
-        partial(reward.update, program), training.abstract_state(model, optimizer, mesh), mesh
-    )
-    state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
+    step = training.compile_update(partial(reward.update, program), abstract, mesh)
+    state = [training.init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     shape = (rows, limits.completions, limits.response_tokens)
     ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])
     batch = Comparisons(
@@ -132,10 +132,12 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
     policy = _policy(program, ending)
     scorer = training.init_state(program.scorer, program.value_optimizer, jax.random.key(1), mesh).params
+    adapt = training.adapters_of(config, 0), training.adapters_of(config, 1)
+    started = training.start_from(policy, program.policy_optimizer, mesh, adapt[0])
     state = PpoState(
-        policy=training.start_from(policy, program.policy_optimizer, mesh),
-        value=training.start_from(scorer, program.value_optimizer, mesh),
-        ema=jax.tree.map(jnp.copy, policy),
+        policy=started,
+        value=training.start_from(scorer, program.value_optimizer, mesh, adapt[1]),
+        ema=jax.tree.map(jnp.copy, started.params),
     )
     rows = config.ptx_rows * config.minibatches * config.inner_epochs if config.ptx_coef > 0 else 0
     batch = sharding.put_rows((_prompts(config), _text(config, rows) if rows else None), mesh)
@@ -149,7 +151,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     else:
         states = [state]
         iterate = ppo_train.Iteration(
-            program, ppo_train.abstract_state(program), settings, policy, scorer, config.tolerance
+            program, ppo_train.abstract_state(program, *adapt), settings, policy, scorer, config.tolerance
         )
 
     def run(phase: Any) -> Mapping[str, float]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instructax.model import adapters
 from instructax.model.attention import rotary_frequencies, rotate
 from instructax.model.cache import written
 from instructax.model.config import ModelConfig
@@ -21,7 +22,7 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 class Linear(nn.Module):
     """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype `operands`:
-    dtype[..., contracted axes] → dtype[..., *features]."""
+    dtype[..., contracted axes] → dtype[..., *features]. Where there are adapters beside the kernel, what they add."""
 
     features: tuple[int, ...]
     contracted: int
@@ -35,6 +36,11 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
         rows, summed, features = "abc"[: x.ndim - self.contracted], "xy"[: self.contracted], "fgh"[: len(self.features)]
         y = product(f"{rows}{summed},{summed}{features}->{rows}{features}", x, kernel, self.operands)
+        if self.has_variable("params", adapters.A):
+            a, b, scale = (self.get_variable("params", name) for name in (adapters.A, adapters.B, adapters.SCALE))
+            low = product(f"{rows}{summed},{summed}r->{rows}r", x, a, self.operands)
+            change = product(f"{rows}r,r{features}->{rows}{features}", low, b, self.operands)
+            y = y + change * scale.astype(y.dtype)
         if self.bias:
             y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
         return y

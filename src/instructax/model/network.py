@@ -64,7 +64,9 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
-        blocks = self.param("blocks", init_blocks, c)
+        # Adapters are leaves that no fresh network has, which `param` would refuse.
+        given = self.has_variable("params", "blocks")
+        blocks = self.get_variable("params", "blocks") if given else self.param("blocks", init_blocks, c)
         if cache is None:
             kernel = "jax" if self.is_initializing() else self.compute.attention  # one token is enough for shapes
             attend_rows, mask = kernel_of_rows(kernel, segments, self.mesh)
