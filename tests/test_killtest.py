@@ -70,6 +70,7 @@ def test_places_are_drawn_evenly_and_again_from_the_same_seed():
 def test_where_a_kill_fell(tmp_path):
     heartbeat = Heartbeat(tmp_path / "heartbeat-0.json")
     heartbeat.beat("rollout")
+    heartbeat.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     pid, place = os.getpid(), killtest.Place("clock", 0, 1.0)
     found = killtest.found_at(tmp_path, pid, place)

@@ -276,46 +276,47 @@ def run(
     config: RunConfig = record.config.run
     process = jax.process_index()
     watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
-    heartbeat = Heartbeat(workdir / f"heartbeat-{process}.json")
-    ledger = Ledger(workdir / "goodput.jsonl", writes=process == 0)
+    heartbeats = contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json"))
+    ledgers = contextlib.closing(Ledger(workdir / "goodput.jsonl", writes=process == 0))
+    with heartbeats as heartbeat, ledgers as ledger:
 
-    def beat(name: str) -> None:
-        for listener in (watchdog, heartbeat, ledger):
-            listener.beat(name)
+        def beat(name: str) -> None:
+            for listener in (watchdog, heartbeat, ledger):
+                listener.beat(name)
 
-    beat("restore")
-    keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
-    checkpoints = Checkpoints(workdir, **keeping, exported=exported)
-    restored = checkpoints.restore(abstract)
-    state, step = restored if restored else (start(), 0)
-    if restored:
-        record.check(workdir)
-    record.write(workdir)
-    beat("start")
-    ledger.begin(step)
-    logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
-    logging |= {"beat": beat, "written": ledger.write, "recorded": checkpoints.unevaluated is None}
-    log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
-    with contextlib.closing(heartbeat), contextlib.closing(ledger), watchdog, log:
-        try:
-            training.fit(
-                state,
-                lambda state, batch: update(state, batch, log),
-                batches,
-                total_steps=total_steps,
-                checkpoints=checkpoints,
-                log=log,
-                evaluate=evaluate,
-                evaluate_every=config.evaluate_every,
-                skips=SkippedUpdates(config.most_skipped, workdir / "skipped"),
-                at_save=at_save,
-            )
-        finally:
-            checkpoints.close()
-        log.flush()
-        # From the file: a run that was killed after its last save has nothing left to compute.
-        beat("finish")
-        log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
+        beat("restore")
+        keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
+        checkpoints = Checkpoints(workdir, **keeping, exported=exported)
+        restored = checkpoints.restore(abstract)
+        state, step = restored if restored else (start(), 0)
+        if restored:
+            record.check(workdir)
+        record.write(workdir)
+        beat("start")
+        ledger.begin(step)
+        logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
+        logging |= {"beat": beat, "written": ledger.write, "recorded": checkpoints.unevaluated is None}
+        log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
+        with watchdog, log:
+            try:
+                training.fit(
+                    state,
+                    lambda state, batch: update(state, batch, log),
+                    batches,
+                    total_steps=total_steps,
+                    checkpoints=checkpoints,
+                    log=log,
+                    evaluate=evaluate,
+                    evaluate_every=config.evaluate_every,
+                    skips=SkippedUpdates(config.most_skipped, workdir / "skipped"),
+                    at_save=at_save,
+                )
+            finally:
+                checkpoints.close()
+            log.flush()
+            # From the file: a run that was killed after its last save has nothing left to compute.
+            beat("finish")
+            log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
     if process == 0:
         print(goodput.described(goodput.totals(workdir / "goodput.jsonl")), flush=True)
 
