@@ -217,7 +217,7 @@ BOMBS = {
     "{% for i in range(10**9) %}{% endfor %}": "Range too big",
     "{{ 'a' * 10**10 }}": "makes a text of more than 1000000 characters",
     "{{ 10**10 * [0] }}": "makes a text of more than 1000000 characters",
-    "{{ 2 ** 10**9 }}": "its power 1000000000 is above 64",
+    "{{ 2 ** (10**9) }}": "its power 1000000000 is above 64",
     "{{ lipsum.__globals__['os'] }}": "access to attribute '__globals__'",
     "{{ cycler.__init__.__globals__ }}": "access to attribute '__init__'",
     "{% include '/etc/passwd' %}": "no loader",

@@ -13,7 +13,7 @@ ROWS = [
 NO_TEST = ("by construction", "not tested: ")
 
 
-def functions_of(name: str) -> set[str]:
+def names_in(name: str) -> set[str]:
     """The tests in a file of tests/."""
     tree = ast.parse((ROOT / "tests" / name).read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
@@ -28,7 +28,7 @@ def test_every_row_has_a_test_or_a_reason():
 
 def test_every_test_that_is_named_is_there():
     named = {(file, test) for *_, shown in ROWS for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", shown)}
-    assert [f"{file}::{test}" for file, test in sorted(named) if test not in functions_of(file)] == []
+    assert [f"{file}::{test}" for file, test in sorted(named) if test not in names_in(file)] == []
 
 
 def test_no_fault_stands_twice():

@@ -156,7 +156,10 @@ class Checkpoints:
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None], note: dict[str, Any]) -> None:
         """Waits for the commit, then hashes the step and deletes the steps that need not stay."""
-        response.result()
+        try:
+            response.result()
+        except ValueError as error:  # how TensorStore tells that the disk refuses
+            raise OSError(f"step {step} cannot be saved in {self._root}: {str(error).splitlines()[0]}") from error
         self._settle(step, note)
 
     def _settle(self, step: int, note: Mapping[str, Any]) -> None:

@@ -127,8 +127,11 @@ def write_rows(builder: type[_Rows], folder: Path, rows: Rows, report: Report) -
     private.mkdir(parents=True)
     try:
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads that there are none of
-            builder(rows, private).download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads that there are none of
+                builder(rows, private).download_and_prepare()
+        except RuntimeError as error:  # of array_record's writer, when the disk refuses
+            raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
         shutil.rmtree(private / "downloads", ignore_errors=True)
         (private / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
         (private / SIZES).write_text(json.dumps(_sizes(private)) + "\n")
