@@ -2,7 +2,7 @@
 
 Command:   ./scripts/smollm2.sh DATA
            python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (from the stages on)
-Hardware:  two cores, a night; `DATA,hour` in place of `DATA`: about an hour; one GPU: minutes.
+Hardware:  two cores, a night; `DATA,hour` in place of `DATA`: about an hour (estimated from steps, not run whole).
 Expect:    a reward model that orders held-out pairs better than their length does, and than the same network that was
            never pretrained; PPO raises its score.
 Read it:   the table that it prints, for as many runs as are finished also with --report_only: accuracy on held-out
