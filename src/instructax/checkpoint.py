@@ -156,7 +156,14 @@ class Checkpoints:
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None], note: dict[str, Any]) -> None:
         """Waits for the commit, then hashes the step and deletes the steps that need not stay."""
-        response.result()
+        try:
+            response.result()
+        except ValueError as error:  # TensorStore's, of what the system refused
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written ({reason}); the steps before it are whole: "
+                "make room and start again"
+            ) from error
         self._settle(step, note)
 
     def _settle(self, step: int, note: Mapping[str, Any]) -> None:
