@@ -471,10 +471,13 @@ from instructax.checkpoint import Checkpoints
 from instructax.types import TrainState
 checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", exported="params")
 for step in itertools.count(1):
-    x = jnp.full((512, 256), step, jnp.float32)
+    x = numbers(step)
     checkpoints.save(step, TrainState(step=jnp.int32(step), params={"a": x, "b": x}, opt_state={"m": x}), {})
     print(step, flush=True)
 """
+
+
+CONSTANT = "numbers = lambda step: jnp.full((512, 256), step, jnp.float32)"
 
 
 def test_killed_while_saving(tmp_path):
@@ -483,7 +486,7 @@ def test_killed_while_saving(tmp_path):
     abstract = on_devices(TrainState(step=jnp.int32(0), params={"a": zeros, "b": zeros}, opt_state={"m": zeros}), 1)
     for delay in (0.0, 0.03):
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        command = [sys.executable, "-c", CONSTANT + WRITER, str(tmp_path)]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -499,3 +502,23 @@ def test_killed_while_saving(tmp_path):
         checkpoints.save(newest + 1, state, {})
         checkpoints.close()
         assert committed_steps(tmp_path)[-1] == newest + 1
+
+
+LIMITED = """
+import resource
+import jax
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))  # files end there, as on a full disk
+numbers = lambda step: jax.random.normal(jax.random.key(step), (512, 256))  # that nothing compresses
+"""
+
+
+def test_a_disk_that_takes_no_more_ends_the_run(tmp_path):
+    """In a real process, below Orbax: the save fails in its threads, and neither hangs nor looks like one that is."""
+    command = [sys.executable, "-c", LIMITED + WRITER, str(tmp_path)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("OSError: the checkpoint of step 1 cannot be written (")
+    assert "File too large" in last and last.endswith("the steps before it are whole: make room and start again")
+    assert done.stdout == "1\n"  # the second save raises what the first failed with
+    assert committed_steps(tmp_path) == []

@@ -158,8 +158,12 @@ class Checkpoints:
         """Waits for the commit, then hashes the step and deletes the steps that need not stay."""
         try:
             response.result()
-        except ValueError as error:  # how TensorStore tells that the disk refuses
-            raise OSError(f"step {step} cannot be saved in {self._root}: {str(error).splitlines()[0]}") from error
+        except ValueError as error:  # TensorStore's, of what the system refused
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written ({reason}); the steps before it are whole: "
+                "make room and start again"
+            ) from error
         self._settle(step, note)
 
     def _settle(self, step: int, note: Mapping[str, Any]) -> None:
