@@ -74,6 +74,7 @@ def reward_run(shape: tuple[int, int, int], config: ModelConfig = LLAMA) -> dict
         schedule=OPTIMIZER,
         mesh=stages.mesh_of(*shape),
         total_steps=10,
+        row_tokens=6 + 4 * 5,
     )
     settings = reward.RewardModelSettings(learning_rate=jnp.float32(0.01))
     answers = (3, 1, 4, 2, 4, 2, 3, 4)

@@ -195,7 +195,13 @@ def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
 
 ONE_STEP = {"epochs": 0.0, "steps": 1}
 LEARNED = {"model.positions": "learned", "optimizer.schedule": "cosine"}  # else two fields have no meaning
-SHORT = {"world": {}, "pretrain": ONE_STEP | LEARNED, "reward": ONE_STEP, "ppo-ptx": {"steps": 1}, "evaluate": {}}
+SHORT = {
+    "world": {},
+    "pretrain": ONE_STEP | LEARNED,
+    "reward": ONE_STEP | {"lora.rank": 2},
+    "ppo-ptx": {"steps": 1},
+    "evaluate": {},
+}
 
 
 @pytest.mark.xdist_group("chain")

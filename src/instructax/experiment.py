@@ -53,7 +53,11 @@ def load_config(run: Run) -> dict[str, Any]:
         config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{run.config} with {shown(dict(run.overrides))}: {error}") from None
+        # ml_collections adds the whole config, on many lines.
+        reason, _, close = str(error.args[0]).partition(" Other fields present: ")
+        guess = close[close.rfind("Did you mean") :] if "Did you mean" in close else ""
+        said = f"{reason} {guess}".strip()
+        raise ConfigError(f"{run.config} with {shown(dict(run.overrides))}: {said}") from None
     return config.to_dict()
 
 

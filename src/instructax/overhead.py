@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-from instructax import checkpoint, ppo, reward, sharding, supervised, training
+from instructax import checkpoint, ppo, reward, sharding, stage, supervised, training
 from instructax.configuration import require
 from instructax.goodput import Ledger
 from instructax.heartbeat import Heartbeat
 from instructax.integrity import digests
-from instructax.model import Transformer
+from instructax.model import Transformer, joined, trained
 from instructax.optimizer import make_optimizer
 from instructax.types import Params, TrainState
 from instructax.watchdog import Watchdog
@@ -42,6 +42,7 @@ def measure(config: Any, *, pairs: int) -> dict[str, float]:
     """
     require(config.stage in STAGES, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(STAGES)}")
     module, make, phases = STAGES[config.stage]
+    config, _ = stage.choose_attention(config)
     mesh = sharding.make_mesh(config.mesh)
     checked = make(config, mesh, 0.0)
     checked.run(_untimed)
@@ -72,9 +73,10 @@ def unchecked(module: Any) -> Iterator[None]:
     ours = module.apply_gradients
 
     def apply(optimizer: Any, state: TrainState, gradients: Params, learning_rate: Any) -> TrainState:
-        directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
-        return dataclasses.replace(state, params=params, opt_state=opt_state)
+        before = trained(state.params)
+        directions, opt_state = optimizer.update(gradients, state.opt_state, before)
+        moved = jax.tree.map(lambda p, d: p - learning_rate * d, before, directions)
+        return dataclasses.replace(state, params=joined(moved, state.params), opt_state=opt_state)
 
     module.apply_gradients = apply
     try:

@@ -75,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def _refuse_idle_gpus() -> None:
     """JAX only warns where it finds GPUs that it cannot use, and would go on a hundred times as slow."""
     gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
-    if gpus and jax.default_backend() == "cpu" and "cpu" not in (jax.config.values["jax_platforms"] or ""):
+    if gpus and jax.default_backend() == "cpu" and "cpu" not in (getattr(jax.config, "jax_platforms", None) or ""):
         raise ValueError(
             f"this machine has {len(gpus)} NVIDIA GPUs, but JAX would compute on the processor: install "
             "jax[cuda13] and look at what it warns of, or set JAX_PLATFORMS=cpu"
