@@ -31,10 +31,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     elif name.startswith("reward"):
         limits.completions = int(name.removeprefix("reward") or 9)
         limits.prompt_tokens, limits.response_tokens = 256, 32
-        config.batch_size, config.compute.part_rows = 1, 1
+        config.batch_size, config.compute.part_rows, config.compute.part_halvings = 1, 1, 0
     else:
         limits.prompt_tokens, limits.response_tokens, limits.sequence_tokens = 64, 64, 256
         config.batch_size, config.minibatches, config.ptx_coef = 32, 4, 0.0
         config.compute.head_chunk, config.compute.slots = 128, 32
+        config.compute.part_rows, config.compute.part_halvings = 4, 0  # a minibatch of full length
         config.reward_model = model
     return config

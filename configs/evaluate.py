@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "seed": 0,
             "policies": (
                 ("GPT", f"{folder}/pretrain", "plain"),
-                ("GPT prompted", f"{folder}/pretrain", "few-shot"),
+                *(() if size in sizes.RECIPES else (("GPT prompted", f"{folder}/pretrain", "few-shot"),)),
                 ("SFT", f"{folder}/sft", "plain"),
                 ("best-of-n", f"{folder}/sft", "best-of"),
                 ("PPO", f"{folder}/ppo", "plain"),
@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "text": sizes.files(size, "text"),
                 "comparisons": (("labelers", sizes.files(size, "comparisons")),),
                 "demonstrations": sizes.files(size, "demonstrations"),
+                "chat": size in sizes.RECIPES,
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },

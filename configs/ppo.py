@@ -23,12 +23,20 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "tiny": (8, 2, 2, 4),
         **dict.fromkeys(sizes.FAMILY, (128, 4, 8, 40)),
         "small": (64, 4, 8, 40),
+        "smollm2": (32, 4, 2, 100),
     }.get(
         size,
         (512, 8, 512, 500),  # 256k episodes, 8 pretraining rows for each (C.4)
     )
-    rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 3e-4), "small": 3e-5, "175b": 2.55e-6}.get(size, 1.18e-5)
-    value_rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 5e-4), "small": 5e-5, "175b": 5e-6}.get(size, 9e-6)  # C.4
+    rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 3e-4), "small": 3e-5, "smollm2": 3e-5, "175b": 2.55e-6}.get(
+        size, 1.18e-5
+    )
+    value_rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 5e-4), "small": 5e-5, "smollm2": 5e-5, "175b": 5e-6}.get(
+        size, 9e-6
+    )  # C.4
+    limits = sizes.limits(size)
+    if size in sizes.RECIPES:  # what is sampled costs most
+        limits.sequence_tokens, limits.prompt_tokens, limits.response_tokens = 512, 256, 128
     warmup = {"warmup_steps": 10, "warmup_from": 0.1}  # iterations, of the peak, C.4
     return ml_collections.ConfigDict(
         {
@@ -40,13 +48,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "model": sizes.model(size),
             "reward_model": sizes.model(scorer),
             "compute": sizes.compute(size),
+            "lora": sizes.lora(size),
             "mesh": sizes.mesh("6b" if paper and size != "175b" else size),
             "optimizer": sizes.adam(rate, **warmup),
             "value_optimizer": sizes.adam(value_rate, **warmup),
             "data": {
                 "prompts": sizes.files(size, "prompts"),
                 "text": sizes.files(size, "text"),
-                "limits": sizes.limits(size),
+                "chat": size in sizes.RECIPES,
+                "limits": limits,
                 "folder": f"{folder}/rows",
             },
             "steps": steps,  # iterations

@@ -38,6 +38,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "tokenizer": sizes.tokenizer(size),
             "model": sizes.model(size),
             "compute": sizes.compute(size),
+            "lora": sizes.lora(size),
             "mesh": sizes.mesh(size),
             "optimizer": sizes.adam(
                 rate,
@@ -51,6 +52,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
                 "demonstrations": (),
                 "text": sizes.files(size, "text"),
                 "text_fraction": 1.0,
+                "chat": False,
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },

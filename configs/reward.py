@@ -21,19 +21,25 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "tokenizer": sizes.tokenizer(size),
             "model": sizes.model(size),
             "compute": sizes.compute(size),
+            "lora": sizes.lora(size),
             "mesh": sizes.mesh(size),
             "optimizer": sizes.adam(
-                {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 1e-3), "small": 1e-4}.get(size, 9e-6),  # C.2
+                {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 1e-3), "small": 1e-4, "smollm2": 1e-4}.get(
+                    size, 9e-6
+                ),  # C.2
                 schedule="cosine",
                 final_fraction=0.1,  # C.2
             ),
             "data": {
                 "comparisons": sizes.files(size, "comparisons"),
                 "demonstrations": sizes.files(size, "demonstrations"),
+                "chat": size in sizes.RECIPES,
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },
-            "batch_size": {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8), "small": 16}.get(size, 64),  # prompts, C.2
+            "batch_size": {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8), "small": 16, "smollm2": 16}.get(
+                size, 64
+            ),  # prompts, C.2
             "epochs": 1.0,  # C.2
             "steps": 0,
             "run": sizes.run(size),

@@ -4,7 +4,8 @@
 1.3b, 6b and 175b) live in the embedded world; `small` is for real text on a laptop; the others have GPT-3's shapes
 (Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128
 for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import.py` has put into
-runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the paper's 1.3b.
+runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the paper's 1.3b, but for the recipe
+`smollm2`.
 """
 
 import json
@@ -28,6 +29,7 @@ FAMILY = {"micro": (2, 96, 3, 32), "milli": (2, 128, 4, 32), "centi": (3, 192, 6
 SMALL = {"tiny": (2, 32, 2, 16), **FAMILY, "small": (6, 192, 6, 32)}
 WORLDS = ("tiny", *FAMILY)  # the sizes that live in the embedded world
 SIZES = (*SMALL, *GPT3)
+RECIPES = ("smollm2",)  # imports with values of their own, for a night on two cores: `experiments/smollm2.py`
 
 # Ids of the tokenizers trained for them; GPT-2's: 50257.
 VOCABULARY = {"tiny": 512, **dict.fromkeys(FAMILY, 1024), "small": 8192}
@@ -113,13 +115,21 @@ def compute(size: str) -> ml_collections.ConfigDict:
         {
             "dtype": "bfloat16" if paper(size) else "float32",
             "decoding": "bfloat16" if paper(size) else "float32",
+            "attention": "auto",
             "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
-            # As many as fit at the paper's sizes; at the others as many as are fastest, since few leave little padding.
-            "part_rows": 1 if paper(size) or imported(size) else 2 if size == "tiny" else 4,
+            # As many as fit at the paper's sizes; at the others as many as are fastest.
+            "part_rows": 1 if paper(size) or imported(size) else 4 if size in FAMILY else 2,
+            # Down to half a row, but where a run takes little longer than compiling.
+            "part_halvings": 1 if paper(size) or imported(size) else 2 if size == "small" else 0,
             "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
         }
     )
+
+
+def lora(size: str) -> ml_collections.ConfigDict:
+    """Low-rank adapters: none but in the recipes, where they take a third off the time and most of the memory."""
+    return ml_collections.ConfigDict({"rank": 16 if size in RECIPES else 0, "alpha": 32.0})
 
 
 def mesh(size: str) -> ml_collections.ConfigDict:
@@ -141,7 +151,9 @@ def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
     lengths = {"tiny": (64, 24, 24), **dict.fromkeys(FAMILY, (128, 38, 22)), "small": (256, 128, 96)}
     sequence, prompt, response = lengths.get(size, (2048, 1024, 1024))
-    if found := imported(size):
+    if size in RECIPES:
+        sequence, prompt, response = 1024, 768, 256
+    elif found := imported(size):
         sequence = min(2048, found["model"]["max_length"])
         prompt = response = sequence // 2
     return ml_collections.ConfigDict(
@@ -149,7 +161,7 @@ def limits(size: str) -> ml_collections.ConfigDict:
             "sequence_tokens": sequence,
             "prompt_tokens": prompt,
             "response_tokens": response,
-            "completions": 4 if size == "small" else 9,  # K; short contexts fit few
+            "completions": {"small": 4, "smollm2": 5}.get(size, 9),  # K; short contexts fit few
             # The world's prompts repeat on purpose.
             "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
             "prompts_per_user": 200,
@@ -184,14 +196,14 @@ def files(size: str, kind: str) -> tuple[str, ...]:
 
 def run(size: str) -> ml_collections.ConfigDict:
     """How often to print, evaluate and save, in steps."""
-    log, evaluate, save = {"tiny": (2, 4, 4), "small": (10, 100, 100)}.get(size, (1, 50, 50))
+    log, evaluate, save = {"tiny": (2, 4, 4), "small": (10, 100, 100), "smollm2": (1, 100, 25)}.get(size, (1, 50, 50))
     if size in FAMILY:
         log, evaluate, save = 20, 1000, 1000
     return ml_collections.ConfigDict(
         {
             "log_every": log,
             "evaluate_every": evaluate,
-            "evaluate_batches": 16 if size == "small" else 32,
+            "evaluate_batches": {"small": 16, "smollm2": 8}.get(size, 32),
             "save_every": save,
             "keep": 2,
             "best_metric": "",

@@ -29,6 +29,9 @@ SAMPLING = flags.DEFINE_bool("sampling_alone", False, "PPO: the rollout only")
 BESIDE = flags.DEFINE_integer(
     "side_by_side", 0, "PPO: so many runs in one program; 0: one run in its three programs", lower_bound=0
 )
+OVERHEAD = flags.DEFINE_integer(
+    "overhead", 0, "instead of all that: what checks and notes of a run cost, by so many pairs of steps", lower_bound=0
+)
 PROFILE = flags.DEFINE_string("profile", "", "folder for a trace of the last repetition, read by TensorBoard or xprof")
 
 
@@ -44,11 +47,16 @@ def main(argv: list[str]) -> int:
     command.use_large_pages()
 
     def run() -> None:
-        from instructax import benchmark, experiment
+        from instructax import benchmark, experiment, overhead
         from instructax.configuration import construct
 
         config = CONFIG.value.to_dict()
         built = construct(experiment.stage_of(config)[0], config)
+        if OVERHEAD.value:
+            record = overhead.measure(built, pairs=OVERHEAD.value)
+            print("\n".join(overhead.table(record)))
+            print(json.dumps(record))
+            return
         record = benchmark.measure(
             built,
             steps=STEPS.value,

@@ -109,9 +109,11 @@ def compute(**changes: Any) -> ComputeConfig:
     values: dict[str, Any] = {
         "dtype": "float32",
         "decoding": "float32",
+        "attention": "jax",
         "remat": "none",
         "head_chunk": 4,
         "part_rows": 8,
+        "part_halvings": 0,
         "slots": 3,
     }
     return ComputeConfig(**{**values, **changes})

@@ -21,8 +21,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import small
-from instructax import experiment, ppo, sharding, training
+from instructax import experiment, ppo, sharding, stage, training
 from instructax.checkpoint import Checkpoints
+from instructax.configuration import construct
 from instructax.experience import RewardSettings
 from instructax.experiment import Run
 from instructax.manifest import write_manifest
@@ -70,6 +71,11 @@ def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any
     """The config of the chain's run `name` with `overrides`; its data and parents are the chain's own."""
     run = next(run for run in experiment.load_file(CHAIN).get_runs("tiny", str(root)) if run.name == name)
     return experiment.load_config(Run(name, run.config, {**run.overrides, **overrides}))
+
+
+def construct_settled(cls: type, values: dict[str, Any]) -> Any:
+    """The config as its stage goes on with it: with the attention kernel that it takes here."""
+    return stage.choose_attention(construct(cls, values))[0]
 
 
 class Watch:

@@ -67,6 +67,7 @@ def test_every_work_runs_and_compiles_once(arg, tokens, padding):
     assert record["compilations_after_the_first"] == 0
     assert record["tokens_per_second_per_device"] == pytest.approx(tokens / record["seconds"])
     assert 0 < record["share_of_matmul"] < 1
+    assert record["attention"] == "jax (auto: cpu has no other)"
     assert all(np.isfinite(x) for x in jax.tree.leaves({k: v for k, v in record.items() if not isinstance(v, str)}))
     assert [line.split("  ")[0] for line in benchmark.table(record)][:3] == ["device", "one repetition", "tokens"]
 

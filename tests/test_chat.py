@@ -16,7 +16,16 @@ from instructax.safe_text import printable
 pytest_plugins = ("chain",)
 pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.xdist_group("chain")]
 
-COMPUTE = ComputeConfig(dtype="float32", decoding="float32", remat="none", head_chunk=8, part_rows=1, slots=1)
+COMPUTE = ComputeConfig(
+    dtype="float32",
+    decoding="float32",
+    attention="jax",
+    remat="none",
+    head_chunk=8,
+    part_rows=1,
+    part_halvings=0,
+    slots=1,
+)
 ASKING = chat.Asking(length=8, temperature=1.0, seed=0, samples=1, stops=())
 
 

@@ -6,16 +6,23 @@ import sys
 import numpy as np
 import pytest
 
+import stages
 from instructax.chat_template import (
     check_messages,
     encode_messages,
     encode_rendered,
+    inherit_template,
     load_template,
     render,
     render_demonstration,
     template_of,
     turn_ends,
+    wording,
 )
+from instructax.data import prepare
+from instructax.data.batches import lm_batch
+from instructax.data.limits import Limits
+from instructax.data.wording import PLAIN, turns
 from instructax.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 CHATML = (  # SmolLM2's
@@ -245,3 +252,75 @@ def test_a_debugger_goes_on_after_a_template(chatml):
         assert sys.gettrace() is own
     finally:
         sys.settrace(before)
+
+
+# Training on it.
+
+
+def test_turns_of_a_prompt():
+    dialog = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nSit down.\n\nHuman: Why?\n\nAssistant: "
+    roles = [("user", "Hi"), ("assistant", "Hello.\n\nSit down."), ("user", "Why?")]
+    assert turns(dialog) == [{"role": role, "content": content} for role, content in roles]
+    assert turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"  # no dialog: it opens otherwise
+    assert turns("Sum up:\n\ntext\n\n") == [{"role": "user", "content": "Sum up:\n\ntext"}]
+
+
+@pytest.mark.parametrize("template_name", ["chatml", "inst"])
+def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name, request, tmp_path):
+    tokenizer, template = request.getfixturevalue(template_name)
+    limits = Limits(500, 400, 40, 3, None, None, False, (("train", 1.0),), 0)
+    texts = [("Hi there", "Hello."), ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Why?\n\nAssistant:", "So.")]
+    texts.append(("Say <|im_end|> and </s>", "No."))  # nobody ends somebody's turn
+    files = {"d": [], "c": [], "p": []}
+    for number, (prompt, completion) in enumerate(texts):
+        own = {"id": str(number), "prompt": prompt}
+        files["d"].append({**own, "format": "plain", "completion": completion})
+        files["c"].append({**own, "completions": [completion, "Other"], "ranks": [1, 2]})
+        files["p"].append({**own, "format": "plain"})
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    worded = wording(template, tokenizer)
+
+    def prepared(prepare_kind, name, how=worded):
+        return prepare_kind([tmp_path / f"{name}.jsonl"], tokenizer, limits, tmp_path / "rows", how)
+
+    made = prepared(prepare.prepare_demonstrations, "d")
+    assert made.report.dropped["reserved"] == 1 and made.report.kept["train"] == 2
+    conversations = [[USER, ANSWER], [*turns(texts[1][0]), {"role": "assistant", "content": "So."}]]
+    wanted = []
+    for conversation in conversations:
+        whole = encode_rendered(render(conversation, template, add_generation_prompt=False), tokenizer, template)
+        wanted.append(whole[: int(np.flatnonzero(whole == tokenizer.eos_id)[-1]) + 1].tolist())
+    found, source = [], made.sources["train"]
+    batch = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
+    for tokens, trained in stages.documents_of(batch):
+        found.append(tokens.tolist())
+        assert (tokens[trained] == tokenizer.eos_id).sum() == 1 and tokens[-1] == tokenizer.eos_id and trained[-1]
+        assert trained.tolist() == sorted(trained.tolist())  # the answer alone, at the end
+    # Encoded in two parts, where the answer begins: the texts are the same.
+    assert sorted(map(tokenizer.decode, found)) == sorted(map(tokenizer.decode, wanted))
+
+    judged = prepared(prepare.prepare_comparisons, "c").sources["train"]
+    asked = prepared(prepare.prepare_prompts, "p").sources["train"]
+    prompts = sorted(row["prompt"].tolist() for row in judged.__getitems__(range(len(judged))))
+    assert prompts == sorted(row["tokens"].tolist() for row in asked.__getitems__(range(len(asked))))
+    assert encode_messages([USER], tokenizer, template).tolist() in prompts
+    plain = prepared(prepare.prepare_prompts, "p", PLAIN)
+    assert plain.report.kept["train"] == 3 and plain.report.hash != prepared(prepare.prepare_prompts, "p").report.hash
+
+
+def test_a_template_that_ends_otherwise_cannot_be_trained_with(chatml):
+    tokenizer, _ = chatml
+    with pytest.raises(ValueError, match=r"ends an answer with '<\|im_start\|>'"):
+        wording(template_of(CHATML.replace("<|im_end|>' + '\n'", "<|im_start|>'"), tokenizer), tokenizer)
+
+
+def test_a_child_inherits_the_template(chatml, tmp_path):
+    tokenizer, template = chatml
+    (tmp_path / "parent" / "source").mkdir(parents=True)
+    (tmp_path / "parent" / "source" / "chat_template.jinja").write_text(CHATML)
+    inherit_template(tmp_path / "parent", tmp_path / "child")
+    inherit_template(tmp_path / "child", tmp_path / "grandchild")
+    assert (
+        load_template(tmp_path / "grandchild", tokenizer) == load_template(tmp_path / "parent", tokenizer) == template
+    )

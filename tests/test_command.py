@@ -145,6 +145,10 @@ MISTAKES = [
     (("--config", "configs/world.py:small"), "size 'small' must be one of tiny, micro, milli, centi: the paper's"),
     (("--config", "configs/none.py:tiny"), "--config: no such file: configs/none.py\n"),
     ((*TINY, "stray"), "unknown argument 'stray'; give --config=FILE:SIZE"),
+    (
+        (*TINY, "--config.compute.attention=flash"),
+        "config.compute.attention = 'flash' must be one of 'auto', 'jax', 'cudnn'",
+    ),
 ]
 
 
@@ -164,6 +168,10 @@ WRONG_WORKS = [
     ((*WORK, "stray"), "unknown argument 'stray'; give --config"),
     (("--config", "configs/benchmark.py:sft,S", "--ending=0.1"), "config.stage = 'supervised' samples nothing"),
     (("--config", "configs/world.py:tiny"), "config.stage = 'world' trains nothing"),
+    (
+        (*WORK, "--config.compute.attention=cudnn"),
+        "config.compute.attention = 'cudnn' cannot run: platform cpu, allowed is",
+    ),
 ]
 
 

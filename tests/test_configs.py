@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import functools
 import importlib
+import json
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 from configs import sizes
 
 import instructax
+import small
 from instructax import estimate, stage, training
 from instructax.configuration import ConfigError, construct
 from instructax.data.limits import Limits
@@ -211,6 +214,13 @@ def arguments_of(experiment: str, folder: Path) -> list[str]:
                 path.parent.mkdir(exist_ok=True)
                 path.touch()
         return [str(folder)]
+    if experiment == "smollm2":
+        experiments = load_file(ROOT / "experiments/smollm2.py")
+        for pattern in [pattern for patterns in experiments.FILES.values() for pattern in patterns]:
+            path = folder / f"{pattern.replace('*', '')}.jsonl.gz"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        return [str(folder), f"{folder},hour"]
     return ["tiny", "micro", "family"]
 
 
@@ -224,13 +234,28 @@ def parents_of(config: Any) -> dict[str, ModelConfig]:
     return {path.partition("@")[0]: model for path, model in named.items() if path}
 
 
+def stand_in_for_smollm2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes `folder` the place that commands are typed in, with a model imported; returns where that is."""
+    base = "runs/smollm2/pretrain"
+    monkeypatch.chdir(folder)
+    Path(base).mkdir(parents=True)
+    model = dataclasses.asdict(small.llama_config(max_length=1024))
+    (Path(base) / "manifest.json").write_text(json.dumps({"stage": "pretrained", "model": model}))
+    (Path(base) / "summary.json").write_text("{}")
+    Path("configs").symlink_to(ROOT / "configs")
+    return base
+
+
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
 def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    bases: dict[str, Any] = {}
+    if experiment == "smollm2":
+        bases[stand_in_for_smollm2(tmp_path, monkeypatch)] = SimpleNamespace(model=small.llama_config(max_length=1024))
     for argument in arguments_of(experiment, tmp_path):
         runs = load_file(ROOT / f"experiments/{experiment}.py").get_runs(argument, "runs/here")
         assert len({run.name for run in runs}) == len(runs) > 1
-        done: dict[str, Any] = {}
+        done: dict[str, Any] = dict(bases)
         for run in runs:
             values = load_config(run)
             config = construct(stage_of(values)[0], values)
@@ -309,7 +334,7 @@ def test_every_field_is_read():
         for name in ("world", "collect", "supervised", "reward", "ppo", "evaluate", "tasks")
     }
     groups = set[type]().union(*map(groups_of, stages))
-    assert {Limits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 18
+    assert {Limits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 19
     assert dead_fields(groups) == set()
 
 

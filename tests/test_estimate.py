@@ -14,7 +14,7 @@ import small
 from instructax import estimate, sharding, training
 from instructax.configuration import ConfigError, construct
 from instructax.experiment import stage_of
-from instructax.model import Transformer, init_cache
+from instructax.model import LoraConfig, Transformer, init_cache
 from instructax.optimizer import make_optimizer
 from instructax.sharding import MeshConfig, make_mesh
 
@@ -25,6 +25,8 @@ def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
     """The fields of a PPO config that count."""
     return SimpleNamespace(
         stage="ppo",
+        seed=0,
+        lora=LoraConfig(rank=0, alpha=1.0),
         mesh=mesh,
         model=small.gpt_config(),
         reward_model=small.llama_config(layers=1),

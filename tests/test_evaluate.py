@@ -11,7 +11,6 @@ import pytest
 import stages
 from instructax import clock, evaluate, sampling, sharding, training
 from instructax.checkpoint import load_params
-from instructax.configuration import construct
 from instructax.data import readers
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.experiment import run_stage, samples_of, summary_of
@@ -28,7 +27,7 @@ POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 @cache
 def parts(chain):
     """(config, tokenizer, prepared data) of the chain's comparison."""
-    config = construct(evaluate.EvaluateConfig, stages.config_of(chain, "evaluate", {}))
+    config = stages.construct_settled(evaluate.EvaluateConfig, stages.config_of(chain, "evaluate", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, evaluate.read_data(config, tokenizer)
 

@@ -12,20 +12,22 @@ PACKAGE = ROOT / "src" / "instructax"
 
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
-    **dict.fromkeys(("types", "configuration", "operations", "watchdog", "safe_text"), 0),
-    **dict.fromkeys(("masked", "clock", "model", "vocabulary", "sharding", "optimizer"), 1),
+    **dict.fromkeys(("types", "configuration", "operations", "watchdog", "sharding", "safe_text"), 0),
+    **dict.fromkeys(("heartbeat", "goodput", "integrity"), 0),
+    **dict.fromkeys(("masked", "clock", "model", "vocabulary"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),
-    **dict.fromkeys(("losses", "advantages", "data", "inference", "sampling", "rows", "checkpoint", "manifest"), 2),
+    **dict.fromkeys(("losses", "advantages", "data", "inference", "rows", "checkpoint", "manifest", "optimizer"), 2),
     **dict.fromkeys(("interruption", "locking", "streaming", "batch_view", "pretrained"), 2),
-    **dict.fromkeys(("engine", "chat_template"), 3),
-    **dict.fromkeys(("training", "lineage", "experience", "evals", "held_out", "answering"), 4),
-    **dict.fromkeys(("stage", "microworld"), 5),
-    **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 6),
+    **dict.fromkeys(("sampling", "chat_template"), 3),
+    "engine": 4,
+    **dict.fromkeys(("training", "lineage", "inspection", "experience", "evals", "held_out", "answering"), 5),
+    **dict.fromkeys(("stage", "microworld"), 6),
+    **dict.fromkeys(("supervised", "reward", "ppo", "evaluate", "tasks", "report", "estimate", "chat"), 7),
     # PPO as a run; chat's policies before labelers and on HTTP; models of others as runs
-    **dict.fromkeys(("ppo_train", "collect", "serving", "interchange"), 7),
-    **dict.fromkeys(("experiment", "workloads"), 8),
-    "benchmark": 9,
-    "command": 10,
+    **dict.fromkeys(("ppo_train", "collect", "serving", "interchange"), 8),
+    **dict.fromkeys(("experiment", "workloads"), 9),
+    **dict.fromkeys(("benchmark", "killtest", "overhead"), 10),
+    "command": 11,
 }
 # Library → the only places that may import it; nobody may import the last four.
 HOMES = {

@@ -317,7 +317,7 @@ def test_dropout_differs_by_layer_branch_and_key():
     @jax.jit
     def sums(key):
         dropout = Dropout(rate=jnp.float32(0.5), keys=jax.random.split(key, 4))
-        return scan_blocks(blocks, x, mask, positions, config, compute(), dropout) / 2
+        return scan_blocks(blocks, x, mask, positions, config, compute(), dropout, attend_causally) / 2
 
     masks = []
     for key in jax.random.split(jax.random.key(1), 2):

@@ -61,10 +61,11 @@ def other_params(head: str, seed: int = 5):
     return small.random_params(model, seed)
 
 
-def with_part_rows(rows: int) -> ppo.PpoProgram:
-    """PROGRAM with so many packed rows in memory at a time."""
+def with_part_rows(rows: int, halvings: int = 0) -> ppo.PpoProgram:
+    """PROGRAM with so many packed rows in memory at a time, and what is left at the end in smaller parts."""
     policy, scorer = (
-        dataclasses.replace(model, compute=small.compute(part_rows=rows)) for model in (PROGRAM.policy, PROGRAM.scorer)
+        dataclasses.replace(model, compute=small.compute(part_rows=rows, part_halvings=halvings))
+        for model in (PROGRAM.policy, PROGRAM.scorer)
     )
     return dataclasses.replace(PROGRAM, policy=policy, scorer=scorer)
 
@@ -143,6 +144,9 @@ def test_figures_of_an_iteration():
     assert float(metrics["ended_share"]) == endings.mean()
     assert float(metrics["response_length"]) == mask.sum() / 8
     assert metrics["tokens"] == mask.sum() + np.asarray(PROMPTS.mask).sum()
+    # One part of as many rows as there can be: of 16 cells for each rollout, of 12 for two prompts of up to 6 tokens.
+    assert float(metrics["padding"]) == pytest.approx(1 - float(metrics["tokens"]) / (8 * 16), abs=1e-6)
+    assert float(metrics["prefill_padding"]) == pytest.approx(1 - 28 / (4 * 12), abs=1e-6)
 
 
 def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
@@ -288,14 +292,16 @@ def test_clipped_tokens_have_no_gradient():
     assert metrics["clipped_fraction"] == 1
 
 
-def test_accumulated_is_the_whole_minibatch():
+@pytest.mark.parametrize(("rows", "halvings"), [(1, 0), (1, 1), (4, 3)])
+def test_accumulated_is_the_whole_minibatch(rows, halvings):
     _, experience, judged, _ = scored()
     counts = np.asarray(judged.rollouts.mask).sum(axis=1)
     assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # parts of different size
     # In four parts one part of the text is a row with many trained tokens, one a row with none.
     whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
-    parts, parts_metrics = shown_gradients(with_part_rows(1), experience, TEXT)
+    parts, parts_metrics = shown_gradients(with_part_rows(rows, halvings), experience, TEXT)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
+    assert parts_metrics.pop("update_padding") < metrics.pop("update_padding")  # no part has rows that are not in use
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-4, atol=2e-6)
 
 

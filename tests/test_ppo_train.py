@@ -11,7 +11,6 @@ import small
 import stages
 from instructax import ppo, ppo_train, sharding, training
 from instructax.checkpoint import load_params
-from instructax.configuration import construct
 from instructax.data.batches import lm_batch
 from instructax.experience import InvariantError
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
@@ -157,7 +156,7 @@ def test_samples_are_rollouts_as_text():
 
 def ppo_parts(chain, name="ppo-ptx", **overrides):
     """(config, program, prepared data) of a PPO run of the chain."""
-    config = construct(PpoConfig, stages.config_of(chain, name, overrides))
+    config = stages.construct_settled(PpoConfig, stages.config_of(chain, name, overrides))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     program = ppo_train.program_of(config, stages.mesh_of(), tokenizer.eos_id)
     return config, program, ppo_train.read_data(config, tokenizer)

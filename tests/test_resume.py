@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import stages
-from instructax import held_out, reward, training
+from instructax import checkpoint, command, goodput, held_out, reward, training
 from instructax.checkpoint import best_step, committed_steps, files_hash
 from instructax.configuration import ConfigError
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
+from instructax.heartbeat import last_beat
 from instructax.interruption import pause
 from instructax.manifest import manifest_hash
 
@@ -133,6 +134,43 @@ def test_killed_before_anything_was_saved(supervised_run, tmp_path):
     assert first.step == 0
     stages.assert_trees_equal(last, straight)
     assert lines_of(workdir) == lines_of(finished)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(supervised_run, tmp_path, monkeypatch, failing):
+    """The second of two is the last, which fails when nothing follows."""
+    config, finished, straight = supervised_run
+    config = {**config, "run": {**config["run"], "save_every": 2}}
+    calls, digests = [], checkpoint.digests
+
+    def full(path):
+        calls.append(path)
+        if len(calls) == failing:
+            raise OSError("No space left on device")
+        return digests(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "digests", full)
+        assert command.guarded(lambda: run_stage(config, tmp_path / "run")) == command.USER
+    assert not (tmp_path / "run" / "summary.json").exists()
+    _, last = run(config, tmp_path / "run")
+    stages.assert_trees_equal(last, straight)
+    assert lines_of(tmp_path / "run") == lines_of(finished)
+
+
+def test_the_ledger_of_a_run_that_was_killed(supervised_run, tmp_path):
+    """As it would be had the run been killed after step 4, with step 2 as its last save."""
+    config, finished, _ = supervised_run
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "summary.json").unlink()
+    before = goodput.totals(workdir / "goodput.jsonl")
+    assert before["processes"] == 1 and before["lost"] == 0 and 0 < before["goodput"] < 1
+    assert min(before[kind] for kind in ("init", "restore", "compile", "steps", "evaluation", "save")) > 0
+    run(config, workdir)
+    after = goodput.totals(workdir / "goodput.jsonl")
+    assert after["lost"] == pytest.approx(before["steps"] + before["evaluation"], abs=1e-5)
+    assert last_beat(workdir / "heartbeat-0.json")["phase"] == "finish"
 
 
 def test_a_finished_run_is_not_run_again(supervised_run, tmp_path):

@@ -16,7 +16,6 @@ import small
 import stages
 from instructax import clock, experiment, reward, training
 from instructax.checkpoint import committed_steps, load_params
-from instructax.configuration import construct
 from instructax.data import readers
 from instructax.data.batches import lm_batch, rows_of_batch
 from instructax.experiment import metrics_of, summary_of
@@ -30,6 +29,7 @@ pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.ma
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MODEL = Transformer(small.gpt_config(), small.compute(), "scalar")
 FEW_ROWS = Transformer(small.gpt_config(), small.compute(part_rows=2), "scalar")  # at a time
+HALVED = Transformer(small.gpt_config(), small.compute(part_rows=2, part_halvings=3), "scalar")
 ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)  # of each prompt; the first prompt's are all tied, the second has no pair
 
 
@@ -40,6 +40,7 @@ def program(**changes) -> reward.RewardProgram:
         "schedule": small.optimizer_config(),
         "mesh": stages.mesh_of(),
         "total_steps": 10,
+        "row_tokens": 6 + 4 * 5,
     }
     return reward.RewardProgram(**{**values, **changes})
 
@@ -115,10 +116,11 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
     assert metrics["accuracy"] == (better > worse)
 
 
-def test_accumulated_is_the_whole_batch():
+@pytest.mark.parametrize("changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}])
+def test_accumulated_is_the_whole_batch(changes):
     batch = stages.comparisons(ANSWERS, 5)  # the parts have different numbers of prompts with a pair, and of pairs
     whole, metrics, _ = run_update(program(), batch)
-    parts, parts_metrics, _ = run_update(program(model=FEW_ROWS), batch)
+    parts, parts_metrics, _ = run_update(program(**changes), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-6)
     assert parts_metrics.pop("padding") < metrics.pop("padding")  # fewer rows of the last part are empty
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
@@ -189,7 +191,7 @@ def test_demonstration_scores_are_those_at_each_documents_end():
 
 def reward_parts(chain, step: int | None = None):
     """(config, model, tokenizer, the model's parameters at the last or a kept step) of the chain's reward run."""
-    config = construct(reward.RewardConfig, stages.config_of(chain, "reward", {}))
+    config = stages.construct_settled(reward.RewardConfig, stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = training.abstract_state(model, GRADIENT, stages.mesh_of()).params
     return (

@@ -12,10 +12,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import reference_model
-from instructax import sampling
 from instructax.inference import token_logprobs
 from instructax.model import ModelConfig, Transformer
-from instructax.sampling import generate, sample_token
+from instructax.sampling import draw, generate, sample_token
+from instructax.sampling import slots as slots_
 from instructax.types import Array, Params, Prompts, Rollouts
 from small import compute, gemma_config, gpt_config, llama_config, ragged_prompts, random_params
 
@@ -199,7 +199,7 @@ def test_no_uniform_number_draws_an_impossible_token(monkeypatch, vocab_size):
     sums = np.cumsum(jax.nn.softmax(jnp.asarray(logits)), dtype=np.float32)
     uniforms = np.concatenate([[0.0, 1 - 2**-23, 1 - 2**-24], rng.choice(sums, 300)]).astype(np.float32)
     uniforms = np.minimum(uniforms, np.float32(1 - 2**-24))
-    monkeypatch.setattr(sampling.jax.random, "uniform", lambda number, shape: number.reshape(shape))
+    monkeypatch.setattr(jax.random, "uniform", lambda number, shape: number.reshape(shape))
     many = jnp.broadcast_to(logits, (len(uniforms), vocab_size))
     tokens, logprobs = sample_token(many, jnp.asarray(uniforms), jnp.float32(1.0))
     possible = np.flatnonzero(np.isfinite(logits))
@@ -283,7 +283,7 @@ def test_matrices_are_cast_before_the_loop_and_not_at_every_token(policy, dtype,
         return converted(program.jaxpr) & matrices
 
     assert not cast_in_loops()
-    monkeypatch.setattr(sampling, "cast_matrices", lambda params, compute: params)
+    monkeypatch.setattr(draw, "cast_matrices", lambda params, compute: params)
     assert cast_in_loops() == matrices - {policy.params["embedding"].shape}  # the head is cast before all the same
 
 
@@ -328,7 +328,7 @@ def draws(monkeypatch, lengths: list[int], slots: int) -> int:
         sample, token = jnp.divmod(jnp.argmax(found.reshape(len(logits), -1), axis=1), 12)
         return jnp.where(token + 1 >= jnp.asarray(lengths)[sample], EOS, 0), jnp.zeros(len(logits))
 
-    monkeypatch.setattr(sampling, "sample_token", scripted)
+    monkeypatch.setattr(slots_, "sample_token", scripted)
     prompts = ragged_prompts([2] * len(lengths), columns=3)
     rollouts = generate(model, params, prompts, keys, length=12, temperature=1.0, eos_id=EOS)
     jax.effects_barrier()

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import small
 from instructax import sharding, training
-from instructax.model import Transformer
+from instructax.model import LoraConfig, Transformer, adapted
 from instructax.optimizer import make_optimizer
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.types import PpoState
@@ -49,6 +49,15 @@ TABLE = {
     "final_norm/scale": (P(), "all"),
     "final_norm/bias": (P(), "gpt neox"),
 }
+# Of low-rank adapters: a rank divides by nothing.
+ADAPTERS = {
+    **{f"attention/{name}/lora_a": P(None, "fsdp", None) for name in ("query", "key", "value")},
+    **{f"attention/{name}/lora_b": P(None, None, "tensor") for name in ("query", "key", "value")},
+    **{f"mlp/{name}/lora_a": P(None, "fsdp", None) for name in ("up", "gate")},
+    **{f"mlp/{name}/lora_b": P(None, None, "tensor") for name in ("up", "gate")},
+    **{f"{name}/lora_a": P(None, "tensor") for name in ("attention/out", "mlp/down")},
+    **{f"{name}/lora_b": P(None, None, "fsdp") for name in ("attention/out", "mlp/down")},
+}
 HEADS = {
     ("tokens", True): {},
     ("tokens", False): {"head/kernel": COLUMNS},
@@ -76,6 +85,14 @@ def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
     return training.abstract_state(model, optimizer, mesh)
 
 
+def adapted_state(mesh: jax.sharding.Mesh):
+    """The abstract state of a network with low-rank adapters."""
+    model = Transformer(small.llama_config(), small.compute(), "scalar")
+    lora = LoraConfig(rank=3, alpha=1.0)
+    optimizer = make_optimizer(small.optimizer_config())
+    return training.abstract_state(model, optimizer, mesh, lambda p: adapted(p, lora, jax.random.key(0)))
+
+
 def specs_of(tree) -> dict[str, P]:
     return {sharding.path_name(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -94,6 +111,16 @@ def test_every_leaf_lies_as_the_table_says(family, head, tied):
     assert specs_of(bare) == of_params
 
 
+def test_adapters_lie_as_the_table_says_and_moments_are_of_them_alone():
+    specs = specs_of(adapted_state(mesh_of(2, 2, 2)))
+    own = {name: spec for name, spec in specs.items() if "lora" in name and name.startswith("params/")}
+    scales = {f"params/blocks/{name.rpartition('/')[0]}/lora_scale": P() for name in ADAPTERS}
+    assert own == {f"params/blocks/{name}": spec for name, spec in ADAPTERS.items()} | scales
+    moments = {name: spec for name, spec in specs.items() if "/mu/" in name}
+    trained = {f"blocks/{name}": spec for name, spec in ADAPTERS.items()} | HEADS["scalar", False]
+    assert moments == {f"opt_state/0/mu/{name}": spec for name, spec in trained.items()}
+
+
 def test_the_averaged_policy_lies_as_the_policy():
     mesh = mesh_of(1, 4, 2)
     policy, value = state_of("gpt", "tokens", True, mesh), state_of("llama", "scalar", False, mesh)
@@ -103,7 +130,7 @@ def test_the_averaged_policy_lies_as_the_policy():
 
 
 def test_every_rule_is_used_and_an_idle_one_is_seen(monkeypatch):
-    states = [state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL]
+    states = [*(state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL), adapted_state(mesh_of(2, 2, 2))]
     assert sharding.unused_rules(states) == []
     bare_llama = [state_of("llama", "tokens", False, mesh_of(2, 2, 2))]
     assert "mlp/(up|gate)/bias" in sharding.unused_rules(bare_llama)

@@ -87,6 +87,7 @@ def test_update_is_the_gradient_of_the_mean_over_trained_tokens():
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(wanted)), rel=1e-4)
     assert metrics["trained_tokens"] == batch.loss_mask.sum()
     assert metrics["tokens"] == (batch.segments > 0).sum()
+    assert float(metrics["padding"]) == pytest.approx((batch.segments == 0).mean(), abs=1e-6)
     assert state.step == 1
 
 
@@ -169,7 +170,7 @@ def test_what_is_dropped_depends_on_row_and_seed_and_not_on_the_parts():
 
 def sft_parts(chain):
     """(config, tokenizer, prepared rows) of the chain's supervised run."""
-    config = construct(supervised.SupervisedConfig, stages.config_of(chain, "sft", {}))
+    config = stages.construct_settled(supervised.SupervisedConfig, stages.config_of(chain, "sft", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, readers.read_lm_data(config.data, tokenizer)
 

@@ -10,7 +10,6 @@ import pytest
 import stages
 from instructax import experiment, tasks, training
 from instructax.checkpoint import load_params
-from instructax.configuration import construct
 from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import Run, run_stage, samples_of, summary_of
 from instructax.lineage import tokenizer_of
@@ -49,7 +48,7 @@ def measured(chain, compiled_folder, tmp_path_factory):
 @cache
 def network(chain, run: str):
     """(model, parameters, tokenizer) of a finished run."""
-    config = construct(tasks.TasksConfig, config_of(chain))
+    config = stages.construct_settled(tasks.TasksConfig, config_of(chain))
     model = Transformer(config.model, config.compute, "tokens")
     shapes = training.abstract_params(model, stages.mesh_of())
     return model, load_params(chain / run, shapes), tokenizer_of(config.tokenizer, config.model)

@@ -65,9 +65,14 @@ class Toy:
         self.first_metrics.append(dict(metrics))
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
+        self.flushed = False
         self.note("record", step, dict(metrics))
 
+    def flush(self) -> None:
+        self.flushed = True
+
     def save(self, step: int, state: Any, metrics: dict[str, Any], *, evaluated: bool = True) -> None:
+        assert self.flushed or self.due(step), "the log must be on disk first; at a due step it flushes itself"
         self.note("save", step, state.seen, dict(metrics), *([] if evaluated else ["unevaluated"]))
 
     def complete(self, metrics: dict[str, Any]) -> None:

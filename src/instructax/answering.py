@@ -123,8 +123,7 @@ class Answering:
             if (rows == NO_ROW).all():
                 return
             mine = process_slice(rows, jax.process_index(), jax.process_count())
-            # An empty row is given the first prompt, so that the sampler has something to read; the caller leaves it.
-            prompts = prompt_batch(source, np.where(mine == NO_ROW, 0, mine), self._limits.prompt_tokens)
+            prompts = prompt_batch(source, mine, self._limits.prompt_tokens)
             asked = behind(prefix, prompts, self._room) if len(prefix) else prompts
             yield rows != NO_ROW, sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
 
@@ -219,9 +218,10 @@ def end_at(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Rollouts, Arr
 
 
 def behind(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
-    """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room + P]; n ≤ `room`."""
+    """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room + P]; n ≤ `room`. What is
+    empty stays so."""
     tokens, mask = (np.pad(np.asarray(x), ((0, 0), (room, 0))) for x in (prompts.tokens, prompts.mask))
-    for row in range(len(tokens)):
+    for row in np.flatnonzero(mask.any(axis=1)):
         start = room + int(np.argmax(mask[row, room:]))
         tokens[row, start - len(prefix) : start], mask[row, start - len(prefix) : start] = prefix, True
     return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))

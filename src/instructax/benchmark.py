@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax import sharding
+from instructax import sharding, stage
 from instructax.configuration import require
 from instructax.estimate import GIB
 from instructax.model import while_sampling
@@ -37,6 +37,8 @@ def measure(
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
     mesh = sharding.make_mesh(config.mesh)
+    programs = {"sampling_alone": sampling_alone, "side_by_side": side_by_side > 0}
+    config, attention = stage.choose_attention(config, **programs)
     compute = while_sampling(config.compute) if sampling_alone else config.compute
     peak, bandwidth = matmul_rate(compute.operands), copy_rate()
     make = makers[config.stage]
@@ -68,7 +70,7 @@ def measure(
         "device": jax.devices()[0].device_kind,
         "dtype": config.compute.dtype,
         "decoding": config.compute.decoding,
-        "attention": "jax (products and a mask)",
+        "attention": attention,
         "seconds": median,
         "seconds_best": min(seconds),
         "seconds_of": {name: statistics.median(times) for name, times in phases.items()},

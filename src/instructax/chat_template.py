@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy as np
 import tokenizers
 
 from instructax.data.schema import opened
+from instructax.data.wording import Wording, turns
 from instructax.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -62,6 +65,16 @@ def load_template(workdir: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
             _compiled(template.source)
             return template
     return None
+
+
+def inherit_template(parent: Path, workdir: Path) -> None:
+    """Puts the files that the chat template of the run in `parent` is read from into `workdir`, for whoever talks to
+    the child as it was trained."""
+    for place in PLACES:
+        for name in (TEMPLATE_FILE, "tokenizer_config.json"):
+            if (parent / place / name).is_file():
+                (workdir / place).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(parent / place / name, workdir / place / name)
 
 
 def template_of(source: str, tokenizer: Tokenizer, bos_token: str | None = None) -> ChatTemplate:
@@ -107,6 +120,24 @@ def render_demonstration(prompt: str, answer: str, template: ChatTemplate | None
             "name one and the same in tokenizer_config.json, as eos_token"
         )
     return before, answered
+
+
+def wording(template: ChatTemplate, tokenizer: Tokenizer) -> Wording:
+    """How records are worded for training with `template`: the turns of their prompt and what opens an answer, then the
+    answer as the template writes it, behind which the stages put the one end token.
+
+    Raises ValueError where the template ends an answer with another token.
+    """
+    answered = render_demonstration("a", MARK, template)[1]
+    if MARK not in answered:
+        raise ValueError(f"the chat template writes no answer, but {answered!r}: it cannot be trained with")
+    return Wording(
+        hash=hashlib.sha256(repr(dataclasses.astuple(template)).encode()).hexdigest(),
+        prompt=lambda prompt: render(turns(prompt), template, add_generation_prompt=True),
+        answer=lambda text: answered.replace(MARK, text),
+        encode=lambda text: encode_rendered(text, tokenizer, template),
+        reserved=template.special,
+    )
 
 
 def encode_rendered(text: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> np.ndarray:

@@ -3,8 +3,8 @@
 A step lies in `workdir/checkpoints/<step>` as two items: `params`, the field that the next stage reads, and `state`,
 the rest, so that nothing is stored twice. Orbax commits a step by renaming its folder: a killed save leaves nothing
 that looks like one. But its data files carry no checksum, and a flipped bit would load as a wrong number. Hence
-`<step>.sha256.json` beside each committed step, checked before every load. A step without that file, which is what a
-process killed between commit and hashing leaves, is loaded with a warning.
+`<step>.sha256.json` (`integrity`) beside each committed step, checked before every load. A step without hashes, which
+is what a process killed between commit and hashing leaves, is loaded with a warning, and hashed then.
 
 In a run of several processes all of them call every function, the folder is one that all of them see, and process 0
 alone hashes, deletes and writes JSON.
@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from instructax.divergence import Diverged
+from instructax.integrity import FORMAT, damages, digests, read_record, record_path, verified
 from instructax.processes import everywhere
 from instructax.runlog import write_json
 from instructax.types import Params
@@ -47,8 +48,8 @@ def committed_steps(workdir: Path) -> list[int]:
 
 def files_hash(workdir: Path, step: int) -> str:
     """One sha256 for all files of a step; "" if their hashes were never written."""
-    stored = _read_hash_file(Path(workdir) / "checkpoints" / str(step))
-    return "" if stored is None else hashlib.sha256(json.dumps(stored["files"], sort_keys=True).encode()).hexdigest()
+    files = (read_record(Path(workdir) / "checkpoints" / str(step)) or {"files": None})["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest() if files else ""
 
 
 def best_step(workdir: Path) -> int | None:
@@ -57,7 +58,7 @@ def best_step(workdir: Path) -> int | None:
     The highest value is the best, of a metric whose name ends in "loss" the lowest.
     """
     root, steps = Path(workdir) / "checkpoints", committed_steps(workdir)
-    stored = {step: _read_hash_file(root / str(step)) or {"best_metric": "", "metric": None} for step in steps}
+    stored = {step: read_record(root / str(step)) or {"best_metric": "", "metric": None} for step in steps}
     name = stored[steps[-1]]["best_metric"] if steps else ""
     sign = -1 if name.endswith("loss") else 1
     rated = {s: sign * x["metric"] for s, x in stored.items() if x["best_metric"] == name and x["metric"] is not None}
@@ -89,6 +90,9 @@ class Checkpoints:
             self._root.mkdir(parents=True, exist_ok=True)
             for path in (*self._root.glob("*.orbax-checkpoint-tmp*"), *self._root.glob("*.deleted")):
                 _delete(path)
+            for path in self._root.glob("*.sha256.json"):
+                if not path.with_name(path.name.partition(".")[0]).exists():
+                    path.unlink()  # of a save that was killed
 
     def steps(self) -> list[int]:
         """The committed steps, in rising order."""
@@ -116,12 +120,12 @@ class Checkpoints:
         self.wait()
         if step == self._saved:
             return
-        if not _finite(state):
+        if not finite(state):
             raise Diverged(f"the state of step {step} is not finite, nothing of it is saved: lower the learning rate")
         note = {"unevaluated": None if evaluated else jax.device_get(dict(metrics))}
         note |= self._rating(step, metrics) if evaluated else {"best_metric": self._best_metric, "metric": None}
         if jax.process_index() == 0:
-            _hash_file(self._root / str(step)).unlink(missing_ok=True)
+            write_json(record_path(self._root / str(step)), {"format": FORMAT, **note, "files": None})
         items = {
             "params": getattr(state, self._exported),
             "state": dataclasses.replace(state, **{self._exported: None}),
@@ -147,9 +151,8 @@ class Checkpoints:
         self.unevaluated = None
         if jax.process_index() == 0 and self._saved is not None:
             path = self._root / str(self._saved)
-            stored = _read_hash_file(path) or {"files": _hashes(path)}
             rating = self._rating(self._saved, metrics)
-            write_json(_hash_file(path), {**stored, **rating, "unevaluated": None})
+            write_json(record_path(path), {**(read_record(path) or {}), **rating, "unevaluated": None})
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None], note: dict[str, Any]) -> None:
         """Waits for the commit, then hashes the step and deletes the steps that need not stay."""
@@ -157,14 +160,19 @@ class Checkpoints:
             response.result()
         except ValueError as error:  # how TensorStore tells that the disk refuses
             raise OSError(f"step {step} cannot be saved in {self._root}: {str(error).splitlines()[0]}") from error
+        self._settle(step, note)
+
+    def _settle(self, step: int, note: Mapping[str, Any]) -> None:
         if jax.process_index() > 0:
             return
         path = self._root / str(step)
-        write_json(_hash_file(path), {**note, "files": _hashes(path)})
-        steps = self.steps()
-        for old in set(steps) - set(steps[-self._keep :]) - {best_step(self._workdir)}:
+        write_json(record_path(path), {"format": FORMAT, **note, **digests(path)})
+        # Steps after this one are not of this run, and one that was not hashed does not take the place of one that was.
+        steps = [old for old in self.steps() if old <= step]
+        staying = [old for old in steps if verified(self._root / str(old))][-self._keep :]
+        for old in set(steps) - set(staying) - {best_step(self._workdir)}:
             remains = (self._root / str(old)).rename(self._root / f"{old}.deleted")  # at once no longer a step
-            _hash_file(self._root / str(old)).unlink(missing_ok=True)
+            record_path(self._root / str(old)).unlink(missing_ok=True)
             _delete(remains)
 
     def wait(self) -> None:
@@ -185,33 +193,38 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> tuple[Any, int] | None:
         """The newest undamaged step, straight into the shardings of `abstract_state`; None if nothing was ever saved.
 
-        Damaged newer steps are reported and set aside as `<step>.damaged`.
+        Damaged newer steps, and folders that only look like steps, are reported and set aside as `<step>.damaged`.
 
         Args:
           abstract_state: the state with jax.ShapeDtypeStruct leaves that have shardings, of any mesh.
 
         Raises:
           CheckpointMismatch: a leaf is missing, extra, or of another shape or dtype.
-          ValueError: every step is damaged, or one without hashes cannot be read.
+          FromTheFuture: a newer version of this program has written it.
+          ValueError: every step is damaged.
         """
         self.wait()
         exported = getattr(abstract_state, self._exported)
         abstract = {"params": exported, "state": dataclasses.replace(abstract_state, **{self._exported: None})}
-        damages: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
-            if damage := _damage(self._root / str(step)):
-                damages[step] = damage
+            damage = _damage(self._root / str(step)) or _unreadable(self._root / str(step), abstract)
+            if damage:
+                damaged[step] = damage
                 continue
             items = _load(self._root / str(step), abstract, cast=False)
-            for damaged, reason in damages.items():
-                logger.warning("checkpoint %d IS DAMAGED and set aside, going on from %d: %s", damaged, step, reason)
-                self._set_aside(damaged)
+            for newer, reason in damaged.items():
+                logger.warning("checkpoint %d IS DAMAGED and set aside, going on from %d: %s", newer, step, reason)
+                self._set_aside(newer)
             self._saved = step
-            self.unevaluated = (_read_hash_file(self._root / str(step)) or {}).get("unevaluated")
+            record = read_record(self._root / str(step)) or {"best_metric": self._best_metric, "metric": None}
+            self.unevaluated = record.get("unevaluated")
+            if not record.get("files"):
+                self._settle(step, record)
             return dataclasses.replace(items["state"], **{self._exported: items["params"]}), step
-        if damages:
+        if damaged:
             raise ValueError(
-                f"every checkpoint is damaged; restore a copy of {self._root}: {'; '.join(damages.values())}"
+                f"every checkpoint is damaged; restore a copy of {self._root}: {'; '.join(damaged.values())}"
             )
         return None
 
@@ -220,7 +233,7 @@ class Checkpoints:
             target = self._root / f"{step}.damaged"
             shutil.rmtree(target, ignore_errors=True)
             (self._root / str(step)).rename(target)
-            _hash_file(self._root / str(step)).unlink(missing_ok=True)
+            record_path(self._root / str(step)).unlink(missing_ok=True)
 
 
 def _delete(path: Path) -> None:
@@ -232,7 +245,7 @@ def _delete(path: Path) -> None:
 
 
 @jax.jit
-def _finite(state: Any) -> jax.Array:
+def finite(state: Any) -> jax.Array:
     """Whether every number of the state is finite: b[]."""
     floating = (leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact))
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
@@ -256,16 +269,45 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise ValueError(f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its workdir")
     path = path / "checkpoints" / str(steps[-1] if step is None else step)
-    if damage := _damage(path):
+    abstract = {"params": abstract_params}
+    if damage := _damage(path) or _unreadable(path, abstract):
         raise ValueError(f"checkpoint is damaged: {damage}; use another step or a copy of it")
-    return _load(path, {"params": abstract_params}, cast=True)["params"]
+    return _load(path, abstract, cast=True)["params"]
+
+
+def stored_arrays(step: Path) -> dict[str, jax.Array]:
+    """Every array of the step in the folder `step`, as it is stored, on the host: names as `params/layers/bias`.
+
+    Raises ValueError for a step that is damaged or cannot be read.
+    """
+    step = Path(step).absolute()
+    if damage := _damage(step) or _unreadable(step, ITEMS):
+        raise ValueError(f"checkpoint is damaged: {damage}; use another step or a copy of it")
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    metadata = ocp.checkpointables_metadata(str(step)).metadata
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
+        {item: metadata[item] for item in ITEMS},
+    )
+    return _leaves(ocp.load_checkpointables(str(step), abstract))
+
+
+def _unreadable(path: Path, items: Iterable[str]) -> str:
+    """Which item of a step cannot be read, "" if all can: what is no step but looks like one has no hashes to differ
+    from. The same on every process."""
+    try:
+        stored = ocp.checkpointables_metadata(str(path)).metadata
+        missing = [item for item in items if stored[item] is None]  # Orbax has logged why
+    except (OSError, ValueError, KeyError) as error:
+        missing, stored = [f"({error})"], {}
+    if everywhere(not missing):
+        return ""
+    return f"{path / missing[0]} cannot be read" if missing else f"{path}, as another process reports"
 
 
 def _load(path: Path, abstract: dict[str, Any], *, cast: bool) -> dict[str, Any]:
     stored = ocp.checkpointables_metadata(str(path)).metadata
     for name, tree in abstract.items():
-        if stored[name] is None:  # Orbax has logged why
-            raise ValueError(f"{path / name} cannot be read: delete {path} to go on from an older step")
         _check_leaves(path / name, _leaves(stored[name]), _leaves(tree), cast)
     return ocp.load_checkpointables(str(path), abstract)
 
@@ -294,36 +336,11 @@ def _check_leaves(where: Path, stored: dict[str, Any], wanted: dict[str, Any], c
             )
 
 
-def _hash_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256.json")
-
-
-def _read_hash_file(path: Path) -> dict[str, Any] | None:
-    """What `Checkpoints` wrote beside the step at `path`; None if there is none."""
-    return json.loads(_hash_file(path).read_text()) if _hash_file(path).exists() else None
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    """Relative name → sha256 of every file under `path`."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        return {str(f.relative_to(path)): h for f, h in zip(files, threads.map(digest, files), strict=True)}
-
-
 def _damage(path: Path) -> str:
     """What differs from the hashes of a step, "" if nothing; empty or not, the same on every process."""
     damage = ""
     if jax.process_index() == 0:
-        stored = _read_hash_file(path)
-        if stored is None:
+        if not verified(path) and not damages(path):
             logger.warning("%s has no hashes (the run was killed before it wrote them): loading it unchecked", path)
-        else:
-            found = _hashes(path)
-            wrong = (name for name, value in stored["files"].items() if found.get(name) != value)
-            damage = next((f"{path / name} is missing or differs from its sha256" for name in wrong), "")
+        damage = next(iter(damages(path)), "")
     return "" if everywhere(not damage) else damage or f"{path}, as process 0 reports"

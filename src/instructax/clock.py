@@ -5,7 +5,7 @@ import jax
 from instructax.types import Array
 
 # The order is part of every run's randomness: append, never reorder.
-PURPOSES = ("init", "dropout", "rollout", "minibatches", "evaluate", "collect")
+PURPOSES = ("init", "dropout", "rollout", "minibatches", "evaluate", "collect", "adapters")
 
 
 def step_key(seed: Array | int, purpose: str, step: Array | int) -> Array:

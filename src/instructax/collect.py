@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax import clock
+from instructax import clock, stage
 from instructax.chat import open_policy
 from instructax.configuration import check_range, require
 from instructax.data.batches import left_padded
@@ -62,6 +62,7 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
     """Writes the two files into `workdir`; all of it is done again if it was interrupted. The policies answer on the
     first device."""
     require(jax.process_count() == 1, "stage collect runs on one process: leave out --coordinator and --processes")
+    config = stage.settled(config)
     asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
     parents = [open_run(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
     policies = [open_policy(path, config.compute) for path, _ in config.policies]

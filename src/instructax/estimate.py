@@ -35,8 +35,12 @@ def memory(config: Any) -> dict[str, int]:
     """Bytes that stay on one device throughout the run, by what they are; `config` is the config of any stage."""
     mesh: Any = abstract_mesh(config.mesh)
 
+    def plain(model: ModelConfig, head: Any) -> Any:
+        return training.abstract_params(Transformer(model, config.compute, head), mesh)
+
     def state(model: ModelConfig, head: Any, optimizer: Any) -> Any:
-        return training.abstract_state(Transformer(model, config.compute, head), make_optimizer(optimizer), mesh)
+        network = Transformer(model, config.compute, head)
+        return training.abstract_state(network, make_optimizer(optimizer), mesh, training.adapters_of(config))
 
     if config.stage == "supervised":
         return _state_bytes("model", state(config.model, "tokens", config.optimizer))
@@ -54,8 +58,8 @@ def memory(config: Any) -> dict[str, int]:
         **_state_bytes("policy", policy),
         **_state_bytes("value network", value),
         "averaged policy": bytes_per_device(policy.params),
-        "reference policy": bytes_per_device(policy.params),
-        "reward model": bytes_per_device(value.params),
+        "reference policy": bytes_per_device(plain(config.model, "tokens")),
+        "reward model": bytes_per_device(plain(config.reward_model, "scalar")),
         "cache of the prompts": _cache_bytes(config.model, config.compute, rows, prompt_tokens) // head_ways,
         "cache of the sampler": _cache_bytes(config.model, config.compute, slots, length) // head_ways,
     }

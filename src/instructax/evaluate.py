@@ -23,9 +23,11 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
 from instructax.data.schema import Demonstration, read_jsonl
+from instructax.data.wording import PLAIN, Wording
 from instructax.held_out import HeldOut
 from instructax.lineage import Head, Parent, open_parents, tokenizer_of
 from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.rows import width_of
 from instructax.runlog import RunLog
 from instructax.sharding import MeshConfig
 from instructax.statistics import mean_estimate, win_rate
@@ -42,6 +44,7 @@ class EvaluateData:
     text: tuple[str, ...]
     comparisons: tuple[tuple[str, tuple[str, ...]], ...]  # (name of a group of labelers, files of what they ranked)
     demonstrations: tuple[str, ...]  # what the worked examples of "few-shot" are taken from
+    chat: bool  # whether prompts are worded by the policies' chat template
     limits: Limits
     folder: str  # where prepared rows are kept
 
@@ -78,6 +81,8 @@ class EvaluateConfig:
         for name, _, how in self.policies:
             if how not in get_args(How):
                 raise ValueError(f"policies.{name} is asked {how!r}: allowed are {', '.join(get_args(How))}")
+        if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
+            raise ValueError("data.chat = True has no few-shot: worked examples stand before plain prompts")
         if any(how == "few-shot" for _, _, how in self.policies) and not self.data.demonstrations:
             raise ValueError("data.demonstrations must be given: a policy is asked few-shot, behind some of them")
         if self.reference not in names:
@@ -97,23 +102,28 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path, _ in config.policies}
     paths["reward_parent"] = config.reward_parent
     models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(paths, (config.model, "tokens"))
     models["reward_parent"] = (config.reward_model, "scalar")
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
     stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     reward_params = load(parents["reward_parent"], "scalar")
-    policy = Transformer(config.model, config.compute, "tokens")
-    scorer = Transformer(config.reward_model, config.compute, "scalar")
+    policy = Transformer(config.model, config.compute, "tokens", mesh)
+    scorer = Transformer(config.reward_model, config.compute, "scalar", mesh)
     limits = config.data.limits
     sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
     answering = Answering(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
-    held = HeldOut(policy, scorer, mesh, limits, batch_size=config.batch_size, batches=config.batches)
+    sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
+    sizes = {"batch_size": config.batch_size, "batches": config.batches}
+    longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
+    width = width_of(longest, limits.comparison_tokens, config.compute)
+    held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
     scores: dict[str, np.ndarray] = {}
     log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
@@ -138,7 +148,6 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
         for name in scores:
             wins = win_rate(scores[name], scores[config.reference])
             figures["policies"][name]["proxy_win_rate"] = dataclasses.asdict(wins)
-        sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
         figures["reward_model"] = {name: held.ranking(reward_params, rows) for name, rows in sets.items()}
         log.flush()
         log.summary(figures)
@@ -154,18 +163,18 @@ def _load(config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: Parent, head:
     return parent.load(training.abstract_params(model, mesh))
 
 
-def read_data(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+def read_data(config: EvaluateConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
     """What there are files of, prepared."""
     limits, folder = config.data.limits, Path(config.data.folder)
 
     def prepared(prepare: Callable[..., Prepared], files: Iterable[str]) -> Prepared:
         return prepare([Path(file) for file in files], tokenizer, limits, folder)
 
-    data = {"prompts": prepared(prepare_prompts, config.data.prompts)}
+    data = {"prompts": prepared(partial(prepare_prompts, wording=wording), config.data.prompts)}
     if config.data.text:
         data["text"] = prepared(prepare_text, config.data.text)
     for name, files in config.data.comparisons:
-        data[f"comparisons.{name}"] = prepared(prepare_comparisons, files)
+        data[f"comparisons.{name}"] = prepared(partial(prepare_comparisons, wording=wording), files)
     return data
 
 

@@ -67,7 +67,9 @@ class HeldOut:
         *,
         batch_size: int,
         batches: int,
+        comparison_tokens: int,
     ):
+        """`comparison_tokens`: the width of rows that hold any prompt of the comparisons with its responses."""
         self._mesh, self._limits, self._size = mesh, limits, (batch_size, batches)
 
         def losses(params: Params, batch: LmBatch) -> tuple[Array, Array]:
@@ -78,7 +80,8 @@ class HeldOut:
         def differences(params: Params, batch: Comparisons) -> tuple[Array, Array, Array]:
             """Of each two responses, the first better than the second by people's ranks: whether that is so b[B, K, K],
             by how much its score f[B, K, K] and its length i[B, K, K] are above the other's."""
-            outputs = by_parts(partial(row_outputs, scorer, params), comparison_rows(batch), scorer, mesh)
+            rows, width = comparison_rows(batch), comparison_tokens
+            outputs = by_parts(partial(row_outputs, scorer, params), rows, scorer, mesh, width=width)
             scores, lengths = at_the_end(outputs, batch), jnp.sum(batch.mask, axis=2)
             pairs = ordered_pairs(batch.ranks, batch.valid)
             return pairs, scores[:, :, None] - scores[:, None, :], lengths[:, :, None] - lengths[:, None, :]

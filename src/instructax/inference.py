@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.model import Dropout, Transformer, head_kernel, positions_of
+from instructax.model import Dropout, Transformer, head_kernel, joined, positions_of, trained
 from instructax.operations import materialized
 from instructax.types import Array, Comparisons, LmBatch, Params, Rollouts
 from instructax.vocabulary import (
@@ -97,17 +97,18 @@ def row_loss_and_gradients(
     temperature: Array | float,
     dropout: Dropout | None = None,
 ) -> tuple[Array, dict[str, Array], Params]:
-    """A loss that is a mean over the loss mask of packed rows, its metrics, and its gradient by the parameters.
+    """A loss that is a mean over the loss mask of packed rows, its metrics, and its gradient by what is trained of the
+    parameters.
 
     `loss_of` and `extras` as in `vocabulary.loss_and_gradients`, the extras [B, T] beside the tokens that they belong
     to. Head and loss run together, chunk by chunk, between the forward and the backward pass of the layers.
     """
 
-    def trunk(params: Params) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        hidden, kernel, *rest = _hidden_before(model, params, batch, dropout)
+    def trunk(part: Params) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        hidden, kernel, *rest = _hidden_before(model, joined(part, params), batch, dropout)
         return (hidden, kernel), tuple(rest)
 
-    (hidden, kernel), pull, (targets, mask) = jax.vjp(trunk, params, has_aux=True)
+    (hidden, kernel), pull, (targets, mask) = jax.vjp(trunk, trained(params), has_aux=True)
     loss, metrics, *by_outputs = loss_and_gradients(
         loss_of,
         hidden,

@@ -49,7 +49,16 @@ CLASSES = {
     "gemma2": ("Gemma2", "ForCausalLM"),
 }
 # Reads and compares; nothing is trained.
-COMPUTE = ComputeConfig(dtype="float32", decoding="float32", remat="none", head_chunk=16, part_rows=1, slots=1)
+COMPUTE = ComputeConfig(
+    dtype="float32",
+    decoding="float32",
+    attention="jax",
+    remat="none",
+    head_chunk=16,
+    part_rows=1,
+    part_halvings=0,
+    slots=1,
+)
 TOLERANCE = 1e-4  # of logits, absolute and relative, between what was written and what is read again
 
 

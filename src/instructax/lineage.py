@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
+from instructax import sharding
 from instructax.checkpoint import best_step, committed_steps, files_hash, load_params
-from instructax.configuration import require
+from instructax.configuration import construct, require
 from instructax.manifest import check_parent, config_difference, manifest_hash, read_manifest
-from instructax.model import ModelConfig
+from instructax.model import LoraConfig, ModelConfig, adapted, merged
 from instructax.tokenizer import Tokenizer, load_tokenizer
 from instructax.types import Params
 
@@ -47,8 +50,16 @@ class Parent:
     manifest: Mapping[str, Any]
 
     def load(self, wanted: Params) -> Params:
-        """Its exported parameters, straight into the shapes and layouts of `wanted`."""
-        return load_params(self.workdir, wanted, step=self.step)
+        """Its exported parameters, straight into the shapes and layouts of `wanted`; what adapters of the run have
+        learned is in the kernels."""
+        values = self.manifest["config"].get("lora")
+        if not values or not values["rank"]:
+            return load_params(self.workdir, wanted, step=self.step)
+        lora, mesh = construct(LoraConfig, values, "lora"), jax.tree.leaves(wanted)[0].sharding.mesh
+        shapes = jax.eval_shape(lambda params: adapted(params, lora, jax.random.key(0)), wanted)
+        stored = load_params(self.workdir, sharding.abstract(shapes, mesh), step=self.step)
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        return jax.jit(merged, out_shardings=layouts)(stored)
 
     def lineage(self) -> dict[str, Any]:
         """What the child's manifest says of it."""

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from instructax.configuration import check_positive, check_range
+from instructax.model import joined, trained
 from instructax.types import Array, Params, TrainState
+
+MATRICES = ("kernel", "embedding", "positions", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decayed(params: Params) -> Params:
-    """True for matrices (kernels, embeddings), False for biases and norms, judged by name."""
+    """True for matrices (kernels, embeddings, adapters), False for biases and norms, judged by name."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding", "positions"), params
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES, params
     )
 
 
@@ -74,13 +77,14 @@ def learning_rate_at(step: Array, *, peak: Array | float, config: OptimizerConfi
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Params, learning_rate: Array
 ) -> TrainState:
-    """One optimizer step: params − learning_rate · direction; none if the norm of the gradients is not finite: then the
-    state stays as it is. The step count is the caller's."""
-    directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
-    moved = dataclasses.replace(state, params=params, opt_state=opt_state)
+    """One optimizer step of what is trained: params − learning_rate · direction; none if the norm of the gradients is
+    not finite: then the state stays as it is. The step count is the caller's."""
+    before = trained(state.params), state.opt_state
+    directions, opt_state = optimizer.update(gradients, state.opt_state, before[0])
+    moved = jax.tree.map(lambda p, d: p - learning_rate * d, before[0], directions), opt_state
     finite = jnp.isfinite(optax.tree.norm(gradients))
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    part, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, before)
+    return dataclasses.replace(state, params=joined(part, state.params), opt_state=opt_state)
 
 
 def skipped(*norms: Array) -> Array:
@@ -89,5 +93,6 @@ def skipped(*norms: Array) -> Array:
 
 
 def moving_average(average: Params, params: Params, decay: Array | float) -> Params:
-    """decay · average + (1 − decay) · params (paper, appendix C.4: 0.992)."""
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
+    """decay · average + (1 − decay) · params of what is trained (paper, appendix C.4: 0.992)."""
+    moved = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, trained(average), trained(params))
+    return joined(moved, average)

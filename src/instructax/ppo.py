@@ -9,6 +9,7 @@ scale than a sum per document would give it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,12 +29,20 @@ from instructax.inference import (
     row_values,
 )
 from instructax.losses import clipped_policy_loss, clipped_value_loss
-from instructax.masked import masked_mean
-from instructax.model import Transformer
+from instructax.masked import masked_mean, token_count
+from instructax.model import Transformer, joined, merged, trained
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average, skipped
-from instructax.rows import lay_out, pack, packed_map
-from instructax.sampling import generate
-from instructax.training import accumulate, language_gradients, parts_of, shares, split_rows
+from instructax.rows import Layout, lay_out, pack, packed_map
+from instructax.sampling import generate, prefill_padding
+from instructax.training import (
+    accumulate,
+    accumulate_rows,
+    language_gradients,
+    parts_of,
+    scaled,
+    shares,
+    split_rows,
+)
 from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
 
 
@@ -77,7 +86,7 @@ class PpoProgram:
     @property
     def packing(self) -> dict[str, Any]:
         """How prompts and responses are packed: arguments of `rows.lay_out`."""
-        return {"width": self.row_tokens, "part_rows": self.policy.compute.part_rows, "mesh": self.mesh}
+        return {"width": self.row_tokens, "compute": self.policy.compute, "mesh": self.mesh}
 
 
 def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, settings: PpoSettings) -> Rollouts:
@@ -86,7 +95,7 @@ def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, 
     keys = clock.sample_keys(clock.step_key(settings.seed, "rollout", step), samples)
     return generate(
         program.policy,
-        params,
+        merged(params),
         prompts,
         keys,
         length=program.response_tokens,
@@ -141,6 +150,7 @@ def score(
     figures = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
     if not program.rescores:  # the gap is then that of the update's first ratios
         figures = {name: x for name, x in figures.items() if not name.startswith("sampler_gap")}
+    figures["prefill_padding"] = prefill_padding(program.policy, rollouts.prompts, sharding.row_ways(program.mesh))
     return experience, scored, figures | {"padding": layout.padding()}
 
 
@@ -148,12 +158,12 @@ def score(
 class Minibatch:
     """The rollouts of one optimizer step, packed: what belongs to a response token stands where it does."""
 
-    rows: LmBatch  # [parts, rows, W], the loss mask marks response tokens
-    old_logprobs: Array  # f32[parts, rows, W], as the three below
+    rows: LmBatch  # [lines, ways, W], the loss mask marks response tokens
+    old_logprobs: Array  # f32[lines, ways, W], as the three below
     values: Array
     advantages: Array
     returns: Array
-    used: Array  # i32[], parts that hold any
+    layout: Layout
 
 
 def packed(program: PpoProgram, experience: Experience) -> Minibatch:
@@ -163,7 +173,7 @@ def packed(program: PpoProgram, experience: Experience) -> Minibatch:
     start = experience.rollouts.prompts.tokens.shape[1]
     names = ("old_logprobs", "values", "advantages", "returns")
     arrays = {name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0)))) for name in names}
-    return Minibatch(rows=pack(batch, layout), used=layout.used, **arrays)
+    return Minibatch(rows=pack(batch, layout), layout=layout, **arrays)
 
 
 def update(
@@ -199,7 +209,7 @@ def update(
         metrics |= value_metrics
         norms = optax.tree.norm(policy_gradients), optax.tree.norm(value_gradients)
         metrics["policy_grad_norm"], metrics["value_grad_norm"] = norms
-        metrics["skipped"] = skipped(*norms)
+        metrics |= {"update_padding": minibatch.layout.padding(), "skipped": skipped(*norms)}
         return PpoState(policy=policy, value=value, ema=ema), metrics
 
     state, metrics = jax.lax.scan(inner_step, state, inputs)
@@ -264,8 +274,7 @@ def policy_step(
         )
         return gradients, {"policy_loss": loss, **metrics}
 
-    parts = (minibatch.rows, (minibatch.old_logprobs, minibatch.advantages))
-    return _accumulated(gradients_of, parts, minibatch.rows.loss_mask, minibatch.used)
+    return _accumulated(gradients_of, minibatch, (minibatch.old_logprobs, minibatch.advantages))
 
 
 def value_step(
@@ -274,31 +283,37 @@ def value_step(
     """Gradient of the value loss over one minibatch, and its figures."""
     clip = settings.value_clip if program.clip_values else None
 
-    def gradients_of(part: tuple[LmBatch, Array, Array]) -> tuple[Params, dict[str, Array]]:
-        rows, old_values, returns = part
+    def gradients_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:
+        rows, (old_values, returns) = part
 
-        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            values = row_values(program.scorer, params, rows)
+        def loss_of(part: Params) -> tuple[Array, dict[str, Array]]:
+            values = row_values(program.scorer, joined(part, params), rows)
             loss, clipped_fraction = clipped_value_loss(values, old_values, returns, rows.loss_mask, clip=clip)
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(params))
         return gradients, metrics
 
-    parts = (minibatch.rows, minibatch.values, minibatch.returns)
-    return _accumulated(gradients_of, parts, minibatch.rows.loss_mask, minibatch.used)
+    return _accumulated(gradients_of, minibatch, (minibatch.values, minibatch.returns))
 
 
 def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params, Array]:
     """Gradient of the pretraining loss over one minibatch's rows of text, before `ptx_coef`, and the loss."""
     count = parts_of(text.tokens.shape[0], program.policy.compute.part_rows, program.mesh)
     parts = split_rows(text, count, program.mesh)
-    gradients, metrics = _accumulated(partial(language_gradients, program.policy, params), parts, parts.loss_mask, None)
-    return gradients, metrics["loss"]
+    weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+    gradients, metrics = accumulate(partial(language_gradients, program.policy, params), parts, weights)
+    return gradients, jnp.sum(weights * metrics["loss"])
 
 
-def _accumulated(gradients_of: Any, parts: Any, mask: Array, used: Array | None) -> tuple[Params, dict[str, Array]]:
-    """Gradient and figures of a loss that is a mean over the `mask` [parts, rows, W] of all parts."""
-    weights = shares(jnp.sum(mask, axis=(1, 2), dtype=jnp.float32))
-    gradients, metrics = accumulate(gradients_of, parts, weights, used)
-    return gradients, {name: jnp.sum(weights * x) for name, x in metrics.items()}
+def _accumulated(
+    gradients_of: Callable[[tuple[LmBatch, Any]], tuple[Params, dict[str, Array]]], minibatch: Minibatch, extras: Any
+) -> tuple[Params, dict[str, Array]]:
+    """Gradient and figures of a loss that is a mean over the response tokens of a minibatch; `extras` [lines, ways, W]
+    each are what it reads beside the rows."""
+    total = jnp.maximum(token_count(minibatch.rows.loss_mask), 1.0)
+
+    def share_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:
+        return scaled(token_count(part[0].loss_mask) / total, gradients_of(part))
+
+    return accumulate_rows(share_of, (minibatch.rows, extras), minibatch.layout)

@@ -21,11 +21,12 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.data.readers import LmData, lm_reader
+from instructax.data.wording import PLAIN, Wording
 from instructax.experience import RewardSettings, check_rollouts, check_update
 from instructax.held_out import held_out_losses
 from instructax.interruption import pause
 from instructax.lineage import open_parents, tokenizer_of
-from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.model import ComputeConfig, LoraConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, make_optimizer
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
@@ -39,6 +40,7 @@ class PpoData:
 
     prompts: tuple[str, ...]
     text: tuple[str, ...]  # () only where ptx_coef is 0
+    chat: bool  # whether prompts are worded by the parents' chat template
     limits: Limits
     folder: str  # where prepared rows are kept
 
@@ -55,6 +57,7 @@ class PpoConfig:
     model: ModelConfig  # of the policy
     reward_model: ModelConfig  # of reward model and value network
     compute: ComputeConfig
+    lora: LoraConfig  # of policy and value network
     mesh: MeshConfig
     optimizer: OptimizerConfig  # the policy's; schedules count iterations
     value_optimizer: OptimizerConfig
@@ -95,16 +98,18 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
     models: Any = {"policy_parent": (config.model, "tokens"), "reward_parent": (config.reward_model, "scalar")}
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
     program = program_of(config, mesh, tokenizer.eos_id)
     settings = settings_of(config)
-    abstract = abstract_state(program)
-    ref_params = parents["policy_parent"].load(abstract.policy.params)
-    reward_params = parents["reward_parent"].load(abstract.value.params)
+    adapt = training.adapters_of(config, 0), training.adapters_of(config, 1)
+    abstract = abstract_state(program, *adapt)
+    ref_params = parents["policy_parent"].load(training.abstract_params(program.policy, mesh))
+    reward_params = parents["reward_parent"].load(training.abstract_params(program.scorer, mesh))
     iterate = Iteration(program, abstract, settings, ref_params, reward_params, config.tolerance)
     text_losses = held_out_losses(
         program.policy, mesh, config, {n: d.sources["validation"] for n, d in data.items() if n == "text"}
@@ -115,8 +120,8 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     )
 
     def start() -> PpoState:
-        policy = training.start_from(ref_params, program.policy_optimizer, mesh)
-        value = training.start_from(reward_params, program.value_optimizer, mesh)
+        policy = training.start_from(ref_params, program.policy_optimizer, mesh, adapt[0])
+        value = training.start_from(reward_params, program.value_optimizer, mesh, adapt[1])
         return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
 
     def update(state: PpoState, batch: Any, log: Any) -> tuple[PpoState, dict[str, Any]]:
@@ -144,6 +149,8 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
     stage.check_lengths(config.data.limits, config.model)
     stage.check_lengths(config.data.limits, config.reward_model)
+    stage.check_adapters(config.lora, config.model, config.policy_parent)
+    stage.check_adapters(config.lora, config.reward_model, config.reward_parent)
     stage.check_rows("batch_size", config.batch_size, config.minibatches, mesh)
     limits = config.data.limits
     require(
@@ -156,10 +163,10 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
         stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
-def read_data(config: PpoConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+def read_data(config: PpoConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
     """Prompts, and text where there are files of it."""
-    folder = Path(config.data.folder)
-    data = {"prompts": prepare_prompts([Path(p) for p in config.data.prompts], tokenizer, config.data.limits, folder)}
+    folder, files = Path(config.data.folder), [Path(path) for path in config.data.prompts]
+    data = {"prompts": prepare_prompts(files, tokenizer, config.data.limits, folder, wording)}
     if config.data.text:
         data["text"] = prepare_text([Path(p) for p in config.data.text], tokenizer, config.data.limits, folder)
     return data
@@ -168,8 +175,8 @@ def read_data(config: PpoConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
 def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.PpoProgram:
     """What is compiled in."""
     return ppo.PpoProgram(
-        policy=Transformer(config.model, config.compute, "tokens"),
-        scorer=Transformer(config.reward_model, config.compute, "scalar"),
+        policy=Transformer(config.model, config.compute, "tokens", mesh),
+        scorer=Transformer(config.reward_model, config.compute, "scalar", mesh),
         policy_optimizer=make_optimizer(config.optimizer),
         value_optimizer=make_optimizer(config.value_optimizer),
         policy_schedule=config.optimizer,
@@ -208,10 +215,10 @@ def settings_of(config: PpoConfig) -> ppo.PpoSettings:
     )
 
 
-def abstract_state(program: ppo.PpoProgram) -> PpoState:
-    """Shapes and layouts of the whole state."""
-    policy = training.abstract_state(program.policy, program.policy_optimizer, program.mesh)
-    value = training.abstract_state(program.scorer, program.value_optimizer, program.mesh)
+def abstract_state(program: ppo.PpoProgram, *adapt: training.Adapt) -> PpoState:
+    """Shapes and layouts of the whole state; `adapt` adds adapters to policy and value network, if there are any."""
+    policy = training.abstract_state(program.policy, program.policy_optimizer, program.mesh, *adapt[:1])
+    value = training.abstract_state(program.scorer, program.value_optimizer, program.mesh, *adapt[1:])
     return PpoState(policy=policy, value=value, ema=policy.params)
 
 
@@ -222,7 +229,12 @@ def reader(config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.M
     if config.ptx_coef > 0:
         rows = config.ptx_rows * config.minibatches * config.inner_epochs
         files = LmData(
-            demonstrations=(), text=config.data.text, text_fraction=1.0, limits=limits, folder=config.data.folder
+            demonstrations=(),
+            text=config.data.text,
+            text_fraction=1.0,
+            chat=False,
+            limits=limits,
+            folder=config.data.folder,
         )
         read_text = lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
 
@@ -248,14 +260,14 @@ class Iteration:
         tolerance: float,
     ):
         state, policy = training.layouts(abstract), training.layouts(abstract.policy.params)
-        reward = training.layouts(abstract.value.params)
+        fixed = (sharding.shardings(params, program.mesh) for params in (ref_params, reward_params))
         rows, everywhere = sharding.row_sharding(program.mesh), sharding.replicated(program.mesh)
         self._rollout = jax.jit(
             partial(ppo.rollout, program), in_shardings=(policy, rows, everywhere, everywhere), out_shardings=rows
         )
         self._score = jax.jit(
             partial(ppo.score, program),
-            in_shardings=(state, policy, reward, rows, everywhere),
+            in_shardings=(state, *fixed, rows, everywhere),
             out_shardings=(rows, rows, everywhere),
         )
         self._update = jax.jit(

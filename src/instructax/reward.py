@@ -8,8 +8,8 @@ Departures from the paper: its last reward model started from a 6B GPT-3 tuned o
 from the SFT model), here it is the SFT model; the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides
 by C(K, 2).
 
-Cost: rows have P + K · R columns, short prompts and responses share one, and attention scores are of the square: at
-K = 9 and 1024 + 1024 tokens 2.8 times as many as K rows would have, for 0.56 times the tokens.
+Cost: rows are as wide as the longest prompt with its responses, short ones share one, and attention scores are of the
+square: at K = 9 and 1024 + 1024 tokens 2.8 times as many as K rows would have, for 0.56 times the tokens.
 """
 
 import dataclasses
@@ -31,18 +31,19 @@ from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.readers import held_out, held_out_rows, read_comparisons
+from instructax.data.wording import PLAIN, Wording
 from instructax.inference import at_the_end, comparison_rows, last_columns, row_outputs
 from instructax.interruption import pause
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masked import masked_sum, token_count
-from instructax.model import ComputeConfig, ModelConfig, Transformer
+from instructax.model import ComputeConfig, LoraConfig, ModelConfig, Transformer, joined, trained
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
-from instructax.rows import by_parts, lay_out, pack
+from instructax.rows import by_parts, lay_out, pack, width_of
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
 from instructax.tokenizer import Tokenizer
-from instructax.training import accumulate, shares
+from instructax.training import accumulate_rows, scaled
 from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
 
 
@@ -62,6 +63,7 @@ class RewardProgram:
     schedule: OptimizerConfig
     mesh: jax.sharding.Mesh
     total_steps: int
+    row_tokens: int  # W of the rows that prompts with their responses are packed into; none is longer
 
 
 def update(
@@ -69,38 +71,40 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the ranking loss of the whole batch of prompts."""
     rows = comparison_rows(batch)
-    width, part_rows = rows.tokens.shape[1], program.model.compute.part_rows
-    layout = lay_out(rows.segments != 0, width=width, part_rows=part_rows, mesh=program.mesh)
+    compute, width = program.model.compute, program.row_tokens
+    layout = lay_out(rows.segments != 0, width=width, longest=width, compute=compute, mesh=program.mesh)
     ends = jnp.take_along_axis(layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1)
-    part_of = ends // layout.part_cells  # a prompt and its responses stand in one row
-    pairs = jnp.sum(ordered_pairs(batch.ranks, batch.valid), axis=(1, 2), dtype=jnp.float32)
-    own = part_of[:, :1] == jnp.arange(layout.texts.shape[0])[None, :]  # b[B, parts]
-    prompt_shares = shares(jnp.sum(own & (pairs > 0)[:, None], axis=0, dtype=jnp.float32))
-    pair_shares = shares(jnp.sum(own * pairs[:, None], axis=0))
+    prompts, pairs = _counts(batch, batch.valid)
 
-    def gradients_of(inputs: tuple[Array, LmBatch]) -> tuple[Params, dict[str, Array]]:
-        index, part = inputs
-        valid = batch.valid & (part_of == index)
+    def share_of(part: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
+        rows, cells = part
 
-        def loss_of(params: Params) -> tuple[Array, dict[str, Array]]:
-            outputs = row_outputs(program.model, with_bias(params, 0.0), part).reshape(-1)
-            scores = outputs.at[ends - index * layout.part_cells].get(mode="fill", fill_value=0)
-            loss, accuracy = pairwise_ranking_loss(scores, batch.ranks, valid)
-            return loss, {"loss": loss, "accuracy": accuracy}
+        def at_the_ends(x: Array) -> Array:
+            """Of x [rows, columns] what stands at the end of each response, zero if that is in another part: [B, K]."""
+            spread = jnp.zeros((layout.texts.size,), x.dtype).at[cells].set(x)
+            return spread.at[ends].get(mode="fill", fill_value=0)
 
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        return gradients, metrics
+        valid = batch.valid & at_the_ends(rows.segments != 0)
 
-    parts = (jnp.arange(layout.texts.shape[0]), pack(rows, layout))
-    gradients, metrics = accumulate(gradients_of, parts, prompt_shares, layout.used)
+        def loss_of(moved: Params) -> tuple[Array, Array]:
+            params = with_bias(joined(moved, state.params), 0.0)
+            outputs = row_outputs(program.model, params, rows)
+            return pairwise_ranking_loss(at_the_ends(outputs), batch.ranks, valid)
+
+        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(state.params))
+        own_prompts, own_pairs = _counts(batch, valid)
+        gradients, loss = scaled(own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss))
+        return gradients, {"loss": loss, "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy}
+
+    numbers = jnp.arange(layout.texts.size, dtype=jnp.int32).reshape(layout.texts.shape)
+    gradients, metrics = accumulate_rows(share_of, (pack(rows, layout), numbers), layout)
     rate = learning_rate_at(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
     return dataclasses.replace(state, step=state.step + 1), {
-        "loss": jnp.sum(prompt_shares * metrics["loss"]),
-        "accuracy": jnp.sum(pair_shares * metrics["accuracy"]),
-        "pairs": jnp.sum(pairs),
+        **metrics,
+        "pairs": pairs,
         "learning_rate": rate,
         "grad_norm": norm,
         "skipped": skipped(norm),
@@ -114,15 +118,23 @@ def with_bias(params: Params, bias: Array | float) -> Params:
     return {**params, "scalar_head": {**params["scalar_head"], "bias": jnp.asarray(bias, jnp.float32)}}
 
 
+def _counts(batch: Comparisons, valid: Array) -> tuple[Array, Array]:
+    """(prompts with a pair, pairs) among the responses that are `valid` b[B, K], each f32[]."""
+    pairs = jnp.sum(ordered_pairs(batch.ranks, valid), axis=(1, 2), dtype=jnp.float32)
+    return jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
+
+
 def held_out_ranking(
-    model: Transformer, mesh: Mesh, params: Params, batch: Comparisons
+    model: Transformer, mesh: Mesh, params: Params, batch: Comparisons, *, width: int = 0
 ) -> tuple[Array, Array, Array, Array]:
-    """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number of pairs), each f32[]."""
-    pairs = jnp.sum(ordered_pairs(batch.ranks, batch.valid), axis=(1, 2), dtype=jnp.float32)
-    outputs = by_parts(partial(row_outputs, model, params), comparison_rows(batch), model, mesh)
+    """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number of pairs), each f32[].
+
+    `width` as in `rows.by_parts`.
+    """
+    prompts, pairs = _counts(batch, batch.valid)
+    outputs = by_parts(partial(row_outputs, model, params), comparison_rows(batch), model, mesh, width=width)
     loss, accuracy = pairwise_ranking_loss(at_the_end(outputs, batch), batch.ranks, batch.valid)
-    prompts, count = jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
-    return loss * prompts, prompts, accuracy * count, count
+    return loss * prompts, prompts, accuracy * pairs, pairs
 
 
 def demonstration_scores(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
@@ -139,6 +151,7 @@ class RewardData:
 
     comparisons: tuple[str, ...]
     demonstrations: tuple[str, ...]
+    chat: bool  # whether prompts are worded by the parent's chat template
     limits: Limits
     folder: str  # where prepared rows are kept
 
@@ -153,6 +166,7 @@ class RewardConfig:
     tokenizer: str  # path, or "bytes"
     model: ModelConfig
     compute: ComputeConfig
+    lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: RewardData
@@ -169,20 +183,24 @@ def check(config: RewardConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
     stage.check_rows("batch_size", config.batch_size, 1, mesh)
     stage.check_lengths(config.data.limits, config.model)
+    stage.check_adapters(config.lora, config.model, config.parent)
 
 
 def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer)
+    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
     train_rows = data["comparisons"].sources["train"]
     total_steps = stage.steps_of(
         steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
     )
-    model = Transformer(config.model, config.compute, "scalar")
+    longest = data["comparisons"].report.longest.values()
+    row_tokens = width_of(longest, config.data.limits.comparison_tokens, config.compute)
+    model = Transformer(config.model, config.compute, "scalar", mesh)
     optimizer = make_optimizer(config.optimizer)
     program = RewardProgram(
         model=model,
@@ -190,21 +208,25 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         schedule=config.optimizer,
         mesh=mesh,
         total_steps=total_steps,
+        row_tokens=row_tokens,
     )
     settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
-    abstract = training.abstract_state(model, optimizer, mesh)
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
     step = training.compile_update(partial(update, program), abstract, mesh)
-    ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"])
+    ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"], row_tokens)
     normalize = normalizer(model, mesh, config, data["demonstrations"].sources["train"])
 
     def start() -> TrainState:
-        fresh = training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
+        key = clock.step_key(config.seed, "init", 0)
+        fresh = training.init_state(model, optimizer, key, mesh, adapt)
         if "parent" not in parents:
             return fresh
         policy = Transformer(config.model, config.compute, "tokens")
         loaded = parents["parent"].load(training.abstract_params(policy, mesh))
         # The unembedding is left behind (paper, section 3.5), unless it is the input embedding as well.
-        return dataclasses.replace(fresh, params={name: loaded.get(name, leaf) for name, leaf in fresh.params.items()})
+        trunk = {name: leaf for name, leaf in loaded.items() if name in fresh.params}
+        return dataclasses.replace(fresh, params=joined(trunk, fresh.params))
 
     stage.run(
         workdir,
@@ -220,13 +242,13 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     )
 
 
-def read_data(config: RewardConfig, tokenizer: Tokenizer) -> dict[str, Prepared]:
+def read_data(config: RewardConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
     """Comparisons, and the demonstrations that score 0 on average."""
     limits, folder = config.data.limits, Path(config.data.folder)
     files = {name: [Path(path) for path in getattr(config.data, name)] for name in ("comparisons", "demonstrations")}
     return {
-        "comparisons": prepare_comparisons(files["comparisons"], tokenizer, limits, folder),
-        "demonstrations": prepare_demonstrations(files["demonstrations"], tokenizer, limits, folder),
+        "comparisons": prepare_comparisons(files["comparisons"], tokenizer, limits, folder, wording),
+        "demonstrations": prepare_demonstrations(files["demonstrations"], tokenizer, limits, folder, wording),
     }
 
 
@@ -242,10 +264,11 @@ def reader(config: RewardConfig, source: Source, mesh: Mesh) -> Callable[[int], 
 
 
 def ranking_figures(
-    model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
+    model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source, row_tokens: int
 ) -> Callable[[Params], dict[str, float]]:
     """A function from parameters to loss and ranking accuracy on held-out comparisons."""
-    ranking = jax.jit(partial(held_out_ranking, model, mesh), out_shardings=sharding.replicated(mesh))
+    figures = partial(held_out_ranking, model, mesh, width=row_tokens)
+    ranking = jax.jit(figures, out_shardings=sharding.replicated(mesh))
 
     def evaluate(params: Params) -> dict[str, float]:
         totals = [0.0] * 4

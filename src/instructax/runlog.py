@@ -100,7 +100,8 @@ class RunLog:
         steps is dropped.
       tensorboard: also write scalars to `workdir/tensorboard`.
       console: also print.
-      beat: called with the name of every phase when it begins and when it ends.
+      beat: called with the name of every phase when it begins and when it ends, and with "steps" by `started`.
+      written: called with the last step whose record is in the file.
       recorded: whether `start_step` has been recorded; else it is recorded next.
     """
 
@@ -114,6 +115,7 @@ class RunLog:
         tensorboard: bool,
         console: bool,
         beat: Callable[[str], None] = lambda name: None,
+        written: Callable[[int], None] = lambda step: None,
         recorded: bool = True,
     ):
         if log_every < 1:
@@ -122,7 +124,7 @@ class RunLog:
         self._total_steps, self._log_every = total_steps, log_every
         self._writes = jax.process_index() == 0
         self._console = console and self._writes
-        self._beat = beat
+        self._beat, self._written = beat, written
         self._last_step = start_step - (not recorded) if start_step > 0 else -1  # a new run may record step 0
         self._last_sampled = -1
         self._buffer: list[_Record] = []
@@ -198,6 +200,7 @@ class RunLog:
                 times["time/tokens_per_second_per_device"] = rate
             lines.append(_line(record.step, metrics, times))
         self._write(lines)
+        self._written(records[-1].step)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._metrics.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -240,6 +243,7 @@ class RunLog:
         """Waits for the metrics of the first step, and notes the seconds since the log was opened, most of which went
         into compiling: `time/first_step_s` of the next record, and a line on the console."""
         jax.block_until_ready(metrics)
+        self._beat("steps")
         now = time.perf_counter()
         seconds, self._window_start = now - self._window_start, now
         self._phases[FIRST_STEP] = seconds

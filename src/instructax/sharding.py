@@ -7,6 +7,7 @@ these shardings the compiler writes the communication; `pjit` is today this very
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ LAYOUTS: tuple[tuple[str, P], ...] = (
     (r"mlp/(up|gate)/bias", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"(out|down)/bias", P()),  # [L, D]
+    (r"(query|key|value|up|gate)/lora_a", P(None, "fsdp", None)),  # [L, D, r]
+    (r"(query|key|value|up|gate)/lora_b", P(None, None, "tensor")),  # [L, r, H, d] or [L, r, F]
+    (r"(out|down)/lora_a", P(None, "tensor")),  # [L, H, d, r] or [L, F, r]
+    (r"(out|down)/lora_b", P(None, None, "fsdp")),  # [L, r, D]
+    (r"lora_scale", P()),  # [L]
     (r"norm/(scale|bias)", P()),  # [L, D] or [D]
     # The width is split, not the vocabulary: 257 and 50257 words divide by nothing.
     (r"(params|mu|nu|ema|^)/?embedding", P(None, ("tensor", "fsdp"))),  # [V, D]
@@ -69,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def _refuse_idle_gpus() -> None:
     """JAX only warns where it finds GPUs that it cannot use, and would go on a hundred times as slow."""
     gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
-    if gpus and jax.default_backend() == "cpu" and "cpu" not in (jax.config.jax_platforms or ""):
+    if gpus and jax.default_backend() == "cpu" and "cpu" not in (jax.config.values["jax_platforms"] or ""):
         raise ValueError(
             f"this machine has {len(gpus)} NVIDIA GPUs, but JAX would compute on the processor: install "
             "jax[cuda13] and look at what it warns of, or set JAX_PLATFORMS=cpu"
@@ -140,6 +146,15 @@ def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
     """Inside jit: keeps axis `axis` of every array split as batch rows are."""
     spec = P(*(None,) * axis, ROWS)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), tree)
+
+
+def by_rows_and_heads(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`function` of query, key and value [B, heads, T, d] and segments [B, T] on each device's own rows and heads,
+    which it must not mix. Without a mesh there is one device."""
+    if mesh is None:
+        return function
+    own = P(ROWS, "tensor")
+    return jax.shard_map(function, mesh=mesh, in_specs=(own, own, own, P(ROWS)), out_specs=own, check_vma=False)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:

@@ -1,5 +1,6 @@
 """What every stage does around its loop: claim the folder, check the parent, open the log, resume, finish."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,15 +11,20 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from instructax import sharding, training
+from instructax import goodput, sharding, training
+from instructax.chat_template import inherit_template, load_template, wording
 from instructax.checkpoint import Checkpoints, committed_steps
 from instructax.configuration import INTEGERS, check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
+from instructax.data.wording import PLAIN, Wording
 from instructax.divergence import SkippedUpdates
+from instructax.goodput import Ledger
+from instructax.heartbeat import Heartbeat
 from instructax.lineage import Parent, finished
 from instructax.manifest import config_difference, read_manifest, write_manifest
-from instructax.model import ModelConfig
+from instructax.model import LoraConfig, ModelConfig
+from instructax.model.kernels import Conditions, choose, place_of
 from instructax.runlog import RunLog, write_json
 from instructax.safe_text import redacted
 from instructax.tokenizer import Tokenizer, save_tokenizer
@@ -90,6 +96,38 @@ def check_lengths(limits: Limits, model: ModelConfig) -> None:
         )
 
 
+def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
+    """Raises ConfigError for adapters wider than what they adapt, or of a network that nobody has trained."""
+    require(
+        lora.rank <= model.width,
+        f"config.lora.rank = {lora.rank} is above config.model.width = {model.width}: lower it, or 0 trains everything",
+    )
+    require(
+        lora.rank == 0 or bool(parent),
+        f"config.lora.rank = {lora.rank}, but there is no parent whose weights could stay: give one, or rank 0",
+    )
+
+
+def wording_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) -> Wording:
+    """How the prompts of a run are worded: by the chat template of its parents if it is to `chat`, else plainly.
+
+    Raises ConfigError if a parent has none, or another than the rest.
+    """
+    if not chat:
+        return PLAIN
+    found = {name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()}
+    require(bool(found), "config.data.chat = True, but there is no parent that has a chat template: give one, or False")
+    first, expected = next(iter(found.items()))
+    for name, template in found.items():
+        require(
+            template is not None and template == expected,
+            f"config.data.chat = True, but config.{name} = {str(parents[name].workdir)!r} has "
+            + ("no chat template" if template is None else f"another chat template than config.{first}")
+            + ": train all of them with it, or none",
+        )
+    return PLAIN if expected is None else wording(expected, tokenizer)
+
+
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
     """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is 0)."""
     require(
@@ -109,6 +147,63 @@ def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> 
         f"config.{name} = {rows} rows must be a positive multiple of {ways} = {pieces} parts × "
         f"{sharding.row_ways(mesh)} devices that share rows; change it or config.mesh",
     )
+
+
+def whole_rows(config: Any) -> tuple[tuple[int, ...], bool]:
+    """(lengths of the rows that the networks of a stage run without a cache, whether texts in them share another).
+
+    Of the rows of comparisons it is the longest there can be; the others are pieces of rows (`rows.part_shapes`) too.
+    """
+
+    def pieces(*widths: int) -> tuple[int, ...]:
+        return tuple(sorted({width >> i for width in widths for i in range(config.compute.part_halvings + 1)}))
+
+    if config.stage == "collect":
+        return (), False
+    if config.stage == "tasks":
+        return pieces(config.context_tokens + config.answer_tokens), False
+    limits = config.data.limits
+    packed, pair = limits.sequence_tokens, limits.prompt_tokens + limits.response_tokens
+    if config.stage == "reward":
+        return (*pieces(limits.comparison_tokens), packed), True
+    if config.stage == "evaluate":
+        asked = [config.model.max_length for _, _, how in config.policies if how == "few-shot"]
+        ranked = [limits.comparison_tokens] if config.data.comparisons else []
+        return pieces(packed, max(packed, pair), max(packed, pair, *asked), *ranked), bool(ranked)
+    return pieces(packed) if config.stage == "ppo" else (packed,), False
+
+
+def choose_attention(config: Any, *, sampling_alone: bool = False, side_by_side: bool = False) -> Any:
+    """(the config of a stage with the kernel that its networks take as `compute.attention`, that kernel and why).
+
+    `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several runs share a program.
+    Raises ConfigError if the config names a kernel that cannot run.
+    """
+    platform, version = place_of(jax.devices()[0])
+    lengths, branches = ((), False) if sampling_alone else whole_rows(config)
+    networks = [getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)]
+    given = Conditions(
+        platform=platform,
+        version=version,
+        dtype=config.compute.dtype,
+        head_widths=[network.head_width for network in networks],
+        lengths=lengths,
+        softly_capped=any(network.attention_cap > 0 for network in networks),
+        windows=any(network.window > 0 for network in networks),
+        branches=branches,
+        side_by_side=side_by_side,
+    )
+    kernel, reason = choose(config.compute.attention, given)
+    compute = dataclasses.replace(config.compute, attention=kernel)
+    return dataclasses.replace(config, compute=compute), f"{kernel} ({reason})"
+
+
+def settled(config: Any) -> Any:
+    """The config with its attention kernel chosen, which is said on the console."""
+    config, attention = choose_attention(config)
+    if jax.process_index() == 0:
+        print(f"attention: {attention}", flush=True)
+    return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +239,8 @@ class Record:
         if jax.process_index() > 0:
             return
         save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
+        if getattr(getattr(self.config, "data", None), "chat", False) and self.parents:
+            inherit_template(next(iter(self.parents.values())).workdir, workdir)
         origins = self.origins()
         write_manifest(
             workdir,
@@ -177,36 +274,51 @@ def run(
     step go to `summary.json`.
     """
     config: RunConfig = record.config.run
-    keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
-    checkpoints = Checkpoints(workdir, **keeping, exported=exported)
-    restored = checkpoints.restore(abstract)
-    state, step = restored if restored else (start(), 0)
-    if restored:
-        record.check(workdir)
-    record.write(workdir)
-    logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
-    watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{jax.process_index()}.txt")
-    logging |= {"beat": watchdog.beat, "recorded": checkpoints.unevaluated is None}
-    log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
-    with watchdog, log:
-        try:
-            training.fit(
-                state,
-                lambda state, batch: update(state, batch, log),
-                batches,
-                total_steps=total_steps,
-                checkpoints=checkpoints,
-                log=log,
-                evaluate=evaluate,
-                evaluate_every=config.evaluate_every,
-                skips=SkippedUpdates(config.most_skipped, workdir / "skipped"),
-                at_save=at_save,
-            )
-        finally:
-            checkpoints.close()
-        log.flush()
-        # From the file: a run that was killed after its last save has nothing left to compute.
-        log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
+    process = jax.process_index()
+    watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
+    heartbeats = contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json"))
+    ledgers = contextlib.closing(Ledger(workdir / "goodput.jsonl", writes=process == 0))
+    with heartbeats as heartbeat, ledgers as ledger:
+
+        def beat(name: str) -> None:
+            for listener in (watchdog, heartbeat, ledger):
+                listener.beat(name)
+
+        beat("restore")
+        keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
+        checkpoints = Checkpoints(workdir, **keeping, exported=exported)
+        restored = checkpoints.restore(abstract)
+        state, step = restored if restored else (start(), 0)
+        if restored:
+            record.check(workdir)
+        record.write(workdir)
+        beat("start")
+        ledger.begin(step)
+        logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
+        logging |= {"beat": beat, "written": ledger.write, "recorded": checkpoints.unevaluated is None}
+        log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
+        with watchdog, log:
+            try:
+                training.fit(
+                    state,
+                    lambda state, batch: update(state, batch, log),
+                    batches,
+                    total_steps=total_steps,
+                    checkpoints=checkpoints,
+                    log=log,
+                    evaluate=evaluate,
+                    evaluate_every=config.evaluate_every,
+                    skips=SkippedUpdates(config.most_skipped, workdir / "skipped"),
+                    at_save=at_save,
+                )
+            finally:
+                checkpoints.close()
+            log.flush()
+            # From the file: a run that was killed after its last save has nothing left to compute.
+            beat("finish")
+            log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
+    if process == 0:
+        print(goodput.described(goodput.totals(workdir / "goodput.jsonl")), flush=True)
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from instructax.data.readers import LmData, lm_reader, read_lm_data
 from instructax.held_out import held_out_losses
 from instructax.lineage import open_parents, tokenizer_of
 from instructax.masked import token_count
-from instructax.model import ComputeConfig, Dropout, ModelConfig, Transformer
+from instructax.model import ComputeConfig, Dropout, LoraConfig, ModelConfig, Transformer
 from instructax.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
 from instructax.sharding import MeshConfig
 from instructax.stage import RunConfig
@@ -71,13 +71,15 @@ def update(
         state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
     )
     state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
+    tokens = token_count(batch.segments > 0)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(weights * metrics["loss"]),
         "learning_rate": rate,
         "grad_norm": norm,
         "skipped": skipped(norm),
         "trained_tokens": token_count(batch.loss_mask),
-        "tokens": token_count(batch.segments > 0),
+        "tokens": tokens,
+        "padding": 1.0 - tokens / batch.segments.size,
     }
 
 
@@ -91,6 +93,7 @@ class SupervisedConfig:
     tokenizer: str  # path, or "bytes"
     model: ModelConfig
     compute: ComputeConfig
+    lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: LmData
@@ -109,15 +112,17 @@ def check(config: SupervisedConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
     stage.check_rows("batch_size", config.batch_size, config.accumulate, mesh)
     stage.check_lengths(config.data.limits, config.model)
+    stage.check_adapters(config.lora, config.model, config.parent)
 
 
 def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_lm_data(config.data, tokenizer)
+    data = read_lm_data(config.data, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
     counted = "demonstrations" if config.data.demonstrations else "text"
     share = 1.0 - config.data.text_fraction if config.data.demonstrations else 1.0
     total_steps = stage.steps_of(
@@ -126,7 +131,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         rows=len(data[counted].sources["train"]),
         rows_per_step=share * config.batch_size,
     )
-    model = Transformer(config.model, config.compute, "tokens")
+    model = Transformer(config.model, config.compute, "tokens", mesh)
     optimizer = make_optimizer(config.optimizer)
     program = SupervisedProgram(
         model=model,
@@ -142,7 +147,8 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         dropout=jnp.float32(config.dropout),
     )
-    abstract = training.abstract_state(model, optimizer, mesh)
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
     step = training.compile_update(partial(update, program), abstract, mesh)
     read = lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)
     losses = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
@@ -151,7 +157,8 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         if config.data.demonstrations and jax.process_index() == 0:
             show(read(0), tokenizer.decode)
         if "parent" in parents:
-            return training.start_from(parents["parent"].load(abstract.params), optimizer, mesh)
+            loaded = parents["parent"].load(training.abstract_params(model, mesh))
+            return training.start_from(loaded, optimizer, mesh, adapt)
         return training.init_state(model, optimizer, clock.step_key(config.seed, "init", 0), mesh)
 
     stage.run(

@@ -76,13 +76,14 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Measures the policies in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
+    config = stage.settled(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path in config.policies}
     parents = open_parents(paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer)
     seed, _ = world_of(Path(config.world))
     sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
     stage.Record(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
-    model = Transformer(config.model, config.compute, "tokens")
+    model = Transformer(config.model, config.compute, "tokens", mesh)
     lengths = {"context_tokens": config.context_tokens, "answer_tokens": config.answer_tokens}
     # What stands after a line break is never read.
     stops = tokenizer.with_text("\n")

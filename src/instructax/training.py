@@ -8,15 +8,21 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from instructax import sharding
+from instructax import clock, sharding
 from instructax.divergence import SkippedUpdates
 from instructax.inference import row_loss_and_gradients
 from instructax.interruption import Asked, Interruption
 from instructax.losses import next_token_loss
-from instructax.model import Dropout, Transformer
+from instructax.model import Dropout, Transformer, adapted, trained
 from instructax.processes import anywhere
-from instructax.rows import scan_parts
+from instructax.rows import Layout, scan_rows
 from instructax.types import Array, LmBatch, Params, TrainState
+
+Adapt = Callable[[Params], Params]
+
+
+def _as_it_is(params: Params) -> Params:
+    return params
 
 
 def init_params(model: Transformer, key: Array) -> Params:
@@ -26,8 +32,13 @@ def init_params(model: Transformer, key: Array) -> Params:
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 with the given parameters."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    """Step 0 with the given parameters; the optimizer has a state of what is trained alone."""
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(trained(params)))
+
+
+def adapters_of(config: Any, network: int = 0) -> Adapt:
+    """What adds the adapters of a stage's config to parameters, the first ones of its network number `network`."""
+    return lambda params: adapted(params, config.lora, clock.step_key(config.seed, "adapters", network))
 
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Params:
@@ -35,9 +46,11 @@ def abstract_params(model: Transformer, mesh: Mesh) -> Params:
     return sharding.abstract(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh, adapt: Adapt = _as_it_is
+) -> TrainState:
     """Shapes and layouts of a state, without data."""
-    shapes = jax.eval_shape(lambda: new_state(init_params(model, jax.random.key(0)), optimizer))
+    shapes = jax.eval_shape(lambda: new_state(adapt(init_params(model, jax.random.key(0))), optimizer))
     return sharding.abstract(shapes, mesh)
 
 
@@ -46,17 +59,25 @@ def layouts(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def init_state(model: Transformer, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh) -> TrainState:
+def init_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    mesh: Mesh,
+    adapt: Adapt = _as_it_is,
+) -> TrainState:
     """A fresh state, each device allocating only its part of it."""
-    out = layouts(abstract_state(model, optimizer, mesh))
-    return jax.jit(lambda key: new_state(init_params(model, key), optimizer), out_shardings=out)(key)
+    out = layouts(abstract_state(model, optimizer, mesh, adapt))
+    return jax.jit(lambda key: new_state(adapt(init_params(model, key)), optimizer), out_shardings=out)(key)
 
 
-def start_from(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def start_from(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, adapt: Adapt = _as_it_is
+) -> TrainState:
     """A state at step 0 with loaded parameters and a fresh optimizer, sharded as the mesh wants it."""
-    shapes = jax.eval_shape(lambda p: new_state(p, optimizer), params)
+    shapes = jax.eval_shape(lambda p: new_state(adapt(p), optimizer), params)
     out = sharding.shardings(shapes, mesh)
-    return jax.jit(lambda p: new_state(p, optimizer), out_shardings=out)(params)
+    return jax.jit(lambda p: new_state(adapt(p), optimizer), out_shardings=out)(params)
 
 
 def compile_update(update: Callable[..., Any], abstract: Any, mesh: Mesh) -> Callable[[Any, Any, Any], Any]:
@@ -82,15 +103,12 @@ def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
     return sharding.constrain_rows(split, mesh, axis=1)
 
 
-def accumulate(
-    gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array, used: Array | None = None
-) -> tuple[Params, Any]:
+def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, weights: Array) -> tuple[Params, Any]:
     """Σᵢ weightsᵢ · gradients of part i, one part in memory at a time.
 
     `parts` is a pytree with a leading axis of parts, `weights` f32[parts] each part's share of what the loss is a mean
-    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes. Only the
-    first `used` parts are run, all if it is None. `gradients_of(part)` returns (gradients, metrics); metrics come back
-    stacked on the axis of parts.
+    over, counted over the whole batch: the sum is then the whole batch's gradient, whatever the parts' sizes.
+    `gradients_of(part)` returns (gradients, metrics); metrics come back stacked on the axis of parts.
     """
     if weights.shape[0] == 1:
         gradients, metrics = gradients_of(jax.tree.map(lambda x: x[0], parts))
@@ -103,7 +121,25 @@ def accumulate(
 
     shapes = jax.eval_shape(lambda p: gradients_of(jax.tree.map(lambda x: x[0], p))[0], parts)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return scan_parts(add, zeros, (parts, weights), weights.shape[0] if used is None else used)
+    return jax.lax.scan(add, zeros, (parts, weights))
+
+
+def accumulate_rows(share_of: Callable[[Any], Any], rows: Any, layout: Layout) -> Any:
+    """Σ share_of(part) over the parts in use of packed rows, a tree of [lines, ways, W]; one part in memory at a time.
+
+    What a part adds to the whole is weighted already: its gradients and its figures times its share of what they are
+    means over.
+    """
+    first = layout.part(rows, 0, layout.shapes[0])
+    if layout.shapes == ((len(layout.texts), layout.texts.shape[2]),):  # the one part that there is
+        return share_of(first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(share_of, first))
+    return scan_rows(lambda total, part: (jax.tree.map(jnp.add, total, share_of(part)), None), zeros, rows, layout)[0]
+
+
+def scaled(weight: Array, tree: Any) -> Any:
+    """Every leaf times `weight`."""
+    return jax.tree.map(lambda x: weight * x, tree)
 
 
 def language_gradients(
@@ -161,6 +197,7 @@ def fit(
 
         def stopped(step: int, evaluated: bool) -> Interrupted:
             skips.check()
+            log.flush()  # what a saved step needs of the log is on disk before the step is
             with log.phase("save"):
                 checkpoints.save(step, at_save(state), metrics, evaluated=evaluated)
             return Interrupted(step)
@@ -202,6 +239,7 @@ def fit(
                 state = at_save(state)
             with log.phase("save"):
                 if ends or asked:
+                    log.flush()
                     checkpoints.save(done, state, metrics)
                 else:
                     checkpoints.maybe_save(done, state, metrics)

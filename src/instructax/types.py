@@ -16,9 +16,9 @@ Class = TypeVar("Class")
 Params = Any  # a nested dict of float32 arrays
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls: type[Class]) -> type[Class]:
-    """Freezes `cls` and registers all of its fields as children of a pytree."""
+    """Freezes `cls` and registers its fields as children of a pytree, but for those whose metadata say "static"."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     return jax.tree_util.register_dataclass(cls)
 

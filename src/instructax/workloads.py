@@ -52,7 +52,7 @@ def _filled(shape: tuple[int, ...], value: Any) -> Any:
 
 
 def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "tokens"), make_optimizer(config.optimizer)
+    model, optimizer = Transformer(config.model, config.compute, "tokens", mesh), make_optimizer(config.optimizer)
     program = supervised.SupervisedProgram(
         model=model,
         optimizer=optimizer,
@@ -67,17 +67,17 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         dropout=jnp.float32(config.dropout),
     )
-    step = training.compile_update(
-        partial(supervised.update, program), training.abstract_state(model, optimizer, mesh), mesh
-    )
-    state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
+    step = training.compile_update(partial(supervised.update, program), abstract, mesh)
+    state = [training.init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     length = config.data.limits.sequence_tokens
     batch = sharding.put_rows(_text(config, config.batch_size), mesh)
 
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
             state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {"tokens": float(metrics["tokens"])}
+        return {name: float(metrics[name]) for name in ("tokens", "padding")}
 
     def operations(figures: Mapping[str, float]) -> float:
         return 3 * forward_operations(config.model, figures["tokens"], length, figures["tokens"])
@@ -86,20 +86,21 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
 
 
 def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = Transformer(config.model, config.compute, "scalar"), make_optimizer(config.optimizer)
+    model, optimizer = Transformer(config.model, config.compute, "scalar", mesh), make_optimizer(config.optimizer)
+    limits, rows = config.data.limits, config.batch_size
     program = reward.RewardProgram(
         model=model,
         optimizer=optimizer,
         schedule=config.optimizer,
         mesh=mesh,
         total_steps=1000,
+        row_tokens=limits.comparison_tokens,
     )
     settings = reward.RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
-    step = training.compile_update(
-        partial(reward.update, program), training.abstract_state(model, optimizer, mesh), mesh
-    )
-    state = [training.init_state(model, optimizer, jax.random.key(0), mesh)]
-    limits, rows = config.data.limits, config.batch_size
+    adapt = training.adapters_of(config)
+    abstract = training.abstract_state(model, optimizer, mesh, adapt)
+    step = training.compile_update(partial(reward.update, program), abstract, mesh)
+    state = [training.init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     shape = (rows, limits.completions, limits.response_tokens)
     ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])
     batch = Comparisons(
@@ -131,10 +132,12 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
     policy = _policy(program, ending)
     scorer = training.init_state(program.scorer, program.value_optimizer, jax.random.key(1), mesh).params
+    adapt = training.adapters_of(config, 0), training.adapters_of(config, 1)
+    started = training.start_from(policy, program.policy_optimizer, mesh, adapt[0])
     state = PpoState(
-        policy=training.start_from(policy, program.policy_optimizer, mesh),
-        value=training.start_from(scorer, program.value_optimizer, mesh),
-        ema=jax.tree.map(jnp.copy, policy),
+        policy=started,
+        value=training.start_from(scorer, program.value_optimizer, mesh, adapt[1]),
+        ema=jax.tree.map(jnp.copy, started.params),
     )
     rows = config.ptx_rows * config.minibatches * config.inner_epochs if config.ptx_coef > 0 else 0
     batch = sharding.put_rows((_prompts(config), _text(config, rows) if rows else None), mesh)
@@ -148,7 +151,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     else:
         states = [state]
         iterate = ppo_train.Iteration(
-            program, ppo_train.abstract_state(program), settings, policy, scorer, config.tolerance
+            program, ppo_train.abstract_state(program, *adapt), settings, policy, scorer, config.tolerance
         )
 
     def run(phase: Any) -> Mapping[str, float]:

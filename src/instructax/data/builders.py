@@ -43,6 +43,7 @@ class Report:
     kept: dict[str, int]  # split: records
     rows: dict[str, int]  # split: rows on disk
     tokens: dict[str, int]  # split: real tokens, end tokens included
+    longest: dict[str, int]  # split: real tokens of the longest row
     padding: dict[str, float]  # split: share of a batch's cells that hold no token
     labelers: list[str]  # names, by the index that rows carry
 

@@ -55,6 +55,11 @@ def drop_long(items: Sequence[T], limit: int, count_tokens: Callable[[T], int]) 
     return [item for item in items if 1 <= count_tokens(item) <= limit]
 
 
+def drop_texts(records: Sequence[R], texts: Sequence[str]) -> list[R]:
+    """Keeps the records that hold none of `texts`."""
+    return [record for record in records if not any(text in own for own in texts_of(record) for text in texts)]
+
+
 def drop_unranked(records: Sequence[Comparison]) -> list[Comparison]:
     """Keeps the comparisons that have ranks; the pairs of the others go in a circle, which ranks cannot express."""
     return [record for record in records if record.ranks is not None]

@@ -21,6 +21,11 @@ class Limits:
     splits: tuple[tuple[str, float], ...]  # names and shares of the splits; the shares sum to 1
     split_seed: int  # another seed, other splits
 
+    @property
+    def comparison_tokens(self) -> int:
+        """The longest prompt with as many responses as there can be, the longest ones."""
+        return self.prompt_tokens + self.completions * self.response_tokens
+
     def __post_init__(self):
         for name, least in (("sequence_tokens", 2), ("prompt_tokens", 1), ("response_tokens", 2), ("completions", 2)):
             if getattr(self, name) < least:

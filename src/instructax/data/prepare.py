@@ -1,9 +1,9 @@
 """From files of records to rows on disk: read, filter, split, tokenise, pack, write once.
 
-The rows depend on the files' bytes, the tokenizer, the limits and `ROWS_VERSION` alone; their hash names the folder, so
-the same call reuses it and any change prepares anew. The paper filters by length too (appendix C) and says no more;
-here a demonstration that does not fit is dropped, never cut, and of a comparison the completions that do not fit are
-taken out. All records of one call are in memory while they are prepared.
+The rows depend on the files' bytes, the tokenizer, the limits, the wording and `ROWS_VERSION` alone; their hash names
+the folder, so the same call reuses it and any change prepares anew. The paper filters by length too (appendix C) and
+says no more; here a demonstration that does not fit is dropped, never cut, and of a comparison the completions that do
+not fit are taken out. All records of one call are in memory while they are prepared.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ from instructax.data.builders import (
 )
 from instructax.data.limits import Limits
 from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, opened, read_jsonl
+from instructax.data.wording import PLAIN, Wording
 from instructax.tokenizer import Tokenizer
 
-ROWS_VERSION = 1  # raise it with any change to what the same records become on disk
+ROWS_VERSION = 2  # raise it with any change to what the same records become on disk
 
 Ids = Mapping[str, np.ndarray]  # the token ids of a text
 Filter = tuple[str, Callable[[list[Any]], list[Any]]]  # a rule, and what keeps the records that pass it
@@ -61,10 +62,12 @@ def prepare_text(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, da
         return _packed([document for documents in texts for document in documents], length)
 
     recipe = _Recipe("text", Text, PackedRows, [], lambda ids: [], rows, length)
-    return _prepare(recipe, files, tokenizer, limits, data_dir)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, PLAIN)
 
 
-def prepare_demonstrations(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path) -> Prepared:
+def prepare_demonstrations(
+    files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording = PLAIN
+) -> Prepared:
     """Returns demonstrations as packed rows of T tokens, prepared or reused; `batches.lm_batch` reads them.
 
     Raises DataError for a file or line that cannot be used, and ValueError for a split that has no row.
@@ -86,10 +89,12 @@ def prepare_demonstrations(files: Sequence[Path], tokenizer: Tokenizer, limits: 
 
     filters = _prefix_filters(limits)
     recipe = _Recipe("demonstrations", Demonstration, PackedRows, filters, length_filters, rows, length)
-    return _prepare(recipe, files, tokenizer, limits, data_dir)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, wording)
 
 
-def prepare_prompts(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path) -> Prepared:
+def prepare_prompts(
+    files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording = PLAIN
+) -> Prepared:
     """Returns prompts, prepared or reused; `batches.prompt_batch` reads them with P = `limits.prompt_tokens`.
 
     Raises DataError for a file or line that cannot be used, and ValueError for a split that has no row.
@@ -105,10 +110,12 @@ def prepare_prompts(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits,
     recipe = _Recipe(
         "prompts", Prompt, PromptRows, filters, lambda ids: [_prompt_filter(limits, ids)], rows, limits.prompt_tokens
     )
-    return _prepare(recipe, files, tokenizer, limits, data_dir)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, wording)
 
 
-def prepare_comparisons(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path) -> Prepared:
+def prepare_comparisons(
+    files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording = PLAIN
+) -> Prepared:
     """Returns comparisons, prepared or reused; `batches.comparison_batch` reads them with P, K, R of `limits`.
 
     Comparisons of one prompt all stay, since several labelers may judge it. Raises DataError for a file or line that
@@ -127,10 +134,10 @@ def prepare_comparisons(files: Sequence[Path], tokenizer: Tokenizer, limits: Lim
     def rows(records: list[Comparison], ids: Ids, labelers: Mapping[str, int]) -> list[dict[str, Any]]:
         return [_comparison_row(record, ids, labelers, tokenizer.eos_id) for record in records]
 
-    cells = limits.prompt_tokens + limits.completions * limits.response_tokens
+    cells = limits.comparison_tokens
     filters = [("unranked", hygiene.drop_unranked)]
     recipe = _Recipe("comparisons", Comparison, ComparisonRows, filters, length_filters, rows, cells)
-    return _prepare(recipe, files, tokenizer, limits, data_dir)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, wording)
 
 
 def _check_end(record: Demonstration, completion: np.ndarray, eos_id: int) -> None:
@@ -170,18 +177,20 @@ def _comparison_row(record: Comparison, ids: Ids, labelers: Mapping[str, int], e
     }
 
 
-def _prepare(recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path) -> Prepared:
+def _prepare(
+    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording
+) -> Prepared:
     """Opens the rows of `recipe` for these inputs, after making them if no process has done so."""
-    content = _hash(recipe.kind, files, tokenizer, limits)
+    content = _hash(recipe.kind, files, tokenizer, limits, wording)
     folder = data_dir / f"{recipe.kind}-{content[:16]}"
     if not folder.exists():
-        rows, report = _make(recipe, files, tokenizer, limits, content)
+        rows, report = _make(recipe, files, tokenizer, limits, wording, content)
         write_rows(recipe.builder, folder, rows, report)
     return read_rows(recipe.builder, folder)
 
 
 def _make(
-    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, content: str
+    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, wording: Wording, content: str
 ) -> tuple[Rows, Report]:
     """Returns the rows of every split, and the report; `content` is the hash of the other arguments."""
     if not files:
@@ -192,12 +201,14 @@ def _make(
     if not records:
         raise ValueError(f"no {recipe.kind} in {', '.join(map(str, files))}: each holds no line")
     dropped: dict[str, int] = {}
-    splits = _splits(_filtered(records, recipe.filters, dropped), limits)
+    reserved = [("reserved", lambda kept: hygiene.drop_texts(kept, wording.reserved))] if wording.reserved else []
+    splits = _splits(_filtered(records, [*reserved, *recipe.filters], dropped), limits)
     if limits.filter_pii:
         splits["train"] = _filtered(splits["train"], [("pii", hygiene.drop_pii)], dropped)
     kept, rows = {}, {}
     for split, members in splits.items():
-        ids = _token_ids(members, tokenizer)
+        members = [_worded(record, wording) for record in members]
+        ids = _token_ids(members, tokenizer, wording)
         kept[split] = _filtered(members, recipe.length_filters(ids), dropped)
         rows[split] = recipe.rows(kept[split], ids, labelers)
     for split, members in splits.items():
@@ -215,6 +226,7 @@ def _make(
         kept={split: len(kept[split]) for split in rows},
         rows={split: len(rows[split]) for split in rows},
         tokens=tokens,
+        longest={split: max(map(_count_tokens, rows[split])) for split in rows},
         padding={split: 1 - tokens[split] / (len(rows[split]) * recipe.cells) for split in rows},
         labelers=list(labelers),
     )
@@ -225,6 +237,17 @@ def _opened(record: Any) -> Any:
     return record if isinstance(record, Text) else dataclasses.replace(record, prompt=opened(record.prompt))
 
 
+def _worded(record: Any, wording: Wording) -> Any:
+    if isinstance(record, Text):
+        return record
+    changes: dict[str, Any] = {"prompt": wording.prompt(record.prompt)}
+    if isinstance(record, Demonstration):
+        changes["completion"] = wording.answer(record.completion)
+    if isinstance(record, Comparison):
+        changes["completions"] = tuple(map(wording.answer, record.completions))
+    return dataclasses.replace(record, **changes)
+
+
 def _splits(records: Sequence[Any], limits: Limits) -> dict[str, list[Any]]:
     splits: dict[str, list[Any]] = {name: [] for name, _ in limits.splits}
     for record in records:
@@ -232,7 +255,7 @@ def _splits(records: Sequence[Any], limits: Limits) -> dict[str, list[Any]]:
     return splits
 
 
-def _hash(kind: str, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits) -> str:
+def _hash(kind: str, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, wording: Wording) -> str:
     """Returns the sha256, in hex, of all that decides the rows."""
     contents = []
     for file in files:
@@ -242,6 +265,7 @@ def _hash(kind: str, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error})") from None
     decisive = [ROWS_VERSION, kind, tokenizer.hash, dataclasses.asdict(limits), contents]
+    decisive += [wording.hash] if wording.hash else []
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -254,10 +278,13 @@ def _filtered(records: list[Any], filters: Sequence[Filter], dropped: dict[str, 
     return records
 
 
-def _token_ids(records: Sequence[Any], tokenizer: Tokenizer) -> Ids:
+def _token_ids(records: Sequence[Any], tokenizer: Tokenizer, wording: Wording) -> Ids:
     """Returns the ids of every text of `records`, each text encoded once."""
     texts = list(dict.fromkeys(text for record in records for text in hygiene.texts_of(record)))
-    return dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    if wording.encode is None:
+        return ids
+    return ids | {record.prompt: wording.encode(record.prompt) for record in records if not isinstance(record, Text)}
 
 
 def _count_tokens(row: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from instructax.data.batches import Source, comparison_batch, evaluation_rows, l
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_demonstrations, prepare_text
+from instructax.data.wording import PLAIN, Wording
 from instructax.tokenizer import Tokenizer
 from instructax.types import Comparisons, LmBatch
 
@@ -25,6 +27,7 @@ class LmData:
     demonstrations: tuple[str, ...]
     text: tuple[str, ...]
     text_fraction: float  # 1: pretraining, 0: demonstrations alone, 0.1: the PPO initialisation (paper, C.3)
+    chat: bool  # whether prompts are worded by the parent's chat template
     limits: Limits
     folder: str  # where prepared rows are kept
 
@@ -32,14 +35,14 @@ class LmData:
         check_shares(self, "text_fraction")
 
 
-def read_lm_data(config: LmData, tokenizer: Tokenizer) -> dict[str, Prepared]:
+def read_lm_data(config: LmData, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     require(
         bool(config.demonstrations) == (config.text_fraction < 1) and (bool(config.text) or config.text_fraction == 0),
         f"config.data.text_fraction = {config.text_fraction} does not fit {len(config.demonstrations)} files of "
         f"config.data.demonstrations and {len(config.text)} of config.data.text: 1 is text alone, 0 demonstrations",
     )
-    prepare = {"demonstrations": prepare_demonstrations, "text": prepare_text}
+    prepare = {"demonstrations": partial(prepare_demonstrations, wording=wording), "text": prepare_text}
     files = {"demonstrations": config.demonstrations, "text": config.text}
     return {
         name: prepare[name]([Path(path) for path in paths], tokenizer, config.limits, Path(config.folder))

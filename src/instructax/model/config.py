@@ -102,13 +102,15 @@ class ComputeConfig:
 
     dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the operands of products rounded to bfloat16
     decoding: Literal["float32", "mixed", "bfloat16"]  # the same of the sampler, which is bound by other things
+    attention: Literal["auto", "jax", "cudnn", "splash"]  # kernel of whole rows; "auto": the fastest that surely runs
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
     part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
+    part_halvings: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
     slots: int  # responses that a device samples at a time
 
     def __post_init__(self):
-        check_range(self, {"head_chunk": 1, "part_rows": 1, "slots": 1})
+        check_range(self, {"head_chunk": 1, "part_rows": 1, "part_halvings": 0, "slots": 1})
 
     @property
     def activations(self) -> str:

@@ -1,5 +1,6 @@
 """What a layer is made of: linear maps, norms, attention and MLP, and the block that joins them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.model.attention import attend, attend_causally, rotary_frequencies, rotate
+from instructax.model import adapters
+from instructax.model.attention import rotary_frequencies, rotate
 from instructax.model.cache import written
 from instructax.model.config import ModelConfig
 from instructax.operations import gelu, normalized, product
@@ -20,7 +22,7 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 class Linear(nn.Module):
     """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype `operands`:
-    dtype[..., contracted axes] → dtype[..., *features]."""
+    dtype[..., contracted axes] → dtype[..., *features]. Where there are adapters beside the kernel, what they add."""
 
     features: tuple[int, ...]
     contracted: int
@@ -34,6 +36,11 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
         rows, summed, features = "abc"[: x.ndim - self.contracted], "xy"[: self.contracted], "fgh"[: len(self.features)]
         y = product(f"{rows}{summed},{summed}{features}->{rows}{features}", x, kernel, self.operands)
+        if self.has_variable("params", adapters.A):
+            a, b, scale = (self.get_variable("params", name) for name in (adapters.A, adapters.B, adapters.SCALE))
+            low = product(f"{rows}{summed},{summed}r->{rows}r", x, a, self.operands)
+            change = product(f"{rows}r,r{features}->{rows}{features}", low, b, self.operands)
+            y = y + change * scale.astype(y.dtype)
         if self.bias:
             y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
         return y
@@ -58,12 +65,14 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; returns its keys and values for the cache.
 
-    x dtype[B, T, D], mask b[B, T, S], positions i32[B, T], past (keys and values dtype[B, kv_heads, S, head_width], the
-    columns to write at, i32[] or i32[B]) or None, where S = T → (dtype[B, T, D], (keys, values)).
+    x dtype[B, T, D], mask b[B, T, S] or what `attend` takes for it, positions i32[B, T], past (keys and values
+    dtype[B, kv_heads, S, head_width], the columns to write at, i32[] or i32[B]) or None, where S = T
+    → (dtype[B, T, D], (keys, values)).
     """
 
     config: ModelConfig
     operands: str
+    attend: Callable[..., Array]  # `attention.attend` with its cap, or one that does as it does
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
@@ -84,10 +93,7 @@ class Attention(nn.Module):
             past_keys, past_values, column = past
             key = written(past_keys, key.astype(past_keys.dtype), column, 2)
             value = written(past_values, value.astype(past_values.dtype), column, 2)
-            mixed = attend(query, key, value, mask, self.operands, c.attention_cap)
-        else:
-            mixed = attend_causally(query, key, value, mask, self.operands, c.attention_cap)
-        mixed = mixed.swapaxes(1, 2)
+        mixed = self.attend(query, key, value, mask, self.operands).swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.layers)
         out = linear((c.width,), 2, residual_std, bias=c.biases, name="out")
         return out(mixed), (key, value)
@@ -138,11 +144,13 @@ class Block(nn.Module):
 
     config: ModelConfig
     operands: str
+    attend: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None):
         c = self.config
-        attention, mlp = Attention(c, self.operands, name="attention"), Mlp(c, self.operands, name="mlp")
+        attention = Attention(c, self.operands, self.attend, name="attention")
+        mlp = Mlp(c, self.operands, name="mlp")
         attended, present = attention(Norm(c, name="attention_norm")(x), mask, positions, past)
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)

@@ -9,20 +9,24 @@ Departure from GPT-3, whose every second layer attends to a band: in our configs
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from instructax.model.attention import attention_mask, window_mask
+from instructax.model.attention import attend, attention_mask, window_mask
 from instructax.model.cache import Cache, written
 from instructax.model.config import ComputeConfig, ModelConfig
+from instructax.model.kernels import kernel_of_rows
 from instructax.model.layers import Block, Dropout, Linear, Norm
 from instructax.types import Array, Params
 
 UNROLLED = 12  # the most layers in a step of the training scan
+FEW_TOKENS = 512  # fewer than these are the last of a batch, for which one layer at a time is compiled
 
 
 class Transformer(nn.Module):
@@ -32,6 +36,7 @@ class Transformer(nn.Module):
     config: ModelConfig
     compute: ComputeConfig
     head: Literal["tokens", "scalar"]
+    mesh: Mesh | None = None  # the devices that rows and heads are split over, which splash has to know
 
     @nn.compact
     def __call__(
@@ -59,10 +64,15 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
-        blocks = self.param("blocks", init_blocks, c)
+        # Adapters are leaves that no fresh network has, which `param` would refuse.
+        given = self.has_variable("params", "blocks")
+        blocks = self.get_variable("params", "blocks") if given else self.param("blocks", init_blocks, c)
         if cache is None:
-            mask = attention_mask(segments, segments, 0)
-            x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout)
+            kernel = "jax" if self.is_initializing() else self.compute.attention  # one token is enough for shapes
+            attend_rows, mask = kernel_of_rows(kernel, segments, self.mesh)
+            if c.attention_cap:  # which "jax" alone is chosen for
+                attend_rows = partial(attend_rows, cap=c.attention_cap)
+            x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout, attend_rows)
         else:
             x, cache = unroll_blocks(layers or layers_of(blocks), x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
@@ -91,7 +101,7 @@ def init_blocks(key: Array, config: ModelConfig) -> Params:
     x, mask = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool)
 
     def init(key: Array) -> Params:
-        block = Block(config, "float32", parent=None)
+        block = Block(config, "float32", attend, parent=None)
         return block.init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, config.layers))
@@ -105,8 +115,9 @@ def scan_blocks(
     config: ModelConfig,
     compute: ComputeConfig,
     dropout: Dropout | None,
+    attend_rows: Callable[..., Array],
 ) -> Array:
-    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D].
+    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D]. `mask` is what `attend_rows` takes for one.
 
     Without remat a step of the scan has UNROLLED layers: what is kept for the backward pass is copied at the ends of
     each, for which XLA:CPU needs a tenth of a training step.
@@ -118,7 +129,7 @@ def scan_blocks(
         own = None
         if dropout is not None:
             own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
-        block = Block(config, compute.operands, parent=None)
+        block = Block(config, compute.operands, attend_rows, parent=None)
         return block.apply({"params": params}, x, seen_by(index), positions, None, own)[0], None
 
     remat = compute.remat
@@ -127,7 +138,8 @@ def scan_blocks(
         policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    unroll = UNROLLED if remat == "none" else 1  # recomputation needs the ends of the steps
+    few = x.shape[0] * x.shape[1] < FEW_TOKENS
+    unroll = UNROLLED if remat == "none" and not few else 1  # recomputation needs the ends of the steps
     return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)), unroll=unroll)[0]
 
 
@@ -177,6 +189,7 @@ def unroll_blocks(
 ) -> tuple[Array, Cache]:
     """All layers one after the other, each with its own cache arrays."""
     column = cache.filled
+    attend_cached = partial(attend, cap=config.attention_cap)
     seen = written(cache.segments, segments, column, 1)
     mask = attention_mask(segments, seen, column)
     columns = None if cache.positions is None else written(cache.positions, positions, column, 1)
@@ -184,7 +197,7 @@ def unroll_blocks(
     keys, values = [], []
     for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
-        x, (key, value) = Block(config, compute.operands, parent=None).apply(
+        x, (key, value) = Block(config, compute.operands, attend_cached, parent=None).apply(
             {"params": params}, x, seen_by(index), positions, past, None
         )
         keys.append(key)
