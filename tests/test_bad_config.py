@@ -75,7 +75,8 @@ PPO = [
     # of another type or name
     ({"whiten_rewards": "yes"}, "cannot be casted to type <class 'bool'>"),
     ({"old_logprobs": "nobody"}, "config.old_logprobs = 'nobody' must be one of 'scorer', 'sampler'"),
-    ({"kl_ceof": 0.1}, "kl_ceof"),
+    ({"kl_ceof": 0.1}, 'Key "kl_ceof" does not exist and cannot be added since the config is locked.'),
+    ({"kl_ceof": 0.1}, 'Did you mean "kl_coef" instead of "kl_ceof"?'),
     ({"stage": "alchemy"}, "config.stage = 'alchemy' must be one of world, collect, supervised, reward, ppo"),
 ]
 SFT = [
