@@ -75,7 +75,8 @@ PPO = [
     # of another type or name
     ({"whiten_rewards": "yes"}, "cannot be casted to type <class 'bool'>"),
     ({"old_logprobs": "nobody"}, "config.old_logprobs = 'nobody' must be one of 'scorer', 'sampler'"),
-    ({"kl_ceof": 0.1}, "kl_ceof"),
+    ({"kl_ceof": 0.1}, 'Key "kl_ceof" does not exist and cannot be added since the config is locked.'),
+    ({"kl_ceof": 0.1}, 'Did you mean "kl_coef" instead of "kl_ceof"?'),
     ({"stage": "alchemy"}, "config.stage = 'alchemy' must be one of world, collect, supervised, reward, ppo"),
 ]
 SFT = [
@@ -144,10 +145,9 @@ COMMANDS = [
     (["--config.kl_coef=0x1"], "could not convert string to float"),
     (["--config.seed=99999999999999999999"], "config.seed = 99999999999999999999 must be from 0 to 2147483647"),
     (["--config.data.text=('a',"], "config.data.text"),
-    (["--config.data.text=a.jsonl"], "data.text"),
     (["--config.run.keep="], "run.keep"),
     (["--config.model=3"], "model"),
-    (["--config."], "config"),
+    (["--config."], "Could not parse"),
 ]
 
 

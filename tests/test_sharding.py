@@ -196,7 +196,7 @@ def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "GPUS", tmp_path)
     mesh_of(-1, 1, 1)  # the tests ask for the processor
     with monkeypatch.context() as unasked:
-        unasked.setattr(sharding.jax, "config", types.SimpleNamespace(jax_platforms=None))
+        unasked.setattr(sharding.jax, "config", types.SimpleNamespace(values={"jax_platforms": None}))
         with pytest.raises(ValueError, match="has 1 NVIDIA GPUs, but JAX would compute on the processor"):
             make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
         unasked.setattr(sharding, "GPUS", tmp_path / "none")

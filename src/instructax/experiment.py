@@ -53,12 +53,15 @@ def load_config(run: Run) -> dict[str, Any]:
         config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        # ml_collections adds the whole config, on many lines.
-        reason, _, close = str(error.args[0]).partition(" Other fields present: ")
-        guess = close[close.rfind("Did you mean") :] if "Did you mean" in close else ""
-        said = f"{reason} {guess}".strip()
-        raise ConfigError(f"{run.config} with {shown(dict(run.overrides))}: {said}") from None
+        raise ConfigError(f"{run.config} with {shown(dict(run.overrides))}: {_without_config(error)}") from None
     return config.to_dict()
+
+
+def _without_config(error: Exception) -> str:
+    """What ml_collections says of an override, but for the whole config, which it adds where a name is unknown."""
+    first, *others = str(error.args[0] if error.args else error).splitlines() or [""]
+    hint = others[-1:] if others and others[-1].startswith("Did you mean") else []
+    return " ".join([first.partition(" Other fields present")[0], *hint])
 
 
 def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
