@@ -158,7 +158,7 @@ def networks(state):
     return {"model": state.params}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["sft", "reward", pytest.param("ppo-ptx", marks=pytest.mark.slow)])
 def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_path, name):
     config = config_of(chain, name)
     first, last = run(config, tmp_path / "straight")

@@ -72,6 +72,7 @@ def test_every_work_runs_and_compiles_once(arg, tokens, padding):
     assert [line.split("  ")[0] for line in benchmark.table(record)][:3] == ["device", "one repetition", "tokens"]
 
 
+@pytest.mark.slow
 def test_ptx_runs_its_text():
     config = config_of("ppo,S")
     given = {"steps": 1, "ending": 0.0, "sampling_alone": False, "side_by_side": 0, "profile": ""}
@@ -99,6 +100,7 @@ def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
         benchmark.measure(config, steps=1, ending=0.1, sampling_alone=True, side_by_side=0, profile="")
 
 
+@pytest.mark.slow
 def test_runs_side_by_side():
     alone, three = measured("ppo,S"), measured("ppo,S", side_by_side=3)
     assert three["tokens"] == 3 * alone["tokens"] and three["operations"] == 3 * alone["operations"]

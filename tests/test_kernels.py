@@ -153,12 +153,13 @@ def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypat
 
 # The rows of the stages.
 
-STAGES = ("pretrain", "sft", "reward", "ppo", "ppo-ptx", "evaluate", "collect", "tasks")
+STAGES = ("sft", "reward", "ppo", "evaluate")
+SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
 
 
 @pytest.mark.usefixtures("quick_compiles", "one_device")
 @pytest.mark.xdist_group("chain")
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_STAGES)])
 def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_path, monkeypatch, capsys):
     """And branch only where it was told so; the kernel is said once, before anything else."""
     seen: set[int] = set()

@@ -15,7 +15,7 @@ pytest_plugins = ("chain",)
 pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
 
 
-@pytest.mark.parametrize("arg", ["sft,S", "reward2,S", "ppo,S"])
+@pytest.mark.parametrize("arg", ["sft,S", "reward2,S", pytest.param("ppo,S", marks=pytest.mark.slow)])
 def test_every_part_is_measured(arg):
     found = overhead.measure(config_of(arg), pairs=2)
     parts = {name: value for name, value in found.items() if name not in ("step", "share")}

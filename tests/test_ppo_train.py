@@ -259,7 +259,7 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     assert metrics_of(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["mixed", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
     """Sampler, scorer and update round alike, so that the invariants hold; the figures are near those of float32."""
     half = {"compute.dtype": dtype, "compute.decoding": dtype, "steps": 1, "tolerance": 0.03}
