@@ -139,6 +139,7 @@ def test_ppo(shape):
     assert_same(got, wanted)
 
 
+@pytest.mark.slow
 def test_the_other_family_in_each_stage():
     """An untied head, grouped queries and rotary positions in what samples; biases and a position table in the scorer.
 

@@ -229,7 +229,9 @@ def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
 SMOOTH = {"sft": {}, "reward": {}, "ppo-ptx": {"ptx_rows": 4, "value_optimizer.epsilon": 1e-3}}
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", pytest.param("ppo-ptx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "ppo-ptx"))]
+)
 def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatch, name):
     config = config_of(chain, name, batch_size=16, **{"optimizer.epsilon": 1e-3, **SMOOTH[name]})
     _, straight = run(config, tmp_path / "straight")
