@@ -3,6 +3,7 @@
 Command:   ./scripts/smollm2.sh DATA
            python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (from the stages on)
 Hardware:  two cores, a night; `DATA,hour` in place of `DATA`: about an hour (estimated from steps, not run whole).
+           `DATA,mixed` and `DATA,hour,mixed` multiply in bfloat16: for processors with AMX, and for GPUs.
 Expect:    a reward model that orders held-out pairs better than their length does, and than the same network that was
            never pretrained; PPO raises its score.
 Read it:   the table that it prints, for as many runs as are finished also with --report_only: accuracy on held-out
@@ -20,6 +21,7 @@ from instructax.experiment import Run, summary_of
 from instructax.lineage import finished
 from instructax.statistics import Estimate
 
+WORDS = ("hour", "mixed")
 SIZE, BASE = "smollm2", "runs/smollm2/pretrain"
 FILES = {
     "text": ("pretrain/wikipedia*",),
@@ -41,9 +43,10 @@ RANKINGS = {"from SmolLM2": "ranking", "from scratch": "ranking-scratch"}
 
 
 def get_runs(arg: str, root: str) -> list[Run]:
-    """The runs in order; `arg` is the folder of the data, or FOLDER,hour; `root` is the experiment's workdir."""
-    folder, _, length = arg.partition(",")
-    require(length in ("", "hour"), f"{length!r} must be absent or 'hour': experiments/smollm2.py:DATA,hour")
+    """The runs in order; `arg` is the folder of the data and words of WORDS; `root` is the experiment's workdir."""
+    folder, *words = arg.split(",")
+    for word in words:
+        require(word in WORDS, f"{word!r} must be one of {', '.join(WORDS)}: experiments/smollm2.py:DATA,hour")
     require((Path(BASE) / "summary.json").is_file(), f"{BASE} is not there: ./scripts/smollm2.sh puts SmolLM2 into it")
     files = {kind: found(folder, patterns) for kind, patterns in FILES.items()}
     text, comparisons = {"data.text": files["text"]}, {"data.comparisons": files["comparisons"]}
@@ -75,9 +78,11 @@ def get_runs(arg: str, root: str) -> list[Run]:
             | {"reward_parent": f"{root}/reward", "prompts": 128, "batch_size": 16, "batches": 4},
         ),
     ]
-    changes: dict[str, Any] = HOUR if length else {}
+    changes: dict[str, Any] = HOUR if "hour" in words else {}
+    dtype = {"compute.dtype": "mixed"} if "mixed" in words else {}
     return [
-        Run(name, f"configs/{stage}.py:{SIZE}", {**values, **changes.get(name, {})}) for name, stage, values in every
+        Run(name, f"configs/{stage}.py:{SIZE}", {**values, **dtype, **changes.get(name, {})})
+        for name, stage, values in every
     ]
 
 

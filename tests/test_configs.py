@@ -220,7 +220,7 @@ def arguments_of(experiment: str, folder: Path) -> list[str]:
             path = folder / f"{pattern.replace('*', '')}.jsonl.gz"
             path.parent.mkdir(exist_ok=True)
             path.touch()
-        return [str(folder), f"{folder},hour"]
+        return [str(folder), f"{folder},hour", f"{folder},hour,mixed"]
     return ["tiny", "micro", "family"]
 
 

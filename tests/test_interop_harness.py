@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.models.huggingface")
+tasks = pytest.importorskip("lm_eval.tasks")
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 
 WORDS = ("red", "green apples", "a long way home", "12 × 3")
@@ -39,7 +40,7 @@ TASKS = {
 
 def log_likelihoods(model: Any, folder: Any) -> dict[str, list[float]]:
     """Of each request of each task, in order."""
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     names = [f"tiny_{name}" for name in TASKS]
     samples = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, log_samples=True)["samples"]
     return {

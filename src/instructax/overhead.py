@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from instructax import checkpoint, ppo, reward, sharding, stage, supervised, training
 from instructax.configuration import require
@@ -21,7 +22,7 @@ from instructax.goodput import Ledger
 from instructax.heartbeat import Heartbeat
 from instructax.integrity import digests
 from instructax.model import Transformer, joined, trained
-from instructax.optimizer import make_optimizer
+from instructax.optimizer import make_optimizer, step
 from instructax.types import Params, TrainState
 from instructax.watchdog import Watchdog
 from instructax.workloads import ppo_work, reward_work, supervised_work
@@ -73,10 +74,9 @@ def unchecked(module: Any) -> Iterator[None]:
     ours = module.apply_gradients
 
     def apply(optimizer: Any, state: TrainState, gradients: Params, learning_rate: Any) -> TrainState:
-        before = trained(state.params)
-        directions, opt_state = optimizer.update(gradients, state.opt_state, before)
-        moved = jax.tree.map(lambda p, d: p - learning_rate * d, before, directions)
-        return dataclasses.replace(state, params=joined(moved, state.params), opt_state=opt_state)
+        norm, before = optax.tree.norm(gradients), (trained(state.params), state.opt_state)
+        params, opt_state = step(optimizer, gradients, learning_rate, norm, *before)
+        return dataclasses.replace(state, params=joined(params, state.params), opt_state=opt_state)
 
     module.apply_gradients = apply
     try:
@@ -101,7 +101,7 @@ def _noting(folder: Path, phases: tuple[str, ...], log_every: int) -> float:
     heartbeat, ledger = Heartbeat(folder / "heartbeat.json"), Ledger(folder / "goodput.jsonl", writes=True)
     with contextlib.closing(heartbeat), contextlib.closing(ledger), Watchdog(3600.0, folder / "hang.txt") as watchdog:
 
-        def step(number: int) -> None:
+        def beats_of(number: int) -> None:
             for name in phases:
                 for beat in (name, f"the end of {name}"):
                     for listener in (watchdog, heartbeat, ledger):
@@ -109,7 +109,7 @@ def _noting(folder: Path, phases: tuple[str, ...], log_every: int) -> float:
             if number % log_every == 0:
                 ledger.write(number, least=0.0)
 
-        return _seconds(lambda: [step(number) for number in range(REPETITIONS)]) / REPETITIONS
+        return _seconds(lambda: [beats_of(number) for number in range(REPETITIONS)]) / REPETITIONS
 
 
 def _saving(folder: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[float, float]:
