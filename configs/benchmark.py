@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     else:
         limits.prompt_tokens, limits.response_tokens, limits.sequence_tokens = 64, 64, 256
         config.batch_size, config.minibatches, config.ptx_coef = 32, 4, 0.0
-        config.compute.head_chunk, config.compute.slots = 128, 32
+        config.compute.head_chunk, config.compute.slots, config.compute.slot_halvings = 128, 32, 3
         config.compute.part_rows, config.compute.part_halvings = 4, 0  # a minibatch of full length
         config.reward_model = model
     return config

@@ -123,6 +123,7 @@ def compute(size: str) -> ml_collections.ConfigDict:
             # Down to half a row, but where a run takes little longer than compiling.
             "part_halvings": 1 if paper(size) or imported(size) else 2 if size == "small" else 0,
             "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
+            "slot_halvings": 2 if size == "small" or size in RECIPES else 0,
         }
     )
 

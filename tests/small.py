@@ -115,6 +115,7 @@ def compute(**changes: Any) -> ComputeConfig:
         "part_rows": 8,
         "part_halvings": 0,
         "slots": 3,
+        "slot_halvings": 0,
     }
     return ComputeConfig(**{**values, **changes})
 

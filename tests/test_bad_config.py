@@ -53,6 +53,7 @@ PPO = [
     ({"model.layers": 10**9}, "config.model: layers = 1000000000 must be at least 1 and below 10000"),
     ({"model.width": -4}, "config.model: width = -4 must be at least 1"),
     ({"compute.slots": 0}, "config.compute: slots = 0 must be at least 1"),
+    ({"compute.slot_halvings": -1}, "config.compute: slot_halvings = -1 must be at least 0"),
     ({"run.watchdog_seconds": -1.0}, "config.run: watchdog_seconds = -1.0 must be at least 0"),
     ({"seed": -1}, "config.seed = -1 must be from 0 to 2147483647"),
     ({"seed": 2**31}, "config.seed = 2147483648 must be from 0 to 2147483647"),

@@ -25,6 +25,7 @@ COMPUTE = ComputeConfig(
     part_rows=1,
     part_halvings=0,
     slots=1,
+    slot_halvings=0,
 )
 ASKING = chat.Asking(length=8, temperature=1.0, seed=0, samples=1, stops=())
 

@@ -204,6 +204,12 @@ SHORT = {
 }
 
 
+@pytest.mark.parametrize("stage", [None, {}, ["sft"], "alchemy", "9" * 5000], ids=lambda stage: repr(stage)[:9])
+def test_a_stage_that_there_is_not_is_one_short_line(stage):
+    with pytest.raises(ConfigError, match=r"^config\.stage = .{2,210} must be one of world, collect, supervised"):
+        experiment.stage_of({"stage": stage})
+
+
 @pytest.mark.xdist_group("chain")
 @pytest.mark.usefixtures("quick_compiles", "one_device")
 def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch):

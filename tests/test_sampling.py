@@ -208,10 +208,10 @@ def test_no_uniform_number_draws_an_impossible_token(monkeypatch, vocab_size):
     assert int(tokens[0]) == possible[0]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 8, 50])
-def test_a_sample_does_not_depend_on_the_number_of_slots(policy, slots):
+@pytest.mark.parametrize(("slots", "halvings"), [(1, 1), (2, 0), (2, 1), (8, 0), (8, 2), (50, 9)])
+def test_a_sample_does_not_depend_on_the_number_of_slots(policy, slots, halvings):
     prompts, keys = prompts_and_keys()
-    model = Transformer(policy.config, compute(slots=slots), "tokens")
+    model = Transformer(policy.config, compute(slots=slots, slot_halvings=halvings), "tokens")
     sample = jax.jit(lambda p, k: generate(model, policy.params, p, k, length=LENGTH, temperature=1.0, eos_id=EOS))
     rows = [*range(len(LENGTHS))]
     assert_same(sample(prompts, keys), policy.sample(prompts, keys, 1.0), rows=rows, bitwise=False)
@@ -314,16 +314,16 @@ def test_a_limit_of_one_token(policy):
     assert np.all(one.mask)
 
 
-def draws(monkeypatch, lengths: list[int], slots: int) -> int:
-    """How often tokens are drawn for responses of these lengths."""
-    model = Transformer(gpt_config(), compute(slots=slots), "tokens")
+def draws(monkeypatch, lengths: list[int], slots: int, halvings: int = 0) -> list[int]:
+    """How many slots draw a token at each step, for responses of these lengths."""
+    model = Transformer(gpt_config(), compute(slots=slots, slot_halvings=halvings), "tokens")
     params, keys = random_params(model), jax.random.split(jax.random.key(0), len(lengths))
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     numbers = jax.random.key_data(fold(keys, jnp.arange(12)))  # u32[sample, token, 2], no two alike
     calls = []
 
     def scripted(logits: Array, keys: Array, _: Array) -> tuple[Array, Array]:
-        jax.debug.callback(lambda: calls.append(1))
+        jax.debug.callback(lambda: calls.append(len(logits)))
         found = jnp.all(numbers[None] == jax.random.key_data(keys)[:, None, None], axis=-1)
         sample, token = jnp.divmod(jnp.argmax(found.reshape(len(logits), -1), axis=1), 12)
         return jnp.where(token + 1 >= jnp.asarray(lengths)[sample], EOS, 0), jnp.zeros(len(logits))
@@ -333,12 +333,20 @@ def draws(monkeypatch, lengths: list[int], slots: int) -> int:
     rollouts = generate(model, params, prompts, keys, length=12, temperature=1.0, eos_id=EOS)
     jax.effects_barrier()
     assert np.asarray(rollouts.mask).sum(axis=1).tolist() == lengths
-    return len(calls)
+    return calls
 
 
 def test_a_slot_takes_the_next_sample_as_soon_as_its_own_has_ended(monkeypatch):
     lengths = [2, 9, 1, 3, 4, 2]
     # One slot makes 2 + 1 + 3 + 4, the other 9 and the last 2.
-    assert draws(monkeypatch, lengths, 2) == 11
-    assert draws(monkeypatch, lengths, 1) == sum(lengths)
-    assert draws(monkeypatch, lengths, 6) == max(lengths)
+    assert draws(monkeypatch, lengths, 2) == [2] * 11
+    assert draws(monkeypatch, lengths, 1) == [1] * sum(lengths)
+    assert draws(monkeypatch, lengths, 6) == [6] * max(lengths)
+
+
+def test_slots_are_given_up_when_half_of_them_would_do(monkeypatch):
+    lengths = [2, 9, 1, 3, 4, 2]
+    assert draws(monkeypatch, lengths, 6, halvings=1) == [6, 6, *[3] * 7]
+    assert draws(monkeypatch, lengths, 6, halvings=5) == [6, 6, 3, 3, 1, 1, 1, 1, 1]
+    # The last two samples are taken over by slots of the first four, and nothing is given up before.
+    assert draws(monkeypatch, lengths, 4, halvings=1) == [4] * 4 + [2] * 5

@@ -62,7 +62,7 @@ class Policy:
 
 def open_served(path: str | Path, *, dtype: Any, rows: int) -> Policy:
     """The policy of the finished run at `path`, for up to `rows` requests at a time."""
-    parts = {"part_rows": rows, "part_halvings": 0, "slots": rows}
+    parts = {"part_rows": rows, "part_halvings": 0, "slots": rows, "slot_halvings": 0}
     compute = ComputeConfig(dtype=dtype, decoding=dtype, attention="jax", remat="none", head_chunk=64, **parts)
     model, params, tokenizer = open_policy(path, compute)
     template = load_template(open_run(path, "--workdir").workdir, tokenizer)

@@ -17,7 +17,7 @@ import numpy as np
 
 from instructax import clock, stage
 from instructax.chat import open_policy
-from instructax.configuration import check_range, require
+from instructax.configuration import check_range, require, shown
 from instructax.data.batches import left_padded
 from instructax.data.schema import opened
 from instructax.lineage import open_run
@@ -55,7 +55,7 @@ class CollectConfig:
         least = dict.fromkeys(("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1)
         check_range(self, least | {"noise": 0, "round": 0})
         if not self.policies or min(count for _, count in self.policies) < 1:
-            raise ValueError(f"policies = {self.policies!r} must be one at least, each with one answer at least")
+            raise ValueError(f"policies = {shown(self.policies)} must be one at least, each with one answer at least")
 
 
 def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> None:

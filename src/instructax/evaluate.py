@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding, stage, training
 from instructax.answering import Answering, How
-from instructax.configuration import check_range, distinct
+from instructax.configuration import check_range, distinct, shown
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
@@ -80,13 +80,13 @@ class EvaluateConfig:
         distinct("data.comparisons", [name for name, _ in self.data.comparisons])
         for name, _, how in self.policies:
             if how not in get_args(How):
-                raise ValueError(f"policies.{name} is asked {how!r}: allowed are {', '.join(get_args(How))}")
+                raise ValueError(f"policies.{name} is asked {shown(how)}: allowed are {', '.join(get_args(How))}")
         if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
             raise ValueError("data.chat = True has no few-shot: worked examples stand before plain prompts")
         if any(how == "few-shot" for _, _, how in self.policies) and not self.data.demonstrations:
             raise ValueError("data.demonstrations must be given: a policy is asked few-shot, behind some of them")
         if self.reference not in names:
-            raise ValueError(f"reference = {self.reference!r} must be one of the policies {names}")
+            raise ValueError(f"reference = {shown(self.reference)} must be one of the policies {shown(names)}")
         if not (self.data.prompts and self.reward_parent and all(path for _, path, _ in self.policies)):
             raise ValueError("data.prompts, reward_parent and the workdir of every policy must be given")
 

@@ -76,8 +76,8 @@ def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
         "tasks": ("tasks", "TasksConfig"),
     }
     name = config.get("stage")
-    if name not in modules:
-        raise ConfigError(f"config.stage = {name!r} must be one of {', '.join(modules)}")
+    if name not in tuple(modules):  # by equality: not all that a config can hold has a hash
+        raise ConfigError(f"config.stage = {shown(name)} must be one of {', '.join(modules)}")
     module = importlib.import_module(f"instructax.{modules[name][0]}")
     return getattr(module, modules[name][1]), module
 

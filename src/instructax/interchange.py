@@ -58,6 +58,7 @@ COMPUTE = ComputeConfig(
     part_rows=1,
     part_halvings=0,
     slots=1,
+    slot_halvings=0,
 )
 TOLERANCE = 1e-4  # of logits, absolute and relative, between what was written and what is read again
 

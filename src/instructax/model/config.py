@@ -108,9 +108,10 @@ class ComputeConfig:
     part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
     part_halvings: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
     slots: int  # responses that a device samples at a time
+    slot_halvings: int  # of the slots, for the last responses: steps of half the cost, and one more to compile
 
     def __post_init__(self):
-        check_range(self, {"head_chunk": 1, "part_rows": 1, "part_halvings": 0, "slots": 1})
+        check_range(self, {"head_chunk": 1, "part_rows": 1, "part_halvings": 0, "slots": 1, "slot_halvings": 0})
 
     @property
     def activations(self) -> str:

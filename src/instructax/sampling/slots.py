@@ -67,6 +67,14 @@ class Slots:
     ended: Array  # b[N]
 
 
+def narrowed(s: Slots, count: int) -> Slots:
+    """The first `count` busy slots alone; idle ones, if there are fewer."""
+    first = jnp.argsort(s.sample == len(s.responses), stable=True)[:count]
+    own = s.cache, s.hidden, s.sample, s.column, s.token
+    cache, hidden, sample, column, token = jax.tree.map(lambda x: x[first], own)
+    return dataclasses.replace(s, cache=cache, hidden=hidden, sample=sample, column=column, token=token)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
     """One group's samples. Where there are several groups, all of them loop until the last has ended."""
@@ -84,12 +92,25 @@ class Sampler:
         return self._draw(self._idle(length))
 
     def advance(self, s: Slots, steps: Array | None = None) -> Slots:
-        """Up to `steps` i32[] further tokens in every slot; None: until all samples are made."""
+        """Up to `steps` i32[] further tokens in every slot; None: until all samples are made.
+
+        In the end most slots are idle, and a step's cost grows with its slots: with `slot_halvings`, what is under way
+        goes on in half as many slots as soon as it fits, unless there are `steps`, after which others go on.
+        """
+        if steps is not None:
+            return self._go_on(s, 0, steps)
+        for _ in range(self.model.compute.slot_halvings):
+            if half := len(s.sample) // 2:
+                s = narrowed(self._go_on(s, half, None), half)
+        return self._go_on(s, 0, None)
+
+    def _go_on(self, s: Slots, busy: int, steps: Array | None) -> Slots:
+        """Further tokens, up to `steps`, while more than `busy` slots are, or a sample waits."""
 
         def goes_on(state: tuple[Slots, Array | None]) -> Array:
             s, left = state
-            more = anywhere(jnp.any(s.sample < len(self.draws.keys)) | (s.next < self.draws.wanted))
-            return more if left is None else more & (left > 0)
+            more = (jnp.sum(s.sample < len(self.draws.keys)) > busy) | (s.next < self.draws.wanted)
+            return anywhere(more) if left is None else anywhere(more) & (left > 0)
 
         def step(state: tuple[Slots, Array | None]) -> tuple[Slots, Array | None]:
             return self._step(state[0]), None if state[1] is None else state[1] - 1
