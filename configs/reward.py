@@ -24,7 +24,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "lora": sizes.lora(size),
             "mesh": sizes.mesh(size),
             "optimizer": sizes.adam(
-                {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 1e-3), "small": 1e-4, "smollm2": 1e-4}.get(
+                {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 1e-3), "small": 1e-4, "smollm2": 3e-4}.get(
                     size, 9e-6
                 ),  # C.2
                 schedule="cosine",

@@ -34,8 +34,8 @@ ZERO = ("demos/oasst*", "demos/selfinstruct*")  # score 0 on average: all of the
 SCRATCH = {"parent": "", "lora.rank": 0, "model.layers": 5, "optimizer.learning_rate": 3e-4, "data.chat": False}
 HOUR = {
     "sft": {"steps": 12, "epochs": 0.0},
-    "reward": {"steps": 30, "epochs": 0.0},
-    "scratch": {"steps": 30, "epochs": 0.0},
+    "reward": {"steps": 40, "epochs": 0.0, "optimizer.learning_rate": 1e-3},  # few steps: 1e-4 learns nothing in 30
+    "scratch": {"steps": 40, "epochs": 0.0},
     "ppo-ptx": {"steps": 6},
     "evaluate": {"prompts": 16},
 }

@@ -46,8 +46,10 @@ def config_of(arg: str) -> Any:
 
 
 def measured(arg: str, **changes: Any) -> dict[str, Any]:
+    """The record of a work with some of `measure`'s arguments, or values of its config, changed."""
     given = {"steps": 2, "ending": 0.0, "sampling_alone": False, "side_by_side": 0, "profile": ""}
-    return benchmark.measure(config_of(arg), **{**given, **changes})
+    own = {name: changes.pop(name) for name in set(changes) - set(given)}
+    return benchmark.measure(dataclasses.replace(config_of(arg), **own), **{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,8 @@ def test_a_stage_that_does_not_fit_is_one_line():
     evaluation = SimpleNamespace(stage="evaluate")
     with pytest.raises(ValueError, match=r"config\.stage = 'evaluate' trains nothing: give one of supervised, reward"):
         benchmark.measure(evaluation, steps=1, ending=0.0, sampling_alone=False, side_by_side=0, profile="")
+    with pytest.raises(ValueError, match=r"^config\.batch_size = 8 rows must be a positive multiple of 3"):
+        measured("sft,S", accumulate=3)
 
 
 @pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_head": False}])

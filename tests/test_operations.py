@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructax.operations import gelu, materialized, normalized, product
+from instructax.operations import gelu, materialized, normalized, product, softmax_mean
 
 
 def normal(seed: int, *shape: int):
@@ -74,6 +74,27 @@ def test_norms_and_their_gradients(centred, epsilon):
     ours = pulled_back(lambda x: normalized(x, centred, epsilon), x)
     theirs = pulled_back(lambda x: plain_normalized(x, centred, epsilon), x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize(("operands", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_a_mean_under_a_softmax_and_its_gradients(operands, apart):
+    """Of scores that differ widely, some of which see nothing, and in one row all."""
+    scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
+    scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
+    ours = jax.jit(lambda *args: pulled_back(lambda s, v: softmax_mean(s, v, operands), *args))(scores, values)
+    theirs = pulled_back(lambda s, v: jax.nn.softmax(s, axis=-1) @ v, scores, values)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=apart * jnp.max(jnp.abs(b))), ours, theirs)
+    assert {found.dtype for found in ours} == {jnp.dtype("float32")}
+
+
+def test_a_mean_of_two_values_by_hand():
+    """Weights 1/4 and 3/4 of 2 and 6: 5. With 1 for its gradient, w (dw − Σ w dw): 1/4 (2 − 5) and 3/4 (6 − 5)."""
+    scores, values = jnp.log(jnp.array([[[[1.0, 3.0]]]])), jnp.array([[[[2.0], [6.0]]]])
+    mean, pull = jax.vjp(lambda s, v: softmax_mean(s, v, "float32"), scores, values)
+    np.testing.assert_allclose(mean, [[[[5.0]]]], rtol=1e-6)
+    of_scores, of_values = pull(jnp.ones_like(mean))
+    np.testing.assert_allclose(of_scores, [[[[-0.75, 0.75]]]], rtol=1e-6)
+    np.testing.assert_allclose(of_values, [[[[0.25], [0.75]]]], rtol=1e-6)
 
 
 def test_a_norm_of_two_numbers_by_hand():

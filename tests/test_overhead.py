@@ -1,5 +1,7 @@
 """What checks cost: the pair of programs really differs in the check, and every part is measured."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,3 +43,5 @@ def test_without_the_check_any_gradient_moves_the_state():
 def test_a_stage_that_trains_nothing_is_one_line():
     with pytest.raises(ValueError, match=r"config\.stage = 'evaluate' trains nothing"):
         overhead.measure(type("Config", (), {"stage": "evaluate"}), pairs=1)
+    with pytest.raises(ValueError, match=r"^config\.batch_size = 8 rows must be a positive multiple of 3"):
+        overhead.measure(dataclasses.replace(config_of("sft,S"), accumulate=3), pairs=1)

@@ -16,7 +16,7 @@ from instructax import sharding, stage
 from instructax.configuration import require
 from instructax.estimate import GIB
 from instructax.model import while_sampling
-from instructax.workloads import ppo_work, reward_work, sampling_work, supervised_work
+from instructax.workloads import CHECKS, ppo_work, reward_work, sampling_work, supervised_work
 
 
 def measure(
@@ -37,6 +37,7 @@ def measure(
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
     mesh = sharding.make_mesh(config.mesh)
+    CHECKS[config.stage](config, mesh)
     programs = {"sampling_alone": sampling_alone, "side_by_side": side_by_side > 0}
     config, attention = stage.choose_attention(config, **programs)
     compute = while_sampling(config.compute) if sampling_alone else config.compute

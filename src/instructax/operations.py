@@ -120,6 +120,32 @@ def _gelu_backward(approximate: bool, x: Array, gradient: Array) -> tuple[Array]
 gelu.defvjp(lambda x, approximate: (gelu(x, approximate), x), _gelu_backward)
 
 
+@partial(custom_vjp, nondiff_argnums=(2,))
+def softmax_mean(scores: Array, values: Array, operands: str) -> Array:
+    """The mean of values, weighted by the softmax of scores: f32[B, H, Q, S], dtype[B, H, S, d] → f32[B, H, Q, d].
+
+    What is multiplied is rounded to the dtype `operands`. Backward, the scores' gradient is w · (dw − Σ_s w · dw), and
+    that sum is Σ_d of outputs times their gradient (Dao et al., 2022): d numbers, where there may be thousands of keys.
+    """
+    return _softmax_mean_forward(scores, values, operands)[0]
+
+
+def _softmax_mean_forward(scores: Array, values: Array, operands: str) -> tuple[Array, tuple[Array, Array, Array]]:
+    weights = jax.nn.softmax(scores, axis=-1)
+    mean = product("bhqs,bhsd->bhqd", weights, values, operands)
+    return mean, (weights, values, mean)
+
+
+def _softmax_mean_backward(operands: str, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
+    weights, values, mean = kept
+    pull = jax.vjp(partial(product, "bhqs,bhsd->bhqd", operands=operands), weights, values)[1]
+    of_weights, of_values = pull(gradient)
+    return weights * (of_weights - jnp.sum(mean * gradient, axis=-1, keepdims=True)), of_values
+
+
+softmax_mean.defvjp(_softmax_mean_forward, _softmax_mean_backward)
+
+
 def soft_capped(x: Array, cap: float) -> Array:
     """cap · tanh(x / cap), which never leaves −cap … cap (Gemma Team, 2024); x itself with a cap of 0."""
     return cap * jnp.tanh(x / cap) if cap else x

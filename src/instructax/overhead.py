@@ -25,7 +25,7 @@ from instructax.model import Transformer, joined, trained
 from instructax.optimizer import make_optimizer, step
 from instructax.types import Params, TrainState
 from instructax.watchdog import Watchdog
-from instructax.workloads import ppo_work, reward_work, supervised_work
+from instructax.workloads import CHECKS, ppo_work, reward_work, supervised_work
 
 STAGES = {
     "supervised": (supervised, supervised_work, ("data", "update", "save")),
@@ -43,8 +43,9 @@ def measure(config: Any, *, pairs: int) -> dict[str, float]:
     """
     require(config.stage in STAGES, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(STAGES)}")
     module, make, phases = STAGES[config.stage]
-    config, _ = stage.choose_attention(config)
     mesh = sharding.make_mesh(config.mesh)
+    CHECKS[config.stage](config, mesh)
+    config, _ = stage.choose_attention(config)
     checked = make(config, mesh, 0.0)
     checked.run(_untimed)
     with unchecked(module):

@@ -29,6 +29,13 @@ class Work:
     operations: Callable[[Mapping[str, float]], float]
 
 
+CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
+    "supervised": supervised.check,
+    "reward": reward.check,
+    "ppo": ppo_train.check,
+}  # (config, mesh) of a stage that trains; ConfigError for values that do not fit
+
+
 def forward_operations(config: ModelConfig, tokens: float, length: float, scored: float) -> float:
     """Of `tokens` in texts of `length`, of which the head scores the vocabulary at `scored`."""
     block = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)

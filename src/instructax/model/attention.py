@@ -1,11 +1,10 @@
 """Who sees whom, and what is made of it: masks, positions and attention, on arrays alone."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from instructax.model.config import ModelConfig
-from instructax.operations import product, soft_capped
+from instructax.operations import product, soft_capped, softmax_mean
 from instructax.types import Array
 
 BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
@@ -72,16 +71,15 @@ def attend(query: Array, key: Array, value: Array, mask: Array, operands: str, c
     query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d]. What
     is multiplied is rounded to the dtype `operands`; sums and softmax are float32.
     """
-    batch, heads, length, width = query.shape
+    (batch, heads, length, width), dtype = query.shape, query.dtype
     sharing = heads // key.shape[1]
     # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is the
     # one layout that XLA:CPU multiplies fast, also in the backward pass.
     query = query.reshape(batch, -1, sharing * length, width)
     scores = product("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, operands)
     seen = jnp.tile(mask, (1, sharing, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, soft_capped(scores / np.sqrt(width), cap), MASKED), axis=-1)
-    mixed = product("bgqs,bgsd->bgqd", weights, value, operands).astype(query.dtype)
-    return mixed.reshape(batch, heads, length, width)
+    scores = jnp.where(seen, soft_capped(scores / np.sqrt(width), cap), MASKED)
+    return softmax_mean(scores, value, operands).astype(dtype).reshape(batch, heads, length, width)
 
 
 def attend_causally(query: Array, key: Array, value: Array, mask: Array, operands: str, cap: float = 0.0) -> Array:
