@@ -87,6 +87,7 @@ def run_all(config, workdir, folder, *, count=2, victim=-1, fault="", step=0) ->
             [sys.executable, "-c", DRIVER, address, str(count), str(index), *rest],
             env=environment,
             stdout=subprocess.PIPE if index == victim else None,
+            stderr=subprocess.PIPE if fault == "disk" else None,  # a pipe has no size, which is limited then
             text=True,
         )
         for index in range(count)
@@ -99,6 +100,8 @@ def run_all(config, workdir, folder, *, count=2, victim=-1, fault="", step=0) ->
         if fault == "stop":
             time.sleep(STOPPED)
             running[victim].send_signal(signal.SIGCONT)
+        if fault == "disk":
+            sys.stderr.write(running[victim].communicate(timeout=120)[1])
         codes = [process.wait(timeout=120) for process in running]
         return codes, time.monotonic() - since
     finally:
