@@ -28,8 +28,8 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    fake = Clock()
-    with mock.patch.object(goodput, "time", fake), mock.patch.object(goodput, "_process_start", lambda: 90.0):
+    fake, first = Clock(), mock.patch.object(Ledger, "_before_ended", 0.0)
+    with first, mock.patch.object(goodput, "time", fake), mock.patch.object(goodput, "_process_start", lambda: 90.0):
         yield fake
 
 
@@ -75,6 +75,18 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
     found = totals(path)
     assert found["steps"] - found["lost"] == 8
     assert [line["step"] for line in read_lines(path) if line["kind"] == "steps"] == [*range(1, 7), 5, 5, 6, 7, 8]
+
+
+def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clock):
+    for name, seconds in (("first", 30), ("second", 2)):
+        ledger = Ledger(tmp_path / name, writes=True)
+        clock.now += seconds
+        ledger.beat("restore")
+        ledger.begin(0)
+        ledger.close()
+        clock.now += 1
+    # The first from the start of the process on, ten seconds before; the second from the first one's end.
+    assert [totals(tmp_path / name)["init"] for name in ("first", "second")] == pytest.approx([10 + 30, 1 + 2])
 
 
 def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):

@@ -22,13 +22,16 @@ PHASES = {"restore": "restore", "evaluate": "evaluation", "save": "save"}  # nam
 class Ledger:
     """Books the time of this process, and writes lines if it `writes`.
 
-    Until the first beat all is `init`, from the start of the process on. Then the phases of `PHASES` are what they are
-    called; the rest is `compile` before the beat "steps" and `steps` after it.
+    Until the first beat all is `init`, from the start of the process on, or from the end of the run before it in the
+    same process. Then the phases of `PHASES` are what they are called; the rest is `compile` before the beat "steps"
+    and `steps` after it.
     """
+
+    _before_ended = 0.0  # Unix time at which the last ledger of this process was closed
 
     def __init__(self, path: Path, *, writes: bool):
         self._process, self._last = round(_process_start(), 3), time.perf_counter()
-        self._booked = {"init": time.time() - self._process}
+        self._booked = {"init": time.time() - max(self._process, Ledger._before_ended)}
         self._kind, self._rest, self._step = "init", "compile", 0
         self._before = read_lines(path)
         self._file = _opened(path) if writes else None
@@ -65,6 +68,7 @@ class Ledger:
     def close(self) -> None:
         """Writes what is still booked; no more lines after."""
         self.write(self._step, least=0.0)
+        Ledger._before_ended = time.time()
         if self._file is not None:
             self._file.close()
 
