@@ -79,9 +79,14 @@ def get_runs(arg: str, root: str) -> list[Run]:
         ),
     ]
     changes: dict[str, Any] = HOUR if "hour" in words else {}
-    dtype = {"compute.dtype": "mixed"} if "mixed" in words else {}
+    mixed: dict[str, Any] = {"compute.dtype": "mixed"} if "mixed" in words else {}
+    rounded: dict[str, Any] = {"tolerance": 0.03} if mixed else {}  # the sampler's products stay in float32
     return [
-        Run(name, f"configs/{stage}.py:{SIZE}", {**values, **dtype, **changes.get(name, {})})
+        Run(
+            name,
+            f"configs/{stage}.py:{SIZE}",
+            {**values, **mixed, **(rounded if stage == "ppo" else {}), **changes.get(name, {})},
+        )
         for name, stage, values in every
     ]
 
