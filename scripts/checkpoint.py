@@ -12,6 +12,7 @@ import sys
 from absl import app, flags, logging
 
 from instructax import command
+from instructax.safe_text import printable
 
 STEP = flags.DEFINE_integer("step", None, "verify: this step alone; to-numpy: this one, not the newest", lower_bound=0)
 TO = flags.DEFINE_string("to", None, "to-numpy: the file to write, which must not be there yet")
@@ -35,11 +36,11 @@ def main(argv: list[str]) -> int:
         from instructax import inspection
 
         if task == "ls":
-            print("\n".join(inspection.listing(workdir)))
+            print("\n".join(map(printable, inspection.listing(workdir))))
         elif task == "verify":
             good, bad = inspection.findings(workdir, STEP.value)
             wrong.extend(bad)
-            print("\n".join([*good, *bad]))
+            print("\n".join(map(printable, [*good, *bad])))
         else:
             print(inspection.write_arrays(workdir, STEP.value, pathlib.Path(str(TO.value)), LEAVES.value))
 

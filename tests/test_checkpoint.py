@@ -191,6 +191,8 @@ def test_stray_folders_are_no_steps(tmp_path):
     (root / "98" / "junk").mkdir(parents=True)
     (root / "97").write_text("a file")
     (root / "latest").mkdir()
+    for name in ("0099", "٩٩", "+5", "1_0"):  # numbers to Python
+        shutil.copytree(root / "3", root / name)
     shutil.copytree(root / "3", root / "7.orbax-checkpoint-tmp")
     assert committed_steps(tmp_path) == [3]
     checkpoints = open_checkpoints(tmp_path)
@@ -271,6 +273,14 @@ def garbled_record(root):
     (root / "7.sha256.json").write_text('{"files": {')
 
 
+def of_the_wrong_shape(content):
+    def plant(root):
+        shutil.copytree(root / "2", root / "7")
+        (root / "7.sha256.json").write_text(content)
+
+    return plant
+
+
 def truncated(root):
     shutil.copytree(root / "2", root / "7")
     shutil.copy(root / "2.sha256.json", root / "7.sha256.json")
@@ -278,7 +288,12 @@ def truncated(root):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("plant", [half_written, foreign, garbled_record, truncated])
+WRONG = ['{"files": ["a"]}', '{"files": {"a": "b"}, "bytes": null}', '{"format": 1e999}', "[" * 100_000, "7", '["a"]']
+WRONG += ['{"metric": "x"}', '{"best_metric": 3}', '{"unevaluated": 4}']
+PLANTED = [half_written, foreign, garbled_record, truncated, *map(of_the_wrong_shape, WRONG)]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
 def test_what_only_looks_like_a_step_is_named_and_the_newest_good_one_used(tmp_path, caplog, plant):
     save_steps(tmp_path, [1, 2])
     root = tmp_path / "checkpoints"

@@ -108,6 +108,31 @@ def test_an_operation_within_a_config_is_a_fault_and_its_raise_a_message(tmp_pat
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+        ("import nosuchmodule", "ModuleNotFoundError: No module named 'nosuchmodule'"),
+        ("def get_config():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_config_file_with_a_mistake_is_one_line_that_says_where(text, message, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "--dry_run", "--config", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr and "mine.py" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["a=" * 20_000, "a" * 100_000, "a-" * 50_000, "[" * 10_000])
+def test_however_long_a_message_is_it_is_said_in_short(text, capsys):
+    assert command.guarded(lambda: require(False, text)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {text[:100]}") and len(line) < 11_000
+
+
 def test_what_is_not_a_users_mistake_passes_through():
     with pytest.raises(ZeroDivisionError):
         command.guarded(lambda: 1 / 0)

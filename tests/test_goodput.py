@@ -101,6 +101,18 @@ def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
     assert all(json.loads(line) for line in (lines[0], *lines[2:]))
 
 
+def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    whole = {"kind": "lost", "seconds": 0, "step": 3, "process": 1}
+    odd = [{"kind": None}, {"kind": "tea"}, {"step": "x"}, {"process": []}, {"seconds": None}]
+    lines = [json.dumps({**whole, **change}) for change in odd]
+    lines += ['{"kind": "steps", "seconds": NaN, "step": 1, "process": 1}', "[" * 100_000, "7", "[]", "{}"]
+    lines += ['{"kind": "steps", "seconds": 1, "step": 1e999, "process": 1}', '{"seconds": 1, "step": 1}']
+    path.write_text("\n".join([*lines, json.dumps(whole)]) + "\n")
+    assert read_lines(path) == [whole]
+    assert totals(path)["goodput"] == 0.0
+
+
 def test_nothing_is_lost_of_saves_and_compiling():
     lines = [{"kind": kind, "step": 5, "seconds": 1} for kind in goodput.KINDS]
     assert lost_seconds(lines, 4) == 2 and lost_seconds(lines, 5) == 0

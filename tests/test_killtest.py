@@ -105,6 +105,16 @@ def test_a_process_that_does_not_get_there_is_not_killed(tmp_path):
     assert sleeper.returncode == -signal.SIGKILL
 
 
+def test_a_run_that_ends_wrongly_by_itself_ends_its_stage(tmp_path, monkeypatch):
+    record = {"stage": "sft", "kills": [], "differing": ["exit code 2"]}
+    monkeypatch.setattr(killtest, "straight", lambda *_: {"sft": 1.0})
+    monkeypatch.setattr(killtest, "draw", lambda *_: iter(()))
+    monkeypatch.setattr(killtest, "metrics_of", lambda _: [])
+    monkeypatch.setattr(killtest, "killed_run", lambda *_: record)
+    assert killtest.run(tmp_path, TRAIN, names=["sft"], kills=3, seed=0) == 1
+    assert json.loads((tmp_path / "killtest.json").read_text())["runs"] == [record]
+
+
 def killed(tmp_path, names, kills):
     assert killtest.run(tmp_path, TRAIN, names=names, kills=kills, seed=0) == 0
     table = json.loads((tmp_path / "killtest.json").read_text())["runs"]

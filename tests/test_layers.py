@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "instructax"
 
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
-    **dict.fromkeys(("types", "configuration", "operations", "watchdog", "sharding", "safe_text"), 0),
+    **dict.fromkeys(("types", "configuration", "operations", "watchdog", "sharding", "safe_text", "own_files"), 0),
     **dict.fromkeys(("heartbeat", "goodput", "integrity"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),

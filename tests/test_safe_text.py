@@ -16,9 +16,10 @@ SECRET = [
     "secret",
     "password",
 ]
+SECRET += ["wandb_key", "openai_key", "ssh_key", "auth", "pwd"]
 SECRET += ["client_secret", "Authorization", "config.data.api_key", "aws_secret_access_key", "credentials"]
 OPEN = ["num_tokens", "tokens", "tokenizer", "pad_token_id", "pad_token", "eos_token", "bos_token", "prompt_tokens", ""]
-OPEN += ["tokens_per_second_per_device", "first_token", "token_count", "key", "kv_heads", "keep", "author"]
+OPEN += ["tokens_per_second_per_device", "first_token", "token_count", "key", "rng_key", "kv_heads", "keep", "author"]
 
 
 @pytest.mark.parametrize("name", SECRET)
@@ -38,6 +39,7 @@ def test_a_config_without_its_secrets():
         "tokenizer": "https://me:hunter2@host/t@1.json",
         "files": ("gs://hunter2@host/a", "a@b"),
         "flag": True,
+        "api_key": {"value": "hunter2"},
     }
     assert redacted(config) == {
         "steps": 3,
@@ -45,6 +47,7 @@ def test_a_config_without_its_secrets():
         "tokenizer": f"https://{HIDDEN}@host/t@1.json",
         "files": (f"gs://{HIDDEN}@host/a", "a@b"),
         "flag": True,
+        "api_key": HIDDEN,
     }
 
 
@@ -56,6 +59,14 @@ def test_a_config_without_its_secrets():
         ("{'password': 'hunter2', 'steps': 3}", f"{{'password': {HIDDEN}, 'steps': 3}}"),
         ("Authorization: Bearer hunter2", f"Authorization: Bearer {HIDDEN}"),
         ("no https://me:hunter2@host/x here", f"no https://{HIDDEN}@host/x here"),
+        ("--config.folder='s3://a:p@hunter2@b/c'", f"--config.folder='s3://{HIDDEN}@b/c'"),
+        ("password: hunter2 and more", f"password: {HIDDEN} and more"),
+        ("x-api-key: hunter2", f"x-api-key: {HIDDEN}"),
+        ("train.py --hf_token hunter2 --steps 3", f"train.py --hf_token {HIDDEN} --steps 3"),
+        ("Authorization: Token hunter2", f"Authorization: Token {HIDDEN}"),
+        ("{'password': ['a', 'hunter2'], 'x': 1}", f"{{'password': {HIDDEN}, 'x': 1}}"),
+        (r"api_key='a\'hunter2' x", f"api_key={HIDDEN} x"),
+        ("a password of letters", "a password of letters"),
         ("num_tokens=3, one end token: name another", "num_tokens=3, one end token: name another"),
     ],
 )

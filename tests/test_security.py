@@ -136,6 +136,36 @@ def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch)
     assert not touched.exists()
 
 
+@pytest.mark.xdist_group("chain")
+@pytest.mark.usefixtures("quick_compiles", "one_device")
+def test_no_file_of_a_run_is_written_through_a_link(chain, tmp_path):
+    """Each is replaced, or the run is refused in one line; in no case does what the link leads to change."""
+    config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
+    run_stage(config, tmp_path / "run")
+    names = [path.name for path in (tmp_path / "run").iterdir() if path.is_file()]
+    assert {"heartbeat-0.json", "goodput.jsonl", "tokenizer.json", "metrics.jsonl", "config.json"} <= {*names}
+    precious = tmp_path / "precious"
+    for name in names:
+        precious.write_text("precious")
+        workdir = tmp_path / f"with {name}"
+        workdir.mkdir()
+        (workdir / name).symlink_to(precious)
+        code = command.guarded(lambda workdir=workdir: run_stage(config, workdir))
+        assert precious.read_text() == "precious", name
+        assert code in (0, 2), name
+
+
+@pytest.mark.xdist_group("chain")
+@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.parametrize("content", [b'{"seed": ', b"[1]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_a_config_of_a_run_that_is_damaged_is_one_line(chain, tmp_path, content):
+    config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read \(.*\): restore a copy, or choose another"):
+        run_stage(config, tmp_path)
+
+
 def test_nothing_is_written_through_a_link(tmp_path):
     precious, workdir = tmp_path / "precious", tmp_path / "run"
     workdir.mkdir()

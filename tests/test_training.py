@@ -404,11 +404,13 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(tmp_path, b
     assert saved == [step for step in (3, 6) if ends_after is None or step < ends_after]
 
 
-def test_the_batch_of_a_skipped_update_is_kept(mesh, tmp_path):
+@pytest.mark.parametrize("most", [0, 1])
+def test_the_batch_of_a_skipped_update_is_kept(mesh, tmp_path, most):
     batch = sharding.put_rows({"tokens": np.arange(16).reshape(8, 2), "more": {"mask": np.arange(8) > 3}}, mesh)
-    skips = SkippedUpdates(1, tmp_path)
+    skips = SkippedUpdates(most, tmp_path)
     skips.note(7, batch, {"skipped": jnp.float32(0.25)})  # one of PPO's four minibatches
-    skips.check()
+    with contextlib.nullcontext() if most else pytest.raises(Diverged):
+        skips.check()
     with np.load(tmp_path / "7-0.npz") as kept:
         assert sorted(kept) == ["more.mask", "tokens"]
         np.testing.assert_array_equal(kept["tokens"], batch["tokens"])

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ class CheckpointMismatch(ValueError):
 def committed_steps(workdir: Path) -> list[int]:
     """The steps that can be read, in rising order; stray folders and unfinished saves are not among them."""
     root = Path(workdir) / "checkpoints"
-    found = [path for path in root.iterdir() if path.name.isdecimal()] if root.is_dir() else []
+    # `0099` and digits of other scripts are numbers for `int`, but no names that a step is saved under.
+    found = [path for path in root.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)] if root.is_dir() else []
     return sorted(int(path.name) for path in found if all((path / item).is_dir() for item in ITEMS))
 
 

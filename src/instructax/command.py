@@ -16,6 +16,7 @@ from absl import flags
 from instructax.safe_text import printable, redacted_text
 
 OUT_OF_MEMORY = "out of memory; use more devices, shorter texts, smaller batches or parts, or config.compute.remat=full"
+LONGEST = 10_000  # characters of a message
 DONE, INTERNAL, USER, INVARIANT, SAVED, INTERRUPTED = 0, 1, 2, 3, 42, 130
 
 
@@ -41,6 +42,8 @@ def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
         if config.value is not None:
             config.value.keys()  # a config file that is missing says so only when something is read from it
         return rest
+    except (SyntaxError, ImportError, ArithmeticError) as error:  # in a config file, which is Python
+        sys.exit(_say(f"error: --config: {type(error).__name__}: {error}{_where(error)}", USER))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         unknown = "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
         inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
@@ -50,6 +53,13 @@ def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
         if missing := re.search(r"No such file or directory: '(.+)'", text):
             unknown, message = "", f"--config: no such file: {missing[1]}"
         sys.exit(_say(f"error: {unknown}{message}", USER))
+
+
+def _where(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):  # which says it itself
+        return ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({last.filename}, line {last.lineno})"
 
 
 def keep_compiled() -> None:
@@ -124,7 +134,8 @@ def guarded(call: Callable[[], Any]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print(printable(" ".join(redacted_text(message).split())), file=sys.stderr)
+    line = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+    print(printable(" ".join(redacted_text(line).split())), file=sys.stderr)
     return code
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from instructax.own_files import open_own
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,9 +47,11 @@ class SkippedUpdates:
             return
         self._row += 1
         path = self._folder / f"{step}-{jax.process_index()}.npz"
-        if self._row <= self._most:
+        if self._row <= max(self._most, 1):  # of a row too long, the last batch is not needed
             self._folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(path, allow_pickle=False, **_local_arrays(batch))
+            with open_own(path, "wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **_local_arrays(batch))
+        if self._row <= self._most:
             logger.warning("step %d: gradients are not finite, the update is skipped; its batch: %s", step, path)
             return
         raise Diverged(

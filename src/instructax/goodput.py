@@ -7,12 +7,15 @@ killed process did after its last line is in no line.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from instructax.own_files import open_own
 
 KINDS = ("steps", "evaluation", "compile", "init", "restore", "save")
 REDONE = ("steps", "evaluation")  # what is done again after a kill
@@ -85,7 +88,7 @@ def _process_start() -> float:
 
 def _opened(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
+    file = open_own(path, "a")
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write("\n")  # the half line of a killed process stays a line of its own
     return file
@@ -97,8 +100,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-            lines.append({**line, "seconds": float(line["seconds"]), "step": int(line["step"])})
-        except (ValueError, TypeError, KeyError):  # torn by a kill
+            seconds, step, process = float(line["seconds"]), int(line["step"]), float(line["process"])
+            if math.isfinite(seconds) and line["kind"] in (*KINDS, "lost"):
+                lines.append({"kind": line["kind"], "seconds": seconds, "step": step, "process": process})
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # torn by a kill, or not ours
             continue
     return lines
 
@@ -123,7 +128,11 @@ def totals(path: Path) -> dict[str, float]:
     seconds = {kind: sum(line["seconds"] for line in lines if line["kind"] == kind) for kind in (*KINDS, "lost")}
     useful = sum(seconds[kind] for kind in REDONE) - seconds["lost"]
     spent = sum(seconds[kind] for kind in KINDS)
-    return {**seconds, "processes": len({line["process"] for line in lines}), "goodput": useful / spent}
+    return {
+        **seconds,
+        "processes": len({line["process"] for line in lines}),
+        "goodput": useful / spent if spent else 0.0,
+    }
 
 
 def described(found: Mapping[str, float]) -> str:

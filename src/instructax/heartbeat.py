@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from instructax.own_files import open_own
+
 LENGTH = 128  # bytes of the file; it is written in place by one call, so a reader finds one beat or the next
 
 
@@ -15,7 +17,7 @@ class Heartbeat:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb", buffering=0)
+        self._file = open_own(path, "wb")
 
     def beat(self, name: str) -> None:
         """Notes that work called `name` begins or ends now."""

@@ -97,8 +97,14 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
     number = steps[-1] if step is None else step
     stored = stored_arrays(Path(workdir) / "checkpoints" / str(number))
     arrays = {name: np.asarray(value) for name, value in chosen(stored, leaves).items()}
+    npz = to.suffix == ".npz"
+    require(
+        not npz or all(value.dtype.isbuiltin for value in arrays.values()),
+        f"--to={to}: .npz has no bfloat16, which arrays of step {number} are of: give a .safetensors",
+    )
     temporary = to.with_name(f"{to.name}.tmp{to.suffix}")
-    if to.suffix == ".npz":
+    temporary.unlink(missing_ok=True)
+    if npz:
         np.savez(temporary, allow_pickle=False, **arrays)
     else:
         save_file(arrays, temporary)

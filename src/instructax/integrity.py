@@ -12,6 +12,14 @@ from typing import Any
 
 FORMAT = 1  # of a record and the step beside it; raised when an older program could misread them
 
+FIELDS: dict[str, Any] = {
+    "best_metric": str,
+    "metric": (float, int, type(None)),
+    "unevaluated": (dict, type(None)),
+    "files": (dict, type(None)),
+    "bytes": dict,
+}  # and the types that each may have
+
 
 class FromTheFuture(ValueError):
     """A step that a newer version of this program has written."""
@@ -34,7 +42,10 @@ def read_record(step: Path) -> dict[str, Any] | None:
     try:
         record = {**neutral, **json.loads(path.read_text())}
         form = int(record.get("format", 1))
-    except (ValueError, TypeError) as error:
+        wrong = [name for name, kinds in FIELDS.items() if not isinstance(record[name], kinds)]
+        if wrong and form <= FORMAT:
+            raise TypeError(f"{', '.join(wrong)} of another type")
+    except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
         return {**neutral, "files": {}, "unreadable": str(error)}
     if form > FORMAT:
         raise FromTheFuture(f"{step} has format {form}, and this version reads {FORMAT}: update instructax")

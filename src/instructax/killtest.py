@@ -210,7 +210,7 @@ def found_at(workdir: Path, pid: int, place: Place) -> dict[str, Any]:
 
 def fingerprint(workdir: Path) -> dict[str, str]:
     """sha256 of what a finished run has left: parameters, optimizer, average, counters, logs without times, summary.
-    Damage and missing hashes of its last step are in it too."""
+    Missing hashes of its last step are in it too. Raises ValueError for a last step that is damaged."""
     last = workdir / "checkpoints" / str(committed_steps(workdir)[-1])
     arrays = stored_arrays(last)
     averaged = any(name.startswith("state/policy/") for name in arrays)
@@ -257,7 +257,10 @@ def killed_run(
         found.append(found_at(workdir, process.pid, place))
         say(f"killed in {_where(found[-1])}; saved: step {found[-1]['saved']}")
     code, _ = commands.finish(name, workdir)
-    differing = differences(workdir, commands.root / name) if code == 0 else [f"exit code {code}"]
+    try:
+        differing = differences(workdir, commands.root / name) if code == 0 else [f"exit code {code}"]
+    except (ValueError, IndexError, OSError) as error:  # a last step that is damaged, or none
+        differing = [str(error)]
     if not differing:
         shutil.rmtree(workdir)
     return {"stage": name, "kills": found, "differing": differing}
@@ -287,7 +290,8 @@ def run(root: Path, train: Sequence[str], *, names: Sequence[str], kills: int, s
             shutil.rmtree(workdir, ignore_errors=True)
             say = partial(progress.killed, name)
             record = killed_run(commands, name, workdir, places[name], min(left[name], KILLS_OF_A_RUN), say)
-            left[name] -= len(record["kills"])
+            # A run that ends wrongly by itself would do so for ever.
+            left[name] = max(left[name] - len(record["kills"]), 0) if record["kills"] else 0
             table.append(record)
             _say(f"{name}: {_outcome(record)}")
             write_json(root / "killtest.json", {"seed": seed, "kills": kills, "runs": table})

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 from instructax.configuration import require
+from instructax.own_files import open_own
 from instructax.processes import everywhere
-from instructax.runlog import open_own
 
 logger = logging.getLogger(__name__)
 

@@ -58,11 +58,11 @@ def clip(largest: float) -> optax.GradientTransformationExtraArgs:
     """gradients · min(1, largest / norm), by a norm that is given: optax's own clipping takes a norm of its own, which
     in a branch of a program is another pass over all gradients."""
 
-    def update(gradients: Params, state: Any, params: Any = None, *, norm: Array, **_: Any) -> tuple[Params, Any]:
-        scale = jnp.minimum(1.0, largest / norm)
-        return jax.tree.map(lambda gradient: gradient * scale, gradients), state
+    def update(updates: Params, state: Any, params: Any = None, **given: Any) -> tuple[Params, Any]:
+        scale = jnp.minimum(1.0, largest / given["norm"])
+        return jax.tree.map(lambda gradient: gradient * scale, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def decayed(params: Params) -> Params:

@@ -15,11 +15,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import jax
 import numpy as np
 
+from instructax.own_files import open_own
 from instructax.safe_text import printable
 
 RESERVED = ("step", "nonfinite")  # the keys that the log itself writes
@@ -45,11 +46,6 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path`, atomically; what `plain` does not cover raises TypeError."""
     _replace(path, [json.dumps(plain(value), indent=2, allow_nan=False) + "\n"])
-
-
-def open_own(path: Path, mode: str) -> TextIO:
-    """Opens a file of a run for writing, but none that is a symbolic link, which may lead out of the workdir."""
-    return cast(TextIO, open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)))
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from instructax import goodput, sharding, training
 from instructax.chat_template import inherit_template, load_template, wording
 from instructax.checkpoint import Checkpoints, committed_steps
-from instructax.configuration import INTEGERS, check_range, require
+from instructax.configuration import INTEGERS, ConfigError, check_range, require
 from instructax.data.builders import Prepared
 from instructax.data.limits import Limits
 from instructax.data.wording import PLAIN, Wording
@@ -63,7 +63,11 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """
     path, config = workdir / "config.json", redacted(config)
     if path.exists() and (finished(workdir) or committed_steps(workdir)):
-        stored = json.loads(path.read_text())
+        try:
+            stored = json.loads(path.read_bytes())
+            require(isinstance(stored, dict), "it is no group of values")
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): restore a copy, or choose another --workdir") from None
         difference = config_difference(_decisive(stored), _decisive(config))
         if stored.get("stage") != config.get("stage"):  # then hardly a name is the same
             difference = [line for line in difference if line.startswith("stage: ")]

@@ -18,6 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from instructax.own_files import open_own
+
 END_OF_TEXT = "<|endoftext|>"
 EOS_CANDIDATES = (END_OF_TEXT, "</s>", "<|im_end|>")  # tried in this order where a file names none
 GPT2_FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))  # OpenAI's names, and Hugging Face's
@@ -112,7 +114,8 @@ def load_tokenizer(path: str) -> Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Writes `tokenizer` as a `tokenizer.json`; `load_tokenizer(path)` has the same hash."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(tokenizer.content + "\n", encoding="utf-8")
+    with open_own(Path(path), "w") as file:
+        file.write(tokenizer.content + "\n")
 
 
 def padded(tokenizer: Tokenizer, size: int) -> Tokenizer:
