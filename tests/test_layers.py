@@ -12,10 +12,10 @@ PACKAGE = ROOT / "src" / "instructax"
 
 # A folder is one floor: its files may import each other, but not in a circle.
 FLOORS = {
-    **dict.fromkeys(("types", "configuration", "operations", "watchdog", "sharding", "safe_text", "own_files"), 0),
-    **dict.fromkeys(("heartbeat", "goodput", "integrity"), 0),
+    **dict.fromkeys(("types", "configuration", "operations", "sharding", "safe_text", "own_files", "integrity"), 0),
     **dict.fromkeys(("masked", "clock", "model", "vocabulary"), 1),
     **dict.fromkeys(("processes", "tokenizer", "runlog", "statistics", "divergence"), 1),
+    **dict.fromkeys(("watchdog", "heartbeat", "goodput"), 1),
     **dict.fromkeys(("losses", "advantages", "data", "inference", "rows", "checkpoint", "manifest", "optimizer"), 2),
     **dict.fromkeys(("interruption", "locking", "streaming", "batch_view", "pretrained"), 2),
     **dict.fromkeys(("sampling", "chat_template"), 3),
