@@ -280,9 +280,10 @@ def run(
     config: RunConfig = record.config.run
     process = jax.process_index()
     watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
-    heartbeats = contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json"))
-    ledgers = contextlib.closing(Ledger(workdir / "goodput.jsonl", writes=process == 0))
-    with heartbeats as heartbeat, ledgers as ledger:
+    with (
+        contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json")) as heartbeat,
+        contextlib.closing(Ledger(workdir / "goodput.jsonl", writes=process == 0)) as ledger,
+    ):
 
         def beat(name: str) -> None:
             for listener in (watchdog, heartbeat, ledger):
