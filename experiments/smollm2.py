@@ -3,7 +3,7 @@
 Command:   ./scripts/smollm2.sh DATA
            python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (from the stages on)
 Hardware:  two cores, a night (estimated from steps, not run whole); `DATA,hour,mixed`: an hour on two cores with AMX.
-           `mixed` multiplies in bfloat16, for processors with AMX and for GPUs; `DATA,hour` does without, and is longer.
+           `mixed` multiplies in bfloat16, for processors with AMX and for GPUs; `DATA,hour` does without: longer.
 Expect:    a reward model that orders held-out pairs better than their length does, and than the same network that was
            never pretrained; PPO raises its score. After `hour`, with an eighth of the comparisons, neither shows yet.
 Read it:   the table that it prints, for as many runs as are finished also with --report_only: accuracy on held-out
