@@ -20,5 +20,5 @@ pyright
 if [[ "${1:-}" == "slow" ]]; then
   pytest -m slow
 else
-  pytest -m "not slow and not fuzz" -n 2 --dist loadgroup --cov=instructax --cov-report=term:skip-covered --cov-fail-under=90 "$@"
+  pytest -m "not slow and not fuzz" -n 2 --cov=instructax --cov-report=term:skip-covered --cov-fail-under=90 "$@"
 fi

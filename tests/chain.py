@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,31 +17,19 @@ def session_folder(tmp_path_factory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-@pytest.fixture(scope="session")
-def compiled_folder(session_folder) -> Path:
-    """Where this session's compiled programs are kept."""
-    return session_folder / "compiled"
-
-
-@pytest.fixture
-def quick_compiles(compiled_folder) -> Iterator[None]:
-    with stages.quickly_compiled(compiled_folder):
-        yield
-
-
 @pytest.fixture
 def one_device(monkeypatch) -> None:
     stages.use_devices(monkeypatch, 1)
 
 
 @pytest.fixture(scope="session")
-def chain(session_folder, compiled_folder) -> Path:
+def chain(session_folder) -> Path:
     """The folder of the finished tiny alignment experiment: world, pretrain, sft, reward, ppo, ppo-ptx, evaluate."""
     root, done = session_folder / "chain", session_folder / "chain.done"
     with (session_folder / "chain.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
         if not done.exists():
-            with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
+            with pytest.MonkeyPatch.context() as monkeypatch:
                 stages.use_devices(monkeypatch, 1)
                 experiment.run_experiment(f"{stages.CHAIN}:tiny", root, report_only=False)
             done.touch()

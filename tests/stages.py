@@ -7,18 +7,16 @@ adds up in float64.
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import small
 from instructax import experiment, ppo, sharding, stage, training
@@ -36,30 +34,6 @@ from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 
 CHAIN = "experiments/alignment.py"
 MAKE_MESH = sharding.make_mesh
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-
-
-@contextlib.contextmanager
-def quickly_compiled(folder: Path) -> Iterator[None]:
-    """Compiles with few optimizations, and a program that was compiled before not at all: the tests here wait for the
-    compiler, hardly for the programs. The fusion emitters alone would double that."""
-    values = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in values}
-    try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        with mock.patch.object(jax, "jit", partial(jax.jit, compiler_options=COMPILER_OPTIONS)):
-            yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -19,7 +19,7 @@ from instructax.model import LoraConfig, Transformer, adapted, joined, merged, t
 from instructax.optimizer import apply_gradients, make_optimizer, moving_average
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 LORA = LoraConfig(rank=3, alpha=7.5)
 FAMILIES = {"gpt": small.gpt_config, "llama": small.llama_config, "gemma": small.gemma_config}

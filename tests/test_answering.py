@@ -16,7 +16,7 @@ from instructax.types import Prompts, Rollouts
 from test_evaluate import network, parts, responses_of
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_a_prefix_stands_right_before_each_prompt():

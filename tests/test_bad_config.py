@@ -97,18 +97,13 @@ def test_a_value_that_cannot_be_is_one_line(name, overrides, message):
     assert message in tried(name, overrides)
 
 
-CHAIN, RUNS = pytest.mark.xdist_group("chain"), pytest.mark.usefixtures("quick_compiles", "one_device")
-
-
-@CHAIN
-@RUNS
+@pytest.mark.usefixtures("one_device")
 def test_epochs_without_end_are_refused(chain, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.epochs = 1e\+30 are .*e\+\d\d steps of \d+ rows: lower it"):
         run_stage(stages.config_of(chain, "sft", {"epochs": 1e30}), tmp_path / "run")
 
 
-@CHAIN
-@RUNS
+@pytest.mark.usefixtures("one_device")
 def test_paths_may_be_relative_and_hold_anything(chain, tmp_path, monkeypatch):
     """Blanks, other alphabets, `..`; the run can be found again under another spelling of its path."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
@@ -127,8 +122,7 @@ def test_paths_may_be_relative_and_hold_anything(chain, tmp_path, monkeypatch):
     assert run_stage(config, Path("rüns/./one"))
 
 
-@CHAIN
-@RUNS
+@pytest.mark.usefixtures("one_device")
 def test_a_workdir_of_another_stage_is_named_as_one(chain, tmp_path):
     """The stages, and not the dozens of values in which two stages differ."""
     workdir = tmp_path / "run"

@@ -178,11 +178,7 @@ def test_another_split_seed_makes_other_rows(tmp_path):
     assert one.folder != two.folder and one.report.hash != two.report.hash
 
 
-CHAIN = pytest.mark.xdist_group("chain")
-
-
-@CHAIN
-@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("changed", ["data", "tokenizer"])
 def test_what_was_edited_between_start_and_resume_is_refused(chain, tmp_path, changed):
     """By the hash of the rows, which a tokenizer is part of, even one of as many ids; restored, the run goes on."""

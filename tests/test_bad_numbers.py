@@ -16,7 +16,6 @@ from instructax.experience import InvariantError, check_update, diagnostics, mak
 from instructax.types import Experience, PpoState, Rollouts, Scored
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROWS, COLUMNS = 8, 7
 PROGRAM = stages.ppo_program(stages.mesh_of())

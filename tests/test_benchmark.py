@@ -16,7 +16,7 @@ from instructax.configuration import construct
 from instructax.experiment import stage_of
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_operations_by_hand():

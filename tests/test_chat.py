@@ -14,7 +14,6 @@ from instructax.model import ComputeConfig
 from instructax.safe_text import printable
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.xdist_group("chain")]
 
 COMPUTE = ComputeConfig(
     dtype="float32",

@@ -15,7 +15,7 @@ from instructax.microworld.judge import judge
 from instructax.microworld.run import asked_of
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def records_of(path):

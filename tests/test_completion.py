@@ -12,7 +12,6 @@ from instructax.evals.completion import Completer
 from instructax.model import Transformer
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CONTEXT, ANSWER = 9, 6  # tokens
 FAMILIES = {"gpt": small.gpt_config(), "llama": small.llama_config()}

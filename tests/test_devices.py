@@ -17,7 +17,6 @@ from instructax.ppo_train import Iteration, abstract_state
 from instructax.types import PpoState
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.xdist_group("devices")]
 
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]  # data, fsdp, tensor

@@ -18,7 +18,6 @@ from programs import vocabulary_buffers
 from small import compute, gemma_config, gpt_config, llama_config, ragged_prompts, random_params
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 EOS = 12  # one that both draw
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}

@@ -19,7 +19,7 @@ from instructax.model import Transformer
 from instructax.statistics import share_estimate
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 

@@ -148,7 +148,6 @@ def test_a_report_alone_runs_nothing(tmp_path, monkeypatch):
         run_experiment(f"{spec}:tiny", tmp_path / "runs", report_only=True)
 
 
-@pytest.mark.xdist_group("chain")
 def test_the_report_of_the_alignment_experiment(chain, capsys):
     run_experiment(f"{stages.CHAIN}:tiny", chain, report_only=True)
     lines = capsys.readouterr().out.splitlines()
@@ -165,7 +164,6 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
     assert len((chain / "report" / "index.html").read_text()) > 100_000
 
 
-@pytest.mark.xdist_group("chain")
 def test_a_finished_stage_is_passed_over(chain, capsys):
     assert not run_stage(stages.config_of(chain, "pretrain", {}), chain / "pretrain")
     assert "pretrain is finished; nothing to do" in capsys.readouterr().out
@@ -210,8 +208,7 @@ def test_a_stage_that_there_is_not_is_one_short_line(stage):
         experiment.stage_of({"stage": stage})
 
 
-@pytest.mark.xdist_group("chain")
-@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch):
     """By the class, and not by the name alone, which settings and programs have too."""
     own_rows = {"pretrain": {"data.folder": str(tmp_path / "rows")}}  # rows that are there already are not made again

@@ -19,7 +19,6 @@ pytest.importorskip("lm_eval")
 from instructax.evals.harness import InstructaxLM
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = load_tokenizer("bytes")

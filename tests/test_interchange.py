@@ -27,7 +27,6 @@ from instructax.tokenizer import load_tokenizer
 from instructax.types import Params
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.xdist_group("chain")]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -157,8 +157,7 @@ STAGES = ("sft", "reward", "ppo", "evaluate")
 SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
 
 
-@pytest.mark.usefixtures("quick_compiles", "one_device")
-@pytest.mark.xdist_group("chain")
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("name", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_STAGES)])
 def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_path, monkeypatch, capsys):
     """And branch only where it was told so; the kernel is said once, before anything else."""
@@ -195,7 +194,6 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_p
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.xdist_group("chain")
 def test_a_run_that_asks_for_what_is_not_here_is_refused(chain, tmp_path):
     for kernel, platform in (("cudnn", "cuda"), ("splash", "tpu")):
         given = stages.config_of(chain, "sft", {"compute.attention": kernel})

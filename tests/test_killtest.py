@@ -23,6 +23,7 @@ from test_checkpoint import flip_bit, make_ppo_state
 pytest_plugins = ("chain",)
 
 TRAIN = (sys.executable, "scripts/train.py")
+ONE_DEVICE = " --xla_force_host_platform_device_count=1"  # the last of several holds
 
 
 def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answer"):
@@ -125,9 +126,8 @@ def killed(tmp_path, names, kills):
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.xdist_group("chain")
 def test_a_killed_run_ends_as_one_that_was_not(chain, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + ONE_DEVICE)
     for folder in ("world", "rows"):
         shutil.copytree(chain / folder, tmp_path / folder)
     killed(tmp_path, ["pretrain"], 1)
@@ -135,5 +135,5 @@ def test_a_killed_run_ends_as_one_that_was_not(chain, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_every_stage_killed_twice(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + ONE_DEVICE)
     killed(tmp_path, [*killtest.STAGES], 2)

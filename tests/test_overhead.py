@@ -14,7 +14,7 @@ from instructax.types import TrainState
 from test_benchmark import config_of
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize("arg", ["sft,S", "reward2,S", pytest.param("ppo,S", marks=pytest.mark.slow)])

@@ -18,7 +18,6 @@ from instructax.ppo_train import Iteration, abstract_state
 from instructax.types import LmBatch, PpoState, Rollouts
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MESH = stages.mesh_of()
@@ -447,7 +446,6 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
     return rewards, stages.plain_loss(program.policy, state.policy.params, held_out)
 
 
-@pytest.mark.xdist_group("learning")
 def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):
     monkeypatch.setattr(ppo, "row_outputs", share_of_good)
     rewards, text_loss = learn(ptx_coef=0.0)

@@ -19,7 +19,7 @@ from instructax.ppo_train import Iteration, PpoConfig, abstract_state
 from instructax.types import Rollouts
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 # One iteration, by hand
 

@@ -73,14 +73,10 @@ STOPPED = 10.0  # seconds that a process is stopped
 LIMIT = 20.0  # seconds from the fault to the end of the last process
 
 
-def run_all(config, workdir, folder, *, count=2, victim=-1, fault="", step=0) -> tuple[list[int], float]:
+def run_all(config, workdir, *, count=2, victim=-1, fault="", step=0) -> tuple[list[int], float]:
     """(exit codes, seconds from the fault to the end of the last process)."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one holds
+    environment = os.environ | {"XLA_FLAGS": flags}
     address, rest = free_address(), [str(victim), fault, str(step), json.dumps(config), str(workdir)]
     running = [
         subprocess.Popen(
@@ -128,48 +124,44 @@ FAULTS = [
 KEEPING = {"run.log_every": 1, "run.save_every": 1, "run.evaluate_every": 0}
 
 
-@pytest.mark.xdist_group("chain")
 @pytest.mark.parametrize(("fault", "count", "victim", "own"), FAULTS)
 def test_all_end_soon_and_the_same_command_goes_on(chain, tmp_path, fault, count, victim, own):
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
-    workdir, folder = tmp_path / "run", tmp_path / "compiled"
+    workdir = tmp_path / "run"
     whole = [0] * count
     if fault == "hang":  # compiled before, or compiling would look like hanging
-        assert run_all(config, tmp_path / "before", folder, count=count)[0] == whole
+        assert run_all(config, tmp_path / "before", count=count)[0] == whole
         config = {**config, "run": {**config["run"], "watchdog_seconds": 12.0}}
-    codes, seconds = run_all(config, workdir, folder, count=count, victim=victim, fault=fault, step=2)
+    codes, seconds = run_all(config, workdir, count=count, victim=victim, fault=fault, step=2)
     assert codes[victim] in own and set(codes[:victim] + codes[victim + 1 :]) <= FAILED, codes
     assert seconds < LIMIT
     assert committed_steps(workdir)
     if fault == "hang":
         assert "in fail" in (workdir / f"hang-{victim}.txt").read_text()
-    assert run_all(config, workdir, folder, count=count)[0] == whole
+    assert run_all(config, workdir, count=count)[0] == whole
     assert [line["step"] for line in metrics_of(workdir)] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("chain")
 @pytest.mark.parametrize("fault", ["memory", "disk"])
 def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(chain, tmp_path, fault, capfd):
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
-    workdir, folder = tmp_path / "run", tmp_path / "compiled"
-    assert run_all(config, workdir, folder, count=1, victim=0, fault=fault, step=2)[0] == [2]
+    workdir = tmp_path / "run"
+    assert run_all(config, workdir, count=1, victim=0, fault=fault, step=2)[0] == [2]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and ("out of memory" in errors[0] or fault == "disk")
     assert committed_steps(workdir) and not (workdir / "summary.json").exists()
-    assert run_all(config, workdir, folder, count=1)[0] == [0]
+    assert run_all(config, workdir, count=1)[0] == [0]
     assert [line["step"] for line in metrics_of(workdir)] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("chain")
 def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
     """Longer than its watchdog waits; the run before it has compiled everything."""
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
-    folder = tmp_path / "compiled"
-    assert run_all(config, tmp_path / "before", folder, count=1)[0] == [0]
+    assert run_all(config, tmp_path / "before", count=1)[0] == [0]
     config = {**config, "run": {**config["run"], "watchdog_seconds": 8.0}}
-    codes, seconds = run_all(config, tmp_path / "run", folder, count=1, victim=0, fault="stop", step=2)
+    codes, seconds = run_all(config, tmp_path / "run", count=1, victim=0, fault="stop", step=2)
     assert codes == [0] and seconds > STOPPED
     assert not list((tmp_path / "run").glob("hang-*"))
     straight, stopped = (

@@ -17,7 +17,7 @@ from instructax.model import Transformer
 from instructax.optimizer import make_optimizer
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 # Evaluated and saved at every step.
 ALWAYS = {"run.log_every": 1, "run.evaluate_every": 1, "run.save_every": 1, "steps": 5}

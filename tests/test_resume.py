@@ -18,7 +18,7 @@ from instructax.interruption import pause
 from instructax.manifest import manifest_hash
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 KEEPING = {"run.log_every": 1, "run.evaluate_every": 2, "run.save_every": 4}  # saved at the end, and when stopped
 RUNS = {
@@ -61,10 +61,10 @@ def interrupted(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def supervised_run(chain, tmp_path_factory, compiled_folder):
+def supervised_run(chain, tmp_path_factory):
     """(config, workdir, last state) of a supervised run of four steps that nothing stopped."""
     config, workdir = config_of(chain, "sft"), tmp_path_factory.mktemp("runs") / "sft"
-    with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
+    with pytest.MonkeyPatch.context() as monkeypatch:
         stages.use_devices(monkeypatch, 1)
         _, last = run(config, workdir)
     return config, workdir, last

@@ -24,7 +24,7 @@ from instructax.model import ModelConfig, Transformer
 from instructax.types import Comparisons
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MODEL = Transformer(small.gpt_config(), small.compute(), "scalar")

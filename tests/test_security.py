@@ -120,8 +120,7 @@ def test_a_pickled_model_is_no_model(tmp_path):
 EVIL = "from pathlib import Path\nPath({!r}).touch()\n"
 
 
-@pytest.mark.xdist_group("chain")
-@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch):
     """config.json is compared with the given config and never run; what else lies there is not looked at."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
@@ -136,8 +135,7 @@ def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch)
     assert not touched.exists()
 
 
-@pytest.mark.xdist_group("chain")
-@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_no_file_of_a_run_is_written_through_a_link(chain, tmp_path):
     """Each is replaced, or the run is refused in one line; in no case does what the link leads to change."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
@@ -155,8 +153,7 @@ def test_no_file_of_a_run_is_written_through_a_link(chain, tmp_path):
         assert code in (0, 2), name
 
 
-@pytest.mark.xdist_group("chain")
-@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("content", [b'{"seed": ', b"[1]", b"null", b"\xff\xfe", b"[" * 100_000])
 def test_a_config_of_a_run_that_is_damaged_is_one_line(chain, tmp_path, content):
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})

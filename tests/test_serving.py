@@ -28,7 +28,6 @@ from instructax.serving.app import make_app  # noqa: E402
 from instructax.serving.batcher import Batcher, Busy, Stopping  # noqa: E402
 
 pytest_plugins = ("chain",)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = load_tokenizer("bytes")
@@ -348,7 +347,7 @@ def test_a_fault_of_the_program_is_told_without_its_insides(client, policy, monk
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, compiled_folder):
+def served(tmp_path_factory):
     """(the process, its address) of a server with a random policy."""
     workdir = tmp_path_factory.mktemp("served") / "tiny"
     model = Transformer(CONFIG, small.compute(), "tokens")

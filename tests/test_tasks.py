@@ -19,7 +19,7 @@ from instructax.microworld.world import draw_world
 from instructax.model import Transformer
 
 pytest_plugins = ("chain",)
-pytestmark = [pytest.mark.usefixtures("quick_compiles", "one_device"), pytest.mark.xdist_group("chain")]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 POLICIES = {"GPT": "pretrain", "PPO": "ppo"}
 WORLD = draw_world(0)
@@ -36,10 +36,10 @@ def config_of(chain, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def measured(chain, compiled_folder, tmp_path_factory):
+def measured(chain, tmp_path_factory):
     """The workdir of the finished run."""
     workdir = tmp_path_factory.mktemp("tasks") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch, stages.quickly_compiled(compiled_folder):
+    with pytest.MonkeyPatch.context() as monkeypatch:
         stages.use_devices(monkeypatch, 1)
         run_stage(config_of(chain), workdir)
     return workdir
