@@ -15,7 +15,7 @@ from instructax import inspection
 from instructax.configuration import ConfigError
 from instructax.goodput import Ledger
 from instructax.integrity import record_path
-from test_checkpoint import flip_bit, make_ppo_state, make_train_state, open_checkpoints, save_steps
+from saved import flip_bit, make_ppo_state, make_train_state, open_checkpoints, save_steps
 
 
 def largest(step):

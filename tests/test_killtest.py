@@ -18,7 +18,7 @@ from instructax.checkpoint import Checkpoints
 from instructax.configuration import ConfigError
 from instructax.heartbeat import Heartbeat
 from instructax.runlog import write_json
-from test_checkpoint import flip_bit, make_ppo_state
+from saved import flip_bit, make_ppo_state
 
 pytest_plugins = ("chain",)
 

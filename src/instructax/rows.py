@@ -110,12 +110,16 @@ def lay_out(
 
 def part_shapes(rows: int, halvings: int, width: int) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of the parts, the largest first: `rows` rows of `width`, halved again and again, first to one row
-    and then to pieces of it, of two columns at least."""
+    and then to pieces of it, of two columns at least.
+
+    From an odd number of rows it is one row at once: the rows of a part are a multiple of the next one's, or what the
+    larger parts leave over could be too few for a smaller one.
+    """
     shapes = [(rows, width)]
     for _ in range(halvings):
         lines, columns = shapes[-1]
         if lines > 1:
-            shapes.append((lines // 2, columns))
+            shapes.append((lines // 2 if lines % 2 == 0 else 1, columns))
         elif columns > 3:
             shapes.append((1, columns // 2))
     return tuple(shapes)
