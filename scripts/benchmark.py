@@ -32,7 +32,7 @@ BESIDE = flags.DEFINE_integer(
 OVERHEAD = flags.DEFINE_integer(
     "overhead", 0, "instead of all that: what checks and notes of a run cost, by so many pairs of steps", lower_bound=0
 )
-PROFILE = flags.DEFINE_string("profile", "", "folder for a trace of the last repetition, read by TensorBoard or xprof")
+PROFILE = flags.DEFINE_string("profile", "", "folder for a trace of one more repetition, read by TensorBoard or xprof")
 
 
 def main(argv: list[str]) -> int:
@@ -48,8 +48,11 @@ def main(argv: list[str]) -> int:
 
     def run() -> None:
         from instructax import benchmark, experiment, overhead
-        from instructax.configuration import construct
+        from instructax.configuration import construct, require
 
+        others = ("steps", "ending", "sampling_alone", "side_by_side", "profile")
+        given = [f"--{name}" for name in others if flags.FLAGS[name].present]
+        require(not (OVERHEAD.value and given), f"--overhead measures something else: leave out {', '.join(given)}")
         config = CONFIG.value.to_dict()
         built = construct(experiment.stage_of(config)[0], config)
         if OVERHEAD.value:

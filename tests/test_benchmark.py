@@ -11,9 +11,10 @@ import pytest
 from configs import benchmark as works
 
 import small
-from instructax import benchmark, workloads
+from instructax import benchmark, sharding, workloads
 from instructax.configuration import construct
 from instructax.experiment import stage_of
+from instructax.model import LoraConfig
 
 pytest_plugins = ("chain",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -31,6 +32,20 @@ def test_operations_by_hand():
     windowed = small.gpt_config(window=2, windowed=(0,))
     wanted = 10 * (4 * layer + 4 * 24 * (1.6 + 2.5)) + 2 * 4 * 23 * 16
     assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_operations_of_responses_that_share_a_prompt_and_of_adapters_alone():
+    """In a window of three the eight tokens after six see three each, however long the text is."""
+    config = config_of("reward2,M")
+    near = dataclasses.replace(config.model, window=3, windowed=(0,))
+    config = dataclasses.replace(config, model=near)
+    asked = workloads.forward_operations(near, 6, 6, 0)
+    block = 4 * 16 * 16 + 2 * 16 * 32
+    answered = 2 * 8 * (2 * block + 4 * 16 * 3)
+    operations = workloads.reward_work(config, sharding.make_mesh(config.mesh), 0.0).operations({})
+    assert operations == pytest.approx(3 * (asked + answered), rel=1e-12)
+    lora = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0))
+    assert workloads.passes(lora) == 2 and workloads.passes(config) == 3
 
 
 def config_of(arg: str) -> Any:
@@ -55,14 +70,15 @@ def measured(arg: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arg", "tokens", "padding"),
     [
-        ("sft,S", 8 * 24, 0.0),
-        ("reward,S", 6 + 9 * 8, 0.0),
-        ("reward2,M", 6 + 2 * 8, 0.0),
-        ("ppo,S", 32 * 14, 1 - 448 / 24 / 32),  # one to a row of 24
+        ("sft,S", 8 * 24, {"padding": 0.0}),
+        ("reward,S", 6 + 9 * 8, {"padding": 0.0}),
+        ("reward2,M", 6 + 2 * 8, {"padding": 0.0}),
+        # One to a row of 24; two prompts to a row.
+        ("ppo,S", 32 * 14, {"padding": 10 / 24, "prefill_padding": 0.0, "update_padding": 10 / 24}),
     ],
 )
 def test_every_work_runs_and_compiles_once(arg, tokens, padding):
-    record = measured(arg)
+    record = measured(arg, steps=3)
     assert record["tokens"] == tokens
     assert record["padding"] == pytest.approx(padding, abs=1e-6)
     assert record["compilations"] > 0
@@ -113,7 +129,7 @@ def test_runs_side_by_side():
 
 def test_the_sampler_alone():
     record = measured("ppo,S", sampling_alone=True)
-    assert record["tokens"] == 32 * 8
+    assert record["tokens"] == 32 * 8 and record["padding"] == {"prefill_padding": pytest.approx(0.0)}
     assert list(record["seconds_of"]) == ["rollout"]
 
 

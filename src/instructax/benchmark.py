@@ -7,16 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import truediv
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from instructax import sharding, stage
+from instructax import stage
 from instructax.configuration import require
 from instructax.estimate import GIB
 from instructax.model import while_sampling
-from instructax.workloads import CHECKS, ppo_work, reward_work, sampling_work, supervised_work
+from instructax.workloads import ppo_work, sampling_work, untimed, work_of
 
 
 def measure(
@@ -25,9 +26,8 @@ def measure(
     """The record of `steps` repetitions after a first one, which compiles; `config` is the config of a stage that
     trains. `ending`: the probability that a policy ends its response at a token (0: never); `sampling_alone`: of PPO
     the rollout only; `side_by_side`: of PPO, so many runs in one program, 1 for one run whose three programs are one, 0
-    for the programs of a run; `profile`: a folder for the trace of the last repetition, or ""."""
-    makers = {"supervised": supervised_work, "reward": reward_work, "ppo": ppo_work}
-    require(config.stage in makers, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(makers)}")
+    for the programs of a run; `profile`: a folder for the trace of one more repetition, or ""."""
+    make, mesh = work_of(config)
     require(
         config.stage == "ppo" or not (sampling_alone or ending or side_by_side),
         f"config.stage = {config.stage!r} samples nothing: leave out --sampling_alone, --ending and --side_by_side",
@@ -36,35 +36,35 @@ def measure(
         not ending or (config.model.norm, config.model.tied_head) == ("layernorm", True),
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
-    mesh = sharding.make_mesh(config.mesh)
-    CHECKS[config.stage](config, mesh)
     programs = {"sampling_alone": sampling_alone, "side_by_side": side_by_side > 0}
     config, attention = stage.choose_attention(config, **programs)
     compute = while_sampling(config.compute) if sampling_alone else config.compute
-    peak, bandwidth = matmul_rate(compute.operands), copy_rate()
-    make = makers[config.stage]
     if sampling_alone or side_by_side:
         make = sampling_work if sampling_alone else partial(ppo_work, runs=side_by_side)
     compiled = Compilations()
     with compiled:
         started = time.perf_counter()
         work = make(config, mesh, ending)
-        work.run(_untimed)
+        work.run(untimed)
         first = time.perf_counter() - started
     seconds: list[float] = []
     phases: dict[str, list[float]] = {}
     figures: list[Mapping[str, float]] = []
     again = Compilations()
     with again:
-        for step in range(steps):
-            watched = jax.profiler.trace(profile) if profile and step == steps - 1 else contextlib.nullcontext()
-            with watched:
-                start = time.perf_counter()
-                figures.append(work.run(partial(_timed, phases)))
-                seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    tokens = statistics.median(map(work.tokens, figures))
-    operations = statistics.median(map(work.operations, figures))
+        for _ in range(steps):
+            start = time.perf_counter()
+            figures.append(work.run(partial(_timed, phases)))
+            seconds.append(time.perf_counter() - start)
+    memory = peak_memory()  # before the machine's limits are measured, which takes memory too
+    if profile:
+        with jax.profiler.trace(profile):
+            work.run(untimed)
+    tokens, operations = ([of(figure) for figure in figures] for of in (work.tokens, work.operations))
+    tokens_rate, rate = (statistics.median(map(truediv, counts, seconds)) for counts in (tokens, operations))
+    peak = matmul_rate(compute.operands)
+    # Of PPO the sampler may compute in another dtype than the rest: then there is no one rate to compare with.
+    one_dtype = config.stage != "ppo" or while_sampling(compute).operands == compute.operands
     return {
         "stage": config.stage,
         "devices": mesh.size,
@@ -72,27 +72,26 @@ def measure(
         "dtype": config.compute.dtype,
         "decoding": config.compute.decoding,
         "attention": attention,
-        "seconds": median,
+        "seconds": statistics.median(seconds),
         "seconds_best": min(seconds),
         "seconds_of": {name: statistics.median(times) for name, times in phases.items()},
-        "tokens": tokens,
-        "tokens_per_second_per_device": tokens / median / mesh.size,
-        "operations": operations,
-        "operations_per_second": operations / median,
-        "share_of_matmul": operations / median / (peak * mesh.size),
+        "tokens": statistics.median(tokens),
+        "tokens_per_second_per_device": tokens_rate / mesh.size,
+        "operations": statistics.median(operations),
+        "operations_per_second": rate,
+        "share_of_matmul": rate / (peak * mesh.size) if one_dtype else None,
         "matmul_operations_per_second": peak,
-        "copied_bytes_per_second": bandwidth,
-        "padding": statistics.median([figure.get("padding", 0.0) for figure in figures]),
+        "copied_bytes_per_second": copy_rate(),
+        "padding": {
+            name: statistics.median(figure[name] for figure in figures)
+            for name in figures[0]
+            if name.endswith("padding")
+        },
         "seconds_to_first": first,
         "compilations": compiled.count,
         "compilations_after_the_first": again.count,
-        "peak_memory_gib": peak_memory() / GIB,
+        "peak_memory_gib": memory / GIB,
     }
-
-
-@contextlib.contextmanager
-def _untimed(name: str) -> Iterator[None]:
-    yield
 
 
 @contextlib.contextmanager
@@ -156,6 +155,9 @@ def table(record: Mapping[str, Any]) -> list[str]:
     """The record as lines to read."""
     dtypes = f"{record['dtype']} (sampling {record['decoding']})"
     phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in record["seconds_of"].items())
+    padding = ", ".join(f"{share:.1%} ({name})" for name, share in record["padding"].items())
+    share = record["share_of_matmul"]
+    of_peak = "a large product in the dtype of training: " if share is None else f"{share:.0%} of a large product's "
     rows = (
         ("device", f"{record['devices']} × {record['device']}, {dtypes}, attention: {record['attention']}"),
         ("one repetition", f"{record['seconds']:.4g} s (best {record['seconds_best']:.4g}): {phases}"),
@@ -163,12 +165,15 @@ def table(record: Mapping[str, Any]) -> list[str]:
         (
             "operations",
             f"{record['operations'] / 1e9:,.1f} G, {record['operations_per_second'] / 1e9:,.1f} G/s, "
-            f"{record['share_of_matmul']:.0%} of a large product's {record['matmul_operations_per_second'] / 1e9:,.0f}",
+            f"{of_peak}{record['matmul_operations_per_second'] / 1e9:,.0f}",
         ),
         ("copies", f"{record['copied_bytes_per_second'] / 1e9:,.1f} GB/s"),
-        ("padding", f"{record['padding']:.1%} of the cells"),
-        ("to the first", f"{record['seconds_to_first']:.1f} s, {record['compilations']} programs compiled"),
-        ("after it", f"{record['compilations_after_the_first']} programs compiled"),
+        ("padding", f"of the cells {padding}"),
+        (
+            "to the first",
+            f"{record['seconds_to_first']:.1f} s, {record['compilations']} programs compiled or read again",
+        ),
+        ("after it", f"{record['compilations_after_the_first']} programs"),
         ("peak memory", f"{record['peak_memory_gib']:.2f} GiB"),
     )
     return [f"{name:<16}{text}" for name, text in rows]

@@ -16,21 +16,20 @@ from typing import Any
 import jax
 import optax
 
-from instructax import checkpoint, ppo, reward, sharding, stage, supervised, training
-from instructax.configuration import require
+from instructax import checkpoint, ppo, reward, stage, supervised
 from instructax.goodput import Ledger
 from instructax.heartbeat import Heartbeat
 from instructax.integrity import digests
-from instructax.model import Transformer, joined, trained
-from instructax.optimizer import make_optimizer, step
+from instructax.model import joined, trained
+from instructax.optimizer import step
 from instructax.types import Params, TrainState
 from instructax.watchdog import Watchdog
-from instructax.workloads import CHECKS, ppo_work, reward_work, supervised_work
+from instructax.workloads import untimed, work_of
 
-STAGES = {
-    "supervised": (supervised, supervised_work, ("data", "update", "save")),
-    "reward": (reward, reward_work, ("data", "update", "save")),
-    "ppo": (ppo, ppo_work, ("data", "update", "rollout", "score", "ppo_update", "save")),
+STAGES = {  # the module that applies gradients, what is saved for the next stage, and the phases of a step
+    "supervised": (supervised, "params", ("data", "update", "save")),
+    "reward": (reward, "params", ("data", "update", "save")),
+    "ppo": (ppo, "ema", ("data", "update", "rollout", "score", "ppo_update", "samples", "save")),
 }
 REPETITIONS = 2000  # of beats, which take microseconds
 
@@ -41,24 +40,22 @@ def measure(config: Any, *, pairs: int) -> dict[str, float]:
     `config` is the config of a stage that trains; how often it saves and logs is its `run`. `pairs`: steps with the
     check of the update, each beside one without.
     """
-    require(config.stage in STAGES, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(STAGES)}")
-    module, make, phases = STAGES[config.stage]
-    mesh = sharding.make_mesh(config.mesh)
-    CHECKS[config.stage](config, mesh)
+    make, mesh = work_of(config)
+    module, exported, phases = STAGES[config.stage]
     config, _ = stage.choose_attention(config)
     checked = make(config, mesh, 0.0)
-    checked.run(_untimed)
+    checked.run(untimed)
     with unchecked(module):
         plain = make(config, mesh, 0.0)
-        plain.run(_untimed)  # compiled here, without the check
+        plain.run(untimed)  # compiled here, without the check
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for pair in range(pairs):
         for kind in (True, False) if pair % 2 else (False, True):  # what runs second is warmer
-            seconds[kind].append(_seconds(lambda kind=kind: (checked if kind else plain).run(_untimed)))
+            seconds[kind].append(_seconds(lambda kind=kind: (checked if kind else plain).run(untimed)))
     differences = [a - b for a, b in zip(seconds[True], seconds[False], strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         noted = _noting(Path(folder), phases, config.run.log_every)
-        at_save = _saving(Path(folder), config, mesh)
+        at_save = _saving(Path(folder), checked.state(), exported)
     found = {
         "step": statistics.median(seconds[True]),
         "update check": max(statistics.median(differences), 0.0),
@@ -86,11 +83,6 @@ def unchecked(module: Any) -> Iterator[None]:
         module.apply_gradients = ours
 
 
-@contextlib.contextmanager
-def _untimed(name: str) -> Iterator[None]:
-    yield
-
-
 def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -113,20 +105,15 @@ def _noting(folder: Path, phases: tuple[str, ...], log_every: int) -> float:
         return _seconds(lambda: [beats_of(number) for number in range(REPETITIONS)]) / REPETITIONS
 
 
-def _saving(folder: Path, config: Any, mesh: jax.sharding.Mesh) -> tuple[float, float]:
-    """Seconds of one look at the whole state for numbers that are none, and of hashing it once it is written; of PPO of
-    its policy, half of what is saved, twice."""
-    head = "scalar" if config.stage == "reward" else "tokens"
-    model, optimizer = Transformer(config.model, config.compute, head), make_optimizer(config.optimizer)
-    state = training.init_state(model, optimizer, jax.random.key(0), mesh)
-    times = 2 if config.stage == "ppo" else 1
+def _saving(folder: Path, state: Any, exported: str) -> tuple[float, float]:
+    """Seconds of one look at a stage's whole state for numbers that are none, and of hashing it once it is written."""
     checkpoint.finite(state)
     looks = [_seconds(lambda: checkpoint.finite(state)) for _ in range(5)]
-    saving = checkpoint.Checkpoints(folder, save_every=1, keep=1, best_metric="", exported="params")
+    saving = checkpoint.Checkpoints(folder, save_every=1, keep=1, best_metric="", exported=exported)
     saving.save(1, state, {})
     saving.close()
     hashes = [_seconds(lambda: digests(folder / "checkpoints" / "1")) for _ in range(5)]
-    return times * statistics.median(looks), times * statistics.median(hashes)
+    return statistics.median(looks), statistics.median(hashes)
 
 
 def table(found: Mapping[str, float]) -> list[str]:

@@ -2,11 +2,13 @@
 
 Operations are those of the model, 2 for each multiplication and addition: per token of a forward pass 2 · (N + V · D)
 with N the parameters of the layers and V · D those of the head (where its scores are needed), and 2 · L · H · d · T for
-causal attention over T tokens; three times as many with the backward pass. What is computed twice is counted once.
+causal attention over T tokens; three times as many with the backward pass, or twice where adapters alone are trained.
+What is computed twice is counted once.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax import ppo, ppo_train, reward, sharding, supervised, training
+from instructax.configuration import require
 from instructax.model import ModelConfig, Transformer
 from instructax.optimizer import make_optimizer
+from instructax.sampling import prefill_padding
 from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
 
 
@@ -27,13 +31,34 @@ class Work:
     run: Callable[[Any], Mapping[str, float]]  # (phase) → figures of one repetition; phases are timed by it
     tokens: Callable[[Mapping[str, float]], float]  # of one repetition, from its figures
     operations: Callable[[Mapping[str, float]], float]
+    state: Callable[[], Any]  # what is trained, as it is now
 
 
-CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
-    "supervised": supervised.check,
-    "reward": reward.check,
-    "ppo": ppo_train.check,
-}  # (config, mesh) of a stage that trains; ConfigError for values that do not fit
+@contextlib.contextmanager
+def untimed(name: str) -> Iterator[None]:
+    """A phase that nobody times."""
+    yield
+
+
+def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
+    """(what makes the work of a config's stage from (config, mesh, ending); the config's mesh). Raises ConfigError if
+    the stage trains nothing, or the config's values do not fit each other or the mesh."""
+    stages = {
+        "supervised": (supervised.check, supervised_work),
+        "reward": (reward.check, reward_work),
+        "ppo": (ppo_train.check, ppo_work),
+    }
+    require(config.stage in stages, f"config.stage = {config.stage!r} trains nothing: give one of {', '.join(stages)}")
+    check, make = stages[config.stage]
+    mesh = sharding.make_mesh(config.mesh)
+    check(config, mesh)
+    return make, mesh
+
+
+def passes(config: Any) -> int:
+    """Forward passes that the operations of a forward and a backward pass are: gradients by inputs and by what is
+    trained are one each."""
+    return 2 if config.lora.rank else 3
 
 
 def forward_operations(config: ModelConfig, tokens: float, length: float, scored: float) -> float:
@@ -87,9 +112,9 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         return {name: float(metrics[name]) for name in ("tokens", "padding")}
 
     def operations(figures: Mapping[str, float]) -> float:
-        return 3 * forward_operations(config.model, figures["tokens"], length, figures["tokens"])
+        return passes(config) * forward_operations(config.model, figures["tokens"], length, figures["tokens"])
 
-    return Work(run, lambda figures: figures["tokens"], operations)
+    return Work(run, lambda figures: figures["tokens"], operations, lambda: state[0])
 
 
 def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
@@ -126,12 +151,12 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         return {name: float(metrics[name]) for name in ("tokens", "padding")}
 
     def operations(figures: Mapping[str, float]) -> float:
-        # A response sees the prompt and half of itself on average, the prompt half of itself.
-        prompt, response = limits.prompt_tokens, limits.response_tokens
-        asked = forward_operations(config.model, rows * prompt, prompt, 0)
-        return 3 * (asked + forward_operations(config.model, rows * shape[1] * response, 2 * prompt + response, 0))
+        # A response is what prompt and response have more than the prompt.
+        prompt, whole = limits.prompt_tokens, limits.prompt_tokens + limits.response_tokens
+        asked, answered = (forward_operations(config.model, length, length, 0) for length in (prompt, whole))
+        return passes(config) * rows * (asked + limits.completions * (answered - asked))
 
-    return Work(run, lambda figures: figures["tokens"], operations)
+    return Work(run, lambda figures: figures["tokens"], operations, lambda: state[0])
 
 
 def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0) -> Work:
@@ -167,7 +192,8 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
                 states[0], metrics, _, _ = jax.block_until_ready(iterate(states[0], policy, scorer, *batch, settings))
         else:
             states[0], metrics, _, _ = iterate(states[0], batch, phase)
-        return {name: float(jnp.mean(metrics[name])) for name in ("tokens", "response_length", "padding")}
+        names = ("tokens", "response_length", "padding", "prefill_padding", "update_padding")
+        return {name: float(jnp.mean(metrics[name])) for name in names}
 
     def operations(figures: Mapping[str, float]) -> float:
         length = figures["tokens"] / config.batch_size
@@ -177,30 +203,31 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
         width = config.data.limits.sequence_tokens
         text = forward_operations(config.model, rows * width, width, rows * width)
         # The sampler, the reference, the value and the reward; both networks' updates; and the text's.
-        once = 2 * policy + 2 * scalar + 3 * config.inner_epochs * (policy + scalar) + 3 * text
+        once = 2 * policy + 2 * scalar + passes(config) * (config.inner_epochs * (policy + scalar) + text)
         return max(runs, 1) * once
 
-    return Work(run, lambda figures: max(runs, 1) * figures["tokens"], operations)
+    return Work(run, lambda figures: max(runs, 1) * figures["tokens"], operations, lambda: states[0])
 
 
 def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
     program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
     policy, prompts = _policy(program, ending), sharding.put_rows(_prompts(config), mesh)
     rollout = jax.jit(partial(ppo.rollout, program))
+    padding = float(prefill_padding(program.policy, prompts, sharding.row_ways(mesh)))
     step = [0]
 
     def run(phase: Any) -> Mapping[str, float]:
         step[0] += 1
         with phase("rollout"):
             rollouts = jax.block_until_ready(rollout(policy, prompts, jnp.int32(step[0]), settings))
-        return {"tokens": float(rollouts.mask.sum())}
+        return {"tokens": float(rollouts.mask.sum()), "prefill_padding": padding}
 
     def operations(figures: Mapping[str, float]) -> float:
         asked = config.batch_size * config.data.limits.prompt_tokens
         length = (asked + figures["tokens"]) / config.batch_size
         return forward_operations(config.model, asked + figures["tokens"], length, figures["tokens"])
 
-    return Work(run, lambda figures: figures["tokens"], operations)
+    return Work(run, lambda figures: figures["tokens"], operations, lambda: policy)
 
 
 def _text(config: Any, rows: int) -> LmBatch:
@@ -233,6 +260,8 @@ def _policy(program: ppo.PpoProgram, ending: float) -> Params:
         return params
     vocabulary, width = params["embedding"].shape
     direction = jnp.full((width,), width**-0.5)
-    logit = jnp.log(ending / (1 - ending) * vocabulary)
+    # The other logits are spread around 0, so that their exponentials are more than 1 on average.
+    spread = program.policy.config.init_std**2 * (width + 1)
+    logit = jnp.log(ending / (1 - ending) * vocabulary) + spread / 2
     norm = {**params["final_norm"], "bias": direction}
     return {**params, "final_norm": norm, "embedding": params["embedding"].at[program.eos_id].set(logit * direction)}

@@ -26,7 +26,7 @@ from instructax.model.layers import Block, Dropout, Linear, Norm
 from instructax.types import Array, Params
 
 UNROLLED = 12  # the most layers in a step of the training scan
-FEW_TOKENS = 512  # fewer than these are the last of a batch, for which one layer at a time is compiled
+FEW_TOKENS = 320  # fewer than these are as a rule the last of a batch, for which one layer at a time is compiled
 
 
 class Transformer(nn.Module):
