@@ -3,7 +3,7 @@
 Command:   python scripts/benchmark.py --config configs/benchmark.py:ppo,S
 
 S: 6 layers of 384, 8,192 words (14M parameters); M: 12 of 768, 50,257 words (124M): the shapes that peers were measured
-at. float32; random parameters and tokens.
+at. float32; random parameters and tokens. The rows of sft are full, one text each, and every token is trained.
 """
 
 import ml_collections
