@@ -37,4 +37,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the chain of runs come last, but one of them first: while one process makes the chain, another has other
     things to do than to wait for it."""
     items.sort(key=lambda item: "chain" in getattr(item, "fixturenames", ()))
-    items.insert(0, items.pop())
+    if items:  # else nothing was collected, which pytest itself reports
+        items.insert(0, items.pop())

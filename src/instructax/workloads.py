@@ -31,7 +31,7 @@ class Work:
     run: Callable[[Any], Mapping[str, float]]  # (phase) → figures of one repetition; phases are timed by it
     tokens: Callable[[Mapping[str, float]], float]  # of one repetition, from its figures
     operations: Callable[[Mapping[str, float]], float]
-    state: Callable[[], Any]  # what is trained, as it is now
+    state: Callable[[], Any]  # what is trained, as it is now, or sampled from
 
 
 @contextlib.contextmanager
@@ -213,7 +213,7 @@ def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
     program, settings = ppo_train.program_of(config, mesh, _eos_id(config, ending)), ppo_train.settings_of(config)
     policy, prompts = _policy(program, ending), sharding.put_rows(_prompts(config), mesh)
     rollout = jax.jit(partial(ppo.rollout, program))
-    padding = float(prefill_padding(program.policy, prompts, sharding.row_ways(mesh)))
+    padding = float(jax.jit(lambda p: prefill_padding(program.policy, p, sharding.row_ways(mesh)))(prompts))
     step = [0]
 
     def run(phase: Any) -> Mapping[str, float]:
