@@ -3,7 +3,7 @@
 `tiny` (seconds, for tests) and the family `micro`, `milli`, `centi` (minutes on two cores; in place of the paper's
 1.3b, 6b and 175b) live in the embedded world; `small` is for real text on a laptop; the others have GPT-3's shapes
 (Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128
-for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import.py` has put into
+for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import_hf.py` has put into
 runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the paper's 1.3b, but for the recipe
 `smollm2`.
 """
@@ -37,7 +37,7 @@ CONTEXT = {"tiny": 96, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GP
 
 
 def imported(size: str) -> dict[str, Any]:
-    """What `scripts/import.py` says of the model in runs/SIZE/pretrain; {} if it put none there."""
+    """What `scripts/import_hf.py` says of the model in runs/SIZE/pretrain; {} if it put none there."""
     manifest = pathlib.Path(f"runs/{size}/pretrain/manifest.json")
     found = json.loads(manifest.read_text()) if size not in SIZES and manifest.is_file() else {}
     return found if found.get("stage") == "pretrained" else {}
@@ -47,7 +47,7 @@ def check(size: str) -> str:
     """Returns `size`; raises ValueError if there is none of that name."""
     if size not in SIZES and not imported(size):
         raise ValueError(
-            f"size {size!r} must be one of {', '.join(SIZES)}, or the NAME of a model that scripts/import.py has put "
+            f"size {size!r} must be one of {', '.join(SIZES)}, or the NAME of a model that scripts/import_hf.py has put "
             "into runs/NAME/pretrain: give it as configs/STAGE.py:SIZE"
         )
     return size

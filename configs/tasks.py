@@ -4,7 +4,7 @@ Command:   python scripts/train.py --config configs/tasks.py:micro --workdir run
 Hardware:  micro: two cores, half a minute.
 Expect:    micro: GPT knows `book`, `translation` and `sentiment` by heart, and fine-tuning costs part of it; fine-tuned
            policies are less toxic when asked to be kind, and more when asked to be rude, GPT hardly. What guesses
-           reach stands at the head of `instructax.microworld.public`.
+           reach stands at the head of `instructax.simulation.public_tasks`.
 """
 
 import ml_collections

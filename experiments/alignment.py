@@ -16,7 +16,7 @@ from typing import Any
 
 from configs import sizes
 
-from instructax.configuration import require
+from instructax.config import require
 from instructax.experiment import Run
 from instructax.report import write
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS

@@ -15,9 +15,9 @@ DATA is a folder with `pretrain/`, `demos/`, `comparisons/` and `prompts/` of .j
 from pathlib import Path
 from typing import Any
 
-from instructax.configuration import ConfigError
+from instructax.config import ConfigError
+from instructax.evals.intervals import Estimate
 from instructax.experiment import Run, metrics_of, summary_of
-from instructax.statistics import Estimate
 
 SIZE = "small"
 FILES = {

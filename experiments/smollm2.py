@@ -16,10 +16,10 @@ Prompts are worded by the model's own chat template.
 from pathlib import Path
 from typing import Any
 
-from instructax.configuration import ConfigError, require
+from instructax.checkpoints.parents import finished
+from instructax.config import ConfigError, require
+from instructax.evals.intervals import Estimate
 from instructax.experiment import Run, summary_of
-from instructax.lineage import finished
-from instructax.statistics import Estimate
 
 WORDS = ("hour", "mixed")
 SIZE, BASE = "smollm2", "runs/smollm2/pretrain"

@@ -12,7 +12,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from instructax import command
+from instructax import cli
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -29,9 +29,6 @@ SAMPLING = flags.DEFINE_bool("sampling_alone", False, "PPO: the rollout only")
 BESIDE = flags.DEFINE_integer(
     "side_by_side", 0, "PPO: so many runs in one program; 0: one run in its three programs", lower_bound=0
 )
-OVERHEAD = flags.DEFINE_integer(
-    "overhead", 0, "instead of all that: what checks and notes of a run cost, by so many pairs of steps", lower_bound=0
-)
 PROFILE = flags.DEFINE_string("profile", "", "folder for a trace of one more repetition, read by TensorBoard or xprof")
 
 
@@ -43,23 +40,16 @@ def main(argv: list[str]) -> int:
         return 2
     logging.set_verbosity(logging.WARNING)  # jax reports each platform that it looks for
 
-    command.keep_compiled()
-    command.use_large_pages()
+    cli.keep_compiled()
+    cli.use_large_pages()
 
     def run() -> None:
-        from instructax import benchmark, experiment, overhead
-        from instructax.configuration import construct, require
+        from instructax import experiment
+        from instructax.config import construct
+        from instructax.stages.benchmark import measure as benchmark
 
-        others = ("steps", "ending", "sampling_alone", "side_by_side", "profile")
-        given = [f"--{name}" for name in others if flags.FLAGS[name].present]
-        require(not (OVERHEAD.value and given), f"--overhead measures something else: leave out {', '.join(given)}")
         config = CONFIG.value.to_dict()
         built = construct(experiment.stage_of(config)[0], config)
-        if OVERHEAD.value:
-            record = overhead.measure(built, pairs=OVERHEAD.value)
-            print("\n".join(overhead.table(record)))
-            print(json.dumps(record))
-            return
         record = benchmark.measure(
             built,
             steps=STEPS.value,
@@ -71,8 +61,8 @@ def main(argv: list[str]) -> int:
         print("\n".join(benchmark.table(record)))
         print(json.dumps(record))
 
-    return command.guarded(run)
+    return cli.guarded(run)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: command.parse_config(argv, CONFIG))
+    app.run(main, flags_parser=lambda argv: cli.parse_config(argv, CONFIG))

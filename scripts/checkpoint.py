@@ -11,8 +11,8 @@ import sys
 
 from absl import app, flags, logging
 
-from instructax import command
-from instructax.safe_text import printable
+from instructax import cli
+from instructax.runtime.redaction import printable
 
 STEP = flags.DEFINE_integer("step", None, "verify: this step alone; to-numpy: this one, not the newest", lower_bound=0)
 TO = flags.DEFINE_string("to", None, "to-numpy: the file to write, which must not be there yet")
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     task, workdir, wrong = argv[1], pathlib.Path(argv[2]), []
 
     def run() -> None:
-        from instructax import inspection
+        from instructax.checkpoints import inspection
 
         if task == "ls":
             print("\n".join(map(printable, inspection.listing(workdir))))
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
         else:
             print(inspection.write_arrays(workdir, STEP.value, pathlib.Path(str(TO.value)), LEAVES.value))
 
-    return command.guarded(run) or (2 if wrong else 0)
+    return cli.guarded(run) or (2 if wrong else 0)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags, logging
 
-from instructax import command
+from instructax import cli
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -25,13 +25,13 @@ def main(argv: list[str]) -> int:
         print("error: give FILE:SIZE of one experiment and --workdir=FOLDER", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
-    command.keep_compiled()
-    command.use_large_pages()
+    cli.keep_compiled()
+    cli.use_large_pages()
     from instructax import experiment
 
     root = pathlib.Path(WORKDIR.value)
-    return command.guarded(lambda: experiment.run_experiment(argv[1], root, report_only=REPORT_ONLY.value))
+    return cli.guarded(lambda: experiment.run_experiment(argv[1], root, report_only=REPORT_ONLY.value))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from instructax import command
+from instructax import cli
 
 OUT = flags.DEFINE_string("out", None, "folder that the page and its figures are written into")
 
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
 
         print(report.write(roots, out))
 
-    return command.guarded(write)
+    return cli.guarded(write)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags, logging
 
-from instructax import command
+from instructax import cli
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
-    command.keep_compiled()
-    command.use_large_pages()
-    from instructax import chat
+    cli.keep_compiled()
+    cli.use_large_pages()
+    from instructax.serving import chat
 
     asking = chat.Asking(
         length=LENGTH.value,
@@ -50,13 +50,13 @@ def main(argv: list[str]) -> int:
     workdir, dtype = str(WORKDIR.value), DTYPE.value
     if INPUT.value:
         source, target = pathlib.Path(INPUT.value), pathlib.Path(str(OUTPUT.value))
-        return command.guarded(lambda: chat.answer_file(workdir, source, target, asking, dtype=dtype, rows=ROWS.value))
+        return cli.guarded(lambda: chat.answer_file(workdir, source, target, asking, dtype=dtype, rows=ROWS.value))
     # Bytes that are not UTF-8 become a mark, not a traceback.
     lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
     prompts = (line.rstrip("\n").replace("\\n", "\n") for line in prompted(lines))
     if CHAT.value:
-        return command.guarded(lambda: chat.converse(workdir, prompts, asking, dtype=dtype, system=SYSTEM.value))
-    return command.guarded(lambda: chat.talk(workdir, prompts, asking, dtype=dtype))
+        return cli.guarded(lambda: chat.converse(workdir, prompts, asking, dtype=dtype, system=SYSTEM.value))
+    return cli.guarded(lambda: chat.talk(workdir, prompts, asking, dtype=dtype))
 
 
 def wrong(argv: list[str]) -> str:
@@ -86,4 +86,4 @@ def prompted(lines):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

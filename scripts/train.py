@@ -13,7 +13,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from instructax import command
+from instructax import cli
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -34,21 +34,22 @@ def main(argv: list[str]) -> int:
         print(f"error: {stray}give --config=FILE:SIZE --config.name=value … --workdir=FOLDER", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
-    command.keep_compiled()
-    command.use_large_pages()
-    from instructax import experiment, processes
+    cli.keep_compiled()
+    cli.use_large_pages()
+    from instructax import experiment
+    from instructax.runtime import distributed
 
     config = CONFIG.value.to_dict()
     if DRY_RUN.value:
-        return command.guarded(lambda: print(experiment.values_of(config), experiment.dry_run(config), sep="\n"))
+        return cli.guarded(lambda: print(experiment.values_of(config), experiment.dry_run(config), sep="\n"))
 
     def run() -> None:
         if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
-            processes.join(COORDINATOR.value or "", PROCESSES.value, PROCESS.value)
+            distributed.join(COORDINATOR.value or "", PROCESSES.value, PROCESS.value)
         experiment.run_stage(config, pathlib.Path(WORKDIR.value or "."))
 
-    return processes.ended(lambda: command.guarded(run))
+    return distributed.ended(lambda: cli.guarded(run))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: command.parse_config(argv, CONFIG))
+    app.run(main, flags_parser=lambda argv: cli.parse_config(argv, CONFIG))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from instructax import command
+from instructax import cli
 
 FILES = flags.DEFINE_multi_string(
     "files", None, "A .txt or .jsonl file, or .gz of one; repeat for more.", required=True
@@ -58,14 +58,14 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         print(f"error: unexpected argument {argv[1]}: repeat --files for each file", file=sys.stderr)
         return 2
-    return command.guarded(train)
+    return cli.guarded(train)
 
 
 def train() -> None:
     """Trains on the files and writes the result."""
     if Path(OUT.value).is_dir():  # said before the training, not after it
         raise ValueError(f"--out={OUT.value} is a folder: give the file to write")
-    from instructax import tokenizer  # after the flags, so that --help answers at once
+    from instructax.data import tokenizer  # after the flags, so that --help answers at once
 
     texts = (text for path in FILES.value for text in read_texts(path, FIELD.value))
     trained = tokenizer.train_bpe(texts, VOCAB_SIZE.value)
@@ -74,4 +74,4 @@ def train() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.support import references
 
-import references
 from instructax import advantages
 
 SEEDS = range(6)

@@ -13,20 +13,22 @@ from typing import Any
 import jax
 import pytest
 from configs import sizes
+from tests.support import tiny_models
 
 import instructax
-import small
-from instructax import estimate, stage, training
-from instructax.configuration import ConfigError, construct
+from instructax.config import ConfigError, construct
 from instructax.data.limits import Limits
 from instructax.experiment import Run, load_config, load_file, stage_of
-from instructax.microworld.run import WorldConfig
-from instructax.model import ModelConfig, Transformer, parameter_count
-from instructax.ppo_train import check as check_ppo
+from instructax.models import ModelConfig, Transformer, parameter_count
 from instructax.sharding import MeshConfig
-from instructax.stage import RunConfig
+from instructax.simulation.files import WorldConfig
+from instructax.stages import memory as estimate
+from instructax.stages.ppo.stage import check as check_ppo
+from instructax.training import loop
+from instructax.training import run as stage
+from instructax.training.run import RunConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path(instructax.__file__).parent
 MODELS = ("pretrain", "sft", "reward", "ppo", "evaluate")
 IN_WORLDS = ("world", "collect", "tasks")  # configs of the sizes that live in the embedded world
@@ -81,7 +83,7 @@ COUNTS = {"125m": 125, "350m": 356, "760m": 760, "1.3b": 1316, "2.7b": 2650, "6b
 def test_the_papers_sizes_have_their_parameters(size):
     config = built("sft", size)
     model = Transformer(config.model, config.compute, "tokens")
-    count = parameter_count(jax.eval_shape(lambda: training.init_params(model, jax.random.key(0))))
+    count = parameter_count(jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0))))
     c = config.model
     layer = 4 * c.width * c.heads * c.head_width + 2 * c.width * c.mlp_width
     vectors = 3 * c.heads * c.head_width + c.mlp_width + 6 * c.width
@@ -239,7 +241,7 @@ def stand_in_for_smollm2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     base = "runs/smollm2/pretrain"
     monkeypatch.chdir(folder)
     Path(base).mkdir(parents=True)
-    model = dataclasses.asdict(small.llama_config(max_length=1024))
+    model = dataclasses.asdict(tiny_models.llama_config(max_length=1024))
     (Path(base) / "manifest.json").write_text(json.dumps({"stage": "pretrained", "model": model}))
     (Path(base) / "summary.json").write_text("{}")
     Path("configs").symlink_to(ROOT / "configs")
@@ -251,7 +253,9 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
     monkeypatch.chdir(ROOT)
     bases: dict[str, Any] = {}
     if experiment == "smollm2":
-        bases[stand_in_for_smollm2(tmp_path, monkeypatch)] = SimpleNamespace(model=small.llama_config(max_length=1024))
+        bases[stand_in_for_smollm2(tmp_path, monkeypatch)] = SimpleNamespace(
+            model=tiny_models.llama_config(max_length=1024)
+        )
     for argument in arguments_of(experiment, tmp_path):
         runs = load_file(ROOT / f"experiments/{experiment}.py").get_runs(argument, "runs/here")
         assert len({run.name for run in runs}) == len(runs) > 1

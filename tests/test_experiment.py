@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import stages
 
-import stages
 from instructax import experiment
-from instructax.configuration import ConfigError
+from instructax.config import ConfigError
 from instructax.experiment import Run, load_config, load_file, run_experiment, run_stage
-from instructax.microworld.write import prompts_of
+from instructax.simulation.write import prompts_of
 
-pytest_plugins = ("chain",)
-ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ("tests.support.pipeline_fixture",)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)

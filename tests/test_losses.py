@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from tests.support import references
 
-import references
 from instructax import losses
 
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tests.support import tiny_models
 
-import small
-from instructax import sharding, training
-from instructax.model import LoraConfig, Transformer, adapted
-from instructax.optimizer import make_optimizer
+from instructax import sharding
+from instructax.models import LoraConfig, Transformer, adapted
 from instructax.sharding import MeshConfig, make_mesh
+from instructax.training import loop
+from instructax.training.optimizer import make_optimizer
 from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent
@@ -65,11 +66,11 @@ HEADS = {
     ("scalar", False): {"scalar_head/kernel": P(), "scalar_head/bias": P()},
 }
 FAMILIES = {
-    "gpt": small.gpt_config,
-    "llama": small.llama_config,
-    "neox": small.neox_config,
-    "qwen": small.qwen_config,
-    "gemma": small.gemma_config,
+    "gpt": tiny_models.gpt_config,
+    "llama": tiny_models.llama_config,
+    "neox": tiny_models.neox_config,
+    "qwen": tiny_models.qwen_config,
+    "gemma": tiny_models.gemma_config,
 }
 EVERY_MODEL = [(family, head, tied) for family in FAMILIES for head, tied in HEADS]
 
@@ -80,17 +81,17 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 
 def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
     """The abstract state, with everything that an optimizer can hold."""
-    model = Transformer(FAMILIES[family](tied_head=tied), small.compute(), head)
-    optimizer = make_optimizer(small.optimizer_config(clip_norm=1.0, weight_decay=0.1))
-    return training.abstract_state(model, optimizer, mesh)
+    model = Transformer(FAMILIES[family](tied_head=tied), tiny_models.compute(), head)
+    optimizer = make_optimizer(tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1))
+    return loop.abstract_state(model, optimizer, mesh)
 
 
 def adapted_state(mesh: jax.sharding.Mesh):
     """The abstract state of a network with low-rank adapters."""
-    model = Transformer(small.llama_config(), small.compute(), "scalar")
+    model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "scalar")
     lora = LoraConfig(rank=3, alpha=1.0)
-    optimizer = make_optimizer(small.optimizer_config())
-    return training.abstract_state(model, optimizer, mesh, lambda p: adapted(p, lora, jax.random.key(0)))
+    optimizer = make_optimizer(tiny_models.optimizer_config())
+    return loop.abstract_state(model, optimizer, mesh, lambda p: adapted(p, lora, jax.random.key(0)))
 
 
 def specs_of(tree) -> dict[str, P]:

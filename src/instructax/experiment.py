@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructax import estimate, stage
-from instructax.configuration import ConfigError, construct, require, shown
-from instructax.lineage import finished
-from instructax.locking import locked
-from instructax.manifest import flat
-from instructax.report.drawing import require_matplotlib
-from instructax.safe_text import redacted
+from instructax.checkpoints.manifest import flat
+from instructax.checkpoints.parents import finished
+from instructax.config import ConfigError, construct, require, shown
+from instructax.runtime.redaction import redacted
+from instructax.runtime.workdir_lock import locked
+from instructax.stages import memory
+from instructax.training import run as stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,13 @@ def _without_config(error: Exception) -> str:
 def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
     """(config dataclass, module) of the stage that `config` names; imports that stage alone."""
     modules = {
-        "world": ("microworld.run", "WorldConfig"),
-        "collect": ("collect", "CollectConfig"),
-        "supervised": ("supervised", "SupervisedConfig"),
-        "reward": ("reward", "RewardConfig"),
-        "ppo": ("ppo_train", "PpoConfig"),
-        "evaluate": ("evaluate", "EvaluateConfig"),
-        "tasks": ("tasks", "TasksConfig"),
+        "world": ("simulation.files", "WorldConfig"),
+        "collect": ("stages.collect", "CollectConfig"),
+        "supervised": ("stages.sft", "SupervisedConfig"),
+        "reward": ("stages.reward_model", "RewardConfig"),
+        "ppo": ("stages.ppo.stage", "PpoConfig"),
+        "evaluate": ("stages.evaluate", "EvaluateConfig"),
+        "tasks": ("stages.public_tasks", "TasksConfig"),
     }
     name = config.get("stage")
     if name not in tuple(modules):  # by equality: not all that a config can hold has a hash
@@ -109,8 +109,18 @@ def dry_run(config: Mapping[str, Any]) -> str:
     cls, module = stage_of(config)
     built = construct(cls, config)
     if hasattr(module, "check"):
-        module.check(built, estimate.abstract_mesh(built.mesh))
-    return estimate.report(built) if hasattr(built, "run") else "nothing is trained"
+        module.check(built, memory.abstract_mesh(built.mesh))
+    return memory.report(built) if hasattr(built, "run") else "nothing is trained"
+
+
+def require_matplotlib() -> None:
+    """Raises ConfigError where no figure can be drawn; asked before what the figures are of is computed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "figures are drawn by matplotlib, which is not installed: pip install 'instructax[plots]'"
+        ) from None
 
 
 def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:

@@ -7,7 +7,7 @@ and is 0, with zero gradient, when no token is real.
 import jax
 import jax.numpy as jnp
 
-from instructax.masked import masked_mean
+from instructax.masking import masked_mean
 from instructax.types import Array
 
 LARGEST_LOG_RATIO = 80.0  # e⁸⁰ ≈ 5.5e34; float32 ends at 3.4e38

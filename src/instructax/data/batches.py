@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from instructax.data.packing import lay_out
+from instructax.data.document_packing import lay_out
 from instructax.types import Comparisons, LmBatch, Prompts
 
 NO_ROW = -1  # in place of a row id: this row of the batch is empty, all its masks are False

@@ -15,8 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from instructax.data import hygiene, packing
-from instructax.data.builders import (
+from instructax.data import document_packing
+from instructax.data import filters as hygiene
+from instructax.data.limits import Limits
+from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, opened, read_jsonl
+from instructax.data.storage import (
     ComparisonRows,
     PackedRows,
     Prepared,
@@ -26,10 +30,7 @@ from instructax.data.builders import (
     read_rows,
     write_rows,
 )
-from instructax.data.limits import Limits
-from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, opened, read_jsonl
-from instructax.data.wording import PLAIN, Wording
-from instructax.tokenizer import Tokenizer
+from instructax.data.tokenizer import Tokenizer
 
 ROWS_VERSION = 2  # raise it with any change to what the same records become on disk
 
@@ -58,7 +59,7 @@ def prepare_text(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, da
     length = limits.sequence_tokens
 
     def rows(records: list[Text], ids: Ids, labelers: Mapping[str, int]) -> list[dict[str, Any]]:
-        texts = [packing.text_documents(ids[record.text], tokenizer.eos_id, length) for record in records]
+        texts = [document_packing.text_documents(ids[record.text], tokenizer.eos_id, length) for record in records]
         return _packed([document for documents in texts for document in documents], length)
 
     recipe = _Recipe("text", Text, PackedRows, [], lambda ids: [], rows, length)
@@ -85,7 +86,9 @@ def prepare_demonstrations(
         eos = tokenizer.eos_id
         for record in records:
             _check_end(record, ids[record.completion], eos)
-        return _packed([packing.demonstration_document(ids[r.prompt], ids[r.completion], eos) for r in records], length)
+        return _packed(
+            [document_packing.demonstration_document(ids[r.prompt], ids[r.completion], eos) for r in records], length
+        )
 
     filters = _prefix_filters(limits)
     recipe = _Recipe("demonstrations", Demonstration, PackedRows, filters, length_filters, rows, length)
@@ -162,8 +165,8 @@ def _length_filter(rule: str, limit: int, count_tokens: Callable[[Any], int]) ->
     return rule, lambda kept: hygiene.drop_long(kept, limit, count_tokens)
 
 
-def _packed(documents: Sequence[packing.Document], length: int) -> list[dict[str, Any]]:
-    return [vars(row) for row in packing.pack(documents, length)]
+def _packed(documents: Sequence[document_packing.Document], length: int) -> list[dict[str, Any]]:
+    return [vars(row) for row in document_packing.pack(documents, length)]
 
 
 def _comparison_row(record: Comparison, ids: Ids, labelers: Mapping[str, int], eos_id: int) -> dict[str, Any]:

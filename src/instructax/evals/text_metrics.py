@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from instructax.statistics import Estimate
+from instructax.evals.intervals import Estimate
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII alone, as in all of these scorers
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

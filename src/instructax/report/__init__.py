@@ -9,8 +9,8 @@ from pathlib import Path
 def write(roots: list[Path], out: Path) -> Path:
     """Writes `index.html` and its figures, as PNG and SVG, into `out`, and prints the table of policies; returns the
     page's path. Several `roots` are seeds of one experiment. Raises ValueError for a folder without finished runs."""
+    from instructax.experiment import require_matplotlib
     from instructax.report import page
-    from instructax.report.drawing import require_matplotlib
     from instructax.report.judging import read
     from instructax.report.results import load
     from instructax.report.tables import console_table

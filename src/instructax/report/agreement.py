@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instructax.microworld.labelers import Labeler, draw_labelers, rank
-from instructax.microworld.lexicon import generator
-from instructax.microworld.prompts import LABELER_COUNT
-from instructax.microworld.tasks import Task
+from instructax.evals.intervals import Estimate, ratio_estimate
 from instructax.report.judging import HELD_OUT, LABELER
 from instructax.report.results import Experiment, response_of
-from instructax.statistics import Estimate, ratio_estimate
+from instructax.simulation.labelers import Labeler, draw_labelers, rank
+from instructax.simulation.lexicon import generator
+from instructax.simulation.prompts import LABELER_COUNT
+from instructax.simulation.tasks import Task
 
 PAIRS = {
     "training labelers": (LABELER, LABELER),

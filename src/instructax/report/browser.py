@@ -6,9 +6,9 @@ The samples are JSON inside the page; the script shows those that fit the filter
 import json
 from typing import Any
 
+from instructax.data.tokenizer import END_OF_TEXT
 from instructax.report.judging import FLAGS, TRUTH, Reading, asked_about
 from instructax.report.results import response_of
-from instructax.tokenizer import END_OF_TEXT
 
 FULL_COLOUR = 3.0  # nats: of the log-ratio that has it
 PROMPTS = 300  # on a page, seeds together: it stays below 5 MB; all are in samples.jsonl

@@ -9,10 +9,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from instructax.evals.intervals import Estimate
 from instructax.report import effects
 from instructax.report.effects import Measured
 from instructax.report.judging import HELD_OUT, LABELER, Reading
-from instructax.statistics import Estimate
 
 VERDICTS = ("seen", "undecided", "not seen", "no data")
 WIN_MARGIN = 0.05  # of win rates that count as equal: the half-width of the paper's own intervals

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from instructax.configuration import ConfigError
-from instructax.statistics import Estimate
+from instructax.evals.intervals import Estimate
 
 COLOURS = {
     "GPT": "#7f7f7f",
@@ -22,16 +21,6 @@ COLOURS = {
 }
 PAD = 0.1  # inches around each of the axes, so that none ends at the figure's edge
 SPREAD = 0.13  # between policies that stand beside each other, in units of the axis
-
-
-def require_matplotlib() -> None:
-    """Raises ConfigError where no figure can be drawn; asked before what the figures are of is computed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "figures are drawn by matplotlib, which is not installed: pip install 'instructax[plots]'"
-        ) from None
 
 
 def subplots(rows: int, columns: int, width: float, height: float, **rest: Any) -> tuple[Any, np.ndarray]:

@@ -8,10 +8,10 @@ is missing.
 import itertools
 from collections.abc import Callable
 
-from instructax.report.automatic import public_of, tax_tasks
+from instructax.evals.intervals import Estimate, mean_estimate, share_difference
 from instructax.report.judging import LABELER, Reading, asked_about, change, mean_of, minus
+from instructax.report.metric_figures import public_of, tax_tasks
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS, Size, estimate_of, overfitting_of
-from instructax.statistics import Estimate, mean_estimate, share_difference
 
 LOSS_MARGIN = 0.01  # nats per token
 CHAIN = ("GPT", "GPT prompted", "SFT", "PPO")  # from the least to the most liked

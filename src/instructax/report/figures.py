@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from instructax.evals.intervals import Estimate, mean_estimate
 from instructax.report import paper
 from instructax.report.drawing import COLOURS, legend, point, shift, subplots
 from instructax.report.judging import (
@@ -21,7 +22,6 @@ from instructax.report.judging import (
     wins_estimate,
 )
 from instructax.report.results import POLICIES, Size, in_words
-from instructax.statistics import Estimate, mean_estimate
 
 WINDOW = 5  # iterations: of the moving averages that are drawn as lines
 FLAG_TITLES = {

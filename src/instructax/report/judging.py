@@ -9,14 +9,14 @@ import itertools
 
 import numpy as np
 
-from instructax.microworld.judge import Judgement, judge
-from instructax.microworld.labelers import GROUPS, TIE, draw_labelers, grade
-from instructax.microworld.lexicon import generator
-from instructax.microworld.measure import Figure
-from instructax.microworld.prompts import LABELER_COUNT
-from instructax.microworld.tasks import Task
+from instructax.evals.intervals import Estimate, mean_estimate, share_difference, share_estimate
 from instructax.report.results import Experiment, Record, Size, check_prompts, read_lines, response_of
-from instructax.statistics import Estimate, mean_estimate, share_difference, share_estimate
+from instructax.simulation.judge import Judgement, judge
+from instructax.simulation.labelers import GROUPS, TIE, draw_labelers, grade
+from instructax.simulation.lexicon import generator
+from instructax.simulation.prompts import LABELER_COUNT
+from instructax.simulation.task_metrics import Figure
+from instructax.simulation.tasks import Task
 
 TRUTH, LABELER, HELD_OUT = "true utility", "labeler", "held-out"  # by whom a win rate is; the latter two are GROUPS
 FLAGS = ("attempts", "constraint", "hallucinates", "appropriate", "truthful")  # of Judgement

@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from instructax.microworld.labelers import TIE
-from instructax.report import automatic, figures, paper
+from instructax.report import figures, metric_figures, paper
 from instructax.report.browser import FULL_COLOUR, browser
 from instructax.report.claims import CLAIMS, VERDICTS, Claim, Finding, findings_of, overall
 from instructax.report.drawing import save
@@ -16,6 +15,7 @@ from instructax.report.judging import LABELER, TRUTH, Reading, curve_of, likert_
 from instructax.report.results import Experiment
 from instructax.report.style import STYLE
 from instructax.report.tables import HEADS, NO_DATA, agreement_table, html_table, noise_table, public_table, table_of
+from instructax.simulation.labelers import TIE
 
 Drawn = tuple[str, str, Any]  # file name, caption, figure; None where there is nothing to draw
 
@@ -99,15 +99,19 @@ def figures_of_seed(reading: Reading) -> Iterator[Drawn]:
         "have; it is of held-out prompts, where the curves are of training prompts."
     )
     yield "over-optimisation", caption, figures.over_optimisation(sizes, curves, reading)
-    yield "alignment-tax", "Public tasks: what fine-tuning changes (figures 28, 29; table 14).", automatic.tax(sizes)
-    yield "harm", "Truthfulness, toxicity and stereotypes (figures 6, 7, 32).", automatic.harm(sizes)
-    yield "sft-overfit", "SFT that goes on for many epochs (sections 3.5, C.1).", automatic.overfitting(sizes)
+    yield (
+        "alignment-tax",
+        "Public tasks: what fine-tuning changes (figures 28, 29; table 14).",
+        metric_figures.tax(sizes),
+    )
+    yield "harm", "Truthfulness, toxicity and stereotypes (figures 6, 7, 32).", metric_figures.harm(sizes)
+    yield "sft-overfit", "SFT that goes on for many epochs (sections 3.5, C.1).", metric_figures.overfitting(sizes)
 
 
 def reward_figures(reading: Reading) -> Iterator[Drawn]:
     """What is drawn of the reward model of one seed."""
     caption = "The reward model on held-out comparisons; diamonds: the paper (section 4.1)."
-    yield "reward-model", caption, automatic.reward_model(reading.experiment.sizes)
+    yield "reward-model", caption, metric_figures.reward_model(reading.experiment.sizes)
 
 
 def figure_html(name: str, caption: str, image: Path) -> str:

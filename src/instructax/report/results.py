@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from instructax.configuration import ConfigError
-from instructax.microworld.measure import Figure
-from instructax.microworld.public import TASKS
-from instructax.microworld.run import tasks_of
-from instructax.microworld.tasks import Task
-from instructax.statistics import Estimate
-from instructax.tokenizer import END_OF_TEXT
+from instructax.config import ConfigError
+from instructax.data.tokenizer import END_OF_TEXT
+from instructax.evals.intervals import Estimate
+from instructax.simulation.files import tasks_of
+from instructax.simulation.public_tasks import TASKS
+from instructax.simulation.task_metrics import Figure
+from instructax.simulation.tasks import Task
 
 BEST_OF = "best-of-n"
 POLICIES = (

@@ -2,12 +2,12 @@
 
 from html import escape
 
-from instructax.microworld.public import TASKS
+from instructax.evals.intervals import mean_estimate
 from instructax.report import paper
 from instructax.report.agreement import agreements
 from instructax.report.judging import HELD_OUT, LABELER, TRUTH, Reading, best_of_kl, wins_estimate
 from instructax.report.results import BEST_OF, REWARD_RUNS, Size
-from instructax.statistics import mean_estimate
+from instructax.simulation.public_tasks import TASKS
 
 NO_DATA = "no data"
 WAVERING = dict(zip(REWARD_RUNS, ("as they are", "who never waver"), strict=True))  # run → its labelers

@@ -1,1 +1,1 @@
-"""A finished policy behind OpenAI's protocol on HTTP: requests that are checked, answered in batches, and streamed."""
+"""Trained models in use: sampling engine, text streams, chat and the OpenAI-compatible HTTP server."""

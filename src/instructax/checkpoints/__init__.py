@@ -1,0 +1,1 @@
+"""Checkpoints on disk: save, restore, checksums, manifests and parent runs."""

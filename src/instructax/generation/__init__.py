@@ -1,0 +1,7 @@
+"""The sampler: what it is asked (`draw`), the prompts' forward pass (`prefill`), and responses under way (`slots`)."""
+
+from instructax.generation.decoding import sample_token
+from instructax.generation.prefill import prefill_padding
+from instructax.generation.sampler import Sampling, advance, generate, start
+
+__all__ = ["Sampling", "advance", "generate", "prefill_padding", "sample_token", "start"]

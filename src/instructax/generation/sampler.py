@@ -1,0 +1,126 @@
+"""Sampling: one model code with the scorers, at one temperature, without dropout.
+
+The prompts are run first, and their keys and values are kept (`prefill`); then responses are drawn side by side, a
+token of each at a step (`slots`). `generate` is all of it in one compiled program; `start` and `advance` are the same
+loop in pieces, for whoever shows a sample while it is drawn, and what is drawn does not depend on the pieces.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax.generation.decoding import Draws, Sampler, Slots
+from instructax.generation.prefill import filled, prefilled
+from instructax.models import Transformer, cast_matrices, head_kernel, layers_of, while_sampling
+from instructax.types import Array, Params, Prompts, Rollouts, pytree
+
+
+@pytree
+class Sampling:
+    """Samples that are being drawn; `advance` goes on with them."""
+
+    draws: Draws
+    slots: Slots
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """What has been drawn so far: N rows, `ended` only where the end token, or a stop, has been."""
+        count, s = len(self.draws.keys) // len(self.draws.prompts.tokens), self.slots
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self.draws.prompts)
+        return Rollouts(prompts=prompts, responses=s.responses, mask=s.mask, logprobs=s.logprobs, ended=s.ended)
+
+
+def start(
+    model: Transformer,
+    params: Params,
+    prompts: Prompts,
+    keys: Array,
+    *,
+    length: int,
+    limits: Array,
+    temperature: Array,
+    eos_id: int,
+    stops: Array | None = None,
+) -> Sampling:
+    """Runs the prompts, and draws the first token of as many samples as there are slots.
+
+    As `generate` on one device, but each sample has a temperature of its own, f32[N], and its own number of tokens that
+    it may have, `limits` i32[N], from 1 to `length`.
+    """
+    network = _network(model, params)
+    draws = Draws(
+        prompts=prompts,
+        prefilled=prefilled(network["model"], network["params"], prompts),
+        keys=keys,
+        wanted=filled(prompts) * (len(keys) // len(prompts.tokens)),
+        limits=limits,
+        temperature=temperature,
+    )
+    sampler = Sampler(**network, draws=draws, eos_id=eos_id, stops=_stops(model, stops))
+    return Sampling(draws=draws, slots=sampler.begin(length))
+
+
+def advance(
+    model: Transformer,
+    params: Params,
+    sampling: Sampling,
+    *,
+    steps: Array | None = None,
+    eos_id: int,
+    stops: Array | None = None,
+) -> Sampling:
+    """Draws up to `steps` i32[] further tokens of each sample under way, by default all; `eos_id` and `stops` as in
+    `start`."""
+    sampler = Sampler(**_network(model, params), draws=sampling.draws, eos_id=eos_id, stops=_stops(model, stops))
+    return dataclasses.replace(sampling, slots=sampler.advance(sampling.slots, steps))
+
+
+def generate(
+    model: Transformer,
+    params: Params,
+    prompts: Prompts,
+    keys: Array,
+    *,
+    length: int,
+    temperature: Array | float,
+    eos_id: int,
+    stops: Array | None = None,
+    groups: int = 1,
+) -> Rollouts:
+    """Samples up to `length` tokens after each prompt.
+
+    `prompts` [M, P]; `keys` key[N], one for each sample, so that a sample depends neither on its neighbours nor on its
+    slot; N is a multiple of M, and sample i is of prompt i // (N / M). Token t uses fold_in(key, t). A row ends with
+    `eos_id`, or with one of `stops` b[V] if they are given, which belongs to the response; columns after it are masked
+    and hold `eos_id`. Nothing is sampled after prompts without a token that come last in a share of the rows. `groups`:
+    how many devices share rows; each has slots for its own share of the prompts. Returns Rollouts of N rows with R =
+    `length`.
+    """
+    ends = {"eos_id": eos_id, "stops": stops}
+
+    def sample(prompts: Prompts, keys: Array) -> Rollouts:
+        limits = jnp.full((len(keys),), length, jnp.int32)
+        temperatures = jnp.full((len(keys),), temperature, jnp.float32)
+        begun = start(model, params, prompts, keys, length=length, limits=limits, temperature=temperatures, **ends)
+        return advance(model, params, begun, **ends).rollouts
+
+    prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
+    if groups == 1:
+        return sample(prompts, keys)
+    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (prompts, keys))
+    rollouts = jax.vmap(sample)(*split)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
+
+
+def _network(model: Transformer, params: Params) -> dict[str, Any]:
+    """The network as it samples, and its parameters in the dtypes that it uses them in: fields of `Sampler`."""
+    model = model.clone(compute=while_sampling(model.compute))
+    head = head_kernel(model.config, params).astype(model.compute.operands)
+    params = cast_matrices(params, model.compute)
+    return {"model": model, "params": params, "head": head, "layers": layers_of(params["blocks"])}
+
+
+def _stops(model: Transformer, stops: Array | None) -> Array:
+    return jnp.zeros((model.config.vocab_size,), bool) if stops is None else stops

@@ -1,0 +1,129 @@
+"""The two groups of values that make a network: its architecture, and how a run computes it."""
+
+import dataclasses
+from typing import Literal
+
+from instructax.config import check_range
+
+LAYERS = 10_000  # a network has fewer: a list of them is made even to estimate it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How rotary positions are stretched over longer texts than the first ones.
+
+    "linear" divides all frequencies by `factor` (Chen et al., 2023). "llama3" divides those that turn fewer than
+    `low_turns` times over `original_length`, leaves those that turn more than `high_turns` times, and passes smoothly
+    from the one to the other (Llama 3.1); "linear" reads neither of the three.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_turns: float
+    high_turns: float
+    original_length: int  # tokens
+
+    def __post_init__(self):
+        check_range(self, {"factor": 1, "low_turns": 0, "high_turns": 0, "original_length": 1})
+        if self.high_turns <= self.low_turns:
+            raise ValueError(
+                f"rotary_scaling.high_turns = {self.high_turns} must be above "
+                f"rotary_scaling.low_turns = {self.low_turns}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture; it travels with the parameters from stage to stage."""
+
+    vocab_size: int
+    max_length: int  # longest sequence, and the rows of a learned position table
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int  # < heads: grouped queries
+    head_width: int
+    mlp_width: int
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_epsilon: float
+    positions: Literal["learned", "rotary"]
+    rotary_base: float  # wavelengths of rotary positions run from 2π to 2π · base; unused by learned ones
+    rotary_fraction: float  # of each head's width, the first part, that has rotary positions; the rest has none
+    rotary_scaling: RotaryScaling | None
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"]  # gelu and geglu in the tanh form
+    biases: bool  # of all matrices of the layers
+    qkv_biases: bool  # of those to query, key and value alone
+    qk_norms: bool  # a norm on each head's query and key
+    score_width: float  # attention divides scores by its square root; 0 = head_width
+    attention_cap: float  # c: scores become c · tanh(score / c); 0 = they stay
+    window: int  # tokens that layers in `windowed` see, the token itself included; 0 = all before it
+    windowed: tuple[int, ...]  # layers, from 0
+    parallel_residual: bool  # attention and MLP both read the layer's input
+    post_norms: bool  # norms behind attention and MLP, besides those before them
+    scaled_embedding: bool  # by √width
+    tied_head: bool
+    logit_cap: float  # as attention_cap, of the scores of the vocabulary
+    init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
+        least = dict.fromkeys(("norm_epsilon", "init_std", "score_width", "attention_cap", "logit_cap", "window"), 0)
+        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1}, {"layers": LAYERS})
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
+        if not 0 < self.rotary_fraction <= 1:
+            raise ValueError(f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1")
+        if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
+            share = f" × model.rotary_fraction = {self.rotary_fraction}" if self.rotary_fraction < 1 else ""
+            raise ValueError(f"model.head_width = {self.head_width}{share} must be even for rotary positions")
+        if self.biases and self.qkv_biases:
+            raise ValueError("model.qkv_biases = True is for model.biases = False: all matrices have biases already")
+        if list(self.windowed) != sorted({layer for layer in self.windowed if 0 <= layer < self.layers}):
+            raise ValueError(f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.layers - 1}")
+        if bool(self.window) != bool(self.windowed):
+            raise ValueError(
+                f"model.window = {self.window} and model.windowed = {self.windowed}: set both, or 0 and () for none"
+            )
+
+    @property
+    def rotary_width(self) -> int:
+        """Components of each head that rotary positions turn."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a third matrix, for its gate."""
+        return self.activation in ("swiglu", "geglu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a run computes; free to differ between stages that share parameters."""
+
+    dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the operands of products rounded to bfloat16
+    decoding: Literal["float32", "mixed", "bfloat16"]  # the same of the sampler, which is bound by other things
+    attention: Literal["auto", "jax", "cudnn", "splash"]  # kernel of whole rows; "auto": the fastest that surely runs
+    remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
+    head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
+    part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
+    part_halvings: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
+    slots: int  # responses that a device samples at a time
+    slot_halvings: int  # of the slots, for the last responses: steps of half the cost, and one more to compile
+
+    def __post_init__(self):
+        check_range(self, {"head_chunk": 1, "part_rows": 1, "part_halvings": 0, "slots": 1, "slot_halvings": 0})
+
+    @property
+    def activations(self) -> str:
+        """The dtype of all that is computed but for norms, softmax and heads, which work in float32."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def operands(self) -> str:
+        """The dtype that matrix products multiply in; they sum in float32."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
+
+
+def while_sampling(compute: ComputeConfig) -> ComputeConfig:
+    """How the sampler of a run computes."""
+    return dataclasses.replace(compute, dtype=compute.decoding)

@@ -1,0 +1,1 @@
+"""Speed of a stage's programs on random parameters and tokens."""

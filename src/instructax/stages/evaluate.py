@@ -1,0 +1,189 @@
+"""Compares finished policies on held-out data, and the reward model with people: a run that trains nothing.
+
+Departure from the paper: its win rates are people's; `proxy_win_rate` is by the reward model's scores.
+
+Every policy answers the same held-out prompts; its responses go to `samples.jsonl` with the reward model's score and
+the KL from the reference, its figures to `summary.json`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from instructax import sharding
+from instructax.checkpoints.parents import Head, Parent, open_parents, tokenizer_of
+from instructax.config import check_range, distinct, shown
+from instructax.data.limits import Limits
+from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
+from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.schema import Demonstration, read_jsonl
+from instructax.data.storage import Prepared
+from instructax.data.tokenizer import Tokenizer
+from instructax.evals.held_out import HeldOut
+from instructax.evals.intervals import mean_estimate, win_rate
+from instructax.evals.policy_responses import Answering, How
+from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.sequence_packing import width_of
+from instructax.runtime.metric_log import RunLog
+from instructax.sharding import MeshConfig
+from instructax.training import loop
+from instructax.training import run as stage
+from instructax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateData:
+    """Files of which the held-out split is read; () of text or comparisons leaves their figures out. The
+    prompts that worked examples are chosen on are of no held-out split."""
+
+    prompts: tuple[str, ...]
+    text: tuple[str, ...]
+    comparisons: tuple[tuple[str, tuple[str, ...]], ...]  # (name of a group of labelers, files of what they ranked)
+    demonstrations: tuple[str, ...]  # what the worked examples of "few-shot" are taken from
+    chat: bool  # whether prompts are worded by the policies' chat template
+    limits: Limits
+    folder: str  # where prepared rows are kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """A comparison of policies."""
+
+    stage: Literal["evaluate"]
+    seed: int
+    policies: tuple[tuple[str, str, str], ...]  # (name, workdir, how it is asked: one of `answering.How`)
+    reference: str  # name of the policy that the others are measured against: win rate, KL
+    reward_parent: str  # workdir of the reward model
+    tokenizer: str  # path, or "bytes"
+    model: ModelConfig  # of the policies
+    reward_model: ModelConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    data: EvaluateData
+    batch_size: int
+    prompts: int  # the most held-out prompts
+    batches: int  # the most batches of held-out text and of comparisons
+    temperature: float  # 0 = the likeliest token
+    best_of: int  # answers of which "best-of" takes one
+    shots: int  # worked examples before a prompt that is asked "few-shot"
+    prefixes: int  # sets of them that are tried
+
+    def __post_init__(self):
+        least = dict.fromkeys(("batch_size", "prompts", "batches", "best_of", "shots", "prefixes"), 1)
+        check_range(self, least | {"temperature": 0})
+        names = [name for name, _, _ in self.policies]
+        distinct("policies", names)
+        distinct("data.comparisons", [name for name, _ in self.data.comparisons])
+        for name, _, how in self.policies:
+            if how not in get_args(How):
+                raise ValueError(f"policies.{name} is asked {shown(how)}: allowed are {', '.join(get_args(How))}")
+        if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
+            raise ValueError("data.chat = True has no few-shot: worked examples stand before plain prompts")
+        if any(how == "few-shot" for _, _, how in self.policies) and not self.data.demonstrations:
+            raise ValueError("data.demonstrations must be given: a policy is asked few-shot, behind some of them")
+        if self.reference not in names:
+            raise ValueError(f"reference = {shown(self.reference)} must be one of the policies {shown(names)}")
+        if not (self.data.prompts and self.reward_parent and all(path for _, path, _ in self.policies)):
+            raise ValueError("data.prompts, reward_parent and the workdir of every policy must be given")
+
+
+def check(config: EvaluateConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    stage.check_rows("batch_size", config.batch_size, 1, mesh)
+    stage.check_lengths(config.data.limits, config.model)
+    stage.check_lengths(config.data.limits, config.reward_model)
+
+
+def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
+    mesh = sharding.make_mesh(config.mesh)
+    check(config, mesh)
+    config = stage.settled(config)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
+    paths = {f"policies.{name}": path for name, path, _ in config.policies}
+    paths["reward_parent"] = config.reward_parent
+    models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(paths, (config.model, "tokens"))
+    models["reward_parent"] = (config.reward_model, "scalar")
+    parents = open_parents(paths, models, tokenizer, config.tokenizer)
+    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
+    stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
+    load = partial(_load, config, mesh)
+    ref_params = load(parents[f"policies.{config.reference}"], "tokens")
+    reward_params = load(parents["reward_parent"], "scalar")
+    policy = Transformer(config.model, config.compute, "tokens", mesh)
+    scorer = Transformer(config.reward_model, config.compute, "scalar", mesh)
+    limits = config.data.limits
+    sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
+    answering = Answering(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
+    sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
+    sizes = {"batch_size": config.batch_size, "batches": config.batches}
+    longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
+    width = width_of(longest, limits.comparison_tokens, config.compute)
+    held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
+    figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
+    scores: dict[str, np.ndarray] = {}
+    log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
+    with log:
+        for number, (name, _, how) in enumerate(config.policies, start=1):
+            params = load(parents[f"policies.{name}"], "tokens")
+            prefix = np.zeros(0, np.int32)
+            if how == "few-shot":
+                train, examples = data["prompts"].sources["train"], read_examples(config)
+                choice = {"shots": config.shots, "prefixes": config.prefixes, "seed": config.seed}
+                figures["prefixes"][name], prefix = answering.best_prefix(params, train, examples, **choice)
+            draws = config.best_of if how == "best-of" else 1
+            source = data["prompts"].sources["validation"]
+            responses = answering.responses(params, source, config.prompts, prefix=prefix, draws=draws)
+            scores[name] = np.array([response["score"] for response in responses])
+            for response in responses:
+                log.sample(number, {"policy": name, **response})
+            figures["policies"][name] = figures_of(responses) | (
+                {"text_loss": held.text_loss(params, data["text"])} if "text" in data else {}
+            )
+            log.record(number, {f: x["value"] for f, x in figures["policies"][name].items()})
+        for name in scores:
+            wins = win_rate(scores[name], scores[config.reference])
+            figures["policies"][name]["proxy_win_rate"] = dataclasses.asdict(wins)
+        figures["reward_model"] = {name: held.ranking(reward_params, rows) for name, rows in sets.items()}
+        log.flush()
+        log.summary(figures)
+
+
+def read_examples(config: EvaluateConfig) -> list[Demonstration]:
+    """The demonstrations that worked examples are taken from."""
+    return list(read_jsonl([Path(path) for path in config.data.demonstrations], Demonstration))
+
+
+def _load(config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: Parent, head: Literal["tokens", "scalar"]) -> Params:
+    model = Transformer(config.model if head == "tokens" else config.reward_model, config.compute, head)
+    return parent.load(loop.abstract_params(model, mesh))
+
+
+def read_data(config: EvaluateConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
+    """What there are files of, prepared."""
+    limits, folder = config.data.limits, Path(config.data.folder)
+
+    def prepared(prepare: Callable[..., Prepared], files: Iterable[str]) -> Prepared:
+        return prepare([Path(file) for file in files], tokenizer, limits, folder)
+
+    data = {"prompts": prepared(partial(prepare_prompts, wording=wording), config.data.prompts)}
+    if config.data.text:
+        data["text"] = prepared(prepare_text, config.data.text)
+    for name, files in config.data.comparisons:
+        data[f"comparisons.{name}"] = prepared(partial(prepare_comparisons, wording=wording), files)
+    return data
+
+
+def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means with intervals over one policy's responses."""
+    names = {"scores": "score", "kl": "kl", "response_length": "tokens", "ended_share": "ended"}
+    return {
+        name: dataclasses.asdict(mean_estimate(np.array([response[of_one] for response in responses])))
+        for name, of_one in names.items()
+    }

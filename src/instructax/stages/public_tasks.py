@@ -1,0 +1,140 @@
+"""Finished policies on the public tasks of the embedded world, the paper's table 14: a run that trains nothing.
+
+Every policy gets the same items in the same forms, its contexts as they are: no empty line opens the answer, as it does
+after a prompt of a customer. Generated answers go to `samples.jsonl`, figures to `summary.json`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from instructax import sharding
+from instructax.checkpoints.parents import open_parents, tokenizer_of
+from instructax.config import check_range, distinct, require
+from instructax.data.tokenizer import Tokenizer
+from instructax.evals.completions import Completer
+from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.runtime.metric_log import RunLog
+from instructax.sharding import MeshConfig
+from instructax.simulation.files import world_of
+from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
+from instructax.simulation.task_metrics import Figure, choice_figure, text_figures
+from instructax.simulation.world import World, draw_world
+from instructax.training import loop
+from instructax.training import run as stage
+from instructax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """Policies to be measured."""
+
+    stage: Literal["tasks"]
+    seed: int  # of the items and their worked examples
+    policies: tuple[tuple[str, str], ...]  # (name, workdir)
+    world: str  # workdir of the world
+    tokenizer: str  # path, or "bytes"
+    model: ModelConfig  # of the policies
+    compute: ComputeConfig
+    mesh: MeshConfig
+    items: int  # the most of each task
+    context_tokens: int  # the longest context: opening, worked examples, item
+    answer_tokens: int  # the longest answer, generated or to choose
+    batch_size: int
+
+    def __post_init__(self):
+        check_range(self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1})
+        if not (self.world and self.policies and all(path for _, path in self.policies)):
+            raise ValueError("world, policies and the workdir of every policy must be given")
+        distinct("policies", [name for name, _ in self.policies])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """A task in one of its forms, as all policies get it."""
+
+    task: str
+    form: str
+    items: Sequence[Item]
+    contexts: Sequence[str]
+
+
+def check(config: TasksConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    stage.check_rows("batch_size", config.batch_size, 1, mesh)
+    length = config.context_tokens + config.answer_tokens
+    require(
+        length <= config.model.max_length or config.model.positions == "rotary",  # which have no last one
+        f"config.context_tokens + config.answer_tokens = {length} is above config.model.max_length = "
+        f"{config.model.max_length}, the rows of its position table: lower one of them",
+    )
+
+
+def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
+    """Measures the policies in `workdir`; all of it is done again if it was interrupted."""
+    mesh = sharding.make_mesh(config.mesh)
+    check(config, mesh)
+    config = stage.settled(config)
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
+    paths = {f"policies.{name}": path for name, path in config.policies}
+    parents = open_parents(paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer)
+    seed, _ = world_of(Path(config.world))
+    sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
+    stage.Record(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
+    model = Transformer(config.model, config.compute, "tokens", mesh)
+    lengths = {"context_tokens": config.context_tokens, "answer_tokens": config.answer_tokens}
+    # What stands after a line break is never read.
+    stops = tokenizer.with_text("\n")
+    completer = Completer(model, mesh, batch_size=config.batch_size, eos_id=tokenizer.eos_id, stops=stops, **lengths)
+    policies: dict[str, dict[str, dict[str, Any]]] = {}
+    log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
+    with log:
+        for number, (name, _) in enumerate(config.policies, start=1):
+            params = parents[f"policies.{name}"].load(loop.abstract_params(model, mesh))
+            policies[name] = {task: {} for task in TASKS}
+            for sheet in sheets:
+                found, samples = answered(sheet, completer, params, tokenizer, config.seed)
+                for sample in samples:
+                    log.sample(number, {"policy": name, "task": sheet.task, "form": sheet.form, **sample})
+                policies[name][sheet.task] |= {form: record_of(figure) for form, figure in found.items()}
+            log.record(
+                number, {f"{task}/{f}": x["value"] for task, group in policies[name].items() for f, x in group.items()}
+            )
+        log.flush()
+        log.summary({"stage": config.stage, "policies": policies})
+
+
+def record_of(figure: Figure) -> dict[str, Any]:
+    """The figure for the log: its estimate, and the values of the items where it is their mean."""
+    values = {} if figure.values is None else {"values": np.round(np.asarray(figure.values, float), 6).tolist()}
+    return {**dataclasses.asdict(figure.estimate), **values}
+
+
+def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
+    """Every task in every form; the items of a task are the same in all of them."""
+    for name, task in TASKS.items():
+        drawn = items_of(world, seed, name, items)
+        for form in task.forms:
+            yield Sheet(name, form, drawn, contexts_of(world, seed, name, drawn, form))
+
+
+def answered(
+    sheet: Sheet, completer: Completer, params: Params, tokenizer: Tokenizer, seed: int
+) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+    """(figures of one policy by name, its generated answers; none of a choice)."""
+    contexts, metric = tokenizer.encode_batch(sheet.contexts), TASKS[sheet.task].metric
+    if metric in ("accuracy", "entropy"):
+        candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
+        scored = completer.candidate_logprobs(params, list(zip(contexts, candidates, strict=True)))
+        return {sheet.form: choice_figure(metric, sheet.items, *scored)}, []
+    completions = [tokenizer.decode(answer) for answer in completer.complete(params, contexts)]
+    figures = text_figures(metric, sheet.items, completions, seed)
+    samples = [
+        {"context": context, "completion": completion, "answers": item.answers}
+        for context, completion, item in zip(sheet.contexts, completions, sheet.items, strict=True)
+    ]
+    return {f"{sheet.form}{suffix}": x for suffix, x in figures.items()}, samples

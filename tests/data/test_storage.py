@@ -1,0 +1,142 @@
+"""Rows on disk: whole or not there, whatever happens while they are written."""
+
+import dataclasses
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from instructax.data import prepare, storage
+from instructax.data.limits import Limits
+from instructax.data.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer("bytes")
+LIMITS = Limits(
+    sequence_tokens=16,
+    prompt_tokens=8,
+    response_tokens=6,
+    completions=3,
+    prefix_characters=None,
+    prompts_per_user=None,
+    filter_pii=False,
+    splits=(("train", 1.0),),
+    split_seed=0,
+)
+
+
+def prompts(file, count):
+    lines = [json.dumps({"id": str(i), "prompt": f"p{i}", "format": "plain"}) for i in range(count)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_is_used(tmp_path, monkeypatch):
+    file = prompts(tmp_path / "p.jsonl", 2)
+
+    def fails(path):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_sizes", fails)
+        with pytest.raises(OSError, match="no space left"):
+            prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+    killed = tmp_path / "data" / ".prompts-0123-half" / "prompt_rows"
+    killed.mkdir(parents=True)
+    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    assert len(made.sources["train"]) == 2
+
+
+class Counting:
+    """Rows that note when they are read."""
+
+    def __init__(self, rows):
+        self.rows, self.read = rows, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, keys):
+        self.read += keys
+        return [self.rows[key] for key in keys]
+
+
+def test_rows_are_read_once_and_come_in_the_order_asked_for():
+    source = Counting([{"tokens": np.arange(i)} for i in range(6)])
+    kept = storage.Remembered(source)
+    for keys in ([4, 1, 4], [1, 0], [0, 4]):
+        assert [len(row["tokens"]) for row in kept.__getitems__(keys)] == keys
+    assert source.read == list(range(6))
+    assert len(kept) == 6
+
+
+def test_only_what_is_small_is_kept_in_memory(tmp_path, monkeypatch):
+    prompts(tmp_path / "a.jsonl", 4)
+    kinds = []
+    for limit in (storage.REMEMBERED, 0):
+        monkeypatch.setattr(storage, "REMEMBERED", limit)
+        source = prepare.prepare_prompts([tmp_path / "a.jsonl"], TOKENIZER, LIMITS, tmp_path / "rows").sources["train"]
+        kinds.append(isinstance(source, storage.Remembered))
+        assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [b"p2\n\n", b"p0\n\n"]
+    assert kinds == [True, False]
+
+
+def test_a_rename_that_fails_is_not_hidden(tmp_path, monkeypatch):
+    file = prompts(tmp_path / "p.jsonl", 1)
+
+    def fails(self, target):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.rename", fails)
+    with pytest.raises(OSError, match="read-only file system"):
+        prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage", ["cut rows", "no rows", "no report", "bad report"])
+def test_damaged_data_is_refused(tmp_path, damage):
+    file = prompts(tmp_path / "p.jsonl", 2)
+    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    (rows,) = made.folder.rglob("*.array_record*")
+    if damage == "cut rows":
+        rows.write_bytes(rows.read_bytes()[:-1])
+    elif damage == "no rows":
+        rows.unlink()
+    elif damage == "no report":
+        (made.folder / "report.json").unlink()
+    else:
+        (made.folder / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"delete .* to prepare it again") as caught:
+        prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    assert str(made.folder) in str(caught.value)
+
+
+def prepare_at_once(barrier, file, data_dir, results):
+    barrier.wait()
+    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, data_dir)
+    results.put((made.report.hash, len(made.sources["train"]), str(made.folder)))
+
+
+def test_processes_that_start_at_once_share_one_folder(tmp_path):
+    file = prompts(tmp_path / "p.jsonl", 50)
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    arguments = (barrier, file, tmp_path / "data", results)
+    processes = [context.Process(target=prepare_at_once, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = {results.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(found) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [found.pop()[2].rsplit("/", 1)[1]]
+
+
+def test_the_loser_of_a_race_keeps_the_winners_rows(tmp_path):
+    file = prompts(tmp_path / "p.jsonl", 2)
+    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    before = {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()}
+    late = dataclasses.replace(made.report, records=0)
+    storage.write_rows(storage.PromptRows, made.folder, {"train": [{"tokens": np.array([1], np.int32)}]}, late)
+    assert {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()} == before
+    assert len(list((tmp_path / "data").iterdir())) == 1

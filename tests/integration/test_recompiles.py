@@ -1,0 +1,153 @@
+"""After its first step a run compiles nothing; settings share one program; no program holds [B, T, V]."""
+
+import logging
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.support import stages, tiny_models
+
+from instructax.experiment import run_stage
+from instructax.models import Transformer
+from instructax.stages import sft as supervised
+from instructax.stages.ppo import algorithm
+from instructax.training import loop
+from instructax.training.optimizer import make_optimizer
+
+pytest_plugins = ("tests.support.pipeline_fixture",)
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# Evaluated and saved at every step.
+ALWAYS = {"run.log_every": 1, "run.evaluate_every": 1, "run.save_every": 1, "steps": 5}
+RUNS = {"sft": {"epochs": 0.0, "dropout": 0.1}, "reward": {"epochs": 0.0}, "ppo-ptx": {}}
+
+
+class Compilations(logging.Handler):
+    """The names of what jax compiles, by the step during which it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+        self.names: dict[int, list[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.match(r"Compiling (\S+)", record.getMessage()):
+            self.names.setdefault(self.step, []).append(found[1])
+
+
+@pytest.fixture
+def compilations():
+    handler, logger = Compilations(), logging.getLogger("jax")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield handler
+    logger.removeHandler(handler)
+    logger.propagate = propagates
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_compiles_after_the_first_step(chain, tmp_path, monkeypatch, compilations, name):
+    def note(step):
+        compilations.step = step
+
+    watch = stages.Watch(monkeypatch)
+    watch.read.append(note)
+    run_stage(stages.config_of(chain, name, {**ALWAYS, **RUNS[name]}), tmp_path / "run")
+    assert "jit(update)" in compilations.names[0]
+    assert list(compilations.names) == [0]  # what ends a run included
+
+
+MODEL = Transformer(tiny_models.gpt_config(vocab_size=61), tiny_models.compute(), "tokens")
+MESH = stages.mesh_of()
+SCORER = Transformer(MODEL.config, MODEL.compute, "scalar")
+PROGRAM = stages.ppo_program(MESH, policy=MODEL, scorer=SCORER)
+PROMPTS = tiny_models.ragged_prompts([3] * 8, columns=6)
+TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(8, 14))
+
+
+def counted(function, traces):
+    """`function`, noting in `traces` that it was traced."""
+
+    def traced(*args):
+        traces.append(function)
+        return function(*args)
+
+    return jax.jit(traced)
+
+
+def test_settings_of_a_sweep_share_one_program():
+    traces = []
+    rollout, score, update = (
+        counted(partial(f, PROGRAM), traces) for f in (algorithm.rollout, algorithm.score, algorithm.update)
+    )
+    start = stages.ppo_state(PROGRAM)
+    other = tiny_models.random_params(PROGRAM.policy, 7), tiny_models.random_params(PROGRAM.scorer, 8)
+    ends = []
+    changes = ({}, {"kl_coef": 0.5}, {"clip": 5.0}, {"learning_rate": 0.05}, {"temperature": 0.7}, {"ptx_coef": 9.0})
+    for change in changes:
+        settings = stages.ppo_settings(**change)
+        rollouts = rollout(start.policy.params, PROMPTS, start.step, settings)
+        experience, _, _ = score(start, *other, rollouts, settings)
+        ends.append(np.asarray(update(start, experience, TEXT, settings)[0].policy.params["embedding"]))
+    assert len(traces) == 3
+    assert np.isfinite(ends).all()
+    assert all(not np.allclose(ends[0], end, rtol=1e-4) for end in ends[1:])
+
+
+def vocabulary_wide(text: str, vocabulary: int, cells: int) -> list[str]:
+    """The array types of a compiled program with a vocabulary axis and at least `cells` entries along the others."""
+    found = []
+    for shape in set(re.findall(r"\w+\[[\d,]+\]", text)):
+        sizes = [int(size) for size in re.findall(r"\d+", shape.split("[")[1])]
+        if vocabulary in sizes and np.prod(sizes) // vocabulary >= cells:
+            found.append(shape)
+    return found
+
+
+def supervised_program(model):
+    config = tiny_models.optimizer_config()
+    return supervised.SupervisedProgram(
+        model=model,
+        optimizer=make_optimizer(config),
+        schedule=config,
+        mesh=MESH,
+        total_steps=10,
+        accumulate=1,
+        drops=False,
+    )
+
+
+def supervised_hlo(model) -> str:
+    program = supervised_program(model)
+    settings = supervised.SupervisedSettings(
+        seed=jnp.int32(0), learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0)
+    )
+    state = loop.abstract_state(model, program.optimizer, MESH)
+    return jax.jit(partial(supervised.update, program)).lower(state, TEXT, settings).compile().as_text()
+
+
+def test_supervised_update_never_holds_all_scores():
+    assert vocabulary_wide(supervised_hlo(MODEL), 61, 8 * 13) == []
+    # What is looked for is there where the chunk is the whole row.
+    whole = Transformer(MODEL.config, tiny_models.compute(head_chunk=16), "tokens")
+    assert vocabulary_wide(supervised_hlo(whole), 61, 8 * 13)
+
+
+def test_ppo_never_holds_all_scores():
+    settings = stages.ppo_settings()
+    state = stages.ppo_state(PROGRAM)
+    sample = jax.jit(partial(algorithm.rollout, PROGRAM))
+    args = (state.policy.params, PROMPTS, state.step, settings)
+    rollouts = jax.eval_shape(sample, *args)
+    assert vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []  # of a prompt its last column
+    score = jax.jit(partial(algorithm.score, PROGRAM))
+    args = (state, state.policy.params, state.value.params, rollouts, settings)
+    experience = jax.eval_shape(score, *args)[0]
+    assert vocabulary_wide(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
+    update = jax.jit(partial(algorithm.update, PROGRAM))
+    # Two minibatches: 4 rows of 7 response tokens, and 4 of 13 text tokens, at a time.
+    assert vocabulary_wide(update.lower(state, experience, TEXT, settings).compile().as_text(), 61, 4 * 7) == []

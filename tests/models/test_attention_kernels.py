@@ -1,0 +1,389 @@
+"""Which kernel a run takes and why; each kernel against the products and the mask; what is lowered for accelerators.
+
+Nothing here runs on an accelerator. cuDNN's call is made with XLA's implementation of the same function, splash is
+interpreted, and programs are lowered for CUDA and TPU devices that are not there.
+"""
+
+import dataclasses
+import importlib
+import itertools
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from tests.support import stages, tiny_models
+
+from instructax.config import ConfigError, construct
+from instructax.experiment import dry_run, run_stage, stage_of
+from instructax.models import Transformer, attention_kernels, init_cache, transformer
+from instructax.models.attention import attention_mask
+from instructax.stages import evaluate, reward_model
+from instructax.training import loop
+from instructax.training import run as stage
+
+pytest_plugins = ("tests.support.pipeline_fixture",)
+
+# The choice.
+
+HERE: dict[str, dict[str, Any]] = {
+    "cudnn": {"platform": "cuda", "version": 9.0},
+    "splash": {"platform": "tpu", "version": 5.0},
+}
+
+
+def conditions(kernel: str, **changes: Any) -> attention_kernels.Conditions:
+    """Those under which `kernel` runs, but for `changes`."""
+    values = {"dtype": "bfloat16", "head_widths": [128], "lengths": [2048]}
+    neither = dict.fromkeys(("softly_capped", "windows", "branches", "side_by_side"), False)
+    return attention_kernels.Conditions(**{**values, **neither, **HERE[kernel], **changes})
+
+
+WIDTHS = {"cudnn": "a multiple of 8 up to 128", "splash": "a multiple of 128 up to 256"}
+OBSTACLES = [
+    ("cudnn", {"platform": "cpu", "version": 0.0}, "platform cpu, allowed is cuda"),
+    ("cudnn", {"platform": "rocm", "version": 0.0}, "platform rocm, allowed is cuda"),
+    ("cudnn", {"platform": "tpu", "version": 6.0}, "platform tpu, allowed is cuda"),
+    ("splash", {"platform": "cuda"}, "platform cuda, allowed is tpu"),
+    ("cudnn", {"version": 7.5}, "cuda 7.5, allowed is 8 or newer"),
+    ("splash", {"version": 3.0}, "tpu 3, allowed is 4 or newer"),
+    ("splash", {"branches": True}, "texts in a row share another, allowed is each by itself"),
+]
+for name, width in (("cudnn", 20), ("cudnn", 136), ("splash", 64), ("splash", 384)):
+    OBSTACLES.append((name, {"head_widths": [128, width]}, f"head_width = {width}, allowed is {WIDTHS[name]}"))
+for name in HERE:
+    OBSTACLES += [
+        (name, {"dtype": "float32"}, "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'"),
+        (name, {"lengths": [2048, 1088]}, "rows of 1088 tokens, allowed is a multiple of 128"),
+        (name, {"lengths": []}, "only samplers run, and they have a cache"),
+        (name, {"side_by_side": True}, "several runs in one program, allowed is one"),
+        (name, {"softly_capped": True}, "model.attention_cap is set, allowed is 0"),
+    ]
+OBSTACLES.append(("splash", {"windows": True}, "model.window is set, allowed is 0"))
+
+
+@pytest.mark.parametrize(("kernel", "changes", "why"), OBSTACLES, ids=[f"{k}-{w}" for k, _, w in OBSTACLES])
+def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_not(kernel, changes, why):
+    given = conditions(kernel, **changes)
+    with pytest.raises(ConfigError) as error:
+        attention_kernels.choose(kernel, given)
+    assert str(error.value) == (
+        f"config.compute.attention = '{kernel}' cannot run: {why}; change that, or give 'jax' or 'auto'"
+    )
+    assert attention_kernels.choose("jax", given) == ("jax", "as asked")
+    if given.platform == HERE[kernel]["platform"]:
+        assert attention_kernels.choose("auto", given) == ("jax", f"auto: no {kernel}: {why}")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes"),
+    [
+        ("cudnn", {}),
+        ("cudnn", {"dtype": "mixed", "head_widths": [64, 80], "lengths": [2048, 10240], "branches": True}),
+        ("cudnn", {"version": 8.0}),
+        ("splash", {}),
+        ("splash", {"dtype": "mixed", "head_widths": [256], "lengths": [128], "version": 4.0}),
+    ],
+)
+def test_a_kernel_that_can_run_is_taken(kernel, changes):
+    given = conditions(kernel, **changes)
+    assert attention_kernels.choose(kernel, given) == (kernel, "as asked")
+    assert attention_kernels.choose("auto", given) == (kernel, f"auto: {given.platform}")
+
+
+def test_elsewhere_there_is_no_other():
+    for platform in ("cpu", "rocm"):
+        given = conditions("cudnn", platform=platform, version=0.0)
+        assert attention_kernels.choose("auto", given) == ("jax", f"auto: {platform} has no other")
+
+
+@pytest.mark.parametrize(
+    ("device", "place"),
+    [
+        ({"platform": "cpu"}, ("cpu", 0.0)),
+        ({"platform": "gpu", "compute_capability": "10.3", "version": "PJRT C API\ncuda 13000"}, ("cuda", 10.3)),
+        ({"platform": "gpu", "compute_capability": "gfx942", "version": "PJRT C API\nrocm 60300"}, ("rocm", 0.0)),
+        ({"platform": "tpu", "device_kind": "TPU v5 lite"}, ("tpu", 5.0)),
+        ({"platform": "tpu", "device_kind": "TPU7x"}, ("tpu", 7.0)),
+    ],
+)
+def test_devices(device, place):
+    client = SimpleNamespace(platform_version=device.pop("version", ""))
+    assert attention_kernels.place_of(SimpleNamespace(**device, client=client)) == place
+
+
+def config_of(name: str, arg: str, **changes: Any) -> Any:
+    values = importlib.import_module(f"configs.{name}").get_config(arg)
+    values.update_from_flattened_dict(changes)
+    return construct(stage_of(values.to_dict())[0], values.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "on_cuda", "on_tpu"),
+    [
+        ("sft", "1.3b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
+        ("sft", "125m", "cudnn (auto: cuda)", f"jax (auto: no splash: head_width = 64, allowed is {WIDTHS['splash']})"),
+        ("ppo", "175b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
+        ("reward", "6b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
+        ("evaluate", "1.3b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
+        ("pretrain", "micro", *(f"jax (auto: no {k}: {OBSTACLES[11][2]})" for k in HERE)),
+        ("collect", "micro", *(f"jax (auto: no {k}: {OBSTACLES[13][2]})" for k in HERE)),
+    ],
+)
+def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
+    for place, wanted in ((HERE["cudnn"], on_cuda), (HERE["splash"], on_tpu)):
+        monkeypatch.setattr(stage, "place_of", lambda _, place=place: tuple(place.values()))
+        config, said = stage.choose_attention(config_of(name, arg))
+        assert (config.compute.attention, said) == (wanted.split()[0], wanted)
+
+
+def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypatch):
+    monkeypatch.setattr(stage, "place_of", lambda _: ("cuda", 9.0))
+    config = config_of("ppo", "1.3b")
+    for alone, why in (("sampling_alone", "only samplers run"), ("side_by_side", "several runs in one program")):
+        settled, said = stage.choose_attention(config, **{alone: True})
+        assert settled.compute.attention == "jax" and why in said
+        asked = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="cudnn"))
+        with pytest.raises(ConfigError, match=why):
+            stage.choose_attention(asked, **{alone: True})
+
+
+# The rows of the stages.
+
+STAGES = ("sft", "reward", "ppo", "evaluate")
+SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("name", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_STAGES)])
+def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_path, monkeypatch, capsys):
+    """And branch only where it was told so; the kernel is said once, before anything else."""
+    seen: set[int] = set()
+    branched = [False]
+    kernel_of_rows = transformer.kernel_of_rows
+
+    def watched(kernel: str, segments: jax.Array, mesh: Any) -> Any:
+        if segments.shape != (1, 1):  # parameters are initialised with one token
+            seen.add(segments.shape[1])
+            jax.debug.callback(lambda branches: branched.append(bool(branches)), jnp.any(segments < 0))
+        return kernel_of_rows(kernel, segments, mesh)
+
+    monkeypatch.setattr(transformer, "kernel_of_rows", watched)
+    for stage_module in (reward_model, evaluate):  # rows as wide as can be, not as the longest comparison
+        monkeypatch.setattr(stage_module, "width_of", lambda _, most, __: most)
+    if name == "tasks":
+        policies = (("SFT", str(chain / "sft")),)
+        paths = {"world": str(chain / "world"), "tokenizer": str(chain / "world" / "tokenizer.json")}
+        config = config_of("tasks", "tiny", policies=policies, **paths)
+        given = dataclasses.asdict(config)
+    else:
+        given = stages.config_of(
+            chain, name, {"steps": 1, "epochs": 0.0} if name in ("pretrain", "sft", "reward") else {}
+        )
+        config = construct(stage_of(given)[0], given)
+    run_stage(given, tmp_path / "run")
+    jax.effects_barrier()
+    lengths, branches = stage.whole_rows(config)
+    assert seen == set(lengths)
+    assert any(branched) == branches
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention:")]
+    assert lines == ["attention: jax (auto: cpu has no other)"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_asks_for_what_is_not_here_is_refused(chain, tmp_path):
+    for kernel, platform in (("cudnn", "cuda"), ("splash", "tpu")):
+        given = stages.config_of(chain, "sft", {"compute.attention": kernel})
+        with pytest.raises(
+            ConfigError, match=rf"attention = '{kernel}' cannot run: platform cpu, allowed is {platform};"
+        ):
+            run_stage(given, tmp_path / kernel)
+        assert "held throughout" in dry_run(given)  # which may be on another machine than the run
+
+
+# Each kernel against the products and the mask.
+
+QUICK = {"xla_backend_optimization_level": "0"}  # for programs that compile for seconds and run once
+LENGTH = 256
+PACKED = np.repeat([3, 1, 4, 0], [100, 60, 80, 16])  # three texts, and padding on the right
+LEFT = np.repeat([0, 1], [90, 166])
+BRANCHES = np.repeat([0, -1, 1, 2, 3, 0], [10, 70, 50, 60, 40, 26])
+ROWS = {"separate": np.stack([PACKED, LEFT]), "branches": np.stack([PACKED, BRANCHES])}
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """XLA in cuDNN's place, splash interpreted; a row has two of splash's blocks of queries, and of keys."""
+    monkeypatch.setattr(attention_kernels, "with_cudnn", partial(attention_kernels.with_cudnn, implementation="xla"))
+    monkeypatch.setattr(attention_kernels, "with_splash", partial(attention_kernels.with_splash, interpret=True))
+    monkeypatch.setattr(attention_kernels, "BLOCK", LENGTH // 2)
+
+
+def inputs(heads: int, kv_heads: int) -> list[jax.Array]:
+    rng = np.random.default_rng(heads)
+    shapes = [(2, count, LENGTH, 8) for count in (heads, kv_heads, kv_heads)]
+    return [jnp.asarray(2 * rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def output_and_gradients(
+    kernel: str, rows: np.ndarray, arrays: list[jax.Array], operands: str = "float32", mesh: Any = None
+) -> Any:
+    """What real queries get, and the gradients of a weighted sum of it."""
+    attend, mask = attention_kernels.kernel_of_rows(kernel, jnp.asarray(rows, jnp.int32), mesh)
+    real = jnp.asarray(rows != 0)[:, None, :, None]
+    weights = jax.random.normal(jax.random.key(1), arrays[0].shape) * real
+
+    def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixed = attend(*arrays, mask, operands)
+        return jnp.sum(weights * mixed.astype(jnp.float32)), jnp.where(real, mixed, 0)
+
+    differentiated = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
+    (_, mixed), gradients = jax.jit(differentiated, compiler_options=QUICK)(*arrays)
+    return mixed, gradients
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("kernel", "rows", "kv_heads"),
+    [("cudnn", "separate", 4), ("cudnn", "branches", 2), ("splash", "separate", 4), ("splash", "separate", 2)],
+)
+def test_a_kernel_attends_as_the_products_do(kernel, rows, kv_heads):
+    got, wanted = (output_and_gradients(name, ROWS[rows], inputs(4, kv_heads)) for name in (kernel, "jax"))
+    stages.assert_trees_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_kernel_on_rows_and_heads_of_eight_devices(kernel):
+    arrays, rows = [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)], np.concatenate([ROWS["separate"]] * 2)
+    got = output_and_gradients(kernel, rows, arrays, mesh=stages.mesh_of(2, 2, 2))
+    stages.assert_trees_close(got, output_and_gradients("jax", rows, arrays), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_kernel_rounds_to_sixteen_bits(kernel, dtype):
+    """8 bits of mantissa: 0.4% an operation. Activations of either dtype stay what they are."""
+    exact = output_and_gradients("jax", ROWS["separate"], inputs(4, 2))
+    rounded = [array.astype(dtype) for array in inputs(4, 2)]
+    got = output_and_gradients(kernel, ROWS["separate"], rounded, "bfloat16")
+    for ours, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+        assert ours.dtype == dtype
+        error = jnp.sqrt(jnp.mean((ours.astype(jnp.float32) - wanted) ** 2)) / jnp.std(wanted)
+        assert 1e-4 < error < 0.05
+
+
+def test_splash_cannot_express_branches():
+    """It lets a query see a key if both have one number: the second response to a prompt would see the first too."""
+    sees = np.asarray(attention_mask(jnp.array([[-1, 1, 2]]), jnp.array([[-1, 1, 2]]), 0))[0]
+    numbers = range(3)
+    expressible = [
+        ((np.array(queries)[:, None] == np.array(keys)[None, :]) & np.tri(3, dtype=bool) == sees).all()
+        for queries in itertools.product(numbers, repeat=3)
+        for keys in itertools.product(numbers, repeat=3)
+    ]
+    assert len(expressible) == 3**6 and not any(expressible)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_network_with_a_kernel_is_the_one_without(kernel):
+    """Scan, recomputation, rotary positions, grouped queries and devices that share rows and heads."""
+    mesh, rng = stages.mesh_of(1, 2, 2), np.random.default_rng(0)
+    config = tiny_models.llama_config()
+    params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
+    segments = jnp.asarray(ROWS["separate"][:, ::2], jnp.int32)
+    tokens = jnp.asarray(rng.integers(tiny_models.VOCAB_SIZE, size=segments.shape), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    real = (segments != 0)[:, :, None]
+
+    def gradients(name: str) -> Any:
+        model = Transformer(config, tiny_models.compute(attention=name, remat="full"), "tokens", mesh)
+
+        def total(params: Any) -> jax.Array:
+            hidden: Any = model.apply({"params": params}, tokens, segments, positions)[0]
+            return jnp.mean(jnp.sin(hidden) * real)
+
+        return jax.jit(jax.value_and_grad(total), compiler_options=QUICK)(params)
+
+    stages.assert_trees_close(gradients(kernel), gradients("jax"), rtol=1e-3, atol=1e-6)
+
+
+# What is lowered.
+
+CALLS = {"cudnn": ("cuda", "__cudnn$fmhaScaleBiasSoftmax"), "splash": ("tpu", "tpu_custom_call")}
+
+
+def lowered(function: Any, platform: str, *arrays: Any) -> str:
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
+    config = tiny_models.gpt_config(heads=2, kv_heads=2, head_width=128, max_length=LENGTH)
+    compute = tiny_models.compute(attention=attention, dtype=dtype, decoding=dtype)
+    model = Transformer(config, compute, "tokens", stages.mesh_of(1, 2, 2))
+    return model, jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))
+
+
+@pytest.fixture
+def cudnn_is_here(monkeypatch):
+    """JAX asks the library for its version before it calls it, and there is none on machines without a GPU."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+
+
+@pytest.mark.usefixtures("cudnn_is_here")
+@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+@pytest.mark.parametrize("kernel", CALLS)
+def test_the_kernel_is_called_where_it_was_chosen_and_nowhere_else(kernel, dtype):
+    platform, call = CALLS[kernel]
+    cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
+    texts = {}
+    for attention in (kernel, "jax"):
+        model, params = model_of(attention, dtype)
+
+        def gradients(params: Any, tokens: Any, segments: Any, positions: Any, model=model) -> Any:
+            def total(params: Any) -> jax.Array:
+                return jnp.sum(model.apply({"params": params}, tokens, segments, positions)[0].astype(jnp.float32))
+
+            return jax.grad(total)(params)
+
+        texts[attention] = lowered(gradients, platform, params, cells, cells, cells)
+    # All layers share a function with a forward pass, and one with a backward one: splash's has two calls.
+    assert texts[kernel].count(f"@{call}(") == {"cudnn": 1, "splash": 3}[kernel]
+    assert texts[kernel].count(f"@{call}Backward(") == {"cudnn": 1, "splash": 0}[kernel]
+    assert "cudnn" not in texts["jax"] and "tpu_custom_call" not in texts["jax"]
+    products = f"x128x{LENGTH}xf32>"  # a block of queries and all keys, for each head
+    assert products in texts["jax"] and products not in texts[kernel]
+
+
+@pytest.mark.usefixtures("cudnn_is_here")
+@pytest.mark.parametrize("kernel", CALLS)
+def test_what_has_a_cache_calls_no_kernel(kernel):
+    platform, call = CALLS[kernel]
+    model, params = model_of(kernel, "bfloat16")
+    cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
+    cache = jax.eval_shape(lambda: init_cache(model.config, model.compute, 2, LENGTH))
+
+    def prefill(params: Any, cache: Any, *columns: Any) -> Any:
+        return model.apply({"params": params}, *columns, cache=cache)
+
+    assert call not in lowered(prefill, platform, params, cache, cells, cells, cells)
+
+
+def test_without_cudnn_its_call_fails_and_nothing_else_runs_in_its_place():
+    model, params = model_of("cudnn", "bfloat16")
+    cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        jax.eval_shape(lambda params, *columns: model.apply({"params": params}, *columns), params, cells, cells, cells)
+
+
+def test_a_network_whose_kernel_was_not_chosen_is_refused():
+    model, params = model_of("auto", "float32")
+    cells = jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"^compute\.attention = 'auto' must be chosen before a network runs"):
+        jax.eval_shape(lambda params: model.apply({"params": params}, cells, cells, cells), params)

@@ -1,0 +1,201 @@
+"""Sequences packed inside a compiled program: every token in its place, no row too many, and the parts that are run."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.support import stages, tiny_models
+
+from instructax.models import Transformer
+from instructax.models.scoring import comparison_rows, last_columns, rollout_rows, row_logprobs, row_outputs
+from instructax.models.sequence_packing import Layout, lay_out, pack, part_shapes, scan_rows
+from instructax.types import LmBatch, Rollouts
+
+MESH = stages.mesh_of()
+
+
+def marked(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
+    """b[N, L] with so many marks in each row, at random columns."""
+    rng = np.random.default_rng(seed)
+    rows = [np.isin(np.arange(columns), rng.permutation(columns)[:length]) for length in lengths]
+    return np.array(rows)
+
+
+def placed(real: np.ndarray, width: int, part_rows: int, halvings: int = 0, mesh=MESH) -> Layout:
+    compute = tiny_models.compute(part_rows=part_rows, part_halvings=halvings)
+    return jax.device_get(jax.jit(partial(lay_out, width=width, compute=compute, mesh=mesh))(jnp.asarray(real)))
+
+
+def test_first_fit_the_longest_first_by_hand():
+    layout = placed(marked([3, 6, 2, 5, 1], 6), 8, 2)
+    # 6 | 5 | 3 behind the 5 | 2 behind the 6 | 1 in a row of its own
+    wanted = [[2] * 6 + [3] * 2, [4] * 5 + [1] * 3, [5] + [0] * 7, [0] * 8, [0] * 8, [0] * 8]
+    np.testing.assert_array_equal(layout.texts[:, 0], wanted)
+    assert layout.used == 4 * 8
+    assert layout.shapes == ((2, 8),)
+    assert float(layout.padding()) == pytest.approx(1 - 17 / 32)
+    halved = placed(marked([3, 6, 2, 5, 1], 6), 8, 2, halvings=2)
+    np.testing.assert_array_equal(halved.texts[:, 0], wanted[:5])
+    assert halved.shapes == ((2, 8), (1, 8), (1, 4))
+    assert halved.used == 2 * 8 + 4
+    assert float(halved.padding()) == pytest.approx(1 - 17 / 20)
+
+
+def test_shapes_of_parts():
+    assert part_shapes(4, 0, 8) == ((4, 8),)
+    assert part_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
+    assert part_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
+    assert part_shapes(4, 9, 8) == part_shapes(4, 4, 8)  # of one token nothing is predicted
+    assert part_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
+    assert part_shapes(5, 1, 8) == ((5, 8), (1, 8))
+    assert part_shapes(12, 3, 8) == ((12, 8), (6, 8), (3, 8), (1, 8))
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1] * 9, [6] * 9, [6, 1, 1, 4, 4, 2, 6, 5, 3], [0] * 9, [3, 3, 0, 0, 0, 0, 0, 0, 0]]
+)
+@pytest.mark.parametrize("width", [6, 7, 13, 20])
+def test_there_are_as_many_rows_as_first_fit_can_need(width, lengths):
+    layout = placed(marked(lengths, 6), width, 2, halvings=1)
+    assert len(layout.texts) == -(-9 // (width // 6))
+    np.testing.assert_array_equal(np.bincount(layout.texts.ravel(), minlength=10)[1:], lengths)
+
+
+def test_tokens_stand_in_order_and_come_back():
+    real = marked([4, 0, 7, 1, 7, 3], 7, seed=1)
+    layout = placed(real, 10, 1)
+    x = np.arange(1, 43).reshape(6, 7).astype(np.float32)
+    rows = layout.spread(jnp.asarray(x))
+    np.testing.assert_array_equal(layout.collect(rows), np.where(real, x, 0))
+    flat, texts = np.asarray(rows).ravel(), layout.texts.ravel()
+    for text in range(6):
+        np.testing.assert_array_equal(flat[texts == text + 1], x[text][real[text]])
+        cells = np.flatnonzero(texts == text + 1)
+        assert len(cells) == 0 or ((np.diff(cells) == 1).all() and cells[0] // 10 == cells[-1] // 10)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_token_is_lost_and_no_row_overflows(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 12, 40)
+    width = int(rng.integers(12, 40))
+    layout = placed(marked(list(lengths), 12, seed), width, int(rng.integers(1, 6)))
+    np.testing.assert_array_equal(np.bincount(layout.texts.ravel(), minlength=41)[1:], lengths)
+    fills = (layout.texts > 0).sum(axis=(1, 2))
+    rows = np.count_nonzero(fills)
+    assert not fills[rows:].any()
+    assert (fills[: rows - 1] > width // 2).all()
+    assert layout.used == -(-rows // layout.shapes[0][0]) * layout.shapes[0][0] * width
+
+
+def test_nothing_at_all_uses_no_part():
+    layout = placed(np.zeros((3, 4), bool), 4, 2)
+    assert layout.used == 0
+    assert np.isfinite(layout.padding())
+
+
+def test_a_sequence_wider_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="sequences of up to 6 tokens do not fit rows of 5"):
+        lay_out(jnp.ones((2, 6), bool), width=5, compute=tiny_models.compute(), mesh=MESH)
+
+
+def ragged_rollouts() -> Rollouts:
+    lengths = np.array([3, 0, 5, 2, 1, 5, 4, 2])
+    rng = np.random.default_rng(3)
+    return Rollouts(
+        prompts=tiny_models.ragged_prompts([1, 5, 3, 6, 2, 4, 6, 1], columns=6),
+        responses=jnp.asarray(rng.integers(tiny_models.VOCAB_SIZE, size=(8, 5)), jnp.int32),
+        mask=jnp.asarray(np.arange(5) < lengths[:, None]),
+        logprobs=jnp.zeros((8, 5)),
+        ended=jnp.ones(8, bool),
+    )
+
+
+def by_rows(function, batch: LmBatch, width: int, halvings: int):
+    """`function` of a batch that is packed, part by part, and of it as it is, both [N, L]; the cells run."""
+    compute = tiny_models.compute(part_rows=2, part_halvings=halvings)
+    layout = lay_out(batch.segments != 0, width=width, compute=compute, mesh=MESH)
+    _, packed = scan_rows(lambda _, part: (None, function(part)), None, pack(batch, layout), layout)
+    return layout.collect(packed), jnp.where(batch.segments != 0, function(batch), 0.0), layout.used
+
+
+@pytest.mark.parametrize("halvings", [0, 2])
+@pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
+def test_packed_rollouts_are_as_if_alone(config, halvings):
+    batch = rollout_rows(ragged_rollouts())
+    policy = Transformer(config, tiny_models.compute(), "tokens")
+    params = tiny_models.random_params(policy)
+    logprobs = partial(row_logprobs, policy, params, temperature=0.7)
+    packed, alone, used = jax.jit(lambda b: by_rows(logprobs, b, 24, halvings))(batch)
+    assert used == (2 * 24 + 12 if halvings else 4 * 24)  # two parts of two rows, or one and half a row
+    np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
+    assert np.count_nonzero(alone) == 22
+
+
+@pytest.mark.parametrize("halvings", [0, 2])
+@pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
+def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
+    comparisons = jax.tree.map(jnp.asarray, stages.comparisons((3, 1, 4, 2, 4, 2, 3, 4), 5))
+    batch = comparison_rows(comparisons)
+    scorer = Transformer(config, tiny_models.compute(), "scalar")
+    params = tiny_models.random_params(scorer)
+    width = batch.tokens.shape[1] + 4
+    packed, _, used = jax.jit(lambda b: by_rows(partial(row_outputs, scorer, params), b, width, halvings))(batch)
+    assert used < 8 * width
+    scores = np.take_along_axis(np.asarray(packed), np.asarray(last_columns(comparisons.mask, 6)), axis=1)
+    for prompt in range(8):
+        start = comparisons.prompts.tokens[prompt][comparisons.prompts.mask[prompt]]
+        rows = zip(comparisons.responses[prompt], comparisons.mask[prompt], strict=True)
+        valid = np.asarray(comparisons.valid[prompt])
+        documents = [np.concatenate([start, response[mask]]) for response, mask in rows]
+        alone = stages.plain_scores(scorer, params, documents)
+        np.testing.assert_allclose(scores[prompt][valid], alone[valid], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part_rows", "halvings", "ways"),
+    [*((4, halvings, ways) for halvings in range(5) for ways in (1, 2)), (5, 1, 1), (10, 2, 1), (6, 2, 1), (7, 1, 1)],
+)
+@pytest.mark.parametrize(
+    "lengths", [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]]
+)
+def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(lengths, part_rows, halvings, ways):
+    """Whatever is left for the last parts, and however many devices share rows."""
+    real, mesh = marked(lengths, 6, seed=2), stages.mesh_of(data=ways)
+    x = np.arange(1, real.size + 1).reshape(real.shape)
+
+    def step(totals: tuple, part: tuple) -> tuple:
+        x, texts = part
+        assert x.shape == texts.shape
+        totals = (totals[0] + texts.size, totals[1] + jnp.sum(texts > 0), totals[2] + jnp.sum(x))
+        return totals, 2 * x
+
+    @jax.jit
+    def run(real, x):
+        compute = tiny_models.compute(part_rows=part_rows, part_halvings=halvings)
+        layout = lay_out(real, width=9, compute=compute, mesh=mesh)
+        totals, doubled = scan_rows(step, (jnp.int32(0),) * 3, (layout.spread(x), layout.texts), layout)
+        return totals, layout.collect(doubled), layout.padding()
+
+    (cells, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
+    assert (tokens, total) == (real.sum(), x[real].sum())
+    np.testing.assert_array_equal(doubled, np.where(real, 2 * x, 0))
+    assert float(padding) == pytest.approx(1 - real.sum() / max(int(cells), 1), abs=1e-6)
+    if part_rows == 4:
+        assert cells % (9 * ways) in ((0, 4 * ways, 2 * ways) if halvings > 2 else (0,))
+
+
+def test_under_vmap_the_runs_end_together():
+    real = np.array([marked([6, 6, 6], 6), marked([1, 1, 0], 6)])
+
+    def run(real):
+        layout = lay_out(real, width=6, compute=tiny_models.compute(part_rows=2, part_halvings=2), mesh=MESH)
+        step = lambda count, part: (count + part.size, 2 * part)  # noqa: E731
+        cells, doubled = scan_rows(step, jnp.int32(0), layout.texts, layout)
+        return cells, layout.collect(doubled)
+
+    cells, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))
+    assert cells.tolist() == [18, 18]
+    np.testing.assert_array_equal(doubled, 2 * np.arange(1, 4)[None, :, None] * real)

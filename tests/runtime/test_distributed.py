@@ -1,0 +1,126 @@
+"""Two processes on 127.0.0.1 do what one does: the same figures, one log, an agreed stop, the same resume."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from tests.support import stages
+
+from instructax.checkpoints.checkpoint import committed_steps
+from instructax.config import ConfigError
+from instructax.experiment import metrics_of, samples_of
+from instructax.runtime import distributed
+
+pytest_plugins = ("tests.support.pipeline_fixture",)
+
+# The second process asks to stop, as by Ctrl-C, before it reads batch `stop_at`.
+DRIVER = """
+import json, os, signal, sys
+from pathlib import Path
+
+from instructax import command, experiment, ppo_train, processes
+
+address, index, stop_at, config, workdir = sys.argv[1:]
+distributed.join(address, 2, int(index))
+reader = ppo_train.reader
+
+
+def watched_reader(*args):
+    read = reader(*args)
+
+    def watched(step):
+        if (index, str(step)) == ("1", stop_at):
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(step)
+
+    return watched
+
+
+ppo_train.reader = watched_reader
+sys.exit(command.guarded(lambda: experiment.run_stage(json.loads(config), Path(workdir))))
+"""
+
+
+def free_address() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def run_both(config, workdir, stop_at: int) -> list[int]:
+    """The exit codes of two processes of one device each that share the run."""
+    arguments = [str(stop_at), json.dumps(config), str(workdir)]
+    address = free_address()
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one holds
+    environment = os.environ | {"XLA_FLAGS": flags}
+    both = [
+        subprocess.Popen([sys.executable, "-c", DRIVER, address, str(index), *arguments], env=environment)
+        for index in range(2)
+    ]
+    try:
+        return [process.wait(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+
+
+def test_two_processes_do_what_one_does(chain, tmp_path):
+    config = stages.config_of(chain, "ppo-ptx", {})
+    workdir = tmp_path / "run"
+    assert run_both(config, workdir, stop_at=2) == [42, 42]
+    assert committed_steps(workdir) == [2]  # both gave up the iteration that was under way
+    assert run_both(config, workdir, stop_at=-1) == [0, 0]
+    alone, together = metrics_of(chain / "ppo-ptx"), metrics_of(workdir)
+    assert [line["step"] for line in together] == [line["step"] for line in alone] == [1, 2, 3, 4]
+    for one, two in zip(alone, together, strict=True):
+        figures = {name: value for name, value in one.items() if not name.startswith("time/")}
+        # Rounding errors themselves, and the empty rows of parts as large as two devices want them.
+        gaps = {name for name in figures if name.endswith(("_gap", "padding"))}
+        assert {name: two[name] for name in figures.keys() - gaps} == pytest.approx(
+            {name: figures[name] for name in figures.keys() - gaps}, rel=1e-3, abs=1e-5
+        )
+    texts = [[(s["step"], s["prompt"], s["response"]) for s in samples_of(run)] for run in (chain / "ppo-ptx", workdir)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("127.0.0.1:1", None, 0),
+            "--coordinator=127.0.0.1:1 needs --processes=N and --process=0 … N − 1, and got None",
+        ),
+        (("127.0.0.1:1", 2, 2), "--process=0 … N − 1, and got 2 and 2"),
+        (("nonsense", 2, 0), "--coordinator=nonsense must be HOST:PORT or auto"),
+        (("", 2, 1), "--coordinator= must be HOST:PORT or auto"),
+        (("auto", 2, 0), "--coordinator=auto finds --processes and --process itself"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.join(*arguments)
+
+
+def test_four_processes_write_the_world_that_one_does(tmp_path):
+    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "scripts/train.py", "--config", "configs/world.py:tiny", "--workdir"]
+    joined = [f"--coordinator={address}", "--processes=4"]
+    running = [
+        subprocess.Popen([*command, str(tmp_path / "four"), *joined, f"--process={i}"], env=environment)
+        for i in range(4)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0] * 4
+    hashed = environment | {"PYTHONHASHSEED": "7"}  # no order of a set may reach a file
+    assert subprocess.run([*command, str(tmp_path / "one")], env=hashed, timeout=300).returncode == 0
+    names = {path.name for path in (tmp_path / "one").glob("*.gz")} | {"tokenizer.json"}
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / "four" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_one_process_agrees_with_itself():
+    assert distributed.everywhere(True) and not distributed.everywhere(False)
+    assert distributed.anywhere(True) and not distributed.anywhere(False)

@@ -1,0 +1,146 @@
+"""Where a run's time went: every second once, over kills, torn lines and steps that are done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+
+from instructax.runtime import goodput
+from instructax.runtime.goodput import Ledger, described, lost_seconds, read_lines, totals
+
+
+class Clock:
+    """Stands in for `time`: it goes on when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def time(self):
+        return self.now
+
+    perf_counter = time
+
+
+@pytest.fixture
+def clock():
+    fake, first = Clock(), mock.patch.object(Ledger, "_before_ended", 0.0)
+    with first, mock.patch.object(goodput, "time", fake), mock.patch.object(goodput, "_process_start", lambda: 90.0):
+        yield fake
+
+
+def work(ledger, clock, *beats):
+    """Beats, each followed by so many seconds."""
+    for name, seconds in beats:
+        ledger.beat(name)
+        clock.now += seconds
+
+
+def test_every_second_counts_once(tmp_path, clock):
+    ledger = Ledger(tmp_path / "goodput.jsonl", writes=True)
+    clock.now += 2
+    work(ledger, clock, ("restore", 3), ("start", 1))
+    ledger.begin(0)
+    work(ledger, clock, ("update", 20), ("steps", 0.5), ("the end of update", 0), ("evaluate", 4))
+    work(ledger, clock, ("the end of evaluate", 0.25))
+    ledger.beat("save")
+    ledger.write(1)
+    clock.now += 7
+    ledger.beat("the end of save")
+    ledger.close()
+    found = totals(tmp_path / "goodput.jsonl")
+    wanted = {"init": 12, "restore": 3, "compile": 21, "steps": 0.75, "evaluation": 4, "save": 7, "lost": 0}
+    assert found == pytest.approx({**wanted, "processes": 1, "goodput": 4.75 / 47.75})
+    assert sum(wanted.values()) == pytest.approx(clock.now - 90)
+    assert described(found).startswith("goodput 10% in 1 process: steps 0:00:01, evaluation 0:00:04, compile 0:00:21")
+
+
+def test_what_is_done_again_is_lost_once(tmp_path, clock):
+    path = tmp_path / "goodput.jsonl"
+    for begun, ended in ((0, 6), (4, 5), (4, 8)):
+        ledger = Ledger(path, writes=True)
+        ledger.begin(begun)
+        ledger.beat("steps")
+        for step in range(begun + 1, ended + 1):
+            clock.now += 1
+            ledger.beat("data")
+            ledger.write(step)
+        ledger.close()
+    lost = [(line["step"], line["seconds"]) for line in read_lines(path) if line["kind"] == "lost"]
+    assert lost == [(4, 2), (4, 1)]  # steps 5 and 6 of the first process, step 5 of the second
+    found = totals(path)
+    assert found["steps"] - found["lost"] == 8
+    assert [line["step"] for line in read_lines(path) if line["kind"] == "steps"] == [*range(1, 7), 5, 5, 6, 7, 8]
+
+
+def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clock):
+    for name, seconds in (("first", 30), ("second", 2)):
+        ledger = Ledger(tmp_path / name, writes=True)
+        clock.now += seconds
+        ledger.beat("restore")
+        ledger.begin(0)
+        ledger.close()
+        clock.now += 1
+    # The first from the start of the process on, ten seconds before; the second from the first one's end.
+    assert [totals(tmp_path / name)["init"] for name in ("first", "second")] == pytest.approx([10 + 30, 1 + 2])
+
+
+def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    path.write_text('{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec')
+    ledger = Ledger(path, writes=True)
+    ledger.begin(2)
+    ledger.close()
+    lines = path.read_text().splitlines()
+    assert lines[1] == '{"kind": "steps", "sec'
+    assert [line["kind"] for line in read_lines(path)] == ["steps", "init", "lost"]
+    assert all(json.loads(line) for line in (lines[0], *lines[2:]))
+
+
+def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    whole = {"kind": "lost", "seconds": 0, "step": 3, "process": 1}
+    odd = [{"kind": None}, {"kind": "tea"}, {"step": "x"}, {"process": []}, {"seconds": None}]
+    lines = [json.dumps({**whole, **change}) for change in odd]
+    lines += ['{"kind": "steps", "seconds": NaN, "step": 1, "process": 1}', "[" * 100_000, "7", "[]", "{}"]
+    lines += ['{"kind": "steps", "seconds": 1, "step": 1e999, "process": 1}', '{"seconds": 1, "step": 1}']
+    path.write_text("\n".join([*lines, json.dumps(whole)]) + "\n")
+    assert read_lines(path) == [whole]
+    assert totals(path)["goodput"] == 0.0
+
+
+def test_nothing_is_lost_of_saves_and_compiling():
+    lines = [{"kind": kind, "step": 5, "seconds": 1} for kind in goodput.KINDS]
+    assert lost_seconds(lines, 4) == 2 and lost_seconds(lines, 5) == 0
+    assert totals(goodput.Path("nowhere.jsonl")) == {}
+
+
+def test_other_processes_write_nothing(tmp_path):
+    ledger = Ledger(tmp_path / "goodput.jsonl", writes=False)
+    ledger.beat("restore")
+    ledger.begin(0)
+    ledger.close()
+    assert not (tmp_path / "goodput.jsonl").exists()
+
+
+def test_a_killed_process_has_handed_over_its_lines(tmp_path):
+    program = """
+import os, signal, sys
+from pathlib import Path
+from instructax.goodput import Ledger
+ledger = Ledger(Path(sys.argv[1]), writes=True)
+ledger.begin(0)
+ledger.beat("steps")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    since = time.time()
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "goodput.jsonl")], env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    (line,) = read_lines(tmp_path / "goodput.jsonl")
+    # The system tells when a process began to a hundredth of a second.
+    assert line["kind"] == "init" and 0 < line["seconds"] < time.time() - since + 0.02
+    assert since - 1 < line["process"] < time.time()

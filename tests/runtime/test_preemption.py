@@ -1,0 +1,90 @@
+"""Signals: the first is noted, the second ends, in Python and within what Python cannot leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from instructax.runtime.preemption import Asked, Interruption, pause
+
+
+def test_sigterm_asks_as_well():
+    with Interruption() as interruption:
+        assert not interruption.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_real_ctrl_c_in_a_process_of_its_own():
+    """The second one must get through although the step never ends, as a compiled program that hangs would not."""
+    program = """
+        import os, signal, time
+        from instructax.interruption import Interruption
+        with Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+            print("asked", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
+    assert done.stdout == "asked\n" and done.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_pause_asks_only_within_an_interruption():
+    pause()
+    with Interruption() as outer:
+        pause()
+        with Interruption() as inner:
+            inner.asked = True
+            with pytest.raises(Asked):
+                pause()
+        pause()
+        outer.asked = True
+        with pytest.raises(Asked):
+            pause()
+    pause()
+
+
+def test_handlers_and_pipe_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(3):
+        with Interruption():
+            assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    if descriptors:
+        for _ in range(100):  # the thread that reads it closes its end
+            if len(os.listdir("/proc/self/fd")) <= descriptors:
+                break
+            time.sleep(0.05)
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_even_a_compiled_program(number, code):
+    """A loop without an end that XLA runs: Python's handlers are never called."""
+    program = f"""
+        import threading, time, os
+        import jax
+        from instructax.interruption import Interruption
+        endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 0.5, x)).lower(0.5).compile()
+
+        def twice():
+            for _ in range(2):
+                time.sleep(1)
+                os.kill(os.getpid(), {int(number)})
+
+        with Interruption():
+            threading.Thread(target=twice, daemon=True).start()
+            jax.block_until_ready(endless(0.5))
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, timeout=50)
+    assert done.returncode == code

@@ -1,0 +1,194 @@
+"""Fingerprints of every stage at size tiny: a change that is meant to keep all numbers is checked against them.
+
+    python tests/golden_chain.py record golden.json     # before the change
+    python tests/golden_chain.py check golden.json      # after it
+
+Runs the alignment experiment at size `tiny`, the SFT baseline, SFT with low-rank adapters and PPO with sampled
+`old_logprobs`. For every array of every checkpoint (parameters, optimizer state) it records sha256 and the Euclidean
+norm; for every logged metric, except `time/…`, sha256 of its values and the last one; for samples, summaries and data
+files sha256. Hashes are comparable on one kind of machine with one version of jaxlib, norms and last values anywhere,
+within rounding.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-6  # relative, for entries that are known to have other rounding, and between kinds of machines
+
+# new name -> name at the time of recording, of leaves, metrics and summary entries; matched by whole path components.
+RENAMED: dict[str, str] = {}
+# Entries that may differ within TOLERANCE, by prefix, and why.
+ROUNDED: dict[str, str] = {}
+
+
+def extra_runs(root: str) -> list[Any]:
+    """Variants of stages that the experiment lacks."""
+    from instructax.experiment import Run
+
+    data = {"tokenizer": f"{root}/world/tokenizer.json", "data.folder": f"{root}/rows"}
+    text = {"data.text": (f"{root}/world/text.jsonl.gz",)}
+    demonstrations = {"data.demonstrations": (f"{root}/world/demonstrations.jsonl.gz",)}
+    prompts = {"data.prompts": (f"{root}/world/prompts.jsonl.gz",)}
+    pretrain = {"parent": f"{root}/pretrain"}
+    parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
+    baseline = data | demonstrations | pretrain | {"epochs": 1.0}
+    adapters = data | text | demonstrations | pretrain | {"epochs": 1.0, "lora.rank": 4, "accumulate": 2}
+    sampled = data | text | prompts | parents | {"old_logprobs": "sampler", "steps": 2}
+    return [
+        Run("sft-baseline", "configs/sft.py:tiny,baseline", baseline),
+        Run("sft-lora", "configs/sft.py:tiny", adapters),
+        Run("ppo-sampled", "configs/ppo.py:tiny", sampled),
+    ]
+
+
+def make_runs(root: Path) -> None:
+    """Runs everything under `root`; finished runs are passed over."""
+    from instructax import experiment
+
+    experiment.run_experiment("experiments/alignment.py:tiny", root, report_only=False)
+    for run in extra_runs(str(root)):
+        experiment.run_stage(experiment.load_config(run), root / run.name)
+
+
+def fingerprints(root: Path) -> dict[str, dict[str, Any]]:
+    """Name of an array, a metric or a file -> its hash and, for numbers, a value to compare within rounding."""
+    found: dict[str, dict[str, Any]] = {}
+    for workdir in sorted(path.parent for path in root.glob("*/config.json")):
+        found |= array_prints(workdir)
+        found |= metric_prints(workdir)
+        found |= file_prints(workdir, str(root))
+    return {renamed(name): entry for name, entry in sorted(found.items())}
+
+
+def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Of every array of the newest checkpoint."""
+    from instructax.checkpoints.checkpoint import committed_steps, stored_arrays
+
+    steps = committed_steps(workdir)
+    if not steps:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in stored_arrays(workdir / "checkpoints" / str(steps[-1])).items():
+        array = np.asarray(value)
+        head = f"{array.dtype} {array.shape} ".encode()
+        norm = float(np.linalg.norm(array.astype(np.float64)))
+        found[f"{workdir.name}/{name}"] = {"sha256": short_hash(head + array.tobytes()), "value": norm}
+    return found
+
+
+def metric_prints(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Of every metric of `metrics.jsonl` but times, and of every entry of `summary.json`."""
+    series: dict[str, list[Any]] = {}
+    log = workdir / "metrics.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        row = json.loads(line)
+        for name, value in row.items():
+            if not name.startswith("time/"):
+                series.setdefault(f"{workdir.name}/metrics/{name}", []).append([row.get("step"), value])
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in series.items():
+        last = values[-1][1]
+        number = last if isinstance(last, int | float) else None
+        found[name] = {"sha256": short_hash(json.dumps(values).encode()), "value": number}
+    summary = json.loads((workdir / "summary.json").read_text())
+    for name, value in flatten(summary, f"{workdir.name}/summary"):
+        number = value if isinstance(value, int | float) else None
+        if not any(part in name for part in ("/time/", "/parents/")) and not name.endswith("/stage"):
+            found[name] = {"sha256": short_hash(json.dumps(value).encode()), "value": number}
+    return found
+
+
+def file_prints(workdir: Path, root: str) -> dict[str, dict[str, Any]]:
+    """Of samples, tokenizers and data files, with the name of the root folder taken out."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(workdir.iterdir()):
+        if path.name in ("samples.jsonl", "tokenizer.json") or path.name.endswith(".jsonl.gz"):
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            data = data.replace(root.encode(), b"ROOT")
+            found[f"{workdir.name}/{path.name}"] = {"sha256": short_hash(data), "value": None}
+    return found
+
+
+def flatten(tree: Any, name: str) -> list[tuple[str, Any]]:
+    """(path, leaf) of nested dicts and lists."""
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    else:
+        return [(name, tree)]
+    found: list[tuple[str, Any]] = []
+    for key, value in items:
+        found += flatten(value, f"{name}/{key}")
+    return found
+
+
+def renamed(name: str) -> str:
+    """The name at the time of recording."""
+    for new, old in RENAMED.items():
+        name = f"/{name}/".replace(f"/{new}/", f"/{old}/")[1:-1]
+    return name
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any], *, exact: bool) -> list[str]:
+    """One line for each entry that is missing, new or different."""
+    lines: list[str] = []
+    for name in sorted(expected | found):
+        if name not in found or name not in expected:
+            lines.append(f"{name}: {'missing' if name in expected else 'new'}")
+            continue
+        old, new = expected[name], found[name]
+        if old["sha256"] == new["sha256"]:
+            continue
+        rounded = not exact or any(name.startswith(prefix) for prefix in ROUNDED)
+        numbers = old["value"] is not None and new["value"] is not None
+        if rounded and numbers and np.isclose(old["value"], new["value"], rtol=TOLERANCE, atol=TOLERANCE):
+            continue
+        lines.append(f"{name}: {old['value']} -> {new['value']} (hashes differ)")
+    return lines
+
+
+def main() -> int:
+    """Records or checks; 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["record", "check"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--root", type=Path, help="where the runs are kept; default: a temporary folder")
+    arguments = parser.parse_args()
+    file = arguments.file.resolve()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory(prefix="golden-chain-") as folder:
+        root = (arguments.root or Path(folder)).resolve()
+        make_runs(root)
+        found = fingerprints(root)
+    if arguments.task == "record":
+        lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()]
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"{len(found)} fingerprints written to {file}")
+        return 0
+    lines = differences(json.loads(file.read_text()), found, exact=True)
+    print("\n".join(lines[:100]))
+    print(f"{len(found)} fingerprints, {len(lines)} differences")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    from instructax import cli
+
+    cli.keep_compiled()
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""A slow, plain forward pass in NumPy and float64, written from the definitions: one text, no batch, no padding.
+
+Layers, heads and positions are loops; a query is given only the keys that it may see, so there is no mask; rotary
+positions are products of complex numbers. A parameter tree of the library is read by its names.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from instructax.models import ModelConfig
+
+
+def norm(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.ndarray:
+    """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang and Sennrich, 2019) of one vector."""
+    if config.norm == "layernorm":
+        return (x - x.mean()) / math.sqrt(x.var() + config.norm_epsilon) * parameters["scale"] + parameters["bias"]
+    return x / math.sqrt(np.mean(x**2) + config.norm_epsilon) * parameters["scale"]
+
+
+def linear(x: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
+    return np.tensordot(x, parameters["kernel"], axes=x.ndim) + parameters.get("bias", 0.0)
+
+
+def angle(index: int, width: int, config: ModelConfig) -> float:
+    """base^(−2i/d) (Su et al., 2021), stretched as Chen et al. (2023) or Llama 3.1 do it."""
+    frequency = config.rotary_base ** (-2 * index / width)
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * math.pi / frequency
+    if scaling.kind == "linear" or wavelength > scaling.original_length / scaling.low_turns:
+        return frequency / scaling.factor
+    if wavelength < scaling.original_length / scaling.high_turns:
+        return frequency
+    smooth = scaling.original_length / wavelength - scaling.low_turns
+    smooth /= scaling.high_turns - scaling.low_turns
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(x: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
+    """Turns the complex number (x_i, x_{i + d/2}) by position · angle, for the first d components."""
+    width = int(len(x) * config.rotary_fraction)
+    half = width // 2
+    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * angle(i, width, config)) for i in range(half)]
+    return np.array([z.real for z in turned] + [z.imag for z in turned] + x[width:].tolist())
+
+
+def attention(x: list[np.ndarray], parameters: dict[str, Any], config: ModelConfig, layer: int) -> list[np.ndarray]:
+    """Each position attends to itself and those before it; `heads / kv_heads` neighbouring heads share a key."""
+    queries, keys, values = ([linear(row, parameters[name]) for row in x] for name in ("query", "key", "value"))
+    if config.qk_norms:
+        queries = [np.array([norm(head, parameters["query_norm"], config) for head in row]) for row in queries]
+        keys = [np.array([norm(head, parameters["key_norm"], config) for head in row]) for row in keys]
+    outputs = []
+    for t in range(len(x)):
+        mixed = np.zeros((config.heads, config.head_width))
+        for head in range(config.heads):
+            shared = head // (config.heads // config.kv_heads)
+            query = queries[t][head]
+            first = max(0, t + 1 - config.window) if layer in config.windowed else 0
+            seen = [keys[s][shared] for s in range(first, t + 1)]
+            if config.positions == "rotary":
+                query = rotate(query, t, config)
+                seen = [rotate(key, s, config) for s, key in enumerate(seen, start=first)]
+            scores = np.array([query @ key for key in seen]) / math.sqrt(config.score_width or config.head_width)
+            weights = np.exp(capped(scores, config.attention_cap))
+            for s, weight in enumerate(weights / weights.sum(), start=first):
+                mixed[head] += weight * values[s][shared]
+        outputs.append(linear(mixed, parameters["out"]))
+    return outputs
+
+
+def capped(scores: np.ndarray, cap: float) -> np.ndarray:
+    """Gemma 2's soft cap, if there is one."""
+    return scores if cap == 0 else cap * np.tanh(scores / cap)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """The tanh form (Hendrycks and Gimpel, 2016)."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def mlp(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.ndarray:
+    up = linear(x, parameters["up"])
+    if config.activation == "gelu":
+        up = gelu(up)
+    elif config.activation == "gelu_exact":
+        up = up * np.array([0.5 * (1 + math.erf(number / math.sqrt(2))) for number in up])
+    else:  # SwiGLU and GEGLU (Shazeer, 2020)
+        gate = linear(x, parameters["gate"])
+        up = up * (gate / (1 + np.exp(-gate)) if config.activation == "swiglu" else gelu(gate))
+    return linear(up, parameters["down"])
+
+
+def float64(tree: Any, layer: int | None = None) -> Any:
+    """The tree in float64; of stacked parameters, those of one layer."""
+    if isinstance(tree, dict):
+        return {name: float64(child, layer) for name, child in tree.items()}
+    return np.asarray(tree, np.float64) if layer is None else np.asarray(tree[layer], np.float64)
+
+
+def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
+    """f64[T, D], after the final norm."""
+    top = float64({name: child for name, child in params.items() if name != "blocks"})
+    x = [top["embedding"][token] for token in tokens]
+    if config.scaled_embedding:
+        x = [math.sqrt(config.width) * row for row in x]
+    if config.positions == "learned":
+        x = [row + top["positions"][t] for t, row in enumerate(x)]
+    for layer in range(config.layers):
+        block = float64(params["blocks"], layer)
+        normed = [norm(row, block["attention_norm"], config) for row in x]
+        attended = attention(normed, block["attention"], config, layer)
+        if config.post_norms:
+            attended = [norm(row, block["attention_post_norm"], config) for row in attended]
+        summed = [row + a for row, a in zip(x, attended, strict=True)]
+        read = x if config.parallel_residual else summed
+        changes = [mlp(norm(row, block["mlp_norm"], config), block["mlp"], config) for row in read]
+        if config.post_norms:
+            changes = [norm(row, block["mlp_post_norm"], config) for row in changes]
+        x = [row + change for row, change in zip(summed, changes, strict=True)]
+    return np.array([norm(row, top["final_norm"], config) for row in x])
+
+
+def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
+    """f64[T, V]: row t scores the token after tokens[t]."""
+    kernel = params["embedding"] if config.tied_head else params["head"]["kernel"]
+    return capped(hidden_states(config, params, tokens) @ np.asarray(kernel, np.float64).T, config.logit_cap)
+
+
+def scalars(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
+    """f64[T]: the scalar head."""
+    return np.array([linear(row, float64(params["scalar_head"])) for row in hidden_states(config, params, tokens)])
+
+
+def logprobs(config: ModelConfig, params: Any, tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+    """f64[T, V]: row t is the log of the distribution of the token after tokens[t]."""
+    scaled = logits(config, params, tokens) / temperature
+    return scaled - np.log(np.sum(np.exp(scaled), axis=-1, keepdims=True))

@@ -1,0 +1,162 @@
+"""Tiny networks and inputs for the tests: the model families, two layers, all dimensions different.
+
+Every number of a config can be changed by name, as in `gpt_config(layers=3)`. The sizes differ from one another, so
+that an exchange of two axes is an error of shape; the parameters of `random_params` are large and nowhere zero or one,
+so that a forgotten bias or scale shows in the outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructax.models import ComputeConfig, ModelConfig, RotaryScaling, Transformer
+from instructax.training.optimizer import OptimizerConfig
+from instructax.types import Params, Prompts
+
+VOCAB_SIZE = 23
+
+
+def gpt_config(**changes: Any) -> ModelConfig:
+    """The GPT-2/GPT-3 family: layer norms, learned positions, GELU, biases, tied head."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "max_length": 40,
+        "layers": 2,
+        "width": 16,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_width": 6,
+        "mlp_width": 28,
+        "norm": "layernorm",
+        "norm_epsilon": 1e-5,
+        "positions": "learned",
+        "rotary_base": 10000.0,
+        "rotary_fraction": 1.0,
+        "rotary_scaling": None,
+        "activation": "gelu",
+        "biases": True,
+        "qkv_biases": False,
+        "qk_norms": False,
+        "score_width": 0.0,
+        "attention_cap": 0.0,
+        "window": 0,
+        "windowed": (),
+        "parallel_residual": False,
+        "post_norms": False,
+        "scaled_embedding": False,
+        "tied_head": True,
+        "logit_cap": 0.0,
+        "init_std": 0.2,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def llama_config(**changes: Any) -> ModelConfig:
+    """The Llama family: RMS norms, rotary positions, grouped queries, SwiGLU, no biases, untied head."""
+    family: dict[str, Any] = {
+        "kv_heads": 2,
+        "norm": "rmsnorm",
+        "positions": "rotary",
+        "rotary_base": 100.0,
+        "activation": "swiglu",
+        "biases": False,
+        "tied_head": False,
+    }
+    return gpt_config(**{**family, **changes})
+
+
+def neox_config(**changes: Any) -> ModelConfig:
+    """GPT-NeoX: a parallel residual, partly rotary positions, exact GELU, an untied head."""
+    family: dict[str, Any] = {
+        "head_width": 8,
+        "positions": "rotary",
+        "rotary_fraction": 0.5,
+        "activation": "gelu_exact",
+        "parallel_residual": True,
+        "tied_head": False,
+    }
+    return gpt_config(**{**family, **changes})
+
+
+def qwen_config(**changes: Any) -> ModelConfig:
+    """Qwen's two ways in one: biases of query, key and value, and norms of query and key; stretched positions."""
+    scaling = RotaryScaling(kind="llama3", factor=4.0, low_turns=1.0, high_turns=3.0, original_length=16)
+    family = {"qkv_biases": True, "qk_norms": True, "rotary_scaling": scaling}
+    return llama_config(**{**family, **changes})
+
+
+def gemma_config(**changes: Any) -> ModelConfig:
+    """Gemma 2: post-norms, soft caps, a scaled embedding, GEGLU, a window in the first of two layers."""
+    family: dict[str, Any] = {
+        "activation": "geglu",
+        "score_width": 9.0,
+        "attention_cap": 2.0,
+        "window": 3,
+        "windowed": (0,),
+        "post_norms": True,
+        "scaled_embedding": True,
+        "tied_head": True,
+        "logit_cap": 1.5,
+    }
+    return llama_config(**{**family, **changes})
+
+
+def compute(**changes: Any) -> ComputeConfig:
+    """float32, nothing recomputed, and a chunk that divides few lengths."""
+    values: dict[str, Any] = {
+        "dtype": "float32",
+        "decoding": "float32",
+        "attention": "jax",
+        "remat": "none",
+        "head_chunk": 4,
+        "part_rows": 8,
+        "part_halvings": 0,
+        "slots": 3,
+        "slot_halvings": 0,
+    }
+    return ComputeConfig(**{**values, **changes})
+
+
+def optimizer_config(**changes: Any) -> OptimizerConfig:
+    """Adam with the paper's betas, a constant learning rate, no clipping, no decay."""
+    values: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "warmup_from": 1.0,
+        "final_fraction": 1.0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,
+    }
+    return OptimizerConfig(**{**values, **changes})
+
+
+def ragged_prompts(lengths: Sequence[int], *, columns: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Prompts:
+    """Left-padded prompts of the given lengths, [len(lengths), columns]; the padded cells hold random ids, not one id.
+
+    The tokens of a prompt depend on `seed` and its row alone: more columns only add padding on the left.
+    """
+    tokens = np.random.default_rng([seed, 1]).integers(vocab_size, size=(len(lengths), columns))
+    for row, length in enumerate(lengths):
+        tokens[row, columns - length :] = np.random.default_rng([seed, 0, row]).integers(vocab_size, size=length)
+    mask = np.arange(columns)[None, :] >= columns - np.asarray(lengths)[:, None]
+    return Prompts(tokens=jnp.asarray(tokens, jnp.int32), mask=jnp.asarray(mask))
+
+
+def random_params(model: Transformer, seed: int = 0) -> Params:
+    """Parameters with noise of standard deviation 0.3 on every number; the scales of norms lie around 1."""
+    blank = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), blank, blank, blank)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
