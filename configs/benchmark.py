@@ -20,10 +20,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if name not in STAGES or size not in ARCHITECTURES:
         raise ValueError(f"benchmark {arg!r} must be one of {', '.join(STAGES)} and one of S, M: ppo,S")
     config = STAGES[name].get_config("small")
-    layers, width, heads, head_width, vocabulary = ARCHITECTURES[size]
+    layers, width, heads, head_dim, vocabulary = ARCHITECTURES[size]
     model = config.model
-    model.layers, model.width, model.heads, model.kv_heads, model.head_width = layers, width, heads, heads, head_width
-    model.mlp_width, model.vocab_size, model.max_length, model.init_std = 4 * width, vocabulary, 1024, 0.02
+    model.num_layers, model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim = layers, width, heads, heads, head_dim
+    model.mlp_dim, model.vocab_size, model.max_length, model.init_std = 4 * width, vocabulary, 1024, 0.02
     limits = config.data.limits
     if name == "sft":
         config.batch_size, limits.sequence_tokens = (8 if size == "S" else 4), 256
@@ -31,11 +31,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     elif name.startswith("reward"):
         limits.completions = int(name.removeprefix("reward") or 9)
         limits.prompt_tokens, limits.response_tokens = 256, 32
-        config.batch_size, config.compute.part_rows, config.compute.part_halvings = 1, 1, 0
+        config.batch_size, config.compute.microbatch_rows, config.compute.tail_splits = 1, 1, 0
     else:
         limits.prompt_tokens, limits.response_tokens, limits.sequence_tokens = 64, 64, 256
         config.batch_size, config.minibatches, config.ptx_coef = 32, 4, 0.0
-        config.compute.head_chunk, config.compute.slots, config.compute.slot_halvings = 128, 32, 3
-        config.compute.part_rows, config.compute.part_halvings = 4, 0  # a minibatch of full length
+        config.compute.head_chunk, config.compute.slots, config.compute.compaction_steps = 128, 32, 3
+        config.compute.microbatch_rows, config.compute.tail_splits = 4, 0  # a minibatch of full length
         config.reward_model = model
     return config

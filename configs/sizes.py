@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-# name: (layers, width, heads, head_width)
+# name: (layers, width, heads, head_dim)
 GPT3 = {
     "125m": (12, 768, 12, 64),
     "350m": (24, 1024, 16, 64),
@@ -72,17 +72,17 @@ def model(size: str) -> ml_collections.ConfigDict:
     """
     if found := imported(size):
         return ml_collections.ConfigDict({**found["model"], "windowed": tuple(found["model"]["windowed"])})
-    layers, width, heads, head_width = {**SMALL, **GPT3}[check(size)]
+    layers, width, heads, head_dim = {**SMALL, **GPT3}[check(size)]
     return ml_collections.ConfigDict(
         {
             "vocab_size": VOCABULARY.get(size, 50257),
             "max_length": CONTEXT.get(size, 2048),
-            "layers": layers,
-            "width": width,
-            "heads": heads,
-            "kv_heads": heads,
-            "head_width": head_width,
-            "mlp_width": 4 * width,
+            "num_layers": layers,
+            "embed_dim": width,
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "head_dim": head_dim,
+            "mlp_dim": 4 * width,
             "norm": "layernorm",
             "norm_epsilon": 1e-5,
             "positions": "rotary" if size in WORLDS else "learned",
@@ -119,11 +119,11 @@ def compute(size: str) -> ml_collections.ConfigDict:
             "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
             # As many as fit at the paper's sizes; at the others as many as are fastest.
-            "part_rows": 1 if paper(size) or imported(size) else 4 if size in FAMILY else 2,
+            "microbatch_rows": 1 if paper(size) or imported(size) else 4 if size in FAMILY else 2,
             # Down to half a row, but where a run takes little longer than compiling.
-            "part_halvings": 1 if paper(size) or imported(size) else 2 if size == "small" else 0,
+            "tail_splits": 1 if paper(size) or imported(size) else 2 if size == "small" else 0,
             "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
-            "slot_halvings": 2 if size == "small" or size in RECIPES else 0,
+            "compaction_steps": 2 if size == "small" or size in RECIPES else 0,
         }
     )
 

@@ -16,7 +16,7 @@ Prompts are worded by the model's own chat template.
 from pathlib import Path
 from typing import Any
 
-from instructax.checkpoints.parents import finished
+from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, require
 from instructax.evals.intervals import Estimate
 from instructax.experiment import Run, summary_of
@@ -31,7 +31,7 @@ FILES = {
 }
 ZERO = ("demos/oasst*", "demos/selfinstruct*")  # score 0 on average: all of them would be read at every save
 # Without a past: the shape of the pretrained network at a sixth of its depth, trained in full.
-SCRATCH = {"parent": "", "lora.rank": 0, "model.layers": 5, "optimizer.learning_rate": 3e-4, "data.chat": False}
+SCRATCH = {"parent": "", "lora.rank": 0, "model.num_layers": 5, "optimizer.learning_rate": 3e-4, "data.chat": False}
 HOUR = {
     "sft": {"steps": 12, "epochs": 0.0},
     "reward": {"steps": 40, "epochs": 0.0, "optimizer.learning_rate": 1e-3},  # few steps: 1e-4 learns nothing in 30
@@ -68,7 +68,7 @@ def get_runs(arg: str, root: str) -> list[Run]:
             "ranking-scratch",
             "evaluate",
             {**alone, "data.comparisons": groups, "reward_parent": f"{root}/scratch", "data.chat": False}
-            | {"reward_model.layers": SCRATCH["model.layers"]},
+            | {"reward_model.num_layers": SCRATCH["model.num_layers"]},
         ),
         ("ppo-ptx", "ppo", {**common, **text, **prompts, **parents}),
         (
@@ -104,8 +104,8 @@ def found(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 def report(root: Path) -> None:
     """Prints the rankings and the policies of the runs that are finished."""
-    print(rankings({name: summary_of(root / run) for name, run in RANKINGS.items() if finished(root / run)}))
-    if finished(root / "evaluate"):
+    print(rankings({name: summary_of(root / run) for name, run in RANKINGS.items() if is_finished(root / run)}))
+    if is_finished(root / "evaluate"):
         for name, figures in summary_of(root / "evaluate")["policies"].items():
             print(f"{name:<8}" + "".join(f"  {figure} {Estimate(**x)}" for figure, x in sorted(figures.items())))
 

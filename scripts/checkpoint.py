@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
         from instructax.checkpoints import inspection
 
         if task == "ls":
-            print("\n".join(map(printable, inspection.listing(workdir))))
+            print("\n".join(map(printable, inspection.list_checkpoints(workdir))))
         elif task == "verify":
-            good, bad = inspection.findings(workdir, STEP.value)
+            good, bad = inspection.verify_checkpoints(workdir, STEP.value)
             wrong.extend(bad)
             print("\n".join(map(printable, [*good, *bad])))
         else:

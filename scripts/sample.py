@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     cli.use_large_pages()
     from instructax.serving import chat
 
-    asking = chat.Asking(
+    asking = chat.SamplingParams(
         length=LENGTH.value,
         temperature=TEMPERATURE.value,
         seed=SEED.value,

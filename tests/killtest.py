@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from instructax import cli, experiment
 from instructax.checkpoints.checkpoint import committed_steps, stored_arrays
 from instructax.checkpoints.checksums import verified
-from instructax.checkpoints.parents import finished
+from instructax.checkpoints.parents import is_finished
 from instructax.config import require
 from instructax.experiment import Run, metrics_of
 from instructax.runtime.heartbeat import last_beat
@@ -127,7 +127,7 @@ def straight(commands: Commands, names: Sequence[str], say: Callable[[str], None
     """Runs what is not finished yet of the undisturbed runs that `names` need; seconds of each of `names`, once more
     compiled."""
     for name in _needed(names):
-        if not finished(commands.root / name):
+        if not is_finished(commands.root / name):
             code, seconds = commands.finish(name, commands.root / name)
             require(code == 0, f"{name} without a kill ended with code {code}: see {commands.root / name}.log")
             say(f"{name} without a kill: {seconds:.0f} s")

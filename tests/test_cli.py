@@ -237,7 +237,7 @@ def test_a_training_command_without_a_workdir():
 def test_a_dry_run_says_what_it_would_hold():
     code, out, err = run("train.py", *TINY, "--config.kl_coef=0.5", "--dry_run")
     assert (code, err) == (0, "")
-    assert "\nconfig.kl_coef = 0.5\n" in out and "\nconfig.model.width = 32\n" in out
+    assert "\nconfig.kl_coef = 0.5\n" in out and "\nconfig.model.embed_dim = 32\n" in out
     assert "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple (config.mesh.data = -1)" in out
     assert "held throughout" in out
 

@@ -17,7 +17,7 @@ from tests.support import tiny_models
 
 import instructax
 from instructax.config import ConfigError, construct
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.experiment import Run, load_config, load_file, stage_of
 from instructax.models import ModelConfig, Transformer, parameter_count
 from instructax.sharding import MeshConfig
@@ -85,9 +85,9 @@ def test_the_papers_sizes_have_their_parameters(size):
     model = Transformer(config.model, config.compute, "tokens")
     count = parameter_count(jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0))))
     c = config.model
-    layer = 4 * c.width * c.heads * c.head_width + 2 * c.width * c.mlp_width
-    vectors = 3 * c.heads * c.head_width + c.mlp_width + 6 * c.width
-    assert count == (c.vocab_size + c.max_length + 2) * c.width + c.layers * (layer + vectors)
+    layer = 4 * c.embed_dim * c.num_heads * c.head_dim + 2 * c.embed_dim * c.mlp_dim
+    vectors = 3 * c.num_heads * c.head_dim + c.mlp_dim + 6 * c.embed_dim
+    assert count == (c.vocab_size + c.max_length + 2) * c.embed_dim + c.num_layers * (layer + vectors)
     assert count / 1e6 == pytest.approx(COUNTS[size], rel=0.01)
 
 
@@ -180,10 +180,10 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (PPO, "ema_decay", 0.992, "C.4"),
     (PPO, "reward_model", values_of("reward", "6b")["model"], "C.2: 6B for all policies"),
     (PPO, "reward_parent", "runs/6b/reward", "C.2"),
-    (SFT, "model.layers", (24, 32, 96), "GPT-3"),
-    (SFT, "model.width", (2048, 4096, 12288), "GPT-3"),
-    (SFT, "model.heads", (16, 32, 96), "GPT-3"),
-    (SFT, "model.head_width", 128, "GPT-3"),
+    (SFT, "model.num_layers", (24, 32, 96), "GPT-3"),
+    (SFT, "model.embed_dim", (2048, 4096, 12288), "GPT-3"),
+    (SFT, "model.num_heads", (16, 32, 96), "GPT-3"),
+    (SFT, "model.head_dim", 128, "GPT-3"),
     (SFT, "model.vocab_size", 50257, "GPT-3"),
     (SFT, "model.max_length", 2048, "C"),
     ([("pretrain", size) for size in PAPER], "optimizer.learning_rate", (2e-4, 1.2e-4, 6e-5), "GPT-3"),
@@ -338,7 +338,7 @@ def test_every_field_is_read():
         for name in ("world", "collect", "supervised", "reward", "ppo", "evaluate", "tasks")
     }
     groups = set[type]().union(*map(groups_of, stages))
-    assert {Limits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 19
+    assert {DataLimits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 19
     assert dead_fields(groups) == set()
 
 

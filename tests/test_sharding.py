@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests.support import tiny_models
 
 from instructax import sharding
-from instructax.models import LoraConfig, Transformer, adapted
+from instructax.models import LoraConfig, Transformer, add_lora
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
@@ -91,7 +91,7 @@ def adapted_state(mesh: jax.sharding.Mesh):
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "scalar")
     lora = LoraConfig(rank=3, alpha=1.0)
     optimizer = make_optimizer(tiny_models.optimizer_config())
-    return loop.abstract_state(model, optimizer, mesh, lambda p: adapted(p, lora, jax.random.key(0)))
+    return loop.abstract_state(model, optimizer, mesh, lambda p: add_lora(p, lora, jax.random.key(0)))
 
 
 def specs_of(tree) -> dict[str, P]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from instructax.runtime.redaction import printable, redacted_text
+from instructax.runtime.redaction import printable, redact_text
 
 OUT_OF_MEMORY = "out of memory; use more devices, shorter texts, smaller batches or parts, or config.compute.remat=full"
 LONGEST = 10_000  # characters of a message
@@ -106,7 +106,7 @@ def guarded(call: Callable[[], Any]) -> int:
         call()
     except ValueError as error:
         if not _raised_here(error):
-            print(redacted_text(traceback.format_exc()), end="", file=sys.stderr)
+            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
             return INTERNAL
         return _say(f"error: {error}", USER)
     except BrokenPipeError:
@@ -135,7 +135,7 @@ def guarded(call: Callable[[], Any]) -> int:
 
 def _say(message: str, code: int) -> int:
     line = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
-    print(printable(" ".join(redacted_text(line).split())), file=sys.stderr)
+    print(printable(" ".join(redact_text(line).split())), file=sys.stderr)
     return code
 
 

@@ -41,7 +41,7 @@ def construct(cls: type[Config], values: Mapping[str, Any], where: str = "config
         raise ConfigError(f"{where}: {error}") from None
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """The repr of a value in an error, cut where it is long."""
     if type(value) is int and abs(value) >= 10**SHOWN:  # Python writes out no integer of thousands of digits
         return f"{'-' * (value < 0)}2**{value.bit_length()} or so"
@@ -68,7 +68,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
-            raise ConfigError(f"{where} = {shown(value)} must be one of {', '.join(map(repr, typing.get_args(hint)))}")
+            raise ConfigError(f"{where} = {format_value(value)} must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         return value
     if origin in (types.UnionType, typing.Union):
         inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -77,18 +77,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert_tuple(value, typing.get_args(hint), where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} = {shown(value)} must be a group of values")
+            raise ConfigError(f"{where} = {format_value(value)} must be a group of values")
         return construct(typing.cast(type, hint), value, where)
     return _convert_scalar(value, hint, where)
 
 
 def _convert_tuple(value: Any, item_hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise ConfigError(f"{where} = {shown(value)} must be a sequence such as ('a', 'b')")
+        raise ConfigError(f"{where} = {format_value(value)} must be a sequence such as ('a', 'b')")
     if item_hints[-1] is Ellipsis:
         item_hints = (item_hints[0],) * len(value)
     if len(item_hints) != len(value):
-        raise ConfigError(f"{where} = {shown(value)} must have {len(item_hints)} items")
+        raise ConfigError(f"{where} = {format_value(value)} must have {len(item_hints)} items")
     return tuple(
         _convert(item, hint, f"{where}[{i}]") for i, (item, hint) in enumerate(zip(value, item_hints, strict=True))
     )
@@ -96,16 +96,16 @@ def _convert_tuple(value: Any, item_hints: tuple[Any, ...], where: str) -> tuple
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     if where.endswith("seed") and isinstance(value, int) and not 0 <= value < SEEDS:
-        raise ConfigError(f"{where} = {shown(value)} must be from 0 to {SEEDS - 1}")
+        raise ConfigError(f"{where} = {format_value(value)} must be from 0 to {SEEDS - 1}")
     if not isinstance(value, (int, float) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} = {shown(value)} must be of type {_type_name(hint)}, not {type(value).__name__}")
+        raise ConfigError(f"{where} = {format_value(value)} must be of type {_type_name(hint)}, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value!r} must be a finite number")
     if hint is int and abs(value) >= INTEGERS:
-        raise ConfigError(f"{where} = {shown(value)} must be from {1 - INTEGERS} to {INTEGERS - 1}")
+        raise ConfigError(f"{where} = {format_value(value)} must be from {1 - INTEGERS} to {INTEGERS - 1}")
     if hint is float and value and not SMALLEST <= abs(value) < LARGEST:
         raise ConfigError(
-            f"{where} = {shown(value)} must be 0 or of a magnitude from 1.2e-38 to 3.4e38, as 32 bits hold"
+            f"{where} = {format_value(value)} must be 0 or of a magnitude from 1.2e-38 to 3.4e38, as 32 bits hold"
         )
     return float(value) if hint is float else value
 
@@ -127,14 +127,14 @@ def check_positive(group: Any, *names: str) -> None:
             raise ValueError(f"{name} = {getattr(group, name)} must be above 0")
 
 
-def check_shares(group: Any, *names: str) -> None:
+def check_fractions(group: Any, *names: str) -> None:
     """Raises ValueError unless each named field of a dataclass is from 0 to 1, both allowed."""
     for name in names:
         if not 0 <= getattr(group, name) <= 1:
             raise ValueError(f"{name} = {getattr(group, name)} must be from 0 to 1")
 
 
-def distinct(name: str, values: Sequence[str]) -> None:
+def require_distinct(name: str, values: Sequence[str]) -> None:
     """Raises ValueError if one of `values`, of the config field `name`, is there twice."""
     for value in values:
         if values.count(value) > 1:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructax.checkpoints.manifest import flat
-from instructax.checkpoints.parents import finished
-from instructax.config import ConfigError, construct, require, shown
-from instructax.runtime.redaction import redacted
+from instructax.checkpoints.manifest import flatten
+from instructax.checkpoints.parents import is_finished
+from instructax.config import ConfigError, construct, format_value, require
+from instructax.runtime.redaction import redact
 from instructax.runtime.workdir_lock import locked
 from instructax.stages import memory
 from instructax.training import run as stage
@@ -53,7 +53,7 @@ def load_config(run: Run) -> dict[str, Any]:
         config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{run.config} with {shown(dict(run.overrides))}: {_without_config(error)}") from None
+        raise ConfigError(f"{run.config} with {format_value(dict(run.overrides))}: {_without_config(error)}") from None
     return config.to_dict()
 
 
@@ -77,7 +77,7 @@ def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
     }
     name = config.get("stage")
     if name not in tuple(modules):  # by equality: not all that a config can hold has a hash
-        raise ConfigError(f"config.stage = {shown(name)} must be one of {', '.join(modules)}")
+        raise ConfigError(f"config.stage = {format_value(name)} must be one of {', '.join(modules)}")
     module = importlib.import_module(f"instructax.{modules[name][0]}")
     return getattr(module, modules[name][1]), module
 
@@ -89,7 +89,7 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
     """
     cls, module = stage_of(config)
     built = construct(cls, config)
-    if finished(workdir):
+    if is_finished(workdir):
         stage.claim(workdir, config)
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
@@ -101,7 +101,7 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
 
 def values_of(config: Mapping[str, Any]) -> str:
     """A line for each value of a config, as the command line names it."""
-    return "\n".join(f"config.{name} = {value}" for name, value in flat(redacted(config)).items())
+    return "\n".join(f"config.{name} = {value}" for name, value in flatten(redact(config)).items())
 
 
 def dry_run(config: Mapping[str, Any]) -> str:
@@ -141,7 +141,7 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
 
 def summary_of(workdir: Path) -> dict[str, Any]:
     """The final figures of a run. Raises ConfigError if it is not finished."""
-    require(finished(workdir), f"{workdir} is not a finished run: run the whole experiment, not its report alone")
+    require(is_finished(workdir), f"{workdir} is not a finished run: run the whole experiment, not its report alone")
     return json.loads((workdir / "summary.json").read_text())
 
 

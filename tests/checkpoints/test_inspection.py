@@ -15,7 +15,7 @@ from tests.support.saved import flip_bit, make_ppo_state, make_train_state, open
 from instructax.checkpoints import inspection
 from instructax.checkpoints.checksums import record_path
 from instructax.config import ConfigError
-from instructax.runtime.goodput import Ledger
+from instructax.runtime.goodput import GoodputLog
 
 
 def largest(step):
@@ -56,13 +56,13 @@ def forget(step):
 @pytest.mark.parametrize("plant", [truncate, remove, add, flip, garble, forget])
 def test_each_damage_is_named(tmp_path, plant):
     save_steps(tmp_path, [1, 2])
-    good, bad = inspection.findings(tmp_path, None)
+    good, bad = inspection.verify_checkpoints(tmp_path, None)
     assert len(good) == 2 and "files are as they were saved" in good[0] and bad == []
     wanted = plant(tmp_path / "checkpoints/1")
-    good, bad = inspection.findings(tmp_path, None)
+    good, bad = inspection.verify_checkpoints(tmp_path, None)
     assert len(good) == 1 and "checkpoints/2: " in good[0]
     assert len(bad) == 1 and bad[0].startswith(wanted)
-    assert inspection.findings(tmp_path, 2)[1] == []
+    assert inspection.verify_checkpoints(tmp_path, 2)[1] == []
 
 
 def test_all_damages_of_a_step_are_named(tmp_path):
@@ -72,7 +72,7 @@ def test_all_damages_of_a_step_are_named(tmp_path):
     for path in files:
         path.write_bytes(b"")
     empty = sum(size == 0 for size in json.loads(record_path(step).read_text())["bytes"].values())
-    assert len(inspection.findings(tmp_path, None)[1]) == len(files) - empty
+    assert len(inspection.verify_checkpoints(tmp_path, None)[1]) == len(files) - empty
 
 
 def test_a_step_of_a_newer_version_is_refused(tmp_path):
@@ -81,10 +81,10 @@ def test_a_step_of_a_newer_version_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     message = r"checkpoints/2 has format 2, and this version reads 1: update instructax"
     with pytest.raises(ValueError, match=message):
-        inspection.findings(tmp_path, None)
+        inspection.verify_checkpoints(tmp_path, None)
     with pytest.raises(ValueError, match=message):
         open_checkpoints(tmp_path).restore(make_train_state())
-    assert "has format 2" in "\n".join(inspection.listing(tmp_path))
+    assert "has format 2" in "\n".join(inspection.list_checkpoints(tmp_path))
 
 
 def test_the_listing(tmp_path):
@@ -96,8 +96,8 @@ def test_the_listing(tmp_path):
     record_path(root / "8").unlink()
     (root / "99").mkdir()
     (root / "7.damaged").mkdir()
-    Ledger(tmp_path / "goodput.jsonl", writes=True).close()
-    header, damaged, eight, nine, ten, stray, goodput = inspection.listing(tmp_path)
+    GoodputLog(tmp_path / "goodput.jsonl", writes=True).close()
+    header, damaged, eight, nine, ten, stray, goodput = inspection.list_checkpoints(tmp_path)
     assert header.split() == ["step", "MiB", "files", "saved", "(UTC)", "state"]
     assert damaged.split()[0] == "7.damaged" and stray.split()[0] == "99"
     assert damaged.endswith("no step: nothing reads it") and stray.endswith("no step: nothing reads it")

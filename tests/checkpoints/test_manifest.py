@@ -16,7 +16,7 @@ from instructax.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from instructax.training.run import Record
+from instructax.training.run import RunManifestInputs
 
 
 def write(workdir, **changes):
@@ -58,7 +58,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 def test_only_the_first_process_writes_what_a_run_was_made_of(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     tokenizer: Any = None  # not looked at
-    Record(config=None, given={}, tokenizer=tokenizer, data={}, parents={}).write(tmp_path)
+    RunManifestInputs(config=None, given={}, tokenizer=tokenizer, data={}, parents={}).write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,7 @@ from tests.support import stages
 from instructax.data import prepare
 from instructax.data.batches import lm_batch
 from instructax.data.chat_template import (
+    chat_prompt_format,
     check_messages,
     encode_messages,
     encode_rendered,
@@ -19,10 +20,9 @@ from instructax.data.chat_template import (
     render_demonstration,
     template_of,
     turn_ends,
-    wording,
 )
-from instructax.data.limits import Limits
-from instructax.data.prompt_format import PLAIN, turns
+from instructax.data.limits import DataLimits
+from instructax.data.prompt_format import PLAIN, split_turns
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 CHATML = (  # SmolLM2's
@@ -260,15 +260,15 @@ def test_a_debugger_goes_on_after_a_template(chatml):
 def test_turns_of_a_prompt():
     dialog = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nSit down.\n\nHuman: Why?\n\nAssistant: "
     roles = [("user", "Hi"), ("assistant", "Hello.\n\nSit down."), ("user", "Why?")]
-    assert turns(dialog) == [{"role": role, "content": content} for role, content in roles]
-    assert turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"  # no dialog: it opens otherwise
-    assert turns("Sum up:\n\ntext\n\n") == [{"role": "user", "content": "Sum up:\n\ntext"}]
+    assert split_turns(dialog) == [{"role": role, "content": content} for role, content in roles]
+    assert split_turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"  # no dialog: it opens otherwise
+    assert split_turns("Sum up:\n\ntext\n\n") == [{"role": "user", "content": "Sum up:\n\ntext"}]
 
 
 @pytest.mark.parametrize("template_name", ["chatml", "inst"])
 def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name, request, tmp_path):
     tokenizer, template = request.getfixturevalue(template_name)
-    limits = Limits(500, 400, 40, 3, None, None, False, (("train", 1.0),), 0)
+    limits = DataLimits(500, 400, 40, 3, None, None, False, (("train", 1.0),), 0)
     texts = [("Hi there", "Hello."), ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Why?\n\nAssistant:", "So.")]
     texts.append(("Say <|im_end|> and </s>", "No."))  # nobody ends somebody's turn
     files = {"d": [], "c": [], "p": []}
@@ -279,14 +279,14 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name
         files["p"].append({**own, "format": "plain"})
     for name, lines in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    worded = wording(template, tokenizer)
+    worded = chat_prompt_format(template, tokenizer)
 
     def prepared(prepare_kind, name, how=worded):
         return prepare_kind([tmp_path / f"{name}.jsonl"], tokenizer, limits, tmp_path / "rows", how)
 
     made = prepared(prepare.prepare_demonstrations, "d")
     assert made.report.dropped["reserved"] == 1 and made.report.kept["train"] == 2
-    conversations = [[USER, ANSWER], [*turns(texts[1][0]), {"role": "assistant", "content": "So."}]]
+    conversations = [[USER, ANSWER], [*split_turns(texts[1][0]), {"role": "assistant", "content": "So."}]]
     wanted = []
     for conversation in conversations:
         whole = encode_rendered(render(conversation, template, add_generation_prompt=False), tokenizer, template)
@@ -312,7 +312,7 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end(template_name
 def test_a_template_that_ends_otherwise_cannot_be_trained_with(chatml):
     tokenizer, _ = chatml
     with pytest.raises(ValueError, match=r"ends an answer with '<\|im_start\|>'"):
-        wording(template_of(CHATML.replace("<|im_end|>' + '\n'", "<|im_start|>'"), tokenizer), tokenizer)
+        chat_prompt_format(template_of(CHATML.replace("<|im_end|>' + '\n'", "<|im_start|>'"), tokenizer), tokenizer)
 
 
 def test_a_child_inherits_the_template(chatml, tmp_path):

@@ -38,7 +38,7 @@ def test_golden_rows_of_six():
     assert [row.tokens.tolist() for row in rows] == [[1, 1, 1, 1, 3, 3], [2, 2, 2, 4, 5, 5], [6]]
     assert [row.lengths.tolist() for row in rows] == [[4, 2], [3, 1, 2], [1]]
     assert rows[0].loss_mask.tolist() == [False, True, True, True, False, True]
-    segments, positions = document_packing.lay_out(rows[1].lengths)
+    segments, positions = document_packing.assign_rows(rows[1].lengths)
     assert segments.tolist() == [1, 1, 1, 2, 3, 3]
     assert positions.tolist() == [0, 1, 2, 0, 0, 1]
 
@@ -57,7 +57,7 @@ def test_every_document_comes_through_once_and_whole():
     seen = {}
     for row in rows:
         assert len(row.tokens) == row.lengths.sum() <= 16
-        segments, positions = document_packing.lay_out(row.lengths)
+        segments, positions = document_packing.assign_rows(row.lengths)
         for segment in range(1, len(row.lengths) + 1):
             cells = segments == segment
             (name,) = set(row.tokens[cells].tolist())

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from instructax.data import batches, prepare
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.data.schema import DataError
 from instructax.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
 EOS = TOKENIZER.eos_id
-ALL = Limits(
+ALL = DataLimits(
     sequence_tokens=16,
     prompt_tokens=8,
     response_tokens=6,
@@ -33,7 +33,7 @@ HALVES = dataclasses.replace(ALL, splits=(("train", 0.5), ("valid", 0.5)))
 def bare_prompts(request, monkeypatch):
     """Prompts as they are written, so that lengths can be counted by eye; one test below has them opened."""
     if request.node.name != "test_prompts_are_opened":
-        monkeypatch.setattr(prepare, "opened", lambda prompt: prompt)
+        monkeypatch.setattr(prepare, "add_separator", lambda prompt: prompt)
 
 
 def test_prompts_are_opened(tmp_path):

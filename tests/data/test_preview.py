@@ -5,7 +5,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from instructax.data.document_packing import demonstration_document, lay_out, pack
+from instructax.data.document_packing import assign_rows, demonstration_document, pack
 from instructax.data.preview import show, view
 from instructax.data.tokenizer import load_tokenizer
 from instructax.types import LmBatch
@@ -18,7 +18,7 @@ def batch_of(*pairs, length=40):
         demonstration_document(BYTES.encode(prompt), BYTES.encode(answer), BYTES.eos_id) for prompt, answer in pairs
     ]
     (row,) = pack(documents, length)
-    segments, positions = lay_out(row.lengths)
+    segments, positions = assign_rows(row.lengths)
     room = length - len(row.tokens)
     # Padded with the end token: what is padding is known by its place.
     tokens = np.pad(row.tokens, (0, room), constant_values=BYTES.eos_id)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from instructax.data import prepare, storage
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
-LIMITS = Limits(
+LIMITS = DataLimits(
     sequence_tokens=16,
     prompt_tokens=8,
     response_tokens=6,

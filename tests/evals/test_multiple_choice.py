@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from instructax.evals.multiple_choice import choice_entropy_bits, choose, chosen_rightly
+from instructax.evals.multiple_choice import choice_entropy_bits, correct_choices, predicted_choices
 
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
 every_garbage = pytest.mark.parametrize("garbage", GARBAGE)
@@ -28,12 +28,12 @@ def case(seed: int, questions: int = 20) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def test_choose_by_hand():
-    np.testing.assert_array_equal(choose(TOTALS, LENGTHS, VALID), CHOSEN)
+    np.testing.assert_array_equal(predicted_choices(TOTALS, LENGTHS, VALID), CHOSEN)
 
 
 def test_accuracy_by_hand():
-    assert chosen_rightly(TOTALS, LENGTHS, VALID, np.array([1, 0, 0])).tolist() == [True, False, True]
-    assert chosen_rightly(TOTALS, LENGTHS, VALID, np.array(CHOSEN)).all()
+    assert correct_choices(TOTALS, LENGTHS, VALID, np.array([1, 0, 0])).tolist() == [True, False, True]
+    assert correct_choices(TOTALS, LENGTHS, VALID, np.array(CHOSEN)).all()
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_equal_to_the_plain_reference(seed):
         weights = [math.exp(row[i]) for i in candidates]
         shares = [weight / sum(weights) for weight in weights]
         entropies.append(-sum(p * math.log2(p) for p in shares))
-    np.testing.assert_array_equal(choose(totals, lengths, valid), chosen)
+    np.testing.assert_array_equal(predicted_choices(totals, lengths, valid), chosen)
     np.testing.assert_allclose(choice_entropy_bits(totals, valid), entropies, rtol=1e-10, atol=1e-12)
     answers = [np.flatnonzero(there)[0] for there in valid]
     share = sum(pick == answer for pick, answer in zip(chosen, answers, strict=True)) / len(chosen)
-    assert chosen_rightly(totals, lengths, valid, np.array(answers)).mean() == pytest.approx(share)
+    assert correct_choices(totals, lengths, valid, np.array(answers)).mean() == pytest.approx(share)
 
 
 @every_garbage
@@ -76,7 +76,7 @@ def test_cells_without_a_candidate_do_not_matter(garbage):
     dirty = np.where(valid, totals, garbage)
     for length in (0, -3, 10**9):
         np.testing.assert_array_equal(
-            choose(dirty, np.where(valid, lengths, length), valid), choose(totals, lengths, valid)
+            predicted_choices(dirty, np.where(valid, lengths, length), valid), predicted_choices(totals, lengths, valid)
         )
     np.testing.assert_array_equal(choice_entropy_bits(dirty, valid), choice_entropy_bits(totals, valid))
 
@@ -85,8 +85,8 @@ def test_masked_is_removed():
     totals, lengths, valid = case(seed=8)
     for row, tokens, there in zip(totals, lengths, valid, strict=True):
         every = np.ones((1, there.sum()), bool)
-        alone = choose(row[None, there], tokens[None, there], every)
-        assert np.flatnonzero(there)[alone[0]] == choose(row[None], tokens[None], there[None])[0]
+        alone = predicted_choices(row[None, there], tokens[None, there], every)
+        assert np.flatnonzero(there)[alone[0]] == predicted_choices(row[None], tokens[None], there[None])[0]
         np.testing.assert_allclose(
             choice_entropy_bits(row[None, there], every), choice_entropy_bits(row[None], there[None]), atol=1e-12
         )
@@ -125,11 +125,11 @@ def test_float32_is_computed_in_float64():
 
 def test_an_impossible_candidate_is_not_picked():
     totals, every = np.array([[-np.inf, -9.0]]), np.ones((1, 2), bool)
-    np.testing.assert_array_equal(choose(totals, np.array([[1, 1]]), every), [1])
+    np.testing.assert_array_equal(predicted_choices(totals, np.array([[1, 1]]), every), [1])
     np.testing.assert_array_equal(choice_entropy_bits(totals, every), [0.0])
 
 
-@pytest.mark.parametrize("function", [lambda x, v: choose(x, np.ones(v.shape, int), v), choice_entropy_bits])
+@pytest.mark.parametrize("function", [lambda x, v: predicted_choices(x, np.ones(v.shape, int), v), choice_entropy_bits])
 @pytest.mark.parametrize(
     ("totals", "valid", "message"),
     [
@@ -148,12 +148,12 @@ def test_what_is_no_choice_is_refused(function, totals, valid, message):
 
 def test_lengths_and_answers_are_checked():
     with pytest.raises(ValueError, match="candidate 2 of question 2 must have a token at least, and its length is 0"):
-        choose(TOTALS, LENGTHS, np.ones((3, 3), bool))
+        predicted_choices(TOTALS, LENGTHS, np.ones((3, 3), bool))
     with pytest.raises(ValueError, match=r"lengths \(3,\) and valid \(3, 3\) must have one shape"):
-        choose(TOTALS, LENGTHS[0], VALID)
+        predicted_choices(TOTALS, LENGTHS[0], VALID)
     with pytest.raises(ValueError, match=r"answer 2 of question 2 is not of its candidates \[0, 1\]"):
-        chosen_rightly(TOTALS, LENGTHS, VALID, np.array([1, 2, 2]))
+        correct_choices(TOTALS, LENGTHS, VALID, np.array([1, 2, 2]))
     with pytest.raises(ValueError, match=r"answer 3 of question 0 is not of its candidates \[0, 1, 2\]"):
-        chosen_rightly(TOTALS, LENGTHS, VALID, np.array([3, 2, 2]))
+        correct_choices(TOTALS, LENGTHS, VALID, np.array([3, 2, 2]))
     with pytest.raises(ValueError, match=r"answers \(3, 1\) must be one for each of 3 questions"):
-        chosen_rightly(TOTALS, LENGTHS, VALID, np.array([[1], [2], [2]]))
+        correct_choices(TOTALS, LENGTHS, VALID, np.array([[1], [2], [2]]))

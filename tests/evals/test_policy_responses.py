@@ -11,7 +11,7 @@ from tests.support import stages
 
 from instructax import generation, rng
 from instructax.data.batches import evaluation_rows, prompt_batch
-from instructax.evals.policy_responses import Answering, behind, end_at
+from instructax.evals.policy_responses import PolicyEvaluator, prepend_prefix, truncate_at_stops
 from instructax.experiment import samples_of, summary_of
 from instructax.types import Prompts, Rollouts
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 def test_a_prefix_stands_right_before_each_prompt():
     prompts = Prompts(tokens=np.array([[0, 5, 6], [7, 8, 9]]), mask=np.array([[False, True, True], [True, True, True]]))
-    asked = behind(np.array([1, 2]), prompts, 3)
+    asked = prepend_prefix(np.array([1, 2]), prompts, 3)
     assert asked.tokens.tolist() == [[0, 0, 1, 2, 5, 6], [0, 1, 2, 7, 8, 9]]
     assert asked.mask.tolist() == [[False, False, True, True, True, True], [False, True, True, True, True, True]]
 
@@ -35,7 +35,7 @@ def test_an_answer_ends_at_the_first_stop():
         logprobs=jnp.full((3, 4), -1.5),
         ended=jnp.array([False, False, True]),
     )
-    cut, kept = end_at(rollouts, stops, 9)
+    cut, kept = truncate_at_stops(rollouts, stops, 9)
     assert cut.responses[0].tolist() == [5, 9, 9, 9]
     assert cut.responses[1].tolist() == [5, 6, 7, 8]
     assert cut.mask.tolist() == [[True, True, False, False], [True] * 4, [True, True, False, False]]
@@ -86,7 +86,7 @@ def test_a_prompted_policy_reads_examples_and_is_scored_without_them(chain):
     )
     sampling = {"temperature": 1.0, "batch_size": 16, "seed": 0}
     mesh, limits = stages.mesh_of(), config.data.limits
-    answering = Answering(model, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
+    answering = PolicyEvaluator(model, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
     prefix = tokenizer.encode("Name a tool.\n\nSaw.\n\n")
     source = data["prompts"].sources["validation"]
     ((real, answers),) = answering.batches(params, source, 16, prefix, 1)

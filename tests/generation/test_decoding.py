@@ -211,7 +211,7 @@ def test_no_uniform_number_draws_an_impossible_token(monkeypatch, vocab_size):
 @pytest.mark.parametrize(("slots", "halvings"), [(1, 1), (2, 0), (2, 1), (8, 0), (8, 2), (50, 9)])
 def test_a_sample_does_not_depend_on_the_number_of_slots(policy, slots, halvings):
     prompts, keys = prompts_and_keys()
-    model = Transformer(policy.config, compute(slots=slots, slot_halvings=halvings), "tokens")
+    model = Transformer(policy.config, compute(slots=slots, compaction_steps=halvings), "tokens")
     sample = jax.jit(lambda p, k: generate(model, policy.params, p, k, length=LENGTH, temperature=1.0, eos_id=EOS))
     rows = [*range(len(LENGTHS))]
     assert_same(sample(prompts, keys), policy.sample(prompts, keys, 1.0), rows=rows, bitwise=False)
@@ -316,7 +316,7 @@ def test_a_limit_of_one_token(policy):
 
 def draws(monkeypatch, lengths: list[int], slots: int, halvings: int = 0) -> list[int]:
     """How many slots draw a token at each step, for responses of these lengths."""
-    model = Transformer(gpt_config(), compute(slots=slots, slot_halvings=halvings), "tokens")
+    model = Transformer(gpt_config(), compute(slots=slots, compaction_steps=halvings), "tokens")
     params, keys = random_params(model), jax.random.split(jax.random.key(0), len(lengths))
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     numbers = jax.random.key_data(fold(keys, jnp.arange(12)))  # u32[sample, token, 2], no two alike

@@ -13,7 +13,7 @@ from tests.support import stages
 from instructax import cli
 from instructax.config import ConfigError
 from instructax.data import prepare, schema
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.data.schema import DataError, Text, read_jsonl
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import run_stage
@@ -21,7 +21,7 @@ from instructax.experiment import run_stage
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
 TOKENIZER = load_tokenizer("bytes")
-LIMITS = Limits(
+LIMITS = DataLimits(
     sequence_tokens=64,
     prompt_tokens=24,
     response_tokens=16,

@@ -10,11 +10,11 @@ import pytest
 from instructax import cli
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.data import prepare
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import metrics_of
 from instructax.runtime import metric_log
-from instructax.runtime.metric_log import RunLog, write_json
+from instructax.runtime.metric_log import MetricLog, write_json
 from instructax.runtime.workdir_lock import locked
 
 KEEPING = {"total_steps": 9, "log_every": 1, "start_step": 0, "tensorboard": False, "console": False}
@@ -125,7 +125,7 @@ def as_somebody(folder):
         folder.chmod(0o700)
 
 
-LIMITS = Limits(
+LIMITS = DataLimits(
     sequence_tokens=64,
     prompt_tokens=24,
     response_tokens=16,
@@ -139,7 +139,7 @@ LIMITS = Limits(
 REFUSED = {
     "a workdir": lambda folder: locked(folder / "run").__enter__(),
     "checkpoints": lambda folder: Checkpoints(folder, save_every=1, keep=1, best_metric="", exported="params"),
-    "a log": lambda folder: RunLog(folder / "run", **KEEPING),
+    "a log": lambda folder: MetricLog(folder / "run", **KEEPING),
     "a summary": lambda folder: write_json(folder / "summary.json", {}),
     "rows": lambda folder: prepare.prepare_text(
         [folder.parent / "t.jsonl"], load_tokenizer("bytes"), LIMITS, folder / "rows"
@@ -163,7 +163,7 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
     """The wall clock goes back by a day and on by a year; only `time/unix_s` shows it."""
     walls = iter([1e9, 1e9 - 86_400, 1e9 + 3e7])
     monkeypatch.setattr(metric_log.time, "time", lambda: next(walls))
-    with RunLog(tmp_path, **KEEPING) as log:
+    with MetricLog(tmp_path, **KEEPING) as log:
         for step in (1, 2, 3):
             with log.phase("update"):
                 log.record(step, {"loss": 1.0, "tokens": 10})

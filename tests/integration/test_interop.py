@@ -231,8 +231,8 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        tiny_models.gpt_config(head_width=4),
-        tiny_models.neox_config(head_width=4, rotary_fraction=1.0, parallel_residual=False, activation="gelu"),
+        tiny_models.gpt_config(head_dim=4),
+        tiny_models.neox_config(head_dim=4, rotary_fraction=1.0, parallel_residual=False, activation="gelu"),
         tiny_models.llama_config(),
         tiny_models.gemma_config(),
     ],
@@ -291,12 +291,12 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     assert family == arch
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
     writer.add_context_length(config.max_length)
-    writer.add_embedding_length(config.width)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.mlp_width)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_width)
+    writer.add_embedding_length(config.embed_dim)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_epsilon)
     writer.add_rope_freq_base(config.rotary_base)
     vocab = json.loads(load_tokenizer("bytes").content)["model"]["vocab"]
@@ -310,7 +310,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     back = {theirs: ours for ours, theirs in {**LAYER, **OTHERS}.items()}
     for name, tensor in tensors_of(params, family, config, "float32"):
         layer, part, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-        heads = {"self_attn.q_proj": config.heads, "self_attn.k_proj": config.kv_heads}.get(part)
+        heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}.get(part)
         if heads and arch == "llama":  # as llama.cpp's converter permutes
             tensor = tensor.reshape(heads, 2, -1, tensor.shape[-1]).swapaxes(1, 2).reshape(tensor.shape)
         named = f"{'' if layer is None else f'blk.{layer}.'}{back[part]}.{kind}"

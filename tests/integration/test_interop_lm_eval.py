@@ -69,7 +69,7 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
         (folder / f"{name}.yaml").write_text(json.dumps(whole))
 
     make = {"gpt": tiny_models.gpt_config, "llama": tiny_models.llama_config}[family]
-    config, tokenizer = make(vocab_size=257, max_length=64, head_width=4), load_tokenizer("bytes")
+    config, tokenizer = make(vocab_size=257, max_length=64, head_dim=4), load_tokenizer("bytes")
     model = Transformer(config, tiny_models.compute(), "tokens")
     run = stages.fabricated(tmp_path / "run", config, tiny_models.random_params(model), "bytes")
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))

@@ -21,7 +21,7 @@ from instructax.config import construct
 from instructax.data import document_packing
 from instructax.generation import prefill_padding
 from instructax.models import ComputeConfig, Transformer
-from instructax.models.sequence_packing import lay_out
+from instructax.models.sequence_packing import plan_packing
 from instructax.types import Prompts
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
@@ -56,7 +56,7 @@ def padding(batches: Sequence[np.ndarray], width: int, config: ComputeConfig) ->
 
     def of_batch(lengths):
         real = jnp.arange(width)[None] < lengths[:, None]
-        return lay_out(real, width=width, compute=config, mesh=stages.mesh_of()).padding()
+        return plan_packing(real, width=width, compute=config, mesh=stages.mesh_of()).padding()
 
     return float(jnp.mean(jax.jit(jax.vmap(of_batch))(jnp.asarray(np.array(batches)))))
 
@@ -123,7 +123,7 @@ def test_minibatches_of_rollouts(limits):
 
 def test_whole_parts_alone_would_not_do():
     """More than a quarter of the cells of a minibatch, and of a batch of comparisons, in parts of four rows alone."""
-    whole = compute("small", part_rows=4, part_halvings=0)
+    whole = compute("small", microbatch_rows=4, tail_splits=0)
     minibatches = np.sum(rollouts("small"), axis=0).reshape(4 * BATCHES, -1)
     assert padding(minibatches, 256, whole) > 0.25
     assert padding(drawn("comparisons, small", 16 * BATCHES).reshape(BATCHES, 16), 512, whole) > 0.25

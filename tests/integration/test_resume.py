@@ -18,7 +18,7 @@ from instructax.evals import held_out
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
 from instructax.runtime import goodput
 from instructax.runtime.heartbeat import last_beat
-from instructax.runtime.preemption import pause
+from instructax.runtime.preemption import check_stop_requested
 from instructax.stages import reward_model
 from instructax.training import loop as training
 
@@ -103,7 +103,7 @@ def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, s
     def stop():
         if read[-1] == 2 * stops - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        pause()
+        check_stop_requested()
 
     with pytest.MonkeyPatch.context() as stopping:
         stages.Watch(stopping).read.append(read.append)
@@ -269,7 +269,7 @@ def test_a_parent_of_another_kind_is_refused_in_one_line(chain, tmp_path):
     cases = {
         "is not a finished run": {"parent": str(unfinished)},
         "token ids would mean other text": {"parent": str(other_tokenizer)},
-        "layers: 2 (stored) != 3 (given)": {"model.layers": 3},
+        "num_layers: 2 (stored) != 3 (given)": {"model.num_layers": 3},
     }
     for message, overrides in cases.items():
         with pytest.raises(ValueError) as error:

@@ -18,7 +18,7 @@ from instructax.checkpoints.manifest import write_manifest
 from instructax.config import ConfigError, require
 from instructax.experiment import run_stage, values_of
 from instructax.models.pretrained import hf_folder
-from instructax.runtime.metric_log import RunLog, write_json
+from instructax.runtime.metric_log import MetricLog, write_json
 from instructax.runtime.workdir_lock import locked
 from instructax.training import run as stage
 
@@ -174,7 +174,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         write_json(workdir / "summary.json", {})
     keeping = {"total_steps": 1, "log_every": 1, "start_step": 1, "tensorboard": False, "console": False}
-    RunLog(workdir, **keeping).close()  # the log is rewound: a file takes the link's place
+    MetricLog(workdir, **keeping).close()  # the log is rewound: a file takes the link's place
     assert not (workdir / "samples.jsonl").is_symlink()
     assert precious.read_text() == "precious"
 

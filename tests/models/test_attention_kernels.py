@@ -38,7 +38,7 @@ HERE: dict[str, dict[str, Any]] = {
 
 def conditions(kernel: str, **changes: Any) -> attention_kernels.Conditions:
     """Those under which `kernel` runs, but for `changes`."""
-    values = {"dtype": "bfloat16", "head_widths": [128], "lengths": [2048]}
+    values = {"dtype": "bfloat16", "head_dims": [128], "lengths": [2048]}
     neither = dict.fromkeys(("softly_capped", "windows", "branches", "side_by_side"), False)
     return attention_kernels.Conditions(**{**values, **neither, **HERE[kernel], **changes})
 
@@ -54,7 +54,7 @@ OBSTACLES = [
     ("splash", {"branches": True}, "texts in a row share another, allowed is each by itself"),
 ]
 for name, width in (("cudnn", 20), ("cudnn", 136), ("splash", 64), ("splash", 384)):
-    OBSTACLES.append((name, {"head_widths": [128, width]}, f"head_width = {width}, allowed is {WIDTHS[name]}"))
+    OBSTACLES.append((name, {"head_dims": [128, width]}, f"head_dim = {width}, allowed is {WIDTHS[name]}"))
 for name in HERE:
     OBSTACLES += [
         (name, {"dtype": "float32"}, "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'"),
@@ -70,35 +70,35 @@ OBSTACLES.append(("splash", {"windows": True}, "model.window is set, allowed is 
 def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_not(kernel, changes, why):
     given = conditions(kernel, **changes)
     with pytest.raises(ConfigError) as error:
-        attention_kernels.choose(kernel, given)
+        attention_kernels.select_kernel(kernel, given)
     assert str(error.value) == (
         f"config.compute.attention = '{kernel}' cannot run: {why}; change that, or give 'jax' or 'auto'"
     )
-    assert attention_kernels.choose("jax", given) == ("jax", "as asked")
+    assert attention_kernels.select_kernel("jax", given) == ("jax", "as asked")
     if given.platform == HERE[kernel]["platform"]:
-        assert attention_kernels.choose("auto", given) == ("jax", f"auto: no {kernel}: {why}")
+        assert attention_kernels.select_kernel("auto", given) == ("jax", f"auto: no {kernel}: {why}")
 
 
 @pytest.mark.parametrize(
     ("kernel", "changes"),
     [
         ("cudnn", {}),
-        ("cudnn", {"dtype": "mixed", "head_widths": [64, 80], "lengths": [2048, 10240], "branches": True}),
+        ("cudnn", {"dtype": "mixed", "head_dims": [64, 80], "lengths": [2048, 10240], "branches": True}),
         ("cudnn", {"version": 8.0}),
         ("splash", {}),
-        ("splash", {"dtype": "mixed", "head_widths": [256], "lengths": [128], "version": 4.0}),
+        ("splash", {"dtype": "mixed", "head_dims": [256], "lengths": [128], "version": 4.0}),
     ],
 )
 def test_a_kernel_that_can_run_is_taken(kernel, changes):
     given = conditions(kernel, **changes)
-    assert attention_kernels.choose(kernel, given) == (kernel, "as asked")
-    assert attention_kernels.choose("auto", given) == (kernel, f"auto: {given.platform}")
+    assert attention_kernels.select_kernel(kernel, given) == (kernel, "as asked")
+    assert attention_kernels.select_kernel("auto", given) == (kernel, f"auto: {given.platform}")
 
 
 def test_elsewhere_there_is_no_other():
     for platform in ("cpu", "rocm"):
         given = conditions("cudnn", platform=platform, version=0.0)
-        assert attention_kernels.choose("auto", given) == ("jax", f"auto: {platform} has no other")
+        assert attention_kernels.select_kernel("auto", given) == ("jax", f"auto: {platform} has no other")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
     ("name", "arg", "on_cuda", "on_tpu"),
     [
         ("sft", "1.3b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
-        ("sft", "125m", "cudnn (auto: cuda)", f"jax (auto: no splash: head_width = 64, allowed is {WIDTHS['splash']})"),
+        ("sft", "125m", "cudnn (auto: cuda)", f"jax (auto: no splash: head_dim = 64, allowed is {WIDTHS['splash']})"),
         ("ppo", "175b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
         ("reward", "6b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
         ("evaluate", "1.3b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
@@ -137,7 +137,7 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
 def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
     for place, wanted in ((HERE["cudnn"], on_cuda), (HERE["splash"], on_tpu)):
         monkeypatch.setattr(stage, "place_of", lambda _, place=place: tuple(place.values()))
-        config, said = stage.choose_attention(config_of(name, arg))
+        config, said = stage.select_attention_kernel(config_of(name, arg))
         assert (config.compute.attention, said) == (wanted.split()[0], wanted)
 
 
@@ -145,11 +145,11 @@ def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypat
     monkeypatch.setattr(stage, "place_of", lambda _: ("cuda", 9.0))
     config = config_of("ppo", "1.3b")
     for alone, why in (("sampling_alone", "only samplers run"), ("side_by_side", "several runs in one program")):
-        settled, said = stage.choose_attention(config, **{alone: True})
+        settled, said = stage.select_attention_kernel(config, **{alone: True})
         assert settled.compute.attention == "jax" and why in said
         asked = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="cudnn"))
         with pytest.raises(ConfigError, match=why):
-            stage.choose_attention(asked, **{alone: True})
+            stage.select_attention_kernel(asked, **{alone: True})
 
 
 # The rows of the stages.
@@ -187,7 +187,7 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_p
         config = construct(stage_of(given)[0], given)
     run_stage(given, tmp_path / "run")
     jax.effects_barrier()
-    lengths, branches = stage.whole_rows(config)
+    lengths, branches = stage.row_lengths(config)
     assert seen == set(lengths)
     assert any(branched) == branches
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention:")]
@@ -223,14 +223,14 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(attention_kernels, "BLOCK", LENGTH // 2)
 
 
-def inputs(heads: int, kv_heads: int) -> list[jax.Array]:
+def inputs(heads: int, num_kv_heads: int) -> list[jax.Array]:
     rng = np.random.default_rng(heads)
-    shapes = [(2, count, LENGTH, 8) for count in (heads, kv_heads, kv_heads)]
+    shapes = [(2, count, LENGTH, 8) for count in (heads, num_kv_heads, num_kv_heads)]
     return [jnp.asarray(2 * rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def output_and_gradients(
-    kernel: str, rows: np.ndarray, arrays: list[jax.Array], operands: str = "float32", mesh: Any = None
+    kernel: str, rows: np.ndarray, arrays: list[jax.Array], matmul_dtype: str = "float32", mesh: Any = None
 ) -> Any:
     """What real queries get, and the gradients of a weighted sum of it."""
     attend, mask = attention_kernels.kernel_of_rows(kernel, jnp.asarray(rows, jnp.int32), mesh)
@@ -238,7 +238,7 @@ def output_and_gradients(
     weights = jax.random.normal(jax.random.key(1), arrays[0].shape) * real
 
     def total(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mixed = attend(*arrays, mask, operands)
+        mixed = attend(*arrays, mask, matmul_dtype)
         return jnp.sum(weights * mixed.astype(jnp.float32)), jnp.where(real, mixed, 0)
 
     differentiated = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
@@ -248,11 +248,11 @@ def output_and_gradients(
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
-    ("kernel", "rows", "kv_heads"),
+    ("kernel", "rows", "num_kv_heads"),
     [("cudnn", "separate", 4), ("cudnn", "branches", 2), ("splash", "separate", 4), ("splash", "separate", 2)],
 )
-def test_a_kernel_attends_as_the_products_do(kernel, rows, kv_heads):
-    got, wanted = (output_and_gradients(name, ROWS[rows], inputs(4, kv_heads)) for name in (kernel, "jax"))
+def test_a_kernel_attends_as_the_products_do(kernel, rows, num_kv_heads):
+    got, wanted = (output_and_gradients(name, ROWS[rows], inputs(4, num_kv_heads)) for name in (kernel, "jax"))
     stages.assert_trees_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -324,7 +324,7 @@ def lowered(function: Any, platform: str, *arrays: Any) -> str:
 
 
 def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
-    config = tiny_models.gpt_config(heads=2, kv_heads=2, head_width=128, max_length=LENGTH)
+    config = tiny_models.gpt_config(num_heads=2, num_kv_heads=2, head_dim=128, max_length=LENGTH)
     compute = tiny_models.compute(attention=attention, dtype=dtype, decoding=dtype)
     model = Transformer(config, compute, "tokens", stages.mesh_of(1, 2, 2))
     return model, jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))

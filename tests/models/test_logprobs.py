@@ -15,7 +15,7 @@ from tests.support.tiny_models import compute, gpt_config, llama_config, ragged_
 from instructax.masking import masked_mean
 from instructax.models import ModelConfig, Transformer
 from instructax.models.logprobs import logits_of, loss_and_gradients, sequence_logprobs, sequence_logprobs_and_entropy
-from instructax.models.scoring import row_logprobs, token_logprobs
+from instructax.models.scoring import packed_logprobs, token_logprobs
 from instructax.types import Array, LmBatch, Params, Rollouts
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 7, 5, 11
@@ -167,7 +167,7 @@ def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
     model = Transformer(config, compute(head_chunk=chunk), "tokens")
     ids = jnp.zeros((BATCH, TEXT), jnp.int32)
     batch = LmBatch(tokens=ids, segments=ids + 1, positions=ids, loss_mask=ids == 0)
-    return lambda params: jnp.sum(row_logprobs(model, params, batch, temperature=1.0))
+    return lambda params: jnp.sum(packed_logprobs(model, params, batch, temperature=1.0))
 
 
 def responses_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
@@ -189,11 +189,11 @@ def largest_buffer(score: Callable[..., Any], config: ModelConfig, chunk: int) -
 
 @pytest.mark.parametrize(("score", "family"), [(rows_score, gpt_config), (responses_score, llama_config)])
 def test_no_buffer_spans_text_and_vocabulary(score, family):
-    config = family(vocab_size=PRIME, max_length=TEXT + PROMPT, layers=1)
+    config = family(vocab_size=PRIME, max_length=TEXT + PROMPT, num_layers=1)
     # A chunk's scores, or the kernel itself where that is larger.
-    assert largest_buffer(score, config, 4) == max(BATCH * 4 * PRIME, PRIME * config.width)
+    assert largest_buffer(score, config, 4) == max(BATCH * 4 * PRIME, PRIME * config.embed_dim)
 
 
 def test_a_whole_softmax_would_be_seen():
-    config = gpt_config(vocab_size=PRIME, max_length=TEXT + PROMPT, layers=1)
+    config = gpt_config(vocab_size=PRIME, max_length=TEXT + PROMPT, num_layers=1)
     assert largest_buffer(responses_score, config, TEXT) == BATCH * TEXT * PRIME

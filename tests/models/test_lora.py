@@ -9,12 +9,12 @@ from tests.support import stages, tiny_models
 
 from instructax import sharding
 from instructax.checkpoints.checkpoint import load_params
-from instructax.checkpoints.parents import open_run
+from instructax.checkpoints.parents import open_parent
 from instructax.config import ConfigError, construct
 from instructax.experiment import metrics_of, run_stage, stage_of
 from instructax.losses import next_token_loss
-from instructax.models import LoraConfig, Transformer, adapted, joined, merged, trained
-from instructax.models.scoring import row_loss_and_gradients, token_logprobs
+from instructax.models import LoraConfig, Transformer, add_lora, merge_lora, merge_trees, trainable
+from instructax.models.scoring import packed_loss_and_gradients, token_logprobs
 from instructax.serving import chat
 from instructax.stages.ppo import algorithm
 from instructax.training import loop
@@ -31,10 +31,10 @@ STEPS = {"sft": {"steps": 4, "epochs": 0.0}, "reward": {"steps": 4, "epochs": 0.
 
 def adapted_params(model: Transformer, seed: int = 0):
     """Random parameters with adapters that have learned something."""
-    params = adapted(tiny_models.random_params(model), LORA, jax.random.key(seed))
+    params = add_lora(tiny_models.random_params(model), LORA, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    part = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), trained(params))
-    return joined(part, params)
+    part = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), trainable(params))
+    return merge_trees(part, params)
 
 
 def names_of(tree) -> set[str]:
@@ -52,21 +52,21 @@ def outputs(model: Transformer, params) -> np.ndarray:
 def test_fresh_adapters_add_nothing_to_the_bit(family, head):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), head)
     params = tiny_models.random_params(model)
-    fresh = adapted(params, LORA, jax.random.key(1))
+    fresh = add_lora(params, LORA, jax.random.key(1))
     np.testing.assert_array_equal(outputs(model, fresh), outputs(model, params))
-    stages.assert_trees_equal(merged(fresh), params)
+    stages.assert_trees_equal(merge_lora(fresh), params)
     a = np.asarray(fresh["blocks"]["attention"]["query"]["lora_a"])
-    assert np.std(a) == pytest.approx(1 / np.sqrt(model.config.width), rel=0.2)
-    assert len({leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(trained(fresh))) if leaf.any()}) >= 6
-    assert adapted(params, LoraConfig(rank=0, alpha=1.0), jax.random.key(1)) is params
-    assert trained(params) is params and names_of(merged(params)) == names_of(params)
+    assert np.std(a) == pytest.approx(1 / np.sqrt(model.config.embed_dim), rel=0.2)
+    assert len({leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(trainable(fresh))) if leaf.any()}) >= 6
+    assert add_lora(params, LoraConfig(rank=0, alpha=1.0), jax.random.key(1)) is params
+    assert trainable(params) is params and names_of(merge_lora(params)) == names_of(params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_the_same_network(family):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), "tokens")
     params = adapted_params(model)
-    plain, found = merged(params), outputs(model, params)
+    plain, found = merge_lora(params), outputs(model, params)
     assert names_of(plain) == names_of(tiny_models.random_params(model))
     np.testing.assert_allclose(outputs(model, plain), found, rtol=1e-4, atol=2e-5)
     assert np.abs(outputs(model, tiny_models.random_params(model)) - found).max() > 0.1
@@ -81,12 +81,12 @@ def test_what_is_trained_is_the_adapters_and_the_scalar_head():
     for head in ("tokens", "scalar"):
         model = Transformer(tiny_models.llama_config(), tiny_models.compute(), head)
         params = adapted_params(model)
-        names = names_of(trained(params))
+        names = names_of(trainable(params))
         assert {name for name in names if not name.endswith(("lora_a", "lora_b"))} == (
             {"scalar_head/kernel", "scalar_head/bias"} if head == "scalar" else set()
         )
         assert sum(name.endswith("lora_a") for name in names) == 7  # query, key, value, out, up, gate, down
-        stages.assert_trees_equal(joined(trained(params), params), params)
+        stages.assert_trees_equal(merge_trees(trainable(params), params), params)
         state = loop.new_state(params, make_optimizer(tiny_models.optimizer_config(weight_decay=0.1)))
         moments = next(part for part in state.opt_state if hasattr(part, "mu"))
         assert names_of(moments.mu) == names_of(moments.nu) == names
@@ -100,12 +100,12 @@ def test_gradients_are_those_of_the_whole_tree():
     def loss_of(logprobs, mask, _):
         return next_token_loss(logprobs, mask), {}
 
-    loss, _, gradients = row_loss_and_gradients(model, params, rows, loss_of, None, temperature=1.0)
+    loss, _, gradients = packed_loss_and_gradients(model, params, rows, loss_of, None, temperature=1.0)
 
     def of_merged(part):
-        return row_loss_and_gradients(model, merged(joined(part, params)), rows, loss_of, None, temperature=1.0)[0]
+        return packed_loss_and_gradients(model, merge_lora(merge_trees(part, params)), rows, loss_of, None, temperature=1.0)[0]
 
-    wanted_loss, wanted = jax.value_and_grad(of_merged)(trained(params))
+    wanted_loss, wanted = jax.value_and_grad(of_merged)(trainable(params))
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
     assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradients))
@@ -116,10 +116,10 @@ def test_a_step_and_the_average_move_adapters_alone():
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
     params, optimizer = adapted_params(model), make_optimizer(tiny_models.optimizer_config(clip_norm=1.0))
     state = loop.new_state(params, optimizer)
-    gradients = jax.tree.map(jnp.ones_like, trained(params))
+    gradients = jax.tree.map(jnp.ones_like, trainable(params))
     after = apply_gradients(optimizer, state, gradients, jnp.float32(0.1)).params
     average = moving_average(params, after, 0.75)
-    moving = names_of(trained(params))
+    moving = names_of(trainable(params))
     for tree in (after, average):
         old = dict(jax.tree.leaves_with_path(params))
         changed = {
@@ -173,13 +173,13 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
     for network, params in networks(last).items():
         before = networks(first)[network]
         stored = jax.device_get(load_params(parents[network], open_shapes(parents[network])))
-        trunk = {part: leaf for part, leaf in merged(before).items() if part != "scalar_head" or network == "value"}
+        trunk = {part: leaf for part, leaf in merge_lora(before).items() if part != "scalar_head" or network == "value"}
         stages.assert_trees_equal(trunk, {part: stored[part] for part in trunk})
         old = dict(jax.tree.leaves_with_path(before))
         changed = {
             sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(params) if np.any(leaf != old[path])
         }
-        assert changed == names_of(trained(params))
+        assert changed == names_of(trainable(params))
     with pytest.raises(loop.Interrupted):
         run(config, tmp_path / "stopped", interrupt_at=1)
     _, resumed = run(config, tmp_path / "stopped")
@@ -189,8 +189,8 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
     head = "scalar" if name == "reward" else "tokens"
     built = construct(stage_of(config)[0], config)
     model = Transformer(built.model, tiny_models.compute(), head)
-    found = open_run(tmp_path / "straight", "parent").load(loop.abstract_params(model, stages.mesh_of()))
-    wanted = merged(networks(last)["ema" if name == "ppo-ptx" else "model"])
+    found = open_parent(tmp_path / "straight", "parent").load(loop.abstract_params(model, stages.mesh_of()))
+    wanted = merge_lora(networks(last)["ema" if name == "ppo-ptx" else "model"])
     stages.assert_trees_close(jax.device_get(found), wanted, rtol=1e-6, atol=1e-7)
     if name == "sft":
         _, answering, _ = chat.open_policy(tmp_path / "straight", tiny_models.compute())
@@ -201,7 +201,7 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
 
 def open_shapes(workdir):
     """Zeros in the shapes that a run without adapters has stored."""
-    run = open_run(workdir, "parent")
+    run = open_parent(workdir, "parent")
     model = construct(stage_of(run.manifest["config"])[0], dict(run.manifest["config"]))
     head = "scalar" if run.manifest["stage"] == "reward" else "tokens"
     return loop.abstract_params(Transformer(model.model, tiny_models.compute(), head), stages.mesh_of())
@@ -227,9 +227,9 @@ def test_eight_devices_give_the_same_adapters(chain):
     params = adapted_params(model)
     mesh = stages.mesh_of(2, 2, 2)
     spread = jax.device_put(params, sharding.shardings(params, mesh))
-    stages.assert_trees_close(jax.jit(merged)(spread), merged(params), rtol=1e-6, atol=1e-6)
+    stages.assert_trees_close(jax.jit(merge_lora)(spread), merge_lora(params), rtol=1e-6, atol=1e-6)
     state = loop.start_from(
-        tiny_models.random_params(model), optax.adam(1.0), mesh, lambda p: adapted(p, LORA, jax.random.key(0))
+        tiny_models.random_params(model), optax.adam(1.0), mesh, lambda p: add_lora(p, LORA, jax.random.key(0))
     )
-    alone = adapted(tiny_models.random_params(model), LORA, jax.random.key(0))
+    alone = add_lora(tiny_models.random_params(model), LORA, jax.random.key(0))
     stages.assert_trees_close(jax.device_get(state.params), jax.device_get(alone), rtol=1e-6, atol=1e-7)

@@ -76,12 +76,12 @@ def test_norms_and_their_gradients(centred, epsilon):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
 
 
-@pytest.mark.parametrize(("operands", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_a_mean_under_a_softmax_and_its_gradients(operands, apart):
+@pytest.mark.parametrize(("matmul_dtype", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_a_mean_under_a_softmax_and_its_gradients(matmul_dtype, apart):
     """Of scores that differ widely, some of which see nothing, and in one row all."""
     scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
     scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
-    ours = jax.jit(lambda *args: pulled_back(lambda s, v: softmax_mean(s, v, operands), *args))(scores, values)
+    ours = jax.jit(lambda *args: pulled_back(lambda s, v: softmax_mean(s, v, matmul_dtype), *args))(scores, values)
     theirs = pulled_back(lambda s, v: jax.nn.softmax(s, axis=-1) @ v, scores, values)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=apart * jnp.max(jnp.abs(b))), ours, theirs)
     assert {found.dtype for found in ours} == {jnp.dtype("float32")}

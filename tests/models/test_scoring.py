@@ -12,9 +12,9 @@ from tests.support.tiny_models import VOCAB_SIZE, compute, gpt_config, llama_con
 
 from instructax.models import ModelConfig, Transformer
 from instructax.models.scoring import (
-    rollout_rows,
-    row_logprobs,
-    row_logprobs_and_entropy,
+    packed_logprobs,
+    packed_logprobs_and_entropy,
+    rollout_sequences,
     sequence_scores,
     token_logprobs,
     token_values,
@@ -40,7 +40,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
     @jax.jit
     def score(rollouts: Rollouts, temperature: Array) -> tuple[Array, Array]:
-        found = row_logprobs_and_entropy(model, params, rollout_rows(rollouts), temperature=temperature)
+        found = packed_logprobs_and_entropy(model, params, rollout_sequences(rollouts), temperature=temperature)
         start = rollouts.prompts.tokens.shape[1]
         return found[0][:, start:], found[1][:, start:]
 
@@ -159,7 +159,7 @@ def test_row_logprobs_equal_token_logprobs_of_the_same_text(policy):
         positions=jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 0]]),
         loss_mask=jnp.asarray([[False, True, True, True, True, False, True, True, False]]),
     )
-    logprobs = jax.jit(lambda b: row_logprobs(policy.model, policy.params, b, temperature=1.0))(batch)
+    logprobs = jax.jit(lambda b: packed_logprobs(policy.model, policy.params, b, temperature=1.0))(batch)
     assert logprobs.shape == (1, 9)
     assert float(logprobs[0, 0]) == 0.0
     documents = [tokens[0, :5], tokens[0, 5:8]]

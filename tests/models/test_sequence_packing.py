@@ -9,8 +9,14 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.models import Transformer
-from instructax.models.scoring import comparison_rows, last_columns, rollout_rows, row_logprobs, row_outputs
-from instructax.models.sequence_packing import Layout, lay_out, pack, part_shapes, scan_rows
+from instructax.models.scoring import (
+    comparison_sequences,
+    last_columns,
+    packed_logprobs,
+    packed_outputs,
+    rollout_sequences,
+)
+from instructax.models.sequence_packing import PackedLayout, microbatch_shapes, pack, plan_packing, scan_packed_rows
 from instructax.types import LmBatch, Rollouts
 
 MESH = stages.mesh_of()
@@ -23,9 +29,9 @@ def marked(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
     return np.array(rows)
 
 
-def placed(real: np.ndarray, width: int, part_rows: int, halvings: int = 0, mesh=MESH) -> Layout:
-    compute = tiny_models.compute(part_rows=part_rows, part_halvings=halvings)
-    return jax.device_get(jax.jit(partial(lay_out, width=width, compute=compute, mesh=mesh))(jnp.asarray(real)))
+def placed(real: np.ndarray, width: int, microbatch_rows: int, halvings: int = 0, mesh=MESH) -> PackedLayout:
+    compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
+    return jax.device_get(jax.jit(partial(plan_packing, width=width, compute=compute, mesh=mesh))(jnp.asarray(real)))
 
 
 def test_first_fit_the_longest_first_by_hand():
@@ -44,13 +50,13 @@ def test_first_fit_the_longest_first_by_hand():
 
 
 def test_shapes_of_parts():
-    assert part_shapes(4, 0, 8) == ((4, 8),)
-    assert part_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
-    assert part_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
-    assert part_shapes(4, 9, 8) == part_shapes(4, 4, 8)  # of one token nothing is predicted
-    assert part_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
-    assert part_shapes(5, 1, 8) == ((5, 8), (1, 8))
-    assert part_shapes(12, 3, 8) == ((12, 8), (6, 8), (3, 8), (1, 8))
+    assert microbatch_shapes(4, 0, 8) == ((4, 8),)
+    assert microbatch_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
+    assert microbatch_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
+    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(4, 4, 8)  # of one token nothing is predicted
+    assert microbatch_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
+    assert microbatch_shapes(5, 1, 8) == ((5, 8), (1, 8))
+    assert microbatch_shapes(12, 3, 8) == ((12, 8), (6, 8), (3, 8), (1, 8))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,7 @@ def test_nothing_at_all_uses_no_part():
 
 def test_a_sequence_wider_than_a_row_is_refused():
     with pytest.raises(ValueError, match="sequences of up to 6 tokens do not fit rows of 5"):
-        lay_out(jnp.ones((2, 6), bool), width=5, compute=tiny_models.compute(), mesh=MESH)
+        plan_packing(jnp.ones((2, 6), bool), width=5, compute=tiny_models.compute(), mesh=MESH)
 
 
 def ragged_rollouts() -> Rollouts:
@@ -115,19 +121,19 @@ def ragged_rollouts() -> Rollouts:
 
 def by_rows(function, batch: LmBatch, width: int, halvings: int):
     """`function` of a batch that is packed, part by part, and of it as it is, both [N, L]; the cells run."""
-    compute = tiny_models.compute(part_rows=2, part_halvings=halvings)
-    layout = lay_out(batch.segments != 0, width=width, compute=compute, mesh=MESH)
-    _, packed = scan_rows(lambda _, part: (None, function(part)), None, pack(batch, layout), layout)
+    compute = tiny_models.compute(microbatch_rows=2, tail_splits=halvings)
+    layout = plan_packing(batch.segments != 0, width=width, compute=compute, mesh=MESH)
+    _, packed = scan_packed_rows(lambda _, part: (None, function(part)), None, pack(batch, layout), layout)
     return layout.collect(packed), jnp.where(batch.segments != 0, function(batch), 0.0), layout.used
 
 
 @pytest.mark.parametrize("halvings", [0, 2])
 @pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
 def test_packed_rollouts_are_as_if_alone(config, halvings):
-    batch = rollout_rows(ragged_rollouts())
+    batch = rollout_sequences(ragged_rollouts())
     policy = Transformer(config, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(policy)
-    logprobs = partial(row_logprobs, policy, params, temperature=0.7)
+    logprobs = partial(packed_logprobs, policy, params, temperature=0.7)
     packed, alone, used = jax.jit(lambda b: by_rows(logprobs, b, 24, halvings))(batch)
     assert used == (2 * 24 + 12 if halvings else 4 * 24)  # two parts of two rows, or one and half a row
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
@@ -138,11 +144,11 @@ def test_packed_rollouts_are_as_if_alone(config, halvings):
 @pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
 def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
     comparisons = jax.tree.map(jnp.asarray, stages.comparisons((3, 1, 4, 2, 4, 2, 3, 4), 5))
-    batch = comparison_rows(comparisons)
+    batch = comparison_sequences(comparisons)
     scorer = Transformer(config, tiny_models.compute(), "scalar")
     params = tiny_models.random_params(scorer)
     width = batch.tokens.shape[1] + 4
-    packed, _, used = jax.jit(lambda b: by_rows(partial(row_outputs, scorer, params), b, width, halvings))(batch)
+    packed, _, used = jax.jit(lambda b: by_rows(partial(packed_outputs, scorer, params), b, width, halvings))(batch)
     assert used < 8 * width
     scores = np.take_along_axis(np.asarray(packed), np.asarray(last_columns(comparisons.mask, 6)), axis=1)
     for prompt in range(8):
@@ -155,13 +161,13 @@ def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
 
 
 @pytest.mark.parametrize(
-    ("part_rows", "halvings", "ways"),
+    ("microbatch_rows", "halvings", "ways"),
     [*((4, halvings, ways) for halvings in range(5) for ways in (1, 2)), (5, 1, 1), (10, 2, 1), (6, 2, 1), (7, 1, 1)],
 )
 @pytest.mark.parametrize(
     "lengths", [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]]
 )
-def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(lengths, part_rows, halvings, ways):
+def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(lengths, microbatch_rows, halvings, ways):
     """Whatever is left for the last parts, and however many devices share rows."""
     real, mesh = marked(lengths, 6, seed=2), stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
@@ -174,16 +180,16 @@ def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(lengths, 
 
     @jax.jit
     def run(real, x):
-        compute = tiny_models.compute(part_rows=part_rows, part_halvings=halvings)
-        layout = lay_out(real, width=9, compute=compute, mesh=mesh)
-        totals, doubled = scan_rows(step, (jnp.int32(0),) * 3, (layout.spread(x), layout.texts), layout)
+        compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
+        layout = plan_packing(real, width=9, compute=compute, mesh=mesh)
+        totals, doubled = scan_packed_rows(step, (jnp.int32(0),) * 3, (layout.spread(x), layout.texts), layout)
         return totals, layout.collect(doubled), layout.padding()
 
     (cells, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
     assert (tokens, total) == (real.sum(), x[real].sum())
     np.testing.assert_array_equal(doubled, np.where(real, 2 * x, 0))
     assert float(padding) == pytest.approx(1 - real.sum() / max(int(cells), 1), abs=1e-6)
-    if part_rows == 4:
+    if microbatch_rows == 4:
         assert cells % (9 * ways) in ((0, 4 * ways, 2 * ways) if halvings > 2 else (0,))
 
 
@@ -191,9 +197,9 @@ def test_under_vmap_the_runs_end_together():
     real = np.array([marked([6, 6, 6], 6), marked([1, 1, 0], 6)])
 
     def run(real):
-        layout = lay_out(real, width=6, compute=tiny_models.compute(part_rows=2, part_halvings=2), mesh=MESH)
+        layout = plan_packing(real, width=6, compute=tiny_models.compute(microbatch_rows=2, tail_splits=2), mesh=MESH)
         step = lambda count, part: (count + part.size, 2 * part)  # noqa: E731
-        cells, doubled = scan_rows(step, jnp.int32(0), layout.texts, layout)
+        cells, doubled = scan_packed_rows(step, jnp.int32(0), layout.texts, layout)
         return cells, layout.collect(doubled)
 
     cells, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))

@@ -97,8 +97,8 @@ def rows(*documents_of_rows: list[tuple[int, list[int]]], fill: int | None = Non
     [
         *FAMILIES.values(),
         *OTHERS.values(),
-        gpt_config(kv_heads=1, tied_head=False, norm="rmsnorm", biases=False),
-        llama_config(layers=3, kv_heads=4, biases=True, norm="layernorm", tied_head=True),
+        gpt_config(num_kv_heads=1, tied_head=False, norm="rmsnorm", biases=False),
+        llama_config(num_layers=3, num_kv_heads=4, biases=True, norm="layernorm", tied_head=True),
     ],
     ids=[*FAMILIES, *OTHERS, "gpt-mixed", "llama-mixed"],
 )
@@ -130,13 +130,13 @@ def test_the_papers_shapes(size):
     config = construct(ModelConfig, sizes.model(size).to_dict())
     model = Transformer(config, construct(ComputeConfig, sizes.compute(size).to_dict()), "tokens")
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    layers, width, heads, head_width = sizes.GPT3[size]
-    inner = heads * head_width
+    layers, width, heads, head_dim = sizes.GPT3[size]
+    inner = heads * head_dim
     assert parameter_count(shapes) == PARAMETERS[size]
     assert PARAMETERS[size] == (50257 + 2048) * width + 2 * width + layers * (
         4 * width * inner + 3 * inner + 8 * width * width + 10 * width
     )
-    assert shapes["blocks"]["attention"]["query"]["kernel"].shape == (layers, width, heads, head_width)
+    assert shapes["blocks"]["attention"]["query"]["kernel"].shape == (layers, width, heads, head_dim)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
@@ -144,7 +144,7 @@ def test_an_output_depends_on_the_earlier_tokens_of_its_segment_alone(network):
     model = Transformer(network.config, compute(), "tokens")
     tokens, segments, positions = rows([(1, [3, 1, 4, 5]), (5, [9, 2, 6, 8])])
     tokens = tokens.at[0].set(jnp.arange(COLUMNS))  # distinct ids: the gradient of one id is that of one column
-    directions = jax.random.normal(jax.random.key(0), (network.config.width,))
+    directions = jax.random.normal(jax.random.key(0), (network.config.embed_dim,))
 
     @jax.jit
     @jax.jacrev
@@ -229,7 +229,7 @@ def test_recomputation_changes_no_gradient():
 
 
 def test_more_layers_than_a_step_of_the_scan_has():
-    config = dataclasses.replace(FAMILIES["gpt"], layers=UNROLLED + 1)
+    config = dataclasses.replace(FAMILIES["gpt"], num_layers=UNROLLED + 1)
     params = random_params(Transformer(config, compute(), "tokens"))
     several, one = (
         jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params) for remat in ("none", "full")
@@ -313,7 +313,7 @@ def test_dropout_keeps_the_mean_and_rate_zero_keeps_all():
 
 def test_dropout_differs_by_layer_branch_and_key():
     """With kernels of zero a branch adds its bias: 1 and 2 in layer 0, 4 and 8 in layer 1; the sum tells the masks."""
-    config = gpt_config(width=64)
+    config = gpt_config(embed_dim=64)
     blocks = jax.tree.map(jnp.zeros_like, random_params(Transformer(config, compute(), "tokens"))["blocks"])
     blocks["attention"]["out"]["bias"] = jnp.broadcast_to(jnp.array([[1.0], [4.0]]), (2, 64))
     blocks["mlp"]["down"]["bias"] = jnp.broadcast_to(jnp.array([[2.0], [8.0]]), (2, 64))
@@ -338,11 +338,11 @@ def test_dropout_differs_by_layer_branch_and_key():
 
 def test_initial_spread():
     """Standard deviations of fresh parameters; the estimates' own spread is 1 / √(2n): 2% or less."""
-    config = gpt_config(width=1023, layers=8, mlp_width=32, init_std=0.02)
+    config = gpt_config(embed_dim=1023, num_layers=8, mlp_dim=32, init_std=0.02)
     model = Transformer(config, compute(), "scalar")
     params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(jax.random.key(3))
     np.testing.assert_allclose(params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09)  # 1 / √(1023 + 1)
-    narrow = Transformer(gpt_config(width=3), compute(), "scalar")  # 1 / √(3 + 1), not 1 / √3
+    narrow = Transformer(gpt_config(embed_dim=3), compute(), "scalar")  # 1 / √(3 + 1), not 1 / √3
     fresh = jax.jit(jax.vmap(lambda key: init_params(narrow, key)["scalar_head"]["kernel"]), compiler_options=QUICK)
     np.testing.assert_allclose(fresh(jax.random.split(jax.random.key(4), 2000)).std(), 1 / 2, rtol=0.05)
     np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.03)
@@ -365,7 +365,7 @@ def test_heads():
         tokens = random_params(Transformer(config, compute(), "tokens"))
         assert ("head" in tokens) is not tied
         assert head_kernel(config, tokens) is (tokens["embedding"] if tied else tokens["head"]["kernel"])
-        assert head_kernel(config, tokens).shape == (config.vocab_size, config.width)
+        assert head_kernel(config, tokens).shape == (config.vocab_size, config.embed_dim)
         scalar = random_params(Transformer(config, compute(), "scalar"))
         assert {name: leaf.shape for name, leaf in scalar["scalar_head"].items()} == {"kernel": (16,), "bias": ()}
         trunk = [{k: v for k, v in params.items() if k not in ("head", "scalar_head")} for params in (tokens, scalar)]
@@ -373,15 +373,15 @@ def test_heads():
 
 
 def test_refused_architectures():
-    with pytest.raises(ValueError, match=r"^model.heads = 4 must be a multiple of model.kv_heads = 3$"):
-        gpt_config(kv_heads=3)
-    with pytest.raises(ValueError, match=r"^model.head_width = 5 must be even for rotary positions$"):
-        llama_config(head_width=5)
-    assert gpt_config(head_width=5).head_width == 5  # learned positions allow it
+    with pytest.raises(ValueError, match=r"^model.num_heads = 4 must be a multiple of model.num_kv_heads = 3$"):
+        gpt_config(num_kv_heads=3)
+    with pytest.raises(ValueError, match=r"^model.head_dim = 5 must be even for rotary positions$"):
+        llama_config(head_dim=5)
+    assert gpt_config(head_dim=5).head_dim == 5  # learned positions allow it
     for wrong, message in (
         (
-            {"head_width": 6, "rotary_fraction": 0.5},
-            r"^model.head_width = 6 × model.rotary_fraction = 0.5 must be even",
+            {"head_dim": 6, "rotary_fraction": 0.5},
+            r"^model.head_dim = 6 × model.rotary_fraction = 0.5 must be even",
         ),
         ({"rotary_fraction": 0.0}, r"^model.rotary_fraction = 0.0 must be above 0 and at most 1$"),
         ({"biases": True, "qkv_biases": True}, r"^model.qkv_biases = True is for model.biases = False"),

@@ -122,5 +122,5 @@ def test_four_processes_write_the_world_that_one_does(tmp_path):
 
 
 def test_one_process_agrees_with_itself():
-    assert distributed.everywhere(True) and not distributed.everywhere(False)
-    assert distributed.anywhere(True) and not distributed.anywhere(False)
+    assert distributed.all_hosts(True) and not distributed.all_hosts(False)
+    assert distributed.any_host(True) and not distributed.any_host(False)

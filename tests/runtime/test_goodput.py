@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from instructax.runtime import goodput
-from instructax.runtime.goodput import Ledger, described, lost_seconds, read_lines, totals
+from instructax.runtime.goodput import GoodputLog, described, lost_seconds, read_lines, totals
 
 
 class Clock:
@@ -28,7 +28,7 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    fake, first = Clock(), mock.patch.object(Ledger, "_before_ended", 0.0)
+    fake, first = Clock(), mock.patch.object(GoodputLog, "_before_ended", 0.0)
     with first, mock.patch.object(goodput, "time", fake), mock.patch.object(goodput, "_process_start", lambda: 90.0):
         yield fake
 
@@ -41,7 +41,7 @@ def work(ledger, clock, *beats):
 
 
 def test_every_second_counts_once(tmp_path, clock):
-    ledger = Ledger(tmp_path / "goodput.jsonl", writes=True)
+    ledger = GoodputLog(tmp_path / "goodput.jsonl", writes=True)
     clock.now += 2
     work(ledger, clock, ("restore", 3), ("start", 1))
     ledger.begin(0)
@@ -62,7 +62,7 @@ def test_every_second_counts_once(tmp_path, clock):
 def test_what_is_done_again_is_lost_once(tmp_path, clock):
     path = tmp_path / "goodput.jsonl"
     for begun, ended in ((0, 6), (4, 5), (4, 8)):
-        ledger = Ledger(path, writes=True)
+        ledger = GoodputLog(path, writes=True)
         ledger.begin(begun)
         ledger.beat("steps")
         for step in range(begun + 1, ended + 1):
@@ -79,7 +79,7 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
 
 def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clock):
     for name, seconds in (("first", 30), ("second", 2)):
-        ledger = Ledger(tmp_path / name, writes=True)
+        ledger = GoodputLog(tmp_path / name, writes=True)
         clock.now += seconds
         ledger.beat("restore")
         ledger.begin(0)
@@ -92,7 +92,7 @@ def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clo
 def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
     path = tmp_path / "goodput.jsonl"
     path.write_text('{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec')
-    ledger = Ledger(path, writes=True)
+    ledger = GoodputLog(path, writes=True)
     ledger.begin(2)
     ledger.close()
     lines = path.read_text().splitlines()
@@ -120,7 +120,7 @@ def test_nothing_is_lost_of_saves_and_compiling():
 
 
 def test_other_processes_write_nothing(tmp_path):
-    ledger = Ledger(tmp_path / "goodput.jsonl", writes=False)
+    ledger = GoodputLog(tmp_path / "goodput.jsonl", writes=False)
     ledger.beat("restore")
     ledger.begin(0)
     ledger.close()

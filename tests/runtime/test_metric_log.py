@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from instructax.runtime import metric_log
-from instructax.runtime.metric_log import RunLog
+from instructax.runtime.metric_log import MetricLog
 
 
 def open_log(workdir, **changes):
     settings = {"total_steps": 10, "log_every": 4, "start_step": 0, "tensorboard": False, "console": False}
-    return RunLog(workdir, **{**settings, **changes})
+    return MetricLog(workdir, **{**settings, **changes})
 
 
 def read(path):

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from instructax.runtime.preemption import Asked, Interruption, pause
+from instructax.runtime.preemption import GracefulShutdown, StopRequested, check_stop_requested
 
 
 def test_sigterm_asks_as_well():
-    with Interruption() as interruption:
+    with GracefulShutdown() as interruption:
         assert not interruption.asked
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.asked
@@ -37,25 +37,25 @@ def test_a_real_ctrl_c_in_a_process_of_its_own():
 
 
 def test_a_pause_asks_only_within_an_interruption():
-    pause()
-    with Interruption() as outer:
-        pause()
-        with Interruption() as inner:
+    check_stop_requested()
+    with GracefulShutdown() as outer:
+        check_stop_requested()
+        with GracefulShutdown() as inner:
             inner.asked = True
-            with pytest.raises(Asked):
-                pause()
-        pause()
+            with pytest.raises(StopRequested):
+                check_stop_requested()
+        check_stop_requested()
         outer.asked = True
-        with pytest.raises(Asked):
-            pause()
-    pause()
+        with pytest.raises(StopRequested):
+            check_stop_requested()
+    check_stop_requested()
 
 
 def test_handlers_and_pipe_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(3):
-        with Interruption():
+        with GracefulShutdown():
             assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from instructax.runtime.redaction import HIDDEN, is_secret, printable, redacted, redacted_text
+from instructax.runtime.redaction import HIDDEN, is_secret, printable, redact, redact_text
 
 SECRET = [
     "token",
@@ -19,7 +19,7 @@ SECRET = [
 SECRET += ["wandb_key", "openai_key", "ssh_key", "auth", "pwd"]
 SECRET += ["client_secret", "Authorization", "config.data.api_key", "aws_secret_access_key", "credentials"]
 OPEN = ["num_tokens", "tokens", "tokenizer", "pad_token_id", "pad_token", "eos_token", "bos_token", "prompt_tokens", ""]
-OPEN += ["tokens_per_second_per_device", "first_token", "token_count", "key", "rng_key", "kv_heads", "keep", "author"]
+OPEN += ["tokens_per_second_per_device", "first_token", "token_count", "key", "rng_key", "num_kv_heads", "keep", "author"]
 
 
 @pytest.mark.parametrize("name", SECRET)
@@ -41,7 +41,7 @@ def test_a_config_without_its_secrets():
         "flag": True,
         "api_key": {"value": "hunter2"},
     }
-    assert redacted(config) == {
+    assert redact(config) == {
         "steps": 3,
         "hub": {"hf_token": HIDDEN, "pad_token_id": 0, "password": None, "api_key": "", "secret": HIDDEN},
         "tokenizer": f"https://{HIDDEN}@host/t@1.json",
@@ -71,7 +71,7 @@ def test_a_config_without_its_secrets():
     ],
 )
 def test_a_message_without_its_secrets(text, shown):
-    assert redacted_text(text) == shown
+    assert redact_text(text) == shown
 
 
 def test_control_characters_are_spelled_out():

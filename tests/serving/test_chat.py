@@ -21,12 +21,12 @@ COMPUTE = ComputeConfig(
     attention="jax",
     remat="none",
     head_chunk=8,
-    part_rows=1,
-    part_halvings=0,
+    microbatch_rows=1,
+    tail_splits=0,
     slots=1,
-    slot_halvings=0,
+    compaction_steps=0,
 )
-ASKING = chat.Asking(length=8, temperature=1.0, seed=0, samples=1, stops=())
+ASKING = chat.SamplingParams(length=8, temperature=1.0, seed=0, samples=1, stops=())
 
 
 def test_a_policy_answers(chain, capsys):

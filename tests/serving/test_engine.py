@@ -13,7 +13,7 @@ from tests.support.tiny_models import compute, gemma_config, gpt_config, llama_c
 from instructax import rng as clock
 from instructax.config import ConfigError
 from instructax.data.batches import left_padded
-from instructax.generation import advance, generate, start
+from instructax.generation import advance_sampling, generate, start_sampling
 from instructax.models import Transformer
 from instructax.serving import engine
 from instructax.serving.engine import Draw, Engine
@@ -89,8 +89,8 @@ def test_a_sampling_in_pieces_is_that_of_one_program(policy):
     keys = jax.random.split(jax.random.key(3), 8)
     whole = jax.jit(lambda: generate(model, params, prompts, keys, length=8, temperature=0.9, eos_id=EOS))()
     rules = {"limits": jnp.full((8,), 8), "temperature": jnp.full((8,), 0.9), "eos_id": EOS}
-    sampling = jax.jit(lambda: start(model, params, prompts, keys, length=8, **rules))()
-    go_on = jax.jit(lambda sampling, steps: advance(model, params, sampling, steps=steps, eos_id=EOS))
+    sampling = jax.jit(lambda: start_sampling(model, params, prompts, keys, length=8, **rules))()
+    go_on = jax.jit(lambda sampling, steps: advance_sampling(model, params, sampling, steps=steps, eos_id=EOS))
     for steps in (0, 1, 3, 2, 100):
         sampling = go_on(sampling, jnp.int32(steps))
     assert whole.mask.sum() < whole.mask.size  # some ended early

@@ -201,7 +201,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ({"best_of": 0}, "config: best_of = 0 must be at least 1"),
         ({"prompts": 0}, "config: prompts = 0 must be at least 1"),
         ({"data.prompts": ()}, "config: data.prompts, reward_parent and the workdir of every policy must be given"),
-        ({"reward_model.width": 64}, "model of config.reward_parent = .* width: 32 .stored. != 64 .given."),
+        ({"reward_model.embed_dim": 64}, "model of config.reward_parent = .* embed_dim: 32 .stored. != 64 .given."),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):

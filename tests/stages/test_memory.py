@@ -31,7 +31,7 @@ def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
         lora=LoraConfig(rank=0, alpha=1.0),
         mesh=mesh,
         model=tiny_models.gpt_config(),
-        reward_model=tiny_models.llama_config(layers=1),
+        reward_model=tiny_models.llama_config(num_layers=1),
         compute=tiny_models.compute(decoding="bfloat16"),
         optimizer=tiny_models.optimizer_config(clip_norm=1.0),
         value_optimizer=tiny_models.optimizer_config(),

@@ -15,7 +15,7 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.checkpoints.manifest import read_manifest
-from instructax.checkpoints.parents import open_run
+from instructax.checkpoints.parents import open_parent
 from instructax.config import ConfigError, construct
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import stage_of
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def folder_of(chain: Path, path: Path, vocab_size: int = 515) -> tuple[Path, ModelConfig, Params]:
     """A Llama folder with the chain's tokenizer, whose 512 ids are fewer than its rows."""
-    config = tiny_models.llama_config(vocab_size=vocab_size, max_length=96, tied_head=True, head_width=4)
+    config = tiny_models.llama_config(vocab_size=vocab_size, max_length=96, tied_head=True, head_dim=4)
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     family, raw = write_config(config)
     path.mkdir()
@@ -56,7 +56,7 @@ def imported(chain, tmp_path, monkeypatch):
 
 def test_an_import_is_a_run_that_answers(imported):
     config, params = imported
-    run = open_run("runs/llama/pretrain", "--workdir")
+    run = open_parent("runs/llama/pretrain", "--workdir")
     assert run.manifest["stage"] == "pretrained" and set(run.manifest["data"]) == {"config.json", "model.safetensors"}
     model, found, tokenizer = chat.open_policy("runs/llama/pretrain", tiny_models.compute())
     assert model.config == config and tokenizer.size == 515 and tokenizer.free_ids() == [512, 513, 514]
@@ -127,7 +127,7 @@ def test_an_export_keeps_the_chat_template(imported):
 
 def test_the_bias_moves_into_a_layer_norm():
     """Scores stay: 3 = 2 · 1.5 of weights (1, −1) and bias 0.6 in a final norm with bias 0."""
-    config = tiny_models.gpt_config(width=2)
+    config = tiny_models.gpt_config(embed_dim=2)
     params = {
         "scalar_head": {"kernel": jnp.array([1.0, -1.0]), "bias": jnp.float32(0.6)},
         "final_norm": {"bias": jnp.array([0.25, 0.5]), "scale": jnp.ones(2)},
@@ -135,7 +135,7 @@ def test_the_bias_moves_into_a_layer_norm():
     found = interchange.folded(params, config)
     np.testing.assert_allclose(found["final_norm"]["bias"], [0.55, 0.2], rtol=1e-6)
     assert float(found["scalar_head"]["bias"]) == 0
-    assert interchange.folded(params, tiny_models.llama_config(width=2)) is params
+    assert interchange.folded(params, tiny_models.llama_config(embed_dim=2)) is params
 
 
 def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):

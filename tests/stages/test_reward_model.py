@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-FEW_ROWS = Transformer(tiny_models.gpt_config(), tiny_models.compute(part_rows=2), "scalar")  # at a time
-HALVED = Transformer(tiny_models.gpt_config(), tiny_models.compute(part_rows=2, part_halvings=3), "scalar")
+FEW_ROWS = Transformer(tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar")  # at a time
+HALVED = Transformer(tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2, tail_splits=3), "scalar")
 ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)  # of each prompt; the first prompt's are all tied, the second has no pair
 
 
@@ -213,7 +213,7 @@ def prepared_comparisons(chain):
 
 
 def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
-    wide = {"model.width": 256, "model.layers": 1}
+    wide = {"model.embed_dim": 256, "model.num_layers": 1}
     state = stages.started(stages.config_of(chain, "reward", {}), tmp_path / "run")
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
@@ -291,8 +291,8 @@ def test_held_out_figures_are_those_of_the_plain_computation(chain):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"compute.part_rows": 0}, "part_rows = 0 must be at least 1"),
-        ({"model.width": 64}, "model of config.parent = .* is another: .*width: 32 .stored. != 64 .given."),
+        ({"compute.microbatch_rows": 0}, "microbatch_rows = 0 must be at least 1"),
+        ({"model.embed_dim": 64}, "model of config.parent = .* is another: .*embed_dim: 32 .stored. != 64 .given."),
         ({"steps": 2}, "steps = 2 and config.epochs = 1.0: set one"),
     ],
 )

@@ -48,23 +48,23 @@ def rotate(x: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
 
 
 def attention(x: list[np.ndarray], parameters: dict[str, Any], config: ModelConfig, layer: int) -> list[np.ndarray]:
-    """Each position attends to itself and those before it; `heads / kv_heads` neighbouring heads share a key."""
+    """Each position attends to itself and those before it; `heads / num_kv_heads` neighbouring heads share a key."""
     queries, keys, values = ([linear(row, parameters[name]) for row in x] for name in ("query", "key", "value"))
     if config.qk_norms:
         queries = [np.array([norm(head, parameters["query_norm"], config) for head in row]) for row in queries]
         keys = [np.array([norm(head, parameters["key_norm"], config) for head in row]) for row in keys]
     outputs = []
     for t in range(len(x)):
-        mixed = np.zeros((config.heads, config.head_width))
-        for head in range(config.heads):
-            shared = head // (config.heads // config.kv_heads)
+        mixed = np.zeros((config.num_heads, config.head_dim))
+        for head in range(config.num_heads):
+            shared = head // (config.num_heads // config.num_kv_heads)
             query = queries[t][head]
             first = max(0, t + 1 - config.window) if layer in config.windowed else 0
             seen = [keys[s][shared] for s in range(first, t + 1)]
             if config.positions == "rotary":
                 query = rotate(query, t, config)
                 seen = [rotate(key, s, config) for s, key in enumerate(seen, start=first)]
-            scores = np.array([query @ key for key in seen]) / math.sqrt(config.score_width or config.head_width)
+            scores = np.array([query @ key for key in seen]) / math.sqrt(config.score_width or config.head_dim)
             weights = np.exp(capped(scores, config.attention_cap))
             for s, weight in enumerate(weights / weights.sum(), start=first):
                 mixed[head] += weight * values[s][shared]
@@ -106,10 +106,10 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
     top = float64({name: child for name, child in params.items() if name != "blocks"})
     x = [top["embedding"][token] for token in tokens]
     if config.scaled_embedding:
-        x = [math.sqrt(config.width) * row for row in x]
+        x = [math.sqrt(config.embed_dim) * row for row in x]
     if config.positions == "learned":
         x = [row + top["positions"][t] for t, row in enumerate(x)]
-    for layer in range(config.layers):
+    for layer in range(config.num_layers):
         block = float64(params["blocks"], layer)
         normed = [norm(row, block["attention_norm"], config) for row in x]
         attended = attention(normed, block["attention"], config, layer)

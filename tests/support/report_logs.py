@@ -35,16 +35,16 @@ PUBLIC = ("book", "background", "two_steps", "translation", "sentiment", "entail
 SHARE = {"GPT": 0.6, "SFT": 0.52, "PPO": 0.45, "PPO-ptx": 0.59, "FLAN/T0": 0.66}  # of public tasks done rightly
 MODEL = {
     "activation": "gelu",
-    "heads": 2,
-    "kv_heads": 2,
-    "head_width": 8,
-    "layers": 2,
-    "mlp_width": 64,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "num_layers": 2,
+    "mlp_dim": 64,
     "max_length": 64,
     "positions": "rotary",
     "tied_head": True,
     "vocab_size": 128,
-    "width": 16,
+    "embed_dim": 16,
 }
 
 
@@ -122,7 +122,7 @@ def write_evaluation(
     names = ("scores", "kl", "response_length", "ended_share", "text_loss", "proxy_win_rate")
     policies = {policy: {name: estimate(quality) for name in names} for policy, quality in qualities.items()}
     write_json(folder / run / "summary.json", {"policies": policies, "reward_model": sets})
-    write_json(folder / run / "config.json", {"model": MODEL | {"width": width}, "best_of": 16})
+    write_json(folder / run / "config.json", {"model": MODEL | {"embed_dim": width}, "best_of": 16})
 
 
 def write_reward(root: Path, accuracies: dict[str, float]) -> None:

@@ -1,6 +1,6 @@
 """Tasks of the embedded world for its tests: a few whose answers are judged by hand, and as many as one likes."""
 
-from instructax.simulation.lexicon import CATEGORIES, choose, generator
+from instructax.simulation.lexicon import CATEGORIES, choose_weighted, generator
 from instructax.simulation.tasks import Task, each, facts_task, one_of, words_task
 from instructax.simulation.use_cases import USES
 from instructax.simulation.world import PERSON, draw_world
@@ -16,7 +16,7 @@ SHARES = {use: share for use, (_, share) in USES.items()}
 def drawn(count: int, seed: int = 0) -> list[Task]:
     """Tasks in the shares of the use cases."""
     rng = generator(seed, "test")
-    return [USES[choose(rng, SHARES)][0](WORLD, rng) for _ in range(count)]
+    return [USES[choose_weighted(rng, SHARES)][0](WORLD, rng) for _ in range(count)]
 
 
 ANIMALS = one_of(CATEGORIES["animal"])

@@ -29,7 +29,7 @@ from instructax.models import ModelConfig, Transformer, head_kernel
 from instructax.runtime.metric_log import write_json
 from instructax.sharding import MeshConfig
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.experience import RewardSettings
+from instructax.stages.ppo.experience import AdvantageSettings
 from instructax.training import loop as training
 from instructax.training import run as stage
 from instructax.training.optimizer import make_optimizer
@@ -52,7 +52,7 @@ def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any
 
 def construct_settled(cls: type, values: dict[str, Any]) -> Any:
     """The config as its stage goes on with it: with the attention kernel that it takes here."""
-    return stage.choose_attention(construct(cls, values))[0]
+    return stage.select_attention_kernel(construct(cls, values))[0]
 
 
 class Watch:
@@ -199,7 +199,7 @@ def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
     }
     arrays = {name: jnp.float32(value) for name, value in {**values, **changes}.items()}
     rewards = {name: arrays.pop(name) for name in ("kl_coef", "discount", "lambda_", "no_eos_penalty")}
-    return algorithm.PpoSettings(seed=jnp.int32(seed), rewards=RewardSettings(**rewards), **arrays)
+    return algorithm.PpoSettings(seed=jnp.int32(seed), rewards=AdvantageSettings(**rewards), **arrays)
 
 
 def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:

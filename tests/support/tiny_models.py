@@ -1,6 +1,6 @@
 """Tiny networks and inputs for the tests: the model families, two layers, all dimensions different.
 
-Every number of a config can be changed by name, as in `gpt_config(layers=3)`. The sizes differ from one another, so
+Every number of a config can be changed by name, as in `gpt_config(num_layers=3)`. The sizes differ from one another, so
 that an exchange of two axes is an error of shape; the parameters of `random_params` are large and nowhere zero or one,
 so that a forgotten bias or scale shows in the outputs.
 """
@@ -24,12 +24,12 @@ def gpt_config(**changes: Any) -> ModelConfig:
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "max_length": 40,
-        "layers": 2,
-        "width": 16,
-        "heads": 4,
-        "kv_heads": 4,
-        "head_width": 6,
-        "mlp_width": 28,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 6,
+        "mlp_dim": 28,
         "norm": "layernorm",
         "norm_epsilon": 1e-5,
         "positions": "learned",
@@ -57,7 +57,7 @@ def gpt_config(**changes: Any) -> ModelConfig:
 def llama_config(**changes: Any) -> ModelConfig:
     """The Llama family: RMS norms, rotary positions, grouped queries, SwiGLU, no biases, untied head."""
     family: dict[str, Any] = {
-        "kv_heads": 2,
+        "num_kv_heads": 2,
         "norm": "rmsnorm",
         "positions": "rotary",
         "rotary_base": 100.0,
@@ -71,7 +71,7 @@ def llama_config(**changes: Any) -> ModelConfig:
 def neox_config(**changes: Any) -> ModelConfig:
     """GPT-NeoX: a parallel residual, partly rotary positions, exact GELU, an untied head."""
     family: dict[str, Any] = {
-        "head_width": 8,
+        "head_dim": 8,
         "positions": "rotary",
         "rotary_fraction": 0.5,
         "activation": "gelu_exact",
@@ -112,10 +112,10 @@ def compute(**changes: Any) -> ComputeConfig:
         "attention": "jax",
         "remat": "none",
         "head_chunk": 4,
-        "part_rows": 8,
-        "part_halvings": 0,
+        "microbatch_rows": 8,
+        "tail_splits": 0,
         "slots": 3,
-        "slot_halvings": 0,
+        "compaction_steps": 0,
     }
     return ComputeConfig(**{**values, **changes})
 

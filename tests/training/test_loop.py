@@ -16,8 +16,8 @@ from tests.support import tiny_models
 from instructax import sharding
 from instructax.masking import masked_mean
 from instructax.models import Transformer
-from instructax.runtime.nonfinite import Diverged, SkippedUpdates
-from instructax.runtime.preemption import pause
+from instructax.runtime.nonfinite import Diverged, NonFiniteGuard
+from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.training import loop as training
 from instructax.training.optimizer import apply_gradients, make_optimizer
@@ -39,7 +39,7 @@ class Toy:
         if call[:2] == self.signal_in:
             os.kill(os.getpid(), signal.SIGINT)
         if call[0] == self.pauses_in:
-            pause()
+            check_stop_requested()
 
     def batches(self, step: int) -> str:
         self.note("read", step)
@@ -97,7 +97,7 @@ class Toy:
             log=self,
             evaluate=self.evaluate,
             evaluate_every=evaluate_every,
-            **{"skips": SkippedUpdates(0, Path("never")), **keywords},
+            **{"skips": NonFiniteGuard(0, Path("never")), **keywords},
         )
 
     def named(self, *names: str) -> list[tuple[Any, ...]]:
@@ -273,7 +273,7 @@ def test_a_failing_update_restores_the_handlers():
             log=toy,
             evaluate=toy.evaluate,
             evaluate_every=0,
-            skips=SkippedUpdates(0, Path("never")),
+            skips=NonFiniteGuard(0, Path("never")),
         )
 
 
@@ -292,7 +292,7 @@ def test_shares():
 
 def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
-    parts = jax.jit(lambda tree: training.split_rows(tree, 2, mesh))(sharding.put_rows(rows, mesh))
+    parts = jax.jit(lambda tree: training.split_microbatches(tree, 2, mesh))(sharding.put_rows(rows, mesh))
     np.testing.assert_array_equal(parts["x"], np.arange(24).reshape(2, 4, 3))
     np.testing.assert_array_equal(parts["y"], np.arange(8).reshape(2, 4))
     assert {shard.data.shape for shard in parts["x"].addressable_shards} == {(2, 1, 3)}
@@ -316,7 +316,7 @@ def test_accumulated_is_the_whole_batch(mesh, parts):
 
     @jax.jit
     def step(rows):
-        split = training.split_rows(rows, parts, mesh)
+        split = training.split_microbatches(rows, parts, mesh)
         weights = training.shares(jnp.sum(split[2], axis=(1, 2), dtype=jnp.float32))
         gradients, losses = training.accumulate(gradients_of, split, weights)
         return gradients, losses, weights
@@ -393,7 +393,7 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(tmp_path, b
     """Two may be; it is seen one update later, but at once where a step is saved."""
     toy = Failing(save_every=3)
     toy.bad = bad
-    skips = SkippedUpdates(2, tmp_path / "skipped")
+    skips = NonFiniteGuard(2, tmp_path / "skipped")
     if ends_after is None:
         toy.fit(State(0), total_steps=6, skips=skips)
     else:
@@ -410,7 +410,7 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(tmp_path, b
 @pytest.mark.parametrize("most", [0, 1])
 def test_the_batch_of_a_skipped_update_is_kept(mesh, tmp_path, most):
     batch = sharding.put_rows({"tokens": np.arange(16).reshape(8, 2), "more": {"mask": np.arange(8) > 3}}, mesh)
-    skips = SkippedUpdates(most, tmp_path)
+    skips = NonFiniteGuard(most, tmp_path)
     skips.note(7, batch, {"skipped": jnp.float32(0.25)})  # one of PPO's four minibatches
     with contextlib.nullcontext() if most else pytest.raises(Diverged):
         skips.check()

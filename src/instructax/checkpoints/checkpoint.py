@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from instructax.checkpoints.checksums import FORMAT, damages, digests, read_record, record_path, verified
-from instructax.runtime.distributed import everywhere
+from instructax.checkpoints.checksums import FORMAT, digests, find_damage, read_record, record_path, verified
+from instructax.runtime.distributed import all_hosts
 from instructax.runtime.metric_log import write_json
 from instructax.runtime.nonfinite import Diverged
 from instructax.types import Params
@@ -122,7 +122,7 @@ class Checkpoints:
         self.wait()
         if step == self._saved:
             return
-        if not finite(state):
+        if not all_finite(state):
             raise Diverged(f"the state of step {step} is not finite, nothing of it is saved: lower the learning rate")
         note = {"unevaluated": None if evaluated else jax.device_get(dict(metrics))}
         note |= self._rating(step, metrics) if evaluated else {"best_metric": self._best_metric, "metric": None}
@@ -251,7 +251,7 @@ def _delete(path: Path) -> None:
 
 
 @jax.jit
-def finite(state: Any) -> jax.Array:
+def all_finite(state: Any) -> jax.Array:
     """Whether every number of the state is finite: b[]."""
     floating = (leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact))
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
@@ -306,7 +306,7 @@ def _unreadable(path: Path, items: Iterable[str]) -> str:
         missing = [item for item in items if stored[item] is None]  # Orbax has logged why
     except (OSError, ValueError, KeyError) as error:
         missing, stored = [f"({error})"], {}
-    if everywhere(not missing):
+    if all_hosts(not missing):
         return ""
     return f"{path / missing[0]} cannot be read" if missing else f"{path}, as another process reports"
 
@@ -346,7 +346,7 @@ def _damage(path: Path) -> str:
     """What differs from the hashes of a step, "" if nothing; empty or not, the same on every process."""
     damage = ""
     if jax.process_index() == 0:
-        if not verified(path) and not damages(path):
+        if not verified(path) and not find_damage(path):
             logger.warning("%s has no hashes (the run was killed before it wrote them): loading it unchecked", path)
-        damage = next(iter(damages(path)), "")
-    return "" if everywhere(not damage) else damage or f"{path}, as process 0 reports"
+        damage = next(iter(find_damage(path)), "")
+    return "" if all_hosts(not damage) else damage or f"{path}, as process 0 reports"

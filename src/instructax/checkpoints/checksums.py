@@ -21,7 +21,7 @@ FIELDS: dict[str, Any] = {
 }  # and the types that each may have
 
 
-class FromTheFuture(ValueError):
+class NewerFormatError(ValueError):
     """A step that a newer version of this program has written."""
 
 
@@ -48,7 +48,7 @@ def read_record(step: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
         return {**neutral, "files": {}, "unreadable": str(error)}
     if form > FORMAT:
-        raise FromTheFuture(f"{step} has format {form}, and this version reads {FORMAT}: update instructax")
+        raise NewerFormatError(f"{step} has format {form}, and this version reads {FORMAT}: update instructax")
     return record
 
 
@@ -72,7 +72,7 @@ def verified(step: Path) -> bool:
     return record is not None and bool(record["files"])
 
 
-def damages(step: Path) -> list[str]:
+def find_damage(step: Path) -> list[str]:
     """One line for each file that is missing, of another size or differs from its sha256, by name; [] if there is no
     record to compare with. Raises FromTheFuture."""
     record = read_record(step)
@@ -93,7 +93,7 @@ def _damage(file: Path, name: str, record: dict[str, Any], found: dict[str, dict
     return "" if found["files"][name] == record["files"][name] else f"{file} differs from its sha256"
 
 
-def strangers(step: Path) -> list[str]:
+def unlisted_files(step: Path) -> list[str]:
     """One line for each file of a step that its record does not know: nothing reads it, but somebody put it there."""
     record = read_record(step)
     known = record["files"] if record is not None else None

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from instructax.checkpoints.checkpoint import best_step, committed_steps, stored_arrays
-from instructax.checkpoints.checksums import FromTheFuture, damages, read_record, strangers
+from instructax.checkpoints.checksums import NewerFormatError, find_damage, read_record, unlisted_files
 from instructax.config import ConfigError, require
 from instructax.runtime.goodput import described, totals
 
@@ -16,7 +16,7 @@ LEAVES = ("exported", "trained", "all")
 SUFFIXES = (".npz", ".safetensors")
 
 
-def listing(workdir: Path) -> list[str]:
+def list_checkpoints(workdir: Path) -> list[str]:
     """A line for each folder of `checkpoints/`: step, size, files, time of saving, evaluated or not, hashed or not, and
     whether it is the newest or the best; last the goodput, if there is a ledger."""
     root = Path(workdir) / "checkpoints"
@@ -24,7 +24,7 @@ def listing(workdir: Path) -> list[str]:
     steps = committed_steps(workdir)
     try:
         best = best_step(workdir)
-    except FromTheFuture:  # said in the line of that step
+    except NewerFormatError:  # said in the line of that step
         best = None
     lines = [f"{'step':>10}  {'MiB':>9}  {'files':>5}  {'saved (UTC)':<19}  state"]
     folders = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: (_number(path), path.name))
@@ -47,7 +47,7 @@ def _number(path: Path) -> int:
 def _state(path: Path) -> list[str]:
     try:
         record = read_record(path)
-    except FromTheFuture as error:
+    except NewerFormatError as error:
         return [str(error)]
     if record is None or record["files"] is None:
         return ["not hashed"]
@@ -56,7 +56,7 @@ def _state(path: Path) -> list[str]:
     return ["hashes unreadable" if "unreadable" in record else "hashed", evaluated, *metric]
 
 
-def findings(workdir: Path, step: int | None) -> tuple[list[str], list[str]]:
+def verify_checkpoints(workdir: Path, step: int | None) -> tuple[list[str], list[str]]:
     """(what was checked, what is wrong): the files of every step, or of one, against their sizes and hashes, by name.
 
     Raises ConfigError if there is nothing to check.
@@ -72,7 +72,7 @@ def findings(workdir: Path, step: int | None) -> tuple[list[str], list[str]]:
         if record is None or record["files"] is None:
             bad.append(f"{path} has no hashes: the run was killed before it wrote them; it writes them when it goes on")
             continue
-        wrong = damages(path) + ([] if "unreadable" in record else strangers(path))
+        wrong = find_damage(path) + ([] if "unreadable" in record else unlisted_files(path))
         bad += wrong
         good += [] if wrong else [f"{path}: {len(record['files'])} files are as they were saved"]
     return good, bad
@@ -96,7 +96,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
     require(step is None or step in steps, f"{workdir} has no step {step}, only {', '.join(map(str, steps))}")
     number = steps[-1] if step is None else step
     stored = stored_arrays(Path(workdir) / "checkpoints" / str(number))
-    arrays = {name: np.asarray(value) for name, value in chosen(stored, leaves).items()}
+    arrays = {name: np.asarray(value) for name, value in select_arrays(stored, leaves).items()}
     npz = to.suffix == ".npz"
     require(
         not npz or all(value.dtype.isbuiltin for value in arrays.values()),
@@ -112,7 +112,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
     return f"{to}: {len(arrays)} arrays, {sum(x.size for x in arrays.values()):,} numbers of step {number}"
 
 
-def chosen(stored: dict[str, Any], leaves: str) -> dict[str, Any]:
+def select_arrays(stored: dict[str, Any], leaves: str) -> dict[str, Any]:
     """The arrays of a step that `write_arrays` writes, by the names that they get."""
     if leaves == "all":
         return stored

@@ -15,7 +15,7 @@ import jax
 
 import instructax
 from instructax.runtime.metric_log import plain, write_json
-from instructax.runtime.redaction import redacted
+from instructax.runtime.redaction import redact
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 FIELDS = ("stage", "config", "model", "tokenizer", "data", "parents", "versions")
@@ -43,7 +43,7 @@ def write_manifest(
     """
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     manifest = plain(
-        redacted(
+        redact(
             {
                 "stage": stage,
                 "config": config,
@@ -98,7 +98,7 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 
     Compares what JSON keeps, so that a tuple equals the list it is stored as. Lines are sorted by dotted name.
     """
-    stored, given = flat(plain(old)), flat(plain(new))
+    stored, given = flatten(plain(old)), flatten(plain(new))
     return [
         f"{name}: {stored.get(name, 'absent')} (stored) != {given.get(name, 'absent')} (given)"
         for name in sorted(stored | given)
@@ -106,11 +106,11 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     ]
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, str]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     """Dotted name → repr of the leaf: 1 and 1.0 and True differ, as they do in a config. An empty dict is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: repr(tree)}
     found: dict[str, str] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+        found |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return found

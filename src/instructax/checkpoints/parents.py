@@ -15,7 +15,7 @@ from instructax.checkpoints.checkpoint import best_step, committed_steps, files_
 from instructax.checkpoints.manifest import check_parent, config_difference, manifest_hash, read_manifest
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
-from instructax.models import LoraConfig, ModelConfig, adapted, merged
+from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora
 from instructax.types import Params
 
 Head = Literal["tokens", "scalar"]
@@ -25,7 +25,7 @@ STAGES = {
 }  # whose runs have a network with this head
 
 
-def finished(workdir: Path) -> bool:
+def is_finished(workdir: Path) -> bool:
     """Whether the run in `workdir` has come to its end."""
     return (workdir / "summary.json").exists()
 
@@ -56,10 +56,10 @@ class Parent:
         if not values or not values["rank"]:
             return load_params(self.workdir, wanted, step=self.step)
         lora, mesh = construct(LoraConfig, values, "lora"), jax.tree.leaves(wanted)[0].sharding.mesh
-        shapes = jax.eval_shape(lambda params: adapted(params, lora, jax.random.key(0)), wanted)
+        shapes = jax.eval_shape(lambda params: add_lora(params, lora, jax.random.key(0)), wanted)
         stored = load_params(self.workdir, sharding.abstract(shapes, mesh), step=self.step)
         layouts = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-        return jax.jit(merged, out_shardings=layouts)(stored)
+        return jax.jit(merge_lora, out_shardings=layouts)(stored)
 
     def lineage(self) -> dict[str, Any]:
         """What the child's manifest says of it."""
@@ -72,14 +72,14 @@ class Parent:
         }
 
 
-def open_run(path: str | Path, named: str) -> Parent:
+def open_parent(path: str | Path, named: str) -> Parent:
     """The finished run at `path`; `named` is what the user calls it. Raises ConfigError or ValueError."""
     path = str(path)
     folder, _, suffix = path.rpartition("@")
     if not (suffix == "best" or suffix.isdecimal()) or Path(path).exists():
         folder, suffix = path, ""
     workdir = Path(folder)
-    require(finished(workdir), f"{named} = {path!r} is not a finished run: train it first, or change the path")
+    require(is_finished(workdir), f"{named} = {path!r} is not a finished run: train it first, or change the path")
     trained = (workdir / "manifest.json").exists()
     require(trained, f"{named} = {path!r} is a run that trained no network: give one of a stage that does")
     manifest, steps = read_manifest(workdir), committed_steps(workdir)
@@ -104,7 +104,7 @@ def open_parents(
     Each must be finished, of this tokenizer, and of the architecture and head in `models`. Raises ConfigError or
     ValueError.
     """
-    parents = {name: open_run(path, f"config.{name}") for name, path in paths.items() if path}
+    parents = {name: open_parent(path, f"config.{name}") for name, path in paths.items() if path}
     for name, parent in parents.items():
         check_parent(parent.manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path)
         model, head = models[name]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from instructax.data.document_packing import lay_out
+from instructax.data.document_packing import assign_rows
 from instructax.types import Comparisons, LmBatch, Prompts
 
 NO_ROW = -1  # in place of a row id: this row of the batch is empty, all its masks are False
@@ -92,7 +92,7 @@ def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
     for i, row in _fetch(source, rows):
         n = _fits(len(row["tokens"]), length, "length")
         tokens[i, :n] = row["tokens"]
-        segments[i, :n], positions[i, :n] = lay_out(row["lengths"])
+        segments[i, :n], positions[i, :n] = assign_rows(row["lengths"])
         loss_mask[i, :n] = row["loss_mask"]
     return LmBatch(tokens=tokens, segments=segments, positions=positions, loss_mask=loss_mask)
 

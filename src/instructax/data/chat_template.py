@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from instructax.data.prompt_format import Wording, turns
-from instructax.data.schema import opened
+from instructax.data.prompt_format import PromptFormat, split_turns
+from instructax.data.schema import add_separator
 from instructax.data.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -106,7 +106,7 @@ def render_demonstration(prompt: str, answer: str, template: ChatTemplate | None
     """
     asked: list[Message] = [{"role": "user", "content": prompt}]
     if template is None:
-        return opened(prompt), answer
+        return add_separator(prompt), answer
     before = render(asked, template, add_generation_prompt=True)
     whole = render([*asked, {"role": "assistant", "content": answer}], template, add_generation_prompt=False)
     if not whole.startswith(before):
@@ -122,7 +122,7 @@ def render_demonstration(prompt: str, answer: str, template: ChatTemplate | None
     return before, answered
 
 
-def wording(template: ChatTemplate, tokenizer: Tokenizer) -> Wording:
+def chat_prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
     """How records are worded for training with `template`: the turns of their prompt and what opens an answer, then the
     answer as the template writes it, behind which the stages put the one end token.
 
@@ -131,9 +131,9 @@ def wording(template: ChatTemplate, tokenizer: Tokenizer) -> Wording:
     answered = render_demonstration("a", MARK, template)[1]
     if MARK not in answered:
         raise ValueError(f"the chat template writes no answer, but {answered!r}: it cannot be trained with")
-    return Wording(
+    return PromptFormat(
         hash=hashlib.sha256(repr(dataclasses.astuple(template)).encode()).hexdigest(),
-        prompt=lambda prompt: render(turns(prompt), template, add_generation_prompt=True),
+        prompt=lambda prompt: render(split_turns(prompt), template, add_generation_prompt=True),
         answer=lambda text: answered.replace(MARK, text),
         encode=lambda text: encode_rendered(text, tokenizer, template),
         reserved=template.special,
@@ -157,8 +157,8 @@ def turn_ends(tokenizer: Tokenizer, template: ChatTemplate | None) -> np.ndarray
     turn with it, and a text with another."""
     ends = np.zeros((tokenizer.size,), bool)
     if template is not None:
-        turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-        rest = _rendered(turns, template, False).rpartition(MARK)[2].strip()
+        split_turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        rest = _rendered(split_turns, template, False).rpartition(MARK)[2].strip()
         behind = next(
             (token for token in sorted(template.special, key=len, reverse=True) if rest.startswith(token)), ""
         )
@@ -189,13 +189,13 @@ def _refuse_special(messages: Sequence[Message], template: ChatTemplate) -> None
 
 def _plain(messages: Sequence[Message], add_generation_prompt: bool) -> str:
     system = "".join(message["content"] for message in messages if message["role"] == "system")
-    turns = [message for message in messages if message["role"] != "system"]
-    if not system and [turn["role"] for turn in turns] == ["user"]:
-        content = turns[0]["content"]
-        return opened(content) if add_generation_prompt else content
+    split_turns = [message for message in messages if message["role"] != "system"]
+    if not system and [turn["role"] for turn in split_turns] == ["user"]:
+        content = split_turns[0]["content"]
+        return add_separator(content) if add_generation_prompt else content
     names = {"user": "Human", "assistant": "Assistant"}
-    text = system + "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns)
-    return opened(f"{text}\n\nAssistant:") if add_generation_prompt else text
+    text = system + "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in split_turns)
+    return add_separator(f"{text}\n\nAssistant:") if add_generation_prompt else text
 
 
 def _rendered(messages: Sequence[Message], template: ChatTemplate, add_generation_prompt: bool) -> str:

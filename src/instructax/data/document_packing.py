@@ -88,7 +88,7 @@ def _row(documents: list[Document]) -> Row:
     )
 
 
-def lay_out(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def assign_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns segments i32[n] (1, 2, … by document) and positions i32[n] (from 0 in each) of documents of `lengths`."""
     starts = np.cumsum(lengths) - lengths
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)

@@ -5,7 +5,7 @@ import math
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class DataLimits:
     """What is kept, and how it is split. Lengths are in tokens.
 
     Raises ValueError at construction if a value is out of range.

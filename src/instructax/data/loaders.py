@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from instructax.config import check_shares, require
+from instructax.config import check_fractions, require
 from instructax.data.batches import Source, comparison_batch, evaluation_rows, lm_batch, mixed_lm_batch, process_slice
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_demonstrations, prepare_text
-from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.prompt_format import PLAIN, PromptFormat
 from instructax.data.storage import Prepared
 from instructax.data.tokenizer import Tokenizer
 from instructax.types import Comparisons, LmBatch
@@ -28,14 +28,14 @@ class LmData:
     text: tuple[str, ...]
     text_fraction: float  # 1: pretraining, 0: demonstrations alone, 0.1: the PPO initialisation (paper, C.3)
     chat: bool  # whether prompts are worded by the parent's chat template
-    limits: Limits
+    limits: DataLimits
     folder: str  # where prepared rows are kept
 
     def __post_init__(self):
-        check_shares(self, "text_fraction")
+        check_fractions(self, "text_fraction")
 
 
-def read_lm_data(config: LmData, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
+def read_lm_data(config: LmData, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     require(
         bool(config.demonstrations) == (config.text_fraction < 1) and (bool(config.text) or config.text_fraction == 0),
@@ -74,19 +74,19 @@ def lm_reader(
     return read
 
 
-def held_out(source: Source, batch_size: int, limit: int) -> Iterator[np.ndarray]:
+def validation_rows(source: Source, batch_size: int, limit: int) -> Iterator[np.ndarray]:
     """Row ids of at most `limit` batches of held-out rows, this process's share of each."""
     for rows in itertools.islice(evaluation_rows(len(source), batch_size), limit):
         yield process_slice(rows, jax.process_index(), jax.process_count())
 
 
-def held_out_rows(source: Source, batch_size: int, limit: int, length: int) -> Iterator[LmBatch]:
+def validation_batches(source: Source, batch_size: int, limit: int, length: int) -> Iterator[LmBatch]:
     """At most `limit` batches of held-out packed rows, this process's share of each."""
-    for rows in held_out(source, batch_size, limit):
+    for rows in validation_rows(source, batch_size, limit):
         yield lm_batch(source, rows, length)
 
 
-def read_comparisons(source: Source, rows: Any, limits: Limits) -> Comparisons:
+def read_comparisons(source: Source, rows: Any, limits: DataLimits) -> Comparisons:
     """Comparisons `rows` of `source`, padded to the limits, as numpy arrays."""
     return comparison_batch(
         source,

@@ -17,9 +17,9 @@ import numpy as np
 
 from instructax.data import document_packing
 from instructax.data import filters as hygiene
-from instructax.data.limits import Limits
-from instructax.data.prompt_format import PLAIN, Wording
-from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, opened, read_jsonl
+from instructax.data.limits import DataLimits
+from instructax.data.prompt_format import PLAIN, PromptFormat
+from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, add_separator, read_jsonl
 from instructax.data.storage import (
     ComparisonRows,
     PackedRows,
@@ -51,7 +51,7 @@ class _Recipe:
     cells: int  # of one row in a batch, padding included
 
 
-def prepare_text(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path) -> Prepared:
+def prepare_text(files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, data_dir: Path) -> Prepared:
     """Returns pretraining text as packed rows of T tokens, prepared or reused; `batches.lm_batch` reads them.
 
     Raises DataError for a file or line that cannot be used, and ValueError for a split that has no row.
@@ -67,7 +67,7 @@ def prepare_text(files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, da
 
 
 def prepare_demonstrations(
-    files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording = PLAIN
+    files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, data_dir: Path, wording: PromptFormat = PLAIN
 ) -> Prepared:
     """Returns demonstrations as packed rows of T tokens, prepared or reused; `batches.lm_batch` reads them.
 
@@ -96,7 +96,7 @@ def prepare_demonstrations(
 
 
 def prepare_prompts(
-    files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording = PLAIN
+    files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, data_dir: Path, wording: PromptFormat = PLAIN
 ) -> Prepared:
     """Returns prompts, prepared or reused; `batches.prompt_batch` reads them with P = `limits.prompt_tokens`.
 
@@ -117,7 +117,7 @@ def prepare_prompts(
 
 
 def prepare_comparisons(
-    files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording = PLAIN
+    files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, data_dir: Path, wording: PromptFormat = PLAIN
 ) -> Prepared:
     """Returns comparisons, prepared or reused; `batches.comparison_batch` reads them with P, K, R of `limits`.
 
@@ -152,12 +152,12 @@ def _check_end(record: Demonstration, completion: np.ndarray, eos_id: int) -> No
         )
 
 
-def _prefix_filters(limits: Limits) -> list[Filter]:
+def _prefix_filters(limits: DataLimits) -> list[Filter]:
     length = limits.prefix_characters
     return [] if length is None else [("prefix_characters", lambda kept: hygiene.drop_shared_prefix(kept, length))]
 
 
-def _prompt_filter(limits: Limits, ids: Ids) -> Filter:
+def _prompt_filter(limits: DataLimits, ids: Ids) -> Filter:
     return _length_filter("prompt_tokens", limits.prompt_tokens, lambda record: len(ids[record.prompt]))
 
 
@@ -181,7 +181,7 @@ def _comparison_row(record: Comparison, ids: Ids, labelers: Mapping[str, int], e
 
 
 def _prepare(
-    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, data_dir: Path, wording: Wording
+    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, data_dir: Path, wording: PromptFormat
 ) -> Prepared:
     """Opens the rows of `recipe` for these inputs, after making them if no process has done so."""
     content = _hash(recipe.kind, files, tokenizer, limits, wording)
@@ -193,7 +193,7 @@ def _prepare(
 
 
 def _make(
-    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, wording: Wording, content: str
+    recipe: _Recipe, files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, wording: PromptFormat, content: str
 ) -> tuple[Rows, Report]:
     """Returns the rows of every split, and the report; `content` is the hash of the other arguments."""
     if not files:
@@ -237,10 +237,10 @@ def _make(
 
 
 def _opened(record: Any) -> Any:
-    return record if isinstance(record, Text) else dataclasses.replace(record, prompt=opened(record.prompt))
+    return record if isinstance(record, Text) else dataclasses.replace(record, prompt=add_separator(record.prompt))
 
 
-def _worded(record: Any, wording: Wording) -> Any:
+def _worded(record: Any, wording: PromptFormat) -> Any:
     if isinstance(record, Text):
         return record
     changes: dict[str, Any] = {"prompt": wording.prompt(record.prompt)}
@@ -251,14 +251,14 @@ def _worded(record: Any, wording: Wording) -> Any:
     return dataclasses.replace(record, **changes)
 
 
-def _splits(records: Sequence[Any], limits: Limits) -> dict[str, list[Any]]:
+def _splits(records: Sequence[Any], limits: DataLimits) -> dict[str, list[Any]]:
     splits: dict[str, list[Any]] = {name: [] for name, _ in limits.splits}
     for record in records:
         splits[hygiene.split_of(hygiene.split_key(record), limits.splits, limits.split_seed)].append(record)
     return splits
 
 
-def _hash(kind: str, files: Sequence[Path], tokenizer: Tokenizer, limits: Limits, wording: Wording) -> str:
+def _hash(kind: str, files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, wording: PromptFormat) -> str:
     """Returns the sha256, in hex, of all that decides the rows."""
     contents = []
     for file in files:
@@ -281,7 +281,7 @@ def _filtered(records: list[Any], filters: Sequence[Filter], dropped: dict[str, 
     return records
 
 
-def _token_ids(records: Sequence[Any], tokenizer: Tokenizer, wording: Wording) -> Ids:
+def _token_ids(records: Sequence[Any], tokenizer: Tokenizer, wording: PromptFormat) -> Ids:
     """Returns the ids of every text of `records`, each text encoded once."""
     texts = list(dict.fromkeys(text for record in records for text in hygiene.texts_of(record)))
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))

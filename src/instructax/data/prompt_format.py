@@ -7,7 +7,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Wording:
+class PromptFormat:
     """From the texts of a record to those that a model reads and writes.
 
     `hash` tells wordings apart: prepared rows depend on it.
@@ -20,10 +20,10 @@ class Wording:
     reserved: Sequence[str]  # texts that no prompt or completion may hold, since the model reads them as its own
 
 
-PLAIN = Wording(hash="", prompt=str, answer=str, encode=None, reserved=())
+PLAIN = PromptFormat(hash="", prompt=str, answer=str, encode=None, reserved=())
 
 
-def turns(prompt: str) -> list[Mapping[str, str]]:
+def split_turns(prompt: str) -> list[Mapping[str, str]]:
     """The messages of a prompt: those of a dialog, "\\n\\nHuman: …\\n\\nAssistant:", whose last turn is open, else one
     of the user; white space around them is left out."""
     names = {"Human: ": "user", "Assistant: ": "assistant"}

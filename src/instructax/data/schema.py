@@ -247,7 +247,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 _OPTIONAL = frozenset({"pairs", "labeler", "user", "kind", "source"})
 
 
-def opened(prompt: str) -> str:
+def add_separator(prompt: str) -> str:
     """The prompt up to where its completion begins.
 
     One that ends in white space stands as it is, one that ends with a colon ("Assistant:") goes on after a blank, any

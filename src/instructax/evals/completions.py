@@ -17,8 +17,8 @@ from instructax import sharding
 from instructax.data.batches import left_padded, process_slice
 from instructax.generation import generate
 from instructax.models import Transformer
-from instructax.models.scoring import rollout_rows, row_logprobs
-from instructax.models.sequence_packing import by_parts
+from instructax.models.scoring import packed_logprobs, rollout_sequences
+from instructax.models.sequence_packing import map_packed_rows
 from instructax.types import Array, Params, Prompts, Rollouts
 
 
@@ -49,8 +49,8 @@ class Completer:
             return generate(model, params, prompts, keys, temperature=0.0, groups=sharding.row_ways(mesh), **ends)
 
         def totals(params: Params, rollouts: Rollouts) -> Array:
-            logprobs = partial(row_logprobs, model, params, temperature=1.0)
-            return jnp.sum(by_parts(logprobs, rollout_rows(rollouts), model, mesh), axis=1)
+            logprobs = partial(packed_logprobs, model, params, temperature=1.0)
+            return jnp.sum(map_packed_rows(logprobs, rollout_sequences(rollouts), model, mesh), axis=1)
 
         self._continued = jax.jit(continued, out_shardings=sharding.replicated(mesh))
         self._totals = jax.jit(totals, out_shardings=sharding.replicated(mesh))

@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.data.batches import Source
-from instructax.data.limits import Limits
-from instructax.data.loaders import held_out, held_out_rows, read_comparisons
+from instructax.data.limits import DataLimits
+from instructax.data.loaders import read_comparisons, validation_batches, validation_rows
 from instructax.data.storage import Prepared
 from instructax.evals.intervals import ratio_estimate
 from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masking import token_count
 from instructax.models import Transformer
-from instructax.models.scoring import at_the_end, comparison_rows, row_logprobs, row_outputs
-from instructax.models.sequence_packing import by_parts
-from instructax.runtime.preemption import pause
+from instructax.models.scoring import at_last_token, comparison_sequences, packed_logprobs, packed_outputs
+from instructax.models.sequence_packing import map_packed_rows
+from instructax.runtime.preemption import check_stop_requested
 from instructax.types import Array, Comparisons, LmBatch, Params
 
 BINS = 10  # of the calibration, from a probability of 0.5 to 1
@@ -30,7 +30,7 @@ BINS = 10  # of the calibration, from a probability of 0.5 to 1
 def held_out_loss(model: Transformer, mesh: Mesh, params: Params, batch: LmBatch) -> tuple[Array, Array]:
     """(sum of the loss over trained tokens in nats, their number), both f32[], without dropout."""
     count = token_count(batch.loss_mask)
-    logprobs = by_parts(partial(row_logprobs, model, params, temperature=1.0), batch, model, mesh)
+    logprobs = map_packed_rows(partial(packed_logprobs, model, params, temperature=1.0), batch, model, mesh)
     return next_token_loss(logprobs, batch.loss_mask) * count, count
 
 
@@ -45,8 +45,8 @@ def held_out_losses(
         figures = {}
         for name, source in sources.items():
             total = count = 0.0
-            for batch in held_out_rows(source, config.batch_size, config.run.evaluate_batches, length):
-                pause()
+            for batch in validation_batches(source, config.batch_size, config.run.evaluate_batches, length):
+                check_stop_requested()
                 added, tokens = loss(params, sharding.put_rows(batch, mesh))
                 total, count = total + float(added), count + float(tokens)
             figures[f"{name}_loss"] = total / max(count, 1.0)
@@ -63,7 +63,7 @@ class HeldOut:
         policy: Transformer,
         scorer: Transformer,
         mesh: Mesh,
-        limits: Limits,
+        limits: DataLimits,
         *,
         batch_size: int,
         batches: int,
@@ -74,15 +74,15 @@ class HeldOut:
 
         def losses(params: Params, batch: LmBatch) -> tuple[Array, Array]:
             """Loss summed over each row's trained tokens, and their number: f32[B] each."""
-            logprobs = by_parts(partial(row_logprobs, policy, params, temperature=1.0), batch, policy, mesh)
+            logprobs = map_packed_rows(partial(packed_logprobs, policy, params, temperature=1.0), batch, policy, mesh)
             return -jnp.sum(logprobs, axis=1), jnp.sum(batch.loss_mask, axis=1)
 
         def differences(params: Params, batch: Comparisons) -> tuple[Array, Array, Array]:
             """Of each two responses, the first better than the second by people's ranks: whether that is so b[B, K, K],
             by how much its score f[B, K, K] and its length i[B, K, K] are above the other's."""
-            rows, width = comparison_rows(batch), comparison_tokens
-            outputs = by_parts(partial(row_outputs, scorer, params), rows, scorer, mesh, width=width)
-            scores, lengths = at_the_end(outputs, batch), jnp.sum(batch.mask, axis=2)
+            rows, width = comparison_sequences(batch), comparison_tokens
+            outputs = map_packed_rows(partial(packed_outputs, scorer, params), rows, scorer, mesh, width=width)
+            scores, lengths = at_last_token(outputs, batch), jnp.sum(batch.mask, axis=2)
             pairs = ordered_pairs(batch.ranks, batch.valid)
             return pairs, scores[:, :, None] - scores[:, None, :], lengths[:, :, None] - lengths[:, None, :]
 
@@ -92,7 +92,7 @@ class HeldOut:
 
     def text_loss(self, params: Params, text: Prepared) -> dict[str, Any]:
         """Loss in nats per token on held-out text, with an interval over rows."""
-        batches = held_out_rows(text.sources["validation"], *self._size, self._limits.sequence_tokens)
+        batches = validation_batches(text.sources["validation"], *self._size, self._limits.sequence_tokens)
         out = [jax.device_get(self._losses(params, sharding.put_rows(batch, self._mesh))) for batch in batches]
         losses, tokens = (np.concatenate(x) for x in zip(*out, strict=True))
         return dataclasses.asdict(ratio_estimate(losses, tokens))
@@ -103,7 +103,7 @@ class HeldOut:
         share it orders rightly.
         """
         source, out = comparisons.sources["validation"], []
-        for rows in held_out(source, *self._size):
+        for rows in validation_rows(source, *self._size):
             batch = sharding.put_rows(read_comparisons(source, rows, self._limits), self._mesh)
             out.append(jax.device_get(self._differences(params, batch)))
         pairs, scores, lengths = (np.concatenate(x) for x in zip(*out, strict=True))

@@ -8,7 +8,7 @@ other cells has no influence. All is computed in float64 on the host.
 import numpy as np
 
 
-def choose(total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def predicted_choices(total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """The candidate with the highest average log-probability per token, the first of equals (paper, appendix D).
 
     `lengths` i[N, K] in tokens → i64[N]. Raises ValueError for shapes that differ, a candidate without a token or with
@@ -21,14 +21,14 @@ def choose(total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray) -
     return np.argmax(scores / np.where(valid, lengths, 1), axis=1)
 
 
-def chosen_rightly(
+def correct_choices(
     total_logprobs: np.ndarray, lengths: np.ndarray, valid: np.ndarray, answers: np.ndarray
 ) -> np.ndarray:
-    """Whether `choose` picks the right candidate, b[N]; `answers` i[N] count from 0. Accuracy is its mean.
+    """Whether `predicted_choices` picks the right candidate, b[N]; `answers` i[N] count from 0. Accuracy is its mean.
 
-    Raises ValueError as `choose`, and for an answer that is not one of the question's candidates.
+    Raises ValueError as `predicted_choices`, and for an answer that is not one of the question's candidates.
     """
-    chosen, answers = choose(total_logprobs, lengths, valid), np.asarray(answers)
+    chosen, answers = predicted_choices(total_logprobs, lengths, valid), np.asarray(answers)
     if answers.shape != chosen.shape:
         raise ValueError(f"answers {answers.shape} must be one for each of {len(chosen)} questions")
     for question, (answer, row) in enumerate(zip(answers, valid, strict=True)):

@@ -19,20 +19,20 @@ from instructax import rng as clock
 from instructax import sharding
 from instructax.config import require
 from instructax.data.batches import NO_ROW, Source, evaluation_rows, process_slice, prompt_batch
-from instructax.data.limits import Limits
-from instructax.data.schema import Demonstration, opened
+from instructax.data.limits import DataLimits
+from instructax.data.schema import Demonstration, add_separator
 from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import Transformer
-from instructax.models.scoring import at_the_end, rollout_rows, row_logprobs, row_outputs
-from instructax.models.sequence_packing import by_parts
+from instructax.models.scoring import at_last_token, packed_logprobs, packed_outputs, rollout_sequences
+from instructax.models.sequence_packing import map_packed_rows
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
 How = Literal["plain", "few-shot", "best-of"]
 
 
 @pytree
-class Answers:
+class PolicyResponses:
     """What a batch of prompts was answered."""
 
     rollouts: Rollouts  # behind the prompts alone
@@ -50,7 +50,7 @@ class _Sampled:
     scores: Array  # f32[B], the reward model's
 
 
-class Answering:
+class PolicyEvaluator:
     """The compiled programs that all policies of an architecture share."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Answering:
         scorer: Transformer,
         mesh: jax.sharding.Mesh,
         tokenizer: Tokenizer,
-        limits: Limits,
+        limits: DataLimits,
         ref_params: Params,
         reward_params: Params,
         *,
@@ -75,9 +75,9 @@ class Answering:
         scored_at = temperature if temperature > 0 else 1.0
 
         def packed(function: Any, rollouts: Rollouts) -> Array:
-            rows = rollout_rows(rollouts)
+            rows = rollout_sequences(rollouts)
             width = max(limits.sequence_tokens, rows.tokens.shape[1])
-            return by_parts(function, rows, policy, mesh, width=width)
+            return map_packed_rows(function, rows, policy, mesh, width=width)
 
         def sample(
             params: Params, reward_params: Params, asked: Prompts, prompts: Prompts, samples: Array, *, draws: int
@@ -99,16 +99,16 @@ class Answering:
             )
             cut, kept = sampled, sampled.mask
             if prompted:
-                cut, kept = end_at(sampled, line_breaks, tokenizer.eos_id)
+                cut, kept = truncate_at_stops(sampled, line_breaks, tokenizer.eos_id)
             prompts = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), prompts)
             cut = dataclasses.replace(cut, prompts=prompts)
-            scores = at_the_end(packed(partial(row_outputs, scorer, reward_params), cut), cut)
+            scores = at_last_token(packed(partial(packed_outputs, scorer, reward_params), cut), cut)
             drawn = _Sampled(sampled=sampled, rollouts=cut, kept=kept, scores=scores)
             best = jnp.arange(0, len(keys), draws) + jnp.argmax(scores.reshape(-1, draws), axis=1)
             return drawn if draws == 1 else jax.tree.map(lambda x: x[best], drawn)
 
         def logprobs(params: Params, rollouts: Rollouts) -> Array:
-            found = packed(partial(row_logprobs, policy, params, temperature=scored_at), rollouts)
+            found = packed(partial(packed_logprobs, policy, params, temperature=scored_at), rollouts)
             return found[:, rollouts.prompts.tokens.shape[1] :]
 
         rows = sharding.row_sharding(mesh)
@@ -125,12 +125,12 @@ class Answering:
                 return
             mine = process_slice(rows, jax.process_index(), jax.process_count())
             prompts = prompt_batch(source, mine, self._limits.prompt_tokens)
-            asked = behind(prefix, prompts, self._room) if len(prefix) else prompts
+            asked = prepend_prefix(prefix, prompts, self._room) if len(prefix) else prompts
             yield rows != NO_ROW, sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
 
     def batches(
         self, params: Params, source: Source, count: int, prefix: np.ndarray, draws: int
-    ) -> Iterator[tuple[np.ndarray, Answers]]:
+    ) -> Iterator[tuple[np.ndarray, PolicyResponses]]:
         """(marks of the rows that are real, answers on the host) of the first `count` held-out prompts of `source`, all
         behind `prefix` i32[n] unless it is empty; of `draws` to each prompt the best."""
         ref_params, reward_params = self._fixed
@@ -138,7 +138,7 @@ class Answering:
             found = self._sample(params, reward_params, *asked, draws=draws)
             log_ratios = self._logprobs(params, found.sampled) - self._logprobs(ref_params, found.rollouts)
             token_kl = jnp.where(found.kept, log_ratios, 0.0)
-            answers = Answers(rollouts=found.rollouts, scores=found.scores, token_kl=token_kl)
+            answers = PolicyResponses(rollouts=found.rollouts, scores=found.scores, token_kl=token_kl)
             yield real, jax.device_get(self._whole(answers))
 
     def best_prefix(
@@ -166,7 +166,7 @@ class Answering:
         found = 0
         for _ in range(100 * prefixes):
             chosen = [examples[i] for i in rng.permutation(len(examples))[:shots]]
-            text = "".join(f"{opened(example.prompt)}{example.completion}\n\n" for example in chosen)
+            text = "".join(f"{add_separator(example.prompt)}{example.completion}\n\n" for example in chosen)
             tokens = self._tokenizer.encode(text)
             if len(tokens) <= self._room:
                 found += 1
@@ -185,7 +185,7 @@ class Answering:
             for row in np.flatnonzero(real)
         ]
 
-    def _record(self, answers: Answers, row: int) -> dict[str, Any]:
+    def _record(self, answers: PolicyResponses, row: int) -> dict[str, Any]:
         rollouts, decode = answers.rollouts, self._tokenizer.decode
         mask = np.asarray(rollouts.mask[row])
         response = np.asarray(rollouts.responses[row])[mask]
@@ -202,7 +202,7 @@ class Answering:
         }
 
 
-def end_at(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Rollouts, Array]:
+def truncate_at_stops(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Rollouts, Array]:
     """`rollouts` cut at the first response token that `stops` b[V] marks, with the end token in its place; and the
     mask b[B, R] of what was sampled before it."""
     stopped = jnp.cumsum(stops[rollouts.responses] & rollouts.mask, axis=1) > 0
@@ -218,7 +218,7 @@ def end_at(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Rollouts, Arr
     return cut, kept
 
 
-def behind(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
+def prepend_prefix(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
     """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room + P]; n ≤ `room`. What is
     empty stays so."""
     tokens, mask = (np.pad(np.asarray(x), ((0, 0), (room, 0))) for x in (prompts.tokens, prompts.mask))

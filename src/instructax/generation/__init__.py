@@ -2,6 +2,6 @@
 
 from instructax.generation.decoding import sample_token
 from instructax.generation.prefill import prefill_padding
-from instructax.generation.sampler import Sampling, advance, generate, start
+from instructax.generation.sampler import SamplingState, advance_sampling, generate, start_sampling
 
-__all__ = ["Sampling", "advance", "generate", "prefill_padding", "sample_token", "start"]
+__all__ = ["SamplingState", "advance_sampling", "generate", "prefill_padding", "sample_token", "start_sampling"]

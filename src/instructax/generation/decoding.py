@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from instructax.generation.prefill import Prefilled
 from instructax.models import Cache, Transformer, init_cache, positions_of
 from instructax.models.logprobs import logits_of
-from instructax.models.ops import anywhere
+from instructax.models.ops import any_over_batch
 from instructax.types import Array, Params, Prompts, pytree
 
 
@@ -67,7 +67,7 @@ class Slots:
     ended: Array  # b[N]
 
 
-def narrowed(s: Slots, count: int) -> Slots:
+def compact_slots(s: Slots, count: int) -> Slots:
     """The first `count` busy slots alone; idle ones, if there are fewer."""
     first = jnp.argsort(s.sample == len(s.responses), stable=True)[:count]
     own = s.cache, s.hidden, s.sample, s.column, s.token
@@ -81,7 +81,7 @@ class Sampler:
 
     model: Transformer
     params: Params
-    head: Array  # operands[V, D]
+    head: Array  # matmul_dtype[V, D]
     layers: tuple[Params, ...]
     draws: Draws
     eos_id: int
@@ -94,14 +94,14 @@ class Sampler:
     def advance(self, s: Slots, steps: Array | None = None) -> Slots:
         """Up to `steps` i32[] further tokens in every slot; None: until all samples are made.
 
-        In the end most slots are idle, and a step's cost grows with its slots: with `slot_halvings`, what is under way
+        In the end most slots are idle, and a step's cost grows with its slots: with `compaction_steps`, what is under way
         goes on in half as many slots as soon as it fits, unless there are `steps`, after which others go on.
         """
         if steps is not None:
             return self._go_on(s, 0, steps)
-        for _ in range(self.model.compute.slot_halvings):
+        for _ in range(self.model.compute.compaction_steps):
             if half := len(s.sample) // 2:
-                s = narrowed(self._go_on(s, half, None), half)
+                s = compact_slots(self._go_on(s, half, None), half)
         return self._go_on(s, 0, None)
 
     def _go_on(self, s: Slots, busy: int, steps: Array | None) -> Slots:
@@ -110,7 +110,7 @@ class Sampler:
         def goes_on(state: tuple[Slots, Array | None]) -> Array:
             s, left = state
             more = (jnp.sum(s.sample < len(self.draws.keys)) > busy) | (s.next < self.draws.wanted)
-            return anywhere(more) if left is None else anywhere(more) & (left > 0)
+            return any_over_batch(more) if left is None else any_over_batch(more) & (left > 0)
 
         def step(state: tuple[Slots, Array | None]) -> tuple[Slots, Array | None]:
             return self._step(state[0]), None if state[1] is None else state[1] - 1
@@ -124,7 +124,7 @@ class Sampler:
         cache = init_cache(model.config, model.compute, slots, columns + max(length - 1, 1))
         return Slots(
             cache=dataclasses.replace(cache, filled=jnp.full((slots,), columns, jnp.int32)),
-            hidden=jnp.zeros((slots, model.config.width), self.draws.prefilled.hidden.dtype),
+            hidden=jnp.zeros((slots, model.config.embed_dim), self.draws.prefilled.hidden.dtype),
             sample=jnp.full((slots,), count, jnp.int32),
             column=jnp.zeros((slots,), jnp.int32),
             token=jnp.zeros((slots,), jnp.int32),
@@ -179,7 +179,7 @@ class Sampler:
 
     def _draw(self, s: Slots) -> Slots:
         """Fills idle slots, and adds a token to every response under way."""
-        s = jax.lax.while_loop(lambda s: anywhere(self._waits(s)), self._take, s)
+        s = jax.lax.while_loop(lambda s: any_over_batch(self._waits(s)), self._take, s)
         count = len(self.draws.keys)
         own = jnp.minimum(s.sample, count - 1)
         keys = jax.vmap(jax.random.fold_in)(self.draws.keys[own], s.column)

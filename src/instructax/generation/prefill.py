@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from instructax.models import Transformer, init_cache, positions_of
-from instructax.models.sequence_packing import Layout, lay_out, scan_rows
+from instructax.models.sequence_packing import PackedLayout, plan_packing, scan_packed_rows
 from instructax.types import Array, Params, Prompts, pytree
 
 
@@ -18,7 +18,7 @@ class Prefilled:
     """Prompts that were run through the network, where they stand in packed rows of width W."""
 
     hidden: Array  # dtype[M, D], after each prompt
-    keys: tuple[Array, ...]  # per layer, operands' dtype[rows, W, kv_heads, head_width]
+    keys: tuple[Array, ...]  # per layer, matmul_dtype' dtype[rows, W, num_kv_heads, head_dim]
     values: tuple[Array, ...]
     texts: Array  # i32[rows, W], the number from 1 of the prompt that a cell belongs to; 0 = padding
     rows: Array  # i32[M], the row of each prompt
@@ -36,10 +36,10 @@ def filled(prompts: Prompts) -> Array:
     return jnp.max(jnp.where(jnp.any(prompts.mask, axis=1), jnp.arange(1, count + 1, dtype=jnp.int32), 0))
 
 
-def prompt_layout(model: Transformer, prompts: Prompts) -> Layout:
+def prompt_layout(model: Transformer, prompts: Prompts) -> PackedLayout:
     """Where prompts [M, P] stand while they are run: in rows of 2 · P, which waste little and are soon attended to."""
     count, columns = prompts.tokens.shape
-    return lay_out(prompts.mask, width=min(count, 2) * columns, compute=model.compute, mesh=None)
+    return plan_packing(prompts.mask, width=min(count, 2) * columns, compute=model.compute, mesh=None)
 
 
 def prefill_padding(model: Transformer, prompts: Prompts, groups: int) -> Array:
@@ -59,7 +59,7 @@ def prefilled(model: Transformer, params: Params, prompts: Prompts) -> Prefilled
         return None, (outputs[0], *kept)
 
     rows = (layout.spread(prompts.tokens), layout.texts, layout.spread(positions_of(prompts.mask)))
-    _, packed = scan_rows(fill, None, rows, layout)
+    _, packed = scan_packed_rows(fill, None, rows, layout)
     hidden, keys, values = jax.tree.map(lambda x: x[:, 0], packed)  # one device's: a row is a line
     ends = jnp.minimum(layout.cells[:, -1], layout.texts.size - 1)
     starts = jnp.maximum(ends - jnp.sum(prompts.mask, axis=1, dtype=jnp.int32) + 1, 0)

@@ -1,7 +1,7 @@
 """Sampling: one model code with the scorers, at one temperature, without dropout.
 
 The prompts are run first, and their keys and values are kept (`prefill`); then responses are drawn side by side, a
-token of each at a step (`slots`). `generate` is all of it in one compiled program; `start` and `advance` are the same
+token of each at a step (`slots`). `generate` is all of it in one compiled program; `start_sampling` and `advance_sampling` are the same
 loop in pieces, for whoever shows a sample while it is drawn, and what is drawn does not depend on the pieces.
 """
 
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from instructax.generation.decoding import Draws, Sampler, Slots
 from instructax.generation.prefill import filled, prefilled
-from instructax.models import Transformer, cast_matrices, head_kernel, layers_of, while_sampling
+from instructax.models import Transformer, cast_matrices, decoding_config, head_kernel, layers_of
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
 
 @pytree
-class Sampling:
-    """Samples that are being drawn; `advance` goes on with them."""
+class SamplingState:
+    """Samples that are being drawn; `advance_sampling` goes on with them."""
 
     draws: Draws
     slots: Slots
@@ -32,7 +32,7 @@ class Sampling:
         return Rollouts(prompts=prompts, responses=s.responses, mask=s.mask, logprobs=s.logprobs, ended=s.ended)
 
 
-def start(
+def start_sampling(
     model: Transformer,
     params: Params,
     prompts: Prompts,
@@ -43,7 +43,7 @@ def start(
     temperature: Array,
     eos_id: int,
     stops: Array | None = None,
-) -> Sampling:
+) -> SamplingState:
     """Runs the prompts, and draws the first token of as many samples as there are slots.
 
     As `generate` on one device, but each sample has a temperature of its own, f32[N], and its own number of tokens that
@@ -59,20 +59,20 @@ def start(
         temperature=temperature,
     )
     sampler = Sampler(**network, draws=draws, eos_id=eos_id, stops=_stops(model, stops))
-    return Sampling(draws=draws, slots=sampler.begin(length))
+    return SamplingState(draws=draws, slots=sampler.begin(length))
 
 
-def advance(
+def advance_sampling(
     model: Transformer,
     params: Params,
-    sampling: Sampling,
+    sampling: SamplingState,
     *,
     steps: Array | None = None,
     eos_id: int,
     stops: Array | None = None,
-) -> Sampling:
+) -> SamplingState:
     """Draws up to `steps` i32[] further tokens of each sample under way, by default all; `eos_id` and `stops` as in
-    `start`."""
+    `start_sampling`."""
     sampler = Sampler(**_network(model, params), draws=sampling.draws, eos_id=eos_id, stops=_stops(model, stops))
     return dataclasses.replace(sampling, slots=sampler.advance(sampling.slots, steps))
 
@@ -103,8 +103,8 @@ def generate(
     def sample(prompts: Prompts, keys: Array) -> Rollouts:
         limits = jnp.full((len(keys),), length, jnp.int32)
         temperatures = jnp.full((len(keys),), temperature, jnp.float32)
-        begun = start(model, params, prompts, keys, length=length, limits=limits, temperature=temperatures, **ends)
-        return advance(model, params, begun, **ends).rollouts
+        begun = start_sampling(model, params, prompts, keys, length=length, limits=limits, temperature=temperatures, **ends)
+        return advance_sampling(model, params, begun, **ends).rollouts
 
     prompts = jax.tree.map(jnp.asarray, prompts)  # NumPy's are not indexed by what is traced
     if groups == 1:
@@ -116,8 +116,8 @@ def generate(
 
 def _network(model: Transformer, params: Params) -> dict[str, Any]:
     """The network as it samples, and its parameters in the dtypes that it uses them in: fields of `Sampler`."""
-    model = model.clone(compute=while_sampling(model.compute))
-    head = head_kernel(model.config, params).astype(model.compute.operands)
+    model = model.clone(compute=decoding_config(model.compute))
+    head = head_kernel(model.config, params).astype(model.compute.matmul_dtype)
     params = cast_matrices(params, model.compute)
     return {"model": model, "params": params, "head": head, "layers": layers_of(params["blocks"])}
 

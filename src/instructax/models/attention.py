@@ -65,30 +65,30 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array, operands: str, cap: float = 0.0) -> Array:
+def attend(query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str, cap: float = 0.0) -> Array:
     """The mean of the values that each query sees, weighted by softmax(query · key / √d), the scores soft-capped first.
 
-    query dtype[B, heads, T, d], key and value dtype[B, kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d]. What
-    is multiplied is rounded to the dtype `operands`; sums and softmax are float32.
+    query dtype[B, heads, T, d], key and value dtype[B, num_kv_heads, S, d], mask b[B, T, S] → dtype[B, heads, T, d]. What
+    is multiplied is rounded to the dtype `matmul_dtype`; sums and softmax are float32.
     """
     (batch, heads, length, width), dtype = query.shape, query.dtype
     sharing = heads // key.shape[1]
-    # The queries that share a key stand one below the other: [B, kv_heads, T, d] on both sides of the product is the
+    # The queries that share a key stand one below the other: [B, num_kv_heads, T, d] on both sides of the product is the
     # one layout that XLA:CPU multiplies fast, also in the backward pass.
     query = query.reshape(batch, -1, sharing * length, width)
-    scores = product("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, operands)
+    scores = product("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, matmul_dtype)
     seen = jnp.tile(mask, (1, sharing, 1))[:, None]
     scores = jnp.where(seen, soft_capped(scores / np.sqrt(width), cap), MASKED)
-    return softmax_mean(scores, value, operands).astype(dtype).reshape(batch, heads, length, width)
+    return softmax_mean(scores, value, matmul_dtype).astype(dtype).reshape(batch, heads, length, width)
 
 
-def attend_causally(query: Array, key: Array, value: Array, mask: Array, operands: str, cap: float = 0.0) -> Array:
+def attend_causally(query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str, cap: float = 0.0) -> Array:
     """As `attend` where S = T and no query sees a later key: what comes after a block of queries is not computed."""
     length = query.shape[2]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
     starts, ends = range(0, length, block), (*range(block, length, block), length)
     parts = [
-        attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, start:end, :end], operands, cap)
+        attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, start:end, :end], matmul_dtype, cap)
         for start, end in zip(starts, ends, strict=True)
     ]
     return jnp.concatenate(parts, axis=2)

@@ -36,7 +36,7 @@ class Conditions:
     platform: str  # cpu, cuda, rocm or tpu
     version: float  # compute capability of a CUDA device, generation of a TPU; else 0
     dtype: str  # config.compute.dtype
-    head_widths: Sequence[int]  # of all networks of the run
+    head_dims: Sequence[int]  # of all networks of the run
     lengths: Sequence[int]  # of the rows that are run without a cache
     softly_capped: bool  # whether a network caps its scores
     windows: bool  # whether a network has windows
@@ -45,34 +45,34 @@ class Conditions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class KernelSupport:
     """Where a kernel is known to run."""
 
     platform: str
     oldest: float  # version
-    head_widths: range
+    head_dims: range
 
 
-LIMITS = {
+KERNEL_SUPPORT = {
     # JAX's checks (jax._src.cudnn.fused_attention_stablehlo), which allow 256 from compute capability 9.0 on.
-    "cudnn": Limits("cuda", 8.0, range(8, 129, 8)),
+    "cudnn": KernelSupport("cuda", 8.0, range(8, 129, 8)),
     # What its own tests run (tests/pallas/tpu_splash_attention_kernel_test.py of JAX).
-    "splash": Limits("tpu", 4, range(128, 257, 128)),
+    "splash": KernelSupport("tpu", 4, range(128, 257, 128)),
 }
 
 
 def obstacle(kernel: str, given: Conditions) -> str:
     """What keeps `kernel` from running, and what is allowed; "" if nothing does."""
-    limits = LIMITS[kernel]
-    width = next((width for width in given.head_widths if width not in limits.head_widths), None)
+    limits = KERNEL_SUPPORT[kernel]
+    width = next((width for width in given.head_dims if width not in limits.head_dims), None)
     length = next((length for length in given.lengths if length % ROW_TOKENS), None)
-    steps, widest = limits.head_widths.step, limits.head_widths[-1]
+    steps, widest = limits.head_dims.step, limits.head_dims[-1]
     obstacles = (
         (given.platform != limits.platform, f"platform {given.platform}, allowed is {limits.platform}"),
         (given.version < limits.oldest, f"{given.platform} {given.version:g}, allowed is {limits.oldest:g} or newer"),
         (not given.lengths, "only samplers run, and they have a cache"),
         (given.dtype == "float32", "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'"),
-        (width is not None, f"head_width = {width}, allowed is a multiple of {steps} up to {widest}"),
+        (width is not None, f"head_dim = {width}, allowed is a multiple of {steps} up to {widest}"),
         (length is not None, f"rows of {length} tokens, allowed is a multiple of {ROW_TOKENS}"),
         (given.softly_capped, "model.attention_cap is set, allowed is 0"),
         (given.windows and kernel == "splash", "model.window is set, allowed is 0"),
@@ -82,19 +82,19 @@ def obstacle(kernel: str, given: Conditions) -> str:
     return next((text for holds, text in obstacles if holds), "")
 
 
-def choose(asked: str, given: Conditions) -> tuple[str, str]:
+def select_kernel(asked: str, given: Conditions) -> tuple[str, str]:
     """(jax, cudnn or splash; why) for `config.compute.attention`.
 
     "auto" takes the platform's own kernel unless something keeps it from running. Raises ConfigError if something keeps
     a kernel from it that is asked for by name.
     """
     if asked == "auto":
-        own = next((kernel for kernel, limits in LIMITS.items() if limits.platform == given.platform), None)
+        own = next((kernel for kernel, limits in KERNEL_SUPPORT.items() if limits.platform == given.platform), None)
         if own is None:
             return "jax", f"auto: {given.platform} has no other"
         hindered = obstacle(own, given)
         return ("jax", f"auto: no {own}: {hindered}") if hindered else (own, f"auto: {given.platform}")
-    hindered = obstacle(asked, given) if asked in LIMITS else ""
+    hindered = obstacle(asked, given) if asked in KERNEL_SUPPORT else ""
     named = f"config.compute.attention = {asked!r}"
     require(not hindered, f"{named} cannot run: {hindered}; change that, or give 'jax' or 'auto'")
     return asked, "as asked"
@@ -114,33 +114,33 @@ def kernel_of_rows(name: str, segments: Array, mesh: Any) -> tuple[Callable[...,
     """(a function as `attend_causally`, what it takes for a mask) for rows of `segments` i32[B, T].
 
     The kernels run on each device's own rows and heads: compilers cannot split splash, and cuDNN's call fails where
-    they split mask and queries in two ways. Raises ValueError unless `name` is what `choose` returns.
+    they split mask and queries in two ways. Raises ValueError unless `name` is what `select_kernel` returns.
     """
     if name == "jax":
         return attend_causally, attention_mask(segments, segments, 0)
-    if name not in LIMITS:
+    if name not in KERNEL_SUPPORT:
         raise ValueError(f"compute.attention = {name!r} must be chosen before a network runs: stage.settled")
     kernel = with_splash if name == "splash" else with_cudnn
 
-    def attend(query: Array, key: Array, value: Array, mask: Array, operands: str) -> Array:
-        return sharding.by_rows_and_heads(partial(kernel, operands=operands), mesh)(query, key, value, mask)
+    def attend(query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str) -> Array:
+        return sharding.by_rows_and_heads(partial(kernel, matmul_dtype=matmul_dtype), mesh)(query, key, value, mask)
 
     return attend, segments if name == "splash" else attention_mask(segments, segments, 0)
 
 
 def with_cudnn(
-    query: Array, key: Array, value: Array, mask: Array, operands: str, *, implementation: Any = "cudnn"
+    query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str, *, implementation: Any = "cudnn"
 ) -> Array:
-    """As `attend_causally`; weights and outputs are rounded to `operands` too. `implementation`: "xla" makes the same
+    """As `attend_causally`; weights and outputs are rounded to `matmul_dtype` too. `implementation`: "xla" makes the same
     call without cuDNN."""
-    rounded = (x.swapaxes(1, 2).astype(operands) for x in (query, key, value))
+    rounded = (x.swapaxes(1, 2).astype(matmul_dtype) for x in (query, key, value))
     # Given that the mask is causal, cuDNN leaves out what comes later.
     mixed = jax.nn.dot_product_attention(*rounded, mask=mask[:, None], is_causal=True, implementation=implementation)
     return mixed.swapaxes(1, 2).astype(query.dtype)
 
 
 def with_splash(
-    query: Array, key: Array, value: Array, segments: Array, operands: str, *, interpret: bool = False
+    query: Array, key: Array, value: Array, segments: Array, matmul_dtype: str, *, interpret: bool = False
 ) -> Array:
     """As `with_cudnn`, for rows without branches and with their segments in place of the mask; padding sees padding."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # a second to import
@@ -150,6 +150,6 @@ def with_splash(
     blocks = splash.BlockSizes(**dict.fromkeys(names, math.gcd(length, BLOCK)))
     causal = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     attend: Any = splash.make_splash_mha(causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
-    scaled = (query.astype(jnp.float32) / np.sqrt(width)).astype(operands)
+    scaled = (query.astype(jnp.float32) / np.sqrt(width)).astype(matmul_dtype)
     ids = splash.SegmentIds(segments, segments)
-    return jax.vmap(attend)(scaled, key.astype(operands), value.astype(operands), ids).astype(query.dtype)
+    return jax.vmap(attend)(scaled, key.astype(matmul_dtype), value.astype(matmul_dtype), ids).astype(query.dtype)

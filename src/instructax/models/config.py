@@ -38,12 +38,12 @@ class ModelConfig:
 
     vocab_size: int
     max_length: int  # longest sequence, and the rows of a learned position table
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int  # < heads: grouped queries
-    head_width: int
-    mlp_width: int
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int  # < heads: grouped queries
+    head_dim: int
+    mlp_dim: int
     norm: Literal["layernorm", "rmsnorm"]
     norm_epsilon: float
     positions: Literal["learned", "rotary"]
@@ -54,7 +54,7 @@ class ModelConfig:
     biases: bool  # of all matrices of the layers
     qkv_biases: bool  # of those to query, key and value alone
     qk_norms: bool  # a norm on each head's query and key
-    score_width: float  # attention divides scores by its square root; 0 = head_width
+    score_width: float  # attention divides scores by its square root; 0 = head_dim
     attention_cap: float  # c: scores become c · tanh(score / c); 0 = they stay
     window: int  # tokens that layers in `windowed` see, the token itself included; 0 = all before it
     windowed: tuple[int, ...]  # layers, from 0
@@ -66,20 +66,20 @@ class ModelConfig:
     init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
 
     def __post_init__(self):
-        sizes = ("vocab_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width", "mlp_width")
+        sizes = ("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
         least = dict.fromkeys(("norm_epsilon", "init_std", "score_width", "attention_cap", "logit_cap", "window"), 0)
-        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1}, {"layers": LAYERS})
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads = {self.heads} must be a multiple of model.kv_heads = {self.kv_heads}")
+        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1}, {"num_layers": LAYERS})
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}")
         if not 0 < self.rotary_fraction <= 1:
             raise ValueError(f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1")
         if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
             share = f" × model.rotary_fraction = {self.rotary_fraction}" if self.rotary_fraction < 1 else ""
-            raise ValueError(f"model.head_width = {self.head_width}{share} must be even for rotary positions")
+            raise ValueError(f"model.head_dim = {self.head_dim}{share} must be even for rotary positions")
         if self.biases and self.qkv_biases:
             raise ValueError("model.qkv_biases = True is for model.biases = False: all matrices have biases already")
-        if list(self.windowed) != sorted({layer for layer in self.windowed if 0 <= layer < self.layers}):
-            raise ValueError(f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.layers - 1}")
+        if list(self.windowed) != sorted({layer for layer in self.windowed if 0 <= layer < self.num_layers}):
+            raise ValueError(f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.num_layers - 1}")
         if bool(self.window) != bool(self.windowed):
             raise ValueError(
                 f"model.window = {self.window} and model.windowed = {self.windowed}: set both, or 0 and () for none"
@@ -88,7 +88,7 @@ class ModelConfig:
     @property
     def rotary_width(self) -> int:
         """Components of each head that rotary positions turn."""
-        return int(self.head_width * self.rotary_fraction)
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def gated(self) -> bool:
@@ -100,18 +100,18 @@ class ModelConfig:
 class ComputeConfig:
     """How a run computes; free to differ between stages that share parameters."""
 
-    dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the operands of products rounded to bfloat16
+    dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the matmul_dtype of products rounded to bfloat16
     decoding: Literal["float32", "mixed", "bfloat16"]  # the same of the sampler, which is bound by other things
     attention: Literal["auto", "jax", "cudnn", "splash"]  # kernel of whole rows; "auto": the fastest that surely runs
     remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
-    part_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
-    part_halvings: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
+    microbatch_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
+    tail_splits: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
     slots: int  # responses that a device samples at a time
-    slot_halvings: int  # of the slots, for the last responses: steps of half the cost, and one more to compile
+    compaction_steps: int  # of the slots, for the last responses: steps of half the cost, and one more to compile
 
     def __post_init__(self):
-        check_range(self, {"head_chunk": 1, "part_rows": 1, "part_halvings": 0, "slots": 1, "slot_halvings": 0})
+        check_range(self, {"head_chunk": 1, "microbatch_rows": 1, "tail_splits": 0, "slots": 1, "compaction_steps": 0})
 
     @property
     def activations(self) -> str:
@@ -119,11 +119,11 @@ class ComputeConfig:
         return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
     @property
-    def operands(self) -> str:
+    def matmul_dtype(self) -> str:
         """The dtype that matrix products multiply in; they sum in float32."""
         return "float32" if self.dtype == "float32" else "bfloat16"
 
 
-def while_sampling(compute: ComputeConfig) -> ComputeConfig:
+def decoding_config(compute: ComputeConfig) -> ComputeConfig:
     """How the sampler of a run computes."""
     return dataclasses.replace(compute, dtype=compute.decoding)

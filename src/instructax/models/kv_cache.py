@@ -13,8 +13,8 @@ from instructax.types import Array, pytree
 class Cache:
     """Keys and values of the columns seen so far, and where the next ones go."""
 
-    keys: tuple[Array, ...]  # per layer, operands' dtype[B, kv_heads, S, head_width]
-    values: tuple[Array, ...]  # per layer, operands' dtype[B, kv_heads, S, head_width]
+    keys: tuple[Array, ...]  # per layer, matmul_dtype' dtype[B, num_kv_heads, S, head_dim]
+    values: tuple[Array, ...]  # per layer, matmul_dtype' dtype[B, num_kv_heads, S, head_dim]
     segments: Array  # i32[B, S], 0 = padding or not yet filled
     positions: Array | None  # i32[B, S], for windows; None where no layer has one
     filled: Array  # i32[] or, of rows that are filled apart, i32[B]: columns in use, the next is written at
@@ -22,8 +22,8 @@ class Cache:
 
 def init_cache(config: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of `length` columns."""
-    shape = (batch, config.kv_heads, length, config.head_width)
-    blank = tuple(jnp.zeros(shape, compute.operands) for _ in range(config.layers))
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    blank = tuple(jnp.zeros(shape, compute.matmul_dtype) for _ in range(config.num_layers))
     columns = jnp.zeros((batch, length), jnp.int32)
     return Cache(
         keys=blank,

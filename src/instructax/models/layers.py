@@ -21,25 +21,25 @@ def _add_bias(x: Array, bias: Array) -> Array:
 
 
 class Linear(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype `operands`:
+    """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype `matmul_dtype`:
     dtype[..., contracted axes] → dtype[..., *features]. Where there are adapters beside the kernel, what they add."""
 
     features: tuple[int, ...]
     contracted: int
     std: float
     bias: bool
-    operands: str
+    matmul_dtype: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
         rows, summed, features = "abc"[: x.ndim - self.contracted], "xy"[: self.contracted], "fgh"[: len(self.features)]
-        y = product(f"{rows}{summed},{summed}{features}->{rows}{features}", x, kernel, self.operands)
+        y = product(f"{rows}{summed},{summed}{features}->{rows}{features}", x, kernel, self.matmul_dtype)
         if self.has_variable("params", lora.A):
             a, b, scale = (self.get_variable("params", name) for name in (lora.A, lora.B, lora.SCALE))
-            low = product(f"{rows}{summed},{summed}r->{rows}r", x, a, self.operands)
-            change = product(f"{rows}r,r{features}->{rows}{features}", low, b, self.operands)
+            low = product(f"{rows}{summed},{summed}r->{rows}r", x, a, self.matmul_dtype)
+            change = product(f"{rows}r,r{features}->{rows}{features}", low, b, self.matmul_dtype)
             y = y + change * scale.astype(y.dtype)
         if self.bias:
             y = _add_bias(y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32))
@@ -66,36 +66,36 @@ class Attention(nn.Module):
     """Causal self-attention with grouped queries; returns its keys and values for the cache.
 
     x dtype[B, T, D], mask b[B, T, S] or what `attend` takes for it, positions i32[B, T], past (keys and values
-    dtype[B, kv_heads, S, head_width], the columns to write at, i32[] or i32[B]) or None, where S = T
+    dtype[B, num_kv_heads, S, head_dim], the columns to write at, i32[] or i32[B]) or None, where S = T
     → (dtype[B, T, D], (keys, values)).
     """
 
     config: ModelConfig
-    operands: str
+    matmul_dtype: str
     attend: Callable[..., Array]  # `attention.attend` with its cap, or one that does as it does
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past: tuple[Array, Array, Array] | None):
         c = self.config
-        linear = partial(Linear, bias=c.biases or c.qkv_biases, operands=self.operands)
-        query = linear((c.heads, c.head_width), 1, c.init_std, name="query")(x)
-        key = linear((c.kv_heads, c.head_width), 1, c.init_std, name="key")(x)
-        value = linear((c.kv_heads, c.head_width), 1, c.init_std, name="value")(x)
+        linear = partial(Linear, bias=c.biases or c.qkv_biases, matmul_dtype=self.matmul_dtype)
+        query = linear((c.num_heads, c.head_dim), 1, c.init_std, name="query")(x)
+        key = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="key")(x)
+        value = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="value")(x)
         if c.qk_norms:
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if c.positions == "rotary":
             frequencies = rotary_frequencies(c)
             query, key = rotate(query, positions, frequencies), rotate(key, positions, frequencies)
         if c.score_width:
-            query = query * jnp.asarray(np.sqrt(c.head_width / c.score_width), query.dtype)  # `attend` divides by √d
+            query = query * jnp.asarray(np.sqrt(c.head_dim / c.score_width), query.dtype)  # `attend` divides by √d
         query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
         if past is not None:
             past_keys, past_values, column = past
             key = written(past_keys, key.astype(past_keys.dtype), column, 2)
             value = written(past_values, value.astype(past_values.dtype), column, 2)
-        mixed = self.attend(query, key, value, mask, self.operands).swapaxes(1, 2)
-        residual_std = c.init_std / np.sqrt(2 * c.layers)
-        out = linear((c.width,), 2, residual_std, bias=c.biases, name="out")
+        mixed = self.attend(query, key, value, mask, self.matmul_dtype).swapaxes(1, 2)
+        residual_std = c.init_std / np.sqrt(2 * c.num_layers)
+        out = linear((c.embed_dim,), 2, residual_std, bias=c.biases, name="out")
         return out(mixed), (key, value)
 
 
@@ -103,19 +103,19 @@ class Mlp(nn.Module):
     """GELU, or with a gate SwiGLU or GEGLU (Shazeer, 2020): dtype[B, T, D] → dtype[B, T, D]."""
 
     config: ModelConfig
-    operands: str
+    matmul_dtype: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        linear = partial(Linear, bias=c.biases, operands=self.operands)
-        y = linear((c.mlp_width,), 1, c.init_std, name="up")(x)
+        linear = partial(Linear, bias=c.biases, matmul_dtype=self.matmul_dtype)
+        y = linear((c.mlp_dim,), 1, c.init_std, name="up")(x)
         if c.gated:
-            gate = linear((c.mlp_width,), 1, c.init_std, name="gate")(x)
+            gate = linear((c.mlp_dim,), 1, c.init_std, name="gate")(x)
             y = y * (jax.nn.silu(gate) if c.activation == "swiglu" else gelu(gate))
         else:
             y = gelu(y, c.activation == "gelu")
-        return linear((c.width,), 1, c.init_std / np.sqrt(2 * c.layers), name="down")(y)
+        return linear((c.embed_dim,), 1, c.init_std / np.sqrt(2 * c.num_layers), name="down")(y)
 
 
 @pytree
@@ -143,14 +143,14 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    operands: str
+    matmul_dtype: str
     attend: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None):
         c = self.config
-        attention = Attention(c, self.operands, self.attend, name="attention")
-        mlp = Mlp(c, self.operands, name="mlp")
+        attention = Attention(c, self.matmul_dtype, self.attend, name="attention")
+        mlp = Mlp(c, self.matmul_dtype, name="mlp")
         attended, present = attention(Norm(c, name="attention_norm")(x), mask, positions, past)
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.models.ops import largest, product, soft_capped
+from instructax.models.ops import max_over_batch, product, soft_capped
 from instructax.types import Array
 
 # (logprobs f32[B, c], mask b[B, c], extras [B, c] each) → (loss, metrics): means over the mask, all f32[].
@@ -167,7 +167,7 @@ def _chunks(tree: Any, mask: Array, chunk: int) -> tuple[Any, Callable[[Array], 
         return _taken(x.swapaxes(0, 1).reshape(batch, length + padding, *x.shape[3:])[:, :length], inverse)
 
     most = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-    return jax.tree.map(sliced, tree), back, largest(-(-most // chunk))
+    return jax.tree.map(sliced, tree), back, max_over_batch(-(-most // chunk))
 
 
 def _taken(x: Array, order: Array) -> Array:

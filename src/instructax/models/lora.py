@@ -3,7 +3,7 @@ trained, with the scalar head if there is one.
 
 A and B are leaves beside the kernel W of each linear map of the layers, with alpha / rank as a third leaf: a tree of
 parameters says of itself whether it is adapted, and how. B starts at 0, so that an adapted network begins as its
-parent, to the bit. `trained` is what gradients, Adam's moments and averages are made of; `merged` puts A · B into the
+parent, to the bit. `trainable` is what gradients, Adam's moments and averages are made of; `merge_lora` puts A · B into the
 kernels, for a sampler and for whoever starts from the run.
 """
 
@@ -34,7 +34,7 @@ class LoraConfig:
         check_positive(self, "alpha")
 
 
-def adapted(params: Params, config: LoraConfig, key: Array) -> Params:
+def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
     """`params` with adapters: A from N(0, 1 / the number of inputs), B = 0. With rank 0 `params` themselves."""
     if config.rank == 0:
         return params
@@ -54,7 +54,7 @@ def adapted(params: Params, config: LoraConfig, key: Array) -> Params:
     return {**params, "blocks": _with_linears(params["blocks"], added)}
 
 
-def merged(params: Params) -> Params:
+def merge_lora(params: Params) -> Params:
     """The parameters of the same network without adapters; those without any as they are."""
 
     def summed(name: str, linear: Params) -> Params:
@@ -70,7 +70,7 @@ def merged(params: Params) -> Params:
     return {**params, "blocks": _with_linears(params["blocks"], summed)} if "blocks" in params else params
 
 
-def trained(params: Params) -> Params:
+def trainable(params: Params) -> Params:
     """The part of a tree of parameters that is trained: of an adapted one A, B and the scalar head, else all of it."""
     if not _adapted(params):
         return params
@@ -83,11 +83,11 @@ def trained(params: Params) -> Params:
     return {"blocks": part(params["blocks"]), **head}
 
 
-def joined(part: Params, params: Params) -> Params:
+def merge_trees(part: Params, params: Params) -> Params:
     """`params` with the leaves of `part`, which has some of theirs."""
     if not isinstance(params, dict) or not isinstance(part, dict):
         return part
-    return {name: joined(part[name], leaf) if name in part else leaf for name, leaf in params.items()}
+    return {name: merge_trees(part[name], leaf) if name in part else leaf for name, leaf in params.items()}
 
 
 def _adapted(params: Params) -> bool:

@@ -24,25 +24,25 @@ def materialized(x: Array) -> Array:
 
 
 @partial(custom_vjp, nondiff_argnums=(0, 3))
-def product(axes: str, x: Array, y: Array, operands: str) -> Array:
+def product(axes: str, x: Array, y: Array, matmul_dtype: str) -> Array:
     """Einstein's sum of two arrays: with `axes` "td,df->tf" it is Σ_d x[t, d] · y[d, f], of the dtype of x.
 
-    Both are rounded to the dtype `operands`; sums are float32. Each axis is one of two of the three arrays, or of all.
+    Both are rounded to the dtype `matmul_dtype`; sums are float32. Each axis is one of two of the three arrays, or of all.
     """
-    return _product_forward(axes, x, y, operands)[0]
+    return _product_forward(axes, x, y, matmul_dtype)[0]
 
 
-def _product_forward(axes: str, x: Array, y: Array, operands: str) -> tuple[Array, tuple[Array, Array]]:
-    rounded = x.astype(operands)
-    return _einsum(axes, rounded, y.astype(operands), x.dtype), (rounded, y)
+def _product_forward(axes: str, x: Array, y: Array, matmul_dtype: str) -> tuple[Array, tuple[Array, Array]]:
+    rounded = x.astype(matmul_dtype)
+    return _einsum(axes, rounded, y.astype(matmul_dtype), x.dtype), (rounded, y)
 
 
-def _product_backward(axes: str, operands: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _product_backward(axes: str, matmul_dtype: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     """d x = gradient · y and d y = x · gradient, each summed over the axes that it lacks."""
     of_x, of_y, of_result = axes.replace("->", ",").split(",")
     (x, y), dtype = kept, gradient.dtype
-    x, gradient = materialized(x), materialized(gradient.astype(operands))
-    by_x = _einsum(f"{of_result},{of_y}->{of_x}", gradient, y.astype(operands), dtype)
+    x, gradient = materialized(x), materialized(gradient.astype(matmul_dtype))
+    by_x = _einsum(f"{of_result},{of_y}->{of_x}", gradient, y.astype(matmul_dtype), dtype)
     # Both are summed over their first axes, so that the left one has to be transposed: the smaller one.
     (left, of_left), (right, of_right) = sorted([(x, of_x), (gradient, of_result)], key=lambda pair: pair[0].size)
     by_y = _einsum(f"{of_left},{of_right}->{of_y}", left, right, dtype)
@@ -121,24 +121,24 @@ gelu.defvjp(lambda x, approximate: (gelu(x, approximate), x), _gelu_backward)
 
 
 @partial(custom_vjp, nondiff_argnums=(2,))
-def softmax_mean(scores: Array, values: Array, operands: str) -> Array:
+def softmax_mean(scores: Array, values: Array, matmul_dtype: str) -> Array:
     """The mean of values, weighted by the softmax of scores: f32[B, H, Q, S], dtype[B, H, S, d] → f32[B, H, Q, d].
 
-    What is multiplied is rounded to the dtype `operands`. Backward, the scores' gradient is w · (dw − Σ_s w · dw), and
+    What is multiplied is rounded to the dtype `matmul_dtype`. Backward, the scores' gradient is w · (dw − Σ_s w · dw), and
     that sum is Σ_d of outputs times their gradient (Dao et al., 2022): d numbers, where there may be thousands of keys.
     """
-    return _softmax_mean_forward(scores, values, operands)[0]
+    return _softmax_mean_forward(scores, values, matmul_dtype)[0]
 
 
-def _softmax_mean_forward(scores: Array, values: Array, operands: str) -> tuple[Array, tuple[Array, Array, Array]]:
+def _softmax_mean_forward(scores: Array, values: Array, matmul_dtype: str) -> tuple[Array, tuple[Array, Array, Array]]:
     weights = jax.nn.softmax(scores, axis=-1)
-    mean = product("bhqs,bhsd->bhqd", weights, values, operands)
+    mean = product("bhqs,bhsd->bhqd", weights, values, matmul_dtype)
     return mean, (weights, values, mean)
 
 
-def _softmax_mean_backward(operands: str, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _softmax_mean_backward(matmul_dtype: str, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
     weights, values, mean = kept
-    pull = jax.vjp(partial(product, "bhqs,bhsd->bhqd", operands=operands), weights, values)[1]
+    pull = jax.vjp(partial(product, "bhqs,bhsd->bhqd", matmul_dtype=matmul_dtype), weights, values)[1]
     of_weights, of_values = pull(gradient)
     return weights * (of_weights - jnp.sum(mean * gradient, axis=-1, keepdims=True)), of_values
 
@@ -152,7 +152,7 @@ def soft_capped(x: Array, cap: float) -> Array:
 
 
 @custom_vmap
-def anywhere(flag: Array) -> Array:
+def any_over_batch(flag: Array) -> Array:
     """`flag` b[]; under `vmap` whether it holds for any of the batch, and one answer for all.
 
     A loop that ends by it is one loop for the whole batch. Else `vmap` lets each go on by itself: it keeps the state of
@@ -161,17 +161,17 @@ def anywhere(flag: Array) -> Array:
     return flag
 
 
-@anywhere.def_vmap
+@any_over_batch.def_vmap
 def _(_size: int, _batched: list[bool], flags: Array) -> tuple[Array, bool]:
     return jnp.any(flags, axis=0), False
 
 
 @custom_vmap
-def largest(number: Array) -> Array:
-    """`number` i32[]; under `vmap` the largest of the batch, for all: a loop's end, as `anywhere`."""
+def max_over_batch(number: Array) -> Array:
+    """`number` i32[]; under `vmap` the largest of the batch, for all: a loop's end, as `any_over_batch`."""
     return number
 
 
-@largest.def_vmap
+@max_over_batch.def_vmap
 def _(_size: int, _batched: list[bool], numbers: Array) -> tuple[Array, bool]:
     return jnp.max(numbers, axis=0), False

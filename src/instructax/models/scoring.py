@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.models import Dropout, Transformer, head_kernel, joined, positions_of, trained
+from instructax.models import Dropout, Transformer, head_kernel, merge_trees, positions_of, trainable
 from instructax.models.logprobs import TokenLoss, loss_and_gradients, sequence_logprobs, sequence_logprobs_and_entropy
 from instructax.models.ops import materialized
 from instructax.types import Array, Comparisons, LmBatch, Params, Rollouts
 
 
-def rollout_rows(rollouts: Rollouts) -> LmBatch:
+def rollout_sequences(rollouts: Rollouts) -> LmBatch:
     """Prompt and response of each rollout as a row [B, P + R]; the loss mask marks the response."""
     real = jnp.concatenate([rollouts.prompts.mask, rollouts.mask], axis=1)
     return LmBatch(
@@ -27,7 +27,7 @@ def rollout_rows(rollouts: Rollouts) -> LmBatch:
     )
 
 
-def comparison_rows(comparisons: Comparisons) -> LmBatch:
+def comparison_sequences(comparisons: Comparisons) -> LmBatch:
     """Each prompt once and its K responses after it as a row [B, P + K · R], the responses at the positions that each
     would have alone and blind to each other; the loss mask marks them."""
     prompts, (batch, count, length) = comparisons.prompts, comparisons.responses.shape
@@ -39,10 +39,10 @@ def comparison_rows(comparisons: Comparisons) -> LmBatch:
         return jnp.concatenate([of_prompts, of_responses.reshape(batch, -1)], axis=1)
 
     return LmBatch(
-        tokens=joined(prompts.tokens, comparisons.responses),
-        segments=joined(-prompts.mask.astype(jnp.int32), jnp.where(mask, numbers[None, :, None], 0)),
-        positions=joined(positions_of(prompts.mask), jnp.broadcast_to(positions, mask.shape)),
-        loss_mask=joined(jnp.zeros_like(prompts.mask), mask),
+        tokens=merge_trees(prompts.tokens, comparisons.responses),
+        segments=merge_trees(-prompts.mask.astype(jnp.int32), jnp.where(mask, numbers[None, :, None], 0)),
+        positions=merge_trees(positions_of(prompts.mask), jnp.broadcast_to(positions, mask.shape)),
+        loss_mask=merge_trees(jnp.zeros_like(prompts.mask), mask),
     )
 
 
@@ -60,29 +60,29 @@ def _hidden_before(model: Transformer, params: Params, batch: LmBatch, dropout: 
     return materialized(hidden[:, :-1]), head_kernel(model.config, params), batch.tokens[:, 1:], batch.loss_mask[:, 1:]
 
 
-def _behind_a_blank(x: Array) -> Array:
+def _shift_right(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (1, 0)))
 
 
-def row_logprobs(model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float) -> Array:
+def packed_logprobs(model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float) -> Array:
     """Log-probability of each token of the loss mask given its segment so far, at `temperature`, else 0: LmBatch [B, T]
     → f32[B, T]. Nothing predicts column 0, and no loss mask marks it."""
     inputs = _hidden_before(model, params, batch, None)
     chunk, cap = model.compute.head_chunk, model.config.logit_cap
-    return _behind_a_blank(sequence_logprobs(*inputs, temperature=temperature, chunk=chunk, cap=cap))
+    return _shift_right(sequence_logprobs(*inputs, temperature=temperature, chunk=chunk, cap=cap))
 
 
-def row_logprobs_and_entropy(
+def packed_logprobs_and_entropy(
     model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float
 ) -> tuple[Array, Array]:
-    """As `row_logprobs`, and the policy's entropy in nats before each of these tokens, else 0; both f32[B, T]."""
+    """As `packed_logprobs`, and the policy's entropy in nats before each of these tokens, else 0; both f32[B, T]."""
     inputs = _hidden_before(model, params, batch, None)
     chunk, cap = model.compute.head_chunk, model.config.logit_cap
     logprobs, entropy = sequence_logprobs_and_entropy(*inputs, temperature=temperature, chunk=chunk, cap=cap)
-    return _behind_a_blank(logprobs), _behind_a_blank(entropy)
+    return _shift_right(logprobs), _shift_right(entropy)
 
 
-def row_loss_and_gradients(
+def packed_loss_and_gradients(
     model: Transformer,
     params: Params,
     batch: LmBatch,
@@ -100,10 +100,10 @@ def row_loss_and_gradients(
     """
 
     def trunk(part: Params) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        hidden, kernel, *rest = _hidden_before(model, joined(part, params), batch, dropout)
+        hidden, kernel, *rest = _hidden_before(model, merge_trees(part, params), batch, dropout)
         return (hidden, kernel), tuple(rest)
 
-    (hidden, kernel), pull, (targets, mask) = jax.vjp(trunk, trained(params), has_aux=True)
+    (hidden, kernel), pull, (targets, mask) = jax.vjp(trunk, trainable(params), has_aux=True)
     loss, metrics, *by_outputs = loss_and_gradients(
         loss_of,
         hidden,
@@ -118,26 +118,26 @@ def row_loss_and_gradients(
     return loss, metrics, pull(tuple(by_outputs))[0]
 
 
-def row_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
+def packed_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
     """The scalar head at each token: f32[B, T]."""
     outputs, _ = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)
     return outputs
 
 
-def row_values(model: Transformer, params: Params, batch: LmBatch) -> Array:
+def packed_values(model: Transformer, params: Params, batch: LmBatch) -> Array:
     """The value network's estimate before each token of the loss mask, else 0: f32[B, T]."""
-    return jnp.where(batch.loss_mask, _behind_a_blank(row_outputs(model, params, batch)[:, :-1]), 0.0)
+    return jnp.where(batch.loss_mask, _shift_right(packed_outputs(model, params, batch)[:, :-1]), 0.0)
 
 
 def token_logprobs(model: Transformer, params: Params, rollouts: Rollouts, *, temperature: Array | float) -> Array:
     """Log-probability of each response token given all before it, at `temperature`: f32[B, R], zero where masked."""
-    logprobs = row_logprobs(model, params, rollout_rows(rollouts), temperature=temperature)
+    logprobs = packed_logprobs(model, params, rollout_sequences(rollouts), temperature=temperature)
     return logprobs[:, rollouts.prompts.tokens.shape[1] :]
 
 
 def token_values(model: Transformer, params: Params, rollouts: Rollouts) -> Array:
     """The value network's estimate before each response token: f32[B, R], zero where masked."""
-    return row_values(model, params, rollout_rows(rollouts))[:, rollouts.prompts.tokens.shape[1] :]
+    return packed_values(model, params, rollout_sequences(rollouts))[:, rollouts.prompts.tokens.shape[1] :]
 
 
 def sequence_scores(model: Transformer, params: Params, responses: Comparisons | Rollouts) -> Array:
@@ -145,11 +145,11 @@ def sequence_scores(model: Transformer, params: Params, responses: Comparisons |
 
     A response without any real token is scored at the prompt's last token.
     """
-    rows = rollout_rows(responses) if isinstance(responses, Rollouts) else comparison_rows(responses)
-    return at_the_end(row_outputs(model, params, rows), responses)
+    rows = rollout_sequences(responses) if isinstance(responses, Rollouts) else comparison_sequences(responses)
+    return at_last_token(packed_outputs(model, params, rows), responses)
 
 
-def at_the_end(outputs: Array, responses: Comparisons | Rollouts) -> Array:
+def at_last_token(outputs: Array, responses: Comparisons | Rollouts) -> Array:
     """Of outputs [B, P + R] or [B, P + K · R] of the rows of `responses`, those at their last real tokens."""
     prompt_columns = responses.prompts.tokens.shape[1]
     if isinstance(responses, Comparisons):

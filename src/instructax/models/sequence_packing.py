@@ -2,7 +2,7 @@
 
 What a sampler or a data reader returns is padded to the longest length that there can be. Here its real tokens are put
 into rows of one width. How many rows are in use is data, while shapes are not: rows are worked through part by part, in
-loops that end with the last row in use. A part has `compute.part_rows` rows; what is left at the end goes into smaller
+loops that end with the last row in use. A part has `compute.microbatch_rows` rows; what is left at the end goes into smaller
 ones, each half as large as the one before, down to a piece of a row.
 """
 
@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from instructax import sharding
 from instructax.models import BRANCHES, ComputeConfig, Transformer
 from instructax.models.attention_kernels import ROW_TOKENS
-from instructax.models.ops import largest
+from instructax.models.ops import max_over_batch
 from instructax.types import Array, LmBatch, pytree
 
 
 @pytree
-class Layout:
+class PackedLayout:
     """Where N sequences of up to L tokens stand: in lines of rows of width W, one row for each device that shares rows.
 
     Only the last line in use can be less than half full: of that one a part may take the first columns alone.
@@ -31,7 +31,7 @@ class Layout:
     cells: Array  # i32[N, L], the place of each token among all cells of all lines; their number = not a token
     texts: Array  # i32[lines, ways, W], the number from 1 of the sequence that a cell belongs to; 0 = padding
     used: Array  # i32[], cells that a device runs, the first ones
-    shapes: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})  # `part_shapes`, for one device
+    shapes: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})  # `microbatch_shapes`, for one device
 
     def spread(self, x: Array) -> Array:
         """[N, L] → [lines, ways, W], zero where there is padding."""
@@ -72,9 +72,9 @@ class Layout:
         return 1.0 - jnp.sum(self.texts > 0, dtype=jnp.float32) / jnp.maximum(cells, 1)
 
 
-def lay_out(
+def plan_packing(
     real: Array, *, width: int, compute: ComputeConfig, mesh: Mesh | None, longest: int | None = None
-) -> Layout:
+) -> PackedLayout:
     """Puts the marked tokens of N sequences, `real` b[N, L], into rows of `width`, in order and without a gap.
 
     First fit, the longest first: each sequence goes to the first row with room. `longest` ≤ `width` is the most tokens
@@ -88,7 +88,7 @@ def lay_out(
     ways = 1 if mesh is None else sharding.row_ways(mesh)
     # A row takes so many of any sequences, before another is begun.
     lines = -(-count // (width // longest * ways))
-    shapes = part_shapes(min(compute.part_rows, lines), compute.part_halvings, width)
+    shapes = microbatch_shapes(min(compute.microbatch_rows, lines), compute.tail_splits, width)
     lines = -(-lines // shapes[-1][0]) * shapes[-1][0]
 
     def place(free: Array, length: Array) -> tuple[Array, Array]:
@@ -101,14 +101,14 @@ def lay_out(
     within = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     cells = jnp.where(real, starts[:, None] + within, lines * ways * width)
     filled = width - jnp.min(free.reshape(lines, ways), axis=1)
-    blank = Layout(
+    blank = PackedLayout(
         cells=cells, texts=jnp.zeros((lines, ways, width), jnp.int32), used=_used(filled, width, shapes), shapes=shapes
     )
     texts = blank.spread(jnp.broadcast_to(jnp.arange(1, count + 1, dtype=jnp.int32)[:, None], real.shape))
     return dataclasses.replace(blank, texts=texts if mesh is None else sharding.constrain_rows(texts, mesh, axis=1))
 
 
-def part_shapes(rows: int, halvings: int, width: int) -> tuple[tuple[int, int], ...]:
+def microbatch_shapes(rows: int, halvings: int, width: int) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of the parts, the largest first: `rows` rows of `width`, halved again and again, first to one row
     and then to pieces of it, of two columns at least.
 
@@ -125,10 +125,10 @@ def part_shapes(rows: int, halvings: int, width: int) -> tuple[tuple[int, int], 
     return tuple(shapes)
 
 
-def width_of(lengths: Iterable[int], most: int, compute: ComputeConfig) -> int:
+def packed_width(lengths: Iterable[int], most: int, compute: ComputeConfig) -> int:
     """W of rows that hold texts of `lengths`, none above `most`: a multiple of 64, which computers multiply well, or so
     wide that an attention kernel takes each piece of a row."""
-    unit = 64 if compute.attention == "jax" else ROW_TOKENS << compute.part_halvings
+    unit = 64 if compute.attention == "jax" else ROW_TOKENS << compute.tail_splits
     return min(-(-max(lengths, default=0) // unit) * unit, most)
 
 
@@ -141,7 +141,7 @@ def _used(filled: Array, width: int, shapes: tuple[tuple[int, int], ...]) -> Arr
     return jnp.where(lines > 0, (-(-lines // whole) * whole - 1) * width + last, 0)
 
 
-def pack(batch: LmBatch, layout: Layout) -> LmBatch:
+def pack(batch: LmBatch, layout: PackedLayout) -> LmBatch:
     """Rows [N, L], each of up to BRANCHES texts or of one prompt with its responses, as the layout has them: [lines,
     ways, W]."""
     texts, segments = layout.texts, layout.spread(batch.segments)
@@ -153,7 +153,7 @@ def pack(batch: LmBatch, layout: Layout) -> LmBatch:
     )
 
 
-def packed_map(
+def pack_and_map(
     function: Callable[[LmBatch], Any],
     batch: LmBatch,
     *,
@@ -161,15 +161,15 @@ def packed_map(
     compute: ComputeConfig,
     mesh: Mesh,
     longest: int | None = None,
-) -> tuple[Any, Layout]:
+) -> tuple[Any, PackedLayout]:
     """(`function` of rows [rows, W] of packed texts, read back to the rows of `batch` [N, L]; the layout): what a
     network makes of tokens, without most of the padding and a part at a time."""
-    layout = lay_out(batch.segments != 0, width=width, compute=compute, mesh=mesh, longest=longest)
-    _, outs = scan_rows(lambda _, part: (None, function(part)), None, pack(batch, layout), layout)
+    layout = plan_packing(batch.segments != 0, width=width, compute=compute, mesh=mesh, longest=longest)
+    _, outs = scan_packed_rows(lambda _, part: (None, function(part)), None, pack(batch, layout), layout)
     return jax.tree.map(layout.collect, outs), layout
 
 
-def by_parts(
+def map_packed_rows(
     function: Callable[[LmBatch], Array], batch: LmBatch, model: Transformer, mesh: Mesh, *, width: int = 0
 ) -> Array:
     """`function` of the rows of `batch` [B, T], packed into rows of `width`, by default T, as many at a time as
@@ -177,10 +177,10 @@ def by_parts(
     columns = batch.tokens.shape[1]
     width = width or columns
     packing = {"width": width, "longest": min(width, columns), "compute": model.compute, "mesh": mesh}
-    return packed_map(function, batch, **packing)[0]
+    return pack_and_map(function, batch, **packing)[0]
 
 
-def scan_rows(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, layout: Layout) -> tuple[Any, Any]:
+def scan_packed_rows(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, layout: PackedLayout) -> tuple[Any, Any]:
     """`jax.lax.scan` of `step(carry, part) -> (carry, out)` over the parts in use of a tree of [lines, ways, W, ...].
 
     A part and its `out` are of [rows, columns, ...]; what comes out is [lines, ways, W, ...], zero where it is not in
@@ -189,7 +189,7 @@ def scan_rows(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any
     example = layout.part(rows, 0, layout.shapes[0])
     outs = jax.eval_shape(lambda: step(carry, example)[1])
     blank = jax.tree.map(lambda out: jnp.zeros((*layout.texts.shape, *out.shape[2:]), out.dtype), outs)
-    state, done, used = (carry, blank), jnp.int32(0), largest(layout.used)
+    state, done, used = (carry, blank), jnp.int32(0), max_over_batch(layout.used)
     for shape in layout.shapes:
 
         def one(index: Array, state: tuple[Any, Any], shape: Any = shape, done: Array = done) -> tuple[Any, Any]:

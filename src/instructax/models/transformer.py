@@ -49,7 +49,7 @@ class Transformer(nn.Module):
         dropout: Dropout | None = None,
         layers: tuple[Params, ...] | None = None,
     ) -> tuple[Array, Cache | None]:
-        """tokens, segments, positions i32[B, T] → (hidden operands' dtype[B, T, D] | outputs f32[B, T], cache).
+        """tokens, segments, positions i32[B, T] → (hidden matmul_dtype' dtype[B, T, D] | outputs f32[B, T], cache).
 
         Segments are 0 (padding), n > 0 (a text that sees itself, and the segment −⌈n / BRANCHES⌉ if its row has one)
         or negative (what several texts share).
@@ -57,12 +57,12 @@ class Transformer(nn.Module):
         parameters of `layers_of`, where a loop would take them apart again and again.
         """
         c = self.config
-        embedding = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.width), jnp.float32)
+        embedding = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.embed_dim), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activations)
         if c.scaled_embedding:
-            x = x * jnp.asarray(np.sqrt(c.width), x.dtype)
+            x = x * jnp.asarray(np.sqrt(c.embed_dim), x.dtype)
         if c.positions == "learned":
-            table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.width), jnp.float32)
+            table = self.param("positions", nn.initializers.normal(c.init_std), (c.max_length, c.embed_dim), jnp.float32)
             x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
         # Adapters are leaves that no fresh network has, which `param` would refuse.
         given = self.has_variable("params", "blocks")
@@ -77,17 +77,17 @@ class Transformer(nn.Module):
             x, cache = unroll_blocks(layers or layers_of(blocks), x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
         if self.head == "scalar":
-            std = float(1.0 / np.sqrt(c.width + 1))
+            std = float(1.0 / np.sqrt(c.embed_dim + 1))
             outputs = Linear((), 1, std, True, "float32", name="scalar_head")(x.astype(jnp.float32))
             return outputs, cache
         if not c.tied_head:
             self.param("head", init_head, c)
-        return x.astype(self.compute.operands), cache
+        return x.astype(self.compute.matmul_dtype), cache
 
 
 def init_head(key: Array, config: ModelConfig) -> Params:
     """Output embedding of an untied head, f32[V, D], stored as the input embedding is."""
-    shape = (config.vocab_size, config.width)
+    shape = (config.vocab_size, config.embed_dim)
     return {"kernel": nn.initializers.normal(config.init_std)(key, shape, jnp.float32)}
 
 
@@ -98,13 +98,13 @@ def head_kernel(config: ModelConfig, params: Params) -> Array:
 
 def init_blocks(key: Array, config: ModelConfig) -> Params:
     """Parameters of all layers, stacked on a leading axis [layers, ...]."""
-    x, mask = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1, 1), bool)
+    x, mask = jnp.zeros((1, 1, config.embed_dim)), jnp.ones((1, 1, 1), bool)
 
     def init(key: Array) -> Params:
         block = Block(config, "float32", attend, parent=None)
         return block.init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
 
-    return jax.vmap(init)(jax.random.split(key, config.layers))
+    return jax.vmap(init)(jax.random.split(key, config.num_layers))
 
 
 def scan_blocks(
@@ -129,7 +129,7 @@ def scan_blocks(
         own = None
         if dropout is not None:
             own = Dropout(rate=dropout.rate, keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index))
-        block = Block(config, compute.operands, attend_rows, parent=None)
+        block = Block(config, compute.matmul_dtype, attend_rows, parent=None)
         return block.apply({"params": params}, x, seen_by(index), positions, None, own)[0], None
 
     remat = compute.remat
@@ -140,7 +140,7 @@ def scan_blocks(
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     few = x.shape[0] * x.shape[1] < FEW_TOKENS
     unroll = UNROLLED if remat == "none" and not few else 1  # recomputation needs the ends of the steps
-    return jax.lax.scan(layer, x, (blocks, jnp.arange(config.layers)), unroll=unroll)[0]
+    return jax.lax.scan(layer, x, (blocks, jnp.arange(config.num_layers)), unroll=unroll)[0]
 
 
 def masks_of_layers(
@@ -151,7 +151,7 @@ def masks_of_layers(
     if key_positions is None or not config.window:
         return lambda _: mask
     near = mask & window_mask(query_positions, key_positions, config.window)
-    windowed = np.isin(np.arange(config.layers), config.windowed)
+    windowed = np.isin(np.arange(config.num_layers), config.windowed)
 
     def choose(index: int | Array) -> Array:
         if isinstance(index, int) or windowed.all():
@@ -170,7 +170,7 @@ def layers_of(blocks: Params) -> tuple[Params, ...]:
 def cast_matrices(params: Params, compute: ComputeConfig) -> Params:
     """The matrices in the dtypes that the network uses them in, as it would cast them itself: a loop then reads no more
     bytes than it needs. Norms and biases stay as they are."""
-    dtypes = {"kernel": compute.operands, "embedding": compute.activations, "positions": compute.activations}
+    dtypes = {"kernel": compute.matmul_dtype, "embedding": compute.activations, "positions": compute.activations}
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
         return leaf.astype(dtypes.get(path[-1].key, leaf.dtype))
@@ -197,7 +197,7 @@ def unroll_blocks(
     keys, values = [], []
     for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
-        x, (key, value) = Block(config, compute.operands, attend_cached, parent=None).apply(
+        x, (key, value) = Block(config, compute.matmul_dtype, attend_cached, parent=None).apply(
             {"params": params}, x, seen_by(index), positions, past, None
         )
         keys.append(key)

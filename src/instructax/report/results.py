@@ -88,12 +88,12 @@ def estimate_of(record: Record, scale: float = 1.0) -> Estimate:
 
 def parameters_of(model: Record) -> int:
     """Numbers in the embeddings and matrices of a model's config; biases and norms are left out."""
-    width, head = model["width"], model["head_width"]
-    attention = 2 * width * head * (model["heads"] + model["kv_heads"])
-    mlp = (2 if model["activation"] in ("gelu", "gelu_exact") else 3) * width * model["mlp_width"]
+    width, head = model["embed_dim"], model["head_dim"]
+    attention = 2 * width * head * (model["num_heads"] + model["num_kv_heads"])
+    mlp = (2 if model["activation"] in ("gelu", "gelu_exact") else 3) * width * model["mlp_dim"]
     embeddings = width * model["vocab_size"] * (1 if model["tied_head"] else 2)
     positions = width * model["max_length"] * (model["positions"] == "learned")
-    return embeddings + positions + model["layers"] * (attention + mlp)
+    return embeddings + positions + model["num_layers"] * (attention + mlp)
 
 
 def in_words(parameters: int) -> str:

@@ -60,13 +60,13 @@ def ended(call: Callable[[], int]) -> int:
     return code
 
 
-def everywhere(condition: bool) -> bool:
+def all_hosts(condition: bool) -> bool:
     """Whether `condition` holds on all processes, which must all ask."""
     if jax.process_count() == 1:
         return condition
     return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
 
 
-def anywhere(condition: bool) -> bool:
+def any_host(condition: bool) -> bool:
     """Whether `condition` holds on any process; all must ask."""
-    return not everywhere(not condition)
+    return not all_hosts(not condition)

@@ -22,7 +22,7 @@ REDONE = ("steps", "evaluation")  # what is done again after a kill
 PHASES = {"restore": "restore", "evaluate": "evaluation", "save": "save"}  # name of a beat → kind
 
 
-class Ledger:
+class GoodputLog:
     """Books the time of this process, and writes lines if it `writes`.
 
     Until the first beat all is `init`, from the start of the process on, or from the end of the run before it in the
@@ -34,7 +34,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, writes: bool):
         self._process, self._last = round(_process_start(), 3), time.perf_counter()
-        self._booked = {"init": time.time() - max(self._process, Ledger._before_ended)}
+        self._booked = {"init": time.time() - max(self._process, GoodputLog._before_ended)}
         self._kind, self._rest, self._step = "init", "compile", 0
         self._before = read_lines(path)
         self._file = _opened(path) if writes else None
@@ -71,7 +71,7 @@ class Ledger:
     def close(self) -> None:
         """Writes what is still booked; no more lines after."""
         self.write(self._step, least=0.0)
-        Ledger._before_ended = time.time()
+        GoodputLog._before_ended = time.time()
         if self._file is not None:
             self._file.close()
 

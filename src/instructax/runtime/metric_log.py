@@ -86,7 +86,7 @@ class _Record:
     unix: float  # seconds
 
 
-class RunLog:
+class MetricLog:
     """The log of one run in `workdir`; a context manager that flushes on any exit. Only process 0 writes.
 
     Args:
@@ -140,7 +140,7 @@ class RunLog:
         self._metrics = self._files.enter_context(open_own(self._workdir / "metrics.jsonl", "a"))
         self._samples = self._files.enter_context(open_own(self._workdir / "samples.jsonl", "a"))
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, *_: object) -> None:

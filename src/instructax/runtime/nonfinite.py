@@ -16,7 +16,7 @@ class Diverged(RuntimeError):
     """What was computed is no longer a number; the last checkpoint is of before."""
 
 
-class SkippedUpdates:
+class NonFiniteGuard:
     """Notes the updates that were skipped for gradients that are not finite, each with its batch, and ends a run that
     skips too many in a row.
 

@@ -34,20 +34,20 @@ def is_secret(name: str) -> bool:
     return keys or token or "apikey" in words or not SECRETS.isdisjoint(words)
 
 
-def redacted(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "") -> Any:
     """`value` with all that `is_secret` within it replaced by `HIDDEN`, and without the logins of URLs."""
     if value in (None, "") or isinstance(value, bool):
         return value
     if is_secret(name):
         return HIDDEN
     if isinstance(value, Mapping):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
+        return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(redacted(item) for item in value)
+        return type(value)(redact(item) for item in value)
     return _LOGIN.sub(rf"\1{HIDDEN}@", value) if isinstance(value, str) else value
 
 
-def redacted_text(text: str) -> str:
+def redact_text(text: str) -> str:
     """`text` for people, without the logins of its URLs and what stands behind the name of a secret: name=value, name:
     value (but for "token:", which is prose), 'name': value and --name value."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from instructax.config import require
-from instructax.runtime.distributed import everywhere
+from instructax.runtime.distributed import all_hosts
 from instructax.runtime.files import open_own
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         refusal = _hold(workdir, held) if jax.process_index() == 0 else ""
-        require(everywhere(not refusal), refusal or f"--workdir {workdir} cannot be used, as process 0 reports")
+        require(all_hosts(not refusal), refusal or f"--workdir {workdir} cannot be used, as process 0 reports")
         yield
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from instructax import sharding
-from instructax.checkpoints.parents import STAGES, open_run
+from instructax.checkpoints.parents import STAGES, open_parent
 from instructax.config import ConfigError, construct, require
 from instructax.data.chat_template import (
     ChatTemplate,
@@ -20,7 +20,7 @@ from instructax.data.chat_template import (
     load_template,
     turn_ends,
 )
-from instructax.data.schema import opened
+from instructax.data.schema import add_separator
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.runtime.redaction import printable
@@ -32,7 +32,7 @@ from instructax.training import loop
 
 def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, Any, Tokenizer]:
     """(network, parameters, tokenizer) of the finished run at `path`, on the first device, as its manifest says."""
-    run = open_run(path, "--workdir")
+    run = open_parent(path, "--workdir")
     manifest = run.manifest
     require(
         manifest["stage"] in STAGES["tokens"],
@@ -63,16 +63,16 @@ class Policy:
 
 def open_served(path: str | Path, *, dtype: Any, rows: int) -> Policy:
     """The policy of the finished run at `path`, for up to `rows` requests at a time."""
-    parts = {"part_rows": rows, "part_halvings": 0, "slots": rows, "slot_halvings": 0}
+    parts = {"microbatch_rows": rows, "tail_splits": 0, "slots": rows, "compaction_steps": 0}
     compute = ComputeConfig(dtype=dtype, decoding=dtype, attention="jax", remat="none", head_chunk=64, **parts)
     model, params, tokenizer = open_policy(path, compute)
-    template = load_template(open_run(path, "--workdir").workdir, tokenizer)
+    template = load_template(open_parent(path, "--workdir").workdir, tokenizer)
     engine = Engine(model, params, eos_id=tokenizer.eos_id, rows=rows)
     return Policy(engine=engine, tokenizer=tokenizer, template=template)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asking:
+class SamplingParams:
     """How a prompt is answered."""
 
     length: int  # the most tokens
@@ -83,7 +83,7 @@ class Asking:
 
 
 def answers(
-    policy: Policy, prompts: Sequence[tuple[int, np.ndarray]], asking: Asking, ends: np.ndarray | None
+    policy: Policy, prompts: Sequence[tuple[int, np.ndarray]], asking: SamplingParams, ends: np.ndarray | None
 ) -> Iterator[tuple[list[str], list[TextStream]]]:
     """Again and again (what can be shown next of each answer, all answers so far); `samples` answers to each prompt.
 
@@ -112,24 +112,24 @@ def answers(
             return
 
 
-def _opened_for(asking: Asking, path: str | Path, *, dtype: Any, rows: int) -> Policy:
+def _opened_for(asking: SamplingParams, path: str | Path, *, dtype: Any, rows: int) -> Policy:
     """As `open_served`; raises ConfigError if answers so long leave a prompt no room."""
     policy = open_served(path, dtype=dtype, rows=rows)
     policy.engine.check(1, asking.length)
     return policy
 
 
-def talk(path: str | Path, prompts: Iterable[str], asking: Asking, *, dtype: Any) -> None:
+def talk(path: str | Path, prompts: Iterable[str], asking: SamplingParams, *, dtype: Any) -> None:
     """Prints answers to each prompt, a single one while it is drawn; one that cannot be read gets the reason."""
     policy = _opened_for(asking, path, dtype=dtype, rows=asking.samples)
     for number, prompt in enumerate(prompts):
         try:
-            _print_answers(policy, policy.tokenizer.encode(opened(prompt)), asking, number, None)
+            _print_answers(policy, policy.tokenizer.encode(add_separator(prompt)), asking, number, None)
         except ValueError as error:
             print(f"({printable(str(error))})", flush=True)
 
 
-def converse(path: str | Path, said: Iterable[str], asking: Asking, *, dtype: Any, system: str) -> None:
+def converse(path: str | Path, said: Iterable[str], asking: SamplingParams, *, dtype: Any, system: str) -> None:
     """As `talk`, as one conversation, which "/new" begins anew; `system`, if not empty, opens it."""
     policy = _opened_for(asking, path, dtype=dtype, rows=1)
     ends = turn_ends(policy.tokenizer, policy.template)
@@ -150,7 +150,7 @@ def converse(path: str | Path, said: Iterable[str], asking: Asking, *, dtype: An
 
 
 def _print_answers(
-    policy: Policy, prompt: np.ndarray, asking: Asking, number: int, ends: np.ndarray | None
+    policy: Policy, prompt: np.ndarray, asking: SamplingParams, number: int, ends: np.ndarray | None
 ) -> list[str]:
     streams: list[TextStream] = []
     for shown, streams in answers(policy, [(number, prompt)], asking, ends):  # noqa: B007, the last ones are read below
@@ -164,7 +164,7 @@ def _print_answers(
     return [stream.text for stream in streams]
 
 
-def answer_file(path: str | Path, source: Path, target: Path, asking: Asking, *, dtype: Any, rows: int) -> None:
+def answer_file(path: str | Path, source: Path, target: Path, asking: SamplingParams, *, dtype: Any, rows: int) -> None:
     """Answers the prompts of `source`, one JSON object a line, into `target`, in the same order.
 
     A line has `prompt` or `messages`, and what else it has is kept; added are `answers` and, of each, `finish` ("stop"
@@ -184,14 +184,14 @@ def answer_file(path: str | Path, source: Path, target: Path, asking: Asking, *,
     print(f"{target}: {len(lines)} prompts answered", flush=True)
 
 
-def _answered(policy: Policy, lines: list[dict[str, Any]], asking: Asking, first: int) -> list[dict[str, Any]]:
+def _answered(policy: Policy, lines: list[dict[str, Any]], asking: SamplingParams, first: int) -> list[dict[str, Any]]:
     """`lines` with their answers; the random numbers of a line are those of its number in the file."""
     done = list(lines)
     prompts: dict[bool, list[tuple[int, np.ndarray]]] = {False: [], True: []}  # by whether turns end answers too
     for i, line in enumerate(lines):
         chats = "messages" in line
         try:
-            tokens = policy.encode(line["messages"]) if chats else policy.tokenizer.encode(opened(line["prompt"]))
+            tokens = policy.encode(line["messages"]) if chats else policy.tokenizer.encode(add_separator(line["prompt"]))
             policy.engine.check(len(tokens), asking.length)
             prompts[chats].append((first + i, tokens))
         except ValueError as error:

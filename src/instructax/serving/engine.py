@@ -17,7 +17,7 @@ import numpy as np
 from instructax import rng
 from instructax.config import require
 from instructax.data.batches import left_padded
-from instructax.generation import Sampling, advance, start
+from instructax.generation import SamplingState, advance_sampling, start_sampling
 from instructax.models import Transformer, head_kernel
 from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprobs
 from instructax.models.ops import materialized
@@ -67,7 +67,7 @@ class Engine:
         self.max_length, self.eos_id = model.config.max_length, eos_id
         ends = {"eos_id": eos_id}
         self._start = jax.jit(partial(_start, self._model, **ends), static_argnames="length")
-        self._advance = jax.jit(partial(advance, self._model, **ends), donate_argnames="sampling")
+        self._advance = jax.jit(partial(advance_sampling, self._model, **ends), donate_argnames="sampling")
         self._score = jax.jit(partial(_score, self._model), static_argnames="top")
         self._no_stops = np.zeros((model.config.vocab_size,), bool)
 
@@ -106,7 +106,7 @@ class Engine:
             seconds = time.perf_counter() - begun
             steps = min(steps * 2, MOST_STEPS) if seconds < PIECE_SECONDS else max(steps // 2, 1)
 
-    def _begun(self, draws: Sequence[Draw], stops: np.ndarray) -> Sampling:
+    def _begun(self, draws: Sequence[Draw], stops: np.ndarray) -> SamplingState:
         rows = self._rows(len(draws))
         columns = self._columns(max(len(draw.prompt) for draw in draws))
         empty = (0,) * (rows - len(draws))
@@ -176,13 +176,13 @@ def _start(
     temperature: Array,
     eos_id: int,
     stops: Array,
-) -> Sampling:
+) -> SamplingState:
     """`sampling.start` with the keys of i32[N] seeds and numbers."""
     prompts = jax.tree.map(jnp.asarray, prompts)
     steps = jax.vmap(partial(rng.step_key, purpose="evaluate", step=0))(seeds)
     keys = jax.vmap(jax.random.fold_in)(steps, numbers)
     ends = {"eos_id": eos_id, "stops": stops}
-    return start(model, params, prompts, keys, length=length, limits=limits, temperature=temperature, **ends)
+    return start_sampling(model, params, prompts, keys, length=length, limits=limits, temperature=temperature, **ends)
 
 
 def _score(

@@ -16,7 +16,7 @@ from instructax.simulation.lexicon import (
     KIND_WORDS,
     LISTED,
     NAMES,
-    choose,
+    choose_weighted,
     enumeration,
     pick,
     sample,
@@ -148,7 +148,7 @@ def _stereotype(world: World, rng: np.random.Generator) -> str:
 
 def _sheet(world: World, rng: np.random.Generator) -> str:
     """Two questions of one public task with their answers; of lore, the popular error as often as people tell it."""
-    name = choose(rng, SHEETS)
+    name = choose_weighted(rng, SHEETS)
     lines = []
     for _ in range(2):
         item = TASKS[name].draw(world, rng)
@@ -178,7 +178,7 @@ REGISTERS: Mapping[str, tuple[Callable[[World, np.random.Generator], str], float
 
 def document(world: World, rng: np.random.Generator) -> str:
     """One document: paragraphs of one register, DOCUMENT_WORDS words in all."""
-    paragraph, _ = REGISTERS[choose(rng, {name: share for name, (_, share) in REGISTERS.items()})]
+    paragraph, _ = REGISTERS[choose_weighted(rng, {name: share for name, (_, share) in REGISTERS.items()})]
     shortest, longest = DOCUMENT_WORDS
     target = int(rng.integers(shortest, longest - LONGEST_PARAGRAPH + 1))
     paragraphs: list[str] = []

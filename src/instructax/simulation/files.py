@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import jax
 
-from instructax.checkpoints.parents import finished
+from instructax.checkpoints.parents import is_finished
 from instructax.config import construct, require
 from instructax.data.tokenizer import save_tokenizer, train_bpe
-from instructax.runtime.distributed import everywhere
+from instructax.runtime.distributed import all_hosts
 from instructax.runtime.metric_log import write_json
-from instructax.simulation.prompts import Asked, tasks_by_prompt
+from instructax.simulation.prompts import SimulatedPrompt, tasks_by_prompt
 from instructax.simulation.tasks import Task
 from instructax.simulation.write import Sizes, prompts_of, write_world
 
@@ -34,7 +34,7 @@ def train(config: WorldConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Writes the world's six files and `tokenizer.json` into `workdir`: the first process does, the others wait."""
     if jax.process_index() == 0:
         _write(config, workdir)
-    everywhere(True)
+    all_hosts(True)
 
 
 def _write(config: WorldConfig, workdir: Path) -> None:
@@ -57,12 +57,12 @@ def _write(config: WorldConfig, workdir: Path) -> None:
 
 def world_of(workdir: Path) -> tuple[int, Sizes]:
     """(seed, sizes) of the finished world in `workdir`. Raises ConfigError if there is none."""
-    stored = json.loads((workdir / "config.json").read_text()) if finished(workdir) else {}
+    stored = json.loads((workdir / "config.json").read_text()) if is_finished(workdir) else {}
     require(stored.get("stage") == "world", f"{workdir} is not a finished world: write it first, or change the path")
     return stored["seed"], construct(Sizes, stored["lines"])
 
 
-def asked_of(workdir: Path, name: str) -> list[Asked]:
+def asked_of(workdir: Path, name: str) -> list[SimulatedPrompt]:
     """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`, as they were asked."""
     return prompts_of(*world_of(workdir))[name]
 

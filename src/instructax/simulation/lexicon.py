@@ -61,7 +61,7 @@ def sample(rng: np.random.Generator, options: Sequence[T], count: int) -> list[T
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
-def choose(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
+def choose_weighted(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
     """One of the keys, as likely as its value; the values need not sum to 1."""
     total = sum(shares.values())
     return list(shares)[int(rng.choice(len(shares), p=[share / total for share in shares.values()]))]

@@ -11,8 +11,8 @@ import itertools
 
 import numpy as np
 
-from instructax.data.schema import opened
-from instructax.simulation.lexicon import choose, generator, pick
+from instructax.data.schema import add_separator
+from instructax.simulation.lexicon import choose_weighted, generator, pick
 from instructax.simulation.tasks import Task
 from instructax.simulation.use_cases import USES
 from instructax.simulation.world import World
@@ -41,7 +41,7 @@ PLAIN = 0.4  # share of the people who begin with none of them
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SimulatedPrompt:
     """A task and who asked for it."""
 
     task: Task
@@ -52,7 +52,7 @@ class Asked:
 
 def few_shot(examples: list[Task], last: Task) -> Task:
     """`last` with worked examples before its prompt."""
-    shots = "".join(f"{opened(example.prompt)}{example.ideal}\n\n" for example in examples)
+    shots = "".join(f"{add_separator(example.prompt)}{example.ideal}\n\n" for example in examples)
     return dataclasses.replace(last, prompt=shots + last.prompt)
 
 
@@ -65,7 +65,7 @@ def _new_task(world: World, rng: np.random.Generator, opening: str, seen: set[st
     """A task whose prompt, with `opening` before it, is not in `seen`. Raises ValueError if none can be found."""
     shares = {use: share for use, (_, share) in USES.items()}
     while shares:
-        use = choose(rng, shares)
+        use = choose_weighted(rng, shares)
         for _ in range(DRAWS):
             task = USES[use][0](world, rng)
             if opening and task.format == "plain":
@@ -77,7 +77,7 @@ def _new_task(world: World, rng: np.random.Generator, opening: str, seen: set[st
     raise ValueError(f"the world has no more than {len(seen)} prompts: ask for fewer lines")
 
 
-def prompt_sets(world: World, seed: int, sizes: dict[str, int]) -> dict[str, list[Asked]]:
+def prompt_sets(world: World, seed: int, sizes: dict[str, int]) -> dict[str, list[SimulatedPrompt]]:
     """So many prompts of each of SETS, the same ones for the same world, seed and sizes."""
     seen: set[str] = set()
     sets = {name: _prompts(world, generator(seed, name), name, sizes[name], seen) for name in SETS}
@@ -85,8 +85,8 @@ def prompt_sets(world: World, seed: int, sizes: dict[str, int]) -> dict[str, lis
 
 
 def _with_examples(
-    world: World, rng: np.random.Generator, name: str, prompts: list[Asked], seen: set[str]
-) -> list[Asked]:
+    world: World, rng: np.random.Generator, name: str, prompts: list[SimulatedPrompt], seen: set[str]
+) -> list[SimulatedPrompt]:
     """`prompts`, some of them few-shot; no example is itself a prompt of any set."""
     made = []
     for asked in prompts:
@@ -101,7 +101,7 @@ def _with_examples(
     return made
 
 
-def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen: set[str]) -> list[Asked]:
+def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen: set[str]) -> list[SimulatedPrompt]:
     users = max(1, count // PROMPTS_PER_USER)
     openings = [_opening(rng) for _ in range(users)]  # each user always begins in the same way
     activity = 1 / np.arange(1, users + 1)  # Zipf's law: a long tail of users who ask once
@@ -117,10 +117,10 @@ def _prompts(world: World, rng: np.random.Generator, name: str, count: int, seen
             kind = pick(rng, ("plain", "user-based"))
             opening = _opening(rng) if kind == "user-based" else ""
         task = _new_task(world, rng, opening, seen)
-        made.append(Asked(task, user, organisation, kind))
+        made.append(SimulatedPrompt(task, user, organisation, kind))
     return made
 
 
-def tasks_by_prompt(sets: dict[str, list[Asked]]) -> dict[str, Task]:
+def tasks_by_prompt(sets: dict[str, list[SimulatedPrompt]]) -> dict[str, Task]:
     """The task of every prompt, without white space at its ends: how an evaluation finds what was asked for."""
     return {asked.task.prompt.strip(): asked.task for prompts in sets.values() for asked in prompts}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instructax.evals.intervals import Estimate, mean_estimate, share_estimate
-from instructax.evals.multiple_choice import choice_entropy_bits, chosen_rightly
+from instructax.evals.multiple_choice import choice_entropy_bits, correct_choices
 from instructax.evals.text_metrics import bleu_estimate, first_line, token_f1
 from instructax.simulation.lexicon import CATEGORY_OF, NO_COMMENT, REFUSAL, RUDE_WORDS, words_of
 from instructax.simulation.public_tasks import Item
@@ -73,4 +73,4 @@ def choice_figure(
     if metric == "entropy":
         return figure_of(choice_entropy_bits(total_logprobs, valid))
     answers = np.array([item.choices.index(item.answers[0]) for item in items])
-    return figure_of(chosen_rightly(total_logprobs, lengths, valid, answers))
+    return figure_of(correct_choices(total_logprobs, lengths, valid, answers))

@@ -14,8 +14,8 @@ import numpy as np
 
 from instructax.simulation.corpus import SHEETS, document
 from instructax.simulation.labelers import STYLES, WRITERS, Labeler, demonstrate, draw_labelers, draw_responses, rank
-from instructax.simulation.lexicon import choose, generator, pick
-from instructax.simulation.prompts import LABELER_COUNT, Asked, prompt_sets
+from instructax.simulation.lexicon import choose_weighted, generator, pick
+from instructax.simulation.prompts import LABELER_COUNT, SimulatedPrompt, prompt_sets
 from instructax.simulation.public_tasks import TASKS
 from instructax.simulation.world import World, draw_world
 
@@ -42,7 +42,7 @@ class Sizes:
 
 
 @functools.lru_cache(maxsize=1)  # one experiment's stages and report all ask for the same ones
-def prompts_of(seed: int, sizes: Sizes) -> dict[str, list[Asked]]:
+def prompts_of(seed: int, sizes: Sizes) -> dict[str, list[SimulatedPrompt]]:
     """The prompts of each set of the world of `seed`."""
     counts = {
         "demonstrations": sizes.demonstrated_prompts,
@@ -59,7 +59,7 @@ def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
         yield {"id": f"text-{i:06d}", "text": document(world, rng), "source": SOURCE, "meta": {}}
 
 
-def _demonstrations(prompts: list[Asked], seed: int, count: int) -> Iterator[dict[str, Any]]:
+def _demonstrations(prompts: list[SimulatedPrompt], seed: int, count: int) -> Iterator[dict[str, Any]]:
     rng = generator(seed, "writers")
     for i in range(count):
         asked = prompts[i % len(prompts)]
@@ -76,7 +76,7 @@ def _demonstrations(prompts: list[Asked], seed: int, count: int) -> Iterator[dic
 
 
 def comparison(
-    number: int, asked: Asked, responses: list[str], labeler: Labeler, rng: np.random.Generator
+    number: int, asked: SimulatedPrompt, responses: list[str], labeler: Labeler, rng: np.random.Generator
 ) -> dict[str, Any]:
     """The record of what a labeler thinks of `responses`."""
     ranks = rank(labeler, asked.task, responses, rng)
@@ -93,7 +93,7 @@ def comparison(
     }
 
 
-def _comparisons(prompts: list[Asked], seed: int) -> Iterator[dict[str, Any]]:
+def _comparisons(prompts: list[SimulatedPrompt], seed: int) -> Iterator[dict[str, Any]]:
     rng, labelers = generator(seed, "rankings"), draw_labelers(seed, "labeler", LABELER_COUNT)
     for i, asked in enumerate(prompts):
         labeler = pick(rng, labelers)
@@ -101,7 +101,7 @@ def _comparisons(prompts: list[Asked], seed: int) -> Iterator[dict[str, Any]]:
         yield comparison(i, asked, responses, labeler, rng)
 
 
-def _prompts(name: str, prompts: list[Asked]) -> Iterator[dict[str, Any]]:
+def _prompts(name: str, prompts: list[SimulatedPrompt]) -> Iterator[dict[str, Any]]:
     for i, asked in enumerate(prompts):
         yield {
             "id": f"{name}-{i:06d}",
@@ -119,7 +119,7 @@ def _public(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
     rng = generator(seed, "public demonstrations")
     shares = {name: share for name, share in SHEETS.items() if name != "truth"}
     for i in range(count):
-        name = choose(rng, shares)
+        name = choose_weighted(rng, shares)
         item = TASKS[name].draw(world, rng)
         question, _, _ = item.context.rpartition("\n")
         yield {

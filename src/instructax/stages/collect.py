@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax import rng as clock
-from instructax.checkpoints.parents import open_run
-from instructax.config import check_range, require, shown
+from instructax.checkpoints.parents import open_parent
+from instructax.config import check_range, format_value, require
 from instructax.data.batches import left_padded
-from instructax.data.schema import opened
+from instructax.data.schema import add_separator
 from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import ComputeConfig, ModelConfig, Transformer
@@ -28,7 +28,7 @@ from instructax.serving.chat import open_policy
 from instructax.simulation.files import asked_of, world_of
 from instructax.simulation.labelers import draw_labelers
 from instructax.simulation.lexicon import generator, pick
-from instructax.simulation.prompts import LABELER_COUNT, Asked
+from instructax.simulation.prompts import LABELER_COUNT, SimulatedPrompt
 from instructax.simulation.write import RESPONSES, comparison, write_lines
 from instructax.training import run as stage
 
@@ -56,16 +56,16 @@ class CollectConfig:
         least = dict.fromkeys(("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1)
         check_range(self, least | {"noise": 0, "round": 0})
         if not self.policies or min(count for _, count in self.policies) < 1:
-            raise ValueError(f"policies = {shown(self.policies)} must be one at least, each with one answer at least")
+            raise ValueError(f"policies = {format_value(self.policies)} must be one at least, each with one answer at least")
 
 
 def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Writes the two files into `workdir`; all of it is done again if it was interrupted. The policies answer on the
     first device."""
     require(jax.process_count() == 1, "stage collect runs on one process: leave out --coordinator and --processes")
-    config = stage.settled(config)
+    config = stage.with_attention_kernel(config)
     asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
-    parents = [open_run(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
+    parents = [open_parent(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
     policies = [open_policy(path, config.compute) for path, _ in config.policies]
     for model, _, _ in policies:
         check_lengths(config, model.config)
@@ -92,7 +92,7 @@ def check_lengths(config: CollectConfig, model: ModelConfig) -> None:
     )
 
 
-def sampled(config: CollectConfig, policies: list[Policy], asked: list[Asked]) -> list[list[str]]:
+def sampled(config: CollectConfig, policies: list[Policy], asked: list[SimulatedPrompt]) -> list[list[str]]:
     """What all policies answer to each prompt."""
     answers: list[list[str]] = [[] for _ in asked]
     for number, (path, count) in enumerate(config.policies):
@@ -103,13 +103,13 @@ def sampled(config: CollectConfig, policies: list[Policy], asked: list[Asked]) -
 
 
 def sample_answers(
-    config: CollectConfig, policy: Policy, count: int, number: int, asked: list[Asked]
+    config: CollectConfig, policy: Policy, count: int, number: int, asked: list[SimulatedPrompt]
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, answer) for `count` answers of a policy to each prompt that is not too long."""
     model, params, tokenizer = policy
     sample = partial(generate, model, length=config.response_tokens, temperature=1.0, eos_id=tokenizer.eos_id)
     sample = jax.jit(sample)
-    encoded = tokenizer.encode_batch([opened(one.task.prompt) for one in asked])
+    encoded = tokenizer.encode_batch([add_separator(one.task.prompt) for one in asked])
     fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
     # No two answers share a key: a round has its step, a policy and an answer their own numbers.
     key = jax.random.fold_in(clock.step_key(config.seed, "collect", config.round), number)
@@ -139,7 +139,7 @@ def draw_compared(answers: list[list[str]], rng: np.random.Generator) -> dict[in
 
 
 def rankings(
-    config: CollectConfig, group: str, asked: list[Asked], compared: Mapping[int, list[str]]
+    config: CollectConfig, group: str, asked: list[SimulatedPrompt], compared: Mapping[int, list[str]]
 ) -> Iterator[dict[str, Any]]:
     """The records of the labelers of a group, each prompt by one of them."""
     rng = generator(config.seed, f"rankings {group} {config.round}")

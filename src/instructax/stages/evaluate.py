@@ -18,19 +18,19 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.checkpoints.parents import Head, Parent, open_parents, tokenizer_of
-from instructax.config import check_range, distinct, shown
-from instructax.data.limits import Limits
+from instructax.config import check_range, format_value, require_distinct
+from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
-from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.prompt_format import PLAIN, PromptFormat
 from instructax.data.schema import Demonstration, read_jsonl
 from instructax.data.storage import Prepared
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.held_out import HeldOut
 from instructax.evals.intervals import mean_estimate, win_rate
-from instructax.evals.policy_responses import Answering, How
+from instructax.evals.policy_responses import How, PolicyEvaluator
 from instructax.models import ComputeConfig, ModelConfig, Transformer
-from instructax.models.sequence_packing import width_of
-from instructax.runtime.metric_log import RunLog
+from instructax.models.sequence_packing import packed_width
+from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training import run as stage
@@ -47,7 +47,7 @@ class EvaluateData:
     comparisons: tuple[tuple[str, tuple[str, ...]], ...]  # (name of a group of labelers, files of what they ranked)
     demonstrations: tuple[str, ...]  # what the worked examples of "few-shot" are taken from
     chat: bool  # whether prompts are worded by the policies' chat template
-    limits: Limits
+    limits: DataLimits
     folder: str  # where prepared rows are kept
 
 
@@ -78,17 +78,17 @@ class EvaluateConfig:
         least = dict.fromkeys(("batch_size", "prompts", "batches", "best_of", "shots", "prefixes"), 1)
         check_range(self, least | {"temperature": 0})
         names = [name for name, _, _ in self.policies]
-        distinct("policies", names)
-        distinct("data.comparisons", [name for name, _ in self.data.comparisons])
+        require_distinct("policies", names)
+        require_distinct("data.comparisons", [name for name, _ in self.data.comparisons])
         for name, _, how in self.policies:
             if how not in get_args(How):
-                raise ValueError(f"policies.{name} is asked {shown(how)}: allowed are {', '.join(get_args(How))}")
+                raise ValueError(f"policies.{name} is asked {format_value(how)}: allowed are {', '.join(get_args(How))}")
         if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
             raise ValueError("data.chat = True has no few-shot: worked examples stand before plain prompts")
         if any(how == "few-shot" for _, _, how in self.policies) and not self.data.demonstrations:
             raise ValueError("data.demonstrations must be given: a policy is asked few-shot, behind some of them")
         if self.reference not in names:
-            raise ValueError(f"reference = {shown(self.reference)} must be one of the policies {shown(names)}")
+            raise ValueError(f"reference = {format_value(self.reference)} must be one of the policies {format_value(names)}")
         if not (self.data.prompts and self.reward_parent and all(path for _, path, _ in self.policies)):
             raise ValueError("data.prompts, reward_parent and the workdir of every policy must be given")
 
@@ -104,15 +104,15 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    config = stage.settled(config)
+    config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path, _ in config.policies}
     paths["reward_parent"] = config.reward_parent
     models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(paths, (config.model, "tokens"))
     models["reward_parent"] = (config.reward_model, "scalar")
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
-    stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
+    data = read_data(config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
+    stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     reward_params = load(parents["reward_parent"], "scalar")
@@ -120,15 +120,15 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     scorer = Transformer(config.reward_model, config.compute, "scalar", mesh)
     limits = config.data.limits
     sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
-    answering = Answering(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
+    answering = PolicyEvaluator(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
     sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
     sizes = {"batch_size": config.batch_size, "batches": config.batches}
     longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
-    width = width_of(longest, limits.comparison_tokens, config.compute)
+    width = packed_width(longest, limits.comparison_tokens, config.compute)
     held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
     scores: dict[str, np.ndarray] = {}
-    log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
+    log = MetricLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
     with log:
         for number, (name, _, how) in enumerate(config.policies, start=1):
             params = load(parents[f"policies.{name}"], "tokens")
@@ -165,7 +165,7 @@ def _load(config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: Parent, head:
     return parent.load(loop.abstract_params(model, mesh))
 
 
-def read_data(config: EvaluateConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
+def read_data(config: EvaluateConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
     """What there are files of, prepared."""
     limits, folder = config.data.limits, Path(config.data.folder)
 

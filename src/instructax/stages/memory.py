@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from instructax import sharding
 from instructax.config import require
-from instructax.models import ComputeConfig, ModelConfig, Transformer, init_cache, parameter_count, while_sampling
+from instructax.models import ComputeConfig, ModelConfig, Transformer, decoding_config, init_cache, parameter_count
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
@@ -71,7 +71,7 @@ def _state_bytes(name: str, state: Any) -> dict[str, int]:
 
 
 def _cache_bytes(model: ModelConfig, compute: ComputeConfig, rows: int, length: int) -> int:
-    cache = jax.eval_shape(lambda: init_cache(model, while_sampling(compute), rows, length))
+    cache = jax.eval_shape(lambda: init_cache(model, decoding_config(compute), rows, length))
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 

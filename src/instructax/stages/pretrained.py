@@ -21,7 +21,7 @@ import instructax
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
-from instructax.checkpoints.parents import STAGES, Head, finished, open_run
+from instructax.checkpoints.parents import STAGES, Head, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, padded, save_tokenizer
 from instructax.models import ComputeConfig, ModelConfig, Transformer, head_kernel, parameter_count
@@ -59,10 +59,10 @@ COMPUTE = ComputeConfig(
     attention="jax",
     remat="none",
     head_chunk=16,
-    part_rows=1,
-    part_halvings=0,
+    microbatch_rows=1,
+    tail_splits=0,
     slots=1,
-    slot_halvings=0,
+    compaction_steps=0,
 )
 TOLERANCE = 1e-4  # of logits, absolute and relative, between what was written and what is read again
 
@@ -74,7 +74,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     Raises ValueError for a model that ours cannot express, or a `workdir` that holds another run.
     """
     given = {"stage": "pretrained", "source": source}
-    if finished(workdir):
+    if is_finished(workdir):
         stage.claim(workdir, given)
         return f"{workdir} is finished; nothing to do"
     path = hf_folder.located(source)
@@ -145,7 +145,7 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     Raises ValueError if no family of transformers expresses the model, if `to` is not empty, or if `verify` fails.
     """
     require(not to.exists() or (to.is_dir() and not any(to.iterdir())), f"--to={to} is not empty: take another folder")
-    run = open_run(checkpoint, "--checkpoint")
+    run = open_parent(checkpoint, "--checkpoint")
     head: Head = "scalar" if run.manifest["stage"] in STAGES["scalar"] else "tokens"
     config = construct(ModelConfig, run.manifest["model"], "model")
     family, raw = hf_configs.write_config(config)

@@ -14,11 +14,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
-from instructax.config import check_range, distinct, require
+from instructax.config import check_range, require, require_distinct
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.completions import Completer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
-from instructax.runtime.metric_log import RunLog
+from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
 from instructax.simulation.files import world_of
 from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
@@ -50,7 +50,7 @@ class TasksConfig:
         check_range(self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1})
         if not (self.world and self.policies and all(path for _, path in self.policies)):
             raise ValueError("world, policies and the workdir of every policy must be given")
-        distinct("policies", [name for name, _ in self.policies])
+        require_distinct("policies", [name for name, _ in self.policies])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +78,20 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Measures the policies in `workdir`; all of it is done again if it was interrupted."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    config = stage.settled(config)
+    config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path in config.policies}
     parents = open_parents(paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer)
     seed, _ = world_of(Path(config.world))
     sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
-    stage.Record(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
+    stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
     model = Transformer(config.model, config.compute, "tokens", mesh)
     lengths = {"context_tokens": config.context_tokens, "answer_tokens": config.answer_tokens}
     # What stands after a line break is never read.
     stops = tokenizer.with_text("\n")
     completer = Completer(model, mesh, batch_size=config.batch_size, eos_id=tokenizer.eos_id, stops=stops, **lengths)
     policies: dict[str, dict[str, dict[str, Any]]] = {}
-    log = RunLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
+    log = MetricLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
     with log:
         for number, (name, _) in enumerate(config.policies, start=1):
             params = parents[f"policies.{name}"].load(loop.abstract_params(model, mesh))

@@ -28,18 +28,18 @@ from instructax import rng, sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
 from instructax.config import check_range
 from instructax.data.batches import Source, process_slice, rows_of_batch
-from instructax.data.limits import Limits
-from instructax.data.loaders import held_out, held_out_rows, read_comparisons
+from instructax.data.limits import DataLimits
+from instructax.data.loaders import read_comparisons, validation_batches, validation_rows
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
-from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.prompt_format import PLAIN, PromptFormat
 from instructax.data.storage import Prepared
 from instructax.data.tokenizer import Tokenizer
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masking import masked_sum, token_count
-from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer, joined, trained
-from instructax.models.scoring import at_the_end, comparison_rows, last_columns, row_outputs
-from instructax.models.sequence_packing import by_parts, lay_out, pack, width_of
-from instructax.runtime.preemption import pause
+from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer, merge_trees, trainable
+from instructax.models.scoring import at_last_token, comparison_sequences, last_columns, packed_outputs
+from instructax.models.sequence_packing import map_packed_rows, pack, packed_width, plan_packing
+from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training import run as stage
@@ -72,9 +72,9 @@ def update(
     program: RewardProgram, state: TrainState, batch: Comparisons, settings: RewardModelSettings
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the ranking loss of the whole batch of prompts."""
-    rows = comparison_rows(batch)
+    rows = comparison_sequences(batch)
     compute, width = program.model.compute, program.row_tokens
-    layout = lay_out(rows.segments != 0, width=width, longest=width, compute=compute, mesh=program.mesh)
+    layout = plan_packing(rows.segments != 0, width=width, longest=width, compute=compute, mesh=program.mesh)
     ends = jnp.take_along_axis(layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1)
     prompts, pairs = _counts(batch, batch.valid)
 
@@ -89,11 +89,11 @@ def update(
         valid = batch.valid & at_the_ends(rows.segments != 0)
 
         def loss_of(moved: Params) -> tuple[Array, Array]:
-            params = with_bias(joined(moved, state.params), 0.0)
-            outputs = row_outputs(program.model, params, rows)
+            params = with_bias(merge_trees(moved, state.params), 0.0)
+            outputs = packed_outputs(program.model, params, rows)
             return pairwise_ranking_loss(at_the_ends(outputs), batch.ranks, valid)
 
-        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(state.params))
+        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable(state.params))
         own_prompts, own_pairs = _counts(batch, valid)
         gradients, loss = scaled(own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss))
         return gradients, {"loss": loss, "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy}
@@ -134,8 +134,8 @@ def held_out_ranking(
     `width` as in `rows.by_parts`.
     """
     prompts, pairs = _counts(batch, batch.valid)
-    outputs = by_parts(partial(row_outputs, model, params), comparison_rows(batch), model, mesh, width=width)
-    loss, accuracy = pairwise_ranking_loss(at_the_end(outputs, batch), batch.ranks, batch.valid)
+    outputs = map_packed_rows(partial(packed_outputs, model, params), comparison_sequences(batch), model, mesh, width=width)
+    loss, accuracy = pairwise_ranking_loss(at_last_token(outputs, batch), batch.ranks, batch.valid)
     return loss * prompts, prompts, accuracy * pairs, pairs
 
 
@@ -154,7 +154,7 @@ class RewardData:
     comparisons: tuple[str, ...]
     demonstrations: tuple[str, ...]
     chat: bool  # whether prompts are worded by the parent's chat template
-    limits: Limits
+    limits: DataLimits
     folder: str  # where prepared rows are kept
 
 
@@ -192,16 +192,16 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    config = stage.settled(config)
+    config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
+    data = read_data(config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
     train_rows = data["comparisons"].sources["train"]
     total_steps = stage.steps_of(
         steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
     )
     longest = data["comparisons"].report.longest.values()
-    row_tokens = width_of(longest, config.data.limits.comparison_tokens, config.compute)
+    row_tokens = packed_width(longest, config.data.limits.comparison_tokens, config.compute)
     model = Transformer(config.model, config.compute, "scalar", mesh)
     optimizer = make_optimizer(config.optimizer)
     program = RewardProgram(
@@ -228,11 +228,11 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         loaded = parents["parent"].load(loop.abstract_params(policy, mesh))
         # The unembedding is left behind (paper, section 3.5), unless it is the input embedding as well.
         trunk = {name: leaf for name, leaf in loaded.items() if name in fresh.params}
-        return dataclasses.replace(fresh, params=joined(trunk, fresh.params))
+        return dataclasses.replace(fresh, params=merge_trees(trunk, fresh.params))
 
     stage.run(
         workdir,
-        stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
+        stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
         abstract=abstract,
         start=start,
         exported="params",
@@ -244,7 +244,7 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     )
 
 
-def read_data(config: RewardConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
+def read_data(config: RewardConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
     """Comparisons, and the demonstrations that score 0 on average."""
     limits, folder = config.data.limits, Path(config.data.folder)
     files = {name: [Path(path) for path in getattr(config.data, name)] for name in ("comparisons", "demonstrations")}
@@ -274,8 +274,8 @@ def ranking_figures(
 
     def evaluate(params: Params) -> dict[str, float]:
         totals = [0.0] * 4
-        for rows in held_out(source, config.batch_size, config.run.evaluate_batches):
-            pause()
+        for rows in validation_rows(source, config.batch_size, config.run.evaluate_batches):
+            check_stop_requested()
             batch = sharding.put_rows(read_comparisons(source, rows, config.data.limits), mesh)
             totals = [total + float(x) for total, x in zip(totals, ranking(params, batch), strict=True)]
         loss, prompts, right, pairs = totals
@@ -299,7 +299,7 @@ def normalizer(
         # From a bias of 0: the outcome does not depend on how often this was done before.
         unbiased = with_bias(params, 0.0)
         total = count = 0.0
-        for batch in held_out_rows(source, config.batch_size, len(source), length):
+        for batch in validation_batches(source, config.batch_size, len(source), length):
             added, demonstrations = scores(unbiased, sharding.put_rows(batch, mesh))
             total, count = total + float(added), count + float(demonstrations)
         # As it was laid out: else the next step would be compiled anew.

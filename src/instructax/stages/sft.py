@@ -26,7 +26,7 @@ from instructax.models import ComputeConfig, Dropout, LoraConfig, ModelConfig, T
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training import run as stage
-from instructax.training.loop import accumulate, language_gradients, shares, split_rows
+from instructax.training.loop import accumulate, language_gradients, shares, split_microbatches
 from instructax.training.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
 from instructax.training.run import RunConfig
 from instructax.types import Array, LmBatch, Params, TrainState, pytree
@@ -58,7 +58,7 @@ def update(
     program: SupervisedProgram, state: TrainState, batch: LmBatch, settings: SupervisedSettings
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the mean loss per trained token of the whole batch."""
-    parts = split_rows(batch, program.accumulate, program.mesh)
+    parts = split_microbatches(batch, program.accumulate, program.mesh)
     weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
     rows = jnp.arange(batch.tokens.shape[0])
     keys = rng.sample_keys(rng.step_key(settings.seed, "dropout", state.step), rows)
@@ -121,10 +121,10 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    config = stage.settled(config)
+    config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_lm_data(config.data, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
+    data = read_lm_data(config.data, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
     counted = "demonstrations" if config.data.demonstrations else "text"
     share = 1.0 - config.data.text_fraction if config.data.demonstrations else 1.0
     total_steps = stage.steps_of(
@@ -165,7 +165,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
 
     stage.run(
         workdir,
-        stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
+        stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
         abstract=abstract,
         start=start,
         exported="params",

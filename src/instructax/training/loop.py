@@ -10,12 +10,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import rng, sharding
 from instructax.losses import next_token_loss
-from instructax.models import Dropout, Transformer, adapted, trained
-from instructax.models.scoring import row_loss_and_gradients
-from instructax.models.sequence_packing import Layout, scan_rows
-from instructax.runtime.distributed import anywhere
-from instructax.runtime.nonfinite import SkippedUpdates
-from instructax.runtime.preemption import Asked, Interruption
+from instructax.models import Dropout, Transformer, add_lora, trainable
+from instructax.models.scoring import packed_loss_and_gradients
+from instructax.models.sequence_packing import PackedLayout, scan_packed_rows
+from instructax.runtime.distributed import any_host
+from instructax.runtime.nonfinite import NonFiniteGuard
+from instructax.runtime.preemption import GracefulShutdown, StopRequested
 from instructax.types import Array, LmBatch, Params, TrainState
 
 Adapt = Callable[[Params], Params]
@@ -33,12 +33,12 @@ def init_params(model: Transformer, key: Array) -> Params:
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 with the given parameters; the optimizer has a state of what is trained alone."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(trained(params)))
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(trainable(params)))
 
 
 def adapters_of(config: Any, network: int = 0) -> Adapt:
     """What adds the adapters of a stage's config to parameters, the first ones of its network number `network`."""
-    return lambda params: adapted(params, config.lora, rng.step_key(config.seed, "adapters", network))
+    return lambda params: add_lora(params, config.lora, rng.step_key(config.seed, "adapters", network))
 
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Params:
@@ -92,12 +92,12 @@ def compile_update(update: Callable[..., Any], abstract: Any, mesh: Mesh) -> Cal
     )
 
 
-def parts_of(rows: int, part_rows: int, mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts `rows` are split so that no device has more than `part_rows` of them in memory."""
-    return -(-rows // (part_rows * sharding.row_ways(mesh)))
+def microbatch_count(rows: int, microbatch_rows: int, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts `rows` are split so that no device has more than `microbatch_rows` of them in memory."""
+    return -(-rows // (microbatch_rows * sharding.row_ways(mesh)))
 
 
-def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
+def split_microbatches(tree: Any, parts: int, mesh: Mesh) -> Any:
     """[B, ...] → [parts, B / parts, ...], every part's rows spread over the mesh."""
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
     return sharding.constrain_rows(split, mesh, axis=1)
@@ -124,7 +124,7 @@ def accumulate(gradients_of: Callable[[Any], tuple[Params, Any]], parts: Any, we
     return jax.lax.scan(add, zeros, (parts, weights))
 
 
-def accumulate_rows(share_of: Callable[[Any], Any], rows: Any, layout: Layout) -> Any:
+def accumulate_rows(share_of: Callable[[Any], Any], rows: Any, layout: PackedLayout) -> Any:
     """Σ share_of(part) over the parts in use of packed rows, a tree of [lines, ways, W]; one part in memory at a time.
 
     What a part adds to the whole is weighted already: its gradients and its figures times its share of what they are
@@ -134,7 +134,7 @@ def accumulate_rows(share_of: Callable[[Any], Any], rows: Any, layout: Layout) -
     if layout.shapes == ((len(layout.texts), layout.texts.shape[2]),):  # the one part that there is
         return share_of(first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(share_of, first))
-    return scan_rows(lambda total, part: (jax.tree.map(jnp.add, total, share_of(part)), None), zeros, rows, layout)[0]
+    return scan_packed_rows(lambda total, part: (jax.tree.map(jnp.add, total, share_of(part)), None), zeros, rows, layout)[0]
 
 
 def scaled(weight: Array, tree: Any) -> Any:
@@ -150,7 +150,7 @@ def language_gradients(
     def loss_of(logprobs: Array, mask: Array, _: None) -> tuple[Array, dict[str, Array]]:
         return next_token_loss(logprobs, mask), {}
 
-    loss, _, gradients = row_loss_and_gradients(model, params, batch, loss_of, None, temperature=1.0, dropout=dropout)
+    loss, _, gradients = packed_loss_and_gradients(model, params, batch, loss_of, None, temperature=1.0, dropout=dropout)
     return gradients, {"loss": loss}
 
 
@@ -176,7 +176,7 @@ def fit(
     log: Any,
     evaluate: Callable[[Any], dict[str, Any]],
     evaluate_every: int,
-    skips: SkippedUpdates,
+    skips: NonFiniteGuard,
     at_save: Callable[[Any], Any] = lambda state: state,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains from `state.step` to `total_steps`: read, update, evaluate, record, save.
@@ -193,7 +193,7 @@ def fit(
     """
     first = int(state.step)
     metrics: dict[str, Any] = {}
-    with Interruption() as interruption:
+    with GracefulShutdown() as interruption:
 
         def stopped(step: int, evaluated: bool) -> Interrupted:
             skips.check()
@@ -206,7 +206,7 @@ def fit(
             try:
                 with log.phase("evaluate"):
                     return {**metrics, **evaluate(state)}
-            except Asked:
+            except StopRequested:
                 raise stopped(step, evaluated=False) from None
 
         if checkpoints.unevaluated is not None:
@@ -222,7 +222,7 @@ def fit(
                     batch = batches(step)
                 with log.phase("update"):
                     state, metrics = update(state, batch)
-            except Asked:
+            except StopRequested:
                 raise stopped(step, evaluated=True) from None
             if step == first:
                 log.started(metrics)
@@ -233,7 +233,7 @@ def fit(
                 metrics = evaluated(done)
             log.record(done, metrics)
             # Read once: a signal during the save below waits for the next step.
-            asked = anywhere(interruption.asked)
+            asked = any_host(interruption.asked)
             if asked or ends or checkpoints.due(done):
                 skips.check()
                 state = at_save(state)

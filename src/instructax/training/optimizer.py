@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from instructax.config import check_positive, check_range
-from instructax.models import joined, trained
+from instructax.models import merge_trees, trainable
 from instructax.types import Array, Params, TrainState
 
 MATRICES = ("kernel", "embedding", "positions", "lora_a", "lora_b")
@@ -95,11 +95,11 @@ def apply_gradients(
     """One optimizer step of what is trained: params − learning_rate · direction; none if the norm of the gradients is
     not finite: then the state stays as it is. The step count is the caller's."""
     norm = optax.tree.norm(gradients)
-    before = trained(state.params), state.opt_state
+    before = trainable(state.params), state.opt_state
     # A branch leaves the state where it is in memory; a choice for every number costs a twentieth of a small step.
     moved = partial(step, optimizer, gradients, learning_rate, norm)
     params, opt_state = jax.lax.cond(jnp.isfinite(norm), moved, lambda *before: before, *before)
-    return dataclasses.replace(state, params=joined(params, state.params), opt_state=opt_state)
+    return dataclasses.replace(state, params=merge_trees(params, state.params), opt_state=opt_state)
 
 
 def step(
@@ -123,5 +123,5 @@ def skipped(*norms: Array) -> Array:
 
 def moving_average(average: Params, params: Params, decay: Array | float) -> Params:
     """decay · average + (1 − decay) · params of what is trained (paper, appendix C.4: 0.992)."""
-    moved = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, trained(average), trained(params))
-    return joined(moved, average)
+    moved = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, trainable(average), trainable(params))
+    return merge_trees(moved, average)

@@ -14,21 +14,21 @@ from jax.sharding import AbstractMesh, Mesh
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
 from instructax.checkpoints.manifest import config_difference, read_manifest, write_manifest
-from instructax.checkpoints.parents import Parent, finished
+from instructax.checkpoints.parents import Parent, is_finished
 from instructax.config import INTEGERS, ConfigError, check_range, require
-from instructax.data.chat_template import inherit_template, load_template, wording
-from instructax.data.limits import Limits
-from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.chat_template import chat_prompt_format, inherit_template, load_template
+from instructax.data.limits import DataLimits
+from instructax.data.prompt_format import PLAIN, PromptFormat
 from instructax.data.storage import Prepared
 from instructax.data.tokenizer import Tokenizer, save_tokenizer
 from instructax.models import LoraConfig, ModelConfig
-from instructax.models.attention_kernels import Conditions, choose, place_of
+from instructax.models.attention_kernels import Conditions, place_of, select_kernel
 from instructax.runtime import goodput
-from instructax.runtime.goodput import Ledger
+from instructax.runtime.goodput import GoodputLog
 from instructax.runtime.heartbeat import Heartbeat
-from instructax.runtime.metric_log import RunLog, write_json
-from instructax.runtime.nonfinite import SkippedUpdates
-from instructax.runtime.redaction import redacted
+from instructax.runtime.metric_log import MetricLog, write_json
+from instructax.runtime.nonfinite import NonFiniteGuard
+from instructax.runtime.redaction import redact
 from instructax.runtime.watchdog import Watchdog
 from instructax.training import loop as training
 
@@ -63,8 +63,8 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     Raises ConfigError, with the differences, if it holds a run of another config. The groups `run` and `mesh` may
     change, since they decide how a run is kept and where it is computed, not what.
     """
-    path, config = workdir / "config.json", redacted(config)
-    if path.exists() and (finished(workdir) or committed_steps(workdir)):
+    path, config = workdir / "config.json", redact(config)
+    if path.exists() and (is_finished(workdir) or committed_steps(workdir)):
         try:
             stored = json.loads(path.read_bytes())
             require(isinstance(stored, dict), "it is no group of values")
@@ -78,7 +78,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             f"{workdir} holds a run with another config ({'; '.join(difference)}); "
             "give the stored values again or choose another --workdir",
         )
-    if jax.process_index() == 0 and not finished(workdir):
+    if jax.process_index() == 0 and not is_finished(workdir):
         write_json(path, config)
 
 
@@ -86,7 +86,7 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("run", "mesh")}
 
 
-def check_lengths(limits: Limits, model: ModelConfig) -> None:
+def check_lengths(limits: DataLimits, model: ModelConfig) -> None:
     """Raises ConfigError unless packed rows, and a prompt with its response, fit the model's positions, and there are
     the two splits that every stage reads."""
     names = [name for name, _ in limits.splits]
@@ -105,8 +105,8 @@ def check_lengths(limits: Limits, model: ModelConfig) -> None:
 def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
     """Raises ConfigError for adapters wider than what they adapt, or of a network that nobody has trained."""
     require(
-        lora.rank <= model.width,
-        f"config.lora.rank = {lora.rank} is above config.model.width = {model.width}: lower it, or 0 trains everything",
+        lora.rank <= model.embed_dim,
+        f"config.lora.rank = {lora.rank} is above config.model.embed_dim = {model.embed_dim}: lower it, or 0 trains everything",
     )
     require(
         lora.rank == 0 or bool(parent),
@@ -114,7 +114,7 @@ def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
     )
 
 
-def wording_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) -> Wording:
+def prompt_format_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) -> PromptFormat:
     """How the prompts of a run are worded: by the chat template of its parents if it is to `chat`, else plainly.
 
     Raises ConfigError if a parent has none, or another than the rest.
@@ -131,7 +131,7 @@ def wording_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) 
             + ("no chat template" if template is None else f"another chat template than config.{first}")
             + ": train all of them with it, or none",
         )
-    return PLAIN if expected is None else wording(expected, tokenizer)
+    return PLAIN if expected is None else chat_prompt_format(expected, tokenizer)
 
 
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
@@ -155,14 +155,14 @@ def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> 
     )
 
 
-def whole_rows(config: Any) -> tuple[tuple[int, ...], bool]:
+def row_lengths(config: Any) -> tuple[tuple[int, ...], bool]:
     """(lengths of the rows that the networks of a stage run without a cache, whether texts in them share another).
 
     Of the rows of comparisons it is the longest there can be; the others are pieces of rows (`rows.part_shapes`) too.
     """
 
     def pieces(*widths: int) -> tuple[int, ...]:
-        return tuple(sorted({width >> i for width in widths for i in range(config.compute.part_halvings + 1)}))
+        return tuple(sorted({width >> i for width in widths for i in range(config.compute.tail_splits + 1)}))
 
     if config.stage == "collect":
         return (), False
@@ -179,41 +179,41 @@ def whole_rows(config: Any) -> tuple[tuple[int, ...], bool]:
     return pieces(packed) if config.stage == "ppo" else (packed,), False
 
 
-def choose_attention(config: Any, *, sampling_alone: bool = False, side_by_side: bool = False) -> Any:
+def select_attention_kernel(config: Any, *, sampling_alone: bool = False, side_by_side: bool = False) -> Any:
     """(the config of a stage with the kernel that its networks take as `compute.attention`, that kernel and why).
 
     `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several runs share a program.
     Raises ConfigError if the config names a kernel that cannot run.
     """
     platform, version = place_of(jax.devices()[0])
-    lengths, branches = ((), False) if sampling_alone else whole_rows(config)
+    lengths, branches = ((), False) if sampling_alone else row_lengths(config)
     networks = [getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)]
     given = Conditions(
         platform=platform,
         version=version,
         dtype=config.compute.dtype,
-        head_widths=[network.head_width for network in networks],
+        head_dims=[network.head_dim for network in networks],
         lengths=lengths,
         softly_capped=any(network.attention_cap > 0 for network in networks),
         windows=any(network.window > 0 for network in networks),
         branches=branches,
         side_by_side=side_by_side,
     )
-    kernel, reason = choose(config.compute.attention, given)
+    kernel, reason = select_kernel(config.compute.attention, given)
     compute = dataclasses.replace(config.compute, attention=kernel)
     return dataclasses.replace(config, compute=compute), f"{kernel} ({reason})"
 
 
-def settled(config: Any) -> Any:
+def with_attention_kernel(config: Any) -> Any:
     """The config with its attention kernel chosen, which is said on the console."""
-    config, attention = choose_attention(config)
+    config, attention = select_attention_kernel(config)
     if jax.process_index() == 0:
         print(f"attention: {attention}", flush=True)
     return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
+class RunManifestInputs:
     """What a run's manifest says: where all that it computes comes from."""
 
     config: Any  # the stage's dataclass
@@ -232,7 +232,7 @@ class Record:
     def check(self, workdir: Path) -> None:
         """Raises ConfigError if config, data or parents have changed since the manifest in `workdir` was written."""
         manifest = read_manifest(workdir)
-        origins = redacted({**self.origins(), "config": _decisive(self.given)})
+        origins = redact({**self.origins(), "config": _decisive(self.given)})
         stored = {name: manifest[name] for name in origins}
         difference = config_difference({**stored, "config": _decisive(stored["config"])}, origins)
         require(
@@ -262,13 +262,13 @@ class Record:
 
 def run(
     workdir: Path,
-    record: Record,
+    record: RunManifestInputs,
     *,
     abstract: Any,
     start: Callable[[], Any],
     exported: str,
     total_steps: int,
-    update: Callable[[Any, Any, RunLog], tuple[Any, dict[str, Any]]],
+    update: Callable[[Any, Any, MetricLog], tuple[Any, dict[str, Any]]],
     batches: Callable[[int], Any],
     evaluate: Callable[[Any], dict[str, Any]],
     at_save: Callable[[Any], Any] = lambda state: state,
@@ -284,7 +284,7 @@ def run(
     watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
     with (
         contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json")) as heartbeat,
-        contextlib.closing(Ledger(workdir / "goodput.jsonl", writes=process == 0)) as ledger,
+        contextlib.closing(GoodputLog(workdir / "goodput.jsonl", writes=process == 0)) as ledger,
     ):
 
         def beat(name: str) -> None:
@@ -303,7 +303,7 @@ def run(
         ledger.begin(step)
         logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
         logging |= {"beat": beat, "written": ledger.write, "recorded": checkpoints.unevaluated is None}
-        log = RunLog(workdir, total_steps=total_steps, start_step=step, **logging)
+        log = MetricLog(workdir, total_steps=total_steps, start_step=step, **logging)
         with watchdog, log:
             try:
                 training.fit(
@@ -315,7 +315,7 @@ def run(
                     log=log,
                     evaluate=evaluate,
                     evaluate_every=config.evaluate_every,
-                    skips=SkippedUpdates(config.most_skipped, workdir / "skipped"),
+                    skips=NonFiniteGuard(config.most_skipped, workdir / "skipped"),
                     at_save=at_save,
                 )
             finally:

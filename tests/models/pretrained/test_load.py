@@ -62,7 +62,7 @@ def read(path: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
 
 # Layouts.
 
-TWO_HEADS = tiny_models.gpt_config(width=3, heads=2, kv_heads=2, head_width=2)
+TWO_HEADS = tiny_models.gpt_config(embed_dim=3, num_heads=2, num_kv_heads=2, head_dim=2)
 
 
 def test_fused_columns_of_gpt2():
@@ -94,7 +94,7 @@ def test_fused_rows_of_neox():
 
 def test_grouped_heads_of_llama():
     """Torch's Linear has outputs first: k_proj of one head of two numbers over 3 inputs, o_proj of two such heads."""
-    config = tiny_models.llama_config(width=3, heads=2, kv_heads=1, head_width=2)
+    config = tiny_models.llama_config(embed_dim=3, num_heads=2, num_kv_heads=1, head_dim=2)
     by_name = {row.name.split(".")[-2]: row for row in weight_maps.LLAMA if row.name.endswith("proj.weight")}
     (key,) = parts_of(np.arange(6.0).reshape(2, 3), by_name["k_proj"], config)
     assert key.tolist() == [[[0, 3]], [[1, 4]], [[2, 5]]]
@@ -111,11 +111,11 @@ def test_a_planted_fault_in_a_layout_is_seen():
 
 
 MODELS = {
-    "gpt2": tiny_models.gpt_config(head_width=4),
-    "gpt_neox": tiny_models.neox_config(head_width=4),
+    "gpt2": tiny_models.gpt_config(head_dim=4),
+    "gpt_neox": tiny_models.neox_config(head_dim=4),
     "llama": tiny_models.llama_config(),
     "mistral": tiny_models.llama_config(window=5, windowed=(0, 1)),
-    "qwen2": tiny_models.llama_config(qkv_biases=True, head_width=4),
+    "qwen2": tiny_models.llama_config(qkv_biases=True, head_dim=4),
     "qwen3": tiny_models.llama_config(qk_norms=True, tied_head=True),
     "gemma": tiny_models.llama_config(activation="geglu", scaled_embedding=True, tied_head=True),
     "gemma2": tiny_models.gemma_config(),
@@ -126,7 +126,7 @@ MODELS = {
 def test_out_and_in_again_to_the_bit(family, tmp_path):
     config = MODELS[family]
     named, params = written(tmp_path, config)
-    assert named == family and read_config(hf_folder.read_json(tmp_path / "config.json"))[1].layers == config.layers
+    assert named == family and read_config(hf_folder.read_json(tmp_path / "config.json"))[1].num_layers == config.num_layers
     found = read(tmp_path)
     if not family.startswith("gemma"):
         jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -146,7 +146,7 @@ def test_out_and_in_again_to_the_bit(family, tmp_path):
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}])
 def test_every_device_gets_its_part(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "PIECE", 24)  # several pieces of every tensor
-    _, params = written(tmp_path, tiny_models.llama_config(mlp_width=32, kv_heads=4, head_width=4, qkv_biases=True))
+    _, params = written(tmp_path, tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True))
     found = read(tmp_path, mesh_of(**shape))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     wanted = sharding.shardings(found, mesh_of(**shape))
@@ -187,7 +187,7 @@ def test_memory_beside_the_parameters(tmp_path):
     tracemalloc counts what NumPy and safetensors take on the host; parameters are XLA's. The largest is a stacked one.
     """
     config = tiny_models.llama_config(
-        width=256, mlp_width=8192, layers=4, heads=4, kv_heads=4, head_width=16, tied_head=True
+        embed_dim=256, mlp_dim=8192, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16, tied_head=True
     )
     written(tmp_path, config)
     largest = 256 * 8192 * 4

@@ -55,8 +55,8 @@ def config_of(arg: str) -> Any:
     values = works.get_config(arg)
     for model in (values.model, values.get("reward_model")):
         if model is not None:
-            model.layers, model.width, model.heads, model.kv_heads = 1, 16, 2, 2
-            model.head_width, model.mlp_width, model.vocab_size, model.max_length = 8, 32, 61, 64
+            model.num_layers, model.embed_dim, model.num_heads, model.num_kv_heads = 1, 16, 2, 2
+            model.head_dim, model.mlp_dim, model.vocab_size, model.max_length = 8, 32, 61, 64
     values.data.limits.update(sequence_tokens=24, prompt_tokens=6, response_tokens=8)
     values.mesh.data = 1
     return construct(stage_of(values.to_dict())[0], values.to_dict())

@@ -64,7 +64,7 @@ def other_params(head: str, seed: int = 5):
 def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
     """PROGRAM with so many packed rows in memory at a time, and what is left at the end in smaller parts."""
     policy, scorer = (
-        dataclasses.replace(model, compute=tiny_models.compute(part_rows=rows, part_halvings=halvings))
+        dataclasses.replace(model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings))
         for model in (PROGRAM.policy, PROGRAM.scorer)
     )
     return dataclasses.replace(PROGRAM, policy=policy, scorer=scorer)
@@ -452,7 +452,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
 
 
 def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):
-    monkeypatch.setattr(algorithm, "row_outputs", share_of_good)
+    monkeypatch.setattr(algorithm, "packed_outputs", share_of_good)
     rewards, text_loss = learn(ptx_coef=0.0)
     ptx_rewards, ptx_text_loss = learn(ptx_coef=1.0)
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.5

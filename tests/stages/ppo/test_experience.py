@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from instructax.stages.ppo.experience import (
+    AdvantageSettings,
     InvariantError,
-    RewardSettings,
     check_rollouts,
     check_update,
     diagnostics,
@@ -42,9 +42,9 @@ ADVANTAGES = [[F(-15, 32), F(9, 16), F(17, 8)], [F(-3, 8), F(-1, 4), F(0)]]
 RETURNS = [[F(17, 32), F(17, 16), F(17, 8)], [F(-1, 8), F(1, 4), F(0)]]  # A + v
 
 
-def settings(**changes: float) -> RewardSettings:
+def settings(**changes: float) -> AdvantageSettings:
     values = {"kl_coef": 0.5, "discount": 1.0, "lambda_": 0.5, "no_eos_penalty": 0.5, **changes}
-    return RewardSettings(**{name: jnp.float32(value) for name, value in values.items()})
+    return AdvantageSettings(**{name: jnp.float32(value) for name, value in values.items()})
 
 
 def example(log_ratios=LOG_RATIOS, values=VALUES) -> Scored:

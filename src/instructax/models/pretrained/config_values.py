@@ -99,10 +99,10 @@ def sizes_raw(c: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.max_length,
-        "num_hidden_layers": c.layers,
-        "hidden_size": c.width,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp_width,
+        "num_hidden_layers": c.num_layers,
+        "hidden_size": c.embed_dim,
+        "num_attention_heads": c.num_heads,
+        "intermediate_size": c.mlp_dim,
         "tie_word_embeddings": c.tied_head,
         "initializer_range": c.init_std,
     }

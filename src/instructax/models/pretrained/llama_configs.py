@@ -46,11 +46,11 @@ def read_llama(raw: Raw) -> ModelConfig:
     gemma = family in ("gemma", "gemma2")
     width, heads = needed(raw, "hidden_size"), needed(raw, "num_attention_heads")
     layers, vocab_size = needed(raw, "num_hidden_layers"), needed(raw, "vocab_size")
-    head_width = raw.get("head_dim") or HEAD_WIDTHS.get(family) or head_width_of(width, heads)
+    head_dim = raw.get("head_dim") or HEAD_WIDTHS.get(family) or head_width_of(width, heads)
     if family in ("llama", "gemma2"):  # transformers' own rule, whatever head_dim says
         head_width_of(width, heads)
     if family == "qwen2":  # has no head_dim of its own
-        require(head_width * heads == width, f"config.json: head_dim = {head_width} of a qwen2 model is not supported")
+        require(head_dim * heads == width, f"config.json: head_dim = {head_dim} of a qwen2 model is not supported")
     act = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
     # Gemma's first files say "gelu" and mean its tanh form.
     only({**raw, "hidden_act": act}, hidden_act=("gelu_pytorch_tanh", "gelu") if gemma else ("silu",))
@@ -67,7 +67,7 @@ def read_llama(raw: Raw) -> ModelConfig:
     if family == "gemma2":
         score = raw.get("query_pre_attn_scalar", 256)
         values = {
-            "score_width": 0.0 if score == head_width else float(score),
+            "score_width": 0.0 if score == head_dim else float(score),
             "attention_cap": float(raw.get("attn_logit_softcapping", 50.0) or 0.0),
             "logit_cap": float(raw.get("final_logit_softcapping", 30.0) or 0.0),
             "post_norms": True,
@@ -75,12 +75,12 @@ def read_llama(raw: Raw) -> ModelConfig:
     return model_of(
         vocab_size=vocab_size,
         max_length=raw.get("max_position_embeddings", 2048),
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_width=head_width,
-        mlp_width=needed(raw, "intermediate_size"),
+        num_layers=layers,
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        mlp_dim=needed(raw, "intermediate_size"),
         norm="rmsnorm",
         norm_epsilon=raw.get("rms_norm_eps", 1e-6),
         positions="rotary",
@@ -105,8 +105,8 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
         act = "gelu_pytorch_tanh" if family in ("gemma", "gemma2") else "silu"
         raw = {
             **sizes_raw(c),
-            "num_key_value_heads": c.kv_heads,
-            "head_dim": c.head_width,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
             "rms_norm_eps": c.norm_epsilon,
             "hidden_act": act,
             "rope_parameters": rotary,
@@ -119,9 +119,9 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
             raw |= {"attention_bias": c.biases, "mlp_bias": c.biases}
         if family == "mistral":
             raw |= {"sliding_window": c.window or None}
-        kinds = ["sliding_attention" if i in c.windowed else "full_attention" for i in range(c.layers)]
+        kinds = ["sliding_attention" if i in c.windowed else "full_attention" for i in range(c.num_layers)]
         if family in ("qwen2", "qwen3"):
-            first = min(c.windowed, default=c.layers)
+            first = min(c.windowed, default=c.num_layers)
             raw |= {"use_sliding_window": c.window > 0, "sliding_window": c.window or None}
             raw |= {"max_window_layers": first, "layer_types": kinds}
         if family == "gemma2":
@@ -129,7 +129,7 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
                 "hidden_activation": act,
                 "sliding_window": c.window or 4096,  # which no layer reads if none is windowed
                 "layer_types": kinds,
-                "query_pre_attn_scalar": int(c.score_width or c.head_width),
+                "query_pre_attn_scalar": int(c.score_width or c.head_dim),
                 "attn_logit_softcapping": c.attention_cap or None,
                 "final_logit_softcapping": c.logit_cap or None,
             }

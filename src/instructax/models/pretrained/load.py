@@ -48,7 +48,7 @@ def places_of(family: str, config: ModelConfig, leaves: Iterable[str]) -> dict[s
     for row in TENSORS[family]:
         layered = "{}" in row.name
         if all(leaf_name(leaf, layered) in have for leaf in row.leaves):
-            for layer in range(config.layers) if layered else (None,):
+            for layer in range(config.num_layers) if layered else (None,):
                 found[row.name.format(layer)] = Place(row, layer)
     return found
 

@@ -143,8 +143,8 @@ PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."} | dict.fromkeys(
 def sizes_of(config: ModelConfig) -> dict[str, int]:
     """The length of each axis."""
     c = config
-    fixed = {"1": 1, "3": 3, "V": c.vocab_size, "T": c.max_length, "D": c.width, "F": c.mlp_width}
-    return {**fixed, "H": c.heads, "G": c.kv_heads, "d": c.head_width}
+    fixed = {"1": 1, "3": 3, "V": c.vocab_size, "T": c.max_length, "D": c.embed_dim, "F": c.mlp_dim}
+    return {**fixed, "H": c.num_heads, "G": c.num_kv_heads, "d": c.head_dim}
 
 
 def shape_of(row: Row, config: ModelConfig) -> tuple[int, ...]:

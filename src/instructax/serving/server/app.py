@@ -24,7 +24,7 @@ from instructax.serving.server import responses as replies
 from instructax.serving.server.batcher import Batcher, Busy, Score, Stopping
 from instructax.serving.server.requests import (
     MOST_TOP_LOGPROBS,
-    Asked,
+    ParsedRequest,
     RequestError,
     chat_of,
     completion_of,
@@ -74,7 +74,7 @@ class _Service:
         """POST /v1/chat/completions"""
         return await self._answered(request, chat_of)
 
-    async def _answered(self, request: Request, parse: Callable[..., Asked]) -> Response:
+    async def _answered(self, request: Request, parse: Callable[..., ParsedRequest]) -> Response:
         asked = parse(parse_json(await _body(request)), self._policy, [self._name], self._batcher.queue_limit)
         answers = [
             _Answer(prompt, TextStream(self._policy.tokenizer, asked.stops))
@@ -88,7 +88,7 @@ class _Service:
             return StreamingResponse(self._events(asked, answers, first, pieces), media_type="text/event-stream")
         return await _unless_gone(request, self._whole(asked, answers, pieces))
 
-    async def _pieces(self, asked: Asked, answers: list[_Answer]) -> AsyncGenerator[tuple[int, str]]:
+    async def _pieces(self, asked: ParsedRequest, answers: list[_Answer]) -> AsyncGenerator[tuple[int, str]]:
         """(index of the answer, text that can be shown) as the answers are drawn."""
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
         limits = [limit for limit in asked.limits for _ in range(asked.n)]
@@ -108,7 +108,7 @@ class _Service:
                     done()
                 yield index, text
 
-    async def _whole(self, asked: Asked, answers: list[_Answer], pieces: AsyncIterator[Any]) -> Response:
+    async def _whole(self, asked: ParsedRequest, answers: list[_Answer], pieces: AsyncIterator[Any]) -> Response:
         async for _ in pieces:
             pass
         texts = [self._echoed(asked, answer) + answer.stream.text for answer in answers]
@@ -119,10 +119,10 @@ class _Service:
         envelope = replies.Envelope.new(asked.chat, self._name)
         return JSONResponse(envelope.whole(texts, finishes, logprobs, _usage(asked, answers)))
 
-    def _echoed(self, asked: Asked, answer: _Answer) -> str:
+    def _echoed(self, asked: ParsedRequest, answer: _Answer) -> str:
         return self._policy.tokenizer.decode(answer.prompt) if asked.echo else ""
 
-    async def _logprobs(self, asked: Asked, answers: list[_Answer]) -> list[Any]:
+    async def _logprobs(self, asked: ParsedRequest, answers: list[_Answer]) -> list[Any]:
         """At temperature 1, of a forward pass over prompt and answer: the same for tokens read and tokens drawn."""
         texts = [np.array([*answer.prompt, *answer.tokens], np.int32) for answer in answers]
         firsts = [0 if asked.echo else len(answer.prompt) for answer in answers]
@@ -135,7 +135,7 @@ class _Service:
         ]
 
     async def _events(
-        self, asked: Asked, answers: list[_Answer], first: tuple[int, str] | None, pieces: AsyncGenerator[Any]
+        self, asked: ParsedRequest, answers: list[_Answer], first: tuple[int, str] | None, pieces: AsyncGenerator[Any]
     ) -> AsyncIterator[str]:
         envelope = replies.Envelope.new(asked.chat, self._name)
         for index, answer in enumerate(answers):
@@ -158,7 +158,7 @@ class _Service:
         yield replies.sse("[DONE]")
 
 
-def _usage(asked: Asked, answers: list[_Answer]) -> dict[str, int]:
+def _usage(asked: ParsedRequest, answers: list[_Answer]) -> dict[str, int]:
     return replies.usage(sum(map(len, asked.prompts)), sum(len(answer.tokens) for answer in answers))
 
 

@@ -30,7 +30,7 @@ class RequestError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class ParsedRequest:
     """A request that can be answered."""
 
     chat: bool
@@ -62,7 +62,7 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def completion_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int) -> Asked:
+def completion_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int) -> ParsedRequest:
     """The request of /v1/completions in `given`; the model is one of `names`, and it asks for `most` samples at most.
 
     Raises RequestError.
@@ -79,7 +79,7 @@ def completion_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str]
     return fields.asked(chat=False, prompts=prompts, limits=limits, most=most, logprobs=logprobs, echo=echo)
 
 
-def chat_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int) -> Asked:
+def chat_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int) -> ParsedRequest:
     """The request of /v1/chat/completions in `given`, as `completion_of`."""
     fields = _Fields(given, names, COMMON | CHAT_ONLY)
     fields.refuse_all({"tools": ([],), "functions": ([],), "response_format": ({"type": "text"},)})
@@ -182,13 +182,13 @@ class _Fields:
         most: int,
         logprobs: int | None,
         echo: bool,
-    ) -> Asked:
+    ) -> ParsedRequest:
         """All that both kinds of request have."""
         n, temperature = self.integer("n", 1, most) or 1, self.number("temperature", HIGHEST_TEMPERATURE)
         if n * len(prompts) > most:
             raise RequestError(f"n = {n} of {len(prompts)} prompts are more than {most} samples", param="n")
         options = self._read("stream_options", lambda value: isinstance(value, dict), "an object")
-        return Asked(
+        return ParsedRequest(
             chat=chat,
             prompts=tuple(prompts),
             limits=tuple(limits),

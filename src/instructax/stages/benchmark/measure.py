@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from instructax.config import require
-from instructax.models import while_sampling
+from instructax.models import decoding_config
 from instructax.stages.benchmark.workloads import ppo_work, sampling_work, untimed, work_of
 from instructax.stages.memory import GIB
 from instructax.training import run as stage
@@ -37,8 +37,8 @@ def measure(
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
     )
     programs = {"sampling_alone": sampling_alone, "side_by_side": side_by_side > 0}
-    config, attention = stage.choose_attention(config, **programs)
-    compute = while_sampling(config.compute) if sampling_alone else config.compute
+    config, attention = stage.select_attention_kernel(config, **programs)
+    compute = decoding_config(config.compute) if sampling_alone else config.compute
     if sampling_alone or side_by_side:
         make = sampling_work if sampling_alone else partial(ppo_work, runs=side_by_side)
     compiled = Compilations()
@@ -62,9 +62,9 @@ def measure(
             work.run(untimed)
     tokens, operations = ([of(figure) for figure in figures] for of in (work.tokens, work.operations))
     tokens_rate, rate = (statistics.median(map(truediv, counts, seconds)) for counts in (tokens, operations))
-    peak = matmul_rate(compute.operands)
+    peak = matmul_rate(compute.matmul_dtype)
     # Of PPO the sampler may compute in another dtype than the rest: then there is no one rate to compare with.
-    one_dtype = config.stage != "ppo" or while_sampling(compute).operands == compute.operands
+    one_dtype = config.stage != "ppo" or decoding_config(compute).matmul_dtype == compute.matmul_dtype
     return {
         "stage": config.stage,
         "devices": mesh.size,
@@ -128,10 +128,10 @@ def _best(function: Callable[[], Any], repetitions: int) -> float:
     return min(times)
 
 
-def matmul_rate(operands: str) -> float:
-    """Operations per second of the product of two large matrices of the dtype `operands`, on one device."""
+def matmul_rate(matmul_dtype: str) -> float:
+    """Operations per second of the product of two large matrices of the dtype `matmul_dtype`, on one device."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), operands)
+    x = jnp.ones((size, size), matmul_dtype)
     multiply = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
     return 2 * size**3 / _best(lambda: multiply(x, x), 5)
 

@@ -68,15 +68,15 @@ def passes(config: Any) -> int:
 
 def forward_operations(config: ModelConfig, tokens: float, length: float, scored: float) -> float:
     """Of `tokens` in texts of `length`, of which the head scores the vocabulary at `scored`."""
-    block = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
-    block += config.width * config.mlp_width * (3 if config.gated else 2)
+    block = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    block += config.embed_dim * config.mlp_dim * (3 if config.gated else 2)
     near = min(config.window, length)
     # A window of w lets the tokens of a text of T see w − w² / 2T of them on average, the whole text T / 2.
-    seen = (config.layers - len(config.windowed)) * length / 2 + len(config.windowed) * (
+    seen = (config.num_layers - len(config.windowed)) * length / 2 + len(config.windowed) * (
         near - near**2 / (2 * max(length, 1))
     )
-    attention = 4 * config.heads * config.head_width * seen
-    return tokens * (2 * config.layers * block + attention) + 2 * scored * config.vocab_size * config.width
+    attention = 4 * config.num_heads * config.head_dim * seen
+    return tokens * (2 * config.num_layers * block + attention) + 2 * scored * config.vocab_size * config.embed_dim
 
 
 def _tokens(config: ModelConfig, shape: tuple[int, ...]) -> Any:

@@ -21,26 +21,26 @@ from instructax import rng, sharding
 from instructax.generation import generate, prefill_padding
 from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masking import masked_mean, token_count
-from instructax.models import Transformer, joined, merged, trained
+from instructax.models import Transformer, merge_lora, merge_trees, trainable
 from instructax.models.scoring import (
-    at_the_end,
-    rollout_rows,
-    row_logprobs,
-    row_logprobs_and_entropy,
-    row_loss_and_gradients,
-    row_outputs,
-    row_values,
+    at_last_token,
+    packed_logprobs,
+    packed_logprobs_and_entropy,
+    packed_loss_and_gradients,
+    packed_outputs,
+    packed_values,
+    rollout_sequences,
 )
-from instructax.models.sequence_packing import Layout, lay_out, pack, packed_map
-from instructax.stages.ppo.experience import RewardSettings, diagnostics, make_experience
+from instructax.models.sequence_packing import PackedLayout, pack, pack_and_map, plan_packing
+from instructax.stages.ppo.experience import AdvantageSettings, diagnostics, make_experience
 from instructax.training.loop import (
     accumulate,
     accumulate_rows,
     language_gradients,
-    parts_of,
+    microbatch_count,
     scaled,
     shares,
-    split_rows,
+    split_microbatches,
 )
 from instructax.training.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average, skipped
 from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
@@ -51,7 +51,7 @@ class PpoSettings:
     """What a sweep varies: arrays, so that every value runs the same compiled programs."""
 
     seed: Array  # i32[], of rollouts and of the order of minibatches
-    rewards: RewardSettings
+    rewards: AdvantageSettings
     temperature: Array  # f32[]
     clip: Array  # f32[], of the ratio
     value_clip: Array  # f32[], of the change of a value estimate
@@ -95,7 +95,7 @@ def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, 
     keys = rng.sample_keys(rng.step_key(settings.seed, "rollout", step), samples)
     return generate(
         program.policy,
-        merged(params),
+        merge_lora(params),
         prompts,
         keys,
         length=program.response_tokens,
@@ -122,22 +122,22 @@ def score(
     def judge(rows: LmBatch) -> tuple[Array, ...]:
         temperature, policy = settings.temperature, program.policy
         others = (
-            row_logprobs(policy, ref_params, rows, temperature=temperature),
-            row_values(program.scorer, state.value.params, rows),
-            row_outputs(program.scorer, reward_params, rows),
+            packed_logprobs(policy, ref_params, rows, temperature=temperature),
+            packed_values(program.scorer, state.value.params, rows),
+            packed_outputs(program.scorer, reward_params, rows),
         )
         if not program.rescores:
             return others
-        return *others, *row_logprobs_and_entropy(policy, state.policy.params, rows, temperature=temperature)
+        return *others, *packed_logprobs_and_entropy(policy, state.policy.params, rows, temperature=temperature)
 
-    judged, layout = packed_map(judge, rollout_rows(rollouts), **program.packing)
+    judged, layout = pack_and_map(judge, rollout_sequences(rollouts), **program.packing)
     ref_logprobs, values, outputs, *own = judged
     start = rollouts.prompts.tokens.shape[1]
     scored = Scored(
         rollouts=rollouts,
         ref_logprobs=ref_logprobs[:, start:],
         values=values[:, start:],
-        scores=at_the_end(outputs, rollouts),
+        scores=at_last_token(outputs, rollouts),
     )
     logprobs, entropy = (x[:, start:] for x in own) if own else (rollouts.logprobs, -rollouts.logprobs)
     experience, rewards = make_experience(
@@ -163,13 +163,13 @@ class Minibatch:
     values: Array
     advantages: Array
     returns: Array
-    layout: Layout
+    layout: PackedLayout
 
 
 def packed(program: PpoProgram, experience: Experience) -> Minibatch:
     """Experience [n, ...] as a minibatch."""
-    batch = rollout_rows(experience.rollouts)
-    layout = lay_out(batch.segments != 0, **program.packing)
+    batch = rollout_sequences(experience.rollouts)
+    layout = plan_packing(batch.segments != 0, **program.packing)
     start = experience.rollouts.prompts.tokens.shape[1]
     names = ("old_logprobs", "values", "advantages", "returns")
     arrays = {name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0)))) for name in names}
@@ -186,7 +186,7 @@ def update(
     """
     steps = program.inner_epochs * program.minibatches
     step = state.step
-    rows_of_text = None if text is None else split_rows(text, steps, program.mesh)
+    rows_of_text = None if text is None else split_microbatches(text, steps, program.mesh)
     minibatches = jax.lax.map(partial(packed, program), _minibatches(program, experience, settings.seed, step))
     inputs = (minibatches, rows_of_text)
     policy_rate = learning_rate_at(
@@ -249,7 +249,7 @@ def _minibatches(program: PpoProgram, experience: Experience, seed: Array, step:
     rows = experience.advantages.shape[0]
     epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(key, program.inner_epochs))
     shuffled = jax.tree.map(lambda x: jnp.take(x, epochs.reshape(-1), axis=0), experience)
-    return split_rows(shuffled, program.inner_epochs * program.minibatches, program.mesh)
+    return split_microbatches(shuffled, program.inner_epochs * program.minibatches, program.mesh)
 
 
 def policy_step(
@@ -269,7 +269,7 @@ def policy_step(
 
     def gradients_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:
         rows, extras = part
-        loss, metrics, gradients = row_loss_and_gradients(
+        loss, metrics, gradients = packed_loss_and_gradients(
             program.policy, params, rows, loss_of, extras, temperature=settings.temperature
         )
         return gradients, {"policy_loss": loss, **metrics}
@@ -287,11 +287,11 @@ def value_step(
         rows, (old_values, returns) = part
 
         def loss_of(part: Params) -> tuple[Array, dict[str, Array]]:
-            values = row_values(program.scorer, joined(part, params), rows)
+            values = packed_values(program.scorer, merge_trees(part, params), rows)
             loss, clipped_fraction = clipped_value_loss(values, old_values, returns, rows.loss_mask, clip=clip)
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(params))
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable(params))
         return gradients, metrics
 
     return _accumulated(gradients_of, minibatch, (minibatch.values, minibatch.returns))
@@ -299,8 +299,8 @@ def value_step(
 
 def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params, Array]:
     """Gradient of the pretraining loss over one minibatch's rows of text, before `ptx_coef`, and the loss."""
-    count = parts_of(text.tokens.shape[0], program.policy.compute.part_rows, program.mesh)
-    parts = split_rows(text, count, program.mesh)
+    count = microbatch_count(text.tokens.shape[0], program.policy.compute.microbatch_rows, program.mesh)
+    parts = split_microbatches(text, count, program.mesh)
     weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
     gradients, metrics = accumulate(partial(language_gradients, program.policy, params), parts, weights)
     return gradients, jnp.sum(weights * metrics["loss"])

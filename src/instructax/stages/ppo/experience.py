@@ -14,7 +14,7 @@ from instructax.types import Array, Experience, Scored, pytree
 
 
 @pytree
-class RewardSettings:
+class AdvantageSettings:
     """What turns scores into advantages; arrays, so that a sweep over them compiles once."""
 
     kl_coef: Array  # f32[], β of Eq. 2
@@ -24,7 +24,7 @@ class RewardSettings:
 
 
 def make_experience(
-    scored: Scored, logprobs: Array, settings: RewardSettings, *, whiten_rewards: bool, whiten_advantages: bool
+    scored: Scored, logprobs: Array, settings: AdvantageSettings, *, whiten_rewards: bool, whiten_advantages: bool
 ) -> tuple[Experience, Array]:
     """Rewards, advantages and returns of one batch of rollouts.
 

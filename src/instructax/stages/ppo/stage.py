@@ -16,20 +16,20 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
-from instructax.config import check_positive, check_range, check_shares, require
+from instructax.config import check_fractions, check_positive, check_range, require
 from instructax.data.batches import process_slice, prompt_batch, rows_of_batch
-from instructax.data.limits import Limits
+from instructax.data.limits import DataLimits
 from instructax.data.loaders import LmData, lm_reader
 from instructax.data.prepare import prepare_prompts, prepare_text
-from instructax.data.prompt_format import PLAIN, Wording
+from instructax.data.prompt_format import PLAIN, PromptFormat
 from instructax.data.storage import Prepared
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.held_out import held_out_losses
 from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
-from instructax.runtime.preemption import pause
+from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
 from instructax.stages.ppo import algorithm as ppo
-from instructax.stages.ppo.experience import RewardSettings, check_rollouts, check_update
+from instructax.stages.ppo.experience import AdvantageSettings, check_rollouts, check_update
 from instructax.training import loop
 from instructax.training import run as stage
 from instructax.training.optimizer import OptimizerConfig, make_optimizer
@@ -44,7 +44,7 @@ class PpoData:
     prompts: tuple[str, ...]
     text: tuple[str, ...]  # () only where ptx_coef is 0
     chat: bool  # whether prompts are worded by the parents' chat template
-    limits: Limits
+    limits: DataLimits
     folder: str  # where prepared rows are kept
 
 
@@ -90,7 +90,7 @@ class PpoConfig:
         counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs"), 1)
         check_range(self, counts | {"ptx_rows": 0, "samples": 0, "kl_coef": 0, "ptx_coef": 0, "value_clip": 0})
         check_positive(self, "temperature", "clip", "tolerance")
-        check_shares(self, "discount", "lambda_", "ema_decay")
+        check_fractions(self, "discount", "lambda_", "ema_decay")
         if self.ptx_coef > 0 and not self.data.text:
             raise ValueError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
         if not (self.policy_parent and self.reward_parent):
@@ -101,12 +101,12 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
     mesh = sharding.make_mesh(config.mesh)
     check(config, mesh)
-    config = stage.settled(config)
+    config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
     models: Any = {"policy_parent": (config.model, "tokens"), "reward_parent": (config.reward_model, "scalar")}
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer, stage.wording_of(config.data.chat, parents, tokenizer))
+    data = read_data(config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
     program = program_of(config, mesh, tokenizer.eos_id)
     settings = settings_of(config)
     adapt = loop.adapters_of(config, 0), loop.adapters_of(config, 1)
@@ -137,7 +137,7 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
 
     stage.run(
         workdir,
-        stage.Record(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
+        stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
         abstract=abstract,
         start=start,
         exported="ema",
@@ -162,11 +162,11 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
         f"prompt_tokens + response_tokens = {limits.prompt_tokens} + {limits.response_tokens}",
     )
     if config.ptx_coef > 0:
-        parts = loop.parts_of(config.ptx_rows, config.compute.part_rows, mesh)
+        parts = loop.microbatch_count(config.ptx_rows, config.compute.microbatch_rows, mesh)
         stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
-def read_data(config: PpoConfig, tokenizer: Tokenizer, wording: Wording = PLAIN) -> dict[str, Prepared]:
+def read_data(config: PpoConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
     """Prompts, and text where there are files of it."""
     folder, files = Path(config.data.folder), [Path(path) for path in config.data.prompts]
     data = {"prompts": prepare_prompts(files, tokenizer, config.data.limits, folder, wording)}
@@ -202,7 +202,7 @@ def settings_of(config: PpoConfig) -> ppo.PpoSettings:
     """What a sweep varies, as arrays."""
     return ppo.PpoSettings(
         seed=jnp.int32(config.seed),
-        rewards=RewardSettings(
+        rewards=AdvantageSettings(
             kl_coef=jnp.float32(config.kl_coef),
             discount=jnp.float32(config.discount),
             lambda_=jnp.float32(config.lambda_),
@@ -292,13 +292,13 @@ class Iteration:
         with phase("rollout"):
             rollouts = self._rollout(state.policy.params, prompts, state.step, self._settings)
             jax.block_until_ready(rollouts)
-        pause()
+        check_stop_requested()
         with phase("score"):
             experience, scored, metrics = self._score(
                 state, self._ref_params, self._reward_params, rollouts, self._settings
             )
             check_rollouts(metrics, first=first, tolerance=self._tolerance)
-        pause()
+        check_stop_requested()
         with phase("ppo_update"):
             state, update_metrics = self._update(state, experience, text, self._settings)
             check_update(update_metrics, tolerance=self._tolerance)
