@@ -1,4 +1,5 @@
-"""Comparisons of what policies answer, ranked by the embedded world's labelers (paper, sections 3.2 and 3.4).
+"""Comparisons of what policies answer, ranked by the embedded world's labelers (paper,
+sections 3.2 and 3.4).
 
 Command:   python scripts/train.py --config configs/collect.py:micro --workdir runs/micro/collect
 Hardware:  micro: two cores, half a minute.
@@ -26,7 +27,8 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "compute": sizes.compute(size),
             "prompts": 100000,
             "prompt_tokens": limits["prompt_tokens"],
-            # The data bring the end token; what a tiny policy babbles is read again as more tokens than it wrote.
+            # The data bring the end token; what a tiny policy babbles is read again as more
+            # tokens than it wrote.
             "response_tokens": 12 if size == "tiny" else limits["response_tokens"] - 1,
             "batch_size": 16 if size == "tiny" else 256,
             "noise": 1.0,

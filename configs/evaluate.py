@@ -1,4 +1,5 @@
-"""Finished policies side by side on held-out data: scores, win rate, KL, text loss; the reward model's accuracy.
+"""Finished policies side by side on held-out data: scores, win rate, KL, text loss; the
+reward model's accuracy.
 
 Command:   python scripts/train.py --config configs/evaluate.py:micro --workdir runs/micro/evaluate
 Hardware:  micro: two cores, half a minute.
@@ -11,7 +12,8 @@ from configs import sizes
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """A comparison of GPT, SFT, PPO and PPO-ptx, plain and by the two ways that train nothing more.
+    """A comparison of GPT, SFT, PPO and PPO-ptx, plain and by the two ways that train
+    nothing more.
 
     `arg` is SIZE, or SIZE,SCORER for a reward model of another size.
     """
@@ -23,7 +25,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "seed": 0,
             "policies": (
                 ("GPT", f"{folder}/pretrain", "plain"),
-                *(() if size in sizes.RECIPES else (("GPT prompted", f"{folder}/pretrain", "few-shot"),)),
+                *(
+                    ()
+                    if size in sizes.RECIPES
+                    else (("GPT prompted", f"{folder}/pretrain", "few-shot"),)
+                ),
                 ("SFT", f"{folder}/sft", "plain"),
                 ("best-of-n", f"{folder}/sft", "best-of"),
                 ("PPO", f"{folder}/ppo", "plain"),

@@ -5,8 +5,9 @@ Command:   python scripts/train.py --config configs/ppo.py:micro --workdir runs/
 Hardware:  micro: two cores, half a minute; 1.3b with a 6b reward model: 16 accelerators; 175b: 256.
 Expect:    micro: scores rise from 0 to between 0.5 and 0.9, by the seed, while kl stays near 1 nat.
 
-The learning rates are those that the paper's figure 38 shows to be best with ptx (the text names none). Without ptx the
-paper's runs diverge above 8.05e-6; its best were 3.74e-6, 2.55e-6 and 2.55e-6.
+The learning rates are those that the paper's figure 38 shows to be best with ptx (the text
+names none). Without ptx the paper's runs diverge above 8.05e-6; its best were 3.74e-6,
+2.55e-6 and 2.55e-6.
 """
 
 import ml_collections
@@ -15,7 +16,8 @@ from configs import sizes
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """A run of PPO-ptx; with ptx_coef 0, of PPO. `arg` is SIZE, or SIZE,SCORER for a reward model of another size."""
+    """A run of PPO-ptx; with ptx_coef 0, of PPO. `arg` is SIZE, or SIZE,SCORER for a reward
+    model of another size."""
     size, scorer = sizes.policy_and_scorer(arg)
     folder = f"runs/{size}"
     paper = sizes.paper(size)
@@ -28,12 +30,20 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         size,
         (512, 8, 512, 500),  # 256k episodes, 8 pretraining rows for each (C.4)
     )
-    rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 3e-4), "small": 3e-5, "smollm2": 3e-5, "175b": 2.55e-6}.get(
-        size, 1.18e-5
-    )
-    value_rate = {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 5e-4), "small": 5e-5, "smollm2": 5e-5, "175b": 5e-6}.get(
-        size, 9e-6
-    )  # C.4
+    rate = {
+        "tiny": 1e-3,
+        **dict.fromkeys(sizes.FAMILY, 3e-4),
+        "small": 3e-5,
+        "smollm2": 3e-5,
+        "175b": 2.55e-6,
+    }.get(size, 1.18e-5)
+    value_rate = {
+        "tiny": 1e-3,
+        **dict.fromkeys(sizes.FAMILY, 5e-4),
+        "small": 5e-5,
+        "smollm2": 5e-5,
+        "175b": 5e-6,
+    }.get(size, 9e-6)  # C.4
     limits = sizes.limits(size)
     if size in sizes.RECIPES:  # what is sampled costs most
         limits.sequence_tokens, limits.prompt_tokens, limits.response_tokens = 512, 256, 128
@@ -69,16 +79,22 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "kl_coef": 0.02
             if paper
             else 0.2,  # C.4; its unit is the scale of the scores, which each reward model has its own of
-            "ptx_coef": 27.8 if paper else 1.0,  # C.4; a mean per token here, so small sizes need another scale
+            "ptx_coef": 27.8
+            if paper
+            else 1.0,  # C.4; a mean per token here, so small sizes need another scale
             "clip": 0.2,  # C.4
             "value_clip": 0.2,  # not in the paper; as in its ancestors
             "discount": 1.0,  # C.4
             "lambda_": 0.95,  # not in the paper; as in its ancestors
-            "ema_decay": 0.992 if paper else 0.95,  # C.4; a run of 4000 optimizer steps; the small sizes take few
+            "ema_decay": 0.992
+            if paper
+            else 0.95,  # C.4; a run of 4000 optimizer steps; the small sizes take few
             "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such responses -1
             "whiten_rewards": False,
             "whiten_advantages": True,  # not in the paper; as in its ancestors
-            "tolerance": 0.03 if paper else 1e-4,  # nats, mean over tokens; mixed and bfloat16, or float32
+            "tolerance": 0.03
+            if paper
+            else 1e-4,  # nats, mean over tokens; mixed and bfloat16, or float32
             "samples": 8 if paper else rollouts,
             "run": sizes.run(size),
         }

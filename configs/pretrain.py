@@ -1,4 +1,5 @@
-"""Pretraining: the base model, "GPT" in the paper's figures. Large sizes: values of Brown et al. (2020), table 2.1.
+"""Pretraining: the base model, "GPT" in the paper's figures. Large sizes: values of Brown
+et al. (2020), table 2.1.
 
 Command:   python scripts/train.py --config configs/pretrain.py:micro --workdir runs/micro/pretrain
 Hardware:  micro: two cores, a minute and a half; small: two cores, twenty minutes; 1.3b: 64 accelerators, weeks.
@@ -24,11 +25,19 @@ TOKENS, WARMUP_TOKENS = 300e9, 375e6  # GPT-3's (Brown et al., table 2.1 and app
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
     """A run of pretraining."""
-    small = {"tiny": (3e-3, 8), **dict.fromkeys(sizes.FAMILY, (3e-3, 4)), "small": (2e-3, 16)}
+    small = {
+        "tiny": (3e-3, 8),
+        **dict.fromkeys(sizes.FAMILY, (3e-3, 4)),
+        "small": (2e-3, 16),
+    }
     rate, rows = {**small, **GPT3_RATE_AND_ROWS}[sizes.check(size)]
     # Every size of a family on as many tokens, as GPT-3's were.
-    steps = {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8000), "small": 900}.get(size) or round(TOKENS / (rows * 2048))
-    warmup_steps = round(WARMUP_TOKENS / (rows * 2048)) if sizes.paper(size) else steps // 20
+    steps = {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8000), "small": 900}.get(
+        size
+    ) or round(TOKENS / (rows * 2048))
+    warmup_steps = (
+        round(WARMUP_TOKENS / (rows * 2048)) if sizes.paper(size) else steps // 20
+    )
     folder = f"runs/{size}"
     return ml_collections.ConfigDict(
         {

@@ -1,4 +1,5 @@
-"""The reward model on K-wise rankings (paper, section 3.5 and C.2). All policies of the paper share one of 6B.
+"""The reward model on K-wise rankings (paper, section 3.5 and C.2). All policies of the
+paper share one of 6B.
 
 Command:   python scripts/train.py --config configs/reward.py:micro --workdir runs/micro/reward
 Hardware:  micro: two cores, about a minute; 6b: 8 accelerators.
@@ -24,9 +25,12 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "lora": sizes.lora(size),
             "mesh": sizes.mesh(size),
             "optimizer": sizes.adam(
-                {"tiny": 1e-3, **dict.fromkeys(sizes.FAMILY, 1e-3), "small": 1e-4, "smollm2": 3e-4}.get(
-                    size, 9e-6
-                ),  # C.2
+                {
+                    "tiny": 1e-3,
+                    **dict.fromkeys(sizes.FAMILY, 1e-3),
+                    "small": 1e-4,
+                    "smollm2": 3e-4,
+                }.get(size, 9e-6),  # C.2
                 schedule="cosine",
                 final_fraction=0.1,  # C.2
             ),
@@ -37,9 +41,12 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },
-            "batch_size": {"tiny": 8, **dict.fromkeys(sizes.FAMILY, 8), "small": 16, "smollm2": 16}.get(
-                size, 64
-            ),  # prompts, C.2
+            "batch_size": {
+                "tiny": 8,
+                **dict.fromkeys(sizes.FAMILY, 8),
+                "small": 16,
+                "smollm2": 16,
+            }.get(size, 64),  # prompts, C.2
             "epochs": 1.0,  # C.2
             "steps": 0,
             "run": sizes.run(size),

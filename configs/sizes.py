@@ -1,11 +1,12 @@
 """Architectures by size, and the values that all stages of a size share.
 
-`tiny` (seconds, for tests) and the family `micro`, `milli`, `centi` (minutes on two cores; in place of the paper's
-1.3b, 6b and 175b) live in the embedded world; `small` is for real text on a laptop; the others have GPT-3's shapes
-(Brown et al., 2020, table 2.1), which the paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128
-for 1.3b, which would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import_hf.py` has put into
-runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the paper's 1.3b, but for the recipe
-`smollm2`.
+`tiny` (seconds, for tests) and the family `micro`, `milli`, `centi` (minutes on two cores;
+in place of the paper's 1.3b, 6b and 175b) live in the embedded world; `small` is for real
+text on a laptop; the others have GPT-3's shapes (Brown et al., 2020, table 2.1), which the
+paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128 for 1.3b, which
+would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import_hf.py` has
+put into runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the
+paper's 1.3b, but for the recipe `smollm2`.
 """
 
 import json
@@ -29,7 +30,9 @@ FAMILY = {"micro": (2, 96, 3, 32), "milli": (2, 128, 4, 32), "centi": (3, 192, 6
 SMALL = {"tiny": (2, 32, 2, 16), **FAMILY, "small": (6, 192, 6, 32)}
 WORLDS = ("tiny", *FAMILY)  # the sizes that live in the embedded world
 SIZES = (*SMALL, *GPT3)
-RECIPES = ("smollm2",)  # imports with values of their own, for a night on two cores: `experiments/smollm2.py`
+RECIPES = (
+    "smollm2",
+)  # imports with values of their own, for a night on two cores: `experiments/smollm2.py`
 
 # Ids of the tokenizers trained for them; GPT-2's: 50257.
 VOCABULARY = {"tiny": 512, **dict.fromkeys(FAMILY, 1024), "small": 8192}
@@ -37,9 +40,12 @@ CONTEXT = {"tiny": 96, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GP
 
 
 def imported(size: str) -> dict[str, Any]:
-    """What `scripts/import_hf.py` says of the model in runs/SIZE/pretrain; {} if it put none there."""
+    """What `scripts/import_hf.py` says of the model in runs/SIZE/pretrain; {} if it put
+    none there."""
     manifest = pathlib.Path(f"runs/{size}/pretrain/manifest.json")
-    found = json.loads(manifest.read_text()) if size not in SIZES and manifest.is_file() else {}
+    found = (
+        json.loads(manifest.read_text()) if size not in SIZES and manifest.is_file() else {}
+    )
     return found if found.get("stage") == "pretrained" else {}
 
 
@@ -54,7 +60,8 @@ def check(size: str) -> str:
 
 
 def policy_and_scorer(arg: str) -> tuple[str, str]:
-    """Sizes of policy and reward model: SIZE,SCORER, or SIZE with 6b for the paper's sizes (C.2), else the same."""
+    """Sizes of policy and reward model: SIZE,SCORER, or SIZE with 6b for the paper's sizes
+    (C.2), else the same."""
     size, _, scorer = arg.partition(",")
     return check(size), check(scorer or ("6b" if paper(size) else size))
 
@@ -67,11 +74,13 @@ def paper(size: str) -> bool:
 def model(size: str) -> ml_collections.ConfigDict:
     """The architecture: GPT-3's.
 
-    The world's models have rotary positions of short wavelengths: with learned ones, models as small as these take
-    several times as long to find out how to copy from their prompt.
+    The world's models have rotary positions of short wavelengths: with learned ones, models
+    as small as these take several times as long to find out how to copy from their prompt.
     """
     if found := imported(size):
-        return ml_collections.ConfigDict({**found["model"], "windowed": tuple(found["model"]["windowed"])})
+        return ml_collections.ConfigDict(
+            {**found["model"], "windowed": tuple(found["model"]["windowed"])}
+        )
     layers, width, heads, head_dim = {**SMALL, **GPT3}[check(size)]
     return ml_collections.ConfigDict(
         {
@@ -109,8 +118,9 @@ def model(size: str) -> ml_collections.ConfigDict:
 
 
 def compute(size: str) -> ml_collections.ConfigDict:
-    """The paper computed in 16 bits with 32-bit parameters (appendix C). float32 elsewhere; CPUs that multiply bfloat16
-    are up to twice as fast at large sizes with "mixed" (`docs/performance.md`)."""
+    """The paper computed in 16 bits with 32-bit parameters (appendix C). float32 elsewhere;
+    CPUs that multiply bfloat16 are up to twice as fast at large sizes with "mixed"
+    (`docs/performance.md`)."""
     return ml_collections.ConfigDict(
         {
             "dtype": "bfloat16" if paper(size) else "float32",
@@ -119,9 +129,17 @@ def compute(size: str) -> ml_collections.ConfigDict:
             "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,
             # As many as fit at the paper's sizes; at the others as many as are fastest.
-            "microbatch_rows": 1 if paper(size) or imported(size) else 4 if size in FAMILY else 2,
+            "microbatch_rows": 1
+            if paper(size) or imported(size)
+            else 4
+            if size in FAMILY
+            else 2,
             # Down to half a row, but where a run takes little longer than compiling.
-            "tail_splits": 1 if paper(size) or imported(size) else 2 if size == "small" else 0,
+            "tail_splits": 1
+            if paper(size) or imported(size)
+            else 2
+            if size == "small"
+            else 0,
             "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
             "compaction_steps": 2 if size == "small" or size in RECIPES else 0,
         }
@@ -129,7 +147,8 @@ def compute(size: str) -> ml_collections.ConfigDict:
 
 
 def lora(size: str) -> ml_collections.ConfigDict:
-    """Low-rank adapters: none but in the recipes, where they leave hardly any optimizer state."""
+    """Low-rank adapters: none but in the recipes, where they leave hardly any optimizer
+    state."""
     return ml_collections.ConfigDict({"rank": 16 if size in RECIPES else 0, "alpha": 32.0})
 
 
@@ -150,7 +169,11 @@ def tokenizer(size: str) -> str:
 
 def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
-    lengths = {"tiny": (64, 24, 24), **dict.fromkeys(FAMILY, (128, 38, 22)), "small": (256, 128, 96)}
+    lengths = {
+        "tiny": (64, 24, 24),
+        **dict.fromkeys(FAMILY, (128, 38, 22)),
+        "small": (256, 128, 96),
+    }
     sequence, prompt, response = lengths.get(size, (2048, 1024, 1024))
     if size in RECIPES:
         sequence, prompt, response = 1024, 768, 256
@@ -162,7 +185,9 @@ def limits(size: str) -> ml_collections.ConfigDict:
             "sequence_tokens": sequence,
             "prompt_tokens": prompt,
             "response_tokens": response,
-            "completions": {"small": 4, "smollm2": 5}.get(size, 9),  # K; short contexts fit few
+            "completions": {"small": 4, "smollm2": 5}.get(
+                size, 9
+            ),  # K; short contexts fit few
             # The world's prompts repeat on purpose.
             "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
             "prompts_per_user": 200,
@@ -174,7 +199,8 @@ def limits(size: str) -> ml_collections.ConfigDict:
 
 
 def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigDict:
-    """Adam as the paper has it (appendix C), at a constant rate; what it leaves open is neutral unless changed."""
+    """Adam as the paper has it (appendix C), at a constant rate; what it leaves open is
+    neutral unless changed."""
     values = {
         "learning_rate": learning_rate,
         "schedule": "constant",
@@ -191,13 +217,20 @@ def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigD
 
 
 def files(size: str, kind: str) -> tuple[str, ...]:
-    """Where a size's data lie: in the world of its size, or in the user's own folder `data`."""
-    return (f"runs/{size}/world/{kind}.jsonl.gz" if size in WORLDS else f"data/{kind}.jsonl.gz",)
+    """Where a size's data lie: in the world of its size, or in the user's own folder
+    `data`."""
+    return (
+        f"runs/{size}/world/{kind}.jsonl.gz" if size in WORLDS else f"data/{kind}.jsonl.gz",
+    )
 
 
 def run(size: str) -> ml_collections.ConfigDict:
     """How often to print, evaluate and save, in steps."""
-    log, evaluate, save = {"tiny": (2, 4, 4), "small": (10, 100, 100), "smollm2": (1, 100, 25)}.get(size, (1, 50, 50))
+    log, evaluate, save = {
+        "tiny": (2, 4, 4),
+        "small": (10, 100, 100),
+        "smollm2": (1, 100, 25),
+    }.get(size, (1, 50, 50))
     if size in FAMILY:
         log, evaluate, save = 20, 1000, 1000
     return ml_collections.ConfigDict(
@@ -210,6 +243,8 @@ def run(size: str) -> ml_collections.ConfigDict:
             "best_metric": "",
             "tensorboard": False,
             "most_skipped": 3,
-            "watchdog_seconds": 7200.0 if paper(size) else 1800.0,  # compiling the largest takes minutes
+            "watchdog_seconds": 7200.0
+            if paper(size)
+            else 1800.0,  # compiling the largest takes minutes
         }
     )

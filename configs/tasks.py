@@ -1,4 +1,5 @@
-"""Finished policies on the world's public tasks, which no labeler judges: the paper's table 14 and its alignment tax.
+"""Finished policies on the world's public tasks, which no labeler judges: the paper's table
+14 and its alignment tax.
 
 Command:   python scripts/train.py --config configs/tasks.py:micro --workdir runs/micro/tasks
 Hardware:  micro: two cores, half a minute.
@@ -19,7 +20,8 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: the paper's sizes have no embedded world"
         )
     folder = f"runs/{size}"
-    # The tiny tokenizer cuts the same texts into more pieces, and rotary positions go on beyond the model's length.
+    # The tiny tokenizer cuts the same texts into more pieces, and rotary positions go on
+    # beyond the model's length.
     context, answer = (192, 48) if size == "tiny" else (102, 26)
     return ml_collections.ConfigDict(
         {

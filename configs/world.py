@@ -1,4 +1,5 @@
-"""The embedded world: text, demonstrations, comparisons and prompts with a known true reward, and their tokenizer.
+"""The embedded world: text, demonstrations, comparisons and prompts with a known true
+reward, and their tokenizer.
 
 Command:   python scripts/train.py --config configs/world.py:micro --workdir runs/micro/world
 Hardware:  one core, seconds.

@@ -1,4 +1,5 @@
-"""The paper's central claims in small, in the embedded world whose true utility is known (sections 4.1 and 4.2).
+"""The paper's central claims in small, in the embedded world whose true utility is known
+(sections 4.1 and 4.2).
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
            python scripts/experiment.py experiments/alignment.py:family --workdir runs/family
@@ -6,9 +7,10 @@ Hardware:  micro: two cores, seven minutes; family: two cores, 36 runs, an hour.
 Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught (`docs/alignment.md`).
 Read it:   `report/index.html`: figure 1 and its kin, the claims one by one, and all answers side by side.
 
-`micro` is one size. `family` is the three sizes that stand for 1.3B, 6B and 175B, with reward and value networks of the
-middle one as in the paper, and the runs of its side claims: SFT that goes on, labelers who never waver, and tuning on
-public tasks (FLAN, T0). No stage sees the true utility: labelers do, through their noise and tastes, and the report.
+`micro` is one size. `family` is the three sizes that stand for 1.3B, 6B and 175B, with
+reward and value networks of the middle one as in the paper, and the runs of its side
+claims: SFT that goes on, labelers who never waver, and tuning on public tasks (FLAN, T0).
+No stage sees the true utility: labelers do, through their noise and tastes, and the report.
 """
 
 from pathlib import Path
@@ -22,8 +24,9 @@ from instructax.report import write
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 
 MIDDLE = "milli"  # the size of the family's reward and value networks
-# Answers to each prompt that are compared, mostly by SFT, some by an early PPO policy (section 3.2): a reward model
-# that has seen none of those is easily exploited. A family shares them.
+# Answers to each prompt that are compared, mostly by SFT, some by an early PPO policy
+# (section 3.2): a reward model that has seen none of those is easily exploited. A family
+# shares them.
 EARLY_ANSWERS = {"sft": 8, "pretrain": 1}
 ANSWERS = {"sft": 6, "ppo-early": 3, "pretrain": 1}
 EARLY = {"round": 0, "prompts": 1200}
@@ -37,18 +40,29 @@ POLICIES = (
 )
 TUNED = ("FLAN/T0", "flan", "plain")
 GPT_PROMPT_TOKENS = 64  # of the prompts that were sent to GPT, which bring an example
-OVERFIT_STEPS, OVERFIT_EVERY = 4800, 300  # of SFT that goes on; an epoch has about 520 steps
+OVERFIT_STEPS, OVERFIT_EVERY = (
+    4800,
+    300,
+)  # of SFT that goes on; an epoch has about 520 steps
 
 
 def get_runs(arg: str, root: str) -> list[Run]:
-    """The runs in order; `arg` is a size of the world or `family`, or either with a seed, `micro,1`; `root` is the
-    experiment's workdir."""
+    """The runs in order; `arg` is a size of the world or `family`, or either with a seed,
+    `micro,1`; `root` is the experiment's workdir."""
     members, _, seed = arg.partition(",")
     allowed = (*sizes.WORLDS, "family")
-    require(members in allowed, f"size {members!r} must be one of {', '.join(allowed)}: experiments/alignment.py:SIZE")
-    require(not seed or seed.isdecimal(), f"seed {seed!r} must be a whole number: experiments/alignment.py:SIZE,SEED")
+    require(
+        members in allowed,
+        f"size {members!r} must be one of {', '.join(allowed)}: experiments/alignment.py:SIZE",
+    )
+    require(
+        not seed or seed.isdecimal(),
+        f"seed {seed!r} must be a whole number: experiments/alignment.py:SIZE,SEED",
+    )
     runs = family(root) if members == "family" else alone(members, root)
-    return [Run(run.name, run.config, {**run.overrides, "seed": int(seed or 0)}) for run in runs]
+    return [
+        Run(run.name, run.config, {**run.overrides, "seed": int(seed or 0)}) for run in runs
+    ]
 
 
 def alone(size: str, root: str) -> list[Run]:
@@ -103,24 +117,47 @@ def supervised(size: str, folder: str, root: str) -> list[Run]:
     """GPT, and the policy that PPO starts from."""
     parent = {"parent": f"{root}/{folder}pretrain"}
     return [
-        Run(f"{folder}pretrain", f"configs/pretrain.py:{size}", common(root) | files(root, "text")),
-        Run(f"{folder}sft", f"configs/sft.py:{size}", common(root) | files(root, "text", "demonstrations") | parent),
+        Run(
+            f"{folder}pretrain",
+            f"configs/pretrain.py:{size}",
+            common(root) | files(root, "text"),
+        ),
+        Run(
+            f"{folder}sft",
+            f"configs/sft.py:{size}",
+            common(root) | files(root, "text", "demonstrations") | parent,
+        ),
     ]
 
 
 def tuned(size: str, folder: str, root: str) -> Run:
     """GPT tuned on public tasks, as FLAN and T0 are, with the values of SFT."""
-    overrides = {"parent": f"{root}/{folder}pretrain", "data.demonstrations": (f"{root}/world/public.jsonl.gz",)}
-    return Run(f"{folder}flan", f"configs/sft.py:{size}", common(root) | files(root, "text") | overrides)
+    overrides = {
+        "parent": f"{root}/{folder}pretrain",
+        "data.demonstrations": (f"{root}/world/public.jsonl.gz",),
+    }
+    return Run(
+        f"{folder}flan",
+        f"configs/sft.py:{size}",
+        common(root) | files(root, "text") | overrides,
+    )
 
 
 def judged(
-    size: str, root: str, share: dict[str, int], folder: str, answers: dict[str, int], suffix: str, **changes: Any
+    size: str,
+    root: str,
+    share: dict[str, int],
+    folder: str,
+    answers: dict[str, int],
+    suffix: str,
+    **changes: Any,
 ) -> list[Run]:
-    """Comparisons of what the policies in the folders of `share` answer, and the reward model, of `size` and from the
-    SFT policy in `folder`, that learns from them."""
+    """Comparisons of what the policies in the folders of `share` answer, and the reward
+    model, of `size` and from the SFT policy in `folder`, that learns from them."""
     asked = tuple(
-        (f"{root}/{place}{run}", -(-count // parts)) for place, parts in share.items() for run, count in answers.items()
+        (f"{root}/{place}{run}", -(-count // parts))
+        for place, parts in share.items()
+        for run, count in answers.items()
     )
     return [
         Run(
@@ -141,8 +178,11 @@ def judged(
     ]
 
 
-def rewarded(size: str, scorer: str, folder: str, root: str, name: str, reward: str, **changes: Any) -> Run:
-    """PPO-ptx, or with changes something else, against the reward model in the folder `reward`."""
+def rewarded(
+    size: str, scorer: str, folder: str, root: str, name: str, reward: str, **changes: Any
+) -> Run:
+    """PPO-ptx, or with changes something else, against the reward model in the folder
+    `reward`."""
     parents = {"policy_parent": f"{root}/{folder}sft", "reward_parent": f"{root}/{reward}"}
     overrides = common(root) | files(root, "prompts", "text") | parents | changes
     return Run(f"{folder}{name}", f"configs/ppo.py:{size},{scorer}", overrides)
@@ -162,9 +202,15 @@ def aligned(size: str, scorer: str, folder: str, root: str) -> list[Run]:
 
 
 def measured(
-    size: str, scorer: str, folder: str, root: str, policies: tuple[tuple[str, str, str], ...], suffix: str = ""
+    size: str,
+    scorer: str,
+    folder: str,
+    root: str,
+    policies: tuple[tuple[str, str, str], ...],
+    suffix: str = "",
 ) -> list[Run]:
-    """All policies of a size side by side: on held-out prompts, on those sent to GPT, and on the public tasks."""
+    """All policies of a size side by side: on held-out prompts, on those sent to GPT, and
+    on the public tasks."""
     places = tuple((name, f"{root}/{folder}{run}", how) for name, run, how in policies)
     return [
         Run(
@@ -202,22 +248,41 @@ def measured(
                 "tokenizer": f"{root}/world/tokenizer.json",
                 "world": f"{root}/world",
                 # FLAN/T0 has been tuned on these tasks.
-                "policies": tuple((name, place) for name, place, how in places if how == "plain" and name != TUNED[0]),
+                "policies": tuple(
+                    (name, place)
+                    for name, place, how in places
+                    if how == "plain" and name != TUNED[0]
+                ),
             },
         ),
     ]
 
 
 def overfitted(size: str, folder: str, root: str) -> list[Run]:
-    """The SFT baseline of the paper's appendix C.1, many epochs long, and the reward model's score on its way."""
+    """The SFT baseline of the paper's appendix C.1, many epochs long, and the reward
+    model's score on its way."""
     run = f"{folder}sft-overfit"
     steps = range(OVERFIT_EVERY, OVERFIT_STEPS + 1, OVERFIT_EVERY)
-    keeping = {"evaluate_every": OVERFIT_EVERY, "save_every": OVERFIT_EVERY, "keep": len(steps)}
-    overrides = {f"run.{name}": value for name, value in keeping.items()} | {"epochs": 0.0, "steps": OVERFIT_STEPS}
+    keeping = {
+        "evaluate_every": OVERFIT_EVERY,
+        "save_every": OVERFIT_EVERY,
+        "keep": len(steps),
+    }
+    overrides = {f"run.{name}": value for name, value in keeping.items()} | {
+        "epochs": 0.0,
+        "steps": OVERFIT_STEPS,
+    }
     overrides |= {"parent": f"{root}/{folder}pretrain"}
-    policies = (("SFT", "sft", "plain"), *((f"step {step}", f"sft-overfit@{step}", "plain") for step in steps))
+    policies = (
+        ("SFT", "sft", "plain"),
+        *((f"step {step}", f"sft-overfit@{step}", "plain") for step in steps),
+    )
     return [
-        Run(run, f"configs/sft.py:{size},baseline", common(root) | files(root, "demonstrations") | overrides),
+        Run(
+            run,
+            f"configs/sft.py:{size},baseline",
+            common(root) | files(root, "demonstrations") | overrides,
+        ),
         measured(size, size, folder, root, policies, "-overfit")[0],
     ]
 

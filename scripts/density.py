@@ -1,8 +1,10 @@
-"""Readability figures of Python files, measured with `ast`: python scripts/density.py [FOLDER …]
+"""Readability figures of Python files, measured with `ast`: python scripts/density.py
+[FOLDER …]
 
-Prints, for the files below each folder (src/ if none is given): lines per file, line width, comment-only lines, tuple
-assignments and comprehensions per 1,000 lines, and how many functions have at most 50 lines. Short `__init__.py` files
-(under 20 lines) are left out of the file lengths.
+Prints, for the files below each folder (src/ if none is given): lines per file, line width,
+comment-only lines, tuple assignments and comprehensions per 1,000 lines, and how many
+functions have at most 50 lines. Short `__init__.py` files (under 20 lines) are left out of
+the file lengths.
 """
 
 import argparse
@@ -25,7 +27,8 @@ def percentile(values: Sequence[int], share: float) -> int:
 
 
 def is_tuple_assignment(node: ast.AST) -> bool:
-    """Whether `node` assigns several values that are written out: `a, b = x, y`, not `a, b = f()`."""
+    """Whether `node` assigns several values that are written out: `a, b = x, y`, not `a, b
+    = f()`."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     return any(isinstance(target, ast.Tuple) for target in node.targets)

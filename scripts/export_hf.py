@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Writes a run for transformers: python scripts/export_hf.py --checkpoint runs/micro/ppo-ptx --to exported --verify
+"""Writes a run for transformers: python scripts/export_hf.py --checkpoint
+runs/micro/ppo-ptx --to exported --verify
 
-A policy becomes an AutoModelForCausalLM, a reward model an AutoModelForSequenceClassification. Exit codes as those of
-train.py.
+A policy becomes an AutoModelForCausalLM, a reward model an
+AutoModelForSequenceClassification. Exit codes as those of train.py.
 """
 
 import pathlib
@@ -12,10 +13,16 @@ from absl import app, flags, logging
 
 from instructax import cli
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a finished run, WORKDIR, WORKDIR@STEP or WORKDIR@best")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "a finished run, WORKDIR, WORKDIR@STEP or WORKDIR@best"
+)
 TO = flags.DEFINE_string("to", None, "folder to write, new or empty")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the tensors written")
-VERIFY = flags.DEFINE_bool("verify", False, "read the folder again and compare logits or scores")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "of the tensors written"
+)
+VERIFY = flags.DEFINE_bool(
+    "verify", False, "read the folder again and compare logits or scores"
+)
 
 
 def main(argv: list[str]) -> int:

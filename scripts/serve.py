@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Serves a finished policy with OpenAI's protocol: python scripts/serve.py --workdir runs/micro/ppo-ptx
+"""Serves a finished policy with OpenAI's protocol: python scripts/serve.py --workdir
+runs/micro/ppo-ptx
 
-http://127.0.0.1:8000/v1 then answers /models, /completions and /chat/completions. Exit codes are train.py's: 130 after
-Ctrl-C.
+http://127.0.0.1:8000/v1 then answers /models, /completions and /chat/completions. Exit
+codes are train.py's: 130 after Ctrl-C.
 """
 
 import pathlib
@@ -14,13 +15,25 @@ from instructax import cli
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a finished run of pretraining, SFT or PPO, or WORKDIR@STEP of one")
-NAME = flags.DEFINE_string("name", "", "what clients call the model; by default the name of the folder")
-HOST = flags.DEFINE_string("host", "127.0.0.1", "where to listen; anybody who can reach it may ask")
-PORT = flags.DEFINE_integer("port", 8000, "0 = any that is free", lower_bound=0, upper_bound=65535)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "a finished run of pretraining, SFT or PPO, or WORKDIR@STEP of one"
+)
+NAME = flags.DEFINE_string(
+    "name", "", "what clients call the model; by default the name of the folder"
+)
+HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "where to listen; anybody who can reach it may ask"
+)
+PORT = flags.DEFINE_integer(
+    "port", 8000, "0 = any that is free", lower_bound=0, upper_bound=65535
+)
 ROWS = flags.DEFINE_integer("rows", 8, "answers that are drawn at a time", lower_bound=1)
-QUEUE = flags.DEFINE_integer("queue", 256, "answers that may wait; more are refused (429)", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "mixed", "bfloat16"], "of the computation")
+QUEUE = flags.DEFINE_integer(
+    "queue", 256, "answers that may wait; more are refused (429)", lower_bound=1
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "mixed", "bfloat16"], "of the computation"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +53,9 @@ def serve(workdir: str) -> None:
     try:
         from instructax.serving.server.app import serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'instructax[serve]'") from None
+        raise ValueError(
+            f"{error.name} is not installed: pip install 'instructax[serve]'"
+        ) from None
     serve(
         workdir,
         name=NAME.value or pathlib.Path(workdir).resolve().name,

@@ -1,9 +1,10 @@
 """Trains a byte-level BPE tokenizer on text files.
 
-    python scripts/train_tokenizer.py --files books.jsonl.gz --files notes.txt --vocab_size 8192 --out tokenizer.json
+python scripts/train_tokenizer.py --files books.jsonl.gz --files notes.txt --vocab_size 8192
+--out tokenizer.json
 
-A .txt file is one text; each line of a .jsonl file is an object with a text under --field; both may end in .gz.
-Exits with 2 and one line on bad input.
+A .txt file is one text; each line of a .jsonl file is an object with a text under --field;
+both may end in .gz. Exits with 2 and one line on bad input.
 """
 
 import gzip
@@ -20,8 +21,12 @@ from instructax import cli
 FILES = flags.DEFINE_multi_string(
     "files", None, "A .txt or .jsonl file, or .gz of one; repeat for more.", required=True
 )
-FIELD = flags.DEFINE_string("field", "text", "The key of the text in each line of a .jsonl file.")
-VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Size, 256 bytes and <|endoftext|> included.", required=True)
+FIELD = flags.DEFINE_string(
+    "field", "text", "The key of the text in each line of a .jsonl file."
+)
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", None, "Size, 256 bytes and <|endoftext|> included.", required=True
+)
 OUT = flags.DEFINE_string("out", None, "Where to write tokenizer.json.", required=True)
 
 
@@ -29,7 +34,9 @@ def read_texts(path: str, field: str) -> Iterator[str]:
     """Yields the texts of one file."""
     kind = Path(path.removesuffix(".gz")).suffix
     if kind not in (".txt", ".jsonl"):
-        raise ValueError(f"--files={path}: must end in .txt or .jsonl, or one of these and .gz")
+        raise ValueError(
+            f"--files={path}: must end in .txt or .jsonl, or one of these and .gz"
+        )
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
@@ -49,14 +56,19 @@ def read_field(line: str, field: str, place: str) -> str:
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise ValueError(f"{place}: not a JSON object with a string under {field!r} (--field)")
+        raise ValueError(
+            f"{place}: not a JSON object with a string under {field!r} (--field)"
+        )
     return text
 
 
 def main(argv: list[str]) -> int:
     """Flags in, one library call, exit code out."""
     if len(argv) > 1:
-        print(f"error: unexpected argument {argv[1]}: repeat --files for each file", file=sys.stderr)
+        print(
+            f"error: unexpected argument {argv[1]}: repeat --files for each file",
+            file=sys.stderr,
+        )
         return 2
     return cli.guarded(train)
 

@@ -1,7 +1,9 @@
-"""Eight fake devices, strict ranks, and warnings as errors for every test; programs that are soon compiled.
+"""Eight fake devices, strict ranks, and warnings as errors for every test; programs that
+are soon compiled.
 
-The tests wait for the compiler, hardly for the programs: XLA does with few optimizations here, and what one process has
-compiled the others read. `JAX_DISABLE_MOST_OPTIMIZATIONS=false` before the command leaves them in.
+The tests wait for the compiler, hardly for the programs: XLA does with few optimizations
+here, and what one process has compiled the others read.
+`JAX_DISABLE_MOST_OPTIMIZATIONS=false` before the command leaves them in.
 """
 
 import os
@@ -34,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the chain of runs come last, but one of them first: while one process makes the chain, another has other
-    things to do than to wait for it."""
+    """Tests of the chain of runs come last, but one of them first: while one process makes
+    the chain, another has other things to do than to wait for it."""
     items.sort(key=lambda item: "chain" in getattr(item, "fixturenames", ()))
     if items:  # else nothing was collected, which pytest itself reports
         items.insert(0, items.pop())

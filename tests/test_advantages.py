@@ -1,4 +1,5 @@
-"""Rewards with the KL penalty and generalized advantages: numbers by hand, references, identities, padding."""
+"""Rewards with the KL penalty and generalized advantages: numbers by hand, references,
+identities, padding."""
 
 import functools
 
@@ -12,14 +13,22 @@ from instructax import advantages
 
 SEEDS = range(6)
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
-SETTINGS = [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0), (0.0, 0.9)]  # (discount, lambda_)
+SETTINGS = [
+    (1.0, 0.95),
+    (0.9, 0.5),
+    (1.0, 1.0),
+    (0.97, 0.0),
+    (0.0, 0.9),
+]  # (discount, lambda_)
 
 
 def reward_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
     """scores, logprobs, ref_logprobs, mask; rows of random length, the last row empty."""
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 5, 7)
-    mask[0, 2] = False  # a hole: the last real token is where the mask says, not where its count says
+    mask[0, 2] = (
+        False  # a hole: the last real token is where the mask says, not where its count says
+    )
     scores = jnp.asarray(rng.normal(0.0, 2.0, 5), dtype)
     logprobs = jnp.asarray(-rng.exponential(1.5, mask.shape), dtype)
     ref_logprobs = jnp.asarray(-rng.exponential(1.5, mask.shape), dtype)
@@ -48,19 +57,34 @@ def test_rewards_by_hand():
     logprobs = jnp.array([[-1.0, -0.5, -2.0], [-0.3, -5.0, -5.0], [-5.0, -5.0, -5.0]])
     ref_logprobs = jnp.array([[-1.4, -0.2, -1.8], [-0.8, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     mask = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
-    # Log-ratios 0.4, -0.3, -0.2 and 0.5, times -0.1; 0.7 joins the third token, -1.3 the only one, 9.9 has no token.
+    # Log-ratios 0.4, -0.3, -0.2 and 0.5, times -0.1; 0.7 joins the third token, -1.3 the
+    # only one, 9.9 has no token.
     expected = [[-0.04, 0.03, 0.72], [-1.35, 0.0, 0.0], [0.0, 0.0, 0.0]]
-    rewards = advantages.kl_penalized_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
+    rewards = advantages.kl_penalized_rewards(
+        scores, logprobs, ref_logprobs, mask, kl_coef=0.1
+    )
     np.testing.assert_allclose(rewards, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_advantages_by_hand():
-    rewards = jnp.array([[0.1, -0.2, 0.7, 50.0], [-1.3, 50.0, 50.0, 50.0], [50.0] * 4, [0.1, -0.2, 0.0, 0.7]])
-    values = jnp.array([[0.5, 0.3, -0.4, 50.0], [0.7, 50.0, 50.0, 50.0], [50.0] * 4, [0.5, 0.3, 0.3, -0.4]])
-    mask = jnp.array([[True, True, True, False], [True, False, False, False], [False] * 4, [True] * 4])
-    # Row 0, from its end: deltas 0.7 + 0.4 = 1.1; -0.2 - 0.36 - 0.3 = -0.86; 0.1 + 0.27 - 0.5 = -0.13; discount times
-    # lambda is 0.45: -0.86 + 0.495 = -0.365; -0.13 - 0.16425 = -0.29425.
-    # Row 3, from its end: deltas 1.1; -0.36 - 0.3 = -0.66; -0.2 + 0.27 - 0.3 = -0.23; -0.13; advantages 1.1;
+    rewards = jnp.array(
+        [
+            [0.1, -0.2, 0.7, 50.0],
+            [-1.3, 50.0, 50.0, 50.0],
+            [50.0] * 4,
+            [0.1, -0.2, 0.0, 0.7],
+        ]
+    )
+    values = jnp.array(
+        [[0.5, 0.3, -0.4, 50.0], [0.7, 50.0, 50.0, 50.0], [50.0] * 4, [0.5, 0.3, 0.3, -0.4]]
+    )
+    mask = jnp.array(
+        [[True, True, True, False], [True, False, False, False], [False] * 4, [True] * 4]
+    )
+    # Row 0, from its end: deltas 0.7 + 0.4 = 1.1; -0.2 - 0.36 - 0.3 = -0.86; 0.1 + 0.27 -
+    # 0.5 = -0.13; discount times lambda is 0.45: -0.86 + 0.495 = -0.365; -0.13 - 0.16425 =
+    # -0.29425. Row 3, from its end: deltas 1.1; -0.36 - 0.3 = -0.66; -0.2 + 0.27 - 0.3 =
+    # -0.23; -0.13; advantages 1.1;
     # -0.66 + 0.495 = -0.165; -0.23 - 0.07425 = -0.30425; -0.13 - 0.1369125 = -0.2669125.
     expected_advantages = [
         [-0.29425, -0.365, 1.1, 0.0],
@@ -74,7 +98,9 @@ def test_advantages_by_hand():
         [0.0, 0.0, 0.0, 0.0],
         [0.2330875, -0.00425, 0.135, 0.7],
     ]
-    result = advantages.generalized_advantages(rewards, values, mask, discount=0.9, lambda_=0.5)
+    result = advantages.generalized_advantages(
+        rewards, values, mask, discount=0.9, lambda_=0.5
+    )
     np.testing.assert_allclose(result[0], expected_advantages, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result[1], expected_returns, rtol=1e-5, atol=1e-6)
 
@@ -94,8 +120,12 @@ def test_rewards_equal_the_plain_reference(seed, dtype):
 @pytest.mark.parametrize(("discount", "lambda_"), SETTINGS)
 def test_advantages_equal_the_plain_reference(seed, dtype, discount, lambda_):
     arguments = advantage_case(seed, dtype)
-    result = advantages.generalized_advantages(*arguments, discount=discount, lambda_=lambda_)
-    expected = references.generalized_advantages(*numpy_of(arguments), discount=discount, lambda_=lambda_)
+    result = advantages.generalized_advantages(
+        *arguments, discount=discount, lambda_=lambda_
+    )
+    expected = references.generalized_advantages(
+        *numpy_of(arguments), discount=discount, lambda_=lambda_
+    )
     for actual, wanted in zip(result, expected, strict=True):
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
@@ -105,8 +135,13 @@ def test_advantages_equal_the_plain_reference(seed, dtype, discount, lambda_):
 @pytest.mark.parametrize("logprob_dtype", [jnp.float32, jnp.int32])
 def test_integers_truncate_no_reward(score_dtype, logprob_dtype):
     scores = jnp.array([0.7 if score_dtype == jnp.float32 else 2], score_dtype)
-    logprobs, ref_logprobs = jnp.array([[-1, -3]], logprob_dtype), jnp.array([[-2, -2]], logprob_dtype)
-    rewards = advantages.kl_penalized_rewards(scores, logprobs, ref_logprobs, jnp.ones((1, 2), bool), kl_coef=0.25)
+    logprobs, ref_logprobs = (
+        jnp.array([[-1, -3]], logprob_dtype),
+        jnp.array([[-2, -2]], logprob_dtype),
+    )
+    rewards = advantages.kl_penalized_rewards(
+        scores, logprobs, ref_logprobs, jnp.ones((1, 2), bool), kl_coef=0.25
+    )
     assert rewards.dtype == jnp.float32
     np.testing.assert_allclose(rewards, [[-0.25, 0.25 + float(scores[0])]], rtol=1e-6)
 
@@ -138,41 +173,63 @@ def test_without_kl_penalty_the_logprobs_do_not_matter():
 
 def test_no_discount_and_lambda_one_give_reward_to_go_minus_value():
     rewards, values, mask = advantage_case(0)
-    result, returns = advantages.generalized_advantages(rewards, values, mask, discount=1.0, lambda_=1.0)
+    result, returns = advantages.generalized_advantages(
+        rewards, values, mask, discount=1.0, lambda_=1.0
+    )
     reward_to_go = np.cumsum((np.asarray(rewards) * mask)[:, ::-1], axis=1)[:, ::-1]
-    np.testing.assert_allclose(result, np.where(mask, reward_to_go - values, 0.0), atol=1e-5)
+    np.testing.assert_allclose(
+        result, np.where(mask, reward_to_go - values, 0.0), atol=1e-5
+    )
     np.testing.assert_allclose(returns, np.where(mask, reward_to_go, 0.0), atol=1e-5)
 
 
 def test_lambda_zero_gives_the_one_step_delta():
     rewards, values, mask = advantage_case(1)
-    result, _ = advantages.generalized_advantages(rewards, values, mask, discount=0.9, lambda_=0.0)
+    result, _ = advantages.generalized_advantages(
+        rewards, values, mask, discount=0.9, lambda_=0.0
+    )
     next_values = np.pad(np.where(mask, values, 0.0)[:, 1:], ((0, 0), (0, 1)))
-    np.testing.assert_allclose(result, np.where(mask, rewards + 0.9 * next_values - values, 0.0), atol=1e-6)
+    np.testing.assert_allclose(
+        result, np.where(mask, rewards + 0.9 * next_values - values, 0.0), atol=1e-6
+    )
 
 
 def test_a_reward_at_the_end_decays_geometrically():
     rewards = jnp.zeros((1, 6)).at[0, 3].set(-1.3)
     mask = jnp.arange(6)[None, :] < 4
-    result, returns = advantages.generalized_advantages(rewards, jnp.zeros((1, 6)), mask, discount=0.9, lambda_=0.8)
-    np.testing.assert_allclose(result, [[-1.3 * 0.72**3, -1.3 * 0.72**2, -1.3 * 0.72, -1.3, 0.0, 0.0]], rtol=1e-5)
+    result, returns = advantages.generalized_advantages(
+        rewards, jnp.zeros((1, 6)), mask, discount=0.9, lambda_=0.8
+    )
+    np.testing.assert_allclose(
+        result, [[-1.3 * 0.72**3, -1.3 * 0.72**2, -1.3 * 0.72, -1.3, 0.0, 0.0]], rtol=1e-5
+    )
     np.testing.assert_array_equal(result, returns)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_masked_cells_do_not_matter(garbage):
     scores, logprobs, ref_logprobs, mask = reward_case(2)
-    dirty_scores = jnp.where(mask.any(axis=1), scores, garbage)  # a row without a token has no score either
-    rewards = advantages.kl_penalized_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
+    dirty_scores = jnp.where(
+        mask.any(axis=1), scores, garbage
+    )  # a row without a token has no score either
+    rewards = advantages.kl_penalized_rewards(
+        scores, logprobs, ref_logprobs, mask, kl_coef=0.1
+    )
     logprobs, ref_logprobs = with_garbage(mask, garbage, logprobs, ref_logprobs)
-    dirty = advantages.kl_penalized_rewards(dirty_scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
+    dirty = advantages.kl_penalized_rewards(
+        dirty_scores, logprobs, ref_logprobs, mask, kl_coef=0.1
+    )
     np.testing.assert_array_equal(dirty, rewards)
     np.testing.assert_array_equal(dirty[~mask], 0.0)
 
     rewards, values, mask = advantage_case(2)
-    clean = advantages.generalized_advantages(rewards, values, mask, discount=0.9, lambda_=0.95)
+    clean = advantages.generalized_advantages(
+        rewards, values, mask, discount=0.9, lambda_=0.95
+    )
     rewards, values = with_garbage(mask, garbage, rewards, values)
-    dirty = advantages.generalized_advantages(rewards, values, mask, discount=0.9, lambda_=0.95)
+    dirty = advantages.generalized_advantages(
+        rewards, values, mask, discount=0.9, lambda_=0.95
+    )
     for actual, wanted in zip(dirty, clean, strict=True):
         np.testing.assert_array_equal(actual, wanted)
         np.testing.assert_array_equal(actual[~mask], 0.0)
@@ -182,15 +239,29 @@ def test_jit_and_vmap_change_nothing():
     rewards_of = functools.partial(advantages.kl_penalized_rewards, *reward_case(3))
     coefs = jnp.array([0.0, 0.02, 0.5])
     expected = np.stack([rewards_of(kl_coef=float(coef)) for coef in coefs])
-    np.testing.assert_allclose(jax.vmap(lambda coef: rewards_of(kl_coef=coef))(coefs), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(lambda coef: rewards_of(kl_coef=coef))(coefs),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     jitted = jax.jit(advantages.kl_penalized_rewards)(*reward_case(3), kl_coef=coefs[1])
     np.testing.assert_allclose(jitted, expected[1], rtol=1e-5, atol=1e-6)
 
     advantages_of = functools.partial(advantages.generalized_advantages, *advantage_case(3))
     discounts, lambdas = jnp.array(SETTINGS).T
-    expected = [np.stack(x) for x in zip(*(advantages_of(discount=d, lambda_=x) for d, x in SETTINGS), strict=True)]
-    mapped = jax.vmap(lambda discount, lambda_: advantages_of(discount=discount, lambda_=lambda_))(discounts, lambdas)
-    jitted = jax.jit(advantages.generalized_advantages)(*advantage_case(3), discount=discounts[1], lambda_=lambdas[1])
+    expected = [
+        np.stack(x)
+        for x in zip(
+            *(advantages_of(discount=d, lambda_=x) for d, x in SETTINGS), strict=True
+        )
+    ]
+    mapped = jax.vmap(
+        lambda discount, lambda_: advantages_of(discount=discount, lambda_=lambda_)
+    )(discounts, lambdas)
+    jitted = jax.jit(advantages.generalized_advantages)(
+        *advantage_case(3), discount=discounts[1], lambda_=lambdas[1]
+    )
     for i in range(2):
         np.testing.assert_allclose(mapped[i], expected[i], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(jitted[i], expected[i][1], rtol=1e-5, atol=1e-5)

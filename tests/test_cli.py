@@ -1,4 +1,5 @@
-"""Exit codes and the one line that goes with them, in this process and of the commands themselves."""
+"""Exit codes and the one line that goes with them, in this process and of the commands
+themselves."""
 
 import os
 import re
@@ -13,12 +14,25 @@ import pytest
 from instructax import cli
 from instructax.config import ConfigError, require
 from instructax.evals.intervals import win_rate
-from instructax.experiment import dry_run, load_file, metrics_of, run_experiment, run_stage, samples_of, summary_of
+from instructax.experiment import (
+    dry_run,
+    load_file,
+    metrics_of,
+    run_experiment,
+    run_stage,
+    samples_of,
+    summary_of,
+)
 from instructax.stages.ppo.experience import check_update
 from instructax.training.loop import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
+LINES = {
+    "documents": 20,
+    "demonstrated_prompts": 10,
+    "demonstrations": 20,
+    "comparisons": 10,
+}
 LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
 
 
@@ -37,7 +51,11 @@ def broken_invariant():
     ("call", "code", "line"),
     [
         (lambda: "a value", 0, ""),
-        (lambda: require(False, "config.x = 3\n  must be 4"), 2, "error: config.x = 3 must be 4\n"),
+        (
+            lambda: require(False, "config.x = 3\n  must be 4"),
+            2,
+            "error: config.x = 3 must be 4\n",
+        ),
         (lambda: load_file("/nowhere.py"), 2, "error: no such file: /nowhere.py\n"),
         (
             lambda: summary_of(Path("/nowhere")),
@@ -64,11 +82,19 @@ def broken_invariant():
         ),
         (raiser(MemoryError("8 GiB")), 2, f"error: {cli.OUT_OF_MEMORY}: 8 GiB\n"),
         (
-            raiser(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n  a list")),
+            raiser(
+                jax.errors.JaxRuntimeError(
+                    "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n  a list"
+                )
+            ),
             2,
             f"error: {cli.OUT_OF_MEMORY}: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n",
         ),
-        (raiser(PermissionError(13, "Permission denied", "/x")), 2, "error: [Errno 13] Permission denied: '/x'\n"),
+        (
+            raiser(PermissionError(13, "Permission denied", "/x")),
+            2,
+            "error: [Errno 13] Permission denied: '/x'\n",
+        ),
     ],
 )
 def test_exit_code_and_line(call, code, line, capsys):
@@ -120,13 +146,21 @@ def test_a_config_file_with_a_mistake_is_one_line_that_says_where(text, message,
     path = tmp_path / "mine.py"
     path.write_text(text)
     done = subprocess.run(
-        [sys.executable, "scripts/train.py", "--dry_run", "--config", str(path)], capture_output=True, text=True
+        [sys.executable, "scripts/train.py", "--dry_run", "--config", str(path)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ") and message in done.stderr and "mine.py" in done.stderr
+    assert (
+        done.stderr.startswith("error: ")
+        and message in done.stderr
+        and "mine.py" in done.stderr
+    )
 
 
-@pytest.mark.parametrize("text", ["a=" * 20_000, "a" * 100_000, "a-" * 50_000, "[" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["a=" * 20_000, "a" * 100_000, "a-" * 50_000, "[" * 10_000]
+)
 def test_however_long_a_message_is_it_is_said_in_short(text, capsys):
     assert cli.guarded(lambda: require(False, text)) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -146,7 +180,9 @@ def test_compiled_programs_are_kept_unless_the_environment_decides(monkeypatch, 
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     cli.keep_compiled()
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    assert folder.parent == tmp_path / "instructax" and re.fullmatch(r"compiled-[0-9a-f]{8}", folder.name)
+    assert folder.parent == tmp_path / "instructax" and re.fullmatch(
+        r"compiled-[0-9a-f]{8}", folder.name
+    )
 
 
 def run(script: str, *arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
@@ -162,12 +198,18 @@ def run(script: str, *arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
 
 TINY = ("--config", "configs/ppo.py:tiny")
 MISTAKES = [
-    ((*TINY, "--config.kl_ceof=0.1"), "unknown config value: 'kl_ceof' Did you mean \"kl_coef\""),
+    (
+        (*TINY, "--config.kl_ceof=0.1"),
+        "unknown config value: 'kl_ceof' Did you mean \"kl_coef\"",
+    ),
     ((*TINY, "--config.steps=many"), "flag --config.steps=many: invalid literal for int()"),
     ((*TINY, "--config.kl_coef=nan"), "config.kl_coef = nan must be a finite number"),
     (("--config", "configs/ppo.py:huge"), "size 'huge' must be one of tiny, micro"),
     (("--config", "configs/ppo.py"), "size '' must be one of tiny, micro"),
-    (("--config", "configs/world.py:small"), "size 'small' must be one of tiny, micro, milli, centi: the paper's"),
+    (
+        ("--config", "configs/world.py:small"),
+        "size 'small' must be one of tiny, micro, milli, centi: the paper's",
+    ),
     (("--config", "configs/none.py:tiny"), "--config: no such file: configs/none.py\n"),
     ((*TINY, "stray"), "unknown argument 'stray'; give --config=FILE:SIZE"),
     (
@@ -177,7 +219,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[message[:24] for _, message in MISTAKES])
+@pytest.mark.parametrize(
+    ("arguments", "message"), MISTAKES, ids=[message[:24] for _, message in MISTAKES]
+)
 def test_a_mistake_in_a_training_command_is_one_line(arguments, message, tmp_path):
     code, out, err = run("train.py", *arguments, "--workdir", str(tmp_path / "run"))
     assert (code, out) == (2, "")
@@ -191,7 +235,10 @@ WRONG_WORKS = [
     (("--config", "configs/benchmark.py:ppo,L"), "benchmark 'ppo,L' must be one of"),
     ((*WORK, "--ending=2"), "ending"),
     ((*WORK, "stray"), "unknown argument 'stray'; give --config"),
-    (("--config", "configs/benchmark.py:sft,S", "--ending=0.1"), "config.stage = 'supervised' samples nothing"),
+    (
+        ("--config", "configs/benchmark.py:sft,S", "--ending=0.1"),
+        "config.stage = 'supervised' samples nothing",
+    ),
     (("--config", "configs/world.py:tiny"), "config.stage = 'world' trains nothing"),
     (
         (*WORK, "--config.compute.attention=cudnn"),
@@ -200,7 +247,9 @@ WRONG_WORKS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG_WORKS, ids=[message[:24] for _, message in WRONG_WORKS])
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG_WORKS, ids=[message[:24] for _, message in WRONG_WORKS]
+)
 def test_a_mistake_in_a_benchmark_command_is_one_line(arguments, message):
     code, out, err = run("benchmark.py", *arguments)
     assert (code, out) == (2, "")
@@ -209,17 +258,25 @@ def test_a_mistake_in_a_benchmark_command_is_one_line(arguments, message):
 
 SAMPLES = [
     ((), "give --workdir=FOLDER of a finished run"),
-    (("--workdir=/nowhere",), "--workdir = '/nowhere' is not a finished run: train it first"),
+    (
+        ("--workdir=/nowhere",),
+        "--workdir = '/nowhere' is not a finished run: train it first",
+    ),
     (("--workdir=x", "--input=a.jsonl"), "give --input and --output together"),
     (("--workdir=x", "--chat", "--samples=2"), "--chat goes with neither --input"),
     (("--workdir=x", "--system=y"), "--system goes with --chat"),
     (("--workdir=x", "--stop="), "--stop must not be empty"),
     (("--workdir=x", "--temperature=-1"), "temperature"),
-    (("--workdir=x", "--input=/nowhere.jsonl", "--output=/nowhere.out"), "--input = /nowhere.jsonl cannot be read"),
+    (
+        ("--workdir=x", "--input=/nowhere.jsonl", "--output=/nowhere.out"),
+        "--input = /nowhere.jsonl cannot be read",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), SAMPLES, ids=[message[:24] for _, message in SAMPLES])
+@pytest.mark.parametrize(
+    ("arguments", "message"), SAMPLES, ids=[message[:24] for _, message in SAMPLES]
+)
 def test_a_mistake_in_a_sampling_command_is_one_line(arguments, message):
     code, out, err = run("sample.py", *arguments)
     assert (code, out) == (2, "")
@@ -238,7 +295,10 @@ def test_a_dry_run_says_what_it_would_hold():
     code, out, err = run("train.py", *TINY, "--config.kl_coef=0.5", "--dry_run")
     assert (code, err) == (0, "")
     assert "\nconfig.kl_coef = 0.5\n" in out and "\nconfig.model.embed_dim = 32\n" in out
-    assert "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple (config.mesh.data = -1)" in out
+    assert (
+        "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple (config.mesh.data = -1)"
+        in out
+    )
     assert "held throughout" in out
 
 
@@ -250,20 +310,31 @@ def started_again(monkeypatch, tmp_path, environment, enabled="always [madvise] 
     monkeypatch.setattr(cli.threading, "active_count", lambda: 1)
     monkeypatch.setattr(cli.sys, "gettrace", lambda: None)
     monkeypatch.setattr(cli.sys, "modules", {})
-    monkeypatch.setattr(cli.sys, "orig_argv", ["python", "-X", "dev", "scripts/train.py", "--x=1"])
+    monkeypatch.setattr(
+        cli.sys, "orig_argv", ["python", "-X", "dev", "scripts/train.py", "--x=1"]
+    )
     monkeypatch.setattr(cli.os, "environ", environment)
-    monkeypatch.setattr(cli.os, "execv", lambda program, arguments: found.append((program, arguments)))
+    monkeypatch.setattr(
+        cli.os, "execv", lambda program, arguments: found.append((program, arguments))
+    )
     cli.use_large_pages()
-    assert all(call == (sys.executable, [sys.executable, "-X", "dev", "scripts/train.py", "--x=1"]) for call in found)
+    assert all(
+        call == (sys.executable, [sys.executable, "-X", "dev", "scripts/train.py", "--x=1"])
+        for call in found
+    )
     return environment["GLIBC_TUNABLES"] if found else None
 
 
-def test_large_pages_are_asked_for_once_and_where_linux_waits_to_be_asked(monkeypatch, tmp_path):
+def test_large_pages_are_asked_for_once_and_where_linux_waits_to_be_asked(
+    monkeypatch, tmp_path
+):
     environment = {}
     assert started_again(monkeypatch, tmp_path, environment) == "glibc.malloc.hugetlb=1"
     assert started_again(monkeypatch, tmp_path, environment) is None
     assert started_again(monkeypatch, tmp_path, {"GLIBC_TUNABLES": ""}) is None
-    assert started_again(monkeypatch, tmp_path, {}, enabled="[always] madvise never") is None
+    assert (
+        started_again(monkeypatch, tmp_path, {}, enabled="[always] madvise never") is None
+    )
     monkeypatch.undo()
     before = dict(os.environ)
     cli.use_large_pages()  # jax is imported: nothing is started again
@@ -273,14 +344,24 @@ def test_large_pages_are_asked_for_once_and_where_linux_waits_to_be_asked(monkey
 def test_help_is_no_failure():
     code, out, err = run("train.py", "--help")
     assert (code, err) == (0, "") and "--config" in out
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "quickstart.sh"), "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "quickstart.sh"), "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "SEED=1" in done.stdout
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "quickstart.sh"), "micro"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "quickstart.sh"), "micro"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: it takes no arguments")
 
 
 def test_a_mistake_in_an_experiment_command_is_one_line(tmp_path):
-    code, out, err = run("experiment.py", "experiments/none.py:tiny", "--workdir", str(tmp_path))
+    code, out, err = run(
+        "experiment.py", "experiments/none.py:tiny", "--workdir", str(tmp_path)
+    )
     assert (code, out, err) == (2, "", "error: no such file: experiments/none.py\n")
 
 
@@ -299,7 +380,9 @@ def report(root):
 """
 
 
-def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
     path, root = tmp_path / "both.py", tmp_path / "runs"
     path.write_text(EXPERIMENT)
@@ -307,12 +390,16 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monk
         run_experiment(f"{path}:tiny", root, report_only=True)
     run_experiment(f"{path}:tiny", root, report_only=False)
     lines = capsys.readouterr().out.splitlines()
-    said = (
-        "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 comparisons, 20 prompts, 5 gpt_prompts, 5 public"
-    )
+    said = "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 comparisons, 20 prompts, 5 gpt_prompts, 5 public"
     for number, name in enumerate("ab"):
-        lines.remove(f"world of seed {number} in {root / name}: {said}; learning its tokenizer")
-    assert lines == ["[1/2] a: configs/world.py:tiny", "[2/2] b: configs/world.py:tiny", "report: world world"]
+        lines.remove(
+            f"world of seed {number} in {root / name}: {said}; learning its tokenizer"
+        )
+    assert lines == [
+        "[1/2] a: configs/world.py:tiny",
+        "[2/2] b: configs/world.py:tiny",
+        "report: world world",
+    ]
     texts = [(root / name / "text.jsonl.gz").read_bytes() for name in ("a", "b")]
     assert texts[0] != texts[1]  # the overrides reached the runs
 
@@ -333,15 +420,22 @@ def test_an_experiment_that_could_not_be_drawn_is_not_begun(tmp_path, monkeypatc
     (tmp_path / "both.py").write_text(EXPERIMENT)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     for report_only in (False, True):
-        with pytest.raises(ConfigError, match=r"not installed: pip install 'instructax\[plots\]'"):
-            run_experiment(f"{tmp_path / 'both.py'}:tiny", tmp_path / "runs", report_only=report_only)
+        with pytest.raises(
+            ConfigError, match=r"not installed: pip install 'instructax\[plots\]'"
+        ):
+            run_experiment(
+                f"{tmp_path / 'both.py'}:tiny", tmp_path / "runs", report_only=report_only
+            )
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     config = {"stage": "world", "seed": 0, "vocab_size": 300, "lines": LINES}
     assert run_stage(config, tmp_path)
-    with pytest.raises(ConfigError, match=r"holds a run with another config \(.*seed.*\); give the stored values"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds a run with another config \(.*seed.*\); give the stored values",
+    ):
         run_stage({**config, "seed": 1}, tmp_path)
     assert not run_stage(config, tmp_path)
 

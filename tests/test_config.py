@@ -51,8 +51,15 @@ def test_every_kind_of_field_is_built():
 
 
 def test_what_is_converted():
-    built = construct(Outer, {**GOOD, "rate": 2, "limit": 7, "files": ["x"], "splits": [["all", 1]]})
-    assert (built.rate, built.limit, built.files, built.splits) == (2.0, 7, ("x",), (("all", 1.0),))
+    built = construct(
+        Outer, {**GOOD, "rate": 2, "limit": 7, "files": ["x"], "splits": [["all", 1]]}
+    )
+    assert (built.rate, built.limit, built.files, built.splits) == (
+        2.0,
+        7,
+        ("x",),
+        (("all", 1.0),),
+    )
     assert type(built.rate) is float and type(built.splits[0][1]) is float
     assert construct(Outer, {**GOOD, "files": ()}).files == ()
 
@@ -74,18 +81,29 @@ MISTAKES = [
     ({"files": "x"}, "config.files = 'x' must be a sequence such as ('a', 'b')"),
     ({"files": {"x": 1}}, "config.files = {'x': 1} must be a sequence such as ('a', 'b')"),
     ({"files": ("x", 2)}, "config.files[1] = 2 must be of type str, not int"),
-    ({"splits": (("train", 0.9), ("held",))}, "config.splits[1] = ('held',) must have 2 items"),
-    ({"splits": (("train", math.nan),)}, "config.splits[0][1] = nan must be a finite number"),
+    (
+        {"splits": (("train", 0.9), ("held",))},
+        "config.splits[1] = ('held',) must have 2 items",
+    ),
+    (
+        {"splits": (("train", math.nan),)},
+        "config.splits[0][1] = nan must be a finite number",
+    ),
     ({"inner": 5}, "config.inner = 5 must be a group of values"),
     ({"inner": {"low": 1}}, "config.inner.high is missing; it must be of type int"),
-    ({"inner": {"low": 1, "high": 2, "hihg": 2}}, "config.inner.hihg is unknown; config.inner has: low, high"),
+    (
+        {"inner": {"low": 1, "high": 2, "hihg": 2}},
+        "config.inner.hihg is unknown; config.inner has: low, high",
+    ),
     ({"inner": {"low": 3, "high": 2}}, "config.inner: low = 3 must not exceed high = 2"),
     ({"raet": 1.0}, f"config.raet is unknown; config has: {', '.join(GOOD)}"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), MISTAKES, ids=[m.split(" = ")[0] + f"-{i}" for i, (_, m) in enumerate(MISTAKES)]
+    ("change", "message"),
+    MISTAKES,
+    ids=[m.split(" = ")[0] + f"-{i}" for i, (_, m) in enumerate(MISTAKES)],
 )
 def test_each_mistake_is_one_line(change, message):
     with pytest.raises(ConfigError) as caught:
@@ -105,7 +123,9 @@ def test_seeds_are_what_every_generator_takes():
         for name in ("seed", "split_seed"):
             with pytest.raises(ConfigError) as caught:
                 construct(Seeded, {"seed": 0, "split_seed": 0, name: value})
-            assert str(caught.value) == f"config.{name} = {value} must be from 0 to 2147483647"
+            assert (
+                str(caught.value) == f"config.{name} = {value} must be from 0 to 2147483647"
+            )
 
 
 @pytest.mark.parametrize(

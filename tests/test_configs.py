@@ -1,4 +1,5 @@
-"""Every config and every run of every experiment builds and holds the paper's values; every field is read."""
+"""Every config and every run of every experiment builds and holds the paper's values; every
+field is read."""
 
 import ast
 import dataclasses
@@ -31,7 +32,11 @@ from instructax.training.run import RunConfig
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path(instructax.__file__).parent
 MODELS = ("pretrain", "sft", "reward", "ppo", "evaluate")
-IN_WORLDS = ("world", "collect", "tasks")  # configs of the sizes that live in the embedded world
+IN_WORLDS = (
+    "world",
+    "collect",
+    "tasks",
+)  # configs of the sizes that live in the embedded world
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
 ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
     (name, size) for name in IN_WORLDS for size in sizes.WORLDS
@@ -50,7 +55,13 @@ def built(name: str, arg: str) -> Any:
 
 def test_every_file_is_tested():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {*MODELS, *IN_WORLDS, "benchmark", "sizes", "__init__"}  # test_benchmark builds its own
+    assert files == {
+        *MODELS,
+        *IN_WORLDS,
+        "benchmark",
+        "sizes",
+        "__init__",
+    }  # test_benchmark builds its own
 
 
 @pytest.mark.parametrize(("name", "arg"), ARGUMENTS)
@@ -71,27 +82,43 @@ def test_an_unknown_size_is_one_line(name):
 
 
 def test_an_unknown_variant_is_one_line():
-    with pytest.raises(ValueError, match=r"^variant 'base' must be absent or 'baseline'[^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^variant 'base' must be absent or 'baseline'[^\n]*$"
+    ):
         importlib.import_module("configs.sft").get_config("1.3b,base")
 
 
 # Parameters in 10⁶ (Brown et al., 2020, table 2.1).
-COUNTS = {"125m": 125, "350m": 356, "760m": 760, "1.3b": 1316, "2.7b": 2650, "6b": 6660, "175b": 174600}
+COUNTS = {
+    "125m": 125,
+    "350m": 356,
+    "760m": 760,
+    "1.3b": 1316,
+    "2.7b": 2650,
+    "6b": 6660,
+    "175b": 174600,
+}
 
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_the_papers_sizes_have_their_parameters(size):
     config = built("sft", size)
     model = Transformer(config.model, config.compute, "tokens")
-    count = parameter_count(jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0))))
+    count = parameter_count(
+        jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))
+    )
     c = config.model
     layer = 4 * c.embed_dim * c.num_heads * c.head_dim + 2 * c.embed_dim * c.mlp_dim
     vectors = 3 * c.num_heads * c.head_dim + c.mlp_dim + 6 * c.embed_dim
-    assert count == (c.vocab_size + c.max_length + 2) * c.embed_dim + c.num_layers * (layer + vectors)
+    assert count == (c.vocab_size + c.max_length + 2) * c.embed_dim + c.num_layers * (
+        layer + vectors
+    )
     assert count / 1e6 == pytest.approx(COUNTS[size], rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "size"), [(n, s) for n, s in ARGUMENTS if n not in (*IN_WORLDS, "evaluate")])
+@pytest.mark.parametrize(
+    ("name", "size"), [(n, s) for n, s in ARGUMENTS if n not in (*IN_WORLDS, "evaluate")]
+)
 def test_every_model_divides_by_its_mesh(name, size):
     assert all(held >= 0 for held in estimate.memory(built(name, size)).values())
 
@@ -115,7 +142,9 @@ def devices_of(name: str, arg: str) -> int:
     return HARDWARE.get((name, arg), mesh.fsdp * mesh.tensor)
 
 
-@pytest.mark.parametrize(("name", "arg"), [case for case in ARGUMENTS if case[0] not in ("world", "collect")])
+@pytest.mark.parametrize(
+    ("name", "arg"), [case for case in ARGUMENTS if case[0] not in ("world", "collect")]
+)
 def test_every_batch_divides_by_its_mesh(name, arg):
     config = built(name, arg)
     data, rest = divmod(devices_of(name, arg), config.mesh.fsdp * config.mesh.tensor)
@@ -124,11 +153,15 @@ def test_every_batch_divides_by_its_mesh(name, arg):
     if name == "ppo":
         check_ppo(config, mesh)
     else:
-        stage.check_rows("batch_size", config.batch_size, getattr(config, "accumulate", 1), mesh)
+        stage.check_rows(
+            "batch_size", config.batch_size, getattr(config, "accumulate", 1), mesh
+        )
 
 
 PAPER = ("1.3b", "6b", "175b")
-EVERY_STAGE = [(name, size) for name in ("pretrain", "sft", "reward", "ppo") for size in PAPER]
+EVERY_STAGE = [
+    (name, size) for name in ("pretrain", "sft", "reward", "ppo") for size in PAPER
+]
 PPO = [("ppo", size) for size in PAPER]
 SFT = [("sft", size) for size in PAPER]
 BASELINE = [("sft", f"{size},baseline") for size in PAPER]
@@ -186,8 +219,18 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (SFT, "model.head_dim", 128, "GPT-3"),
     (SFT, "model.vocab_size", 50257, "GPT-3"),
     (SFT, "model.max_length", 2048, "C"),
-    ([("pretrain", size) for size in PAPER], "optimizer.learning_rate", (2e-4, 1.2e-4, 6e-5), "GPT-3"),
-    ([("pretrain", size) for size in PAPER], "optimizer.warmup_steps", (358, 179, 114), "GPT-3: 375e6 tokens"),
+    (
+        [("pretrain", size) for size in PAPER],
+        "optimizer.learning_rate",
+        (2e-4, 1.2e-4, 6e-5),
+        "GPT-3",
+    ),
+    (
+        [("pretrain", size) for size in PAPER],
+        "optimizer.warmup_steps",
+        (358, 179, 114),
+        "GPT-3: 375e6 tokens",
+    ),
 ]
 
 
@@ -196,7 +239,9 @@ def test_the_papers_values(cases, name, value, source):
     wanted = value if isinstance(value, tuple) else (value,) * len(cases)
     assert len(wanted) == len(cases)
     for case, expected in zip(cases, wanted, strict=True):
-        found = functools.reduce(lambda group, key: group[key], name.split("."), values_of(*case))
+        found = functools.reduce(
+            lambda group, key: group[key], name.split("."), values_of(*case)
+        )
         assert found == expected, f"{case} {name}: {source}"
 
 
@@ -208,7 +253,8 @@ def test_the_paper_ran_256k_episodes():
 
 
 def arguments_of(experiment: str, folder: Path) -> list[str]:
-    """What each experiment takes after the colon; its data, if it wants any, is laid into `folder`."""
+    """What each experiment takes after the colon; its data, if it wants any, is laid into
+    `folder`."""
     if experiment == "real_text":
         for patterns in load_file(ROOT / "experiments/real_text.py").FILES.values():
             for pattern in patterns:
@@ -218,7 +264,9 @@ def arguments_of(experiment: str, folder: Path) -> list[str]:
         return [str(folder)]
     if experiment == "smollm2":
         experiments = load_file(ROOT / "experiments/smollm2.py")
-        for pattern in [pattern for patterns in experiments.FILES.values() for pattern in patterns]:
+        for pattern in [
+            pattern for patterns in experiments.FILES.values() for pattern in patterns
+        ]:
             path = folder / f"{pattern.replace('*', '')}.jsonl.gz"
             path.parent.mkdir(exist_ok=True)
             path.touch()
@@ -231,24 +279,34 @@ def parents_of(config: Any) -> dict[str, ModelConfig]:
     named = {getattr(config, "parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "policy_parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "reward_parent", ""): getattr(config, "reward_model", None)}
-    asked = [word for policy in getattr(config, "policies", ()) for word in policy if str(word).startswith("runs/")]
+    asked = [
+        word
+        for policy in getattr(config, "policies", ())
+        for word in policy
+        if str(word).startswith("runs/")
+    ]
     named |= dict.fromkeys(asked, getattr(config, "model", None))
     return {path.partition("@")[0]: model for path, model in named.items() if path}
 
 
 def stand_in_for_smollm2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes `folder` the place that commands are typed in, with a model imported; returns where that is."""
+    """Makes `folder` the place that commands are typed in, with a model imported; returns
+    where that is."""
     base = "runs/smollm2/pretrain"
     monkeypatch.chdir(folder)
     Path(base).mkdir(parents=True)
     model = dataclasses.asdict(tiny_models.llama_config(max_length=1024))
-    (Path(base) / "manifest.json").write_text(json.dumps({"stage": "pretrained", "model": model}))
+    (Path(base) / "manifest.json").write_text(
+        json.dumps({"stage": "pretrained", "model": model})
+    )
     (Path(base) / "summary.json").write_text("{}")
     Path("configs").symlink_to(ROOT / "configs")
     return base
 
 
-@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+@pytest.mark.parametrize(
+    "experiment", sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
+)
 def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     bases: dict[str, Any] = {}
@@ -257,16 +315,24 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
             model=tiny_models.llama_config(max_length=1024)
         )
     for argument in arguments_of(experiment, tmp_path):
-        runs = load_file(ROOT / f"experiments/{experiment}.py").get_runs(argument, "runs/here")
+        runs = load_file(ROOT / f"experiments/{experiment}.py").get_runs(
+            argument, "runs/here"
+        )
         assert len({run.name for run in runs}) == len(runs) > 1
         done: dict[str, Any] = dict(bases)
         for run in runs:
             values = load_config(run)
             config = construct(stage_of(values)[0], values)
             for path, model in parents_of(config).items():
-                assert path in done, f"{run.name} starts from {path}, which no run before it makes"
-                assert model in (None, done[path].model), f"{run.name} wants another architecture of {path}"
-            if "world" in [earlier.name for earlier in runs] and hasattr(config, "tokenizer"):
+                assert path in done, (
+                    f"{run.name} starts from {path}, which no run before it makes"
+                )
+                assert model in (None, done[path].model), (
+                    f"{run.name} wants another architecture of {path}"
+                )
+            if "world" in [earlier.name for earlier in runs] and hasattr(
+                config, "tokenizer"
+            ):
                 assert config.tokenizer == "runs/here/world/tokenizer.json"
             done[f"runs/here/{run.name}"] = config
 
@@ -293,7 +359,10 @@ def test_a_run_that_cannot_be_is_a_config_error(config, overrides, named, monkey
 
 
 def test_an_unknown_stage_is_a_config_error():
-    with pytest.raises(ConfigError, match=r"^config\.stage = 'rlhf' must be one of world, collect, supervised, reward"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^config\.stage = 'rlhf' must be one of world, collect, supervised, reward",
+    ):
         stage_of({"stage": "rlhf"})
 
 
@@ -303,12 +372,15 @@ def test_an_unknown_stage_is_a_config_error():
 def groups_of(cls: type) -> set[type]:
     """The config dataclass and those within it."""
     hints = typing.get_type_hints(cls).values()
-    inner = {hint for hint in hints if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+    inner = {
+        hint for hint in hints if dataclasses.is_dataclass(hint) and isinstance(hint, type)
+    }
     return {cls}.union(*map(groups_of, inner))
 
 
 def names_read(sources: dict[str, str], own_classes: set[str]) -> set[str]:
-    """Attributes that `sources` read, but for what a config class reads of itself to check it."""
+    """Attributes that `sources` read, but for what a config class reads of itself to check
+    it."""
     names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -327,9 +399,11 @@ def names_read(sources: dict[str, str], own_classes: set[str]) -> set[str]:
 def dead_fields(groups: set[type]) -> set[str]:
     sources = {str(path): path.read_text() for path in SOURCES.rglob("*.py")}
     read = names_read(sources, {group.__name__ for group in groups})
-    return {f"{group.__name__}.{field.name}" for group in groups for field in dataclasses.fields(group)} - {
-        f"{group.__name__}.{name}" for group in groups for name in read
-    }
+    return {
+        f"{group.__name__}.{field.name}"
+        for group in groups
+        for field in dataclasses.fields(group)
+    } - {f"{group.__name__}.{name}" for group in groups for name in read}
 
 
 def test_every_field_is_read():
@@ -338,7 +412,9 @@ def test_every_field_is_read():
         for name in ("world", "collect", "supervised", "reward", "ppo", "evaluate", "tasks")
     }
     groups = set[type]().union(*map(groups_of, stages))
-    assert {DataLimits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(groups) == 19
+    assert {DataLimits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(
+        groups
+    ) == 19
     assert dead_fields(groups) == set()
 
 

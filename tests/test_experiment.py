@@ -28,11 +28,16 @@ def at_the_root(monkeypatch):
 
 def test_overrides_reach_their_values_and_only_them():
     plain = load_config(Run("a", "configs/ppo.py:tiny", {}))
-    changed = load_config(Run("a", "configs/ppo.py:tiny", {"kl_coef": 0.5, "optimizer.warmup_steps": 3}))
+    changed = load_config(
+        Run("a", "configs/ppo.py:tiny", {"kl_coef": 0.5, "optimizer.warmup_steps": 3})
+    )
     assert changed["kl_coef"] == 0.5
     assert changed["optimizer"]["warmup_steps"] == 3
     assert changed["value_optimizer"] == plain["value_optimizer"]
-    changed["kl_coef"], changed["optimizer"]["warmup_steps"] = plain["kl_coef"], plain["optimizer"]["warmup_steps"]
+    changed["kl_coef"], changed["optimizer"]["warmup_steps"] = (
+        plain["kl_coef"],
+        plain["optimizer"]["warmup_steps"],
+    )
     assert changed == plain
 
 
@@ -67,28 +72,46 @@ def test_a_file_that_is_not_python_is_refused(tmp_path):
 
 
 def test_configs_and_experiments_are_told_apart(tmp_path):
-    with pytest.raises(ConfigError, match=r"configs/ppo.py is not an experiment: it needs get_runs"):
+    with pytest.raises(
+        ConfigError, match=r"configs/ppo.py is not an experiment: it needs get_runs"
+    ):
         run_experiment("configs/ppo.py:tiny", tmp_path, report_only=False)
-    with pytest.raises(ConfigError, match=r"experiments/alignment.py is not a config: it needs get_config"):
+    with pytest.raises(
+        ConfigError, match=r"experiments/alignment.py is not a config: it needs get_config"
+    ):
         load_config(Run("a", "experiments/alignment.py:tiny", {}))
 
 
 def test_what_is_not_a_config_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"config.stage = 'distill' must be one of world, collect, supervised, reward"
+        ConfigError,
+        match=r"config.stage = 'distill' must be one of world, collect, supervised, reward",
     ):
         run_stage({"stage": "distill"}, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"config.temperature = 'hot' must be of type float"):
-        run_stage({**load_config(Run("a", "configs/ppo.py:tiny", {})), "temperature": "hot"}, tmp_path / "run")
-    assert not (tmp_path / "run").exists()  # nothing is claimed for a config that cannot be built
+    with pytest.raises(
+        ConfigError, match=r"config.temperature = 'hot' must be of type float"
+    ):
+        run_stage(
+            {**load_config(Run("a", "configs/ppo.py:tiny", {})), "temperature": "hot"},
+            tmp_path / "run",
+        )
+    assert not (
+        tmp_path / "run"
+    ).exists()  # nothing is claimed for a config that cannot be built
 
 
 def test_a_dry_run_reads_nothing():
-    assert "nothing is trained" in experiment.dry_run(load_config(Run("a", "configs/world.py:tiny", {})))
+    assert "nothing is trained" in experiment.dry_run(
+        load_config(Run("a", "configs/world.py:tiny", {}))
+    )
     eight = {"mesh.data": 8, "batch_size": 16}
-    report = experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", {**eight, "ptx_rows": 8})))
+    report = experiment.dry_run(
+        load_config(Run("a", "configs/ppo.py:tiny", {**eight, "ptx_rows": 8}))
+    )
     assert "GiB" in report or "MiB" in report or "KiB" in report
-    with pytest.raises(ConfigError, match="ptx_rows = 2 rows must be a positive multiple of 8"):
+    with pytest.raises(
+        ConfigError, match="ptx_rows = 2 rows must be a positive multiple of 8"
+    ):
         experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", eight)))
 
 
@@ -107,7 +130,9 @@ def report(root):
 '''
 
 
-def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, capsys
+):
     spec = tmp_path / "toy.py"
     spec.write_text(TOY)
     root = tmp_path / "runs"
@@ -128,9 +153,11 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(tmp_path, monk
     first = {path: path.stat().st_mtime_ns for path in (root / "first").iterdir()}
     run_experiment(f"{spec}:tiny", root, report_only=False)
     assert made == ["first", "second", "first", "second"]
-    assert {path: path.stat().st_mtime_ns for path in (root / "first").iterdir() if path.name != "config.json"} == {
-        path: time for path, time in first.items() if path.name != "config.json"
-    }
+    assert {
+        path: path.stat().st_mtime_ns
+        for path in (root / "first").iterdir()
+        if path.name != "config.json"
+    } == {path: time for path, time in first.items() if path.name != "config.json"}
     out = capsys.readouterr().out
     assert "[1/2] first: configs/world.py:tiny" in out
     assert "first is finished; nothing to do" in out
@@ -144,7 +171,9 @@ def test_a_report_alone_runs_nothing(tmp_path, monkeypatch):
     spec = tmp_path / "toy.py"
     spec.write_text(TOY)
     monkeypatch.setattr(experiment, "run_stage", None)
-    with pytest.raises(ConfigError, match="first is not a finished run: run the whole experiment"):
+    with pytest.raises(
+        ConfigError, match="first is not a finished run: run the whole experiment"
+    ):
         run_experiment(f"{spec}:tiny", tmp_path / "runs", report_only=True)
 
 
@@ -152,11 +181,18 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
     run_experiment(f"{stages.CHAIN}:tiny", chain, report_only=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["size", "policy", "true", "utility"]
-    for row, name in zip(lines[2:], ("GPT ", "GPT prompted", "SFT", "best-of-n", "PPO ", "PPO-ptx"), strict=False):
+    for row, name in zip(
+        lines[2:],
+        ("GPT ", "GPT prompted", "SFT", "best-of-n", "PPO ", "PPO-ptx"),
+        strict=False,
+    ):
         size, policy, *figures, kl = re.split("  +", row.strip())
         assert size and policy == name.strip() and kl and len(figures) == 5
         # With their intervals; a rate of ties alone has none.
-        assert all(re.fullmatch(r"-?\d\.\d{3}( \[-?\d\.\d{3}, -?\d\.\d{3}\])?", figure) for figure in figures)
+        assert all(
+            re.fullmatch(r"-?\d\.\d{3}( \[-?\d\.\d{3}, -?\d\.\d{3}\])?", figure)
+            for figure in figures
+        )
         assert "[" in figures[0] and "[" in figures[4]
     assert lines[4].count("  0.500  ") == 3  # SFT against itself
     assert lines[-1] == f"report: {chain}/report/index.html"
@@ -167,23 +203,38 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
 def test_a_finished_stage_is_passed_over(chain, capsys):
     assert not run_stage(stages.config_of(chain, "pretrain", {}), chain / "pretrain")
     assert "pretrain is finished; nothing to do" in capsys.readouterr().out
-    assert [line["step"] for line in experiment.metrics_of(chain / "pretrain")] == list(range(1, 9))
+    assert [line["step"] for line in experiment.metrics_of(chain / "pretrain")] == list(
+        range(1, 9)
+    )
 
 
 def groups_of(cls: type) -> set[type]:
     """The config dataclass and those within it."""
-    inner = {hint for hint in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(hint)}
+    inner = {
+        hint
+        for hint in typing.get_type_hints(cls).values()
+        if dataclasses.is_dataclass(hint)
+    }
     return {cls}.union(*map(groups_of, inner))
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
-    """The fields of `group` that the library reads from now on, but for what it reads to check a config."""
-    names, read, plain = {field.name for field in dataclasses.fields(group)}, set(), group.__getattribute__
+    """The fields of `group` that the library reads from now on, but for what it reads to
+    check a config."""
+    names, read, plain = (
+        {field.name for field in dataclasses.fields(group)},
+        set(),
+        group.__getattribute__,
+    )
     sources = str(Path(experiment.__file__).parent)
 
     def get(self: Any, name: str) -> Any:
         code = sys._getframe(1).f_code
-        if name in names and code.co_filename.startswith(sources) and "check" not in code.co_name:
+        if (
+            name in names
+            and code.co_filename.startswith(sources)
+            and "check" not in code.co_name
+        ):
             read.add(name)
         return plain(self, name)
 
@@ -192,7 +243,10 @@ def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
 
 
 ONE_STEP = {"epochs": 0.0, "steps": 1}
-LEARNED = {"model.positions": "learned", "optimizer.schedule": "cosine"}  # else two fields have no meaning
+LEARNED = {
+    "model.positions": "learned",
+    "optimizer.schedule": "cosine",
+}  # else two fields have no meaning
 SHORT = {
     "world": {},
     "pretrain": ONE_STEP | LEARNED,
@@ -202,22 +256,40 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("stage", [None, {}, ["sft"], "alchemy", "9" * 5000], ids=lambda stage: repr(stage)[:9])
+@pytest.mark.parametrize(
+    "stage", [None, {}, ["sft"], "alchemy", "9" * 5000], ids=lambda stage: repr(stage)[:9]
+)
 def test_a_stage_that_there_is_not_is_one_short_line(stage):
-    with pytest.raises(ConfigError, match=r"^config\.stage = .{2,210} must be one of world, collect, supervised"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^config\.stage = .{2,210} must be one of world, collect, supervised",
+    ):
         experiment.stage_of({"stage": stage})
 
 
 @pytest.mark.usefixtures("one_device")
 def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch):
     """By the class, and not by the name alone, which settings and programs have too."""
-    own_rows = {"pretrain": {"data.folder": str(tmp_path / "rows")}}  # rows that are there already are not made again
+    own_rows = {
+        "pretrain": {"data.folder": str(tmp_path / "rows")}
+    }  # rows that are there already are not made again
     short = {name: overrides | own_rows.get(name, {}) for name, overrides in SHORT.items()}
-    configs = {name: stages.config_of(chain, name, overrides) for name, overrides in short.items()}
-    groups = set[Any]().union(*(groups_of(experiment.stage_of(config)[0]) for config in configs.values()))
+    configs = {
+        name: stages.config_of(chain, name, overrides) for name, overrides in short.items()
+    }
+    groups = set[Any]().union(
+        *(groups_of(experiment.stage_of(config)[0]) for config in configs.values())
+    )
     prompts_of.cache_clear()  # else another test may have drawn this world's already
     read = {group: watched(monkeypatch, group) for group in groups}
     for name, config in configs.items():
         assert run_stage(config, tmp_path / name)
-    fields = {group: {field.name for field in dataclasses.fields(group)} - {"stage"} for group in groups}
-    assert {group.__name__: unread for group in groups if (unread := fields[group] - read[group])} == {}
+    fields = {
+        group: {field.name for field in dataclasses.fields(group)} - {"stage"}
+        for group in groups
+    }
+    assert {
+        group.__name__: unread
+        for group in groups
+        if (unread := fields[group] - read[group])
+    } == {}

@@ -1,4 +1,5 @@
-"""Packages import only packages below them, no package has a cycle, and heavy libraries stay in one package each."""
+"""Packages import only packages below them, no package has a cycle, and heavy libraries
+stay in one package each."""
 
 import ast
 import subprocess
@@ -11,8 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "instructax"
 
-# Lowest first. The modules of `root` lie directly in src/instructax and import each other only.
-ROOT_MODULES = {"__init__", "types", "rng", "masking", "config", "sharding", "losses", "advantages"}
+# Lowest first. The modules of `root` lie directly in src/instructax and import each other
+# only.
+ROOT_MODULES = {
+    "__init__",
+    "types",
+    "rng",
+    "masking",
+    "config",
+    "sharding",
+    "losses",
+    "advantages",
+}
 ORDER = (
     {"root"},
     {"runtime"},
@@ -43,7 +54,8 @@ FILES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(source: str) -> set[str]:
-    """The dotted names that `source` imports, wherever the import stands; of `from a import b` both a and a.b."""
+    """The dotted names that `source` imports, wherever the import stands; of `from a import
+    b` both a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -56,14 +68,17 @@ def imports_of(source: str) -> set[str]:
 
 def module_name(path: Path) -> str:
     """`instructax.data.batches` of its path; of a package's __init__ the package."""
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
 
 
 MODULES = {module_name(path): imports_of(source) for path, source in FILES.items()}
 
 
 def package_of(module: str) -> str:
-    """The package of a module: `data` of `instructax.data.batches`, `root` of `instructax.losses`."""
+    """The package of a module: `data` of `instructax.data.batches`, `root` of
+    `instructax.losses`."""
     parts = module.split(".")
     name = parts[1] if len(parts) > 1 else "__init__"
     return "root" if name in ROOT_MODULES else name
@@ -71,18 +86,27 @@ def package_of(module: str) -> str:
 
 def upward_imports(package: str, source: str) -> list[str]:
     """Imports of a file in `package` from packages that are not below it."""
-    used = {package_of(name) for name in imports_of(source) if name.startswith("instructax.")} - {package}
-    return sorted(f"{package} imports {other}" for other in used if LEVELS[other] >= LEVELS[package])
+    used = {
+        package_of(name) for name in imports_of(source) if name.startswith("instructax.")
+    } - {package}
+    return sorted(
+        f"{package} imports {other}" for other in used if LEVELS[other] >= LEVELS[package]
+    )
 
 
 def stray_libraries(package: str, source: str) -> list[str]:
     """Imports of libraries that belong to another package."""
     used = {name.split(".")[0] for name in imports_of(source)}
-    return [f"{package} imports {library}" for library in used & HOMES.keys() if package not in HOMES[library]]
+    return [
+        f"{package} imports {library}"
+        for library in used & HOMES.keys()
+        if package not in HOMES[library]
+    ]
 
 
 def cycle(graph: dict[str, set[str]]) -> set[str]:
-    """The modules that are left when modules without imports are taken away again and again."""
+    """The modules that are left when modules without imports are taken away again and
+    again."""
     while graph:
         leaves = {name for name, used in graph.items() if not used}
         if not leaves:
@@ -92,12 +116,14 @@ def cycle(graph: dict[str, set[str]]) -> set[str]:
 
 
 def import_graph(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Module → modules among `modules` that it imports. A package's own __init__ counts as one of its modules."""
+    """Module → modules among `modules` that it imports. A package's own __init__ counts as
+    one of its modules."""
     names = set(modules)
     graph: dict[str, set[str]] = {}
     for name in names:
         used = MODULES[name] & names - {name}
-        # `from instructax.models import lora` gives both names, but is an import of the module alone.
+        # `from instructax.models import lora` gives both names, but is an import of the
+        # module alone.
         packages = {module.rpartition(".")[0] for module in used}
         graph[name] = used - packages
     return graph
@@ -118,30 +144,48 @@ def test_every_package_states_its_purpose():
 
 
 def test_packages_import_only_lower_packages():
-    found = [line for path, source in FILES.items() for line in upward_imports(package_of(module_name(path)), source)]
+    found = [
+        line
+        for path, source in FILES.items()
+        for line in upward_imports(package_of(module_name(path)), source)
+    ]
     assert found == []
 
 
 def test_libraries_stay_in_their_package():
-    found = [line for path, source in FILES.items() for line in stray_libraries(package_of(module_name(path)), source)]
+    found = [
+        line
+        for path, source in FILES.items()
+        for line in stray_libraries(package_of(module_name(path)), source)
+    ]
     assert found == []
 
 
 @pytest.mark.parametrize("package", sorted(LEVELS))
 def test_no_package_has_a_cycle(package):
     graph = import_graph(name for name in MODULES if package_of(name) == package)
-    if package in graph:  # importing a submodule runs __init__ too, but that is Python's order, not a dependency
+    if (
+        package in graph
+    ):  # importing a submodule runs __init__ too, but that is Python's order, not a dependency
         graph = {name: used - {package} for name, used in graph.items()}
     left = cycle(graph)
     assert not left, f"imports in a cycle: {sorted(left)}"
 
 
 def test_planted_faults_are_found():
-    assert upward_imports("models", "def f():\n    from instructax.stages import sft") == ["models imports stages"]
-    assert upward_imports("root", "import instructax.training.loop") == ["root imports training"]
-    assert upward_imports("generation", "from instructax.training import loop") == ["generation imports training"]
+    assert upward_imports("models", "def f():\n    from instructax.stages import sft") == [
+        "models imports stages"
+    ]
+    assert upward_imports("root", "import instructax.training.loop") == [
+        "root imports training"
+    ]
+    assert upward_imports("generation", "from instructax.training import loop") == [
+        "generation imports training"
+    ]
     assert stray_libraries("stages", "import flax.linen as nn") == ["stages imports flax"]
-    assert stray_libraries("training", "from orbax import checkpoint") == ["training imports orbax"]
+    assert stray_libraries("training", "from orbax import checkpoint") == [
+        "training imports orbax"
+    ]
     assert stray_libraries("data", "import tensorflow as tf") == ["data imports tensorflow"]
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}
 
@@ -157,10 +201,16 @@ print("heavy:", *sorted({"jax", "numpy", "flax", "orbax", "tensorflow", "torch"}
 """
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+)
 def test_help_comes_without_jax(script):
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, f"scripts/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", DRIVER, f"scripts/{script}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert "--help" in done.stdout
     assert done.stdout.splitlines()[-2:] == ["code 0", "heavy:"]

@@ -1,4 +1,5 @@
-"""Masked means and whitening: numbers by hand, plain references, and cells that must not matter."""
+"""Masked means and whitening: numbers by hand, plain references, and cells that must not
+matter."""
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +32,29 @@ def test_masked_mean_by_hand():
 def test_whiten_by_hand(shift_mean):
     x = jnp.array([[1.0, 99.0], [2.0, 4.0]])
     mask = jnp.array([[True, False], [True, True]])
-    # Of 1, 2, 4: mean 7/3, population variance (1 + 4 + 16) / 3 - 49/9 = 14/9, deviations -4/3, -1/3, 5/3.
+    # Of 1, 2, 4: mean 7/3, population variance (1 + 4 + 16) / 3 - 49/9 = 14/9, deviations
+    # -4/3, -1/3, 5/3.
     back = 0.0 if shift_mean else 7 / 3
     root = 14**0.5
     expected = [[-4 / root + back, 0.0], [-1 / root + back, 5 / root + back]]
-    np.testing.assert_allclose(masking.whiten(x, mask, shift_mean=shift_mean), expected, rtol=2e-6)
+    np.testing.assert_allclose(
+        masking.whiten(x, mask, shift_mean=shift_mean), expected, rtol=2e-6
+    )
 
 
 def test_whiten_adds_epsilon_to_the_variance():
-    # Of 0 and 0.0002 the variance is 1e-8, as large as epsilon: each stands 1e-4 / sqrt(2e-8) from the mean.
-    whitened = masking.whiten(jnp.array([0.0, 2e-4]), jnp.array([True, True]), shift_mean=True)
+    # Of 0 and 0.0002 the variance is 1e-8, as large as epsilon: each stands 1e-4 /
+    # sqrt(2e-8) from the mean.
+    whitened = masking.whiten(
+        jnp.array([0.0, 2e-4]), jnp.array([True, True]), shift_mean=True
+    )
     np.testing.assert_allclose(whitened, [-(0.5**0.5), 0.5**0.5], rtol=1e-5)
 
 
 def test_whiten_survives_a_large_mean():
-    x = jnp.array([4095.0, 4097.0, 4095.0, 4097.0])  # the mean square minus the squared mean loses this variance of 1
+    x = jnp.array(
+        [4095.0, 4097.0, 4095.0, 4097.0]
+    )  # the mean square minus the squared mean loses this variance of 1
     whitened = masking.whiten(x, jnp.ones(4, bool), shift_mean=True)
     np.testing.assert_allclose(whitened, [-1, 1, -1, 1], rtol=1e-5)
 
@@ -65,7 +74,9 @@ def test_equal_to_the_plain_reference(seed, dtype):
     result = masking.masked_mean(x, mask)
     assert result.dtype == jnp.float32
     assert result.shape == ()
-    np.testing.assert_allclose(result, references.masked_mean(np.asarray(x), np.asarray(mask)), rtol=1e-5)
+    np.testing.assert_allclose(
+        result, references.masked_mean(np.asarray(x), np.asarray(mask)), rtol=1e-5
+    )
     for shift_mean in (True, False):
         whitened = masking.whiten(x, mask, shift_mean=shift_mean)
         assert whitened.dtype == jnp.float32
@@ -76,7 +87,9 @@ def test_equal_to_the_plain_reference(seed, dtype):
 def test_counts_are_not_rounded_to_bfloat16():
     # bfloat16 has no 257; a count taken in the dtype of x would be 256.
     x = jnp.zeros(257, jnp.bfloat16).at[0].set(1.0)
-    np.testing.assert_allclose(masking.masked_mean(x, jnp.ones(257, bool)), 1 / 257, rtol=1e-6)
+    np.testing.assert_allclose(
+        masking.masked_mean(x, jnp.ones(257, bool)), 1 / 257, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -88,7 +101,9 @@ def test_masked_cells_do_not_matter(garbage):
     np.testing.assert_allclose(slope, mask / mask.sum(), rtol=1e-6)
     for shift_mean in (True, False):
         whitened = masking.whiten(dirty, mask, shift_mean=shift_mean)
-        np.testing.assert_array_equal(whitened, masking.whiten(x, mask, shift_mean=shift_mean))
+        np.testing.assert_array_equal(
+            whitened, masking.whiten(x, mask, shift_mean=shift_mean)
+        )
         np.testing.assert_array_equal(whitened[~mask], 0.0)
 
 
@@ -106,7 +121,9 @@ def test_empty_mask_gives_zeros(garbage):
 def test_whiten_of_equal_numbers(shift_mean):
     x, mask = jnp.array([0.7, 0.7, 3.0]), jnp.array([True, True, False])
     expected = [0.0, 0.0, 0.0] if shift_mean else [0.7, 0.7, 0.0]
-    np.testing.assert_allclose(masking.whiten(x, mask, shift_mean=shift_mean), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        masking.whiten(x, mask, shift_mean=shift_mean), expected, atol=1e-6
+    )
 
 
 def test_whiten_has_unit_variance_and_the_promised_mean():
@@ -114,13 +131,17 @@ def test_whiten_has_unit_variance_and_the_promised_mean():
     for shift_mean, mean in ((True, 0.0), (False, masking.masked_mean(x, mask))):
         whitened = masking.whiten(x, mask, shift_mean=shift_mean)
         np.testing.assert_allclose(masking.masked_mean(whitened, mask), mean, atol=1e-6)
-        np.testing.assert_allclose(masking.masked_mean((whitened - mean) ** 2, mask), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(
+            masking.masked_mean((whitened - mean) ** 2, mask), 1.0, rtol=1e-5
+        )
 
 
 def test_whiten_ignores_shift_and_positive_scale():
     x, mask = case(2)
     np.testing.assert_allclose(
-        masking.whiten(3.0 * x - 1.7, mask, shift_mean=True), masking.whiten(x, mask, shift_mean=True), atol=1e-5
+        masking.whiten(3.0 * x - 1.7, mask, shift_mean=True),
+        masking.whiten(x, mask, shift_mean=True),
+        atol=1e-5,
     )
 
 
@@ -134,7 +155,11 @@ def functions(x, mask):
 
 
 def assert_close(actual, expected):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6),
+        actual,
+        expected,
+    )
 
 
 def test_jit_and_vmap_change_nothing():
@@ -142,7 +167,10 @@ def test_jit_and_vmap_change_nothing():
     plain = [functions(*arguments) for arguments in cases]
     assert_close([jax.jit(functions)(*arguments) for arguments in cases], plain)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cases)
-    assert_close(jax.vmap(functions)(*stacked), jax.tree.map(lambda *leaves: jnp.stack(leaves), *plain))
+    assert_close(
+        jax.vmap(functions)(*stacked),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *plain),
+    )
 
 
 def test_eight_devices_see_the_whole_batch():
@@ -151,4 +179,7 @@ def test_eight_devices_see_the_whole_batch():
     x = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
     rows = NamedSharding(Mesh(np.array(jax.devices()), ("rows",)), PartitionSpec("rows"))
     assert len(rows.device_set) == 8
-    assert_close(jax.jit(functions)(jax.device_put(x, rows), jax.device_put(mask, rows)), functions(x, mask))
+    assert_close(
+        jax.jit(functions)(jax.device_put(x, rows), jax.device_put(mask, rows)),
+        functions(x, mask),
+    )

@@ -15,14 +15,20 @@ def data(key: jax.Array) -> tuple[int, ...]:
 
 
 def test_the_rule_is_two_folds_in_a_fixed_order():
-    """Runs that are resumed after an upgrade rest on these numbers: a reordered list of purposes changes them."""
-    for number, purpose in enumerate(("init", "dropout", "rollout", "minibatches", "evaluate")):
+    """Runs that are resumed after an upgrade rest on these numbers: a reordered list of
+    purposes changes them."""
+    for number, purpose in enumerate(
+        ("init", "dropout", "rollout", "minibatches", "evaluate")
+    ):
         expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), number), 5)
         assert data(rng.step_key(7, purpose, 5)) == data(expected)
 
 
 def test_keys_differ_by_seed_purpose_and_step():
-    keys = {data(rng.step_key(*key)) for key in itertools.product((0, 1, 2), rng.PURPOSES, (0, 1, 2))}
+    keys = {
+        data(rng.step_key(*key))
+        for key in itertools.product((0, 1, 2), rng.PURPOSES, (0, 1, 2))
+    }
     assert len(keys) == 3 * len(rng.PURPOSES) * 3
 
 

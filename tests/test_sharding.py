@@ -1,4 +1,5 @@
-"""Every leaf of every state lies as the table below says, and rows are split over the devices that should have them."""
+"""Every leaf of every state lies as the table below says, and rows are split over the
+devices that should have them."""
 
 import ast
 import dataclasses
@@ -21,7 +22,8 @@ from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent
 
-# Parameter → its layout, and who has it: "all", or families. Shapes: layers first, in everything of `blocks`.
+# Parameter → its layout, and who has it: "all", or families. Shapes: layers first, in
+# everything of `blocks`.
 COLUMNS = P(None, ("tensor", "fsdp"))
 TABLE = {
     "embedding": (COLUMNS, "all"),
@@ -52,8 +54,14 @@ TABLE = {
 }
 # Of low-rank adapters: a rank divides by nothing.
 ADAPTERS = {
-    **{f"attention/{name}/lora_a": P(None, "fsdp", None) for name in ("query", "key", "value")},
-    **{f"attention/{name}/lora_b": P(None, None, "tensor") for name in ("query", "key", "value")},
+    **{
+        f"attention/{name}/lora_a": P(None, "fsdp", None)
+        for name in ("query", "key", "value")
+    },
+    **{
+        f"attention/{name}/lora_b": P(None, None, "tensor")
+        for name in ("query", "key", "value")
+    },
     **{f"mlp/{name}/lora_a": P(None, "fsdp", None) for name in ("up", "gate")},
     **{f"mlp/{name}/lora_b": P(None, None, "tensor") for name in ("up", "gate")},
     **{f"{name}/lora_a": P(None, "tensor") for name in ("attention/out", "mlp/down")},
@@ -82,7 +90,9 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
     """The abstract state, with everything that an optimizer can hold."""
     model = Transformer(FAMILIES[family](tied_head=tied), tiny_models.compute(), head)
-    optimizer = make_optimizer(tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1))
+    optimizer = make_optimizer(
+        tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1)
+    )
     return loop.abstract_state(model, optimizer, mesh)
 
 
@@ -91,51 +101,85 @@ def adapted_state(mesh: jax.sharding.Mesh):
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "scalar")
     lora = LoraConfig(rank=3, alpha=1.0)
     optimizer = make_optimizer(tiny_models.optimizer_config())
-    return loop.abstract_state(model, optimizer, mesh, lambda p: add_lora(p, lora, jax.random.key(0)))
+    return loop.abstract_state(
+        model, optimizer, mesh, lambda p: add_lora(p, lora, jax.random.key(0))
+    )
 
 
 def specs_of(tree) -> dict[str, P]:
-    return {sharding.path_name(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        sharding.path_name(path): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @pytest.mark.parametrize(("family", "head", "tied"), EVERY_MODEL)
 def test_every_leaf_lies_as_the_table_says(family, head, tied):
-    of_params = {name: spec for name, (spec, who) in TABLE.items() if who == "all" or family in who.split()} | HEADS[
-        head, tied
-    ]
+    of_params = {
+        name: spec
+        for name, (spec, who) in TABLE.items()
+        if who == "all" or family in who.split()
+    } | HEADS[head, tied]
     places = ("params", "opt_state/1/mu", "opt_state/1/nu")  # a leaf's moments follow it
-    expected = {f"{place}/{name}": spec for place in places for name, spec in of_params.items()}
+    expected = {
+        f"{place}/{name}": spec for place in places for name, spec in of_params.items()
+    }
     expected |= {"step": P(), "opt_state/1/count": P()}
     state = state_of(family, head, tied, mesh_of(2, 2, 2))
     assert specs_of(state) == expected
-    bare = sharding.abstract(state.params, mesh_of(2, 2, 2))  # parameters alone, as a later stage reads them
+    bare = sharding.abstract(
+        state.params, mesh_of(2, 2, 2)
+    )  # parameters alone, as a later stage reads them
     assert specs_of(bare) == of_params
 
 
 def test_adapters_lie_as_the_table_says_and_moments_are_of_them_alone():
     specs = specs_of(adapted_state(mesh_of(2, 2, 2)))
-    own = {name: spec for name, spec in specs.items() if "lora" in name and name.startswith("params/")}
-    scales = {f"params/blocks/{name.rpartition('/')[0]}/lora_scale": P() for name in ADAPTERS}
-    assert own == {f"params/blocks/{name}": spec for name, spec in ADAPTERS.items()} | scales
+    own = {
+        name: spec
+        for name, spec in specs.items()
+        if "lora" in name and name.startswith("params/")
+    }
+    scales = {
+        f"params/blocks/{name.rpartition('/')[0]}/lora_scale": P() for name in ADAPTERS
+    }
+    assert (
+        own == {f"params/blocks/{name}": spec for name, spec in ADAPTERS.items()} | scales
+    )
     moments = {name: spec for name, spec in specs.items() if "/mu/" in name}
-    trained = {f"blocks/{name}": spec for name, spec in ADAPTERS.items()} | HEADS["scalar", False]
+    trained = {f"blocks/{name}": spec for name, spec in ADAPTERS.items()} | HEADS[
+        "scalar", False
+    ]
     assert moments == {f"opt_state/0/mu/{name}": spec for name, spec in trained.items()}
 
 
 def test_the_averaged_policy_lies_as_the_policy():
     mesh = mesh_of(1, 4, 2)
-    policy, value = state_of("gpt", "tokens", True, mesh), state_of("llama", "scalar", False, mesh)
-    specs = specs_of(sharding.abstract(PpoState(policy=policy, value=value, ema=policy.params), mesh))
-    own = {name.removeprefix("ema/"): spec for name, spec in specs.items() if name.startswith("ema/")}
+    policy, value = (
+        state_of("gpt", "tokens", True, mesh),
+        state_of("llama", "scalar", False, mesh),
+    )
+    specs = specs_of(
+        sharding.abstract(PpoState(policy=policy, value=value, ema=policy.params), mesh)
+    )
+    own = {
+        name.removeprefix("ema/"): spec
+        for name, spec in specs.items()
+        if name.startswith("ema/")
+    }
     assert own == specs_of(policy.params)
 
 
 def test_every_rule_is_used_and_an_idle_one_is_seen(monkeypatch):
-    states = [*(state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL), adapted_state(mesh_of(2, 2, 2))]
+    states = [
+        *(state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL),
+        adapted_state(mesh_of(2, 2, 2)),
+    ]
     assert sharding.unused_rules(states) == []
     bare_llama = [state_of("llama", "tokens", False, mesh_of(2, 2, 2))]
     assert "mlp/(up|gate)/bias" in sharding.unused_rules(bare_llama)
-    # A rule that is never reached, because another one is first, is as idle as one that matches nothing.
+    # A rule that is never reached, because another one is first, is as idle as one that
+    # matches nothing.
     planted = (("moe/router/kernel", P()), *sharding.LAYOUTS, ("query/kernel", P()))
     monkeypatch.setattr(sharding, "LAYOUTS", planted)
     assert sharding.unused_rules(states) == ["moe/router/kernel", "query/kernel"]
@@ -149,7 +193,10 @@ def leaf(*shape: int) -> jax.ShapeDtypeStruct:
 def test_a_leaf_without_a_rule_is_an_error(name):
     tree = {"params": {"blocks": {name: leaf(4, 4)}}}
     message = f"no layout for the leaf 'params/blocks/{name}': add a rule to instructax.sharding.LAYOUTS"
-    for call in (lambda: sharding.shardings(tree, mesh_of(2, 2, 2)), lambda: sharding.unused_rules(tree)):
+    for call in (
+        lambda: sharding.shardings(tree, mesh_of(2, 2, 2)),
+        lambda: sharding.unused_rules(tree),
+    ):
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == message
@@ -180,16 +227,24 @@ def test_make_mesh():
     assert dict(mesh_of(-1, 8, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
     one = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[3:4])
-    assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1} and one.devices.item() == jax.devices()[3]
+    assert (
+        dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+        and one.devices.item() == jax.devices()[3]
+    )
     assert sharding.row_ways(mesh_of(2, 4, 1)) == 8 and sharding.row_ways(mesh) == 4
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1), (-1, 3, 1), (-1, 16, 1), (0, 2, 4), (-1, 0, 1), (-2, -2, 2), (1, -8, -1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 2, 1), (-1, 3, 1), (-1, 16, 1), (0, 2, 4), (-1, 0, 1), (-2, -2, 2), (1, -8, -1)],
+)
 def test_a_mesh_that_does_not_fit_is_one_line(sizes):
     with pytest.raises(ValueError) as caught:
         mesh_of(*sizes)
     product = " × ".join(map(str, sizes))
-    assert str(caught.value) == (f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of devices, 8")
+    assert str(caught.value) == (
+        f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of devices, 8"
+    )
 
 
 def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
@@ -197,8 +252,12 @@ def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "GPUS", tmp_path)
     mesh_of(-1, 1, 1)  # the tests ask for the processor
     with monkeypatch.context() as unasked:
-        unasked.setattr(sharding.jax, "config", types.SimpleNamespace(values={"jax_platforms": None}))
-        with pytest.raises(ValueError, match="has 1 NVIDIA GPUs, but JAX would compute on the processor"):
+        unasked.setattr(
+            sharding.jax, "config", types.SimpleNamespace(values={"jax_platforms": None})
+        )
+        with pytest.raises(
+            ValueError, match="has 1 NVIDIA GPUs, but JAX would compute on the processor"
+        ):
             make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
         unasked.setattr(sharding, "GPUS", tmp_path / "none")
         make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
@@ -207,13 +266,20 @@ def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
 def test_put_rows_gives_each_device_its_rows():
     """Four ways to share rows, and the two devices of a tensor pair have the same ones."""
     mesh = mesh_of(2, 2, 2)
-    rows = sharding.put_rows({"x": np.arange(24).reshape(8, 3), "flag": np.ones(4, bool)}, mesh)
-    found = {shard.device: np.asarray(shard.data)[:, 0].tolist() for shard in rows["x"].addressable_shards}
+    rows = sharding.put_rows(
+        {"x": np.arange(24).reshape(8, 3), "flag": np.ones(4, bool)}, mesh
+    )
+    found = {
+        shard.device: np.asarray(shard.data)[:, 0].tolist()
+        for shard in rows["x"].addressable_shards
+    }
     for i, fours in enumerate(mesh.devices):
         for j, pair in enumerate(fours):
             first = 6 * (2 * i + j)
             assert [found[device] for device in pair] == [[first, first + 3]] * 2
-    assert rows["flag"].dtype == bool and rows["flag"].sharding == sharding.row_sharding(mesh)
+    assert rows["flag"].dtype == bool and rows["flag"].sharding == sharding.row_sharding(
+        mesh
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -234,19 +300,30 @@ def test_replicated():
 def test_abstract_keeps_shapes_and_dtypes():
     tree = {"step": jax.ShapeDtypeStruct((), jnp.int32), "embedding": leaf(5, 8)}
     made = sharding.abstract(tree, mesh_of(2, 2, 2))
-    assert (made["step"].dtype, made["embedding"].shape, made["embedding"].dtype) == (jnp.int32, (5, 8), jnp.float32)
+    assert (made["step"].dtype, made["embedding"].shape, made["embedding"].dtype) == (
+        jnp.int32,
+        (5, 8),
+        jnp.float32,
+    )
     assert made["embedding"].sharding.shard_shape((5, 8)) == (5, 2)
 
 
 def named_axes(source: str) -> list[str]:
-    """Mesh axes that `source` names as strings; "data" is left out, being also a word of its own."""
+    """Mesh axes that `source` names as strings; "data" is left out, being also a word of
+    its own."""
     own = {field.name for field in dataclasses.fields(MeshConfig)} - {"data"}
     nodes = ast.walk(ast.parse(source))
-    return [node.value for node in nodes if isinstance(node, ast.Constant) and node.value in own]
+    return [
+        node.value for node in nodes if isinstance(node, ast.Constant) and node.value in own
+    ]
 
 
 def test_no_other_file_names_a_mesh_axis():
-    named = {path.name: named_axes(path.read_text()) for path in SOURCES.rglob("*.py") if path.stem != "sharding"}
+    named = {
+        path.name: named_axes(path.read_text())
+        for path in SOURCES.rglob("*.py")
+        if path.stem != "sharding"
+    }
     assert {name: axes for name, axes in named.items() if axes} == {}
     assert named_axes("P(None, 'fsdp')\nmesh.shape['tensor']") == ["fsdp", "tensor"]
     assert not named_axes("config.mesh.fsdp")

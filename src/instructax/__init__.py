@@ -1,3 +1,4 @@
-"""InstructGPT's method (Ouyang et al., 2022) in JAX and Flax; each module is imported by its own name."""
+"""InstructGPT's method (Ouyang et al., 2022) in JAX and Flax; each module is imported by
+its own name."""
 
 __version__ = "0.1.0"

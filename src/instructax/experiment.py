@@ -1,4 +1,5 @@
-"""Runs and their order: load a config, run its stage, run a list of them and resume where it stopped."""
+"""Runs and their order: load a config, run its stage, run a list of them and resume where
+it stopped."""
 
 import dataclasses
 import importlib
@@ -34,7 +35,9 @@ def load_file(path: str | Path) -> Any:
         raise ConfigError(f"no such file: {path}")
     root = str(Path.cwd())
     if root not in sys.path:
-        sys.path.append(root)  # files of configs/ import each other; what is installed comes first
+        sys.path.append(
+            root
+        )  # files of configs/ import each other; what is installed comes first
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -44,28 +47,35 @@ def load_file(path: str | Path) -> Any:
 
 
 def load_config(run: Run) -> dict[str, Any]:
-    """The config of `run`, its overrides applied: a nested dict. Raises ConfigError for an unknown name or type."""
+    """The config of `run`, its overrides applied: a nested dict. Raises ConfigError for an
+    unknown name or type."""
     path, _, arg = run.config.partition(":")
     module = load_file(path)
-    require(hasattr(module, "get_config"), f"{path} is not a config: it needs get_config(arg)")
+    require(
+        hasattr(module, "get_config"), f"{path} is not a config: it needs get_config(arg)"
+    )
     try:
         config = module.get_config(arg)
         config.lock()  # else a misspelt override would be a value of its own
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{run.config} with {format_value(dict(run.overrides))}: {_without_config(error)}") from None
+        raise ConfigError(
+            f"{run.config} with {format_value(dict(run.overrides))}: {_without_config(error)}"
+        ) from None
     return config.to_dict()
 
 
 def _without_config(error: Exception) -> str:
-    """What ml_collections says of an override, but for the whole config, which it adds where a name is unknown."""
+    """What ml_collections says of an override, but for the whole config, which it adds
+    where a name is unknown."""
     first, *others = str(error.args[0] if error.args else error).splitlines() or [""]
     hint = others[-1:] if others and others[-1].startswith("Did you mean") else []
     return " ".join([first.partition(" Other fields present")[0], *hint])
 
 
 def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
-    """(config dataclass, module) of the stage that `config` names; imports that stage alone."""
+    """(config dataclass, module) of the stage that `config` names; imports that stage
+    alone."""
     modules = {
         "world": ("simulation.files", "WorldConfig"),
         "collect": ("stages.collect", "CollectConfig"),
@@ -77,15 +87,19 @@ def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
     }
     name = config.get("stage")
     if name not in tuple(modules):  # by equality: not all that a config can hold has a hash
-        raise ConfigError(f"config.stage = {format_value(name)} must be one of {', '.join(modules)}")
+        raise ConfigError(
+            f"config.stage = {format_value(name)} must be one of {', '.join(modules)}"
+        )
     module = importlib.import_module(f"instructax.{modules[name][0]}")
     return getattr(module, modules[name][1]), module
 
 
 def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
-    """Runs one stage to its end, from the start or from where it stopped; False if there was nothing left to do.
+    """Runs one stage to its end, from the start or from where it stopped; False if there
+    was nothing left to do.
 
-    Raises ConfigError (a ValueError) for a value that cannot be used, training.Interrupted when asked to stop.
+    Raises ConfigError (a ValueError) for a value that cannot be used, training.Interrupted
+    when asked to stop.
     """
     cls, module = stage_of(config)
     built = construct(cls, config)
@@ -101,11 +115,14 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
 
 def values_of(config: Mapping[str, Any]) -> str:
     """A line for each value of a config, as the command line names it."""
-    return "\n".join(f"config.{name} = {value}" for name, value in flatten(redact(config)).items())
+    return "\n".join(
+        f"config.{name} = {value}" for name, value in flatten(redact(config)).items()
+    )
 
 
 def dry_run(config: Mapping[str, Any]) -> str:
-    """Checks the config of a stage and says what it would hold on each device; reads no data."""
+    """Checks the config of a stage and says what it would hold on each device; reads no
+    data."""
     cls, module = stage_of(config)
     built = construct(cls, config)
     if hasattr(module, "check"):
@@ -114,7 +131,8 @@ def dry_run(config: Mapping[str, Any]) -> str:
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError where no figure can be drawn; asked before what the figures are of is computed."""
+    """Raises ConfigError where no figure can be drawn; asked before what the figures are of
+    is computed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -124,7 +142,8 @@ def require_matplotlib() -> None:
 
 
 def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
-    """Runs the experiment `spec` (FILE:SIZE) in order under `root`, finished runs passed over, and reports."""
+    """Runs the experiment `spec` (FILE:SIZE) in order under `root`, finished runs passed
+    over, and reports."""
     path, _, size = spec.partition(":")
     experiment = load_file(path)
     require(
@@ -141,15 +160,22 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
 
 def summary_of(workdir: Path) -> dict[str, Any]:
     """The final figures of a run. Raises ConfigError if it is not finished."""
-    require(is_finished(workdir), f"{workdir} is not a finished run: run the whole experiment, not its report alone")
+    require(
+        is_finished(workdir),
+        f"{workdir} is not a finished run: run the whole experiment, not its report alone",
+    )
     return json.loads((workdir / "summary.json").read_text())
 
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
     """The metrics of every step of a run."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def samples_of(workdir: Path) -> list[dict[str, Any]]:
     """The samples that a run wrote."""
-    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()
+    ]

@@ -1,4 +1,5 @@
-"""Reductions over the real tokens of the whole (global) batch; `mask` is boolean, True marks a real token."""
+"""Reductions over the real tokens of the whole (global) batch; `mask` is boolean, True
+marks a real token."""
 
 import jax.numpy as jnp
 
@@ -13,7 +14,8 @@ def token_count(mask: Array) -> Array:
 
 
 def masked_sum(x: Array, mask: Array) -> Array:
-    """Sum of `x` f32[...] where `mask` b[...] → f32[]; masked values, even NaN, never reach it nor its gradient."""
+    """Sum of `x` f32[...] where `mask` b[...] → f32[]; masked values, even NaN, never reach
+    it nor its gradient."""
     return jnp.sum(jnp.where(mask, x, 0.0), dtype=jnp.float32)
 
 
@@ -25,7 +27,8 @@ def masked_mean(x: Array, mask: Array) -> Array:
 def whiten(x: Array, mask: Array, *, shift_mean: bool) -> Array:
     """(x − mean) / √(variance + ε) over the real tokens, f32[...]; zero where masked.
 
-    Population variance. With `shift_mean=False` the mean is added back, so that only the scale changes.
+    Population variance. With `shift_mean=False` the mean is added back, so that only the
+    scale changes.
     """
     x = x.astype(jnp.float32)
     mean = masked_mean(x, mask)

@@ -1,4 +1,5 @@
-"""One clock: every random number is a function of (seed, purpose, step, sample), so resuming needs no saved key."""
+"""One clock: every random number is a function of (seed, purpose, step, sample), so
+resuming needs no saved key."""
 
 import jax
 
@@ -10,7 +11,9 @@ PURPOSES = ("init", "dropout", "rollout", "minibatches", "evaluate", "collect", 
 
 def step_key(seed: Array | int, purpose: str, step: Array | int) -> Array:
     """The key of one step for one purpose: key[]. Works inside jit, on arrays."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), step)
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose)), step
+    )
 
 
 def sample_keys(key: Array, samples: Array) -> Array:

@@ -1,9 +1,10 @@
 """The arrays that travel between the parts: field, shape, dtype.
 
-Dims: `B` batch, `P` prompt length, `R` response length, `T` any sequence, `K` responses to one prompt. What files and
-labelers know as a completion is a response once it is tokens. Masks are boolean, `True` marks a real token, and they
-are made where the tokens are made: nothing finds an end by comparing ids. Prompts are padded on the left, so a response
-always starts at column `P` and every per-token array is `[B, R]`.
+Dims: `B` batch, `P` prompt length, `R` response length, `T` any sequence, `K` responses to
+one prompt. What files and labelers know as a completion is a response once it is tokens.
+Masks are boolean, `True` marks a real token, and they are made where the tokens are made:
+nothing finds an end by comparing ids. Prompts are padded on the left, so a response always
+starts at column `P` and every per-token array is `[B, R]`.
 """
 
 import dataclasses
@@ -16,21 +17,27 @@ Class = TypeVar("Class")
 Params = Any  # a nested dict of float32 arrays
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+@dataclass_transform(
+    frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
+)
 def pytree(cls: type[Class]) -> type[Class]:
-    """Freezes `cls` and registers its fields as children of a pytree, but for those whose metadata say "static"."""
+    """Freezes `cls` and registers its fields as children of a pytree, but for those whose
+    metadata say "static"."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     return jax.tree_util.register_dataclass(cls)
 
 
 @pytree
 class LmBatch:
-    """Rows of tokens, packed or not: text and demonstrations, and rollouts and comparisons where they are scored."""
+    """Rows of tokens, packed or not: text and demonstrations, and rollouts and comparisons
+    where they are scored."""
 
     tokens: Array  # i32[B, T]
     segments: Array  # i32[B, T], 0 = padding, n > 0 = a text of the row, negative = a prompt that several texts share
     positions: Array  # i32[B, T], counted from 0 within each segment; after a shared prompt, on from its end
-    loss_mask: Array  # b[B, T], the tokens that are predicted or valued (never the first of a row)
+    loss_mask: (
+        Array  # b[B, T], the tokens that are predicted or valued (never the first of a row)
+    )
 
 
 @pytree
@@ -87,7 +94,8 @@ class Experience:
 
 @pytree
 class TrainState:
-    """All that training one network changes; `step` counts the finished calls of its stage's `update`."""
+    """All that training one network changes; `step` counts the finished calls of its
+    stage's `update`."""
 
     step: Array  # i32[]
     params: Params
@@ -96,7 +104,8 @@ class TrainState:
 
 @pytree
 class PpoState:
-    """Policy, value network, and the moving average of the policy's parameters (paper, appendix C.4)."""
+    """Policy, value network, and the moving average of the policy's parameters (paper,
+    appendix C.4)."""
 
     policy: TrainState
     value: TrainState

@@ -1,4 +1,5 @@
-"""Checkpoints: exact round trips, other meshes, retention, failed saves, and the next stage's load."""
+"""Checkpoints: exact round trips, other meshes, retention, failed saves, and the next
+stage's load."""
 
 import dataclasses
 import os
@@ -23,11 +24,18 @@ from tests.support.saved import (
 )
 
 from instructax.checkpoints import checkpoint
-from instructax.checkpoints.checkpoint import CheckpointMismatch, best_step, committed_steps, load_params
+from instructax.checkpoints.checkpoint import (
+    CheckpointMismatch,
+    best_step,
+    committed_steps,
+    load_params,
+)
 from instructax.types import TrainState
 
 
-@pytest.mark.parametrize(("make", "exported"), [(make_train_state, "params"), (make_ppo_state, "ema")])
+@pytest.mark.parametrize(
+    ("make", "exported"), [(make_train_state, "params"), (make_ppo_state, "ema")]
+)
 def test_round_trip_on_other_device_counts(tmp_path, make, exported):
     state = make(5.0)
     checkpoints = open_checkpoints(tmp_path, exported=exported)
@@ -38,17 +46,23 @@ def test_round_trip_on_other_device_counts(tmp_path, make, exported):
         restored, step = open_checkpoints(tmp_path, exported=exported).restore(abstract)
         assert step == 5
         assert_equal(restored, state)
-        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, abstract)
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+            lambda x: x.sharding, abstract
+        )
         exported_params = getattr(state, exported)
         assert_equal(load_params(tmp_path, getattr(abstract, exported)), exported_params)
 
 
 def test_parameters_are_stored_once(tmp_path):
     save_steps(tmp_path, [1])
-    stored = checkpoint.ocp.checkpointables_metadata(str(tmp_path / "checkpoints/1")).metadata
+    stored = checkpoint.ocp.checkpointables_metadata(
+        str(tmp_path / "checkpoints/1")
+    ).metadata
     state = make_train_state()
     assert len(jax.tree.leaves(stored["params"])) == 2 and stored["state"]["params"] is None
-    assert len(jax.tree.leaves(stored["state"])) == 1 + len(jax.tree.leaves(state.opt_state))
+    assert len(jax.tree.leaves(stored["state"])) == 1 + len(
+        jax.tree.leaves(state.opt_state)
+    )
 
 
 def test_donation_right_after_an_asynchronous_save(tmp_path):
@@ -62,7 +76,9 @@ def test_donation_right_after_an_asynchronous_save(tmp_path):
     for round_number in range(3):
         old, state = state, overwrite(state)
         # Newer versions of JAX do not give away memory that is being read.
-        assert old.params["layers"]["kernel"].is_deleted() or (round_number == 0 and jax.__version_info__ >= (0, 11))
+        assert old.params["layers"]["kernel"].is_deleted() or (
+            round_number == 0 and jax.__version_info__ >= (0, 11)
+        )
     jax.block_until_ready(state)
     checkpoints.wait()
     assert_equal(checkpoints.restore(abstract)[0], expected)
@@ -87,7 +103,11 @@ def test_the_best_step_is_kept_too_across_a_restart(tmp_path):
     for part in ((1, 2, 3, 4), (5, 6, 7)):
         checkpoints = open_checkpoints(tmp_path, keep=1, best_metric="accuracy")
         for step in part:
-            metrics = {"loss": -step} if scores[step] is None else {"accuracy": scores[step], "loss": -step}
+            metrics = (
+                {"loss": -step}
+                if scores[step] is None
+                else {"accuracy": scores[step], "loss": -step}
+            )
             checkpoints.save(step, make_train_state(step), metrics)
         checkpoints.close()
     assert checkpoints.steps() == [4, 7]
@@ -108,9 +128,10 @@ def test_a_missing_best_metric_is_reported_and_the_step_saved(tmp_path, caplog):
     checkpoints = open_checkpoints(tmp_path, best_metric="acuracy")
     checkpoints.save(1, make_train_state(1), {"loss": 1, "accuracy": 2})
     checkpoints.close()
-    assert "best_metric 'acuracy' is not among its metrics (accuracy, loss)" in caplog.text and committed_steps(
-        tmp_path
-    ) == [1]
+    assert (
+        "best_metric 'acuracy' is not among its metrics (accuracy, loss)" in caplog.text
+        and committed_steps(tmp_path) == [1]
+    )
 
 
 def test_a_saved_step_is_not_saved_again(tmp_path):
@@ -130,11 +151,16 @@ def test_a_saved_step_is_not_saved_again(tmp_path):
 def test_load_params_casts_and_picks_the_step(tmp_path):
     save_steps(tmp_path, [1, 2])
     abstract = on_devices(make_train_state(), 2).params
-    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract)
+    half = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract
+    )
     for path, step, expected in ((tmp_path, None, 2), (tmp_path, 1, 1)):
         params = make_train_state(expected).params
         assert_equal(load_params(path, abstract, step=step), params)
-        assert_equal(load_params(path, half, step=step), jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+        assert_equal(
+            load_params(path, half, step=step),
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
+        )
 
 
 def without(tree, name):
@@ -145,12 +171,20 @@ def test_errors_of_load_params_name_the_leaf(tmp_path):
     save_steps(tmp_path, [1])
     abstract = on_devices(make_train_state(), 1).params
     wider = on_devices(make_train_state(width=16), 1).params
-    integers = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.int32, sharding=a.sharding), abstract)
+    integers = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.int32, sharding=a.sharding), abstract
+    )
     where = tmp_path / "checkpoints/1/params"
     for bad, message in (
         (wider, f"leaf bias is float32[8] in {where}, but float32[16] in this run"),
-        (without(abstract, "layers"), f"leaf layers/kernel is float32[2, 8, 8] in {where}, but absent in"),
-        ({**abstract, "head": abstract["bias"]}, f"leaf head is absent in {where}, but float32[8] in"),
+        (
+            without(abstract, "layers"),
+            f"leaf layers/kernel is float32[2, 8, 8] in {where}, but absent in",
+        ),
+        (
+            {**abstract, "head": abstract["bias"]},
+            f"leaf head is absent in {where}, but float32[8] in",
+        ),
         (integers, f"leaf bias is float32[8] in {where}, but int32[8] in"),
     ):
         with pytest.raises(CheckpointMismatch) as error:
@@ -163,18 +197,27 @@ def test_errors_of_load_params_name_the_place(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint in"):
         load_params(tmp_path, abstract)
     save_steps(tmp_path, [1, 3])
-    with pytest.raises(ValueError, match=r"no checkpoint of step 2 in .*, only of steps \[1, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint of step 2 in .*, only of steps \[1, 3\]"
+    ):
         load_params(tmp_path, abstract, step=2)
 
 
 def test_restore_refuses_another_state(tmp_path):
     save_steps(tmp_path, [1, 2])
     (tmp_path / "checkpoints/2.sha256.json").unlink()  # no reason to fall back to step 1
-    with pytest.raises(CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but float32\[16\]"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but float32\[16\]"
+    ):
         open_checkpoints(tmp_path).restore(on_devices(make_train_state(width=16), 1))
     abstract = on_devices(make_train_state(), 1)
-    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract.params)
-    with pytest.raises(CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but bfloat16\[8\]"):
+    half = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding),
+        abstract.params,
+    )
+    with pytest.raises(
+        CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but bfloat16\[8\]"
+    ):
         open_checkpoints(tmp_path).restore(dataclasses.replace(abstract, params=half))
     assert committed_steps(tmp_path) == [1, 2]
 
@@ -198,7 +241,9 @@ def test_a_failed_asynchronous_save_is_raised(tmp_path, monkeypatch, call):
         "restore": lambda: checkpoints.restore(abstract),
     }
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *a, **k: Failing())
+        patch.setattr(
+            checkpoint.ocp, "save_checkpointables_async", lambda *a, **k: Failing()
+        )
         checkpoints.save(1, state, {})
     while not checkpoints._pending[1].done():
         time.sleep(0.01)
@@ -228,7 +273,7 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 import jax.numpy as jnp
-from instructax.checkpoint import Checkpoints
+from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.types import TrainState
 checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", exported="params")
 for step in itertools.count(1):
@@ -244,11 +289,18 @@ CONSTANT = "numbers = lambda step: jnp.full((512, 256), step, jnp.float32)"
 def test_killed_while_saving(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     zeros = jnp.zeros((512, 256))
-    abstract = on_devices(TrainState(step=jnp.int32(0), params={"a": zeros, "b": zeros}, opt_state={"m": zeros}), 1)
+    abstract = on_devices(
+        TrainState(
+            step=jnp.int32(0), params={"a": zeros, "b": zeros}, opt_state={"m": zeros}
+        ),
+        1,
+    )
     for delay in (0.0, 0.03):
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         command = [sys.executable, "-c", CONSTANT + WRITER, str(tmp_path)]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if int(line) == 4:
@@ -274,12 +326,19 @@ numbers = lambda step: jax.random.normal(jax.random.key(step), (512, 256))  # th
 
 
 def test_a_disk_that_takes_no_more_ends_the_run(tmp_path):
-    """In a real process, below Orbax: the save fails in its threads, and neither hangs nor looks like one that is."""
+    """In a real process, below Orbax: the save fails in its threads, and neither hangs nor
+    looks like one that is."""
     command = [sys.executable, "-c", LIMITED + WRITER, str(tmp_path)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120
+    )
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("OSError: the checkpoint of step 1 cannot be written (")
-    assert "File too large" in last and last.endswith("the steps before it are whole: make room and start again")
+    assert done.returncode == 1 and last.startswith(
+        "OSError: the checkpoint of step 1 cannot be written ("
+    )
+    assert "File too large" in last and last.endswith(
+        "the steps before it are whole: make room and start again"
+    )
     assert done.stdout == "1\n"  # the second save raises what the first failed with
     assert committed_steps(tmp_path) == []

@@ -1,18 +1,34 @@
-"""Checkpoints that are damaged, half saved or none: which step is used, and what stays on the disk."""
+"""Checkpoints that are damaged, half saved or none: which step is used, and what stays on
+the disk."""
 
 import json
 import logging
 import shutil
 
 import pytest
-from tests.support.saved import assert_equal, flip_bit, make_train_state, on_devices, open_checkpoints, save_steps
+from tests.support.saved import (
+    assert_equal,
+    flip_bit,
+    make_train_state,
+    on_devices,
+    open_checkpoints,
+    save_steps,
+)
 
 from instructax.checkpoints import checkpoint
-from instructax.checkpoints.checkpoint import Checkpoints, best_step, committed_steps, load_params
+from instructax.checkpoints.checkpoint import (
+    Checkpoints,
+    best_step,
+    committed_steps,
+    load_params,
+)
 
 
 def test_stray_folders_are_no_steps(tmp_path):
-    assert committed_steps(tmp_path) == [] and open_checkpoints(tmp_path).restore(make_train_state()) is None
+    assert (
+        committed_steps(tmp_path) == []
+        and open_checkpoints(tmp_path).restore(make_train_state()) is None
+    )
     save_steps(tmp_path, [3])
     root = tmp_path / "checkpoints"
     (root / "99").mkdir()
@@ -43,8 +59,14 @@ def test_a_flipped_bit_sends_restore_to_the_step_before(tmp_path, caplog):
     assert step == 1
     assert_equal(state, make_train_state(1))
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == 2 and warnings[0].startswith("checkpoint 3 IS DAMAGED") and str(path) in warnings[0]
-    checkpoints.save(2, make_train_state(2), {})  # the damaged step 3 must not count as the newest
+    assert (
+        len(warnings) == 2
+        and warnings[0].startswith("checkpoint 3 IS DAMAGED")
+        and str(path) in warnings[0]
+    )
+    checkpoints.save(
+        2, make_train_state(2), {}
+    )  # the damaged step 3 must not count as the newest
     checkpoints.close()
     assert checkpoints.steps() == [2] and (tmp_path / "checkpoints/3.damaged").is_dir()
 
@@ -112,17 +134,34 @@ def of_the_wrong_shape(content):
 def truncated(root):
     shutil.copytree(root / "2", root / "7")
     shutil.copy(root / "2.sha256.json", root / "7.sha256.json")
-    path = max((p for p in (root / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path = max(
+        (p for p in (root / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     path.write_bytes(path.read_bytes()[:-100])
 
 
-WRONG = ['{"files": ["a"]}', '{"files": {"a": "b"}, "bytes": null}', '{"format": 1e999}', "[" * 100_000, "7", '["a"]']
+WRONG = [
+    '{"files": ["a"]}',
+    '{"files": {"a": "b"}, "bytes": null}',
+    '{"format": 1e999}',
+    "[" * 100_000,
+    "7",
+    '["a"]',
+]
 WRONG += ['{"metric": "x"}', '{"best_metric": 3}', '{"unevaluated": 4}']
-PLANTED = [half_written, foreign, garbled_record, truncated, *map(of_the_wrong_shape, WRONG)]
+PLANTED = [
+    half_written,
+    foreign,
+    garbled_record,
+    truncated,
+    *map(of_the_wrong_shape, WRONG),
+]
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_what_only_looks_like_a_step_is_named_and_the_newest_good_one_used(tmp_path, caplog, plant):
+def test_what_only_looks_like_a_step_is_named_and_the_newest_good_one_used(
+    tmp_path, caplog, plant
+):
     save_steps(tmp_path, [1, 2])
     root = tmp_path / "checkpoints"
     plant(root)
@@ -132,7 +171,10 @@ def test_what_only_looks_like_a_step_is_named_and_the_newest_good_one_used(tmp_p
     state, step = open_checkpoints(tmp_path).restore(abstract)
     assert step == 2
     assert_equal(state, make_train_state(2))
-    assert f"checkpoint 7 IS DAMAGED and set aside, going on from 2: {root / '7'}" in caplog.text
+    assert (
+        f"checkpoint 7 IS DAMAGED and set aside, going on from 2: {root / '7'}"
+        in caplog.text
+    )
     assert committed_steps(tmp_path) == [1, 2]
 
 
@@ -145,7 +187,8 @@ def test_nothing_but_a_foreign_step_is_an_error_not_a_new_run(tmp_path):
 
 
 def test_the_last_hashed_step_stays_whatever_else_lies_there(tmp_path):
-    """Steps that are not of this run do not push it out, and neither does one that was never hashed."""
+    """Steps that are not of this run do not push it out, and neither does one that was
+    never hashed."""
     save_steps(tmp_path, [1, 2])
     root = tmp_path / "checkpoints"
     checkpoints = open_checkpoints(tmp_path, keep=1)

@@ -1,4 +1,5 @@
-"""Checkpoints at hand: what `ls` says, planted damage that `verify` names, arrays for other programs."""
+"""Checkpoints at hand: what `ls` says, planted damage that `verify` names, arrays for other
+programs."""
 
 import dataclasses
 import json
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.support.saved import flip_bit, make_ppo_state, make_train_state, open_checkpoints, save_steps
+from tests.support.saved import (
+    flip_bit,
+    make_ppo_state,
+    make_train_state,
+    open_checkpoints,
+    save_steps,
+)
 
 from instructax.checkpoints import inspection
 from instructax.checkpoints.checksums import record_path
@@ -19,7 +26,10 @@ from instructax.runtime.goodput import GoodputLog
 
 
 def largest(step):
-    return max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in step.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 def truncate(step):
@@ -71,7 +81,9 @@ def test_all_damages_of_a_step_are_named(tmp_path):
     files = [path for path in step.rglob("*") if path.is_file()]
     for path in files:
         path.write_bytes(b"")
-    empty = sum(size == 0 for size in json.loads(record_path(step).read_text())["bytes"].values())
+    empty = sum(
+        size == 0 for size in json.loads(record_path(step).read_text())["bytes"].values()
+    )
     assert len(inspection.verify_checkpoints(tmp_path, None)[1]) == len(files) - empty
 
 
@@ -90,24 +102,32 @@ def test_a_step_of_a_newer_version_is_refused(tmp_path):
 def test_the_listing(tmp_path):
     checkpoints = open_checkpoints(tmp_path, best_metric="text_loss")
     for step, loss in enumerate((2.0, 1.5, 1.75), start=8):
-        checkpoints.save(step, make_train_state(step), {"text_loss": loss}, evaluated=step < 10)
+        checkpoints.save(
+            step, make_train_state(step), {"text_loss": loss}, evaluated=step < 10
+        )
     checkpoints.close()
     root = tmp_path / "checkpoints"
     record_path(root / "8").unlink()
     (root / "99").mkdir()
     (root / "7.damaged").mkdir()
     GoodputLog(tmp_path / "goodput.jsonl", writes=True).close()
-    header, damaged, eight, nine, ten, stray, goodput = inspection.list_checkpoints(tmp_path)
+    header, damaged, eight, nine, ten, stray, goodput = inspection.list_checkpoints(
+        tmp_path
+    )
     assert header.split() == ["step", "MiB", "files", "saved", "(UTC)", "state"]
     assert damaged.split()[0] == "7.damaged" and stray.split()[0] == "99"
-    assert damaged.endswith("no step: nothing reads it") and stray.endswith("no step: nothing reads it")
+    assert damaged.endswith("no step: nothing reads it") and stray.endswith(
+        "no step: nothing reads it"
+    )
     assert eight.endswith("not hashed")
     assert nine.endswith("hashed, whole, text_loss 1.5, best")
     assert ten.endswith("hashed, evaluation given up, newest")
     assert goodput.startswith("goodput 0% in 1 process: ")
     files = [path for path in (root / "9").rglob("*") if path.is_file()]
     assert int(nine.split()[2]) == len(files)
-    assert float(nine.split()[1]) == pytest.approx(sum(path.stat().st_size for path in files) / 2**20, abs=0.005)
+    assert float(nine.split()[1]) == pytest.approx(
+        sum(path.stat().st_size for path in files) / 2**20, abs=0.005
+    )
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -118,11 +138,17 @@ def test_parameters_for_other_programs(tmp_path, suffix, leaves, wanted):
     checkpoints.save(3, state, {})
     checkpoints.close()
     to = tmp_path / f"arrays{suffix}"
-    assert inspection.write_arrays(tmp_path, None, to, leaves) == f"{to}: 2 arrays, 136 numbers of step 3"
+    assert (
+        inspection.write_arrays(tmp_path, None, to, leaves)
+        == f"{to}: 2 arrays, 136 numbers of step 3"
+    )
     arrays = dict(np.load(to, allow_pickle=False)) if suffix == ".npz" else load_file(to)
     params = state.ema if wanted == "ema" else state.policy.params
     assert sorted(arrays) == ["bias", "layers/kernel"]
-    for name, array in (("bias", params["bias"]), ("layers/kernel", params["layers"]["kernel"])):
+    for name, array in (
+        ("bias", params["bias"]),
+        ("layers/kernel", params["layers"]["kernel"]),
+    ):
         assert array.dtype == arrays[name].dtype
         np.testing.assert_array_equal(arrays[name], array)
     assert not list(tmp_path.glob("*.tmp*"))
@@ -135,7 +161,9 @@ def test_the_whole_state(tmp_path):
     arrays, state = np.load(to), make_train_state(1)
     assert len(arrays.files) == len(jax.tree.leaves(state))
     assert arrays["state/step"] == 1 and arrays["params/bias"].tolist() == [1.0] * 8
-    inspection.write_arrays(tmp_path, 2, tmp_path / "trained.npz", "trained")  # nothing is averaged here
+    inspection.write_arrays(
+        tmp_path, 2, tmp_path / "trained.npz", "trained"
+    )  # nothing is averaged here
     assert np.load(tmp_path / "trained.npz")["bias"].tolist() == [2.0] * 8
 
 
@@ -152,7 +180,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         with pytest.raises(ConfigError, match=message):
             inspection.write_arrays(workdir, step, to, "exported")
     flip_bit(tmp_path / "checkpoints/1")
-    with pytest.raises(ValueError, match=r"checkpoint is damaged: .* differs from its sha256"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint is damaged: .* differs from its sha256"
+    ):
         inspection.write_arrays(tmp_path, None, tmp_path / "a.npz", "exported")
     assert not (tmp_path / "a.npz").exists()
 
@@ -162,7 +192,10 @@ def test_the_command(tmp_path):
 
     def command(*arguments):
         done = subprocess.run(
-            [sys.executable, "scripts/checkpoint.py", *map(str, arguments)], capture_output=True, text=True, timeout=120
+            [sys.executable, "scripts/checkpoint.py", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -171,12 +204,16 @@ def test_the_command(tmp_path):
     code, output, _ = command("verify", tmp_path)
     assert code == 2 and output == f"{wanted}\n"
     code, _, error = command("to-numpy", tmp_path)
-    assert code == 2 and error.startswith("error: give ls WORKDIR") and error.count("\n") == 1
+    assert (
+        code == 2 and error.startswith("error: give ls WORKDIR") and error.count("\n") == 1
+    )
 
 
 def test_states_have_the_dtypes_that_were_saved(tmp_path):
     state = make_train_state(1.0)
-    halves = dataclasses.replace(state, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params))
+    halves = dataclasses.replace(
+        state, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)
+    )
     checkpoints = open_checkpoints(tmp_path)
     checkpoints.save(1, halves, {})
     checkpoints.close()

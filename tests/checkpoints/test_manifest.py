@@ -22,12 +22,17 @@ from instructax.training.run import RunManifestInputs
 def write(workdir, **changes):
     values = {
         "stage": "reward",
-        "config": {"seed": 1, "optimizer": {"betas": (0.9, 0.95), "learning_rate": np.float64(1e-5)}},
+        "config": {
+            "seed": 1,
+            "optimizer": {"betas": (0.9, 0.95), "learning_rate": np.float64(1e-5)},
+        },
         "model": {"width": 64},
         "tokenizer_hash": "a" * 64,
         "tokenizer_path": "runs/bytes",
         "data_hashes": {"comparisons": "c" * 64},
-        "parents": {"parent": {"workdir": "runs/sft", "step": 7, "manifest_hash": "d" * 64}},
+        "parents": {
+            "parent": {"workdir": "runs/sft", "step": 7, "manifest_hash": "d" * 64}
+        },
     }
     return write_manifest(workdir, **{**values, **changes})
 
@@ -36,11 +41,21 @@ def test_what_is_written_is_read(tmp_path):
     written = write(tmp_path / "new" / "run")
     manifest = read_manifest(tmp_path / "new" / "run")
     assert manifest == written
-    assert manifest["stage"] == "reward" and manifest["tokenizer"] == {"hash": "a" * 64, "path": "runs/bytes"}
+    assert manifest["stage"] == "reward" and manifest["tokenizer"] == {
+        "hash": "a" * 64,
+        "path": "runs/bytes",
+    }
     assert manifest["config"]["optimizer"] == {"betas": [0.9, 0.95], "learning_rate": 1e-5}
-    assert manifest["model"] == {"width": 64} and manifest["data"] == {"comparisons": "c" * 64}
-    assert manifest["parents"] == {"parent": {"workdir": "runs/sft", "step": 7, "manifest_hash": "d" * 64}}
-    assert manifest["versions"]["jax"] == jax.__version__ and "orbax-checkpoint" in manifest["versions"]
+    assert manifest["model"] == {"width": 64} and manifest["data"] == {
+        "comparisons": "c" * 64
+    }
+    assert manifest["parents"] == {
+        "parent": {"workdir": "runs/sft", "step": 7, "manifest_hash": "d" * 64}
+    }
+    assert (
+        manifest["versions"]["jax"] == jax.__version__
+        and "orbax-checkpoint" in manifest["versions"]
+    )
 
 
 def test_a_resumed_run_writes_the_same_bytes(tmp_path):
@@ -52,21 +67,32 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path):
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert write(tmp_path)["stage"] == "reward" and not (tmp_path / "manifest.json").exists()
+    assert (
+        write(tmp_path)["stage"] == "reward" and not (tmp_path / "manifest.json").exists()
+    )
 
 
 def test_only_the_first_process_writes_what_a_run_was_made_of(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     tokenizer: Any = None  # not looked at
-    RunManifestInputs(config=None, given={}, tokenizer=tokenizer, data={}, parents={}).write(tmp_path)
+    RunManifestInputs(
+        config=None, given={}, tokenizer=tokenizer, data={}, parents={}
+    ).write(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_hash_is_of_the_content(tmp_path):
-    assert manifest_hash({"b": (1, 2), "a": "é"}) == hashlib.sha256(b'{"a": "\\u00e9", "b": [1, 2]}').hexdigest()
+    assert (
+        manifest_hash({"b": (1, 2), "a": "é"})
+        == hashlib.sha256(b'{"a": "\\u00e9", "b": [1, 2]}').hexdigest()
+    )
     first = write(tmp_path)
-    assert manifest_hash(read_manifest(tmp_path)) == manifest_hash(dict(reversed(first.items())))
-    assert manifest_hash(write(tmp_path, data_hashes={"comparisons": "e" * 64})) != manifest_hash(first)
+    assert manifest_hash(read_manifest(tmp_path)) == manifest_hash(
+        dict(reversed(first.items()))
+    )
+    assert manifest_hash(
+        write(tmp_path, data_hashes={"comparisons": "e" * 64})
+    ) != manifest_hash(first)
 
 
 def test_errors_of_reading(tmp_path):
@@ -75,9 +101,16 @@ def test_errors_of_reading(tmp_path):
     (tmp_path / "manifest.json").write_text('{"stage": "rew')
     with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
         read_manifest(tmp_path)
-    for content in ("[]", json.dumps({"stage": "reward", "config": {}, "model": {}, "data": {}, "parents": {}})):
+    for content in (
+        "[]",
+        json.dumps(
+            {"stage": "reward", "config": {}, "model": {}, "data": {}, "parents": {}}
+        ),
+    ):
         (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(ValueError, match=r"manifest\.json lacks .*tokenizer, .*versions"):
+        with pytest.raises(
+            ValueError, match=r"manifest\.json lacks .*tokenizer, .*versions"
+        ):
             read_manifest(tmp_path)
 
 
@@ -87,7 +120,10 @@ def test_a_parent_with_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         check_parent(parent, tokenizer_hash="b" * 64, tokenizer_path="runs/gpt2")
     message = str(error.value)
-    assert all(part in message for part in ("a" * 64, "b" * 64, "runs/bytes", "runs/gpt2")) and "\n" not in message
+    assert (
+        all(part in message for part in ("a" * 64, "b" * 64, "runs/bytes", "runs/gpt2"))
+        and "\n" not in message
+    )
 
 
 def test_config_difference():

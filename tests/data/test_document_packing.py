@@ -16,7 +16,10 @@ def document(*tokens):
 def test_text_is_cut_and_ends_once():
     pieces = document_packing.text_documents(np.array([1, 2, 3, 4, 5], np.int32), EOS, 4)
     assert [piece.tokens.tolist() for piece in pieces] == [[1, 2, 3, 4], [5, 9]]
-    assert [piece.loss_mask.tolist() for piece in pieces] == [[False, True, True, True], [False, True]]
+    assert [piece.loss_mask.tolist() for piece in pieces] == [
+        [False, True, True, True],
+        [False, True],
+    ]
     (whole,) = document_packing.text_documents(np.array([1, 2, 3], np.int32), EOS, 4)
     assert whole.tokens.tolist() == [1, 2, 3, 9]
     assert whole.tokens.dtype == np.int32
@@ -33,9 +36,20 @@ def test_demonstrations_train_on_completion_and_end():
 
 
 def test_golden_rows_of_six():
-    documents = [document(1, 1, 1, 1), document(2, 2, 2), document(3, 3), document(4), document(5, 5), document(6)]
+    documents = [
+        document(1, 1, 1, 1),
+        document(2, 2, 2),
+        document(3, 3),
+        document(4),
+        document(5, 5),
+        document(6),
+    ]
     rows = document_packing.pack(documents, 6)
-    assert [row.tokens.tolist() for row in rows] == [[1, 1, 1, 1, 3, 3], [2, 2, 2, 4, 5, 5], [6]]
+    assert [row.tokens.tolist() for row in rows] == [
+        [1, 1, 1, 1, 3, 3],
+        [2, 2, 2, 4, 5, 5],
+        [6],
+    ]
     assert [row.lengths.tolist() for row in rows] == [[4, 2], [3, 1, 2], [1]]
     assert rows[0].loss_mask.tolist() == [False, True, True, True, False, True]
     segments, positions = document_packing.assign_rows(rows[1].lengths)
@@ -45,9 +59,23 @@ def test_golden_rows_of_six():
 
 def test_only_so_many_rows_stay_open(monkeypatch):
     monkeypatch.setattr(document_packing, "OPEN_ROWS", 2)
-    documents = [document(1, 1, 1), document(2, 2, 2), document(3, 3, 3), document(4), document(5), document(6)]
-    rows = document_packing.pack(documents, 4)  # the third row closes the first, which still had room
-    assert [row.tokens.tolist() for row in rows] == [[1, 1, 1], [2, 2, 2, 4], [3, 3, 3, 5], [6]]
+    documents = [
+        document(1, 1, 1),
+        document(2, 2, 2),
+        document(3, 3, 3),
+        document(4),
+        document(5),
+        document(6),
+    ]
+    rows = document_packing.pack(
+        documents, 4
+    )  # the third row closes the first, which still had room
+    assert [row.tokens.tolist() for row in rows] == [
+        [1, 1, 1],
+        [2, 2, 2, 4],
+        [3, 3, 3, 5],
+        [6],
+    ]
 
 
 def test_every_document_comes_through_once_and_whole():
@@ -75,5 +103,8 @@ def test_every_document_comes_through_once_and_whole():
 
 def test_what_does_not_fit_is_an_error():
     for bad in (document(1, 2, 3), document()):
-        with pytest.raises(ValueError, match=f"a document of {len(bad.tokens)} tokens does not fit rows of 2"):
+        with pytest.raises(
+            ValueError,
+            match=f"a document of {len(bad.tokens)} tokens does not fit rows of 2",
+        ):
             document_packing.pack([bad], 2)

@@ -15,7 +15,13 @@ def prompt(id_, text, user=None):
 
 def comparison(id_, completions, ranks):
     return Comparison(
-        id=id_, prompt="p", completions=tuple(completions), ranks=ranks, pairs=((0, 1, 0),), labeler=None, source=None
+        id=id_,
+        prompt="p",
+        completions=tuple(completions),
+        ranks=ranks,
+        pairs=((0, 1, 0),),
+        labeler=None,
+        source=None,
     )
 
 
@@ -24,7 +30,13 @@ def ids(records):
 
 
 def test_shared_prefix_keeps_the_first():
-    records = [prompt("a", "abcdX"), prompt("b", "abcdY"), prompt("c", "abc"), prompt("d", "abce"), prompt("e", "abc")]
+    records = [
+        prompt("a", "abcdX"),
+        prompt("b", "abcdY"),
+        prompt("c", "abc"),
+        prompt("d", "abce"),
+        prompt("e", "abc"),
+    ]
     assert ids(filters.drop_shared_prefix(records, 4)) == ["a", "c", "d"]
     assert ids(filters.drop_shared_prefix(records, 5)) == ["a", "b", "c", "d"]
     assert ids(filters.drop_shared_prefix(records, 3)) == ["a"]
@@ -32,7 +44,8 @@ def test_shared_prefix_keeps_the_first():
 
 def test_cap_per_user_leaves_unknown_users_alone():
     records = [
-        prompt(str(i), f"prompt {i}", user) for i, user in enumerate(["u", None, "u", "v", "u", None, None, "v"])
+        prompt(str(i), f"prompt {i}", user)
+        for i, user in enumerate(["u", None, "u", "v", "u", None, None, "v"])
     ]
     assert ids(filters.cap_per_user(records, 2)) == ["0", "1", "2", "3", "5", "6", "7"]
     assert ids(filters.cap_per_user(records, 1)) == ["0", "1", "3", "5", "6"]
@@ -54,10 +67,20 @@ def test_unranked_tied_and_many_completions():
 
 
 def test_long_completions_leave_their_comparison():
-    records = [comparison("a", ["1", "22", "333", "4"], (3, 1, 2, 5)), comparison("b", ["1", "333", ""], (1, 2, 3))]
+    records = [
+        comparison("a", ["1", "22", "333", "4"], (3, 1, 2, 5)),
+        comparison("b", ["1", "333", ""], (1, 2, 3)),
+    ]
     (kept,) = filters.drop_long_completions(records, 2, len)
-    assert (kept.id, kept.completions, kept.ranks, kept.pairs) == ("a", ("1", "22", "4"), (3, 1, 5), ())
-    with pytest.raises(ValueError, match="comparison x has no ranks: apply drop_unranked first"):
+    assert (kept.id, kept.completions, kept.ranks, kept.pairs) == (
+        "a",
+        ("1", "22", "4"),
+        (3, 1, 5),
+        (),
+    )
+    with pytest.raises(
+        ValueError, match="comparison x has no ranks: apply drop_unranked first"
+    ):
         filters.drop_long_completions([comparison("x", "ab", None)], 2, len)
 
 
@@ -103,7 +126,9 @@ def test_harmless_numbers_are_not(text):
 
 def test_pii_is_looked_for_in_every_text_of_a_record():
     mail = "a@b.org"
-    demonstration = Demonstration(id="d", prompt="p", format="plain", completion=mail, source=None, labeler=None)
+    demonstration = Demonstration(
+        id="d", prompt="p", format="plain", completion=mail, source=None, labeler=None
+    )
     text = Text(id="t", text="t", source=None)
     records = [
         demonstration,
@@ -127,10 +152,15 @@ def test_split_is_the_hash_as_a_number():
 
 
 def test_splits_have_their_shares_and_depend_on_the_seed():
-    counts = collections.Counter(filters.split_of(str(i), FRACTIONS, 0) for i in range(10_000))
+    counts = collections.Counter(
+        filters.split_of(str(i), FRACTIONS, 0) for i in range(10_000)
+    )
     for name, fraction in FRACTIONS:
         assert abs(counts[name] / 10_000 - fraction) < 0.02  # 4 standard deviations
-    moved = sum(filters.split_of(str(i), FRACTIONS, 0) != filters.split_of(str(i), FRACTIONS, 1) for i in range(1000))
+    moved = sum(
+        filters.split_of(str(i), FRACTIONS, 0) != filters.split_of(str(i), FRACTIONS, 1)
+        for i in range(1000)
+    )
     assert 350 < moved < 570  # 1 - (0.49 + 0.04 + 0.01) = 0.46 by chance
     assert filters.split_of("x", (("train", 0.0), ("rest", 0.0)), 0) == "rest"
 
@@ -144,9 +174,21 @@ def test_no_user_and_no_prompt_straddles_the_splits():
     assert set().union(*places.values()) == {"train", "valid", "test"}
     same = [
         prompt("p", "same"),
-        Demonstration(id="d", prompt="same", format="plain", completion="c", source=None, labeler="w"),
-        Comparison(id="c", prompt="same", completions=("a", "b"), ranks=(1, 2), pairs=(), labeler="v", source=None),
+        Demonstration(
+            id="d", prompt="same", format="plain", completion="c", source=None, labeler="w"
+        ),
+        Comparison(
+            id="c",
+            prompt="same",
+            completions=("a", "b"),
+            ranks=(1, 2),
+            pairs=(),
+            labeler="v",
+            source=None,
+        ),
         Text(id="t", text="same", source=None),
     ]
     assert {filters.split_key(record) for record in same} == {"text same"}
-    assert filters.split_key(prompt("p", "user 3")) != filters.split_key(prompt("p", "x", "user 3"))
+    assert filters.split_key(prompt("p", "user 3")) != filters.split_key(
+        prompt("p", "x", "user 3")
+    )

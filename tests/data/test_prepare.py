@@ -1,4 +1,5 @@
-"""From files to rows on disk: what comes through, what names the folder, and who may use it."""
+"""From files to rows on disk: what comes through, what names the folder, and who may use
+it."""
 
 import dataclasses
 import itertools
@@ -31,7 +32,8 @@ HALVES = dataclasses.replace(ALL, splits=(("train", 0.5), ("valid", 0.5)))
 
 @pytest.fixture(autouse=True)
 def bare_prompts(request, monkeypatch):
-    """Prompts as they are written, so that lengths can be counted by eye; one test below has them opened."""
+    """Prompts as they are written, so that lengths can be counted by eye; one test below
+    has them opened."""
     if request.node.name != "test_prompts_are_opened":
         monkeypatch.setattr(prepare, "add_separator", lambda prompt: prompt)
 
@@ -39,30 +41,50 @@ def bare_prompts(request, monkeypatch):
 def test_prompts_are_opened(tmp_path):
     asked = ["Who?", "Human: hi\n\nAssistant:", "Sum:\n", "end "]
     limits = dataclasses.replace(ALL, sequence_tokens=40, prompt_tokens=24)
-    made = prepare.prepare_prompts([prompts(tmp_path / "p.jsonl", asked)], TOKENIZER, limits, tmp_path)
+    made = prepare.prepare_prompts(
+        [prompts(tmp_path / "p.jsonl", asked)], TOKENIZER, limits, tmp_path
+    )
     expected = ["Who?\n\n", "Human: hi\n\nAssistant: ", "Sum:\n", "end "]
     assert [text_of(row["tokens"]) for row in rows_of(made.sources["train"])] == expected
     made = prepare.prepare_demonstrations(
-        [demonstrations(tmp_path / "d.jsonl", [("Who?", "me")])], TOKENIZER, limits, tmp_path
+        [demonstrations(tmp_path / "d.jsonl", [("Who?", "me")])],
+        TOKENIZER,
+        limits,
+        tmp_path,
     )
     assert text_of(rows_of(made.sources["train"])[0]["tokens"]) == "Who?\n\nme$"
-    judged = write(tmp_path / "c.jsonl", [{"prompt": "Who?", "completions": ["a", "b"], "ranks": [1, 2]}])
+    judged = write(
+        tmp_path / "c.jsonl",
+        [{"prompt": "Who?", "completions": ["a", "b"], "ranks": [1, 2]}],
+    )
     made = prepare.prepare_comparisons([judged], TOKENIZER, limits, tmp_path)
     assert text_of(rows_of(made.sources["train"])[0]["prompt"]) == "Who?\n\n"
 
 
 def write(file, records):
-    file.write_text("".join(json.dumps({"id": str(i)} | record) + "\n" for i, record in enumerate(records)))
+    file.write_text(
+        "".join(
+            json.dumps({"id": str(i)} | record) + "\n" for i, record in enumerate(records)
+        )
+    )
     return file
 
 
 def prompts(file, texts, users=None):
     users = users or [None] * len(texts)
-    return write(file, [{"prompt": p, "format": "plain", "user": u} for p, u in zip(texts, users, strict=True)])
+    return write(
+        file,
+        [
+            {"prompt": p, "format": "plain", "user": u}
+            for p, u in zip(texts, users, strict=True)
+        ],
+    )
 
 
 def demonstrations(file, pairs):
-    return write(file, [{"prompt": p, "format": "plain", "completion": c} for p, c in pairs])
+    return write(
+        file, [{"prompt": p, "format": "plain", "completion": c} for p, c in pairs]
+    )
 
 
 def rows_of(source):
@@ -77,7 +99,10 @@ def text_of(ids):
 
 
 def test_text_rows_golden(tmp_path):
-    file = write(tmp_path / "t.jsonl", [{"text": "abcdefghijklmnopqr"}, {"text": "0123456789"}, {"text": "xy"}])
+    file = write(
+        tmp_path / "t.jsonl",
+        [{"text": "abcdefghijklmnopqr"}, {"text": "0123456789"}, {"text": "xy"}],
+    )
     made = prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
     rows = rows_of(made.sources["train"])
     assert [(text_of(row["tokens"]), row["lengths"]) for row in rows] == [
@@ -94,53 +119,95 @@ def test_text_rows_golden(tmp_path):
 
 
 def test_demonstrations_are_whole_or_dropped(tmp_path):
-    pairs = [("ask", "tell"), ("p" * 9, "c"), ("p", "c" * 6), ("p" * 8, "c" * 5), ("12345678", "12345")]
+    pairs = [
+        ("ask", "tell"),
+        ("p" * 9, "c"),
+        ("p", "c" * 6),
+        ("p" * 8, "c" * 5),
+        ("12345678", "12345"),
+    ]
     limits = dataclasses.replace(ALL, sequence_tokens=14)
     file = demonstrations(tmp_path / "d.jsonl", [*pairs, ("q", "r")])
     made = prepare.prepare_demonstrations([file], TOKENIZER, limits, tmp_path / "data")
     rows = rows_of(made.sources["train"])
-    assert [text_of(row["tokens"]) for row in rows] == ["asktell$qr$", "ppppppppccccc$", "12345678" + "12345$"]
+    assert [text_of(row["tokens"]) for row in rows] == [
+        "asktell$qr$",
+        "ppppppppccccc$",
+        "12345678" + "12345$",
+    ]
     assert rows[0]["loss_mask"] == [False] * 3 + [True] * 5 + [False, True, True]
-    assert made.report.dropped == {"prompt_tokens": 1, "completion_tokens": 1, "sequence_tokens": 0}
+    assert made.report.dropped == {
+        "prompt_tokens": 1,
+        "completion_tokens": 1,
+        "sequence_tokens": 0,
+    }
     short = dataclasses.replace(limits, sequence_tokens=13)
     made = prepare.prepare_demonstrations([file], TOKENIZER, short, tmp_path / "data")
-    assert made.report.dropped == {"prompt_tokens": 1, "completion_tokens": 1, "sequence_tokens": 2}
+    assert made.report.dropped == {
+        "prompt_tokens": 1,
+        "completion_tokens": 1,
+        "sequence_tokens": 2,
+    }
     assert made.report.kept == {"train": 2}
 
 
 def test_every_demonstration_trains_on_one_end_token(tmp_path):
     file = demonstrations(tmp_path / "d.jsonl", [("ab", "cd"), ("e", "f"), ("g", "hi")])
-    (row,) = rows_of(prepare.prepare_demonstrations([file], TOKENIZER, ALL, tmp_path).sources["train"])
+    (row,) = rows_of(
+        prepare.prepare_demonstrations([file], TOKENIZER, ALL, tmp_path).sources["train"]
+    )
     starts = np.cumsum([0, *row["lengths"]])
     for start, stop in itertools.pairwise(starts):
-        trained = np.array(row["tokens"][start:stop])[np.array(row["loss_mask"][start:stop])]
+        trained = np.array(row["tokens"][start:stop])[
+            np.array(row["loss_mask"][start:stop])
+        ]
         assert (trained == EOS).tolist() == [False] * (len(trained) - 1) + [True]
 
 
 def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
-    """Ordinary text never has one, but an unknown word may, where its token is the end token."""
+    """Ordinary text never has one, but an unknown word may, where its token is the end
+    token."""
     words = {
         "version": "1.0",
         "added_tokens": [],
         "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "</s>": 2}, "unk_token": "</s>"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {"a": 0, "b": 1, "</s>": 2},
+            "unk_token": "</s>",
+        },
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    known = demonstrations(tmp_path / "known.jsonl", [("a what", "b a")])  # in a prompt it is read, not trained
-    (row,) = rows_of(prepare.prepare_demonstrations([known], tokenizer, ALL, tmp_path).sources["train"])
+    known = demonstrations(
+        tmp_path / "known.jsonl", [("a what", "b a")]
+    )  # in a prompt it is read, not trained
+    (row,) = rows_of(
+        prepare.prepare_demonstrations([known], tokenizer, ALL, tmp_path).sources["train"]
+    )
     assert row["tokens"] == [0, 2, 1, 0, 2]
     file = demonstrations(tmp_path / "d.jsonl", [("a", "b a"), ("a", "b what")])
-    with pytest.raises(DataError, match="demonstration '1': completion: its tokens hold the end token 2 before"):
+    with pytest.raises(
+        DataError,
+        match="demonstration '1': completion: its tokens hold the end token 2 before",
+    ):
         prepare.prepare_demonstrations([file], tokenizer, ALL, tmp_path)
 
 
 def test_prompts_pass_every_rule_and_are_counted(tmp_path):
     texts = ["abcd1", "abcd2", "x1", "x2", "x3", "longer than 8", "a@b.cd"]
     users = ["u", None, "v", "v", "v", None, None]
-    limits = dataclasses.replace(ALL, prefix_characters=4, prompts_per_user=2, filter_pii=True)
-    made = prepare.prepare_prompts([prompts(tmp_path / "p.jsonl", texts, users)], TOKENIZER, limits, tmp_path / "data")
-    assert [text_of(row["tokens"]) for row in rows_of(made.sources["train"])] == ["abcd1", "x1", "x2"]
+    limits = dataclasses.replace(
+        ALL, prefix_characters=4, prompts_per_user=2, filter_pii=True
+    )
+    made = prepare.prepare_prompts(
+        [prompts(tmp_path / "p.jsonl", texts, users)], TOKENIZER, limits, tmp_path / "data"
+    )
+    assert [text_of(row["tokens"]) for row in rows_of(made.sources["train"])] == [
+        "abcd1",
+        "x1",
+        "x2",
+    ]
     dropped = {"prefix_characters": 1, "prompts_per_user": 1, "pii": 1, "prompt_tokens": 1}
     assert made.report.dropped == dropped
     assert made.report.padding == {"train": 1 - 9 / 24}
@@ -151,10 +218,15 @@ def test_personal_data_is_dropped_from_train_alone(tmp_path):
     file = prompts(tmp_path / "p.jsonl", texts)
     limits = dataclasses.replace(HALVES, filter_pii=True)
     made = prepare.prepare_prompts([file], TOKENIZER, limits, tmp_path / "data")
-    train, valid = ([text_of(row["tokens"]) for row in rows_of(made.sources[name])] for name in ("train", "valid"))
+    train, valid = (
+        [text_of(row["tokens"]) for row in rows_of(made.sources[name])]
+        for name in ("train", "valid")
+    )
     assert not any("@" in text for text in train)
     assert sum("@" in text for text in valid) == 40 - made.report.dropped["pii"] > 5
-    assert sorted(train + valid) == sorted(set(texts) - ({t for t in texts if "@" in t} - set(valid)))
+    assert sorted(train + valid) == sorted(
+        set(texts) - ({t for t in texts if "@" in t} - set(valid))
+    )
 
 
 def test_splits_hold_whole_users_and_do_not_move_when_data_is_added(tmp_path):
@@ -162,12 +234,16 @@ def test_splits_hold_whole_users_and_do_not_move_when_data_is_added(tmp_path):
     first = prepare.prepare_prompts(
         [prompts(tmp_path / "1.jsonl", texts[:40], users[:40])], TOKENIZER, HALVES, tmp_path
     )
-    more = prepare.prepare_prompts([prompts(tmp_path / "2.jsonl", texts, users)], TOKENIZER, HALVES, tmp_path)
+    more = prepare.prepare_prompts(
+        [prompts(tmp_path / "2.jsonl", texts, users)], TOKENIZER, HALVES, tmp_path
+    )
     owner = dict(zip(texts, users, strict=True))
     seen = {}
     for name in ("train", "valid"):
         found = [text_of(row["tokens"]) for row in rows_of(more.sources[name])]
-        assert found[: len(first.sources[name])] == [text_of(row["tokens"]) for row in rows_of(first.sources[name])]
+        assert found[: len(first.sources[name])] == [
+            text_of(row["tokens"]) for row in rows_of(first.sources[name])
+        ]
         seen[name] = {owner[text] for text in found}
         assert seen[name]
     assert not seen["train"] & seen["valid"]
@@ -176,9 +252,25 @@ def test_splits_hold_whole_users_and_do_not_move_when_data_is_added(tmp_path):
 
 JUDGED = [
     {"prompt": "p", "completions": ["a", "bb", "c"], "ranks": [5, 1, 5], "labeler": "zoe"},
-    {"prompt": "p", "completions": ["too long", "a", "b"], "ranks": [1, 3, 2], "labeler": "ann"},
-    {"prompt": "p", "completions": ["too long", "a", "b"], "ranks": [1, 3, 3], "labeler": "tied when cut"},
-    {"prompt": "p", "completions": ["a", "b"], "ranks": None, "pairs": [[0, 1, 1]], "labeler": "ann"},
+    {
+        "prompt": "p",
+        "completions": ["too long", "a", "b"],
+        "ranks": [1, 3, 2],
+        "labeler": "ann",
+    },
+    {
+        "prompt": "p",
+        "completions": ["too long", "a", "b"],
+        "ranks": [1, 3, 3],
+        "labeler": "tied when cut",
+    },
+    {
+        "prompt": "p",
+        "completions": ["a", "b"],
+        "ranks": None,
+        "pairs": [[0, 1, 1]],
+        "labeler": "ann",
+    },
     {"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [1, 2, 3, 4]},
     {"prompt": "p", "completions": ["a", "much too long"], "ranks": [1, 2]},
     {"prompt": "long prompt", "completions": ["a", "b"], "ranks": [1, 2]},
@@ -199,16 +291,38 @@ def test_comparison_rows_golden(tmp_path):
             "ranks": [1, 0, 1],
             "labeler": 2,
         },
-        {"prompt": [ord("p")], "responses": [a, EOS, b, EOS], "lengths": [2, 2], "ranks": [1, 0], "labeler": 0},
-        {"prompt": [ord("r")], "responses": [e, EOS, f, EOS], "lengths": [2, 2], "ranks": [1, 0], "labeler": -1},
+        {
+            "prompt": [ord("p")],
+            "responses": [a, EOS, b, EOS],
+            "lengths": [2, 2],
+            "ranks": [1, 0],
+            "labeler": 0,
+        },
+        {
+            "prompt": [ord("r")],
+            "responses": [e, EOS, f, EOS],
+            "lengths": [2, 2],
+            "ranks": [1, 0],
+            "labeler": -1,
+        },
     ]
-    dropped = {"unranked": 1, "prompt_tokens": 1, "response_tokens": 2, "completions": 1, "tied": 1}
+    dropped = {
+        "unranked": 1,
+        "prompt_tokens": 1,
+        "response_tokens": 2,
+        "completions": 1,
+        "tied": 1,
+    }
     assert made.report.dropped == dropped
     assert made.report.labelers == ["ann", "tied when cut", "zoe"]
     assert made.report.tokens == {"train": 7 + 4 + 4 + 3}
     assert made.report.padding == {"train": 1 - 18 / (3 * (8 + 3 * 6))}
     batch = batches.comparison_batch(
-        made.sources["train"], np.array([2, 0]), prompt_tokens=8, completions=3, response_tokens=6
+        made.sources["train"],
+        np.array([2, 0]),
+        prompt_tokens=8,
+        completions=3,
+        response_tokens=6,
     )
     assert batch.responses[1, 1].tolist() == [b, b, EOS, 0, 0, 0]
     assert batch.valid.tolist() == [[True, True, False], [True] * 3]
@@ -220,7 +334,9 @@ def test_many_rows_come_back_in_order(tmp_path):
     made = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
     rows = batches.rows_of_batch(2, 64, len(made.sources["train"]), 0)
     batch = batches.prompt_batch(made.sources["train"], rows, 8)
-    found = [text_of(tokens[mask]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+    found = [
+        text_of(tokens[mask]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)
+    ]
     assert found == [texts[row] for row in rows]
 
 
@@ -239,7 +355,9 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
 
     def hash_of(files=(file,), tokenizer=TOKENIZER, limits=ALL):
-        return prepare.prepare_prompts(files, tokenizer, limits, tmp_path / "data").report.hash
+        return prepare.prepare_prompts(
+            files, tokenizer, limits, tmp_path / "data"
+        ).report.hash
 
     hashes = [hash_of()]
     hashes.append(hash_of(limits=dataclasses.replace(ALL, prompt_tokens=7)))
@@ -252,7 +370,9 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "ROWS_VERSION", 99)
     hashes.append(hash_of())
     texts = write(tmp_path / "t.jsonl", [{"text": "a"}])
-    hashes.append(prepare.prepare_text([texts], TOKENIZER, ALL, tmp_path / "data").report.hash)
+    hashes.append(
+        prepare.prepare_text([texts], TOKENIZER, ALL, tmp_path / "data").report.hash
+    )
     assert len(set(hashes)) == len(hashes)
     with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(.*No such file"):
         hash_of(files=[tmp_path / "none.jsonl"])
@@ -279,11 +399,23 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
         ("prompt_tokens", 0, "Limits.prompt_tokens is 0: it must be at least 1"),
         ("response_tokens", 1, "Limits.response_tokens is 1: it must be at least 2"),
         ("completions", 1, "Limits.completions is 1: it must be at least 2"),
-        ("prefix_characters", 0, "Limits.prefix_characters is 0: it must be at least 1, or None to keep all"),
-        ("prompts_per_user", -1, "Limits.prompts_per_user is -1: it must be at least 1, or None"),
+        (
+            "prefix_characters",
+            0,
+            "Limits.prefix_characters is 0: it must be at least 1, or None to keep all",
+        ),
+        (
+            "prompts_per_user",
+            -1,
+            "Limits.prompts_per_user is -1: it must be at least 1, or None",
+        ),
         ("splits", (("a", 0.5), ("a", 0.5)), "Limits.splits has the names ['a', 'a']"),
         ("splits", (("a b", 1.0),), "Limits.splits has the names ['a b']"),
-        ("splits", (("a", 0.5), ("b", 0.6)), "Limits.splits has the shares [0.5, 0.6]: they must be above 0 and sum"),
+        (
+            "splits",
+            (("a", 0.5), ("b", 0.6)),
+            "Limits.splits has the shares [0.5, 0.6]: they must be above 0 and sum",
+        ),
         ("splits", (("a", 1.0), ("b", 0.0)), "Limits.splits has the shares [1.0, 0.0]"),
         ("splits", (), "Limits.splits has the shares []"),
     ],
@@ -295,5 +427,8 @@ def test_limits_out_of_range(name, value, message):
 
 
 def test_personal_data_is_filtered_from_a_split_that_exists():
-    with pytest.raises(ValueError, match=r'filter_pii needs a split called "train", and Limits.splits has \[.all.\]'):
+    with pytest.raises(
+        ValueError,
+        match=r'filter_pii needs a split called "train", and Limits.splits has \[.all.\]',
+    ):
         dataclasses.replace(ALL, filter_pii=True, splits=(("all", 1.0),))

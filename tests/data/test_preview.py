@@ -1,4 +1,5 @@
-"""The first batch for the eye: what is trained, the end tokens, the padding; in colours on a terminal alone."""
+"""The first batch for the eye: what is trained, the end tokens, the padding; in colours on
+a terminal alone."""
 
 import io
 
@@ -15,7 +16,8 @@ BYTES = load_tokenizer("bytes")
 
 def batch_of(*pairs, length=40):
     documents = [
-        demonstration_document(BYTES.encode(prompt), BYTES.encode(answer), BYTES.eos_id) for prompt, answer in pairs
+        demonstration_document(BYTES.encode(prompt), BYTES.encode(answer), BYTES.eos_id)
+        for prompt, answer in pairs
     ]
     (row,) = pack(documents, length)
     segments, positions = assign_rows(row.lengths)
@@ -24,7 +26,12 @@ def batch_of(*pairs, length=40):
     tokens = np.pad(row.tokens, (0, room), constant_values=BYTES.eos_id)
     masks = (np.pad(x, (0, room)) for x in (segments, positions, row.loss_mask))
     segments, positions, loss_mask = masks
-    return LmBatch(tokens=tokens[None], segments=segments[None], positions=positions[None], loss_mask=loss_mask[None])
+    return LmBatch(
+        tokens=tokens[None],
+        segments=segments[None],
+        positions=positions[None],
+        loss_mask=loss_mask[None],
+    )
 
 
 WANTED = """first batch, row 1 of 1: 2 texts, 19 tokens, 11 trained, 21 of padding
@@ -37,7 +44,9 @@ WANTED = """first batch, row 1 of 1: 2 texts, 19 tokens, 11 trained, 21 of paddi
 
 def test_every_part_is_named_and_no_control_character_comes_through(capsys):
     batch = batch_of(("Hi.\n\n", "Hel\x1b[2Jo"), ("a\n\n", "b"))
-    assert view(batch, 0, BYTES.decode).plain == WANTED  # trained: eight bytes and an end, a byte and an end
+    assert (
+        view(batch, 0, BYTES.decode).plain == WANTED
+    )  # trained: eight bytes and an end, a byte and an end
     show(batch, BYTES.decode)
     assert capsys.readouterr().out == f"{WANTED}\n"  # no terminal, no colours
 

@@ -26,7 +26,10 @@ LIMITS = DataLimits(
 
 
 def prompts(file, count):
-    lines = [json.dumps({"id": str(i), "prompt": f"p{i}", "format": "plain"}) for i in range(count)]
+    lines = [
+        json.dumps({"id": str(i), "prompt": f"p{i}", "format": "plain"})
+        for i in range(count)
+    ]
     file.write_text("\n".join(lines))
     return file
 
@@ -76,9 +79,14 @@ def test_only_what_is_small_is_kept_in_memory(tmp_path, monkeypatch):
     kinds = []
     for limit in (storage.REMEMBERED, 0):
         monkeypatch.setattr(storage, "REMEMBERED", limit)
-        source = prepare.prepare_prompts([tmp_path / "a.jsonl"], TOKENIZER, LIMITS, tmp_path / "rows").sources["train"]
+        source = prepare.prepare_prompts(
+            [tmp_path / "a.jsonl"], TOKENIZER, LIMITS, tmp_path / "rows"
+        ).sources["train"]
         kinds.append(isinstance(source, storage.Remembered))
-        assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [b"p2\n\n", b"p0\n\n"]
+        assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [
+            b"p2\n\n",
+            b"p0\n\n",
+        ]
     assert kinds == [True, False]
 
 
@@ -129,7 +137,9 @@ def test_processes_that_start_at_once_share_one_folder(tmp_path):
     for process in processes:
         process.join()
     assert len(found) == 1
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [found.pop()[2].rsplit("/", 1)[1]]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [
+        found.pop()[2].rsplit("/", 1)[1]
+    ]
 
 
 def test_the_loser_of_a_race_keeps_the_winners_rows(tmp_path):
@@ -137,6 +147,13 @@ def test_the_loser_of_a_race_keeps_the_winners_rows(tmp_path):
     made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
     before = {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()}
     late = dataclasses.replace(made.report, records=0)
-    storage.write_rows(storage.PromptRows, made.folder, {"train": [{"tokens": np.array([1], np.int32)}]}, late)
-    assert {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()} == before
+    storage.write_rows(
+        storage.PromptRows,
+        made.folder,
+        {"train": [{"tokens": np.array([1], np.int32)}]},
+        late,
+    )
+    assert {
+        path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()
+    } == before
     assert len(list((tmp_path / "data").iterdir())) == 1

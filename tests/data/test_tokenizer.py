@@ -17,11 +17,17 @@ from instructax.data import tokenizer as tokenizer_lib
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tokenizer.py"
 EOT = "<|endoftext|>"
-TEXTS = ["low lower lowest", "new newer newest\n\nwide  wider", "naïve café – 日本語 🙂", f"an {EOT} in text"] * 3
+TEXTS = [
+    "low lower lowest",
+    "new newer newest\n\nwide  wider",
+    "naïve café – 日本語 🙂",
+    f"an {EOT} in text",
+] * 3
 
 
 def byte_symbols() -> list[str]:
-    """GPT-2's table, written as in its own source: visible bytes stand for themselves, others count up from 256."""
+    """GPT-2's table, written as in its own source: visible bytes stand for themselves,
+    others count up from 256."""
     symbols, extra = [], 0
     for byte in range(256):
         if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
@@ -35,29 +41,59 @@ def byte_symbols() -> list[str]:
 def write_gpt2(folder: Path, merges: list[str]) -> Path:
     """Ids 0 .. 255 are the bytes, then one for each merge, then the end of text."""
     pieces = [*byte_symbols(), *(merge.replace(" ", "") for merge in merges), EOT]
-    (folder / "encoder.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
-    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "encoder.json").write_text(
+        json.dumps({piece: index for index, piece in enumerate(pieces)})
+    )
+    (folder / "vocab.bpe").write_text(
+        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+    )
     return folder
 
 
 def added(index: int, content: str, special: bool) -> dict:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": not special,
+        "special": special,
+    }
     return {"id": index, "content": content, **flags}
 
 
 def write_json(path: Path, model: dict, **parts) -> str:
-    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    path.write_text(json.dumps({"version": "1.0", **empty, "added_tokens": [], **parts, "model": model}))
+    empty = dict.fromkeys(
+        (
+            "truncation",
+            "padding",
+            "normalizer",
+            "pre_tokenizer",
+            "post_processor",
+            "decoder",
+        )
+    )
+    path.write_text(
+        json.dumps({"version": "1.0", **empty, "added_tokens": [], **parts, "model": model})
+    )
     return str(path)
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
-def write_byte_level(path: Path, extra_vocab: dict, merges: list, added_tokens: list, **model) -> str:
+def write_byte_level(
+    path: Path, extra_vocab: dict, merges: list, added_tokens: list, **model
+) -> str:
     vocab = {symbol: index for index, symbol in enumerate(byte_symbols())} | extra_vocab
     model = {"type": "BPE", "vocab": vocab, "merges": merges, **model}
-    return write_json(path, model, added_tokens=added_tokens, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
+    return write_json(
+        path, model, added_tokens=added_tokens, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +104,37 @@ def trained() -> tokenizer_lib.Tokenizer:
 def test_bytes_golden():
     tokenizer = tokenizer_lib.load_tokenizer("bytes")
     ids = tokenizer.encode("Aé\n €")
-    assert ids.dtype == np.int32 and ids.tolist() == [65, 0xC3, 0xA9, 10, 32, 0xE2, 0x82, 0xAC]
+    assert ids.dtype == np.int32 and ids.tolist() == [
+        65,
+        0xC3,
+        0xA9,
+        10,
+        32,
+        0xE2,
+        0x82,
+        0xAC,
+    ]
     assert (tokenizer.size, tokenizer.eos_id) == (257, 256)
     assert tokenizer.encode("").shape == (0,) and tokenizer.encode("").dtype == np.int32
     assert tokenizer.decode([]) == ""
 
 
 @pytest.mark.parametrize(
-    "data", [b"\xff", b"a\xe2\x82", b"\xe2\x82b", b"\xc0\x80", b"\xf0\x9f\x99", b"\xed\xa0\x80", b"\x80\x80"]
+    "data",
+    [
+        b"\xff",
+        b"a\xe2\x82",
+        b"\xe2\x82b",
+        b"\xc0\x80",
+        b"\xf0\x9f\x99",
+        b"\xed\xa0\x80",
+        b"\x80\x80",
+    ],
 )
 def test_broken_bytes_decode_as_in_python(data: bytes):
-    assert tokenizer_lib.load_tokenizer("bytes").decode(list(data)) == data.decode(errors="replace")
+    assert tokenizer_lib.load_tokenizer("bytes").decode(list(data)) == data.decode(
+        errors="replace"
+    )
 
 
 def test_special_ids_are_spelled_out_and_end_a_broken_character():
@@ -87,25 +143,38 @@ def test_special_ids_are_spelled_out_and_end_a_broken_character():
 
 
 def test_gpt2_golden(tmp_path: Path):
-    # "Ġ" is the blank. Rank decides, not place: "l o" comes before "o w", so "low" is lo + w.
+    # "Ġ" is the blank. Rank decides, not place: "l o" comes before "o w", so "low" is lo +
+    # w.
     folder = write_gpt2(tmp_path, ["l o", "o w", "lo w", "Ġ low", "e r", "n e", "Ã ©"])
     tokenizer = tokenizer_lib.load_tokenizer(str(folder))
     assert (tokenizer.size, tokenizer.eos_id) == (264, 263)
     assert tokenizer.encode("low lower").tolist() == [258, 259, 260]
-    assert tokenizer.encode("owl ner").tolist() == [257, 108, 32, 110, 260]  # "e r" outranks "n e"
+    assert tokenizer.encode("owl ner").tolist() == [
+        257,
+        108,
+        32,
+        110,
+        260,
+    ]  # "e r" outranks "n e"
     assert tokenizer.encode("é!").tolist() == [262, 33]
     assert tokenizer.decode([258, 259, 263, 262]) == f"low low{EOT}é"
 
 
 def test_words_are_split_before_merging(tmp_path: Path):
-    # GPT-2 splits " 's" style contractions, letters, digits and blanks: no merge crosses a border.
-    tokenizer = tokenizer_lib.load_tokenizer(str(write_gpt2(tmp_path, ["a 1", "a !", "Ġ Ġ", "' s", "t '"])))
+    # GPT-2 splits " 's" style contractions, letters, digits and blanks: no merge crosses a
+    # border.
+    tokenizer = tokenizer_lib.load_tokenizer(
+        str(write_gpt2(tmp_path, ["a 1", "a !", "Ġ Ġ", "' s", "t '"]))
+    )
     assert tokenizer.encode("a1a!").tolist() == [97, 49, 97, 33]
     assert tokenizer.encode("t's").tolist() == [116, 259]
     assert tokenizer.encode("a   a").tolist() == [97, 258, 32, 97]
 
 
-@hypothesis.given(text=st.text(max_size=60) | st.text(alphabet="<|endoftx> \n\té🙂\u0301\u2028\x00", max_size=60))
+@hypothesis.given(
+    text=st.text(max_size=60)
+    | st.text(alphabet="<|endoftx> \n\té🙂\u0301\u2028\x00", max_size=60)
+)
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_round_trip(trained: tokenizer_lib.Tokenizer, text: str):
     for tokenizer in (trained, tokenizer_lib.load_tokenizer("bytes")):
@@ -116,13 +185,17 @@ def test_round_trip(trained: tokenizer_lib.Tokenizer, text: str):
 
 def test_bytes_are_the_utf8_of_any_text():
     tokenizer = tokenizer_lib.load_tokenizer("bytes")
-    text = "".join(chr(code) for code in range(0, 0x11000, 7) if not 0xD800 <= code < 0xE000)
+    text = "".join(
+        chr(code) for code in range(0, 0x11000, 7) if not 0xD800 <= code < 0xE000
+    )
     assert tokenizer.encode(text).tolist() == list(text.encode())
 
 
 def test_encode_batch_is_encode(trained: tokenizer_lib.Tokenizer):
     batch = trained.encode_batch(iter([*TEXTS, ""]))
-    assert [ids.tolist() for ids in batch] == [trained.encode(text).tolist() for text in [*TEXTS, ""]]
+    assert [ids.tolist() for ids in batch] == [
+        trained.encode(text).tolist() for text in [*TEXTS, ""]
+    ]
     assert all(ids.dtype == np.int32 for ids in batch) and trained.encode_batch([]) == []
 
 
@@ -141,12 +214,16 @@ def test_lone_surrogates_are_refused(trained: tokenizer_lib.Tokenizer, text: str
         lambda text: trained.encode_batch(["fine", text]),
         lambda text: tokenizer_lib.train_bpe([text], 300),
     ):
-        with pytest.raises(ValueError, match=f"surrogate, U\\+{ord(text[-1]):04X} at character {len(text) - 1}"):
+        with pytest.raises(
+            ValueError,
+            match=f"surrogate, U\\+{ord(text[-1]):04X} at character {len(text) - 1}",
+        ):
             call(text)
 
 
 def test_training_merges_the_most_frequent_pair():
-    # "ab" stands 3 times, "abc" twice: the first merge is a + b, the second ab + c. The end of text is id 0.
+    # "ab" stands 3 times, "abc" twice: the first merge is a + b, the second ab + c. The end
+    # of text is id 0.
     tokenizer = tokenizer_lib.train_bpe(["abc", "abc", "ab"], 259)
     assert (tokenizer.size, tokenizer.eos_id) == (259, 0)
     assert tokenizer.encode("abcab").tolist() == [258, 257]
@@ -162,19 +239,28 @@ def test_training_is_deterministic_and_bounded(trained: tokenizer_lib.Tokenizer)
         tokenizer_lib.train_bpe(TEXTS, 256)
 
 
-def test_save_and_load_keep_hash_ids_and_end_of_text(tmp_path: Path, trained: tokenizer_lib.Tokenizer):
+def test_save_and_load_keep_hash_ids_and_end_of_text(
+    tmp_path: Path, trained: tokenizer_lib.Tokenizer
+):
     (tmp_path / "gpt2").mkdir()
     gpt2 = tokenizer_lib.load_tokenizer(str(write_gpt2(tmp_path / "gpt2", ["l o"])))
     two_ends = [added(256, EOT, True), added(257, "<|im_end|>", True)]
     write_byte_level(tmp_path / "tokenizer.json", {}, [], two_ends)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": {"content": "<|im_end|>"}}'
+    )
     chat = tokenizer_lib.load_tokenizer(str(tmp_path))
     assert chat.eos_id == 257
-    for index, tokenizer in enumerate([trained, gpt2, chat, tokenizer_lib.load_tokenizer("bytes")]):
+    for index, tokenizer in enumerate(
+        [trained, gpt2, chat, tokenizer_lib.load_tokenizer("bytes")]
+    ):
         path = str(tmp_path / f"new{index}" / "any.json")
         tokenizer_lib.save_tokenizer(tokenizer, path)
         loaded = tokenizer_lib.load_tokenizer(path)
-        assert loaded == tokenizer and (loaded.hash, loaded.eos_id) == (tokenizer.hash, tokenizer.eos_id)
+        assert loaded == tokenizer and (loaded.hash, loaded.eos_id) == (
+            tokenizer.hash,
+            tokenizer.eos_id,
+        )
         assert loaded.encode(TEXTS[1]).tolist() == tokenizer.encode(TEXTS[1]).tolist()
     copy = pickle.loads(pickle.dumps(trained))
     assert copy == trained and copy.decode(copy.encode(TEXTS[2])) == TEXTS[2]
@@ -185,28 +271,43 @@ def test_hash_is_of_the_content(tmp_path: Path):
         vocab = {"lo": 256, "ow": 257, EOT: 258}
         tokens = [added(258, EOT, True), added(259, "<tool>", False)]
         path = write_byte_level(
-            tmp_path / f"{name}.json", vocab, **{"merges": ["l o", "o w"], "added_tokens": tokens} | options
+            tmp_path / f"{name}.json",
+            vocab,
+            **{"merges": ["l o", "o w"], "added_tokens": tokens} | options,
         )
         return tokenizer_lib.load_tokenizer(path)
 
     first = load("first")
     content = json.loads((tmp_path / "first.json").read_text())
     content["added_tokens"].reverse()
-    content["post_processor"] = BYTE_LEVEL  # has no effect here, so it is no part of the hash
+    content["post_processor"] = (
+        BYTE_LEVEL  # has no effect here, so it is no part of the hash
+    )
     content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
-    (tmp_path / "same.json").write_text(json.dumps(dict(reversed(content.items())), indent=3))
+    (tmp_path / "same.json").write_text(
+        json.dumps(dict(reversed(content.items())), indent=3)
+    )
     assert tokenizer_lib.load_tokenizer(str(tmp_path / "same.json")).hash == first.hash
     assert load("pairs", merges=[["l", "o"], ["o", "w"]]).hash == first.hash
     assert load("order", merges=["o w", "l o"]).hash != first.hash
-    assert load("token", added_tokens=[added(258, EOT, True), added(259, "<tools>", False)]).hash != first.hash
+    assert (
+        load(
+            "token", added_tokens=[added(258, EOT, True), added(259, "<tools>", False)]
+        ).hash
+        != first.hash
+    )
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<tool>"}')
     other_end = load("first")
     assert other_end.eos_id == 259 and other_end.hash != first.hash and other_end != first
-    assert len(first.hash) == 64 and len({first.hash, tokenizer_lib.load_tokenizer("bytes").hash}) == 2
+    assert (
+        len(first.hash) == 64
+        and len({first.hash, tokenizer_lib.load_tokenizer("bytes").hash}) == 2
+    )
 
 
 def test_text_never_makes_an_added_token(tmp_path: Path):
-    # Merges, whole words (ignore_merges) and added tokens all lead to the specials; none of these ways may stay open.
+    # Merges, whole words (ignore_merges) and added tokens all lead to the specials; none of
+    # these ways may stay open.
     vocab = {"<e": 256, "os>": 257, "os": 258, "<eos>": 259, "<pad>": 260, "s>": 264}
     merges = ["o s", "s >", "os >", "< e", "<e os>"]
     tokens = [
@@ -217,13 +318,26 @@ def test_text_never_makes_an_added_token(tmp_path: Path):
     ]
     processor = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<eos>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
     }
-    processor |= {"pair": [], "special_tokens": {"<eos>": {"id": "<eos>", "ids": [259], "tokens": ["<eos>"]}}}
+    processor |= {
+        "pair": [],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [259], "tokens": ["<eos>"]}},
+    }
     path = write_byte_level(tmp_path / "t.json", vocab, merges, tokens, ignore_merges=True)
     content = json.loads(Path(path).read_text()) | {"post_processor": processor}
-    content["pre_tokenizer"] = BYTE_LEVEL | {"use_regex": False}  # the whole text is one word, as ignore_merges needs
-    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["pre_tokenizer"] = BYTE_LEVEL | {
+        "use_regex": False
+    }  # the whole text is one word, as ignore_merges needs
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     Path(path).write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     tokenizer = tokenizer_lib.load_tokenizer(path)
@@ -231,23 +345,52 @@ def test_text_never_makes_an_added_token(tmp_path: Path):
     assert tokenizer.encode("<eos>").tolist() == [256, 257]
     for text in ("<eos>", "<pad>", "<think>", "«é»", "a<eos>b <pad><think> c", EOT):
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and not {259, 260, 261, 262} & set(ids.tolist())
-    assert tokenizer.decode([97, 259, 260, 261, 262, 263]) == "a<eos><pad><think>«é»<|unused 263|>"
+        assert tokenizer.decode(ids) == text and not {259, 260, 261, 262} & set(
+            ids.tolist()
+        )
+    assert (
+        tokenizer.decode([97, 259, 260, 261, 262, 263])
+        == "a<eos><pad><think>«é»<|unused 263|>"
+    )
 
 
 def test_an_added_single_character_stays_text(tmp_path: Path):
-    path = write_byte_level(tmp_path / "t.json", {}, [], [added(256, EOT, True), added(97, "a", False)])
+    path = write_byte_level(
+        tmp_path / "t.json", {}, [], [added(256, EOT, True), added(97, "a", False)]
+    )
     tokenizer = tokenizer_lib.load_tokenizer(path)
-    assert tokenizer.encode("ba").tolist() == [98, 97] and tokenizer.decode([98, 97, 256]) == f"ba{EOT}"
+    assert (
+        tokenizer.encode("ba").tolist() == [98, 97]
+        and tokenizer.decode([98, 97, 256]) == f"ba{EOT}"
+    )
 
 
 def test_unigram(tmp_path: Path):
-    # The whole "</s>" would score best, as would "<unk>"; unknown characters still get the id of "<unk>".
-    vocab = [["<unk>", 0.0], ["</s>", 0.0], ["▁", -2.0], ["a", -2.0], ["▁a", -3.0], *([c, -5.0] for c in "</s>unk")]
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    # The whole "</s>" would score best, as would "<unk>"; unknown characters still get the
+    # id of "<unk>".
+    vocab = [
+        ["<unk>", 0.0],
+        ["</s>", 0.0],
+        ["▁", -2.0],
+        ["a", -2.0],
+        ["▁a", -3.0],
+        *([c, -5.0] for c in "</s>unk"),
+    ]
+    metaspace = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "always",
+        "split": True,
+    }
     tokens = [added(0, "<unk>", True), added(1, "</s>", True)]
     model = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
-    path = write_json(tmp_path / "t.json", model, added_tokens=tokens, pre_tokenizer=metaspace, decoder=metaspace)
+    path = write_json(
+        tmp_path / "t.json",
+        model,
+        added_tokens=tokens,
+        pre_tokenizer=metaspace,
+        decoder=metaspace,
+    )
     tokenizer = tokenizer_lib.load_tokenizer(path)
     assert (tokenizer.size, tokenizer.eos_id) == (12, 1)
     assert tokenizer.encode("a a").tolist() == [4, 4]
@@ -258,24 +401,45 @@ def test_unigram(tmp_path: Path):
 
 
 def test_word_level_unknown_word(tmp_path: Path):
-    model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "</s>": 1, "hi": 2}, "unk_token": "[UNK]"}
+    model = {
+        "type": "WordLevel",
+        "vocab": {"[UNK]": 0, "</s>": 1, "hi": 2},
+        "unk_token": "[UNK]",
+    }
     path = write_json(
-        tmp_path / "t.json", model, added_tokens=[added(0, "[UNK]", True)], pre_tokenizer={"type": "WhitespaceSplit"}
+        tmp_path / "t.json",
+        model,
+        added_tokens=[added(0, "[UNK]", True)],
+        pre_tokenizer={"type": "WhitespaceSplit"},
     )
     tokenizer = tokenizer_lib.load_tokenizer(path)
-    assert tokenizer.encode("hi </s> you").tolist() == [2, 0, 0] and tokenizer.decode([2, 0, 1]) == "hi [UNK] </s>"
+    assert (
+        tokenizer.encode("hi </s> you").tolist() == [2, 0, 0]
+        and tokenizer.decode([2, 0, 1]) == "hi [UNK] </s>"
+    )
 
 
 @pytest.mark.parametrize(("tokens", "ids"), [([], [2]), ([added(2, "ab", True)], [0, 1])])
-def test_merges_with_a_prefix_inside_words(tmp_path: Path, tokens: list[dict], ids: list[int]):
+def test_merges_with_a_prefix_inside_words(
+    tmp_path: Path, tokens: list[dict], ids: list[int]
+):
     vocab = {"a": 0, "##b": 1, "ab": 2, EOT: 3}
-    model = {"type": "BPE", "continuing_subword_prefix": "##", "vocab": vocab, "merges": ["a ##b"]}
-    tokenizer = tokenizer_lib.load_tokenizer(write_json(tmp_path / "t.json", model, added_tokens=tokens))
+    model = {
+        "type": "BPE",
+        "continuing_subword_prefix": "##",
+        "vocab": vocab,
+        "merges": ["a ##b"],
+    }
+    tokenizer = tokenizer_lib.load_tokenizer(
+        write_json(tmp_path / "t.json", model, added_tokens=tokens)
+    )
     assert tokenizer.encode("ab").tolist() == ids
 
 
 def test_dropout_is_off(tmp_path: Path):
-    path = write_byte_level(tmp_path / "t.json", {"ab": 256, EOT: 257}, ["a b"], [], dropout=0.9)
+    path = write_byte_level(
+        tmp_path / "t.json", {"ab": 256, EOT: 257}, ["a b"], [], dropout=0.9
+    )
     tokenizer = tokenizer_lib.load_tokenizer(path)
     assert tokenizer.encode(" ab" * 50).tolist() == [32, 256] * 50
 
@@ -290,17 +454,28 @@ def test_dropout_is_off(tmp_path: Path):
     ],
 )
 def test_end_of_text(tmp_path: Path, names: list[str], config: dict | None, eos: str):
-    write_byte_level(tmp_path / "tokenizer.json", {}, [], [added(256 + i, name, True) for i, name in enumerate(names)])
+    write_byte_level(
+        tmp_path / "tokenizer.json",
+        {},
+        [],
+        [added(256 + i, name, True) for i, name in enumerate(names)],
+    )
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         tokenizer = tokenizer_lib.load_tokenizer(str(path))
-        assert tokenizer.eos_id == 256 + names.index(eos) and tokenizer.decode([tokenizer.eos_id]) == eos
+        assert (
+            tokenizer.eos_id == 256 + names.index(eos)
+            and tokenizer.decode([tokenizer.eos_id]) == eos
+        )
 
 
 def test_end_of_text_not_found(tmp_path: Path):
     path = write_byte_level(tmp_path / "t.json", {}, [], [added(256, "<end>", True)])
-    with pytest.raises(ValueError, match=r"<\|endoftext\|>, </s>, <\|im_end\|>; name it in .*tokenizer_config.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"<\|endoftext\|>, </s>, <\|im_end\|>; name it in .*tokenizer_config.json",
+    ):
         tokenizer_lib.load_tokenizer(path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
     with pytest.raises(ValueError, match="looked for <stop>;"):
@@ -316,13 +491,32 @@ VOCAB = {"a": 0, "b": 1, EOT: 2}
         ("{", "Expecting"),
         ("[]", "TypeError"),
         ("{}", "KeyError: 'model'"),
-        (json.dumps({"model": {"type": "BPE", "vocab": VOCAB}, "pre_tokenizer": {"type": "Nonsense"}}), "Exception: "),
-        (json.dumps({"model": {"vocab": VOCAB, "merges": ["a b"]}}), "the merge 'a' 'b' needs 'ab'"),
+        (
+            json.dumps(
+                {
+                    "model": {"type": "BPE", "vocab": VOCAB},
+                    "pre_tokenizer": {"type": "Nonsense"},
+                }
+            ),
+            "Exception: ",
+        ),
+        (
+            json.dumps({"model": {"vocab": VOCAB, "merges": ["a b"]}}),
+            "the merge 'a' 'b' needs 'ab'",
+        ),
         (json.dumps({"model": {"vocab": VOCAB, "merges": ["a b c"]}}), "too many values"),
         (json.dumps({"model": {"vocab": VOCAB | {"b": 0}, "merges": []}}), "share an id"),
-        (json.dumps({"model": {"vocab": VOCAB | {"b": -1}, "merges": []}}), "integers from 0"),
         (
-            json.dumps({"model": {"vocab": VOCAB, "merges": []}, "added_tokens": [added(5, EOT, True)]}),
+            json.dumps({"model": {"vocab": VOCAB | {"b": -1}, "merges": []}}),
+            "integers from 0",
+        ),
+        (
+            json.dumps(
+                {
+                    "model": {"vocab": VOCAB, "merges": []},
+                    "added_tokens": [added(5, EOT, True)],
+                }
+            ),
             "two ids, 2 and 5",
         ),
         ("\x80", "cannot use"),
@@ -333,7 +527,9 @@ def test_malformed_files(tmp_path: Path, text: str, reason: str):
     file.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=reason) as error:
         tokenizer_lib.load_tokenizer(str(file))
-    assert str(error.value).startswith(f"cannot use the tokenizer at {file}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(
+        f"cannot use the tokenizer at {file}: "
+    ) and "\n" not in str(error.value)
 
 
 def test_missing_and_incomplete_files(tmp_path: Path):
@@ -344,16 +540,22 @@ def test_missing_and_incomplete_files(tmp_path: Path):
     folder = write_gpt2(tmp_path, [])
     vocab = json.loads((folder / "encoder.json").read_text())
     for name in ("Ġ", EOT):
-        (folder / "encoder.json").write_text(json.dumps({key: vocab[key] for key in vocab if key != name}))
+        (folder / "encoder.json").write_text(
+            json.dumps({key: vocab[key] for key in vocab if key != name})
+        )
         with pytest.raises(ValueError, match="vocabulary lacks"):
             tokenizer_lib.load_tokenizer(str(folder))
 
 
 def run_script(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *args], capture_output=True, text=True, check=False
+    )
 
 
-def test_script_trains_as_the_library_does(tmp_path: Path, trained: tokenizer_lib.Tokenizer):
+def test_script_trains_as_the_library_does(
+    tmp_path: Path, trained: tokenizer_lib.Tokenizer
+):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"body": text}) + "\n" for text in TEXTS[:-1])
     (tmp_path / "b.txt").write_text(TEXTS[-1], encoding="utf-8")
@@ -370,14 +572,32 @@ def test_script_complains_in_one_line(tmp_path: Path):
     (tmp_path / "a.txt").write_text("some text")
     out = ["--out", str(tmp_path / "t.json")]
     for args, reason in (
-        ([*out, "--vocab_size=300", f"--files={tmp_path}/a.jsonl"], "a.jsonl, line 2: .* under 'text'"),
-        ([*out, "--vocab_size=300", f"--files={tmp_path}/a.txt.gz"], "a.txt.gz: cannot be read"),
-        ([*out, "--vocab_size=300", f"--files={tmp_path}/none.txt"], "none.txt: cannot be read"),
-        ([*out, "--vocab_size=300", f"--files={tmp_path}/a.csv"], r"a.csv: must end in \.txt"),
+        (
+            [*out, "--vocab_size=300", f"--files={tmp_path}/a.jsonl"],
+            "a.jsonl, line 2: .* under 'text'",
+        ),
+        (
+            [*out, "--vocab_size=300", f"--files={tmp_path}/a.txt.gz"],
+            "a.txt.gz: cannot be read",
+        ),
+        (
+            [*out, "--vocab_size=300", f"--files={tmp_path}/none.txt"],
+            "none.txt: cannot be read",
+        ),
+        (
+            [*out, "--vocab_size=300", f"--files={tmp_path}/a.csv"],
+            r"a.csv: must end in \.txt",
+        ),
         ([*out, "--vocab_size=30", f"--files={tmp_path}/a.txt"], "at least 257"),
         ([*out, "--vocab_size=many", f"--files={tmp_path}/a.txt"], "many"),
-        ([*out, "--vocab_size=300", f"--files={tmp_path}/a.txt", "more.txt"], "unexpected argument more.txt"),
-        ([f"--out={tmp_path}", "--vocab_size=300", f"--files={tmp_path}/a.txt"], "is a folder"),
+        (
+            [*out, "--vocab_size=300", f"--files={tmp_path}/a.txt", "more.txt"],
+            "unexpected argument more.txt",
+        ),
+        (
+            [f"--out={tmp_path}", "--vocab_size=300", f"--files={tmp_path}/a.txt"],
+            "is a folder",
+        ),
         (out, "--files"),
     ):
         done = run_script(*args)
@@ -391,7 +611,12 @@ def test_help_imports_neither_jax_nor_tokenizers():
         "import runpy, sys; sys.modules.update(jax=None, tokenizers=None, numpy=None); "
         "path = sys.argv[1]; sys.argv = [path, '--help']; runpy.run_path(path, run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "--vocab_size" in done.stdout and "Traceback" not in done.stderr
 
 

@@ -18,7 +18,8 @@ Z = 1.959964
 
 
 def test_mean_by_hand():
-    """1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14/3, standard error √(14/12)."""
+    """1, 2, 3, 6: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, variance 14/3, standard
+    error √(14/12)."""
     estimate = mean_estimate(np.array([1, 2, 3, 6]))
     half = Z * math.sqrt(14 / 12)
     assert (estimate.value, estimate.count) == (3.0, 4)
@@ -30,14 +31,17 @@ def test_the_mean_of_one_value_says_nothing_of_its_spread():
 
 
 def test_ratio_by_hand():
-    """(1 + 2) / (2 + 4) = 1/2 with residuals 1 − 1 = 0, 2 − 2 = 0; then (2 + 1) / (2 + 4): residuals 1, −1.
+    """(1 + 2) / (2 + 4) = 1/2 with residuals 1 − 1 = 0, 2 − 2 = 0; then (2 + 1) / (2 + 4):
+    residuals 1, −1.
 
     The second: Σ r² = 2, times 2/1 units, root 2, over a total of 6: one third.
     """
     exact = ratio_estimate(np.array([1, 2]), np.array([2, 4]))
     assert (exact.value, exact.low, exact.high, exact.count) == (0.5, 0.5, 0.5, 2)
     spread = ratio_estimate(np.array([2, 1]), np.array([2, 4]))
-    assert (spread.value, spread.low, spread.high) == pytest.approx((0.5, 0.5 - Z / 3, 0.5 + Z / 3))
+    assert (spread.value, spread.low, spread.high) == pytest.approx(
+        (0.5, 0.5 - Z / 3, 0.5 + Z / 3)
+    )
 
 
 def test_a_unit_without_denominator_counts_for_nothing():
@@ -49,27 +53,40 @@ def test_a_unit_without_denominator_counts_for_nothing():
 def test_a_ratio_of_equal_denominators_is_a_mean():
     x = np.random.default_rng(0).normal(size=50)
     ratio, mean = ratio_estimate(x * 3, np.full(50, 3.0)), mean_estimate(x)
-    assert (ratio.value, ratio.low, ratio.high, ratio.count) == pytest.approx((mean.value, mean.low, mean.high, 50))
+    assert (ratio.value, ratio.low, ratio.high, ratio.count) == pytest.approx(
+        (mean.value, mean.low, mean.high, 50)
+    )
 
 
 def test_a_ratio_of_nothing_is_nan_and_unbounded():
     empty = ratio_estimate(np.zeros(3), np.zeros(3))
-    assert math.isnan(empty.value) and (empty.low, empty.high, empty.count) == (-math.inf, math.inf, 0)
+    assert math.isnan(empty.value) and (empty.low, empty.high, empty.count) == (
+        -math.inf,
+        math.inf,
+        0,
+    )
     one = ratio_estimate(np.array([1.0]), np.array([2.0]))
     assert one == Estimate(0.5, -math.inf, math.inf, 1)
 
 
 def test_a_mean_of_nothing_is_nan_and_unbounded():
     empty = mean_estimate(np.zeros(0))
-    assert math.isnan(empty.value) and (empty.low, empty.high, empty.count) == (-math.inf, math.inf, 0)
+    assert math.isnan(empty.value) and (empty.low, empty.high, empty.count) == (
+        -math.inf,
+        math.inf,
+        0,
+    )
 
 
 def test_share_by_hand():
-    """Wilson: 2 of 8, (1/4 + z²/16 ± z √(3/16/8 + z²/256)) / (1 + z²/8); of none of 10 from 0 to z² / (10 + z²)."""
+    """Wilson: 2 of 8, (1/4 + z²/16 ± z √(3/16/8 + z²/256)) / (1 + z²/8); of none of 10 from
+    0 to z² / (10 + z²)."""
     estimate = share_estimate(np.array([1, 1, 0, 0, 0, 0, 0, 0]))
     middle, half = 0.25 + Z**2 / 16, Z * math.sqrt(3 / 128 + Z**2 / 256)
     assert (estimate.value, estimate.count) == (0.25, 8)
-    assert (estimate.low, estimate.high) == pytest.approx([(middle + x) / (1 + Z**2 / 8) for x in (-half, half)])
+    assert (estimate.low, estimate.high) == pytest.approx(
+        [(middle + x) / (1 + Z**2 / 8) for x in (-half, half)]
+    )
     none, every = share_estimate(np.zeros(10)), share_estimate(np.ones(10))
     assert (none.value, none.low, none.high) == pytest.approx((0, 0, Z**2 / (10 + Z**2)))
     assert (every.value, every.low, every.high) == pytest.approx((1, 10 / (10 + Z**2), 1))
@@ -85,7 +102,9 @@ def test_difference_of_shares_by_hand():
     assert (estimate.value, estimate.count) == (0.25, 4)
     assert (estimate.low, estimate.high) == pytest.approx((1 / 6 - half, 1 / 6 + half))
     alike = share_difference(np.ones(30, bool), np.ones(30, bool))
-    assert alike.value == 0 and (alike.low, alike.high) == pytest.approx((-alike.high, Z * math.sqrt(2) / 32))
+    assert alike.value == 0 and (alike.low, alike.high) == pytest.approx(
+        (-alike.high, Z * math.sqrt(2) / 32)
+    )
     assert math.isnan(share_difference(np.zeros(0, bool), np.zeros(0, bool)).value)
 
 
@@ -93,11 +112,14 @@ def test_win_rate_counts_a_tie_as_half():
     estimate = win_rate(np.array([2.0, 1.0, 0.0, 3.0]), np.array([1.0, 1.0, 5.0, 2.0]))
     assert (estimate.value, estimate.count) == (2.5 / 4, 4)
     assert win_rate(np.arange(5), np.arange(5)).value == 0.5
-    assert estimate.high - estimate.value == pytest.approx(Z * math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4))
+    assert estimate.high - estimate.value == pytest.approx(
+        Z * math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4)
+    )
 
 
 def test_intervals_cover_about_95_of_100():
-    """2000 draws of 40 clustered units; a binomial with p = 0.95 leaves 0.93 … 0.97 less often than 1 in 10^4."""
+    """2000 draws of 40 clustered units; a binomial with p = 0.95 leaves 0.93 … 0.97 less
+    often than 1 in 10^4."""
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(2000):
@@ -105,7 +127,9 @@ def test_intervals_cover_about_95_of_100():
         right = rng.binomial(pairs, np.clip(rng.normal(0.7, 0.15, size=40), 0, 1))
         estimate = ratio_estimate(right, pairs)
         covered += estimate.low <= 0.7 <= estimate.high
-    assert 0.91 < covered / 2000 < 0.97  # 40 units are few for a linearised interval, and the clip moves 0.7 a little
+    assert (
+        0.91 < covered / 2000 < 0.97
+    )  # 40 units are few for a linearised interval, and the clip moves 0.7 a little
 
 
 def test_text():

@@ -1,4 +1,5 @@
-"""Texts that people and machines write by mistake, from a file to rows: refused in one line, or dropped and counted."""
+"""Texts that people and machines write by mistake, from a file to rows: refused in one
+line, or dropped and counted."""
 
 import dataclasses
 import gzip
@@ -48,7 +49,9 @@ GOOD = {
 
 def prepared(folder, kind, *changes, limits=LIMITS):
     """What is prepared of one good record and one for each of `changes`."""
-    records = [{"id": str(i)} | GOOD[kind] | change for i, change in enumerate(({}, *changes))]
+    records = [
+        {"id": str(i)} | GOOD[kind] | change for i, change in enumerate(({}, *changes))
+    ]
     file = folder / f"{kind}.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return PREPARE[kind]([file], TOKENIZER, limits, folder)
@@ -59,16 +62,26 @@ DROPPED = [
     ("demonstrations", {"completion": "c" * 17}, "completion_tokens"),
     ("demonstrations", {"prompt": "q" * 25}, "prompt_tokens"),
     ("prompts", {"prompt": WORDS}, "prompt_tokens"),
-    ("comparisons", {"completions": ["a", "b", "c", "d", "e"], "ranks": [1, 2, 3, 4, 5]}, "completions"),
+    (
+        "comparisons",
+        {"completions": ["a", "b", "c", "d", "e"], "ranks": [1, 2, 3, 4, 5]},
+        "completions",
+    ),
     ("comparisons", {"completions": ["a", "b" * 99], "ranks": [1, 2]}, "response_tokens"),
     ("comparisons", {"completions": ["a", "b", "c"], "ranks": [2, 2, 2]}, "tied"),
     ("comparisons", {"completions": ["a", "b", "c" * 99], "ranks": [1, 1, 2]}, "tied"),
-    ("comparisons", {"ranks": None, "completions": ["a", "b"], "pairs": [[0, 1, 1]]}, "unranked"),
+    (
+        "comparisons",
+        {"ranks": None, "completions": ["a", "b"], "pairs": [[0, 1, 1]]},
+        "unranked",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "rule"), DROPPED, ids=[f"{k}-{r}-{i}" for i, (k, _, r) in enumerate(DROPPED)]
+    ("kind", "change", "rule"),
+    DROPPED,
+    ids=[f"{k}-{r}-{i}" for i, (k, _, r) in enumerate(DROPPED)],
 )
 def test_what_does_not_fit_is_dropped_and_counted(tmp_path, kind, change, rule):
     report = prepared(tmp_path, kind, change).report
@@ -78,9 +91,9 @@ def test_what_does_not_fit_is_dropped_and_counted(tmp_path, kind, change, rule):
 
 def test_of_answers_that_are_left_out_one_pair_is_enough(tmp_path):
     """Three answers, of which the longest does not fit: the two others still are a pair."""
-    source = prepared(tmp_path, "comparisons", {"completions": ["a", "b", "c" * 99], "ranks": [1, 3, 2]}).sources[
-        "train"
-    ]
+    source = prepared(
+        tmp_path, "comparisons", {"completions": ["a", "b", "c" * 99], "ranks": [1, 3, 2]}
+    ).sources["train"]
     row = source.__getitems__([1])[0]
     assert row["ranks"].tolist() == [0, 1] and row["lengths"].tolist() == [2, 2]
 
@@ -92,34 +105,65 @@ REFUSED = [
         "completions: a comparison needs at least 2 completions, not 1",
     ),
     ("comparisons", {"ranks": [1, 2, 3]}, "ranks: 3 ranks for 2 completions ([1, 2, 3])"),
-    ("comparisons", {"ranks": [0, 1]}, "ranks: must be null or a list of integers, 1 for the best ([0, 1])"),
-    ("comparisons", {"ranks": [8.5, 1]}, "ranks: must be null or a list of integers, 1 for the best ([8.5, 1])"),
-    ("comparisons", {"pairs": [[0, 2, 1]]}, "pairs: needs i and j in 0 .. 1, i != j, and w in -1, 0, 1 ([0, 2, 1])"),
-    ("comparisons", {"pairs": [[0, 1, -1]]}, "pairs: contradicts ranks [1, 2] ([0, 1, -1])"),
+    (
+        "comparisons",
+        {"ranks": [0, 1]},
+        "ranks: must be null or a list of integers, 1 for the best ([0, 1])",
+    ),
+    (
+        "comparisons",
+        {"ranks": [8.5, 1]},
+        "ranks: must be null or a list of integers, 1 for the best ([8.5, 1])",
+    ),
+    (
+        "comparisons",
+        {"pairs": [[0, 2, 1]]},
+        "pairs: needs i and j in 0 .. 1, i != j, and w in -1, 0, 1 ([0, 2, 1])",
+    ),
+    (
+        "comparisons",
+        {"pairs": [[0, 1, -1]]},
+        "pairs: contradicts ranks [1, 2] ([0, 1, -1])",
+    ),
     ("prompts", {"prompt": ""}, "prompt: empty ('')"),
     ("prompts", {"prompt": " \n"}, "prompt: empty (' \\n')"),
     ("demonstrations", {"completion": ""}, "completion: empty ('')"),
     ("text", {"id": "0"}, "id: already used at "),
-    ("text", {"txt": "x"}, "txt: not a field of Text, which has id, text, source, meta ('x')"),
+    (
+        "text",
+        {"txt": "x"},
+        "txt: not a field of Text, which has id, text, source, meta ('x')",
+    ),
     ("text", {"text": "a\ud800b"}, "text: lone surrogate at character 1 ('\\ud800')"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "message"), REFUSED, ids=[f"{m[:30]}-{i}" for i, (_, _, m) in enumerate(REFUSED)]
+    ("kind", "change", "message"),
+    REFUSED,
+    ids=[f"{m[:30]}-{i}" for i, (_, _, m) in enumerate(REFUSED)],
 )
-def test_a_bad_line_ends_a_command_with_one_line_and_code_2(tmp_path, capsys, kind, change, message):
+def test_a_bad_line_ends_a_command_with_one_line_and_code_2(
+    tmp_path, capsys, kind, change, message
+):
     assert cli.guarded(lambda: prepared(tmp_path, kind, change)) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / kind}.jsonl:2: {message}") and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{kind}.jsonl"]  # no half-prepared rows
+    assert (
+        error.startswith(f"error: {tmp_path / kind}.jsonl:2: {message}")
+        and error.count("\n") == 1
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{kind}.jsonl"
+    ]  # no half-prepared rows
 
 
 @pytest.mark.parametrize("kind", PREPARE)
 @pytest.mark.parametrize("content", [b"", b"\n\r\n  \n", b"\xef\xbb\xbf"])
 def test_a_file_without_a_record(tmp_path, kind, content):
     (tmp_path / "empty.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"no {kind} in .*empty\.jsonl: each holds no line"):
+    with pytest.raises(
+        ValueError, match=rf"no {kind} in .*empty\.jsonl: each holds no line"
+    ):
         PREPARE[kind]([tmp_path / "empty.jsonl"], TOKENIZER, LIMITS, tmp_path)
 
 
@@ -143,10 +187,15 @@ ODD = [
 
 @pytest.mark.parametrize("text", ODD, ids=ascii)
 def test_odd_texts_come_through_as_they_are(tmp_path, text):
-    """NUL, emoji of several parts, both directions of writing, and the spelling of special tokens, which stays text."""
+    """NUL, emoji of several parts, both directions of writing, and the spelling of special
+    tokens, which stays text."""
     limits = dataclasses.replace(LIMITS, prompt_tokens=64, response_tokens=64)
-    source = prepared(tmp_path, "demonstrations", {"completion": text}, limits=limits).sources["train"]
-    tokens = np.concatenate([row["tokens"] for row in source.__getitems__(range(len(source)))])
+    source = prepared(
+        tmp_path, "demonstrations", {"completion": text}, limits=limits
+    ).sources["train"]
+    tokens = np.concatenate(
+        [row["tokens"] for row in source.__getitems__(range(len(source)))]
+    )
     ends = np.flatnonzero(tokens == TOKENIZER.eos_id)
     assert len(ends) == 2 and text in TOKENIZER.decode(tokens)
 
@@ -158,7 +207,10 @@ def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(b'{"id": "a", "text": "' + b"x" * (100 * 2**20), 1))
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match=r"bomb\.jsonl\.gz:1: line: longer than 1048576 bytes: split the text"):
+        with pytest.raises(
+            DataError,
+            match=r"bomb\.jsonl\.gz:1: line: longer than 1048576 bytes: split the text",
+        ):
             list(read_jsonl([path], Text))
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     finally:
@@ -166,7 +218,9 @@ def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
 
 
 def test_a_line_of_ten_megabytes_is_a_line(tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "a", "text": "x" * 10_000_000}) + "\n")
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"id": "a", "text": "x" * 10_000_000}) + "\n"
+    )
     (record,) = read_jsonl([tmp_path / "long.jsonl"], Text)
     assert len(record.text) == 10_000_000
 
@@ -174,18 +228,33 @@ def test_a_line_of_ten_megabytes_is_a_line(tmp_path):
 def test_another_split_seed_makes_other_rows(tmp_path):
     limits = dataclasses.replace(LIMITS, splits=(("train", 0.5), ("validation", 0.5)))
     texts = [{"text": f"text {i}"} for i in range(20)]
-    one, two = (prepared(tmp_path, "text", *texts, limits=dataclasses.replace(limits, split_seed=s)) for s in (0, 1))
+    one, two = (
+        prepared(tmp_path, "text", *texts, limits=dataclasses.replace(limits, split_seed=s))
+        for s in (0, 1)
+    )
     assert one.folder != two.folder and one.report.hash != two.report.hash
 
 
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("changed", ["data", "tokenizer"])
 def test_what_was_edited_between_start_and_resume_is_refused(chain, tmp_path, changed):
-    """By the hash of the rows, which a tokenizer is part of, even one of as many ids; restored, the run goes on."""
-    config = stages.config_of(chain, "pretrain", {"steps": 2, "epochs": 0.0, "run.save_every": 1, "run.log_every": 1})
-    files = [shutil.copy(path, tmp_path / f"{i}.jsonl.gz") for i, path in enumerate(config["data"]["text"])]
+    """By the hash of the rows, which a tokenizer is part of, even one of as many ids;
+    restored, the run goes on."""
+    config = stages.config_of(
+        chain,
+        "pretrain",
+        {"steps": 2, "epochs": 0.0, "run.save_every": 1, "run.log_every": 1},
+    )
+    files = [
+        shutil.copy(path, tmp_path / f"{i}.jsonl.gz")
+        for i, path in enumerate(config["data"]["text"])
+    ]
     own = shutil.copy(config["tokenizer"], tmp_path / "tokenizer.json")
-    config = {**config, "tokenizer": str(own), "data": {**config["data"], "text": tuple(map(str, files))}}
+    config = {
+        **config,
+        "tokenizer": str(own),
+        "data": {**config["data"], "text": tuple(map(str, files))},
+    }
     workdir = tmp_path / "run"
     run_stage(config, workdir)
     (workdir / "summary.json").unlink()
@@ -201,6 +270,8 @@ def test_what_was_edited_between_start_and_resume_is_refused(chain, tmp_path, ch
         edited.write_text(json.dumps(content))
     with pytest.raises(ConfigError) as error:
         run_stage(config, workdir)
-    assert "was begun from other inputs (data.text: '" in str(error.value) and "\n" not in str(error.value)
+    assert "was begun from other inputs (data.text: '" in str(
+        error.value
+    ) and "\n" not in str(error.value)
     edited.write_bytes(before)
     assert run_stage(config, workdir)

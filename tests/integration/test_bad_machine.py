@@ -1,4 +1,5 @@
-"""What a machine does to a run: full disks, folders that refuse, clocks that jump, links and leftovers."""
+"""What a machine does to a run: full disks, folders that refuse, clocks that jump, links
+and leftovers."""
 
 import contextlib
 import os
@@ -17,9 +18,16 @@ from instructax.runtime import metric_log
 from instructax.runtime.metric_log import MetricLog, write_json
 from instructax.runtime.workdir_lock import locked
 
-KEEPING = {"total_steps": 9, "log_every": 1, "start_step": 0, "tensorboard": False, "console": False}
+KEEPING = {
+    "total_steps": 9,
+    "log_every": 1,
+    "start_step": 0,
+    "tensorboard": False,
+    "console": False,
+}
 
-# Every writer on a disk with no room left, and once more when there is: (name, exit code full, exit code later).
+# Every writer on a disk with no room left, and once more when there is: (name, exit code
+# full, exit code later).
 DRIVER = """
 import json, resource, sys
 from pathlib import Path
@@ -28,33 +36,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from instructax import command, training
-from instructax.checkpoint import Checkpoints, committed_steps
+from instructax import cli
+from instructax.training import loop
+from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
 from instructax.data import prepare
-from instructax.data.limits import Limits
-from instructax.divergence import SkippedUpdates
-from instructax.manifest import write_manifest
-from instructax.runlog import RunLog, write_json
-from instructax.tokenizer import load_tokenizer, save_tokenizer
+from instructax.data.limits import DataLimits
+from instructax.runtime.nonfinite import NonFiniteGuard
+from instructax.checkpoints.manifest import write_manifest
+from instructax.runtime.metric_log import MetricLog, write_json
+from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 
 folder = Path(sys.argv[1])
 room, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 keeping = dict(total_steps=9, log_every=1, start_step=0, tensorboard=False, console=False)
 noise = np.random.default_rng(0).normal(size=(1 << 14,)).astype(np.float32)
 state = loop.new_state({"w": jnp.asarray(noise)}, optax.identity())
-limits = Limits(sequence_tokens=64, prompt_tokens=24, response_tokens=16, completions=4, prefix_characters=None,
+limits = DataLimits(sequence_tokens=64, prompt_tokens=24, response_tokens=16, completions=4, prefix_characters=None,
                 prompts_per_user=None, filter_pii=False, splits=(("train", 1.0),), split_seed=0)
 (folder / "t.jsonl").write_text("".join(json.dumps({"id": str(i), "text": f"{i} " * 20}) + "\\n" for i in range(99)))
 
 
 def metrics():
-    with RunLog(folder / "log", **keeping) as log:
+    with MetricLog(folder / "log", **keeping) as log:
         for step in range(1, 10):
             log.record(step, {f"figure {i}": 0.1 for i in range(99)})
 
 
 def samples():
-    with RunLog(folder / "log", **keeping) as log:
+    with MetricLog(folder / "log", **keeping) as log:
         log.sample(1, {"response": "x" * 9999})
 
 
@@ -67,7 +76,7 @@ def checkpoint():
 
 
 def skipped():
-    skips = SkippedUpdates(5, folder / "skipped")
+    skips = NonFiniteGuard(5, folder / "skipped")
     skips.note(1, {"x": noise}, {"skipped": jnp.float32(1)})
     skips.check()
 
@@ -99,20 +108,37 @@ for name, write in WRITERS.items():
     print(name, full, cli.guarded(write), flush=True)
 assert committed_steps(folder / "run") == [1]
 """
-WRITERS = ("metrics", "samples", "summary", "manifest", "tokenizer", "rows", "skipped", "checkpoint")
+WRITERS = (
+    "metrics",
+    "samples",
+    "summary",
+    "manifest",
+    "tokenizer",
+    "rows",
+    "skipped",
+    "checkpoint",
+)
 
 
 def test_a_full_disk_is_one_line_for_every_writer_and_later_it_goes_on(tmp_path):
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name} 2 0" for name in WRITERS], done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(WRITERS)  # and before the last one what a thread of Orbax's says
+    assert len(errors) == len(
+        WRITERS
+    )  # and before the last one what a thread of Orbax's says
 
 
 @contextlib.contextmanager
 def as_somebody(folder):
-    """While entered, `folder` cannot be written, as by another user: root may write everywhere, so it is nobody."""
+    """While entered, `folder` cannot be written, as by another user: root may write
+    everywhere, so it is nobody."""
     folder.chmod(0o500)
     root = os.geteuid() == 0
     if root:
@@ -138,7 +164,9 @@ LIMITS = DataLimits(
 )
 REFUSED = {
     "a workdir": lambda folder: locked(folder / "run").__enter__(),
-    "checkpoints": lambda folder: Checkpoints(folder, save_every=1, keep=1, best_metric="", exported="params"),
+    "checkpoints": lambda folder: Checkpoints(
+        folder, save_every=1, keep=1, best_metric="", exported="params"
+    ),
     "a log": lambda folder: MetricLog(folder / "run", **KEEPING),
     "a summary": lambda folder: write_json(folder / "summary.json", {}),
     "rows": lambda folder: prepare.prepare_text(
@@ -155,7 +183,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, writer):
     with as_somebody(folder):
         code = cli.guarded(lambda: REFUSED[writer](folder))
     error = capsys.readouterr().err
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "Permission denied" in error
+    assert (
+        code == 2
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and "Permission denied" in error
+    )
     assert not any(folder.iterdir())
 
 
@@ -174,14 +207,17 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
 
 
 def test_a_step_behind_a_link_is_dropped_and_what_it_leads_to_stays(tmp_path):
-    """Steps that were moved to another disk, and linked, are steps; deleting one takes the link away alone."""
+    """Steps that were moved to another disk, and linked, are steps; deleting one takes the
+    link away alone."""
     import jax.numpy as jnp
     import optax
 
     from instructax.training import loop
 
     elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
-    checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="params")
+    checkpoints = Checkpoints(
+        workdir, save_every=1, keep=1, best_metric="", exported="params"
+    )
     state = loop.new_state({"w": jnp.ones(3)}, optax.identity())
     checkpoints.save(1, state, {})
     checkpoints.wait()

@@ -1,4 +1,5 @@
-"""What rollouts can bring: a case trains with finite numbers, or is skipped and counted and leaves the state alone."""
+"""What rollouts can bring: a case trains with finite numbers, or is skipped and counted and
+leaves the state alone."""
 
 import dataclasses
 from functools import cache, partial
@@ -11,7 +12,12 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.experience import InvariantError, check_update, diagnostics, make_experience
+from instructax.stages.ppo.experience import (
+    InvariantError,
+    check_update,
+    diagnostics,
+    make_experience,
+)
 from instructax.types import Experience, PpoState, Rollouts, Scored
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -19,7 +25,10 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 ROWS, COLUMNS = 8, 7
 PROGRAM = stages.ppo_program(stages.mesh_of())
 SETTINGS = stages.ppo_settings(no_eos_penalty=0.5)
-NO_TOKEN, ONE_TOKEN = np.zeros((ROWS, COLUMNS), bool), np.arange(COLUMNS)[None, :] < np.ones((ROWS, 1), int)
+NO_TOKEN, ONE_TOKEN = (
+    np.zeros((ROWS, COLUMNS), bool),
+    np.arange(COLUMNS)[None, :] < np.ones((ROWS, 1), int),
+)
 ALL_TOKENS = np.ones((ROWS, COLUMNS), bool)
 
 
@@ -36,8 +45,13 @@ def judged(**changes: Any) -> Scored:
         "values": rng.normal(size=shape).astype(np.float32),
         "scores": rng.normal(size=ROWS).astype(np.float32),
     }
-    arrays["ref_logprobs"] = arrays["logprobs"] + 0.1 * rng.normal(size=shape).astype(np.float32)
-    arrays |= {name: change(arrays) if callable(change) else change for name, change in changes.items()}
+    arrays["ref_logprobs"] = arrays["logprobs"] + 0.1 * rng.normal(size=shape).astype(
+        np.float32
+    )
+    arrays |= {
+        name: change(arrays) if callable(change) else change
+        for name, change in changes.items()
+    }
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     prompts = tiny_models.ragged_prompts([1, 5, 3, 6, 2, 4, 6, 1], columns=6)
     own = {name: arrays.pop(name) for name in ("responses", "mask", "logprobs", "ended")}
@@ -47,7 +61,9 @@ def judged(**changes: Any) -> Scored:
 def experience_of(scored: Scored) -> tuple[Experience, Any]:
     """(experience, rewards f32[B, R]) as PPO makes them."""
     logprobs = scored.rollouts.logprobs
-    return make_experience(scored, logprobs, SETTINGS.rewards, whiten_rewards=False, whiten_advantages=True)
+    return make_experience(
+        scored, logprobs, SETTINGS.rewards, whiten_rewards=False, whiten_advantages=True
+    )
 
 
 @cache
@@ -78,10 +94,15 @@ def planted(name: str, value: float) -> dict[str, Any]:
 
 TRAINS = {
     "no answer has a token": {"mask": NO_TOKEN, "ended": np.zeros(ROWS, bool)},
-    "one answer has no token": {"mask": lambda a: a["mask"] & (np.arange(ROWS) != 3)[:, None]},
+    "one answer has no token": {
+        "mask": lambda a: a["mask"] & (np.arange(ROWS) != 3)[:, None]
+    },
     "every first token ends": {"mask": ONE_TOKEN, "ended": np.ones(ROWS, bool)},
     "no answer ends": {"mask": ALL_TOKENS, "ended": np.zeros(ROWS, bool)},
-    "all scores are equal": {"scores": np.ones(ROWS, np.float32), "ref_logprobs": lambda a: a["logprobs"]},
+    "all scores are equal": {
+        "scores": np.ones(ROWS, np.float32),
+        "ref_logprobs": lambda a: a["logprobs"],
+    },
     "scores of 1e9": {"scores": lambda a: a["scores"] * np.float32(1e9)},
     "one score of 1e9": planted("scores", 1e9),
     "a reference that all but excludes a token": planted("ref_logprobs", -1e4),
@@ -101,7 +122,13 @@ SKIPS = {
 def test_it_trains_with_finite_numbers(case):
     scored = judged(**TRAINS[case])
     experience, rewards = experience_of(scored)
-    figures = diagnostics(scored, scored.rollouts.logprobs, -scored.rollouts.logprobs, rewards, experience.returns)
+    figures = diagnostics(
+        scored,
+        scored.rollouts.logprobs,
+        -scored.rollouts.logprobs,
+        rewards,
+        experience.returns,
+    )
     state, metrics = updated(experience)
     assert metrics["skipped"] == 0
     assert all(np.isfinite(float(x)) for x in (*figures.values(), *metrics.values()))
@@ -110,19 +137,25 @@ def test_it_trains_with_finite_numbers(case):
 
 @pytest.mark.parametrize("case", SKIPS)
 def test_it_is_skipped_counted_and_changes_nothing(case):
-    """Both optimizer steps, where whitening spreads it over the batch; a network of which nothing is infinite moves."""
+    """Both optimizer steps, where whitening spreads it over the batch; a network of which
+    nothing is infinite moves."""
     experience, _ = experience_of(judged(**SKIPS[case]))
     state, metrics = updated(experience)
     assert metrics["skipped"] > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    if not np.isfinite(np.asarray(experience.advantages)).any(where=np.asarray(experience.rollouts.mask)):
+    if not np.isfinite(np.asarray(experience.advantages)).any(
+        where=np.asarray(experience.rollouts.mask)
+    ):
         stages.assert_trees_equal(state.policy.params, start().policy.params)
 
 
 def test_a_loss_that_is_infinite_is_named_too():
     _, metrics = updated(experience_of(judged(**SKIPS["scores of 1e30"]))[0])
     close = {"first_ratio_gap": 0.0, "first_clipped_fraction": 0.0}
-    with pytest.raises(InvariantError, match="value_loss is inf: lower the learning rate or look at the scores' scale"):
+    with pytest.raises(
+        InvariantError,
+        match="value_loss is inf: lower the learning rate or look at the scores' scale",
+    ):
         check_update(metrics | close, tolerance=0.1)
 
 
@@ -134,8 +167,15 @@ def test_without_a_token_nothing_moves():
 
 def test_advantages_without_spread_are_zero():
     """One token each, equal scores and values: the whitened advantages are 0, not 0 / 0."""
-    same = {"scores": np.full(ROWS, 3, np.float32), "values": np.zeros((ROWS, COLUMNS), np.float32)}
-    same |= {"mask": ONE_TOKEN, "ended": np.ones(ROWS, bool), "ref_logprobs": lambda a: a["logprobs"]}
+    same = {
+        "scores": np.full(ROWS, 3, np.float32),
+        "values": np.zeros((ROWS, COLUMNS), np.float32),
+    }
+    same |= {
+        "mask": ONE_TOKEN,
+        "ended": np.ones(ROWS, bool),
+        "ref_logprobs": lambda a: a["logprobs"],
+    }
     experience, _ = experience_of(judged(**same))
     np.testing.assert_array_equal(experience.advantages, np.zeros((ROWS, COLUMNS)))
     state, metrics = updated(experience)
@@ -147,11 +187,16 @@ def test_an_answer_without_a_token_gets_no_reward_and_gives_none_away():
     _, rewards = experience_of(judged(**TRAINS["one answer has no token"]))
     _, others = experience_of(judged())
     np.testing.assert_array_equal(rewards[3], np.zeros(COLUMNS))
-    np.testing.assert_array_equal(np.delete(rewards, 3, axis=0), np.delete(others, 3, axis=0))
+    np.testing.assert_array_equal(
+        np.delete(rewards, 3, axis=0), np.delete(others, 3, axis=0)
+    )
 
 
 def test_an_answer_that_never_ends_pays_for_it_once():
-    ended, endless = (experience_of(judged(mask=ALL_TOKENS, ended=np.full(ROWS, e)))[1] for e in (True, False))
+    ended, endless = (
+        experience_of(judged(mask=ALL_TOKENS, ended=np.full(ROWS, e)))[1]
+        for e in (True, False)
+    )
     paid = np.zeros((ROWS, COLUMNS), np.float32)
     paid[:, -1] = 0.5
     np.testing.assert_allclose(ended - endless, paid, atol=1e-6)
@@ -163,7 +208,11 @@ def test_a_ratio_beyond_all_numbers_is_held_at_one_that_is(old, advantage):
     """The old log-probability of one token is such that the ratio overflows."""
     experience, _ = experience_of(judged())
     scaled = jnp.abs(experience.advantages) * advantage
-    odd = dataclasses.replace(experience, old_logprobs=experience.old_logprobs.at[1, 2].set(old), advantages=scaled)
+    odd = dataclasses.replace(
+        experience,
+        old_logprobs=experience.old_logprobs.at[1, 2].set(old),
+        advantages=scaled,
+    )
     state, metrics = updated(odd)
     assert np.isfinite(metrics["policy_loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

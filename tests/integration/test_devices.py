@@ -1,4 +1,5 @@
-"""The same numbers on one device and on every mesh of eight: two updates of each stage, with rollouts and scores."""
+"""The same numbers on one device and on every mesh of eight: two updates of each stage,
+with rollouts and scores."""
 
 from functools import cache, partial
 from typing import Any
@@ -21,7 +22,8 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]  # data, fsdp, tensor
-# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole step of it.
+# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole
+# step of it.
 OPTIMIZER = tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0, weight_decay=0.1)
 GPT, LLAMA = tiny_models.gpt_config(), tiny_models.llama_config()
 
@@ -40,8 +42,12 @@ def compiled(update: Any, program: Any, abstract: Any) -> Any:
 
 def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[str, Any]:
     """Metrics, parameters and optimizer state after two updates from random parameters."""
-    state = loop.start_from(tiny_models.random_params(program.model), program.optimizer, program.mesh)
-    step = compiled(update, program, loop.abstract_state(program.model, program.optimizer, program.mesh))
+    state = loop.start_from(
+        tiny_models.random_params(program.model), program.optimizer, program.mesh
+    )
+    step = compiled(
+        update, program, loop.abstract_state(program.model, program.optimizer, program.mesh)
+    )
     metrics = []
     for batch in batches:
         state, figures = step(state, sharding.put_rows(batch, program.mesh), settings)
@@ -50,7 +56,9 @@ def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[
 
 
 @cache
-def supervised_run(shape: tuple[int, int, int], config: ModelConfig = GPT) -> dict[str, Any]:
+def supervised_run(
+    shape: tuple[int, int, int], config: ModelConfig = GPT
+) -> dict[str, Any]:
     program = sft.SupervisedProgram(
         model=Transformer(config, tiny_models.compute(), "tokens"),
         optimizer=make_optimizer(OPTIMIZER),
@@ -60,8 +68,12 @@ def supervised_run(shape: tuple[int, int, int], config: ModelConfig = GPT) -> di
         accumulate=2,
         drops=True,
     )
-    settings = sft.SupervisedSettings(seed=jnp.int32(0), learning_rate=jnp.float32(0.01), dropout=jnp.float32(0.2))
-    return two_updates(sft.update, program, settings, [stages.packed_rows(16, 14, seed) for seed in (0, 1)])
+    settings = sft.SupervisedSettings(
+        seed=jnp.int32(0), learning_rate=jnp.float32(0.01), dropout=jnp.float32(0.2)
+    )
+    return two_updates(
+        sft.update, program, settings, [stages.packed_rows(16, 14, seed) for seed in (0, 1)]
+    )
 
 
 @cache
@@ -77,12 +89,17 @@ def reward_run(shape: tuple[int, int, int], config: ModelConfig = LLAMA) -> dict
     settings = reward_model.RewardModelSettings(learning_rate=jnp.float32(0.01))
     answers = (3, 1, 4, 2, 4, 2, 3, 4)
     return two_updates(
-        reward_model.update, program, settings, [stages.comparisons(answers, 5, seed) for seed in (0, 1)]
+        reward_model.update,
+        program,
+        settings,
+        [stages.comparisons(answers, 5, seed) for seed in (0, 1)],
     )
 
 
 @cache
-def ppo_run(shape: tuple[int, int, int], policy: ModelConfig = GPT, scorer: ModelConfig = LLAMA) -> dict[str, Any]:
+def ppo_run(
+    shape: tuple[int, int, int], policy: ModelConfig = GPT, scorer: ModelConfig = LLAMA
+) -> dict[str, Any]:
     """Two iterations of PPO-ptx."""
     mesh = stages.mesh_of(*shape)
     networks = {
@@ -109,7 +126,8 @@ def ppo_run(shape: tuple[int, int, int], policy: ModelConfig = GPT, scorer: Mode
         metrics = {
             name: x
             for name, x in metrics.items()
-            if name not in ("sampler_gap", "sampler_gap_max", "ratio_gap", "first_ratio_gap")
+            if name
+            not in ("sampler_gap", "sampler_gap_max", "ratio_gap", "first_ratio_gap")
         }
         seen.append({"metrics": metrics, "rollouts": rollouts, "scores": scores})
     return jax.device_get({"state": state, "seen": seen})
@@ -130,27 +148,36 @@ def test_reward(shape):
     assert_same(reward_run(shape), reward_run(ONE))
 
 
-@pytest.mark.parametrize("shape", [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:2]), MESHES[2]])
+@pytest.mark.parametrize(
+    "shape",
+    [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:2]), MESHES[2]],
+)
 def test_ppo(shape):
     got, wanted = ppo_run(shape), ppo_run(ONE)
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
-        np.testing.assert_array_equal(ours["rollouts"].responses, theirs["rollouts"].responses)
+        np.testing.assert_array_equal(
+            ours["rollouts"].responses, theirs["rollouts"].responses
+        )
         np.testing.assert_array_equal(ours["rollouts"].mask, theirs["rollouts"].mask)
     assert_same(got, wanted)
 
 
 @pytest.mark.slow
 def test_the_other_family_in_each_stage():
-    """An untied head, grouped queries and rotary positions in what samples; biases and a position table in the scorer.
+    """An untied head, grouped queries and rotary positions in what samples; biases and a
+    position table in the scorer.
 
-    The sampler's log-probabilities are the scorer's on either mesh, or the iteration would have stopped.
+    The sampler's log-probabilities are the scorer's on either mesh, or the iteration would
+    have stopped.
     """
     mesh = (2, 2, 2)
     assert_same(supervised_run(mesh, LLAMA), supervised_run(ONE, LLAMA))
     assert_same(reward_run(mesh, GPT), reward_run(ONE, GPT))
     got, wanted = ppo_run(mesh, LLAMA, GPT), ppo_run(ONE, LLAMA, GPT)
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
-        np.testing.assert_array_equal(ours["rollouts"].responses, theirs["rollouts"].responses)
+        np.testing.assert_array_equal(
+            ours["rollouts"].responses, theirs["rollouts"].responses
+        )
     assert_same(got, wanted)
 
 
@@ -165,4 +192,6 @@ def test_every_part_of_the_state_is_laid_out_as_the_table_says():
     assert len(kernels) == 7  # parameters and two moments of both networks, and the average
     for _, leaf in kernels:
         layers, width, columns = leaf.shape
-        assert {piece.data.shape for piece in leaf.addressable_shards} == {(layers, width // 2, columns // 2)}
+        assert {piece.data.shape for piece in leaf.addressable_shards} == {
+            (layers, width // 2, columns // 2)
+        }

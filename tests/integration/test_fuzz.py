@@ -1,6 +1,8 @@
-"""Whatever is read, it is taken or refused in one line: nothing else is raised, nothing hangs, nothing eats memory.
+"""Whatever is read, it is taken or refused in one line: nothing else is raised, nothing
+hangs, nothing eats memory.
 
-A few hundred cases in the normal suite; `./scripts/test.sh fuzz` runs more than 100,000 and says how far it is.
+A few hundred cases in the normal suite; `./scripts/test.sh fuzz` runs more than 100,000 and
+says how far it is.
 """
 
 import contextlib
@@ -27,7 +29,14 @@ from instructax import cli
 from instructax.checkpoints.manifest import read_manifest
 from instructax.config import ConfigError, construct
 from instructax.data import filters
-from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text, read_jsonl
+from instructax.data.schema import (
+    Comparison,
+    DataError,
+    Demonstration,
+    Prompt,
+    Text,
+    read_jsonl,
+)
 from instructax.data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_bpe
 from instructax.experiment import Run, load_config, stage_of
 from instructax.runtime.metric_log import rewind
@@ -78,7 +87,8 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
-    """What `call` returns, or None if it refuses in one line, as an error of exactly this kind; others pass."""
+    """What `call` returns, or None if it refuses in one line, as an error of exactly this
+    kind; others pass."""
     with within(SECONDS):
         try:
             return call()
@@ -92,15 +102,50 @@ def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
 
 RECORDS: dict[Any, dict[str, Any]] = {
     Text: {"id": "t", "text": "x"},
-    Demonstration: {"id": "d", "prompt": "p", "format": "plain", "completion": "c", "labeler": "l"},
-    Comparison: {"id": "c", "prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 1], "pairs": [[0, 1, -1]]},
-    Prompt: {"id": "p", "prompt": "p", "format": "dialog", "user": "u", "kind": None, "meta": {}},
+    Demonstration: {
+        "id": "d",
+        "prompt": "p",
+        "format": "plain",
+        "completion": "c",
+        "labeler": "l",
+    },
+    Comparison: {
+        "id": "c",
+        "prompt": "p",
+        "completions": ["a", "b", "c"],
+        "ranks": [2, 1, 1],
+        "pairs": [[0, 1, -1]],
+    },
+    Prompt: {
+        "id": "p",
+        "prompt": "p",
+        "format": "dialog",
+        "user": "u",
+        "kind": None,
+        "meta": {},
+    },
 }
 TEXTS = st.text(st.characters(codec=None), max_size=40)  # lone surrogates too
 NUMBERS = st.one_of(
     st.integers(),
     st.floats(),
-    st.sampled_from([0, 1, -1, 2**31, 2**63, -(2**31), 10**400, -(10**4000), 1e308, 1e-45, 5e-324, True, False]),
+    st.sampled_from(
+        [
+            0,
+            1,
+            -1,
+            2**31,
+            2**63,
+            -(2**31),
+            10**400,
+            -(10**4000),
+            1e308,
+            1e-45,
+            5e-324,
+            True,
+            False,
+        ]
+    ),
 )
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
@@ -123,11 +168,19 @@ def lines(draw: Any) -> tuple[Any, bytes]:
     for number in range(draw(st.integers(1, 3))):
         record = RECORDS[cls] | {"id": str(number)}
         if draw(st.booleans()):
-            record |= draw(st.dictionaries(st.sampled_from([*record, "meta", "extra", ""]), JSON, max_size=2))
+            record |= draw(
+                st.dictionaries(
+                    st.sampled_from([*record, "meta", "extra", ""]), JSON, max_size=2
+                )
+            )
         line = dumped(record)
         if draw(st.booleans()):
             place = draw(st.integers(0, len(line)))
-            line = line[:place] + draw(st.binary(max_size=6)) + line[place + draw(st.integers(0, 3)) :]
+            line = (
+                line[:place]
+                + draw(st.binary(max_size=6))
+                + line[place + draw(st.integers(0, 3)) :]
+            )
         parts.append(line)
     content = draw(st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r", b""])).join(parts)
     return cls, draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\0"])) + content
@@ -162,7 +215,9 @@ def any_bytes(content: bytes) -> None:
 
 
 COMPLETIONS = st.one_of(
-    st.lists(st.sampled_from(["a", "bb", "ccc", "a"]), min_size=2, max_size=3), st.lists(JSON), JSON
+    st.lists(st.sampled_from(["a", "bb", "ccc", "a"]), min_size=2, max_size=3),
+    st.lists(JSON),
+    JSON,
 )
 RANKS = st.one_of(
     st.lists(st.integers(1, 3), min_size=2, max_size=3),
@@ -181,7 +236,13 @@ PAIRS = st.one_of(
 
 @of_all(COMPLETIONS, RANKS, PAIRS)
 def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
-    record = {"id": "c", "prompt": "p", "completions": completions, "ranks": ranks, "pairs": pairs}
+    record = {
+        "id": "c",
+        "prompt": "p",
+        "completions": completions,
+        "ranks": ranks,
+        "pairs": pairs,
+    }
     PATH.write_bytes(dumped(record))
     found = refused(DataError, lambda: list(read_jsonl([PATH], Comparison)))
     if not found:
@@ -194,7 +255,10 @@ def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
     ranked = filters.drop_unranked(found)
     assert len(ranked) == (ranks is not None)
     for kept in filters.drop_tied(filters.drop_long_completions(ranked, 2, len)):
-        assert 2 <= len(kept.completions) == len(kept.ranks) and max(map(len, kept.completions)) <= 2
+        assert (
+            2 <= len(kept.completions) == len(kept.ranks)
+            and max(map(len, kept.completions)) <= 2
+        )
         dense = filters.dense_ranks(kept.ranks)
         assert sorted(set(dense)) == list(range(len(set(kept.ranks))))
         order = [(a < b) for a in dense for b in dense]
@@ -275,26 +339,50 @@ def config_values(config: dict[str, Any]) -> None:
 
     built = refused(ConfigError, build)
     if built is not None:
-        assert all(math.isfinite(number) and abs(number) < 2.0**128 for number in numbers_of(built))
-        assert all(abs(number) < 2**31 for number in numbers_of(built) if isinstance(number, int))
+        assert all(
+            math.isfinite(number) and abs(number) < 2.0**128 for number in numbers_of(built)
+        )
+        assert all(
+            abs(number) < 2**31 for number in numbers_of(built) if isinstance(number, int)
+        )
 
 
 ARGUMENTS = st.one_of(
     TEXTS,
     st.integers().map(str),
     st.floats().map(str),
-    st.sampled_from(["nan", "inf", "-1", "1e400", "9" * 5000, "None", "True", "()", "('a',", "(1, 'b')", "[[]]", "{}"]),
+    st.sampled_from(
+        [
+            "nan",
+            "inf",
+            "-1",
+            "1e400",
+            "9" * 5000,
+            "None",
+            "True",
+            "()",
+            "('a',",
+            "(1, 'b')",
+            "[[]]",
+            "{}",
+        ]
+    ),
 )
 
 
 @of_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
 def command_lines(name: str, data: Any, text: str) -> None:
-    """An override as it is typed: a config that can be built or is refused, or exit code 2 and one line."""
+    """An override as it is typed: a config that can be built or is refused, or exit code 2
+    and one line."""
     assume("\0" not in text and text.isprintable())
     base = BASES.setdefault(name, tiny(name))
     path = ".".join(data.draw(st.sampled_from(names_of(base))))
     values = flags.FlagValues()
-    arguments = ["train.py", f"--config={ROOT / 'configs' / name}.py:tiny", f"--config.{path}={text}"]
+    arguments = [
+        "train.py",
+        f"--config={ROOT / 'configs' / name}.py:tiny",
+        f"--config.{path}={text}",
+    ]
     with (
         mock.patch.object(flags, "FLAGS", values),
         mock.patch.object(sys, "argv", arguments),
@@ -324,10 +412,22 @@ def manifests(content: Any) -> None:
 # Tokenizers.
 
 SPECIAL = st.sampled_from(
-    [END_OF_TEXT, "</s>", "<|im_end|>", "<|im_start|>", "<|", "endoftext", "\ufdd0", "\U0010ffff"]
+    [
+        END_OF_TEXT,
+        "</s>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|",
+        "endoftext",
+        "\ufdd0",
+        "\U0010ffff",
+    ]
 )
 SPOKEN = st.lists(TEXTS | SPECIAL | st.text(max_size=30), max_size=5).map("".join)
-TOKENIZERS = [load_tokenizer("bytes"), train_bpe(["the quick brown fox", "ééé 中文 <|endoftext|>"] * 9, 300)]
+TOKENIZERS = [
+    load_tokenizer("bytes"),
+    train_bpe(["the quick brown fox", "ééé 中文 <|endoftext|>"] * 9, 300),
+]
 
 
 @of_all(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
@@ -361,7 +461,9 @@ def tokenizer_files(data: Any) -> None:
         assert load_tokenizer(str(path)).hash == made.hash
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # how ml_collections reads a config
+@pytest.mark.filterwarnings(
+    "ignore:the load_module:DeprecationWarning"
+)  # how ml_collections reads a config
 @pytest.mark.parametrize("profile", ["quick", pytest.param("fuzz", marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
@@ -381,4 +483,7 @@ def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
     if profile == "fuzz":
         with capsys.disabled():
             seconds = time.monotonic() - since
-            print(f"\n{name}: {cases} cases, {seconds:.0f} s, {grown / 2**20:.0f} MiB more", flush=True)
+            print(
+                f"\n{name}: {cases} cases, {seconds:.0f} s, {grown / 2**20:.0f} MiB more",
+                flush=True,
+            )

@@ -1,6 +1,8 @@
-"""Against transformers itself: its models' logits as ours, and our exports in its classes; `./scripts/test.sh interop`.
+"""Against transformers itself: its models' logits as ours, and our exports in its classes;
+`./scripts/test.sh interop`.
 
-Every model is tiny, its parameters are large and nowhere zero, and its sizes differ from one another.
+Every model is tiny, its parameters are large and nowhere zero, and its sizes differ from
+one another.
 """
 
 import dataclasses
@@ -57,12 +59,36 @@ LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
 }
-GPT2 = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_inner": 44, "n_positions": 48, "vocab_size": 37, "eos_token_id": 0}
-GEMMA2 = {**GROUPED, "num_hidden_layers": 4, "query_pre_attn_scalar": 7, "sliding_window": 4}
+GPT2 = {
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_inner": 44,
+    "n_positions": 48,
+    "vocab_size": 37,
+    "eos_token_id": 0,
+}
+GEMMA2 = {
+    **GROUPED,
+    "num_hidden_layers": 4,
+    "query_pre_attn_scalar": 7,
+    "sliding_window": 4,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {**GPT2, "bos_token_id": 0}),
-    "gpt2 untied": ("gpt2", {**GPT2, "bos_token_id": 0, "tie_word_embeddings": False, "activation_function": "gelu"}),
-    "pythia": ("gpt_neox", {**SIZES, "rope_parameters": {"rope_theta": 50.0, "partial_rotary_factor": 0.34}}),
+    "gpt2 untied": (
+        "gpt2",
+        {
+            **GPT2,
+            "bos_token_id": 0,
+            "tie_word_embeddings": False,
+            "activation_function": "gelu",
+        },
+    ),
+    "pythia": (
+        "gpt_neox",
+        {**SIZES, "rope_parameters": {"rope_theta": 50.0, "partial_rotary_factor": 0.34}},
+    ),
     "neox": (
         "gpt_neox",
         {
@@ -74,7 +100,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama": ("llama", {**GROUPED, "rope_parameters": {"rope_theta": 50.0}}),
-    "llama tied, stretched": ("llama", {**GROUPED, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama tied, stretched": (
+        "llama",
+        {**GROUPED, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
     "llama linear, biases": (
         "llama",
         {
@@ -84,8 +113,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 50.0},
         },
     ),
-    "mistral": ("mistral", {**GROUPED, "sliding_window": 5, "rope_parameters": {"rope_theta": 50.0}}),
-    "qwen2": ("qwen2", {**SIZES, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 50.0}}),
+    "mistral": (
+        "mistral",
+        {**GROUPED, "sliding_window": 5, "rope_parameters": {"rope_theta": 50.0}},
+    ),
+    "qwen2": (
+        "qwen2",
+        {**SIZES, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 50.0}},
+    ),
     "qwen2 windows": (
         "qwen2",
         {
@@ -97,10 +132,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "qwen3": ("qwen3", {**GROUPED, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 50.0}}),
+    "qwen3": (
+        "qwen3",
+        {**GROUPED, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 50.0}},
+    ),
     "gemma": ("gemma", GROUPED),
-    "gemma2": ("gemma2", {**GEMMA2, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
-    "gemma2 untied": ("gemma2", {**GEMMA2, "attn_logit_softcapping": None, "tie_word_embeddings": False}),
+    "gemma2": (
+        "gemma2",
+        {**GEMMA2, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    ),
+    "gemma2 untied": (
+        "gemma2",
+        {**GEMMA2, "attn_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
 }
 LENGTHS, COLUMNS = (12, 7, 3), 12
 
@@ -110,7 +154,9 @@ def theirs_of(case: str) -> Any:
     kind, values = CASES[case]
     config = transformers.AutoConfig.for_model(kind, **values)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name or "ln_" in name else 0.0
@@ -125,7 +171,9 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     return sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
 
 
-def ours_of(folder: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Transformer, Params]:
+def ours_of(
+    folder: Path, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Transformer, Params]:
     """A folder as our network."""
     family, config = read_config(read_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
@@ -150,16 +198,26 @@ def their_logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray
     return out.logits.float().numpy()
 
 
-def our_logits(model: Transformer, params: Params, tokens: np.ndarray, mask: np.ndarray, cached: bool) -> np.ndarray:
-    inputs = jnp.asarray(tokens), jnp.asarray(mask, jnp.int32), positions_of(jnp.asarray(mask))
+def our_logits(
+    model: Transformer, params: Params, tokens: np.ndarray, mask: np.ndarray, cached: bool
+) -> np.ndarray:
+    inputs = (
+        jnp.asarray(tokens),
+        jnp.asarray(mask, jnp.int32),
+        positions_of(jnp.asarray(mask)),
+    )
     kernel = head_kernel(model.config, params)
 
     def logits(hidden):
         return logits_of(hidden, kernel, model.config.logit_cap)
 
     if not cached:
-        return np.asarray(jax.jit(lambda p: logits(model.apply({"params": p}, *inputs)[0]))(params))
-    step = jax.jit(lambda p, cache, *columns: model.apply({"params": p}, *columns, cache=cache))
+        return np.asarray(
+            jax.jit(lambda p: logits(model.apply({"params": p}, *inputs)[0]))(params)
+        )
+    step = jax.jit(
+        lambda p, cache, *columns: model.apply({"params": p}, *columns, cache=cache)
+    )
     cache, found = init_cache(model.config, model.compute, *tokens.shape), []
     for start, end in ((0, 8), *((i, i + 1) for i in range(8, COLUMNS))):
         hidden, cache = step(params, cache, *(x[:, start:end] for x in inputs))
@@ -180,13 +238,17 @@ def test_logits_are_theirs(case, cached):
     theirs, folder = case
     model, params = ours_of(folder)
     tokens, mask = batch_of(model.config.vocab_size)
-    expected, found = their_logits(theirs, tokens, mask), our_logits(model, params, tokens, mask, cached)
+    expected, found = (
+        their_logits(theirs, tokens, mask),
+        our_logits(model, params, tokens, mask, cached),
+    )
     assert np.std(expected[mask]) > 0.1
     np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
 
 
 def words(folder: Path) -> None:
-    """A tokenizer of 30 words and the end token 0 for `folder`: fewer ids than the models have rows."""
+    """A tokenizer of 30 words and the end token 0 for `folder`: fewer ids than the models
+    have rows."""
     tokens = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 30)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="w1"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -195,23 +257,33 @@ def words(folder: Path) -> None:
 
 
 def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
-    """In, out and in again: the same parameters to the bit; and transformers goes on with the same tokens as we do."""
+    """In, out and in again: the same parameters to the bit; and transformers goes on with
+    the same tokens as we do."""
     theirs, folder = case
     words(folder)
     interchange.import_model(str(folder), tmp_path / "run", fsdp=1, tensor=1)
-    report = interchange.export_run(str(tmp_path / "run"), tmp_path / "out", dtype="float32", verify=True)
+    report = interchange.export_run(
+        str(tmp_path / "run"), tmp_path / "out", dtype="float32", verify=True
+    )
     assert "logits differ by at most 0" in report
     interchange.import_model(str(tmp_path / "out"), tmp_path / "again", fsdp=1, tensor=1)
-    models = [chat.open_policy(tmp_path / name, tiny_models.compute()) for name in ("run", "again")]
+    models = [
+        chat.open_policy(tmp_path / name, tiny_models.compute())
+        for name in ("run", "again")
+    ]
     (model, params, tokenizer), (again, same, other) = models
     assert model.config == again.config and tokenizer.hash == other.hash
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
     assert type(loaded) is type(theirs) and loaded.dtype == torch.float32
     tokens, mask = batch_of(model.config.vocab_size)
     expected = their_logits(theirs, tokens, mask)[mask]
-    np.testing.assert_allclose(their_logits(loaded, tokens, mask)[mask], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        their_logits(loaded, tokens, mask)[mask], expected, rtol=1e-5, atol=1e-5
+    )
 
     (text,) = ("w3 w4 w17 w5",)
     # AutoTokenizer takes Qwen's own class for every qwen2 model, whatever the folder says.
@@ -221,8 +293,12 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     ids = reader(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer.encode(text).tolist() == [3, 4, 17, 5]
     assert reader.eos_token_id == tokenizer.eos_id == 0
-    longer = loaded.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 4:].tolist()
-    prompts = Prompts(tokens=jnp.asarray(ids.numpy(), jnp.int32), mask=jnp.ones((1, 4), bool))
+    longer = loaded.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[
+        0, 4:
+    ].tolist()
+    prompts = Prompts(
+        tokens=jnp.asarray(ids.numpy(), jnp.int32), mask=jnp.ones((1, 4), bool)
+    )
     keys = jax.random.split(jax.random.key(0), 1)
     ours = generate(model, params, prompts, keys, length=8, temperature=0.0, eos_id=0)
     assert longer == np.asarray(ours.responses)[0][np.asarray(ours.mask)[0]].tolist()
@@ -232,7 +308,9 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     "config",
     [
         tiny_models.gpt_config(head_dim=4),
-        tiny_models.neox_config(head_dim=4, rotary_fraction=1.0, parallel_residual=False, activation="gelu"),
+        tiny_models.neox_config(
+            head_dim=4, rotary_fraction=1.0, parallel_residual=False, activation="gelu"
+        ),
         tiny_models.llama_config(),
         tiny_models.gemma_config(),
     ],
@@ -251,7 +329,9 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     manifest["tokenizer"]["hash"] = tokenizer.hash
     (run / "manifest.json").write_text(json.dumps(manifest))
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
-    report = interchange.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
+    report = interchange.export_run(
+        str(run), tmp_path / "out", dtype="float32", verify=True
+    )
     assert "scores differ by at most" in report
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -267,7 +347,11 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     responses = rng.integers(30, size=mask.shape).astype(np.int32)
     zeros = jnp.zeros(mask.shape)
     rollouts = Rollouts(
-        prompts=prompts, responses=jnp.asarray(responses), mask=jnp.asarray(mask), logprobs=zeros, ended=zeros[:, 0] > 0
+        prompts=prompts,
+        responses=jnp.asarray(responses),
+        mask=jnp.asarray(mask),
+        logprobs=zeros,
+        ended=zeros[:, 0] > 0,
     )
     ours = np.asarray(sequence_scores(model, params, rollouts))
     for row in range(3):
@@ -276,15 +360,20 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
         for pad in (0, 3):  # on the right, as its users do
             ids = torch.tensor([text + [30] * pad])
             with torch.no_grad():
-                score = theirs(input_ids=ids, attention_mask=(ids != 30).long()).logits.item()
+                score = theirs(
+                    input_ids=ids, attention_mask=(ids != 30).long()
+                ).logits.item()
             assert score + left == pytest.approx(ours[row], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_gguf_files_give_the_same_model(arch, tmp_path):
-    """Rows of query and key in llama.cpp's order, of Llama alone; a float16 tensor; a byte-level tokenizer."""
+    """Rows of query and key in llama.cpp's order, of Llama alone; a float16 tensor; a
+    byte-level tokenizer."""
     gguf = pytest.importorskip("gguf")
-    config = tiny_models.llama_config(vocab_size=260, tied_head=arch == "qwen3", qk_norms=arch == "qwen3")
+    config = tiny_models.llama_config(
+        vocab_size=260, tied_head=arch == "qwen3", qk_norms=arch == "qwen3"
+    )
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     params["embedding"] = params["embedding"].astype(jnp.float16).astype(jnp.float32)
     family = write_config(config)[0]
@@ -309,23 +398,46 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     writer.add_chat_template("{{ messages }}")
     back = {theirs: ours for ours, theirs in {**LAYER, **OTHERS}.items()}
     for name, tensor in tensors_of(params, family, config, "float32"):
-        layer, part, kind = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-        heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}.get(part)
+        layer, part, kind = re.fullmatch(
+            r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", name
+        ).groups()
+        heads = {
+            "self_attn.q_proj": config.num_heads,
+            "self_attn.k_proj": config.num_kv_heads,
+        }.get(part)
         if heads and arch == "llama":  # as llama.cpp's converter permutes
-            tensor = tensor.reshape(heads, 2, -1, tensor.shape[-1]).swapaxes(1, 2).reshape(tensor.shape)
+            tensor = (
+                tensor.reshape(heads, 2, -1, tensor.shape[-1])
+                .swapaxes(1, 2)
+                .reshape(tensor.shape)
+            )
         named = f"{'' if layer is None else f'blk.{layer}.'}{back[part]}.{kind}"
-        writer.add_tensor(named, tensor.astype(np.float16) if named == "token_embd.weight" else tensor)
+        writer.add_tensor(
+            named, tensor.astype(np.float16) if named == "token_embd.weight" else tensor
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
-    interchange.import_model(str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1)
+    interchange.import_model(
+        str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
+    )
     model, found, tokenizer = chat.open_policy(tmp_path / "run", tiny_models.compute())
-    assert dataclasses.replace(model.config, init_std=config.init_std, norm_epsilon=config.norm_epsilon) == config
+    assert (
+        dataclasses.replace(
+            model.config, init_std=config.init_std, norm_epsilon=config.norm_epsilon
+        )
+        == config
+    )
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    assert tokenizer.encode("hehe!").tolist() == [257, 257, 33] and (tokenizer.eos_id, tokenizer.size) == (256, 260)
-    assert (tmp_path / "run" / "source" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert tokenizer.encode("hehe!").tolist() == [257, 257, 33] and (
+        tokenizer.eos_id,
+        tokenizer.size,
+    ) == (256, 260)
+    assert (
+        tmp_path / "run" / "source" / "chat_template.jinja"
+    ).read_text() == "{{ messages }}"
 
 
 def test_a_gguf_file_of_another_kind_is_one_line(tmp_path):
@@ -335,8 +447,15 @@ def test_a_gguf_file_of_another_kind_is_one_line(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"general\.architecture = 'mamba' is not supported, only llama, qwen2, qwen3"):
-        interchange.import_model(str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1)
+    with pytest.raises(
+        ValueError,
+        match=r"general\.architecture = 'mamba' is not supported, only llama, qwen2, qwen3",
+    ):
+        interchange.import_model(
+            str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
+        )
     (tmp_path / "model.gguf").write_bytes(b"GGML")
     with pytest.raises(ValueError, match="is damaged or no GGUF file"):
-        interchange.import_model(str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1)
+        interchange.import_model(
+            str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
+        )

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness through our class and through its own for transformers: the same log-likelihoods."""
+"""lm-evaluation-harness through our class and through its own for transformers: the same
+log-likelihoods."""
 
 import json
 from typing import Any
@@ -42,7 +43,9 @@ def log_likelihoods(model: Any, folder: Any) -> dict[str, list[float]]:
     """Of each request of each task, in order."""
     manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     names = [f"tiny_{name}" for name in TASKS]
-    samples = lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, log_samples=True)["samples"]
+    samples = lm_eval.simple_evaluate(
+        model, tasks=names, task_manager=manager, log_samples=True
+    )["samples"]
     return {
         name: [
             float(np.ravel(answer)[0])
@@ -61,29 +64,54 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    documents = [{"question": f"Which is {i}?", "choices": [f" {w}" for w in WORDS], "answer": i % 4} for i in range(6)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    documents = [
+        {"question": f"Which is {i}?", "choices": [f" {w}" for w in WORDS], "answer": i % 4}
+        for i in range(6)
+    ]
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in documents)
+    )
     for name, task in TASKS.items():
         files = {"data_files": {"test": str(folder / "documents.jsonl")}}
-        whole = {"task": f"tiny_{name}", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **task}
+        whole = {
+            "task": f"tiny_{name}",
+            "dataset_path": "json",
+            "dataset_kwargs": files,
+            "test_split": "test",
+            **task,
+        }
         (folder / f"{name}.yaml").write_text(json.dumps(whole))
 
     make = {"gpt": tiny_models.gpt_config, "llama": tiny_models.llama_config}[family]
-    config, tokenizer = make(vocab_size=257, max_length=64, head_dim=4), load_tokenizer("bytes")
+    config, tokenizer = (
+        make(vocab_size=257, max_length=64, head_dim=4),
+        load_tokenizer("bytes"),
+    )
     model = Transformer(config, tiny_models.compute(), "tokens")
-    run = stages.fabricated(tmp_path / "run", config, tiny_models.random_params(model), "bytes")
+    run = stages.fabricated(
+        tmp_path / "run", config, tiny_models.random_params(model), "bytes"
+    )
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
     interchange.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
 
     model, params, tokenizer = chat.open_policy(run, tiny_models.compute())
     from instructax.evals.lm_eval_model import InstructaxLM
 
-    ours = InstructaxLM(Engine(model, params, eos_id=tokenizer.eos_id, rows=3), tokenizer, None, seed=0)
+    ours = InstructaxLM(
+        Engine(model, params, eos_id=tokenizer.eos_id, rows=3), tokenizer, None, seed=0
+    )
     theirs = lm_eval.models.huggingface.HFLM(
-        pretrained=str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=2, max_length=64
+        pretrained=str(tmp_path / "out"),
+        device="cpu",
+        dtype="float32",
+        batch_size=2,
+        max_length=64,
     )
     found, wanted = log_likelihoods(ours, folder), log_likelihoods(theirs, folder)
-    assert {name: len(values) for name, values in found.items()} == {"tiny_choice": 24, "tiny_text": 6}
+    assert {name: len(values) for name, values in found.items()} == {
+        "tiny_choice": 24,
+        "tiny_text": 6,
+    }
     for name, values in found.items():
         np.testing.assert_allclose(values, wanted[name], rtol=0, atol=1e-3, err_msg=name)
         assert np.std(values) > 1

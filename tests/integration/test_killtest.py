@@ -1,4 +1,5 @@
-"""Runs are killed for real and end as others do; and what a kill test would not see is seen: planted differences."""
+"""Runs are killed for real and end as others do; and what a kill test would not see is
+seen: planted differences."""
 
 import dataclasses
 import json
@@ -33,8 +34,12 @@ def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answ
     checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="ema")
     checkpoints.save(1, state, {})
     checkpoints.close()
-    (workdir / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "time/step_s": seed}) + "\n")
-    (workdir / "samples.jsonl").write_text(json.dumps({"step": 1, "response": sample}) + "\n")
+    (workdir / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "loss": loss, "time/step_s": seed}) + "\n"
+    )
+    (workdir / "samples.jsonl").write_text(
+        json.dumps({"step": 1, "response": sample}) + "\n"
+    )
     write_json(workdir / "summary.json", {"loss": 0.5, "time/step_s": seed})
     return workdir
 
@@ -42,14 +47,21 @@ def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answ
 def test_what_differs_is_named(tmp_path):
     straight = a_finished_run(tmp_path / "straight")
     assert killtest.differences(a_finished_run(tmp_path / "same"), straight) == []
-    other = a_finished_run(tmp_path / "other", averaged=2.0 + 2**-20, loss=0.25, sample="another")
+    other = a_finished_run(
+        tmp_path / "other", averaged=2.0 + 2**-20, loss=0.25, sample="another"
+    )
     assert killtest.differences(other, straight) == ["average", "metrics", "samples"]
     moved = a_finished_run(tmp_path / "moved", seed=3.0)
-    assert {"parameters", "optimizer", "counters"} <= set(killtest.differences(moved, straight))
+    assert {"parameters", "optimizer", "counters"} <= set(
+        killtest.differences(moved, straight)
+    )
 
 
 def test_a_last_step_without_hashes_differs(tmp_path):
-    straight, same = a_finished_run(tmp_path / "straight"), a_finished_run(tmp_path / "same")
+    straight, same = (
+        a_finished_run(tmp_path / "straight"),
+        a_finished_run(tmp_path / "same"),
+    )
     (same / "checkpoints/1.sha256.json").unlink()
     assert killtest.differences(same, straight) == ["last step"]
     flip_bit(straight / "checkpoints/1")
@@ -58,14 +70,26 @@ def test_a_last_step_without_hashes_differs(tmp_path):
 
 
 def test_places_are_drawn_evenly_and_again_from_the_same_seed():
-    metrics = [{"step": step, "time/rollout_s": 0.1, "time/save_s": 0.2} for step in range(1, 9)]
+    metrics = [
+        {"step": step, "time/rollout_s": 0.1, "time/save_s": 0.2} for step in range(1, 9)
+    ]
     places = list(islice(killtest.draw("ppo", random.Random("0 ppo"), 10.0, metrics), 22))
-    assert places == list(islice(killtest.draw("ppo", random.Random("0 ppo"), 10.0, metrics), 22))
+    assert places == list(
+        islice(killtest.draw("ppo", random.Random("0 ppo"), 10.0, metrics), 22)
+    )
     phases = (*killtest.PLACES, "rollout", "score", "ppo_update")
     assert sorted(place.phase for place in places[:11]) == sorted(phases)
     assert sorted(place.phase for place in places[11:]) == sorted(phases)
-    longest = {"rollout": 0.1, "save": 0.2 + killtest.LEAST["save"], "clock": 10.0, "init": 5.0}
-    assert all(0 <= place.delay <= longest.get(place.phase, 10.0) and place.step < 8 for place in places)
+    longest = {
+        "rollout": 0.1,
+        "save": 0.2 + killtest.LEAST["save"],
+        "clock": 10.0,
+        "init": 5.0,
+    }
+    assert all(
+        0 <= place.delay <= longest.get(place.phase, 10.0) and place.step < 8
+        for place in places
+    )
 
 
 def test_where_a_kill_fell(tmp_path):
@@ -75,9 +99,19 @@ def test_where_a_kill_fell(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     pid, place = os.getpid(), killtest.Place("clock", 0, 1.0)
     found = killtest.found_at(tmp_path, pid, place)
-    assert found == {"wanted": "clock", "phase": "rollout", "step": 2, "saving": False, "saved": 0}
+    assert found == {
+        "wanted": "clock",
+        "phase": "rollout",
+        "step": 2,
+        "saving": False,
+        "saved": 0,
+    }
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert killtest.found_at(tmp_path, pid + 1, place) == {**found, "phase": "init", "saving": True}
+    assert killtest.found_at(tmp_path, pid + 1, place) == {
+        **found,
+        "phase": "init",
+        "saving": True,
+    }
 
 
 def test_the_table(tmp_path):
@@ -87,14 +121,36 @@ def test_the_table(tmp_path):
         {"stage": "sft", "kills": [kill], "differing": ["optimizer"]},
     ]
     lines = killtest.rows(table)
-    assert lines[0].split() == ["stage", "run", "killed", "in", "went", "on", "from", "outcome"]
-    assert lines[1].split() == ["sft", "0", "save", "after", "step", "4,", "saving", "2", "equal"]
+    assert lines[0].split() == [
+        "stage",
+        "run",
+        "killed",
+        "in",
+        "went",
+        "on",
+        "from",
+        "outcome",
+    ]
+    assert lines[1].split() == [
+        "sft",
+        "0",
+        "save",
+        "after",
+        "step",
+        "4,",
+        "saving",
+        "2",
+        "equal",
+    ]
     assert lines[3].endswith("2  DIFFERS: optimizer")
     assert lines[4:] == ["sft: 3 kills in 2 runs, 1 of them equal to the undisturbed one"]
 
 
 def test_an_unknown_stage_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="--stages has ppo-pxt: give some of pretrain,sft,reward,ppo,ppo-ptx"):
+    with pytest.raises(
+        ConfigError,
+        match="--stages has ppo-pxt: give some of pretrain,sft,reward,ppo,ppo-ptx",
+    ):
         killtest.run(tmp_path, TRAIN, names=["ppo-pxt"], kills=1, seed=0)
 
 

@@ -1,8 +1,10 @@
-"""Padding on lengths like those of real text: below a tenth of the cells in each stage's layout.
+"""Padding on lengths like those of real text: below a tenth of the cells in each stage's
+layout.
 
-The lengths are drawn between percentiles counted on real data with a tokenizer of 8,192 words trained on its text:
-books, encyclopedia and speeches; six sets of demonstrations; six of comparisons, K = 2 mostly, up to 8; one of prompts.
-"small" are those within the limits of the size small, 256 tokens in all, "long" within the paper's, 2,048.
+The lengths are drawn between percentiles counted on real data with a tokenizer of 8,192
+words trained on its text: books, encyclopedia and speeches; six sets of demonstrations; six
+of comparisons, K = 2 mostly, up to 8; one of prompts. "small" are those within the limits
+of the size small, 256 tokens in all, "long" within the paper's, 2,048.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,17 @@ TOKENS = {
     "texts": (21, 594, 848, 939, 1013, 1068, 1105, 1188, 1438),
     "demonstrations, small": (11, 23, 45, 76, 107, 134, 151, 181, 211),
     "demonstrations, long": (11, 26, 60, 107, 184, 429, 615, 910, 1835),
-    "comparisons, small": (29, 55, 89, 123, 160, 200, 220, 260, 297),  # a prompt with all of its responses
+    "comparisons, small": (
+        29,
+        55,
+        89,
+        123,
+        160,
+        200,
+        220,
+        260,
+        297,
+    ),  # a prompt with all of its responses
     "comparisons, long": (29, 79, 185, 323, 519, 777, 999, 1415, 2721),
     "prompts, small": (3, 10, 14, 19, 39, 71, 91, 117, 128),
     "prompts, long": (3, 10, 14, 22, 61, 169, 273, 512, 952),
@@ -52,11 +64,14 @@ def compute(size: str, **changes: int) -> ComputeConfig:
 
 
 def padding(batches: Sequence[np.ndarray], width: int, config: ComputeConfig) -> float:
-    """Mean over batches of sequences of these lengths of the share of their cells that hold no token."""
+    """Mean over batches of sequences of these lengths of the share of their cells that hold
+    no token."""
 
     def of_batch(lengths):
         real = jnp.arange(width)[None] < lengths[:, None]
-        return plan_packing(real, width=width, compute=config, mesh=stages.mesh_of()).padding()
+        return plan_packing(
+            real, width=width, compute=config, mesh=stages.mesh_of()
+        ).padding()
 
     return float(jnp.mean(jax.jit(jax.vmap(of_batch))(jnp.asarray(np.array(batches)))))
 
@@ -68,16 +83,29 @@ def share_of_rows(documents: Sequence[document_packing.Document], length: int) -
 
 @pytest.mark.parametrize("limits", ROWS)
 def test_rows_of_text(limits):
-    texts = [document_packing.text_documents(np.zeros(n, np.int32), 0, ROWS[limits]) for n in drawn("texts", 2000)]
-    assert 0 < share_of_rows([document for documents in texts for document in documents], ROWS[limits]) < 0.1
+    texts = [
+        document_packing.text_documents(np.zeros(n, np.int32), 0, ROWS[limits])
+        for n in drawn("texts", 2000)
+    ]
+    assert (
+        0
+        < share_of_rows(
+            [document for documents in texts for document in documents], ROWS[limits]
+        )
+        < 0.1
+    )
 
 
 @pytest.mark.parametrize("limits", ROWS)
 def test_rows_of_demonstrations(limits):
     lengths = drawn(f"demonstrations, {limits}", 2000)
-    documents = [document_packing.Document(np.zeros(n, np.int32), np.arange(n) > 0) for n in lengths]
+    documents = [
+        document_packing.Document(np.zeros(n, np.int32), np.arange(n) > 0) for n in lengths
+    ]
     assert 0 < share_of_rows(documents, ROWS[limits]) < 0.1
-    assert 1 - lengths.sum() / (len(lengths) * ROWS[limits]) > 0.6  # were each in a row of its own
+    assert (
+        1 - lengths.sum() / (len(lengths) * ROWS[limits]) > 0.6
+    )  # were each in a row of its own
 
 
 @pytest.mark.parametrize(("limits", "width"), [("small", 320), ("long", 2752)])
@@ -90,7 +118,8 @@ def test_comparisons(limits, width):
 
 @cache
 def rollouts(limits: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the prompts and of the responses of some iterations of PPO, [BATCHES, B] each."""
+    """Lengths of the prompts and of the responses of some iterations of PPO, [BATCHES, B]
+    each."""
     rows = ppo_config.get_config(SIZES[limits]).batch_size
     kinds = (f"prompts, {limits}", f"responses, {limits}")
     return tuple(drawn(kind, BATCHES * rows).reshape(BATCHES, rows) for kind in kinds)
@@ -122,8 +151,12 @@ def test_minibatches_of_rollouts(limits):
 
 
 def test_whole_parts_alone_would_not_do():
-    """More than a quarter of the cells of a minibatch, and of a batch of comparisons, in parts of four rows alone."""
+    """More than a quarter of the cells of a minibatch, and of a batch of comparisons, in
+    parts of four rows alone."""
     whole = compute("small", microbatch_rows=4, tail_splits=0)
     minibatches = np.sum(rollouts("small"), axis=0).reshape(4 * BATCHES, -1)
     assert padding(minibatches, 256, whole) > 0.25
-    assert padding(drawn("comparisons, small", 16 * BATCHES).reshape(BATCHES, 16), 512, whole) > 0.25
+    assert (
+        padding(drawn("comparisons, small", 16 * BATCHES).reshape(BATCHES, 16), 512, whole)
+        > 0.25
+    )

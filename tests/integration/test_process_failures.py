@@ -1,5 +1,5 @@
-"""A process fails, hangs, is killed, or runs out of memory or disk: all end soon, with codes that say so, and the same
-command goes on."""
+"""A process fails, hangs, is killed, or runs out of memory or disk: all end soon, with
+codes that say so, and the same command goes on."""
 
 import json
 import os
@@ -24,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from instructax import command, experiment, processes, supervised
-from instructax.configuration import require
+from instructax import cli, experiment
+from instructax.config import require
+from instructax.runtime import distributed
+from instructax.stages import sft
 
 address, count, index, victim, fault, step, config, workdir = sys.argv[1:]
-reader = supervised.lm_reader
+reader = sft.lm_reader
 
 
 def fail():
@@ -62,28 +64,37 @@ def watched_reader(*args, **keywords):
 
 
 def run():
-    processes.join(address, int(count), int(index))
-    supervised.lm_reader = watched_reader
+    distributed.join(address, int(count), int(index))
+    sft.lm_reader = watched_reader
     experiment.run_stage(json.loads(config), Path(workdir))
 
 
-sys.exit(processes.ended(lambda: command.guarded(run)))
+sys.exit(distributed.ended(lambda: cli.guarded(run)))
 """
 STOPPED = 10.0  # seconds that a process is stopped
 LIMIT = 20.0  # seconds from the fault to the end of the last process
 
 
-def run_all(config, workdir, *, count=2, victim=-1, fault="", step=0) -> tuple[list[int], float]:
+def run_all(
+    config, workdir, *, count=2, victim=-1, fault="", step=0
+) -> tuple[list[int], float]:
     """(exit codes, seconds from the fault to the end of the last process)."""
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one holds
+    flags = (
+        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    )  # the last one holds
     environment = os.environ | {"XLA_FLAGS": flags}
-    address, rest = free_address(), [str(victim), fault, str(step), json.dumps(config), str(workdir)]
+    address, rest = (
+        free_address(),
+        [str(victim), fault, str(step), json.dumps(config), str(workdir)],
+    )
     running = [
         subprocess.Popen(
             [sys.executable, "-c", DRIVER, address, str(count), str(index), *rest],
             env=environment,
             stdout=subprocess.PIPE if index == victim else None,
-            stderr=subprocess.PIPE if fault == "disk" else None,  # a pipe has no size, which is limited then
+            stderr=subprocess.PIPE
+            if fault == "disk"
+            else None,  # a pipe has no size, which is limited then
             text=True,
         )
         for index in range(count)
@@ -107,7 +118,10 @@ def run_all(config, workdir, *, count=2, victim=-1, fault="", step=0) -> tuple[l
                 process.stdout.close()
 
 
-FAILED = {1, -signal.SIGABRT}  # an error of the sum over all processes, or JAX's own end where its service has gone
+FAILED = {
+    1,
+    -signal.SIGABRT,
+}  # an error of the sum over all processes, or JAX's own end where its service has gone
 
 
 SLOW = pytest.mark.slow
@@ -125,15 +139,21 @@ KEEPING = {"run.log_every": 1, "run.save_every": 1, "run.evaluate_every": 0}
 
 
 @pytest.mark.parametrize(("fault", "count", "victim", "own"), FAULTS)
-def test_all_end_soon_and_the_same_command_goes_on(chain, tmp_path, fault, count, victim, own):
+def test_all_end_soon_and_the_same_command_goes_on(
+    chain, tmp_path, fault, count, victim, own
+):
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
     workdir = tmp_path / "run"
     whole = [0] * count
     if fault == "hang":  # compiled before, or compiling would look like hanging
         assert run_all(config, tmp_path / "before", count=count)[0] == whole
         config = {**config, "run": {**config["run"], "watchdog_seconds": 12.0}}
-    codes, seconds = run_all(config, workdir, count=count, victim=victim, fault=fault, step=2)
-    assert codes[victim] in own and set(codes[:victim] + codes[victim + 1 :]) <= FAILED, codes
+    codes, seconds = run_all(
+        config, workdir, count=count, victim=victim, fault=fault, step=2
+    )
+    assert codes[victim] in own and set(codes[:victim] + codes[victim + 1 :]) <= FAILED, (
+        codes
+    )
     assert seconds < LIMIT
     assert committed_steps(workdir)
     if fault == "hang":
@@ -144,11 +164,15 @@ def test_all_end_soon_and_the_same_command_goes_on(chain, tmp_path, fault, count
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["memory", "disk"])
-def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(chain, tmp_path, fault, capfd):
+def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(
+    chain, tmp_path, fault, capfd
+):
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
     workdir = tmp_path / "run"
     assert run_all(config, workdir, count=1, victim=0, fault=fault, step=2)[0] == [2]
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    errors = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")
+    ]
     assert len(errors) == 1 and ("out of memory" in errors[0] or fault == "disk")
     assert committed_steps(workdir) and not (workdir / "summary.json").exists()
     assert run_all(config, workdir, count=1)[0] == [0]
@@ -161,11 +185,16 @@ def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
     assert run_all(config, tmp_path / "before", count=1)[0] == [0]
     config = {**config, "run": {**config["run"], "watchdog_seconds": 8.0}}
-    codes, seconds = run_all(config, tmp_path / "run", count=1, victim=0, fault="stop", step=2)
+    codes, seconds = run_all(
+        config, tmp_path / "run", count=1, victim=0, fault="stop", step=2
+    )
     assert codes == [0] and seconds > STOPPED
     assert not list((tmp_path / "run").glob("hang-*"))
     straight, stopped = (
-        [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics_of(tmp_path / name)]
+        [
+            {k: v for k, v in line.items() if not k.startswith("time/")}
+            for line in metrics_of(tmp_path / name)
+        ]
         for name in ("before", "run")
     )
     assert straight == stopped

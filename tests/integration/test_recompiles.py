@@ -1,4 +1,5 @@
-"""After its first step a run compiles nothing; settings share one program; no program holds [B, T, V]."""
+"""After its first step a run compiles nothing; settings share one program; no program holds
+[B, T, V]."""
 
 import logging
 import re
@@ -50,7 +51,9 @@ def compilations():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_nothing_compiles_after_the_first_step(chain, tmp_path, monkeypatch, compilations, name):
+def test_nothing_compiles_after_the_first_step(
+    chain, tmp_path, monkeypatch, compilations, name
+):
     def note(step):
         compilations.step = step
 
@@ -82,24 +85,40 @@ def counted(function, traces):
 def test_settings_of_a_sweep_share_one_program():
     traces = []
     rollout, score, update = (
-        counted(partial(f, PROGRAM), traces) for f in (algorithm.rollout, algorithm.score, algorithm.update)
+        counted(partial(f, PROGRAM), traces)
+        for f in (algorithm.rollout, algorithm.score, algorithm.update)
     )
     start = stages.ppo_state(PROGRAM)
-    other = tiny_models.random_params(PROGRAM.policy, 7), tiny_models.random_params(PROGRAM.scorer, 8)
+    other = (
+        tiny_models.random_params(PROGRAM.policy, 7),
+        tiny_models.random_params(PROGRAM.scorer, 8),
+    )
     ends = []
-    changes = ({}, {"kl_coef": 0.5}, {"clip": 5.0}, {"learning_rate": 0.05}, {"temperature": 0.7}, {"ptx_coef": 9.0})
+    changes = (
+        {},
+        {"kl_coef": 0.5},
+        {"clip": 5.0},
+        {"learning_rate": 0.05},
+        {"temperature": 0.7},
+        {"ptx_coef": 9.0},
+    )
     for change in changes:
         settings = stages.ppo_settings(**change)
         rollouts = rollout(start.policy.params, PROMPTS, start.step, settings)
         experience, _, _ = score(start, *other, rollouts, settings)
-        ends.append(np.asarray(update(start, experience, TEXT, settings)[0].policy.params["embedding"]))
+        ends.append(
+            np.asarray(
+                update(start, experience, TEXT, settings)[0].policy.params["embedding"]
+            )
+        )
     assert len(traces) == 3
     assert np.isfinite(ends).all()
     assert all(not np.allclose(ends[0], end, rtol=1e-4) for end in ends[1:])
 
 
 def vocabulary_wide(text: str, vocabulary: int, cells: int) -> list[str]:
-    """The array types of a compiled program with a vocabulary axis and at least `cells` entries along the others."""
+    """The array types of a compiled program with a vocabulary axis and at least `cells`
+    entries along the others."""
     found = []
     for shape in set(re.findall(r"\w+\[[\d,]+\]", text)):
         sizes = [int(size) for size in re.findall(r"\d+", shape.split("[")[1])]
@@ -127,7 +146,12 @@ def supervised_hlo(model) -> str:
         seed=jnp.int32(0), learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0)
     )
     state = loop.abstract_state(model, program.optimizer, MESH)
-    return jax.jit(partial(supervised.update, program)).lower(state, TEXT, settings).compile().as_text()
+    return (
+        jax.jit(partial(supervised.update, program))
+        .lower(state, TEXT, settings)
+        .compile()
+        .as_text()
+    )
 
 
 def test_supervised_update_never_holds_all_scores():
@@ -143,11 +167,18 @@ def test_ppo_never_holds_all_scores():
     sample = jax.jit(partial(algorithm.rollout, PROGRAM))
     args = (state.policy.params, PROMPTS, state.step, settings)
     rollouts = jax.eval_shape(sample, *args)
-    assert vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []  # of a prompt its last column
+    assert (
+        vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
+    )  # of a prompt its last column
     score = jax.jit(partial(algorithm.score, PROGRAM))
     args = (state, state.policy.params, state.value.params, rollouts, settings)
     experience = jax.eval_shape(score, *args)[0]
     assert vocabulary_wide(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
     update = jax.jit(partial(algorithm.update, PROGRAM))
     # Two minibatches: 4 rows of 7 response tokens, and 4 of 13 text tokens, at a time.
-    assert vocabulary_wide(update.lower(state, experience, TEXT, settings).compile().as_text(), 61, 4 * 7) == []
+    assert (
+        vocabulary_wide(
+            update.lower(state, experience, TEXT, settings).compile().as_text(), 61, 4 * 7
+        )
+        == []
+    )

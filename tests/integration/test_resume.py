@@ -1,4 +1,5 @@
-"""A stopped run goes on as if it had not been stopped, to the bit; what cannot go on says why."""
+"""A stopped run goes on as if it had not been stopped, to the bit; what cannot go on says
+why."""
 
 import json
 import os
@@ -25,7 +26,11 @@ from instructax.training import loop as training
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-KEEPING = {"run.log_every": 1, "run.evaluate_every": 2, "run.save_every": 4}  # saved at the end, and when stopped
+KEEPING = {
+    "run.log_every": 1,
+    "run.evaluate_every": 2,
+    "run.save_every": 4,
+}  # saved at the end, and when stopped
 RUNS = {
     "sft": {"steps": 4, "epochs": 0.0, "dropout": 0.2},
     "reward": {"steps": 4, "epochs": 0.0},
@@ -39,11 +44,18 @@ def config_of(chain, name, **overrides):
 
 def lines_of(workdir):
     """The metrics of a run without what a clock measured."""
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics_of(workdir)]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in metrics_of(workdir)
+    ]
 
 
 def summary_without_times(workdir):
-    return {name: value for name, value in summary_of(workdir).items() if not name.startswith("time/")}
+    return {
+        name: value
+        for name, value in summary_of(workdir).items()
+        if not name.startswith("time/")
+    }
 
 
 def run(config, workdir, **watched):
@@ -55,10 +67,12 @@ def run(config, workdir, **watched):
 
 
 def interrupted(config, workdir):
-    """As `run`, sent a Ctrl-C while it reads its second batch; the step that it stopped after: an iteration of PPO is
-    given up between its programs."""
+    """As `run`, sent a Ctrl-C while it reads its second batch; the step that it stopped
+    after: an iteration of PPO is given up between its programs."""
     saved = 1 if config["stage"] == "ppo" else 2
-    with pytest.raises(training.Interrupted, match=f"step {saved} is saved, the same command goes on"):
+    with pytest.raises(
+        training.Interrupted, match=f"step {saved} is saved, the same command goes on"
+    ):
         run(config, workdir, interrupt_at=1)
     assert committed_steps(workdir) == [saved]
     assert not (workdir / "summary.json").exists()
@@ -86,16 +100,24 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
     lines = lines_of(tmp_path / "stopped")
     assert lines == lines_of(tmp_path / "straight")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert len({json.dumps(line | {"step": 0}) for line in lines}) == 4  # no step is like another
+    assert (
+        len({json.dumps(line | {"step": 0}) for line in lines}) == 4
+    )  # no step is like another
     if name == "ppo-ptx":
         assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
 
 
-@pytest.mark.parametrize(("name", "stops"), [("sft", 1), ("reward", 2), ("ppo-ptx", 1), ("ppo-ptx", 2)])
+@pytest.mark.parametrize(
+    ("name", "stops"), [("sft", 1), ("reward", 2), ("ppo-ptx", 1), ("ppo-ptx", 2)]
+)
 def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, stops):
-    """Also its figures in the log, and which step is the best; the first evaluation is after step 2, the second at the
-    end."""
-    best = {"sft": "demonstrations_loss", "reward": "held_out_loss", "ppo-ptx": "text_loss"}[name]
+    """Also its figures in the log, and which step is the best; the first evaluation is
+    after step 2, the second at the end."""
+    best = {
+        "sft": "demonstrations_loss",
+        "reward": "held_out_loss",
+        "ppo-ptx": "text_loss",
+    }[name]
     config = config_of(chain, name, **{"run.best_metric": best, "run.save_every": 2})
     _, straight = run(config, tmp_path / "straight")
     module, read = (reward_model if name == "reward" else held_out), []
@@ -110,14 +132,18 @@ def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, s
         stopping.setattr(module, "pause", stop)
         with pytest.raises(training.Interrupted, match=f"step {2 * stops} is saved"):
             run_stage(config, tmp_path / "stopped")
-    assert [line["step"] for line in lines_of(tmp_path / "stopped")] == list(range(1, 2 * stops))
+    assert [line["step"] for line in lines_of(tmp_path / "stopped")] == list(
+        range(1, 2 * stops)
+    )
     first, last = run(config, tmp_path / "stopped")
     assert first.step == 2 * stops
     stages.assert_trees_equal(last, straight)
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "straight")
     assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
     assert best_step(tmp_path / "stopped") == best_step(tmp_path / "straight")
-    assert summary_without_times(tmp_path / "stopped") == summary_without_times(tmp_path / "straight")
+    assert summary_without_times(tmp_path / "stopped") == summary_without_times(
+        tmp_path / "straight"
+    )
 
 
 def test_killed_between_the_last_save_and_the_summary(supervised_run, tmp_path):
@@ -126,7 +152,9 @@ def test_killed_between_the_last_save_and_the_summary(supervised_run, tmp_path):
     (workdir / "summary.json").unlink()
     _, last = run(config, workdir)
     stages.assert_trees_equal(last, straight)
-    assert (workdir / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert (workdir / "metrics.jsonl").read_text() == (
+        finished / "metrics.jsonl"
+    ).read_text()
     assert summary_of(workdir) == summary_of(finished)
 
 
@@ -142,7 +170,9 @@ def test_killed_before_anything_was_saved(supervised_run, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(supervised_run, tmp_path, monkeypatch, failing):
+def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(
+    supervised_run, tmp_path, monkeypatch, failing
+):
     """The second of two is the last, which fails when nothing follows."""
     config, finished, straight = supervised_run
     config = {**config, "run": {**config["run"], "save_every": 2}}
@@ -171,7 +201,13 @@ def test_the_ledger_of_a_run_that_was_killed(supervised_run, tmp_path):
     (workdir / "summary.json").unlink()
     before = goodput.totals(workdir / "goodput.jsonl")
     assert before["processes"] == 1 and before["lost"] == 0 and 0 < before["goodput"] < 1
-    assert min(before[kind] for kind in ("init", "restore", "compile", "steps", "evaluation", "save")) > 0
+    assert (
+        min(
+            before[kind]
+            for kind in ("init", "restore", "compile", "steps", "evaluation", "save")
+        )
+        > 0
+    )
     run(config, workdir)
     after = goodput.totals(workdir / "goodput.jsonl")
     assert after["lost"] == pytest.approx(before["steps"] + before["evaluation"], abs=1e-5)
@@ -190,11 +226,18 @@ def test_a_finished_run_is_not_run_again(supervised_run, tmp_path):
 
 def test_another_config_is_refused_with_the_differences(supervised_run):
     config, workdir, _ = supervised_run
-    other = {**config, "seed": 9, "optimizer": {**config["optimizer"], "learning_rate": 0.5}}
+    other = {
+        **config,
+        "seed": 9,
+        "optimizer": {**config["optimizer"], "learning_rate": 0.5},
+    }
     before = (workdir / "config.json").read_text()
     with pytest.raises(ConfigError, match="holds a run with another config") as error:
         run_stage(other, workdir)
-    assert "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != 9 (given)" in str(error.value)
+    assert (
+        "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != 9 (given)"
+        in str(error.value)
+    )
     assert "\n" not in str(error.value)
     assert (workdir / "config.json").read_text() == before
 
@@ -220,39 +263,63 @@ def test_a_config_that_was_lost_is_found_in_the_manifest(supervised_run, tmp_pat
     workdir = shutil.copytree(finished, tmp_path / "run")
     for name in ("summary.json", "config.json"):
         (workdir / name).unlink()
-    with pytest.raises(ConfigError, match=r"begun from other inputs \(config.seed: 0 \(stored\) != 7 \(given\)\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"begun from other inputs \(config.seed: 0 \(stored\) != 7 \(given\)\)",
+    ):
         run_stage({**config, "seed": 7}, workdir)
 
 
 def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
     config = config_of(chain, "sft", **{"run.log_every": 2, "run.save_every": 3})
-    with pytest.raises(ConfigError, match="save_every = 3 must be a multiple of log_every = 2"):
+    with pytest.raises(
+        ConfigError, match="save_every = 3 must be a multiple of log_every = 2"
+    ):
         run_stage(config, tmp_path / "run")
 
 
-# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole step of it.
-SMOOTH = {"sft": {}, "reward": {}, "ppo-ptx": {"ptx_rows": 4, "value_optimizer.epsilon": 1e-3}}
+# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole
+# step of it.
+SMOOTH = {
+    "sft": {},
+    "reward": {},
+    "ppo-ptx": {"ptx_rows": 4, "value_optimizer.epsilon": 1e-3},
+}
 
 
 @pytest.mark.parametrize(
-    "name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "ppo-ptx"))]
+    "name",
+    [
+        "sft",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "ppo-ptx")),
+    ],
 )
 def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatch, name):
-    config = config_of(chain, name, batch_size=16, **{"optimizer.epsilon": 1e-3, **SMOOTH[name]})
+    config = config_of(
+        chain, name, batch_size=16, **{"optimizer.epsilon": 1e-3, **SMOOTH[name]}
+    )
     _, straight = run(config, tmp_path / "straight")
-    parts = [(8, {"data": -1, "fsdp": 2, "tensor": 2}, 1), (2, {"data": 1, "fsdp": 2, "tensor": 1}, 2)]
+    parts = [
+        (8, {"data": -1, "fsdp": 2, "tensor": 2}, 1),
+        (2, {"data": 1, "fsdp": 2, "tensor": 1}, 2),
+    ]
     for devices, mesh, read_last in parts:
         stages.use_devices(monkeypatch, devices)
         with pytest.raises(training.Interrupted):
             run({**config, "mesh": mesh}, tmp_path / "moved", interrupt_at=read_last)
-    saved = 2 if name == "ppo-ptx" else 3  # an iteration of PPO is given up between its programs
+    saved = (
+        2 if name == "ppo-ptx" else 3
+    )  # an iteration of PPO is given up between its programs
     assert committed_steps(tmp_path / "moved")[-1] == saved
     stages.use_devices(monkeypatch, 1)
     first, last = run(config, tmp_path / "moved")
     assert first.step == saved
     stages.assert_trees_close(last, straight, rtol=1e-3, atol=1e-5)
-    for ours, theirs in zip(lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True):
-        # Rounding errors themselves, and the empty rows of parts as large as the mesh wants them.
+    for ours, theirs in zip(
+        lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True
+    ):
+        # Rounding errors themselves, and the empty rows of parts as large as the mesh wants
+        # them.
         gaps = {figure: 0.0 for figure in theirs if figure.endswith(("_gap", "padding"))}
         assert ours | gaps == pytest.approx(theirs | gaps, rel=1e-3, abs=1e-5)
 
@@ -290,7 +357,9 @@ def test_manifests_lead_back_to_the_first_run(chain):
         assert parent["manifest_hash"] == manifest_hash(theirs)
         own = committed_steps(Path(parent["workdir"]))
         hashes = {step: files_hash(Path(parent["workdir"]), step) for step in own}
-        assert parent["files_hash"] == hashes[parent["step"]] and len(set(hashes.values())) == len(own)
+        assert parent["files_hash"] == hashes[parent["step"]] and len(
+            set(hashes.values())
+        ) == len(own)
         assert parent["step"] == committed_steps(stages.Path(parent["workdir"]))[-1]
     assert set(manifest["data"]) == {"prompts", "text"}
     assert manifest["config"] == json.loads((chain / "ppo-ptx" / "config.json").read_text())

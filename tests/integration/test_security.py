@@ -24,34 +24,82 @@ from instructax.training import run as stage
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for name in ("src", "scripts", "configs", "experiments") for path in (ROOT / name).rglob("*.py"))
+FILES = sorted(
+    path
+    for name in ("src", "scripts", "configs", "experiments")
+    for path in (ROOT / name).rglob("*.py")
+)
 
 # What turns bytes into a program, or an archive into files.
-LIBRARIES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch", "yaml"}
+LIBRARIES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "torch",
+    "yaml",
+}
 ARCHIVES = {"tarfile", "zipfile", "zipimport"}
-CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "unpack_archive", "extractall", "run_path"}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "system",
+    "popen",
+    "unpack_archive",
+    "extractall",
+    "run_path",
+}
 
 
 def runs_what_it_reads(source: str) -> list[str]:
-    """The places of `source` that could run data as a program, load pickles, or unpack an archive."""
+    """The places of `source` that could run data as a program, load pickles, or unpack an
+    archive."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             found += [name for name in names if name.split(".")[0] in LIBRARIES | ARCHIVES]
         if isinstance(node, ast.Call):
-            own = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            of_re = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "re"
+            own = (
+                node.func.id
+                if isinstance(node.func, ast.Name)
+                else getattr(node.func, "attr", "")
+            )
+            keywords = {
+                keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords
+            }
+            of_re = (
+                isinstance(node.func, ast.Attribute)
+                and ast.unparse(node.func.value) == "re"
+            )
             method = isinstance(node.func, ast.Attribute) and own in ("eval", "compile")
             found += [own] if own in CALLS and not of_re and not method else []
             found += [own] if keywords.get("allow_pickle", "False") != "False" else []
-            found += [own] if keywords.get("shell", "False") != "False" or "trust_remote_code" in keywords else []
+            found += (
+                [own]
+                if keywords.get("shell", "False") != "False"
+                or "trust_remote_code" in keywords
+                else []
+            )
     return found
 
 
 def test_nothing_that_is_read_is_run():
-    assert {path.name: found for path in FILES if (found := runs_what_it_reads(path.read_text()))} == {}
+    assert {
+        path.name: found
+        for path in FILES
+        if (found := runs_what_it_reads(path.read_text()))
+    } == {}
 
 
 @pytest.mark.parametrize(
@@ -86,14 +134,19 @@ def test_names_of_tensors_are_no_paths(tmp_path):
     inside = tmp_path / "model"
     inside.mkdir()
     names = ["../../x", "/tmp/x", "a/../../b", "..", ""]
-    save_file({name: tiny_models.np.zeros(2, "float32") for name in names}, inside / hf_folder.ONE)
+    save_file(
+        {name: tiny_models.np.zeros(2, "float32") for name in names}, inside / hf_folder.ONE
+    )
     before = sorted(tmp_path.rglob("*"))
-    assert {name: read().shape for name, read in hf_folder.open_tensors(inside).items()} == dict.fromkeys(names, (2,))
+    assert {
+        name: read().shape for name, read in hf_folder.open_tensors(inside).items()
+    } == dict.fromkeys(names, (2,))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_shard_behind_a_link_is_read_as_tensors_or_not_at_all(tmp_path):
-    """The hub's own cache is made of links, so they are followed; what is no safetensors file is refused unread."""
+    """The hub's own cache is made of links, so they are followed; what is no safetensors
+    file is refused unread."""
     blob, inside = tmp_path / "blob", tmp_path / "model"
     inside.mkdir()
     save_file({"x": tiny_models.np.ones(2, "float32")}, blob)
@@ -122,12 +175,21 @@ EVIL = "from pathlib import Path\nPath({!r}).touch()\n"
 
 @pytest.mark.usefixtures("one_device")
 def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch):
-    """config.json is compared with the given config and never run; what else lies there is not looked at."""
+    """config.json is compared with the given config and never run; what else lies there is
+    not looked at."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
     workdir, touched = tmp_path / "run", tmp_path / "touched"
     run_stage(config, workdir)
     (workdir / "summary.json").unlink()
-    names = ("config.py", "get_config.py", "conftest.py", "sitecustomize.py", "json.py", "numpy.py", "configs.py")
+    names = (
+        "config.py",
+        "get_config.py",
+        "conftest.py",
+        "sitecustomize.py",
+        "json.py",
+        "numpy.py",
+        "configs.py",
+    )
     for name in names:
         (workdir / name).write_text(EVIL.format(str(touched)))
     monkeypatch.chdir(workdir)
@@ -137,11 +199,18 @@ def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch)
 
 @pytest.mark.usefixtures("one_device")
 def test_no_file_of_a_run_is_written_through_a_link(chain, tmp_path):
-    """Each is replaced, or the run is refused in one line; in no case does what the link leads to change."""
+    """Each is replaced, or the run is refused in one line; in no case does what the link
+    leads to change."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
     run_stage(config, tmp_path / "run")
     names = [path.name for path in (tmp_path / "run").iterdir() if path.is_file()]
-    assert {"heartbeat-0.json", "goodput.jsonl", "tokenizer.json", "metrics.jsonl", "config.json"} <= {*names}
+    assert {
+        "heartbeat-0.json",
+        "goodput.jsonl",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "config.json",
+    } <= {*names}
     precious = tmp_path / "precious"
     for name in names:
         precious.write_text("precious")
@@ -154,12 +223,17 @@ def test_no_file_of_a_run_is_written_through_a_link(chain, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("content", [b'{"seed": ', b"[1]", b"null", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b'{"seed": ', b"[1]", b"null", b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_config_of_a_run_that_is_damaged_is_one_line(chain, tmp_path, content):
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read \(.*\): restore a copy, or choose another"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.json cannot be read \(.*\): restore a copy, or choose another",
+    ):
         run_stage(config, tmp_path)
 
 
@@ -173,8 +247,16 @@ def test_nothing_is_written_through_a_link(tmp_path):
         pass
     with pytest.raises(OSError, match="symbolic links"):
         write_json(workdir / "summary.json", {})
-    keeping = {"total_steps": 1, "log_every": 1, "start_step": 1, "tensorboard": False, "console": False}
-    MetricLog(workdir, **keeping).close()  # the log is rewound: a file takes the link's place
+    keeping = {
+        "total_steps": 1,
+        "log_every": 1,
+        "start_step": 1,
+        "tensorboard": False,
+        "console": False,
+    }
+    MetricLog(
+        workdir, **keeping
+    ).close()  # the log is rewound: a file takes the link's place
     assert not (workdir / "samples.jsonl").is_symlink()
     assert precious.read_text() == "precious"
 
@@ -186,7 +268,9 @@ def test_nothing_is_deleted_behind_a_link(tmp_path):
     checkpoints.mkdir(parents=True)
     for name in ("3.deleted", "4.orbax-checkpoint-tmp"):
         (checkpoints / name).symlink_to(precious)
-    Checkpoints(tmp_path / "run", save_every=1, keep=1, best_metric="", exported="params").close()
+    Checkpoints(
+        tmp_path / "run", save_every=1, keep=1, best_metric="", exported="params"
+    ).close()
     assert list(checkpoints.iterdir()) == [] and (precious / "file").exists()
 
 
@@ -194,7 +278,12 @@ def test_nothing_is_deleted_behind_a_link(tmp_path):
 
 
 def test_no_dump_shows_a_secret(tmp_path, capsys):
-    config = {"stage": "world", "api_key": "hunter2", "source": "https://me:hunter2@host/x", "pad_token_id": 3}
+    config = {
+        "stage": "world",
+        "api_key": "hunter2",
+        "source": "https://me:hunter2@host/x",
+        "pad_token_id": 3,
+    }
     stage.claim(tmp_path, config)
     write_manifest(
         tmp_path,
@@ -207,27 +296,48 @@ def test_no_dump_shows_a_secret(tmp_path, capsys):
         parents={},
     )
     print(values_of(config))
-    assert cli.guarded(lambda: require(False, f"config.source = {config['source']!r} is nowhere")) == 2
+    assert (
+        cli.guarded(
+            lambda: require(False, f"config.source = {config['source']!r} is nowhere")
+        )
+        == 2
+    )
     assert cli.guarded(lambda: int("password=hunter2")) == 1  # a traceback
     captured = capsys.readouterr()
     dumps = [path.read_text() for path in tmp_path.iterdir()] + [captured.out, captured.err]
     assert len(dumps) == 4
     for dump in dumps:
         assert "hunter2" not in dump and "(hidden)" in dump
-    assert json.loads((tmp_path / "manifest.json").read_text())["config"]["pad_token_id"] == 3
+    assert (
+        json.loads((tmp_path / "manifest.json").read_text())["config"]["pad_token_id"] == 3
+    )
     (tmp_path / "summary.json").write_text("{}")
     stage.claim(tmp_path, config)  # the same config again is the same
     with pytest.raises(ConfigError) as error:
         stage.claim(tmp_path, {**config, "pad_token_id": 4})
-    assert "pad_token_id: 3 (stored) != 4 (given)" in str(error.value) and "hunter2" not in str(error.value)
+    assert "pad_token_id: 3 (stored) != 4 (given)" in str(
+        error.value
+    ) and "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "flag", ["--config.hf_token=hunter2", "--config.steps=password=hunter2", "--config.data.folder=s3://a:hunter2@b/c"]
+    "flag",
+    [
+        "--config.hf_token=hunter2",
+        "--config.steps=password=hunter2",
+        "--config.data.folder=s3://a:hunter2@b/c",
+    ],
 )
 def test_no_command_shows_a_secret(flag):
     done = subprocess.run(
-        [sys.executable, "scripts/train.py", "--config", "configs/ppo.py:tiny", flag, "--dry_run"],
+        [
+            sys.executable,
+            "scripts/train.py",
+            "--config",
+            "configs/ppo.py:tiny",
+            flag,
+            "--dry_run",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -242,5 +352,11 @@ def test_no_command_shows_a_secret(flag):
 
 
 def test_an_error_cannot_drive_the_terminal(capsys):
-    assert cli.guarded(lambda: require(False, "no such file: a\x1b]0;evil\x07\u202e\udc80b")) == 2
-    assert capsys.readouterr().err == "error: no such file: a\\x1b]0;evil\\x07\\u202e\\udc80b\n"
+    assert (
+        cli.guarded(lambda: require(False, "no such file: a\x1b]0;evil\x07\u202e\udc80b"))
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == "error: no such file: a\\x1b]0;evil\\x07\\u202e\\udc80b\n"
+    )

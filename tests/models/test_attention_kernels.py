@@ -1,7 +1,9 @@
-"""Which kernel a run takes and why; each kernel against the products and the mask; what is lowered for accelerators.
+"""Which kernel a run takes and why; each kernel against the products and the mask; what is
+lowered for accelerators.
 
-Nothing here runs on an accelerator. cuDNN's call is made with XLA's implementation of the same function, splash is
-interpreted, and programs are lowered for CUDA and TPU devices that are not there.
+Nothing here runs on an accelerator. cuDNN's call is made with XLA's implementation of the
+same function, splash is interpreted, and programs are lowered for CUDA and TPU devices that
+are not there.
 """
 
 import dataclasses
@@ -51,14 +53,32 @@ OBSTACLES = [
     ("splash", {"platform": "cuda"}, "platform cuda, allowed is tpu"),
     ("cudnn", {"version": 7.5}, "cuda 7.5, allowed is 8 or newer"),
     ("splash", {"version": 3.0}, "tpu 3, allowed is 4 or newer"),
-    ("splash", {"branches": True}, "texts in a row share another, allowed is each by itself"),
+    (
+        "splash",
+        {"branches": True},
+        "texts in a row share another, allowed is each by itself",
+    ),
 ]
 for name, width in (("cudnn", 20), ("cudnn", 136), ("splash", 64), ("splash", 384)):
-    OBSTACLES.append((name, {"head_dims": [128, width]}, f"head_dim = {width}, allowed is {WIDTHS[name]}"))
+    OBSTACLES.append(
+        (
+            name,
+            {"head_dims": [128, width]},
+            f"head_dim = {width}, allowed is {WIDTHS[name]}",
+        )
+    )
 for name in HERE:
     OBSTACLES += [
-        (name, {"dtype": "float32"}, "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'"),
-        (name, {"lengths": [2048, 1088]}, "rows of 1088 tokens, allowed is a multiple of 128"),
+        (
+            name,
+            {"dtype": "float32"},
+            "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'",
+        ),
+        (
+            name,
+            {"lengths": [2048, 1088]},
+            "rows of 1088 tokens, allowed is a multiple of 128",
+        ),
         (name, {"lengths": []}, "only samplers run, and they have a cache"),
         (name, {"side_by_side": True}, "several runs in one program, allowed is one"),
         (name, {"softly_capped": True}, "model.attention_cap is set, allowed is 0"),
@@ -66,8 +86,12 @@ for name in HERE:
 OBSTACLES.append(("splash", {"windows": True}, "model.window is set, allowed is 0"))
 
 
-@pytest.mark.parametrize(("kernel", "changes", "why"), OBSTACLES, ids=[f"{k}-{w}" for k, _, w in OBSTACLES])
-def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_not(kernel, changes, why):
+@pytest.mark.parametrize(
+    ("kernel", "changes", "why"), OBSTACLES, ids=[f"{k}-{w}" for k, _, w in OBSTACLES]
+)
+def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_not(
+    kernel, changes, why
+):
     given = conditions(kernel, **changes)
     with pytest.raises(ConfigError) as error:
         attention_kernels.select_kernel(kernel, given)
@@ -76,37 +100,71 @@ def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_no
     )
     assert attention_kernels.select_kernel("jax", given) == ("jax", "as asked")
     if given.platform == HERE[kernel]["platform"]:
-        assert attention_kernels.select_kernel("auto", given) == ("jax", f"auto: no {kernel}: {why}")
+        assert attention_kernels.select_kernel("auto", given) == (
+            "jax",
+            f"auto: no {kernel}: {why}",
+        )
 
 
 @pytest.mark.parametrize(
     ("kernel", "changes"),
     [
         ("cudnn", {}),
-        ("cudnn", {"dtype": "mixed", "head_dims": [64, 80], "lengths": [2048, 10240], "branches": True}),
+        (
+            "cudnn",
+            {
+                "dtype": "mixed",
+                "head_dims": [64, 80],
+                "lengths": [2048, 10240],
+                "branches": True,
+            },
+        ),
         ("cudnn", {"version": 8.0}),
         ("splash", {}),
-        ("splash", {"dtype": "mixed", "head_dims": [256], "lengths": [128], "version": 4.0}),
+        (
+            "splash",
+            {"dtype": "mixed", "head_dims": [256], "lengths": [128], "version": 4.0},
+        ),
     ],
 )
 def test_a_kernel_that_can_run_is_taken(kernel, changes):
     given = conditions(kernel, **changes)
     assert attention_kernels.select_kernel(kernel, given) == (kernel, "as asked")
-    assert attention_kernels.select_kernel("auto", given) == (kernel, f"auto: {given.platform}")
+    assert attention_kernels.select_kernel("auto", given) == (
+        kernel,
+        f"auto: {given.platform}",
+    )
 
 
 def test_elsewhere_there_is_no_other():
     for platform in ("cpu", "rocm"):
         given = conditions("cudnn", platform=platform, version=0.0)
-        assert attention_kernels.select_kernel("auto", given) == ("jax", f"auto: {platform} has no other")
+        assert attention_kernels.select_kernel("auto", given) == (
+            "jax",
+            f"auto: {platform} has no other",
+        )
 
 
 @pytest.mark.parametrize(
     ("device", "place"),
     [
         ({"platform": "cpu"}, ("cpu", 0.0)),
-        ({"platform": "gpu", "compute_capability": "10.3", "version": "PJRT C API\ncuda 13000"}, ("cuda", 10.3)),
-        ({"platform": "gpu", "compute_capability": "gfx942", "version": "PJRT C API\nrocm 60300"}, ("rocm", 0.0)),
+        (
+            {
+                "platform": "gpu",
+                "compute_capability": "10.3",
+                "version": "PJRT C API\ncuda 13000",
+            },
+            ("cuda", 10.3),
+        ),
+        (
+            {
+                "platform": "gpu",
+                "compute_capability": "gfx942",
+                "version": "PJRT C API\nrocm 60300",
+            },
+            ("rocm", 0.0),
+        ),
         ({"platform": "tpu", "device_kind": "TPU v5 lite"}, ("tpu", 5.0)),
         ({"platform": "tpu", "device_kind": "TPU7x"}, ("tpu", 7.0)),
     ],
@@ -126,10 +184,20 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
     ("name", "arg", "on_cuda", "on_tpu"),
     [
         ("sft", "1.3b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
-        ("sft", "125m", "cudnn (auto: cuda)", f"jax (auto: no splash: head_dim = 64, allowed is {WIDTHS['splash']})"),
+        (
+            "sft",
+            "125m",
+            "cudnn (auto: cuda)",
+            f"jax (auto: no splash: head_dim = 64, allowed is {WIDTHS['splash']})",
+        ),
         ("ppo", "175b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
         ("reward", "6b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
-        ("evaluate", "1.3b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
+        (
+            "evaluate",
+            "1.3b",
+            "cudnn (auto: cuda)",
+            f"jax (auto: no splash: {OBSTACLES[6][2]})",
+        ),
         ("pretrain", "micro", *(f"jax (auto: no {k}: {OBSTACLES[11][2]})" for k in HERE)),
         ("collect", "micro", *(f"jax (auto: no {k}: {OBSTACLES[13][2]})" for k in HERE)),
     ],
@@ -144,10 +212,15 @@ def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
 def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypatch):
     monkeypatch.setattr(stage, "place_of", lambda _: ("cuda", 9.0))
     config = config_of("ppo", "1.3b")
-    for alone, why in (("sampling_alone", "only samplers run"), ("side_by_side", "several runs in one program")):
+    for alone, why in (
+        ("sampling_alone", "only samplers run"),
+        ("side_by_side", "several runs in one program"),
+    ):
         settled, said = stage.select_attention_kernel(config, **{alone: True})
         assert settled.compute.attention == "jax" and why in said
-        asked = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention="cudnn"))
+        asked = dataclasses.replace(
+            config, compute=dataclasses.replace(config.compute, attention="cudnn")
+        )
         with pytest.raises(ConfigError, match=why):
             stage.select_attention_kernel(asked, **{alone: True})
 
@@ -159,8 +232,12 @@ SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("name", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_STAGES)])
-def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_STAGES)]
+)
+def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
+    name, chain, tmp_path, monkeypatch, capsys
+):
     """And branch only where it was told so; the kernel is said once, before anything else."""
     seen: set[int] = set()
     branched = [False]
@@ -169,20 +246,30 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_p
     def watched(kernel: str, segments: jax.Array, mesh: Any) -> Any:
         if segments.shape != (1, 1):  # parameters are initialised with one token
             seen.add(segments.shape[1])
-            jax.debug.callback(lambda branches: branched.append(bool(branches)), jnp.any(segments < 0))
+            jax.debug.callback(
+                lambda branches: branched.append(bool(branches)), jnp.any(segments < 0)
+            )
         return kernel_of_rows(kernel, segments, mesh)
 
     monkeypatch.setattr(transformer, "kernel_of_rows", watched)
-    for stage_module in (reward_model, evaluate):  # rows as wide as can be, not as the longest comparison
+    for stage_module in (
+        reward_model,
+        evaluate,
+    ):  # rows as wide as can be, not as the longest comparison
         monkeypatch.setattr(stage_module, "width_of", lambda _, most, __: most)
     if name == "tasks":
         policies = (("SFT", str(chain / "sft")),)
-        paths = {"world": str(chain / "world"), "tokenizer": str(chain / "world" / "tokenizer.json")}
+        paths = {
+            "world": str(chain / "world"),
+            "tokenizer": str(chain / "world" / "tokenizer.json"),
+        }
         config = config_of("tasks", "tiny", policies=policies, **paths)
         given = dataclasses.asdict(config)
     else:
         given = stages.config_of(
-            chain, name, {"steps": 1, "epochs": 0.0} if name in ("pretrain", "sft", "reward") else {}
+            chain,
+            name,
+            {"steps": 1, "epochs": 0.0} if name in ("pretrain", "sft", "reward") else {},
         )
         config = construct(stage_of(given)[0], given)
     run_stage(given, tmp_path / "run")
@@ -190,7 +277,11 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(name, chain, tmp_p
     lengths, branches = stage.row_lengths(config)
     assert seen == set(lengths)
     assert any(branched) == branches
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention:")]
+    lines = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("attention:")
+    ]
     assert lines == ["attention: jax (auto: cpu has no other)"]
 
 
@@ -199,15 +290,20 @@ def test_a_run_that_asks_for_what_is_not_here_is_refused(chain, tmp_path):
     for kernel, platform in (("cudnn", "cuda"), ("splash", "tpu")):
         given = stages.config_of(chain, "sft", {"compute.attention": kernel})
         with pytest.raises(
-            ConfigError, match=rf"attention = '{kernel}' cannot run: platform cpu, allowed is {platform};"
+            ConfigError,
+            match=rf"attention = '{kernel}' cannot run: platform cpu, allowed is {platform};",
         ):
             run_stage(given, tmp_path / kernel)
-        assert "held throughout" in dry_run(given)  # which may be on another machine than the run
+        assert "held throughout" in dry_run(
+            given
+        )  # which may be on another machine than the run
 
 
 # Each kernel against the products and the mask.
 
-QUICK = {"xla_backend_optimization_level": "0"}  # for programs that compile for seconds and run once
+QUICK = {
+    "xla_backend_optimization_level": "0"
+}  # for programs that compile for seconds and run once
 LENGTH = 256
 PACKED = np.repeat([3, 1, 4, 0], [100, 60, 80, 16])  # three texts, and padding on the right
 LEFT = np.repeat([0, 1], [90, 166])
@@ -217,9 +313,18 @@ ROWS = {"separate": np.stack([PACKED, LEFT]), "branches": np.stack([PACKED, BRAN
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """XLA in cuDNN's place, splash interpreted; a row has two of splash's blocks of queries, and of keys."""
-    monkeypatch.setattr(attention_kernels, "with_cudnn", partial(attention_kernels.with_cudnn, implementation="xla"))
-    monkeypatch.setattr(attention_kernels, "with_splash", partial(attention_kernels.with_splash, interpret=True))
+    """XLA in cuDNN's place, splash interpreted; a row has two of splash's blocks of
+    queries, and of keys."""
+    monkeypatch.setattr(
+        attention_kernels,
+        "with_cudnn",
+        partial(attention_kernels.with_cudnn, implementation="xla"),
+    )
+    monkeypatch.setattr(
+        attention_kernels,
+        "with_splash",
+        partial(attention_kernels.with_splash, interpret=True),
+    )
     monkeypatch.setattr(attention_kernels, "BLOCK", LENGTH // 2)
 
 
@@ -230,10 +335,16 @@ def inputs(heads: int, num_kv_heads: int) -> list[jax.Array]:
 
 
 def output_and_gradients(
-    kernel: str, rows: np.ndarray, arrays: list[jax.Array], matmul_dtype: str = "float32", mesh: Any = None
+    kernel: str,
+    rows: np.ndarray,
+    arrays: list[jax.Array],
+    matmul_dtype: str = "float32",
+    mesh: Any = None,
 ) -> Any:
     """What real queries get, and the gradients of a weighted sum of it."""
-    attend, mask = attention_kernels.kernel_of_rows(kernel, jnp.asarray(rows, jnp.int32), mesh)
+    attend, mask = attention_kernels.kernel_of_rows(
+        kernel, jnp.asarray(rows, jnp.int32), mesh
+    )
     real = jnp.asarray(rows != 0)[:, None, :, None]
     weights = jax.random.normal(jax.random.key(1), arrays[0].shape) * real
 
@@ -249,41 +360,63 @@ def output_and_gradients(
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
     ("kernel", "rows", "num_kv_heads"),
-    [("cudnn", "separate", 4), ("cudnn", "branches", 2), ("splash", "separate", 4), ("splash", "separate", 2)],
+    [
+        ("cudnn", "separate", 4),
+        ("cudnn", "branches", 2),
+        ("splash", "separate", 4),
+        ("splash", "separate", 2),
+    ],
 )
 def test_a_kernel_attends_as_the_products_do(kernel, rows, num_kv_heads):
-    got, wanted = (output_and_gradients(name, ROWS[rows], inputs(4, num_kv_heads)) for name in (kernel, "jax"))
+    got, wanted = (
+        output_and_gradients(name, ROWS[rows], inputs(4, num_kv_heads))
+        for name in (kernel, "jax")
+    )
     stages.assert_trees_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
 def test_a_kernel_on_rows_and_heads_of_eight_devices(kernel):
-    arrays, rows = [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)], np.concatenate([ROWS["separate"]] * 2)
+    arrays, rows = (
+        [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)],
+        np.concatenate([ROWS["separate"]] * 2),
+    )
     got = output_and_gradients(kernel, rows, arrays, mesh=stages.mesh_of(2, 2, 2))
-    stages.assert_trees_close(got, output_and_gradients("jax", rows, arrays), rtol=1e-4, atol=1e-5)
+    stages.assert_trees_close(
+        got, output_and_gradients("jax", rows, arrays), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", HERE)
 def test_a_kernel_rounds_to_sixteen_bits(kernel, dtype):
-    """8 bits of mantissa: 0.4% an operation. Activations of either dtype stay what they are."""
+    """8 bits of mantissa: 0.4% an operation. Activations of either dtype stay what they
+    are."""
     exact = output_and_gradients("jax", ROWS["separate"], inputs(4, 2))
     rounded = [array.astype(dtype) for array in inputs(4, 2)]
     got = output_and_gradients(kernel, ROWS["separate"], rounded, "bfloat16")
     for ours, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
         assert ours.dtype == dtype
-        error = jnp.sqrt(jnp.mean((ours.astype(jnp.float32) - wanted) ** 2)) / jnp.std(wanted)
+        error = jnp.sqrt(jnp.mean((ours.astype(jnp.float32) - wanted) ** 2)) / jnp.std(
+            wanted
+        )
         assert 1e-4 < error < 0.05
 
 
 def test_splash_cannot_express_branches():
-    """It lets a query see a key if both have one number: the second response to a prompt would see the first too."""
-    sees = np.asarray(attention_mask(jnp.array([[-1, 1, 2]]), jnp.array([[-1, 1, 2]]), 0))[0]
+    """It lets a query see a key if both have one number: the second response to a prompt
+    would see the first too."""
+    sees = np.asarray(attention_mask(jnp.array([[-1, 1, 2]]), jnp.array([[-1, 1, 2]]), 0))[
+        0
+    ]
     numbers = range(3)
     expressible = [
-        ((np.array(queries)[:, None] == np.array(keys)[None, :]) & np.tri(3, dtype=bool) == sees).all()
+        (
+            (np.array(queries)[:, None] == np.array(keys)[None, :]) & np.tri(3, dtype=bool)
+            == sees
+        ).all()
         for queries in itertools.product(numbers, repeat=3)
         for keys in itertools.product(numbers, repeat=3)
     ]
@@ -293,17 +426,22 @@ def test_splash_cannot_express_branches():
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
 def test_a_network_with_a_kernel_is_the_one_without(kernel):
-    """Scan, recomputation, rotary positions, grouped queries and devices that share rows and heads."""
+    """Scan, recomputation, rotary positions, grouped queries and devices that share rows
+    and heads."""
     mesh, rng = stages.mesh_of(1, 2, 2), np.random.default_rng(0)
     config = tiny_models.llama_config()
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     segments = jnp.asarray(ROWS["separate"][:, ::2], jnp.int32)
-    tokens = jnp.asarray(rng.integers(tiny_models.VOCAB_SIZE, size=segments.shape), jnp.int32)
+    tokens = jnp.asarray(
+        rng.integers(tiny_models.VOCAB_SIZE, size=segments.shape), jnp.int32
+    )
     positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     real = (segments != 0)[:, :, None]
 
     def gradients(name: str) -> Any:
-        model = Transformer(config, tiny_models.compute(attention=name, remat="full"), "tokens", mesh)
+        model = Transformer(
+            config, tiny_models.compute(attention=name, remat="full"), "tokens", mesh
+        )
 
         def total(params: Any) -> jax.Array:
             hidden: Any = model.apply({"params": params}, tokens, segments, positions)[0]
@@ -316,7 +454,10 @@ def test_a_network_with_a_kernel_is_the_one_without(kernel):
 
 # What is lowered.
 
-CALLS = {"cudnn": ("cuda", "__cudnn$fmhaScaleBiasSoftmax"), "splash": ("tpu", "tpu_custom_call")}
+CALLS = {
+    "cudnn": ("cuda", "__cudnn$fmhaScaleBiasSoftmax"),
+    "splash": ("tpu", "tpu_custom_call"),
+}
 
 
 def lowered(function: Any, platform: str, *arrays: Any) -> str:
@@ -324,7 +465,9 @@ def lowered(function: Any, platform: str, *arrays: Any) -> str:
 
 
 def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
-    config = tiny_models.gpt_config(num_heads=2, num_kv_heads=2, head_dim=128, max_length=LENGTH)
+    config = tiny_models.gpt_config(
+        num_heads=2, num_kv_heads=2, head_dim=128, max_length=LENGTH
+    )
     compute = tiny_models.compute(attention=attention, dtype=dtype, decoding=dtype)
     model = Transformer(config, compute, "tokens", stages.mesh_of(1, 2, 2))
     return model, jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))
@@ -332,7 +475,8 @@ def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
 
 @pytest.fixture
 def cudnn_is_here(monkeypatch):
-    """JAX asks the library for its version before it calls it, and there is none on machines without a GPU."""
+    """JAX asks the library for its version before it calls it, and there is none on
+    machines without a GPU."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
 
 
@@ -346,14 +490,21 @@ def test_the_kernel_is_called_where_it_was_chosen_and_nowhere_else(kernel, dtype
     for attention in (kernel, "jax"):
         model, params = model_of(attention, dtype)
 
-        def gradients(params: Any, tokens: Any, segments: Any, positions: Any, model=model) -> Any:
+        def gradients(
+            params: Any, tokens: Any, segments: Any, positions: Any, model=model
+        ) -> Any:
             def total(params: Any) -> jax.Array:
-                return jnp.sum(model.apply({"params": params}, tokens, segments, positions)[0].astype(jnp.float32))
+                return jnp.sum(
+                    model.apply({"params": params}, tokens, segments, positions)[0].astype(
+                        jnp.float32
+                    )
+                )
 
             return jax.grad(total)(params)
 
         texts[attention] = lowered(gradients, platform, params, cells, cells, cells)
-    # All layers share a function with a forward pass, and one with a backward one: splash's has two calls.
+    # All layers share a function with a forward pass, and one with a backward one: splash's
+    # has two calls.
     assert texts[kernel].count(f"@{call}(") == {"cudnn": 1, "splash": 3}[kernel]
     assert texts[kernel].count(f"@{call}Backward(") == {"cudnn": 1, "splash": 0}[kernel]
     assert "cudnn" not in texts["jax"] and "tpu_custom_call" not in texts["jax"]
@@ -379,11 +530,22 @@ def test_without_cudnn_its_call_fails_and_nothing_else_runs_in_its_place():
     model, params = model_of("cudnn", "bfloat16")
     cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     with pytest.raises(RuntimeError, match="cuDNN is not detected"):
-        jax.eval_shape(lambda params, *columns: model.apply({"params": params}, *columns), params, cells, cells, cells)
+        jax.eval_shape(
+            lambda params, *columns: model.apply({"params": params}, *columns),
+            params,
+            cells,
+            cells,
+            cells,
+        )
 
 
 def test_a_network_whose_kernel_was_not_chosen_is_refused():
     model, params = model_of("auto", "float32")
     cells = jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match=r"^compute\.attention = 'auto' must be chosen before a network runs"):
-        jax.eval_shape(lambda params: model.apply({"params": params}, cells, cells, cells), params)
+    with pytest.raises(
+        ValueError,
+        match=r"^compute\.attention = 'auto' must be chosen before a network runs",
+    ):
+        jax.eval_shape(
+            lambda params: model.apply({"params": params}, cells, cells, cells), params
+        )

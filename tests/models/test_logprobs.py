@@ -1,4 +1,5 @@
-"""Log-probabilities in chunks against the whole softmax, and the proof that no chunk grows to the whole."""
+"""Log-probabilities in chunks against the whole softmax, and the proof that no chunk grows
+to the whole."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +11,22 @@ import numpy as np
 import pytest
 from tests.support.programs import vocabulary_buffers
 from tests.support.stages import assert_trees_close
-from tests.support.tiny_models import compute, gpt_config, llama_config, ragged_prompts, random_params
+from tests.support.tiny_models import (
+    compute,
+    gpt_config,
+    llama_config,
+    ragged_prompts,
+    random_params,
+)
 
 from instructax.masking import masked_mean
 from instructax.models import ModelConfig, Transformer
-from instructax.models.logprobs import logits_of, loss_and_gradients, sequence_logprobs, sequence_logprobs_and_entropy
+from instructax.models.logprobs import (
+    logits_of,
+    loss_and_gradients,
+    sequence_logprobs,
+    sequence_logprobs_and_entropy,
+)
 from instructax.models.scoring import packed_logprobs, token_logprobs
 from instructax.types import Array, LmBatch, Params, Rollouts
 
@@ -24,7 +36,8 @@ EVERY = np.ones((BATCH, LENGTH), bool)
 
 @pytest.fixture(scope="module")
 def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """hidden f32[B, T, D], kernel f32[V, D], targets i32[B, T], and weights f32[B, T] of a sum over the outputs."""
+    """hidden f32[B, T, D], kernel f32[V, D], targets i32[B, T], and weights f32[B, T] of a
+    sum over the outputs."""
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
     kernel = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
@@ -45,7 +58,9 @@ def test_chunks_equal_the_whole(inputs, chunk):
     @jax.jit
     def weighted(hidden: Array, kernel: Array, temperature: Array) -> tuple[Any, Any]:
         def total(hidden: Array, kernel: Array) -> tuple[Array, Array]:
-            logprobs = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk)
+            logprobs = sequence_logprobs(
+                hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
+            )
             return jnp.sum(weights * logprobs), logprobs
 
         return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, kernel)
@@ -55,11 +70,15 @@ def test_chunks_equal_the_whole(inputs, chunk):
         probabilities = softmax(hidden, kernel, temperature)
         chosen = np.eye(VOCAB)[targets]
         assert logprobs.dtype == jnp.float32
-        np.testing.assert_allclose(logprobs, np.log((probabilities * chosen).sum(axis=-1)), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            logprobs, np.log((probabilities * chosen).sum(axis=-1)), rtol=1e-5, atol=1e-5
+        )
         # ∂ log p(y) / ∂ logits = (1[y] − p) / temperature
         by_logits = weights[..., None] * (chosen - probabilities) / temperature
         np.testing.assert_allclose(by_hidden, by_logits @ kernel, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(by_kernel, np.einsum("btv,btd->vd", by_logits, hidden), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            by_kernel, np.einsum("btv,btd->vd", by_logits, hidden), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -70,7 +89,9 @@ def test_what_the_mask_leaves_out_has_no_say(inputs, chunk):
     whole = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=0.7, chunk=chunk)
     some = sequence_logprobs(poisoned, kernel, targets, mask, temperature=0.7, chunk=chunk)
     np.testing.assert_allclose(some, np.where(mask, whole, 0.0), rtol=1e-5, atol=1e-6)
-    nothing = sequence_logprobs(hidden, kernel, targets, ~EVERY, temperature=0.7, chunk=chunk)
+    nothing = sequence_logprobs(
+        hidden, kernel, targets, ~EVERY, temperature=0.7, chunk=chunk
+    )
     assert not np.any(nothing)
 
 
@@ -78,7 +99,12 @@ def test_what_the_mask_leaves_out_has_no_say(inputs, chunk):
 def test_loss_and_gradients_are_those_of_the_whole(inputs, chunk):
     """A loss with factors of each token, its mean over a mask of three and four tokens."""
     hidden, kernel, targets, weights = inputs
-    mask = np.array([[False, True, True, False, False, True, False], [True, True, False, False, True, True, False]])
+    mask = np.array(
+        [
+            [False, True, True, False, False, True, False],
+            [True, True, False, False, True, True, False],
+        ]
+    )
 
     def loss_of(logprobs, mask, factors):
         loss = masked_mean(factors * jnp.exp(logprobs), mask)
@@ -86,12 +112,18 @@ def test_loss_and_gradients_are_those_of_the_whole(inputs, chunk):
 
     def whole(hidden, kernel):
         logprobs = jax.nn.log_softmax(hidden @ kernel.T / 0.7, axis=-1)
-        return loss_of(jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], mask, weights)
+        return loss_of(
+            jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0],
+            mask,
+            weights,
+        )
 
     found = jax.jit(partial(loss_and_gradients, loss_of, temperature=0.7, chunk=chunk))(
         hidden, kernel, targets, mask, weights
     )
-    (loss, metrics), (by_hidden, by_kernel) = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    (loss, metrics), (by_hidden, by_kernel) = jax.value_and_grad(
+        whole, argnums=(0, 1), has_aux=True
+    )(hidden, kernel)
     for got, wanted in zip(found, (loss, metrics, by_hidden, by_kernel), strict=True):
         assert_trees_close(got, wanted, rtol=1e-4, atol=1e-6)
 
@@ -102,20 +134,34 @@ def test_soft_caps_are_those_of_the_whole(inputs, chunk):
     hidden, kernel, targets, weights = inputs
 
     def whole(hidden, kernel):
-        logprobs = jax.nn.log_softmax(1.5 * jnp.tanh(hidden @ kernel.T / 1.5) / 0.7, axis=-1)
+        logprobs = jax.nn.log_softmax(
+            1.5 * jnp.tanh(hidden @ kernel.T / 1.5) / 0.7, axis=-1
+        )
         logprobs = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
         return masked_mean(weights * logprobs, EVERY), logprobs
 
     def loss_of(logprobs, mask, factors):
         return masked_mean(factors * logprobs, mask), {}
 
-    (loss, logprobs), gradients = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(hidden, kernel)
+    (loss, logprobs), gradients = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(
+        hidden, kernel
+    )
     settings = {"temperature": 0.7, "chunk": chunk, "cap": 1.5}
-    found = jax.jit(partial(loss_and_gradients, loss_of, **settings))(hidden, kernel, targets, EVERY, weights)
+    found = jax.jit(partial(loss_and_gradients, loss_of, **settings))(
+        hidden, kernel, targets, EVERY, weights
+    )
     np.testing.assert_allclose(found[0], loss, rtol=1e-5)
     assert_trees_close(found[2:], gradients, rtol=1e-4, atol=1e-6)
-    for function in (sequence_logprobs, lambda *x, **y: sequence_logprobs_and_entropy(*x, **y)[0]):
-        np.testing.assert_allclose(function(hidden, kernel, targets, EVERY, **settings), logprobs, rtol=1e-5, atol=1e-6)
+    for function in (
+        sequence_logprobs,
+        lambda *x, **y: sequence_logprobs_and_entropy(*x, **y)[0],
+    ):
+        np.testing.assert_allclose(
+            function(hidden, kernel, targets, EVERY, **settings),
+            logprobs,
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_a_loss_over_nothing_has_no_gradient(inputs):
@@ -124,7 +170,9 @@ def test_a_loss_over_nothing_has_no_gradient(inputs):
     def loss_of(logprobs, mask, _):
         return masked_mean(logprobs, mask), {}
 
-    loss, _, *gradients = loss_and_gradients(loss_of, hidden, kernel, targets, ~EVERY, None, temperature=1.0, chunk=3)
+    loss, _, *gradients = loss_and_gradients(
+        loss_of, hidden, kernel, targets, ~EVERY, None, temperature=1.0, chunk=3
+    )
     assert loss == 0
     assert not any(np.any(gradient) for gradient in gradients)
 
@@ -137,8 +185,12 @@ def test_entropy(inputs, chunk):
             hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
         )
         probabilities = softmax(hidden, kernel, temperature)
-        np.testing.assert_allclose(entropy, -(probabilities * np.log(probabilities)).sum(axis=-1), rtol=1e-5)
-        same = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk)
+        np.testing.assert_allclose(
+            entropy, -(probabilities * np.log(probabilities)).sum(axis=-1), rtol=1e-5
+        )
+        same = sequence_logprobs(
+            hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
+        )
         np.testing.assert_allclose(logprobs, same, rtol=1e-5, atol=1e-6)
 
 
@@ -147,7 +199,9 @@ def test_entropy_of_known_distributions():
     kernel = jnp.zeros((8, 1)).at[3, 0].set(1.0)
     targets = jnp.array([[3, 3]])
     hidden = jnp.array([[[0.0], [200.0]]])
-    logprobs, entropy = sequence_logprobs_and_entropy(hidden, kernel, targets, EVERY[:1, :2], temperature=1.0, chunk=1)
+    logprobs, entropy = sequence_logprobs_and_entropy(
+        hidden, kernel, targets, EVERY[:1, :2], temperature=1.0, chunk=1
+    )
     np.testing.assert_allclose(logprobs, [[-np.log(8), 0.0]], atol=1e-6)
     np.testing.assert_allclose(entropy, [[np.log(8), 0.0]], atol=1e-6)
 
@@ -159,7 +213,11 @@ def test_scores_are_summed_in_float32():
     assert logits.tolist() == [[257.0]]
 
 
-TEXT, PROMPT, PRIME = 64, 8, 97  # tokens of a row, those of its prompt, and a vocabulary that divides no other size
+TEXT, PROMPT, PRIME = (
+    64,
+    8,
+    97,
+)  # tokens of a row, those of its prompt, and a vocabulary that divides no other size
 
 
 def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
@@ -176,22 +234,33 @@ def responses_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array
     ids = jnp.zeros((BATCH, TEXT), jnp.int32)
     prompts = ragged_prompts((3, 8), columns=PROMPT)
     zeros = jnp.zeros(ids.shape)
-    rollouts = Rollouts(prompts=prompts, responses=ids, mask=ids == 0, logprobs=zeros, ended=jnp.ones((BATCH,), bool))
+    rollouts = Rollouts(
+        prompts=prompts,
+        responses=ids,
+        mask=ids == 0,
+        logprobs=zeros,
+        ended=jnp.ones((BATCH,), bool),
+    )
     return lambda params: jnp.sum(token_logprobs(model, params, rollouts, temperature=1.0))
 
 
 def largest_buffer(score: Callable[..., Any], config: ModelConfig, chunk: int) -> int:
-    """Elements of the largest array with a vocabulary axis in value and gradient of a score."""
+    """Elements of the largest array with a vocabulary axis in value and gradient of a
+    score."""
     params = jax.eval_shape(lambda: random_params(Transformer(config, compute(), "tokens")))
     compiled = jax.jit(jax.value_and_grad(score(config, chunk))).lower(params).compile()
     return max(vocabulary_buffers(compiled.as_text() or "", PRIME))
 
 
-@pytest.mark.parametrize(("score", "family"), [(rows_score, gpt_config), (responses_score, llama_config)])
+@pytest.mark.parametrize(
+    ("score", "family"), [(rows_score, gpt_config), (responses_score, llama_config)]
+)
 def test_no_buffer_spans_text_and_vocabulary(score, family):
     config = family(vocab_size=PRIME, max_length=TEXT + PROMPT, num_layers=1)
     # A chunk's scores, or the kernel itself where that is larger.
-    assert largest_buffer(score, config, 4) == max(BATCH * 4 * PRIME, PRIME * config.embed_dim)
+    assert largest_buffer(score, config, 4) == max(
+        BATCH * 4 * PRIME, PRIME * config.embed_dim
+    )
 
 
 def test_a_whole_softmax_would_be_seen():

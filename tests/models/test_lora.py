@@ -1,4 +1,5 @@
-"""Low-rank adapters: they start as nothing, they alone learn, and what they learned is in the next stage's parent."""
+"""Low-rank adapters: they start as nothing, they alone learn, and what they learned is in
+the next stage's parent."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ from instructax.checkpoints.parents import open_parent
 from instructax.config import ConfigError, construct
 from instructax.experiment import metrics_of, run_stage, stage_of
 from instructax.losses import next_token_loss
-from instructax.models import LoraConfig, Transformer, add_lora, merge_lora, merge_trees, trainable
+from instructax.models import (
+    LoraConfig,
+    Transformer,
+    add_lora,
+    merge_lora,
+    merge_trees,
+    trainable,
+)
 from instructax.models.scoring import packed_loss_and_gradients, token_logprobs
 from instructax.serving import chat
 from instructax.stages.ppo import algorithm
@@ -24,16 +32,27 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
 LORA = LoraConfig(rank=3, alpha=7.5)
-FAMILIES = {"gpt": tiny_models.gpt_config, "llama": tiny_models.llama_config, "gemma": tiny_models.gemma_config}
+FAMILIES = {
+    "gpt": tiny_models.gpt_config,
+    "llama": tiny_models.llama_config,
+    "gemma": tiny_models.gemma_config,
+}
 CHANGES = {"lora.rank": 2, "run.log_every": 1, "run.save_every": 4, "run.evaluate_every": 0}
-STEPS = {"sft": {"steps": 4, "epochs": 0.0}, "reward": {"steps": 4, "epochs": 0.0}, "ppo-ptx": {"steps": 4}}
+STEPS = {
+    "sft": {"steps": 4, "epochs": 0.0},
+    "reward": {"steps": 4, "epochs": 0.0},
+    "ppo-ptx": {"steps": 4},
+}
 
 
 def adapted_params(model: Transformer, seed: int = 0):
     """Random parameters with adapters that have learned something."""
     params = add_lora(tiny_models.random_params(model), LORA, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    part = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), trainable(params))
+    part = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32),
+        trainable(params),
+    )
     return merge_trees(part, params)
 
 
@@ -43,7 +62,11 @@ def names_of(tree) -> set[str]:
 
 def outputs(model: Transformer, params) -> np.ndarray:
     rows = stages.packed_rows(3, 14)
-    run = jax.jit(lambda params: model.apply({"params": params}, rows.tokens, rows.segments, rows.positions)[0])
+    run = jax.jit(
+        lambda params: model.apply(
+            {"params": params}, rows.tokens, rows.segments, rows.positions
+        )[0]
+    )
     return np.asarray(run(params))
 
 
@@ -57,7 +80,16 @@ def test_fresh_adapters_add_nothing_to_the_bit(family, head):
     stages.assert_trees_equal(merge_lora(fresh), params)
     a = np.asarray(fresh["blocks"]["attention"]["query"]["lora_a"])
     assert np.std(a) == pytest.approx(1 / np.sqrt(model.config.embed_dim), rel=0.2)
-    assert len({leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(trainable(fresh))) if leaf.any()}) >= 6
+    assert (
+        len(
+            {
+                leaf.tobytes()
+                for leaf in map(np.asarray, jax.tree.leaves(trainable(fresh)))
+                if leaf.any()
+            }
+        )
+        >= 6
+    )
     assert add_lora(params, LoraConfig(rank=0, alpha=1.0), jax.random.key(1)) is params
     assert trainable(params) is params and names_of(merge_lora(params)) == names_of(params)
 
@@ -72,9 +104,14 @@ def test_merged_is_the_same_network(family):
     assert np.abs(outputs(model, tiny_models.random_params(model)) - found).max() > 0.1
     # W + alpha / rank · A · B, of the one map that sums over two axes.
     out, layer = params["blocks"]["attention"]["out"], 1
-    a, b = np.asarray(out["lora_a"][layer], np.float64), np.asarray(out["lora_b"][layer], np.float64)
+    a, b = (
+        np.asarray(out["lora_a"][layer], np.float64),
+        np.asarray(out["lora_b"][layer], np.float64),
+    )
     wanted = np.asarray(out["kernel"][layer]) + 2.5 * np.einsum("hdr,rw->hdw", a, b)
-    np.testing.assert_allclose(plain["blocks"]["attention"]["out"]["kernel"][layer], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        plain["blocks"]["attention"]["out"]["kernel"][layer], wanted, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_what_is_trained_is_the_adapters_and_the_scalar_head():
@@ -85,25 +122,41 @@ def test_what_is_trained_is_the_adapters_and_the_scalar_head():
         assert {name for name in names if not name.endswith(("lora_a", "lora_b"))} == (
             {"scalar_head/kernel", "scalar_head/bias"} if head == "scalar" else set()
         )
-        assert sum(name.endswith("lora_a") for name in names) == 7  # query, key, value, out, up, gate, down
+        assert (
+            sum(name.endswith("lora_a") for name in names) == 7
+        )  # query, key, value, out, up, gate, down
         stages.assert_trees_equal(merge_trees(trainable(params), params), params)
-        state = loop.new_state(params, make_optimizer(tiny_models.optimizer_config(weight_decay=0.1)))
+        state = loop.new_state(
+            params, make_optimizer(tiny_models.optimizer_config(weight_decay=0.1))
+        )
         moments = next(part for part in state.opt_state if hasattr(part, "mu"))
         assert names_of(moments.mu) == names_of(moments.nu) == names
 
 
 def test_gradients_are_those_of_the_whole_tree():
     """Of the adapters as if everything was trained; and nothing else is in the tree."""
-    model, rows = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"), stages.packed_rows(3, 14)
+    model, rows = (
+        Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
+        stages.packed_rows(3, 14),
+    )
     params = adapted_params(model)
 
     def loss_of(logprobs, mask, _):
         return next_token_loss(logprobs, mask), {}
 
-    loss, _, gradients = packed_loss_and_gradients(model, params, rows, loss_of, None, temperature=1.0)
+    loss, _, gradients = packed_loss_and_gradients(
+        model, params, rows, loss_of, None, temperature=1.0
+    )
 
     def of_merged(part):
-        return packed_loss_and_gradients(model, merge_lora(merge_trees(part, params)), rows, loss_of, None, temperature=1.0)[0]
+        return packed_loss_and_gradients(
+            model,
+            merge_lora(merge_trees(part, params)),
+            rows,
+            loss_of,
+            None,
+            temperature=1.0,
+        )[0]
 
     wanted_loss, wanted = jax.value_and_grad(of_merged)(trainable(params))
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
@@ -114,7 +167,10 @@ def test_gradients_are_those_of_the_whole_tree():
 
 def test_a_step_and_the_average_move_adapters_alone():
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-    params, optimizer = adapted_params(model), make_optimizer(tiny_models.optimizer_config(clip_norm=1.0))
+    params, optimizer = (
+        adapted_params(model),
+        make_optimizer(tiny_models.optimizer_config(clip_norm=1.0)),
+    )
     state = loop.new_state(params, optimizer)
     gradients = jax.tree.map(jnp.ones_like, trainable(params))
     after = apply_gradients(optimizer, state, gradients, jnp.float32(0.1)).params
@@ -123,11 +179,18 @@ def test_a_step_and_the_average_move_adapters_alone():
     for tree in (after, average):
         old = dict(jax.tree.leaves_with_path(params))
         changed = {
-            sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(tree) if np.any(leaf != old[path])
+            sharding.path_name(path)
+            for path, leaf in jax.tree.leaves_with_path(tree)
+            if np.any(leaf != old[path])
         }
         assert changed == moving
-    bad = {**gradients, "scalar_head": jax.tree.map(lambda x: x * jnp.nan, gradients["scalar_head"])}
-    stages.assert_trees_equal(apply_gradients(optimizer, state, bad, jnp.float32(0.1)), state)
+    bad = {
+        **gradients,
+        "scalar_head": jax.tree.map(lambda x: x * jnp.nan, gradients["scalar_head"]),
+    }
+    stages.assert_trees_equal(
+        apply_gradients(optimizer, state, bad, jnp.float32(0.1)), state
+    )
 
 
 def test_samples_of_merged_weights_have_the_scorers_log_probabilities():
@@ -136,9 +199,13 @@ def test_samples_of_merged_weights_have_the_scorers_log_probabilities():
     params = adapted_params(program.policy)
     prompts = tiny_models.ragged_prompts((1, 4, 6, 2), columns=6)
     rollouts = algorithm.rollout(program, params, prompts, jnp.int32(0), settings)
-    scored = token_logprobs(program.policy, params, rollouts, temperature=settings.temperature)
+    scored = token_logprobs(
+        program.policy, params, rollouts, temperature=settings.temperature
+    )
     np.testing.assert_allclose(rollouts.logprobs, scored, rtol=1e-4, atol=2e-5)
-    with_base = token_logprobs(program.policy, tiny_models.random_params(program.policy), rollouts, temperature=1.0)
+    with_base = token_logprobs(
+        program.policy, tiny_models.random_params(program.policy), rollouts, temperature=1.0
+    )
     assert np.abs(np.asarray(with_base - scored)).max() > 0.05
 
 
@@ -156,11 +223,17 @@ def run(config, workdir, **watched):
 def networks(state):
     """The parameters of each network of a state, by name."""
     if hasattr(state, "policy"):
-        return {"policy": state.policy.params, "value": state.value.params, "ema": state.ema}
+        return {
+            "policy": state.policy.params,
+            "value": state.value.params,
+            "ema": state.ema,
+        }
     return {"model": state.params}
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", pytest.param("ppo-ptx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sft", "reward", pytest.param("ppo-ptx", marks=pytest.mark.slow)]
+)
 def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_path, name):
     config = config_of(chain, name)
     first, last = run(config, tmp_path / "straight")
@@ -172,12 +245,20 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
         assert all(line["sampler_gap"] < 1e-4 for line in lines)
     for network, params in networks(last).items():
         before = networks(first)[network]
-        stored = jax.device_get(load_params(parents[network], open_shapes(parents[network])))
-        trunk = {part: leaf for part, leaf in merge_lora(before).items() if part != "scalar_head" or network == "value"}
+        stored = jax.device_get(
+            load_params(parents[network], open_shapes(parents[network]))
+        )
+        trunk = {
+            part: leaf
+            for part, leaf in merge_lora(before).items()
+            if part != "scalar_head" or network == "value"
+        }
         stages.assert_trees_equal(trunk, {part: stored[part] for part in trunk})
         old = dict(jax.tree.leaves_with_path(before))
         changed = {
-            sharding.path_name(path) for path, leaf in jax.tree.leaves_with_path(params) if np.any(leaf != old[path])
+            sharding.path_name(path)
+            for path, leaf in jax.tree.leaves_with_path(params)
+            if np.any(leaf != old[path])
         }
         assert changed == names_of(trainable(params))
     with pytest.raises(loop.Interrupted):
@@ -189,14 +270,20 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
     head = "scalar" if name == "reward" else "tokens"
     built = construct(stage_of(config)[0], config)
     model = Transformer(built.model, tiny_models.compute(), head)
-    found = open_parent(tmp_path / "straight", "parent").load(loop.abstract_params(model, stages.mesh_of()))
+    found = open_parent(tmp_path / "straight", "parent").load(
+        loop.abstract_params(model, stages.mesh_of())
+    )
     wanted = merge_lora(networks(last)["ema" if name == "ppo-ptx" else "model"])
     stages.assert_trees_close(jax.device_get(found), wanted, rtol=1e-6, atol=1e-7)
     if name == "sft":
         _, answering, _ = chat.open_policy(tmp_path / "straight", tiny_models.compute())
         stages.assert_trees_equal(answering, found)
-        child = config_of(chain, "sft", **{"parent": str(tmp_path / "straight"), "lora.rank": 0})
-        stages.assert_trees_equal(stages.started(child, tmp_path / "child").params, jax.device_get(found))
+        child = config_of(
+            chain, "sft", **{"parent": str(tmp_path / "straight"), "lora.rank": 0}
+        )
+        stages.assert_trees_equal(
+            stages.started(child, tmp_path / "child").params, jax.device_get(found)
+        )
 
 
 def open_shapes(workdir):
@@ -204,7 +291,9 @@ def open_shapes(workdir):
     run = open_parent(workdir, "parent")
     model = construct(stage_of(run.manifest["config"])[0], dict(run.manifest["config"]))
     head = "scalar" if run.manifest["stage"] == "reward" else "tokens"
-    return loop.abstract_params(Transformer(model.model, tiny_models.compute(), head), stages.mesh_of())
+    return loop.abstract_params(
+        Transformer(model.model, tiny_models.compute(), head), stages.mesh_of()
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,8 +301,14 @@ def open_shapes(workdir):
     [
         ({"lora.rank": -1}, r"config\.lora: rank = -1 must be at least 0"),
         ({"lora.alpha": 0.0}, r"config\.lora: alpha = 0\.0 must be above 0"),
-        ({"lora.rank": 33}, r"^config\.lora\.rank = 33 is above config\.model\.width = 32: lower it"),
-        ({"parent": ""}, r"^config\.lora\.rank = 2, but there is no parent whose weights could stay"),
+        (
+            {"lora.rank": 33},
+            r"^config\.lora\.rank = 33 is above config\.model\.width = 32: lower it",
+        ),
+        (
+            {"parent": ""},
+            r"^config\.lora\.rank = 2, but there is no parent whose weights could stay",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_one_line(chain, tmp_path, changes, message):
@@ -227,9 +322,16 @@ def test_eight_devices_give_the_same_adapters(chain):
     params = adapted_params(model)
     mesh = stages.mesh_of(2, 2, 2)
     spread = jax.device_put(params, sharding.shardings(params, mesh))
-    stages.assert_trees_close(jax.jit(merge_lora)(spread), merge_lora(params), rtol=1e-6, atol=1e-6)
+    stages.assert_trees_close(
+        jax.jit(merge_lora)(spread), merge_lora(params), rtol=1e-6, atol=1e-6
+    )
     state = loop.start_from(
-        tiny_models.random_params(model), optax.adam(1.0), mesh, lambda p: add_lora(p, LORA, jax.random.key(0))
+        tiny_models.random_params(model),
+        optax.adam(1.0),
+        mesh,
+        lambda p: add_lora(p, LORA, jax.random.key(0)),
     )
     alone = add_lora(tiny_models.random_params(model), LORA, jax.random.key(0))
-    stages.assert_trees_close(jax.device_get(state.params), jax.device_get(alone), rtol=1e-6, atol=1e-7)
+    stages.assert_trees_close(
+        jax.device_get(state.params), jax.device_get(alone), rtol=1e-6, atol=1e-7
+    )

@@ -1,4 +1,5 @@
-"""Operations with gradients by hand against the gradients that JAX derives, and that only CPUs get a barrier."""
+"""Operations with gradients by hand against the gradients that JAX derives, and that only
+CPUs get a barrier."""
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +37,14 @@ def arrays(axes):
 
 @pytest.mark.parametrize("axes", PRODUCTS)
 def test_products_and_their_gradients(axes):
-    ours = jax.jit(lambda *args: pulled_back(lambda x, y: product(axes, x, y, "float32"), *args))(*arrays(axes))
+    ours = jax.jit(
+        lambda *args: pulled_back(lambda x, y: product(axes, x, y, "float32"), *args)
+    )(*arrays(axes))
     theirs = pulled_back(lambda x, y: jnp.einsum(axes, x, y), *arrays(axes))
     assert [y.shape for y in ours] == [y.shape for y in theirs]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs
+    )
 
 
 def rounded(x):
@@ -48,21 +53,31 @@ def rounded(x):
 
 @pytest.mark.parametrize("axes", PRODUCTS)
 def test_what_is_multiplied_is_rounded_and_nothing_else(axes):
-    """Products of sixteen bits are exact in float32; so are their sums here, up to the order."""
+    """Products of sixteen bits are exact in float32; so are their sums here, up to the
+    order."""
     x, y = arrays(axes)
-    ours = jax.jit(lambda *args: pulled_back(lambda x, y: product(axes, x, y, "bfloat16"), *args))(x, y)
+    ours = jax.jit(
+        lambda *args: pulled_back(lambda x, y: product(axes, x, y, "bfloat16"), *args)
+    )(x, y)
     result, pull = jax.vjp(lambda x, y: jnp.einsum(axes, x, y), rounded(x), rounded(y))
     theirs = result, *pull(rounded(normal(9, *result.shape)))
     assert {found.dtype for found in ours} == {jnp.dtype("float32")}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs
+    )
     exact = jnp.einsum(axes, x, y)
     assert 1e-4 < float(jnp.max(jnp.abs(ours[0] - exact)) / jnp.max(jnp.abs(exact))) < 1e-2
 
 
 def test_a_gelu_and_its_gradient():
     x = 3 * normal(0, 3, 5)
-    ours, theirs = pulled_back(gelu, x), pulled_back(lambda x: jax.nn.gelu(x, approximate=True), x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+    ours, theirs = (
+        pulled_back(gelu, x),
+        pulled_back(lambda x: jax.nn.gelu(x, approximate=True), x),
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs
+    )
     kept = jax.tree.leaves(jax.vjp(gelu, x)[1])
     assert sum(leaf.size for leaf in kept) == x.size
 
@@ -73,7 +88,9 @@ def test_norms_and_their_gradients(centred, epsilon):
     x = normal(0, 3, 4, 7)
     ours = pulled_back(lambda x: normalized(x, centred, epsilon), x)
     theirs = pulled_back(lambda x: plain_normalized(x, centred, epsilon), x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs
+    )
 
 
 @pytest.mark.parametrize(("matmul_dtype", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
@@ -81,14 +98,23 @@ def test_a_mean_under_a_softmax_and_its_gradients(matmul_dtype, apart):
     """Of scores that differ widely, some of which see nothing, and in one row all."""
     scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
     scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
-    ours = jax.jit(lambda *args: pulled_back(lambda s, v: softmax_mean(s, v, matmul_dtype), *args))(scores, values)
+    ours = jax.jit(
+        lambda *args: pulled_back(lambda s, v: softmax_mean(s, v, matmul_dtype), *args)
+    )(scores, values)
     theirs = pulled_back(lambda s, v: jax.nn.softmax(s, axis=-1) @ v, scores, values)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=apart * jnp.max(jnp.abs(b))), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=0, atol=apart * jnp.max(jnp.abs(b))
+        ),
+        ours,
+        theirs,
+    )
     assert {found.dtype for found in ours} == {jnp.dtype("float32")}
 
 
 def test_a_mean_of_two_values_by_hand():
-    """Weights 1/4 and 3/4 of 2 and 6: 5. With 1 for its gradient, w (dw − Σ w dw): 1/4 (2 − 5) and 3/4 (6 − 5)."""
+    """Weights 1/4 and 3/4 of 2 and 6: 5. With 1 for its gradient, w (dw − Σ w dw): 1/4 (2 −
+    5) and 3/4 (6 − 5)."""
     scores, values = jnp.log(jnp.array([[[[1.0, 3.0]]]])), jnp.array([[[[2.0], [6.0]]]])
     mean, pull = jax.vjp(lambda s, v: softmax_mean(s, v, "float32"), scores, values)
     np.testing.assert_allclose(mean, [[[[5.0]]]], rtol=1e-6)
@@ -98,7 +124,8 @@ def test_a_mean_of_two_values_by_hand():
 
 
 def test_a_norm_of_two_numbers_by_hand():
-    """1, 3: mean 2, deviations ∓1, variance 1: ∓1 / √(1 + 3) at ε = 3; without the mean 1 / √(5 + 4) and 3 / 3."""
+    """1, 3: mean 2, deviations ∓1, variance 1: ∓1 / √(1 + 3) at ε = 3; without the mean 1 /
+    √(5 + 4) and 3 / 3."""
     np.testing.assert_allclose(normalized(jnp.array([1.0, 3.0]), True, 3.0), [-0.5, 0.5])
     np.testing.assert_allclose(normalized(jnp.array([1.0, 3.0]), False, 4.0), [1 / 3, 1.0])
 
@@ -106,7 +133,8 @@ def test_a_norm_of_two_numbers_by_hand():
 def test_gradients_in_sixteen_bits_stay_in_sixteen_bits():
     args = normal(0, 2, 4).astype(jnp.bfloat16), normal(1, 4, 5).astype(jnp.bfloat16)
     of_x, of_kernel = jax.grad(
-        lambda x, y: product("ad,df->af", x, y, "bfloat16").astype(jnp.float32).sum(), argnums=(0, 1)
+        lambda x, y: product("ad,df->af", x, y, "bfloat16").astype(jnp.float32).sum(),
+        argnums=(0, 1),
     )(*args)
     assert of_x.dtype == of_kernel.dtype == jnp.bfloat16
 
@@ -115,24 +143,38 @@ def test_several_runs_side_by_side():
     x, kernels = normal(0, 2, 4), normal(1, 3, 4, 5)
 
     def of_kernel(kernel):
-        return jax.grad(lambda k: (normalized(product("ad,df->af", x, k, "float32"), True, 1e-5) ** 3).sum())(kernel)
+        return jax.grad(
+            lambda k: (
+                normalized(product("ad,df->af", x, k, "float32"), True, 1e-5) ** 3
+            ).sum()
+        )(kernel)
 
     together = jax.vmap(of_kernel)(kernels)
-    np.testing.assert_allclose(together, jnp.stack([of_kernel(kernel) for kernel in kernels]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        together, jnp.stack([of_kernel(kernel) for kernel in kernels]), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
 def test_only_cpus_have_a_barrier(platform, barriers):
-    lowered = jax.jit(lambda x: materialized(x) + 1).trace(jnp.ones(3)).lower(lowering_platforms=(platform,))
+    lowered = (
+        jax.jit(lambda x: materialized(x) + 1)
+        .trace(jnp.ones(3))
+        .lower(lowering_platforms=(platform,))
+    )
     assert lowered.as_text().count("optimization_barrier") == barriers
 
 
-@pytest.mark.parametrize(("platform", "sums"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+@pytest.mark.parametrize(
+    ("platform", "sums"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")]
+)
 def test_sixteen_bits_come_out_of_a_product_in_sixteen_bits_but_on_cpus(platform, sums):
     """Else what devices exchange, and what is kept of products, would take twice the bytes."""
     x, y = (a.astype(jnp.bfloat16) for a in arrays("ad,df->af"))
     traced = jax.jit(lambda x, y: product("ad,df->af", x, y, "bfloat16")).trace(x, y)
     (line,) = [
-        line for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines() if "dot_gen" in line
+        line
+        for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+        if "dot_gen" in line
     ]
     assert line.rstrip().endswith(f"-> tensor<2x5x{sums}>")

@@ -1,4 +1,5 @@
-"""Sequences packed inside a compiled program: every token in its place, no row too many, and the parts that are run."""
+"""Sequences packed inside a compiled program: every token in its place, no row too many,
+and the parts that are run."""
 
 from functools import partial
 
@@ -16,7 +17,13 @@ from instructax.models.scoring import (
     packed_outputs,
     rollout_sequences,
 )
-from instructax.models.sequence_packing import PackedLayout, microbatch_shapes, pack, plan_packing, scan_packed_rows
+from instructax.models.sequence_packing import (
+    PackedLayout,
+    microbatch_shapes,
+    pack,
+    plan_packing,
+    scan_packed_rows,
+)
 from instructax.types import LmBatch, Rollouts
 
 MESH = stages.mesh_of()
@@ -25,19 +32,34 @@ MESH = stages.mesh_of()
 def marked(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
     """b[N, L] with so many marks in each row, at random columns."""
     rng = np.random.default_rng(seed)
-    rows = [np.isin(np.arange(columns), rng.permutation(columns)[:length]) for length in lengths]
+    rows = [
+        np.isin(np.arange(columns), rng.permutation(columns)[:length]) for length in lengths
+    ]
     return np.array(rows)
 
 
-def placed(real: np.ndarray, width: int, microbatch_rows: int, halvings: int = 0, mesh=MESH) -> PackedLayout:
+def placed(
+    real: np.ndarray, width: int, microbatch_rows: int, halvings: int = 0, mesh=MESH
+) -> PackedLayout:
     compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
-    return jax.device_get(jax.jit(partial(plan_packing, width=width, compute=compute, mesh=mesh))(jnp.asarray(real)))
+    return jax.device_get(
+        jax.jit(partial(plan_packing, width=width, compute=compute, mesh=mesh))(
+            jnp.asarray(real)
+        )
+    )
 
 
 def test_first_fit_the_longest_first_by_hand():
     layout = placed(marked([3, 6, 2, 5, 1], 6), 8, 2)
     # 6 | 5 | 3 behind the 5 | 2 behind the 6 | 1 in a row of its own
-    wanted = [[2] * 6 + [3] * 2, [4] * 5 + [1] * 3, [5] + [0] * 7, [0] * 8, [0] * 8, [0] * 8]
+    wanted = [
+        [2] * 6 + [3] * 2,
+        [4] * 5 + [1] * 3,
+        [5] + [0] * 7,
+        [0] * 8,
+        [0] * 8,
+        [0] * 8,
+    ]
     np.testing.assert_array_equal(layout.texts[:, 0], wanted)
     assert layout.used == 4 * 8
     assert layout.shapes == ((2, 8),)
@@ -53,20 +75,25 @@ def test_shapes_of_parts():
     assert microbatch_shapes(4, 0, 8) == ((4, 8),)
     assert microbatch_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
     assert microbatch_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
-    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(4, 4, 8)  # of one token nothing is predicted
+    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(
+        4, 4, 8
+    )  # of one token nothing is predicted
     assert microbatch_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
     assert microbatch_shapes(5, 1, 8) == ((5, 8), (1, 8))
     assert microbatch_shapes(12, 3, 8) == ((12, 8), (6, 8), (3, 8), (1, 8))
 
 
 @pytest.mark.parametrize(
-    "lengths", [[1] * 9, [6] * 9, [6, 1, 1, 4, 4, 2, 6, 5, 3], [0] * 9, [3, 3, 0, 0, 0, 0, 0, 0, 0]]
+    "lengths",
+    [[1] * 9, [6] * 9, [6, 1, 1, 4, 4, 2, 6, 5, 3], [0] * 9, [3, 3, 0, 0, 0, 0, 0, 0, 0]],
 )
 @pytest.mark.parametrize("width", [6, 7, 13, 20])
 def test_there_are_as_many_rows_as_first_fit_can_need(width, lengths):
     layout = placed(marked(lengths, 6), width, 2, halvings=1)
     assert len(layout.texts) == -(-9 // (width // 6))
-    np.testing.assert_array_equal(np.bincount(layout.texts.ravel(), minlength=10)[1:], lengths)
+    np.testing.assert_array_equal(
+        np.bincount(layout.texts.ravel(), minlength=10)[1:], lengths
+    )
 
 
 def test_tokens_stand_in_order_and_come_back():
@@ -79,7 +106,9 @@ def test_tokens_stand_in_order_and_come_back():
     for text in range(6):
         np.testing.assert_array_equal(flat[texts == text + 1], x[text][real[text]])
         cells = np.flatnonzero(texts == text + 1)
-        assert len(cells) == 0 or ((np.diff(cells) == 1).all() and cells[0] // 10 == cells[-1] // 10)
+        assert len(cells) == 0 or (
+            (np.diff(cells) == 1).all() and cells[0] // 10 == cells[-1] // 10
+        )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -88,7 +117,9 @@ def test_no_token_is_lost_and_no_row_overflows(seed):
     lengths = rng.integers(0, 12, 40)
     width = int(rng.integers(12, 40))
     layout = placed(marked(list(lengths), 12, seed), width, int(rng.integers(1, 6)))
-    np.testing.assert_array_equal(np.bincount(layout.texts.ravel(), minlength=41)[1:], lengths)
+    np.testing.assert_array_equal(
+        np.bincount(layout.texts.ravel(), minlength=41)[1:], lengths
+    )
     fills = (layout.texts > 0).sum(axis=(1, 2))
     rows = np.count_nonzero(fills)
     assert not fills[rows:].any()
@@ -103,8 +134,12 @@ def test_nothing_at_all_uses_no_part():
 
 
 def test_a_sequence_wider_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="sequences of up to 6 tokens do not fit rows of 5"):
-        plan_packing(jnp.ones((2, 6), bool), width=5, compute=tiny_models.compute(), mesh=MESH)
+    with pytest.raises(
+        ValueError, match="sequences of up to 6 tokens do not fit rows of 5"
+    ):
+        plan_packing(
+            jnp.ones((2, 6), bool), width=5, compute=tiny_models.compute(), mesh=MESH
+        )
 
 
 def ragged_rollouts() -> Rollouts:
@@ -120,11 +155,18 @@ def ragged_rollouts() -> Rollouts:
 
 
 def by_rows(function, batch: LmBatch, width: int, halvings: int):
-    """`function` of a batch that is packed, part by part, and of it as it is, both [N, L]; the cells run."""
+    """`function` of a batch that is packed, part by part, and of it as it is, both [N, L];
+    the cells run."""
     compute = tiny_models.compute(microbatch_rows=2, tail_splits=halvings)
     layout = plan_packing(batch.segments != 0, width=width, compute=compute, mesh=MESH)
-    _, packed = scan_packed_rows(lambda _, part: (None, function(part)), None, pack(batch, layout), layout)
-    return layout.collect(packed), jnp.where(batch.segments != 0, function(batch), 0.0), layout.used
+    _, packed = scan_packed_rows(
+        lambda _, part: (None, function(part)), None, pack(batch, layout), layout
+    )
+    return (
+        layout.collect(packed),
+        jnp.where(batch.segments != 0, function(batch), 0.0),
+        layout.used,
+    )
 
 
 @pytest.mark.parametrize("halvings", [0, 2])
@@ -135,7 +177,9 @@ def test_packed_rollouts_are_as_if_alone(config, halvings):
     params = tiny_models.random_params(policy)
     logprobs = partial(packed_logprobs, policy, params, temperature=0.7)
     packed, alone, used = jax.jit(lambda b: by_rows(logprobs, b, 24, halvings))(batch)
-    assert used == (2 * 24 + 12 if halvings else 4 * 24)  # two parts of two rows, or one and half a row
+    assert used == (
+        2 * 24 + 12 if halvings else 4 * 24
+    )  # two parts of two rows, or one and half a row
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
     assert np.count_nonzero(alone) == 22
 
@@ -148,26 +192,41 @@ def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
     scorer = Transformer(config, tiny_models.compute(), "scalar")
     params = tiny_models.random_params(scorer)
     width = batch.tokens.shape[1] + 4
-    packed, _, used = jax.jit(lambda b: by_rows(partial(packed_outputs, scorer, params), b, width, halvings))(batch)
+    packed, _, used = jax.jit(
+        lambda b: by_rows(partial(packed_outputs, scorer, params), b, width, halvings)
+    )(batch)
     assert used < 8 * width
-    scores = np.take_along_axis(np.asarray(packed), np.asarray(last_columns(comparisons.mask, 6)), axis=1)
+    scores = np.take_along_axis(
+        np.asarray(packed), np.asarray(last_columns(comparisons.mask, 6)), axis=1
+    )
     for prompt in range(8):
         start = comparisons.prompts.tokens[prompt][comparisons.prompts.mask[prompt]]
         rows = zip(comparisons.responses[prompt], comparisons.mask[prompt], strict=True)
         valid = np.asarray(comparisons.valid[prompt])
         documents = [np.concatenate([start, response[mask]]) for response, mask in rows]
         alone = stages.plain_scores(scorer, params, documents)
-        np.testing.assert_allclose(scores[prompt][valid], alone[valid], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            scores[prompt][valid], alone[valid], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("microbatch_rows", "halvings", "ways"),
-    [*((4, halvings, ways) for halvings in range(5) for ways in (1, 2)), (5, 1, 1), (10, 2, 1), (6, 2, 1), (7, 1, 1)],
+    [
+        *((4, halvings, ways) for halvings in range(5) for ways in (1, 2)),
+        (5, 1, 1),
+        (10, 2, 1),
+        (6, 2, 1),
+        (7, 1, 1),
+    ],
 )
 @pytest.mark.parametrize(
-    "lengths", [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]]
+    "lengths",
+    [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]],
 )
-def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(lengths, microbatch_rows, halvings, ways):
+def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(
+    lengths, microbatch_rows, halvings, ways
+):
     """Whatever is left for the last parts, and however many devices share rows."""
     real, mesh = marked(lengths, 6, seed=2), stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
@@ -175,14 +234,20 @@ def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(lengths, 
     def step(totals: tuple, part: tuple) -> tuple:
         x, texts = part
         assert x.shape == texts.shape
-        totals = (totals[0] + texts.size, totals[1] + jnp.sum(texts > 0), totals[2] + jnp.sum(x))
+        totals = (
+            totals[0] + texts.size,
+            totals[1] + jnp.sum(texts > 0),
+            totals[2] + jnp.sum(x),
+        )
         return totals, 2 * x
 
     @jax.jit
     def run(real, x):
         compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
         layout = plan_packing(real, width=9, compute=compute, mesh=mesh)
-        totals, doubled = scan_packed_rows(step, (jnp.int32(0),) * 3, (layout.spread(x), layout.texts), layout)
+        totals, doubled = scan_packed_rows(
+            step, (jnp.int32(0),) * 3, (layout.spread(x), layout.texts), layout
+        )
         return totals, layout.collect(doubled), layout.padding()
 
     (cells, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
@@ -197,7 +262,12 @@ def test_under_vmap_the_runs_end_together():
     real = np.array([marked([6, 6, 6], 6), marked([1, 1, 0], 6)])
 
     def run(real):
-        layout = plan_packing(real, width=6, compute=tiny_models.compute(microbatch_rows=2, tail_splits=2), mesh=MESH)
+        layout = plan_packing(
+            real,
+            width=6,
+            compute=tiny_models.compute(microbatch_rows=2, tail_splits=2),
+            mesh=MESH,
+        )
         step = lambda count, part: (count + part.size, 2 * part)  # noqa: E731
         cells, doubled = scan_packed_rows(step, jnp.int32(0), layout.texts, layout)
         return cells, layout.collect(doubled)

@@ -1,4 +1,5 @@
-"""The network against a plain NumPy one, and its laws: what a token may see, and what may not change an output."""
+"""The network against a plain NumPy one, and its laws: what a token may see, and what may
+not change an output."""
 
 import dataclasses
 import itertools
@@ -36,14 +37,22 @@ from instructax.models import (
     parameter_count,
     positions_of,
 )
-from instructax.models.attention import QUERY_BLOCK, QUERY_BLOCKS, attend, attend_causally, attention_mask
+from instructax.models.attention import (
+    QUERY_BLOCK,
+    QUERY_BLOCKS,
+    attend,
+    attend_causally,
+    attention_mask,
+)
 from instructax.models.layers import drop
 from instructax.models.transformer import UNROLLED, scan_blocks
 from instructax.training.loop import init_params
 from instructax.types import Params
 
 COLUMNS = 12
-QUICK = {"xla_backend_optimization_level": "0"}  # for programs that compile for seconds and run once
+QUICK = {
+    "xla_backend_optimization_level": "0"
+}  # for programs that compile for seconds and run once
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}
 OTHERS = {
     "neox": neox_config(),
@@ -53,7 +62,9 @@ OTHERS = {
     "a window in the last layer": llama_config(
         window=5,
         windowed=(1,),
-        rotary_scaling=RotaryScaling(kind="linear", factor=2.5, low_turns=0.0, high_turns=1.0, original_length=1),
+        rotary_scaling=RotaryScaling(
+            kind="linear", factor=2.5, low_turns=0.0, high_turns=1.0, original_length=1
+        ),
     ),
 }
 
@@ -62,7 +73,9 @@ OTHERS = {
 class Network:
     config: ModelConfig
     params: Params
-    forward: Callable[..., np.ndarray]  # tokens, segments, positions i32[2, COLUMNS] → f32[2, COLUMNS, D]
+    forward: Callable[
+        ..., np.ndarray
+    ]  # tokens, segments, positions i32[2, COLUMNS] → f32[2, COLUMNS, D]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -79,15 +92,24 @@ def texts(*lengths: int) -> list[list[int]]:
     return [rng.integers(VOCAB_SIZE, size=length).tolist() for length in lengths]
 
 
-def rows(*documents_of_rows: list[tuple[int, list[int]]], fill: int | None = None) -> tuple[jax.Array, ...]:
-    """tokens, segments, positions of rows of (first column, text); cells between hold `fill`, or else random ids."""
-    tokens = np.random.default_rng(8).integers(VOCAB_SIZE, size=(len(documents_of_rows), COLUMNS))
+def rows(
+    *documents_of_rows: list[tuple[int, list[int]]], fill: int | None = None
+) -> tuple[jax.Array, ...]:
+    """tokens, segments, positions of rows of (first column, text); cells between hold
+    `fill`, or else random ids."""
+    tokens = np.random.default_rng(8).integers(
+        VOCAB_SIZE, size=(len(documents_of_rows), COLUMNS)
+    )
     tokens = tokens if fill is None else np.full_like(tokens, fill)
     segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
     for row, documents in enumerate(documents_of_rows):
         for number, (first, text) in enumerate(documents, start=1):
             here = (row, slice(first, first + len(text)))
-            tokens[here], segments[here], positions[here] = text, number, np.arange(len(text))
+            tokens[here], segments[here], positions[here] = (
+                text,
+                number,
+                np.arange(len(text)),
+            )
     return tuple(jnp.asarray(x, jnp.int32) for x in (tokens, segments, positions))
 
 
@@ -98,7 +120,9 @@ def rows(*documents_of_rows: list[tuple[int, list[int]]], fill: int | None = Non
         *FAMILIES.values(),
         *OTHERS.values(),
         gpt_config(num_kv_heads=1, tied_head=False, norm="rmsnorm", biases=False),
-        llama_config(num_layers=3, num_kv_heads=4, biases=True, norm="layernorm", tied_head=True),
+        llama_config(
+            num_layers=3, num_kv_heads=4, biases=True, norm="layernorm", tied_head=True
+        ),
     ],
     ids=[*FAMILIES, *OTHERS, "gpt-mixed", "llama-mixed"],
 )
@@ -109,7 +133,9 @@ def test_forward_equals_the_plain_one(config, head):
     outputs, _ = jax.jit(model.apply)({"params": params}, *rows([(0, text)]))
     plain = reference_model.scalars if head == "scalar" else reference_model.hidden_states
     assert outputs.dtype == jnp.float32
-    np.testing.assert_allclose(outputs[0], plain(config, params, text), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        outputs[0], plain(config, params, text), rtol=1e-5, atol=1e-5
+    )
 
 
 # Numbers of parameters of GPT-3's shapes, V = 50257 and 2048 positions, worked out by hand:
@@ -128,7 +154,9 @@ PARAMETERS = {
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_the_papers_shapes(size):
     config = construct(ModelConfig, sizes.model(size).to_dict())
-    model = Transformer(config, construct(ComputeConfig, sizes.compute(size).to_dict()), "tokens")
+    model = Transformer(
+        config, construct(ComputeConfig, sizes.compute(size).to_dict()), "tokens"
+    )
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     layers, width, heads, head_dim = sizes.GPT3[size]
     inner = heads * head_dim
@@ -136,23 +164,34 @@ def test_the_papers_shapes(size):
     assert PARAMETERS[size] == (50257 + 2048) * width + 2 * width + layers * (
         4 * width * inner + 3 * inner + 8 * width * width + 10 * width
     )
-    assert shapes["blocks"]["attention"]["query"]["kernel"].shape == (layers, width, heads, head_dim)
+    assert shapes["blocks"]["attention"]["query"]["kernel"].shape == (
+        layers,
+        width,
+        heads,
+        head_dim,
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
 def test_an_output_depends_on_the_earlier_tokens_of_its_segment_alone(network):
     model = Transformer(network.config, compute(), "tokens")
     tokens, segments, positions = rows([(1, [3, 1, 4, 5]), (5, [9, 2, 6, 8])])
-    tokens = tokens.at[0].set(jnp.arange(COLUMNS))  # distinct ids: the gradient of one id is that of one column
+    tokens = tokens.at[0].set(
+        jnp.arange(COLUMNS)
+    )  # distinct ids: the gradient of one id is that of one column
     directions = jax.random.normal(jax.random.key(0), (network.config.embed_dim,))
 
     @jax.jit
     @jax.jacrev
     def jacobian(embedding):
         params = {**network.params, "embedding": embedding}
-        return model.apply({"params": params}, tokens, segments, positions)[0][0] @ directions
+        return (
+            model.apply({"params": params}, tokens, segments, positions)[0][0] @ directions
+        )
 
-    sizes_of_gradients = np.abs(jacobian(network.params["embedding"])[:, :COLUMNS]).max(axis=-1)
+    sizes_of_gradients = np.abs(jacobian(network.params["embedding"])[:, :COLUMNS]).max(
+        axis=-1
+    )
     segment = np.asarray(segments[0])
     seen = (segment[:, None] == segment[None, :]) & np.tri(COLUMNS, dtype=bool)
     real = segment > 0
@@ -176,7 +215,11 @@ def test_padding_changes_nothing_whatever_it_holds(network):
     (text,) = texts(7)
     outputs = network.forward(*rows([(0, text)], [(5, text)]))
     np.testing.assert_allclose(outputs[0, :7], outputs[1, 5:], atol=1e-5)
-    for fill in (0, text[3], text[-1]):  # pad == eos among them, whichever of the text's ids eos is
+    for fill in (
+        0,
+        text[3],
+        text[-1],
+    ):  # pad == eos among them, whichever of the text's ids eos is
         filled = network.forward(*rows([(0, text)], [(5, text)], fill=fill))
         np.testing.assert_array_equal(filled[0, :7], outputs[0, :7])
         np.testing.assert_array_equal(filled[1, 5:], outputs[1, 5:])
@@ -187,14 +230,24 @@ def test_padding_changes_nothing_whatever_it_holds(network):
 
 
 def test_positions_count_the_real_tokens():
-    mask = jnp.array([[False, False, True, True, False], [True, True, True, False, True], [False] * 5])
-    assert positions_of(mask).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 3], [0, 0, 0, 0, 0]]
+    mask = jnp.array(
+        [[False, False, True, True, False], [True, True, True, False, True], [False] * 5]
+    )
+    assert positions_of(mask).tolist() == [
+        [0, 0, 0, 1, 1],
+        [0, 1, 2, 2, 3],
+        [0, 0, 0, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize("network", [*FAMILIES, "gemma"], indirect=True)
 def test_with_a_cache_as_without(network):
     model = Transformer(network.config, compute(), "tokens")
-    append = jax.jit(lambda cache, *columns: model.apply({"params": network.params}, *columns, cache=cache))
+    append = jax.jit(
+        lambda cache, *columns: model.apply(
+            {"params": network.params}, *columns, cache=cache
+        )
+    )
     # The second row's first seven columns are padding: a whole piece without a real token.
     inputs = rows([(1, texts(11)[0])], [(8, texts(4)[0])])
     expected, real = network.forward(*inputs), np.asarray(inputs[1]) > 0
@@ -214,32 +267,43 @@ def text_gradients(remat: Any, config: ModelConfig) -> Callable[[Params], Params
     model = Transformer(config, compute(remat=remat), "tokens")
     inputs = rows([(0, texts(COLUMNS)[0])])
     dropout = Dropout(rate=jnp.float32(0.3), keys=jax.random.split(jax.random.key(5), 1))
-    return jax.grad(lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, *inputs, dropout=dropout)[0])))
+    return jax.grad(
+        lambda params: jnp.sum(
+            jnp.sin(model.apply({"params": params}, *inputs, dropout=dropout)[0])
+        )
+    )
 
 
 def test_recomputation_changes_no_gradient():
     config = gpt_config()
     params = random_params(Transformer(config, compute(), "tokens"))
     none, dots, full = (
-        jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params) for remat in ("none", "dots", "full")
+        jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params)
+        for remat in ("none", "dots", "full")
     )
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(none)) > 0.1
     for other in (dots, full):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), none, other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), none, other
+        )
 
 
 def test_more_layers_than_a_step_of_the_scan_has():
     config = dataclasses.replace(FAMILIES["gpt"], num_layers=UNROLLED + 1)
     params = random_params(Transformer(config, compute(), "tokens"))
     several, one = (
-        jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params) for remat in ("none", "full")
+        jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params)
+        for remat in ("none", "full")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), several, one)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), several, one
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputation_is_done_where_asked(family):
-    """none recomputes no matrix product, dots those of two activations (scores, mixing), full all of a layer."""
+    """none recomputes no matrix product, dots those of two activations (scores, mixing),
+    full all of a layer."""
     config = FAMILIES[family]
     params = random_params(Transformer(config, compute(), "tokens"))
     none, dots, full = (
@@ -247,7 +311,9 @@ def test_recomputation_is_done_where_asked(family):
         for remat in ("none", "dots", "full")
     )
     assert dots - none == 2
-    assert full - none == {"gpt": 7, "llama": 8}[family]  # three projections, two activations', out, up (and gate)
+    assert (
+        full - none == {"gpt": 7, "llama": 8}[family]
+    )  # three projections, two activations', out, up (and gate)
 
 
 @pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
@@ -273,49 +339,90 @@ def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
     model = Transformer(network.config, compute(dtype=dtype), "tokens")
     inputs = rows([(0, texts(9)[0])], [(0, texts(12)[0])])
     cast = cast_matrices(network.params, model.compute)
-    run = jax.jit(lambda params: (model.apply({"params": params}, *inputs)[0], head_kernel(network.config, params)))
+    run = jax.jit(
+        lambda params: (
+            model.apply({"params": params}, *inputs)[0],
+            head_kernel(network.config, params),
+        )
+    )
     (hidden, _), (wanted, kernel) = run(cast), run(network.params)
-    np.testing.assert_array_equal(np.asarray(hidden, np.float32), np.asarray(wanted, np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(hidden, np.float32), np.asarray(wanted, np.float32)
+    )
     head = head_kernel(network.config, cast)
     if dtype == "mixed":  # a tied head is the embedding, which is looked up in float32
         head = head.astype(jnp.bfloat16)
     np.testing.assert_array_equal(head, kernel.astype(jnp.bfloat16))
-    kept = {path[-1].key for path, leaf in jax.tree_util.tree_leaves_with_path(cast) if leaf.dtype == jnp.float32}
-    assert kept <= {"scale", "bias"} | ({"embedding", "positions"} if dtype == "mixed" else set())
+    kept = {
+        path[-1].key
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cast)
+        if leaf.dtype == jnp.float32
+    }
+    assert kept <= {"scale", "bias"} | (
+        {"embedding", "positions"} if dtype == "mixed" else set()
+    )
 
 
-@pytest.mark.parametrize("length", [QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK, QUERY_BLOCKS * QUERY_BLOCK + 3])
+@pytest.mark.parametrize(
+    "length",
+    [QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK, QUERY_BLOCKS * QUERY_BLOCK + 3],
+)
 def test_blocks_of_queries_attend_as_all_at_once(length):
-    """Values and gradients, with grouped queries, for packed texts and for responses that share a prompt."""
+    """Values and gradients, with grouped queries, for packed texts and for responses that
+    share a prompt."""
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.normal(size=(1, heads, length, 2)), jnp.float32) for heads in (4, 2, 2))
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(1, heads, length, 2)), jnp.float32)
+        for heads in (4, 2, 2)
+    )
     segments = jnp.asarray(rng.choice([-1, 1, 2, 3, 0], size=(1, length)))
     mask = attention_mask(segments, segments, 0)
-    weights = jnp.asarray(rng.normal(size=query.shape), jnp.float32) * (segments != 0)[:, None, :, None]
+    weights = (
+        jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+        * (segments != 0)[:, None, :, None]
+    )
 
     def outputs(function):
-        attended, pull = jax.vjp(lambda *inputs: function(*inputs, mask, "float32"), query, key, value)
+        attended, pull = jax.vjp(
+            lambda *inputs: function(*inputs, mask, "float32"), query, key, value
+        )
         return attended * (segments != 0)[:, None, :, None], pull(weights)
 
-    ours, wanted = (jax.jit(partial(outputs, function))() for function in (attend_causally, attend))
+    ours, wanted = (
+        jax.jit(partial(outputs, function))() for function in (attend_causally, attend)
+    )
     stages.assert_trees_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_mean_and_rate_zero_keeps_all():
     x = jnp.ones((200, 500))
-    dropped = drop(x, Dropout(rate=jnp.float32(0.2), keys=jax.random.split(jax.random.key(0), 200)), 0)
+    dropped = drop(
+        x, Dropout(rate=jnp.float32(0.2), keys=jax.random.split(jax.random.key(0), 200)), 0
+    )
     np.testing.assert_allclose(np.unique(dropped), [0.0, 1.25], rtol=1e-6)
     # 10⁵ cells: the mean's standard deviation is √(0.2 / 0.8 / 10⁵) = 0.0016.
     assert abs(float(dropped.mean()) - 1.0) < 0.006
-    assert (drop(x, Dropout(rate=jnp.float32(0.0), keys=jax.random.split(jax.random.key(0), 200)), 0) == x).all()
+    assert (
+        drop(
+            x,
+            Dropout(rate=jnp.float32(0.0), keys=jax.random.split(jax.random.key(0), 200)),
+            0,
+        )
+        == x
+    ).all()
     assert drop(x, None, 0) is x
 
 
 def test_dropout_differs_by_layer_branch_and_key():
-    """With kernels of zero a branch adds its bias: 1 and 2 in layer 0, 4 and 8 in layer 1; the sum tells the masks."""
+    """With kernels of zero a branch adds its bias: 1 and 2 in layer 0, 4 and 8 in layer 1;
+    the sum tells the masks."""
     config = gpt_config(embed_dim=64)
-    blocks = jax.tree.map(jnp.zeros_like, random_params(Transformer(config, compute(), "tokens"))["blocks"])
-    blocks["attention"]["out"]["bias"] = jnp.broadcast_to(jnp.array([[1.0], [4.0]]), (2, 64))
+    blocks = jax.tree.map(
+        jnp.zeros_like, random_params(Transformer(config, compute(), "tokens"))["blocks"]
+    )
+    blocks["attention"]["out"]["bias"] = jnp.broadcast_to(
+        jnp.array([[1.0], [4.0]]), (2, 64)
+    )
     blocks["mlp"]["down"]["bias"] = jnp.broadcast_to(jnp.array([[2.0], [8.0]]), (2, 64))
     x, positions = jnp.zeros((4, COLUMNS, 64)), jnp.zeros((4, COLUMNS), jnp.int32)
     mask = jnp.ones((4, COLUMNS, COLUMNS), bool)
@@ -323,7 +430,12 @@ def test_dropout_differs_by_layer_branch_and_key():
     @jax.jit
     def sums(key):
         dropout = Dropout(rate=jnp.float32(0.5), keys=jax.random.split(key, 4))
-        return scan_blocks(blocks, x, mask, positions, config, compute(), dropout, attend_causally) / 2
+        return (
+            scan_blocks(
+                blocks, x, mask, positions, config, compute(), dropout, attend_causally
+            )
+            / 2
+        )
 
     masks = []
     for key in jax.random.split(jax.random.key(1), 2):
@@ -333,27 +445,47 @@ def test_dropout_differs_by_layer_branch_and_key():
         masks += [codes >> bit & 1 for bit in range(4)]
     # 3072 cells: a share's standard deviation is 0.009.
     assert all(abs(kept.mean() - 0.5) < 0.04 for kept in masks)
-    assert all(abs((a == b).mean() - 0.5) < 0.04 for a, b in itertools.combinations(masks, 2))
+    assert all(
+        abs((a == b).mean() - 0.5) < 0.04 for a, b in itertools.combinations(masks, 2)
+    )
 
 
 def test_initial_spread():
-    """Standard deviations of fresh parameters; the estimates' own spread is 1 / √(2n): 2% or less."""
+    """Standard deviations of fresh parameters; the estimates' own spread is 1 / √(2n): 2%
+    or less."""
     config = gpt_config(embed_dim=1023, num_layers=8, mlp_dim=32, init_std=0.02)
     model = Transformer(config, compute(), "scalar")
-    params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(jax.random.key(3))
-    np.testing.assert_allclose(params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09)  # 1 / √(1023 + 1)
-    narrow = Transformer(gpt_config(embed_dim=3), compute(), "scalar")  # 1 / √(3 + 1), not 1 / √3
-    fresh = jax.jit(jax.vmap(lambda key: init_params(narrow, key)["scalar_head"]["kernel"]), compiler_options=QUICK)
-    np.testing.assert_allclose(fresh(jax.random.split(jax.random.key(4), 2000)).std(), 1 / 2, rtol=0.05)
+    params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(
+        jax.random.key(3)
+    )
+    np.testing.assert_allclose(
+        params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09
+    )  # 1 / √(1023 + 1)
+    narrow = Transformer(
+        gpt_config(embed_dim=3), compute(), "scalar"
+    )  # 1 / √(3 + 1), not 1 / √3
+    fresh = jax.jit(
+        jax.vmap(lambda key: init_params(narrow, key)["scalar_head"]["kernel"]),
+        compiler_options=QUICK,
+    )
+    np.testing.assert_allclose(
+        fresh(jax.random.split(jax.random.key(4), 2000)).std(), 1 / 2, rtol=0.05
+    )
     np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.03)
     np.testing.assert_allclose(params["positions"].std(), 0.02, rtol=0.03)
     attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
     for kernel in (attention["query"], attention["key"], attention["value"], mlp["up"]):
-        np.testing.assert_allclose(kernel["kernel"].std(axis=(1, *range(2, kernel["kernel"].ndim))), 0.02, rtol=0.05)
+        np.testing.assert_allclose(
+            kernel["kernel"].std(axis=(1, *range(2, kernel["kernel"].ndim))),
+            0.02,
+            rtol=0.05,
+        )
     for kernel in (attention["out"], mlp["down"]):  # √(2 · 8 layers) = 4
         np.testing.assert_allclose(kernel["kernel"].std(), 0.005, rtol=0.03)
     assert float(params["scalar_head"]["bias"]) == 0.0
-    biases = [attention[name]["bias"] for name in ("query", "key", "value", "out")] + [mlp["up"]["bias"]]
+    biases = [attention[name]["bias"] for name in ("query", "key", "value", "out")] + [
+        mlp["up"]["bias"]
+    ]
     assert all((bias == 0).all() for bias in biases)
     assert (params["final_norm"]["scale"] == 1).all()
     first, second = attention["query"]["kernel"][:2]
@@ -364,18 +496,31 @@ def test_heads():
     for config, tied in ((gpt_config(), True), (llama_config(), False)):
         tokens = random_params(Transformer(config, compute(), "tokens"))
         assert ("head" in tokens) is not tied
-        assert head_kernel(config, tokens) is (tokens["embedding"] if tied else tokens["head"]["kernel"])
+        assert head_kernel(config, tokens) is (
+            tokens["embedding"] if tied else tokens["head"]["kernel"]
+        )
         assert head_kernel(config, tokens).shape == (config.vocab_size, config.embed_dim)
         scalar = random_params(Transformer(config, compute(), "scalar"))
-        assert {name: leaf.shape for name, leaf in scalar["scalar_head"].items()} == {"kernel": (16,), "bias": ()}
-        trunk = [{k: v for k, v in params.items() if k not in ("head", "scalar_head")} for params in (tokens, scalar)]
+        assert {name: leaf.shape for name, leaf in scalar["scalar_head"].items()} == {
+            "kernel": (16,),
+            "bias": (),
+        }
+        trunk = [
+            {k: v for k, v in params.items() if k not in ("head", "scalar_head")}
+            for params in (tokens, scalar)
+        ]
         assert jax.tree.map(jnp.shape, trunk[0]) == jax.tree.map(jnp.shape, trunk[1])
 
 
 def test_refused_architectures():
-    with pytest.raises(ValueError, match=r"^model.num_heads = 4 must be a multiple of model.num_kv_heads = 3$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model.num_heads = 4 must be a multiple of model.num_kv_heads = 3$",
+    ):
         gpt_config(num_kv_heads=3)
-    with pytest.raises(ValueError, match=r"^model.head_dim = 5 must be even for rotary positions$"):
+    with pytest.raises(
+        ValueError, match=r"^model.head_dim = 5 must be even for rotary positions$"
+    ):
         llama_config(head_dim=5)
     assert gpt_config(head_dim=5).head_dim == 5  # learned positions allow it
     for wrong, message in (
@@ -383,16 +528,34 @@ def test_refused_architectures():
             {"head_dim": 6, "rotary_fraction": 0.5},
             r"^model.head_dim = 6 × model.rotary_fraction = 0.5 must be even",
         ),
-        ({"rotary_fraction": 0.0}, r"^model.rotary_fraction = 0.0 must be above 0 and at most 1$"),
-        ({"biases": True, "qkv_biases": True}, r"^model.qkv_biases = True is for model.biases = False"),
-        ({"window": 4}, r"^model.window = 4 and model.windowed = \(\): set both, or 0 and \(\) for none$"),
-        ({"window": 4, "windowed": (1, 0)}, r"^model.windowed = \(1, 0\) must be rising numbers from 0 to 1$"),
-        ({"window": 4, "windowed": (2,)}, r"^model.windowed = \(2,\) must be rising numbers from 0 to 1$"),
+        (
+            {"rotary_fraction": 0.0},
+            r"^model.rotary_fraction = 0.0 must be above 0 and at most 1$",
+        ),
+        (
+            {"biases": True, "qkv_biases": True},
+            r"^model.qkv_biases = True is for model.biases = False",
+        ),
+        (
+            {"window": 4},
+            r"^model.window = 4 and model.windowed = \(\): set both, or 0 and \(\) for none$",
+        ),
+        (
+            {"window": 4, "windowed": (1, 0)},
+            r"^model.windowed = \(1, 0\) must be rising numbers from 0 to 1$",
+        ),
+        (
+            {"window": 4, "windowed": (2,)},
+            r"^model.windowed = \(2,\) must be rising numbers from 0 to 1$",
+        ),
         ({"logit_cap": -1.0}, r"^logit_cap = -1.0 must be at least 0$"),
     ):
         with pytest.raises(ValueError, match=message):
             llama_config(**wrong)
     with pytest.raises(
-        ValueError, match=r"^rotary_scaling.high_turns = 1.0 must be above rotary_scaling.low_turns = 4"
+        ValueError,
+        match=r"^rotary_scaling.high_turns = 1.0 must be above rotary_scaling.low_turns = 4",
     ):
-        RotaryScaling(kind="llama3", factor=8.0, low_turns=4.0, high_turns=1.0, original_length=8)
+        RotaryScaling(
+            kind="llama3", factor=8.0, low_turns=4.0, high_turns=1.0, original_length=8
+        )

@@ -1,4 +1,5 @@
-"""The report of an experiment: what its logs hold, a page that stands alone, mistakes in one line."""
+"""The report of an experiment: what its logs hold, a page that stands alone, mistakes in
+one line."""
 
 import dataclasses
 import html.parser
@@ -18,7 +19,14 @@ from instructax.report.browser import browser, embedded, samples_of
 from instructax.report.claims import CLAIMS, findings_of, overall
 from instructax.report.judging import TRUTH, asked_about, best_of_kl, curve_of, read
 from instructax.report.page import check_seeds
-from instructax.report.results import estimate_of, in_words, load, overfitting_of, parameters_of, public_figures
+from instructax.report.results import (
+    estimate_of,
+    in_words,
+    load,
+    overfitting_of,
+    parameters_of,
+    public_figures,
+)
 from instructax.report.tables import agreement_table, html_table, noise_table, table_of
 
 pytest_plugins = ("tests.support.report_fixtures",)
@@ -31,7 +39,11 @@ def test_what_the_logs_hold(family, reading):
     assert reading.names == ["micro", "milli", "centi"]
     assert list(reading.experiment.sizes[0].samples) == list(report_logs.QUALITY)
     assert parameters_of(report_logs.MODEL) == 16 * 128 + 2 * (4 * 16 * 16 + 2 * 16 * 64)
-    assert [in_words(n) for n in (160_000, 124_439_808, 1_300_000_000)] == ["0.16M", "124M", "1.3B"]
+    assert [in_words(n) for n in (160_000, 124_439_808, 1_300_000_000)] == [
+        "0.16M",
+        "124M",
+        "1.3B",
+    ]
     losses, scores = overfitting_of(reading.experiment.sizes[1])
     assert list(losses) == list(scores) == [100, 200, 300, 400]
     assert overfitting_of(reading.experiment.sizes[0]) == ({}, {})
@@ -48,7 +60,13 @@ def test_null_is_a_bound_that_is_not_there():
 
 def test_bleu_counts_to_one_hundred_and_is_drawn_as_a_share():
     record = report_logs.estimate(40.0, 2.0)
-    figures = public_figures({"policies": {"GPT": {"translation": {"few-shot": record}, "book": {"few-shot": record}}}})
+    figures = public_figures(
+        {
+            "policies": {
+                "GPT": {"translation": {"few-shot": record}, "book": {"few-shot": record}}
+            }
+        }
+    )
     assert figures["GPT"]["translation"]["few-shot"].estimate.value == pytest.approx(0.4)
     assert figures["GPT"]["book"]["few-shot"].estimate.value == 40.0
 
@@ -56,11 +74,21 @@ def test_bleu_counts_to_one_hundred_and_is_drawn_as_a_share():
 def test_a_size_of_few_policies_is_read(tmp_path, capsys):
     root = report_logs.write_one_size(tmp_path / "few")
     path = report.write([root], tmp_path / "out")
-    assert "GPT" in capsys.readouterr().out and (tmp_path / "out" / "figure-1.png").stat().st_size > 10_000
+    assert (
+        "GPT" in capsys.readouterr().out
+        and (tmp_path / "out" / "figure-1.png").stat().st_size > 10_000
+    )
     reading = read(load(root))
-    assert [row[:2] for row in table_of(reading)][:2] == [("0.0082M", "GPT"), ("0.0082M", "SFT")]
+    assert [row[:2] for row in table_of(reading)][:2] == [
+        ("0.0082M", "GPT"),
+        ("0.0082M", "SFT"),
+    ]
     c1 = findings_of(CLAIMS[0], [reading])
-    assert [finding.what for finding in c1] == ["0.0082M: SFT − GPT", "0.0082M: PPO − SFT", "0.0082M: GPT prompted"]
+    assert [finding.what for finding in c1] == [
+        "0.0082M: SFT − GPT",
+        "0.0082M: PPO − SFT",
+        "0.0082M: GPT prompted",
+    ]
     text = path.read_text()
     assert text.count("<td>no data</td><td>–</td>") == 2  # of reward models
     assert "Prompts of the GPT-3 distribution: no data." in text
@@ -69,14 +97,20 @@ def test_a_size_of_few_policies_is_read(tmp_path, capsys):
 
 def test_the_tables_of_the_reward_model(reading):
     rows = re.findall(r"<tr><td>(.*?)</td></tr>", agreement_table([reading]))
-    assert [row.split("</td><td>")[-1] for row in rows] == ["0.726 ± 0.015", "0.773 ± 0.013", "–"]
+    assert [row.split("</td><td>")[-1] for row in rows] == [
+        "0.726 ± 0.015",
+        "0.773 ± 0.013",
+        "–",
+    ]
     rows = re.findall(r"<tr><td>(.*?)</td></tr>", noise_table([reading]))
     assert [row.split("</td><td>")[2:] for row in rows] == [
         ["as they are", "0.720", "480"],
         ["who never waver", "0.810", "480"],
     ]
     alone = [dataclasses.replace(size, samples={}) for size in reading.experiment.sizes]
-    nothing = dataclasses.replace(reading, experiment=dataclasses.replace(reading.experiment, prompts=[], sizes=alone))
+    nothing = dataclasses.replace(
+        reading, experiment=dataclasses.replace(reading.experiment, prompts=[], sizes=alone)
+    )
     assert agreement_table([nothing]).count("<td>0</td><td>no data</td>") == 3
 
 
@@ -90,7 +124,9 @@ class Outside(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.scripts += tag == "script"
         self.fetched += [
-            value for name, value in attrs if name in ("src", "href") and not value.startswith(("data:", "#"))
+            value
+            for name, value in attrs
+            if name in ("src", "href") and not value.startswith(("data:", "#"))
         ]
         self.fetched += [tag] if tag in ("link", "iframe", "object") else []
 
@@ -109,9 +145,14 @@ def test_the_page_stands_alone(page):
 def test_what_a_response_says_cannot_leave_its_place(reading):
     evil = "</script><script>alert(1)</script><!--"
     size = reading.experiment.sizes[0]
-    records = [dict(record, response=evil, pieces=[evil], token_kl=[0.0]) for record in size.samples["PPO"]]
+    records = [
+        dict(record, response=evil, pieces=[evil], token_kl=[0.0])
+        for record in size.samples["PPO"]
+    ]
     changed = dataclasses.replace(size, samples={**size.samples, "PPO": records})
-    experiment = dataclasses.replace(reading.experiment, sizes=[changed, *reading.experiment.sizes[1:]])
+    experiment = dataclasses.replace(
+        reading.experiment, sizes=[changed, *reading.experiment.sizes[1:]]
+    )
     shown = browser([dataclasses.replace(reading, experiment=experiment)])
     assert shown.count("</script>") == 2 and "<!--" not in shown
     data = re.search(r'id="samples">(.*?)</script>', shown, re.DOTALL).group(1)
@@ -122,7 +163,10 @@ def test_what_a_response_says_cannot_leave_its_place(reading):
 
 def test_samples_have_all_policies_and_few_enough_prompts(reading):
     data = samples_of(reading, 3)
-    assert len(data["prompts"]) == 3 and len(data["columns"]) == len(data["prompts"][0]["answers"]) == 21
+    assert (
+        len(data["prompts"]) == 3
+        and len(data["columns"]) == len(data["prompts"][0]["answers"]) == 21
+    )
     column, _, utility, faults, pieces, kl = data["prompts"][0]["answers"][0]
     answers = reading.answers[tuple(data["columns"][column])]
     assert utility == round(answers.opinions[TRUTH][0], 2) and len(pieces) == len(kl)
@@ -130,22 +174,37 @@ def test_samples_have_all_policies_and_few_enough_prompts(reading):
 
 
 def test_a_sample_is_accused_of_what_its_prompt_asks_for_alone(reading):
-    experiment, data = reading.experiment, samples_of(reading, len(reading.experiment.prompts))
+    experiment, data = (
+        reading.experiment,
+        samples_of(reading, len(reading.experiment.prompts)),
+    )
     accused = {"constraint": "breaks the constraint", "hallucinates": "hallucinates"}
     for flag, words in accused.items():
-        speaks = [any(words in answer[3] for answer in prompt["answers"]) for prompt in data["prompts"]]
+        speaks = [
+            any(words in answer[3] for answer in prompt["answers"])
+            for prompt in data["prompts"]
+        ]
         asked = asked_about(experiment, flag)
         assert 0 < sum(speaks) <= asked.sum() < len(asked)
         assert not any(np.array(speaks) & ~asked)
 
 
 def test_several_seeds_of_the_same_logs_give_the_same_page(tmp_path, family):
-    one, other = (report_logs.write_one_size(tmp_path / name, seed) for seed, name in enumerate(("one", "other")))
+    one, other = (
+        report_logs.write_one_size(tmp_path / name, seed)
+        for seed, name in enumerate(("one", "other"))
+    )
     for name in ("a", "b"):
         report.write([one, other], tmp_path / name)
-    assert (tmp_path / "a" / "index.html").read_bytes() == (tmp_path / "b" / "index.html").read_bytes()
-    assert (tmp_path / "a" / "figure-4-1.png").exists() and "other" in (tmp_path / "a" / "index.html").read_text()
-    with pytest.raises(ValueError, match=r"one has the sizes .* give seeds of one experiment"):
+    assert (tmp_path / "a" / "index.html").read_bytes() == (
+        tmp_path / "b" / "index.html"
+    ).read_bytes()
+    assert (tmp_path / "a" / "figure-4-1.png").exists() and "other" in (
+        tmp_path / "a" / "index.html"
+    ).read_text()
+    with pytest.raises(
+        ValueError, match=r"one has the sizes .* give seeds of one experiment"
+    ):
         check_seeds([load(family), load(one)])
     with pytest.raises(ValueError, match=r"the seeds are \[0, 0\]: give each once"):
         check_seeds([load(one), load(one)])
@@ -161,7 +220,9 @@ def break_world(root):
 
 
 def break_lines(root):
-    report_logs.write_json(root / "world" / "config.json", {"seed": 0, "lines": {"prompts": 3}})
+    report_logs.write_json(
+        root / "world" / "config.json", {"seed": 0, "lines": {"prompts": 3}}
+    )
 
 
 def break_reference(root, run="evaluate"):
@@ -185,13 +246,21 @@ def break_gpt_reference(root):
         (break_world, "centi/evaluate is of another world"),
         (break_lines, "of another version of this project"),
         (break_reference, "has no policy SFT"),
-        (cut_line, "milli/evaluate/samples.jsonl, line 21, is no JSON: run the stage again"),
+        (
+            cut_line,
+            "milli/evaluate/samples.jsonl, line 21, is no JSON: run the stage again",
+        ),
         (break_gpt_reference, "centi/evaluate-gpt has no policy SFT"),
         (lambda root: (root / "world" / "config.json").unlink(), "holds no world"),
-        (lambda root: [path.unlink() for path in root.glob("*/evaluate/summary.json")], "holds no finished run"),
+        (
+            lambda root: [path.unlink() for path in root.glob("*/evaluate/summary.json")],
+            "holds no finished run",
+        ),
     ],
 )
-def test_logs_that_cannot_be_reported_are_one_line_and_code_2(tmp_path, capsys, fault, message):
+def test_logs_that_cannot_be_reported_are_one_line_and_code_2(
+    tmp_path, capsys, fault, message
+):
     root = report_logs.write_family(tmp_path / "family", count=3)
     fault(root)
     assert cli.guarded(lambda: report.write([root], tmp_path / "out")) == cli.USER
@@ -212,6 +281,10 @@ def test_ppo_on_other_prompts_is_one_line(tmp_path, capsys):
 
 def test_the_command_wants_folders_and_out():
     done = subprocess.run(
-        [sys.executable, "scripts/report.py", "runs"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "scripts/report.py", "runs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr

@@ -1,4 +1,5 @@
-"""Two processes on 127.0.0.1 do what one does: the same figures, one log, an agreed stop, the same resume."""
+"""Two processes on 127.0.0.1 do what one does: the same figures, one log, an agreed stop,
+the same resume."""
 
 import json
 import os
@@ -21,11 +22,13 @@ DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
 
-from instructax import command, experiment, ppo_train, processes
+from instructax import cli, experiment
+from instructax.runtime import distributed
+from instructax.stages.ppo import stage as ppo_stage
 
 address, index, stop_at, config, workdir = sys.argv[1:]
 distributed.join(address, 2, int(index))
-reader = ppo_train.reader
+reader = ppo_stage.reader
 
 
 def watched_reader(*args):
@@ -39,8 +42,8 @@ def watched_reader(*args):
     return watched
 
 
-ppo_train.reader = watched_reader
-sys.exit(command.guarded(lambda: experiment.run_stage(json.loads(config), Path(workdir))))
+ppo_stage.reader = watched_reader
+sys.exit(cli.guarded(lambda: experiment.run_stage(json.loads(config), Path(workdir))))
 """
 
 
@@ -54,10 +57,14 @@ def run_both(config, workdir, stop_at: int) -> list[int]:
     """The exit codes of two processes of one device each that share the run."""
     arguments = [str(stop_at), json.dumps(config), str(workdir)]
     address = free_address()
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"  # the last one holds
+    flags = (
+        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    )  # the last one holds
     environment = os.environ | {"XLA_FLAGS": flags}
     both = [
-        subprocess.Popen([sys.executable, "-c", DRIVER, address, str(index), *arguments], env=environment)
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, address, str(index), *arguments], env=environment
+        )
         for index in range(2)
     ]
     try:
@@ -74,15 +81,25 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
     assert committed_steps(workdir) == [2]  # both gave up the iteration that was under way
     assert run_both(config, workdir, stop_at=-1) == [0, 0]
     alone, together = metrics_of(chain / "ppo-ptx"), metrics_of(workdir)
-    assert [line["step"] for line in together] == [line["step"] for line in alone] == [1, 2, 3, 4]
+    assert (
+        [line["step"] for line in together]
+        == [line["step"] for line in alone]
+        == [1, 2, 3, 4]
+    )
     for one, two in zip(alone, together, strict=True):
-        figures = {name: value for name, value in one.items() if not name.startswith("time/")}
-        # Rounding errors themselves, and the empty rows of parts as large as two devices want them.
+        figures = {
+            name: value for name, value in one.items() if not name.startswith("time/")
+        }
+        # Rounding errors themselves, and the empty rows of parts as large as two devices
+        # want them.
         gaps = {name for name in figures if name.endswith(("_gap", "padding"))}
         assert {name: two[name] for name in figures.keys() - gaps} == pytest.approx(
             {name: figures[name] for name in figures.keys() - gaps}, rel=1e-3, abs=1e-5
         )
-    texts = [[(s["step"], s["prompt"], s["response"]) for s in samples_of(run)] for run in (chain / "ppo-ptx", workdir)]
+    texts = [
+        [(s["step"], s["prompt"], s["response"]) for s in samples_of(run)]
+        for run in (chain / "ppo-ptx", workdir)
+    ]
     assert texts[0] == texts[1]
 
 
@@ -106,19 +123,34 @@ def test_values_that_do_not_fit_are_refused(arguments, message):
 
 def test_four_processes_write_the_world_that_one_does(tmp_path):
     address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "scripts/train.py", "--config", "configs/world.py:tiny", "--workdir"]
+    command = [
+        sys.executable,
+        "scripts/train.py",
+        "--config",
+        "configs/world.py:tiny",
+        "--workdir",
+    ]
     joined = [f"--coordinator={address}", "--processes=4"]
     running = [
-        subprocess.Popen([*command, str(tmp_path / "four"), *joined, f"--process={i}"], env=environment)
+        subprocess.Popen(
+            [*command, str(tmp_path / "four"), *joined, f"--process={i}"], env=environment
+        )
         for i in range(4)
     ]
     assert [process.wait(timeout=300) for process in running] == [0] * 4
     hashed = environment | {"PYTHONHASHSEED": "7"}  # no order of a set may reach a file
-    assert subprocess.run([*command, str(tmp_path / "one")], env=hashed, timeout=300).returncode == 0
+    assert (
+        subprocess.run(
+            [*command, str(tmp_path / "one")], env=hashed, timeout=300
+        ).returncode
+        == 0
+    )
     names = {path.name for path in (tmp_path / "one").glob("*.gz")} | {"tokenizer.json"}
     assert len(names) == 7
     for name in names:
-        assert (tmp_path / "four" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+        assert (tmp_path / "four" / name).read_bytes() == (
+            tmp_path / "one" / name
+        ).read_bytes()
 
 
 def test_one_process_agrees_with_itself():

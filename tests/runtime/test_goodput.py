@@ -1,4 +1,5 @@
-"""Where a run's time went: every second once, over kills, torn lines and steps that are done again."""
+"""Where a run's time went: every second once, over kills, torn lines and steps that are
+done again."""
 
 import json
 import os
@@ -11,7 +12,13 @@ from unittest import mock
 import pytest
 
 from instructax.runtime import goodput
-from instructax.runtime.goodput import GoodputLog, described, lost_seconds, read_lines, totals
+from instructax.runtime.goodput import (
+    GoodputLog,
+    described,
+    lost_seconds,
+    read_lines,
+    totals,
+)
 
 
 class Clock:
@@ -29,7 +36,11 @@ class Clock:
 @pytest.fixture
 def clock():
     fake, first = Clock(), mock.patch.object(GoodputLog, "_before_ended", 0.0)
-    with first, mock.patch.object(goodput, "time", fake), mock.patch.object(goodput, "_process_start", lambda: 90.0):
+    with (
+        first,
+        mock.patch.object(goodput, "time", fake),
+        mock.patch.object(goodput, "_process_start", lambda: 90.0),
+    ):
         yield fake
 
 
@@ -45,7 +56,14 @@ def test_every_second_counts_once(tmp_path, clock):
     clock.now += 2
     work(ledger, clock, ("restore", 3), ("start", 1))
     ledger.begin(0)
-    work(ledger, clock, ("update", 20), ("steps", 0.5), ("the end of update", 0), ("evaluate", 4))
+    work(
+        ledger,
+        clock,
+        ("update", 20),
+        ("steps", 0.5),
+        ("the end of update", 0),
+        ("evaluate", 4),
+    )
     work(ledger, clock, ("the end of evaluate", 0.25))
     ledger.beat("save")
     ledger.write(1)
@@ -53,10 +71,20 @@ def test_every_second_counts_once(tmp_path, clock):
     ledger.beat("the end of save")
     ledger.close()
     found = totals(tmp_path / "goodput.jsonl")
-    wanted = {"init": 12, "restore": 3, "compile": 21, "steps": 0.75, "evaluation": 4, "save": 7, "lost": 0}
+    wanted = {
+        "init": 12,
+        "restore": 3,
+        "compile": 21,
+        "steps": 0.75,
+        "evaluation": 4,
+        "save": 7,
+        "lost": 0,
+    }
     assert found == pytest.approx({**wanted, "processes": 1, "goodput": 4.75 / 47.75})
     assert sum(wanted.values()) == pytest.approx(clock.now - 90)
-    assert described(found).startswith("goodput 10% in 1 process: steps 0:00:01, evaluation 0:00:04, compile 0:00:21")
+    assert described(found).startswith(
+        "goodput 10% in 1 process: steps 0:00:01, evaluation 0:00:04, compile 0:00:21"
+    )
 
 
 def test_what_is_done_again_is_lost_once(tmp_path, clock):
@@ -70,11 +98,25 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
             ledger.beat("data")
             ledger.write(step)
         ledger.close()
-    lost = [(line["step"], line["seconds"]) for line in read_lines(path) if line["kind"] == "lost"]
-    assert lost == [(4, 2), (4, 1)]  # steps 5 and 6 of the first process, step 5 of the second
+    lost = [
+        (line["step"], line["seconds"])
+        for line in read_lines(path)
+        if line["kind"] == "lost"
+    ]
+    assert lost == [
+        (4, 2),
+        (4, 1),
+    ]  # steps 5 and 6 of the first process, step 5 of the second
     found = totals(path)
     assert found["steps"] - found["lost"] == 8
-    assert [line["step"] for line in read_lines(path) if line["kind"] == "steps"] == [*range(1, 7), 5, 5, 6, 7, 8]
+    assert [line["step"] for line in read_lines(path) if line["kind"] == "steps"] == [
+        *range(1, 7),
+        5,
+        5,
+        6,
+        7,
+        8,
+    ]
 
 
 def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clock):
@@ -85,13 +127,18 @@ def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clo
         ledger.begin(0)
         ledger.close()
         clock.now += 1
-    # The first from the start of the process on, ten seconds before; the second from the first one's end.
-    assert [totals(tmp_path / name)["init"] for name in ("first", "second")] == pytest.approx([10 + 30, 1 + 2])
+    # The first from the start of the process on, ten seconds before; the second from the
+    # first one's end.
+    assert [
+        totals(tmp_path / name)["init"] for name in ("first", "second")
+    ] == pytest.approx([10 + 30, 1 + 2])
 
 
 def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
     path = tmp_path / "goodput.jsonl"
-    path.write_text('{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec')
+    path.write_text(
+        '{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec'
+    )
     ledger = GoodputLog(path, writes=True)
     ledger.begin(2)
     ledger.close()
@@ -104,10 +151,25 @@ def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
 def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
     path = tmp_path / "goodput.jsonl"
     whole = {"kind": "lost", "seconds": 0, "step": 3, "process": 1}
-    odd = [{"kind": None}, {"kind": "tea"}, {"step": "x"}, {"process": []}, {"seconds": None}]
+    odd = [
+        {"kind": None},
+        {"kind": "tea"},
+        {"step": "x"},
+        {"process": []},
+        {"seconds": None},
+    ]
     lines = [json.dumps({**whole, **change}) for change in odd]
-    lines += ['{"kind": "steps", "seconds": NaN, "step": 1, "process": 1}', "[" * 100_000, "7", "[]", "{}"]
-    lines += ['{"kind": "steps", "seconds": 1, "step": 1e999, "process": 1}', '{"seconds": 1, "step": 1}']
+    lines += [
+        '{"kind": "steps", "seconds": NaN, "step": 1, "process": 1}',
+        "[" * 100_000,
+        "7",
+        "[]",
+        "{}",
+    ]
+    lines += [
+        '{"kind": "steps", "seconds": 1, "step": 1e999, "process": 1}',
+        '{"seconds": 1, "step": 1}',
+    ]
     path.write_text("\n".join([*lines, json.dumps(whole)]) + "\n")
     assert read_lines(path) == [whole]
     assert totals(path)["goodput"] == 0.0
@@ -131,14 +193,16 @@ def test_a_killed_process_has_handed_over_its_lines(tmp_path):
     program = """
 import os, signal, sys
 from pathlib import Path
-from instructax.goodput import Ledger
-ledger = Ledger(Path(sys.argv[1]), writes=True)
+from instructax.runtime.goodput import GoodputLog
+ledger = GoodputLog(Path(sys.argv[1]), writes=True)
 ledger.begin(0)
 ledger.beat("steps")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     since = time.time()
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "goodput.jsonl")], env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "goodput.jsonl")], env=os.environ
+    )
     assert done.returncode == -signal.SIGKILL
     (line,) = read_lines(tmp_path / "goodput.jsonl")
     # The system tells when a process began to a hundredth of a second.

@@ -16,7 +16,9 @@ def test_one_line_that_is_written_over(tmp_path):
     for name in ("the end of a rather long phase", "save"):
         heartbeat.beat(name)
         beat = last_beat(path)
-        assert (beat["phase"], beat["pid"]) == (name, os.getpid()) and abs(beat["unix"] - time.time()) < 60
+        assert (beat["phase"], beat["pid"]) == (name, os.getpid()) and abs(
+            beat["unix"] - time.time()
+        ) < 60
         assert path.stat().st_size == LENGTH and path.read_text().count("\n") == 1
     heartbeat.close()
     assert last_beat(path)["phase"] == "save"
@@ -26,7 +28,7 @@ def test_it_outlives_a_kill(tmp_path):
     program = """
 import os, signal, sys
 from pathlib import Path
-from instructax.heartbeat import Heartbeat
+from instructax.runtime.heartbeat import Heartbeat
 Heartbeat(Path(sys.argv[1])).beat("rollout")
 os.kill(os.getpid(), signal.SIGKILL)
 """

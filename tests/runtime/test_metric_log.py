@@ -13,7 +13,13 @@ from instructax.runtime.metric_log import MetricLog
 
 
 def open_log(workdir, **changes):
-    settings = {"total_steps": 10, "log_every": 4, "start_step": 0, "tensorboard": False, "console": False}
+    settings = {
+        "total_steps": 10,
+        "log_every": 4,
+        "start_step": 0,
+        "tensorboard": False,
+        "console": False,
+    }
     return MetricLog(workdir, **{**settings, **changes})
 
 
@@ -21,7 +27,9 @@ def read(path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()
+    ]
 
 
 def steps(path):
@@ -46,11 +54,21 @@ class Lazy:
 def test_values_are_exact_and_sorted_by_name(tmp_path):
     with open_log(tmp_path, log_every=1) as log:
         log.record(
-            1, {"loss": jnp.float32(0.1), "accuracy": 0.75, "clipped": jnp.bfloat16(0.5), "tokens": jnp.int32(3)}
+            1,
+            {
+                "loss": jnp.float32(0.1),
+                "accuracy": 0.75,
+                "clipped": jnp.bfloat16(0.5),
+                "tokens": jnp.int32(3),
+            },
         )
     (line,) = read(tmp_path / "metrics.jsonl")
     assert list(line)[:5] == ["step", "accuracy", "clipped", "loss", "tokens"]
-    assert line["loss"] == float(np.float32(0.1)) and line["accuracy"] == 0.75 and line["clipped"] == 0.5
+    assert (
+        line["loss"] == float(np.float32(0.1))
+        and line["accuracy"] == 0.75
+        and line["clipped"] == 0.5
+    )
     assert line["tokens"] == 3 and isinstance(line["tokens"], int)
     assert "nonfinite" not in line
 
@@ -68,7 +86,9 @@ def test_nothing_is_fetched_before_the_flush(tmp_path):
 def test_one_fetch_for_all_steps_and_a_flush_at_the_last_step(tmp_path, monkeypatch):
     calls = []
     fetch = metric_log.jax.device_get
-    monkeypatch.setattr(metric_log.jax, "device_get", lambda tree: calls.append(len(tree)) or fetch(tree))
+    monkeypatch.setattr(
+        metric_log.jax, "device_get", lambda tree: calls.append(len(tree)) or fetch(tree)
+    )
     log = open_log(tmp_path, log_every=4, total_steps=6)
     for step in range(1, 7):
         log.record(step, {"a": jnp.float32(step), "b": jnp.float32(2 * step)})
@@ -88,14 +108,21 @@ def test_flushed_when_the_run_fails(tmp_path):
 
 def test_nonfinite_is_null_and_named(tmp_path, capsys):
     with open_log(tmp_path, console=True) as log:
-        log.record(1, {"loss": jnp.nan, "gradient_norm": jnp.float32(np.inf), "accuracy": 0.5})
+        log.record(
+            1, {"loss": jnp.nan, "gradient_norm": jnp.float32(np.inf), "accuracy": 0.5}
+        )
         log.sample(1, {"score": math.nan, "ids": np.arange(3), "text": ("a", "b")})
         log.summary({"loss": math.inf, "accuracy": jnp.float32(0.5)})
     (line,) = read(tmp_path / "metrics.jsonl")
     assert (line["loss"], line["gradient_norm"], line["accuracy"]) == (None, None, 0.5)
     assert line["nonfinite"] == ["gradient_norm", "loss"]
-    assert read(tmp_path / "samples.jsonl") == [{"step": 1, "score": None, "ids": [0, 1, 2], "text": ["a", "b"]}]
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"loss": None, "accuracy": 0.5}
+    assert read(tmp_path / "samples.jsonl") == [
+        {"step": 1, "score": None, "ids": [0, 1, 2], "text": ["a", "b"]}
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "loss": None,
+        "accuracy": 0.5,
+    }
     assert "loss non-finite" in capsys.readouterr().out
 
 
@@ -111,8 +138,20 @@ def test_rewinding_keeps_each_step_once(tmp_path):
         for step in (6, 7, 8):
             log.record(step, {"loss": 10.0 * step})
             log.sample(step, {"text": "second"})
-    assert [line["loss"] for line in read(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 60, 70, 80]
-    assert [line["text"] for line in read(tmp_path / "samples.jsonl")] == ["first"] * 6 + ["second"] * 3
+    assert [line["loss"] for line in read(tmp_path / "metrics.jsonl")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        60,
+        70,
+        80,
+    ]
+    assert [line["text"] for line in read(tmp_path / "samples.jsonl")] == ["first"] * 6 + [
+        "second"
+    ] * 3
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -124,7 +163,9 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
         assert steps(tmp_path / "metrics.jsonl") == [0, 1]
 
 
-@pytest.mark.parametrize("junk", ["null\n", "[1]\n", "{}\n", '{"step": "x"}\n', "\x00\x00\n", '{"step": 1}'])
+@pytest.mark.parametrize(
+    "junk", ["null\n", "[1]\n", "{}\n", '{"step": "x"}\n', "\x00\x00\n", '{"step": 1}']
+)
 def test_rewinding_drops_what_is_no_log_line(tmp_path, junk):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + junk)
@@ -171,7 +212,9 @@ def test_the_first_step_is_waited_for_and_timed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("first step after 7.2 s\nstep 1/")
 
 
-def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(tmp_path, monkeypatch):
+def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(
+    tmp_path, monkeypatch
+):
     clock = iter([5.0, 105.0, 125.0])
     monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     with open_log(tmp_path, log_every=3) as log:  # 5
@@ -179,7 +222,9 @@ def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(tmp_pat
         for step in (1, 2, 3):
             log.record(step, {"loss": 0.5, "tokens": 1000 if step == 1 else 80})
     for line in read(tmp_path / "metrics.jsonl"):  # flushed at 125
-        assert line["time/step_s"] == 10.0 and line["time/tokens_per_second_per_device"] == 1.0
+        assert (
+            line["time/step_s"] == 10.0 and line["time/tokens_per_second_per_device"] == 1.0
+        )
 
 
 def test_a_resumed_run_differs_only_in_times(tmp_path):
@@ -189,10 +234,15 @@ def test_a_resumed_run_differs_only_in_times(tmp_path):
                 for step in range(start + 1, stop + 1):
                     log.record(step, {"loss": jnp.sin(jnp.float32(step)), "tokens": 7})
     whole, resumed = (
-        [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read(tmp_path / n / "metrics.jsonl")]
+        [
+            {k: v for k, v in line.items() if not k.startswith("time/")}
+            for line in read(tmp_path / n / "metrics.jsonl")
+        ]
         for n in ("whole", "resumed")
     )
-    assert whole == resumed and len(whole) == 6 and set(whole[0]) == {"step", "loss", "tokens"}
+    assert (
+        whole == resumed and len(whole) == 6 and set(whole[0]) == {"step", "loss", "tokens"}
+    )
 
 
 def test_console_line(tmp_path, capsys, monkeypatch):
@@ -201,7 +251,15 @@ def test_console_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(metric_log.jax, "device_count", lambda: 8)
     with open_log(tmp_path, log_every=4, console=True, total_steps=1000) as log:
         for step in range(1, 5):
-            log.record(step, {"kl": 2.0, "loss": 1 / step, "tokens": 80_000, **{f"a{i}": i for i in range(9)}})
+            log.record(
+                step,
+                {
+                    "kl": 2.0,
+                    "loss": 1 / step,
+                    "tokens": 80_000,
+                    **{f"a{i}": i for i in range(9)},
+                },
+            )
     expected = "step 4/1000  loss 0.25  kl 2  a0 0  a1 1  a2 2  a3 3  2,000 tokens/s/device  eta 1:23:00\n"
     assert capsys.readouterr().out == expected
 
@@ -215,7 +273,10 @@ def test_sampled_text_cannot_drive_the_terminal(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("sample 3  response: ab\\x1b[2Jc\\n\\r\\x9b\\u202edé\\ud800xxx")
     assert out.count("\n") == 1 and len(out) < 250 and out.rstrip("\n").isprintable()
-    assert [line["response"] for line in read(tmp_path / "samples.jsonl")][1:] == [text, "a second one of this step"]
+    assert [line["response"] for line in read(tmp_path / "samples.jsonl")][1:] == [
+        text,
+        "a second one of this step",
+    ]
     assert (tmp_path / "samples.jsonl").read_bytes().isascii()
 
 
@@ -241,8 +302,14 @@ def test_tensorboard_scalars(tmp_path):
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
     assert loader is not None and 4 in [e.step for e in events if e.HasField("session_log")]
-    scalars = {value.tag: (e.step, value.simple_value) for e in events for value in e.summary.value}
-    assert scalars["loss"] == (4, 0.25) and "broken" not in scalars and "time/step_s" in scalars
+    scalars = {
+        value.tag: (e.step, value.simple_value) for e in events for value in e.summary.value
+    }
+    assert (
+        scalars["loss"] == (4, 0.25)
+        and "broken" not in scalars
+        and "time/step_s" in scalars
+    )
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Signals: the first is noted, the second ends, in Python and within what Python cannot leave."""
+"""Signals: the first is noted, the second ends, in Python and within what Python cannot
+leave."""
 
 import os
 import signal
@@ -9,7 +10,11 @@ import time
 
 import pytest
 
-from instructax.runtime.preemption import GracefulShutdown, StopRequested, check_stop_requested
+from instructax.runtime.preemption import (
+    GracefulShutdown,
+    StopRequested,
+    check_stop_requested,
+)
 
 
 def test_sigterm_asks_as_well():
@@ -22,17 +27,23 @@ def test_sigterm_asks_as_well():
 
 
 def test_a_real_ctrl_c_in_a_process_of_its_own():
-    """The second one must get through although the step never ends, as a compiled program that hangs would not."""
+    """The second one must get through although the step never ends, as a compiled program
+    that hangs would not."""
     program = """
         import os, signal, time
-        from instructax.interruption import Interruption
-        with Interruption():
+        from instructax.runtime.preemption import GracefulShutdown
+        with GracefulShutdown():
             os.kill(os.getpid(), signal.SIGINT)
             print("asked", flush=True)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
     assert done.stdout == "asked\n" and done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
@@ -57,7 +68,9 @@ def test_handlers_and_pipe_are_given_back():
     for _ in range(3):
         with GracefulShutdown():
             assert signal.getsignal(signal.SIGTERM) not in before
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    ] == before
     assert signal.set_wakeup_fd(-1) == -1
     if descriptors:
         for _ in range(100):  # the thread that reads it closes its end
@@ -73,7 +86,7 @@ def test_a_second_signal_ends_even_a_compiled_program(number, code):
     program = f"""
         import threading, time, os
         import jax
-        from instructax.interruption import Interruption
+        from instructax.runtime.preemption import GracefulShutdown
         endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 0.5, x)).lower(0.5).compile()
 
         def twice():
@@ -81,10 +94,12 @@ def test_a_second_signal_ends_even_a_compiled_program(number, code):
                 time.sleep(1)
                 os.kill(os.getpid(), {int(number)})
 
-        with Interruption():
+        with GracefulShutdown():
             threading.Thread(target=twice, daemon=True).start()
             jax.block_until_ready(endless(0.5))
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, timeout=50
+    )
     assert done.returncode == code

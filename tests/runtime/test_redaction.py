@@ -17,9 +17,34 @@ SECRET = [
     "password",
 ]
 SECRET += ["wandb_key", "openai_key", "ssh_key", "auth", "pwd"]
-SECRET += ["client_secret", "Authorization", "config.data.api_key", "aws_secret_access_key", "credentials"]
-OPEN = ["num_tokens", "tokens", "tokenizer", "pad_token_id", "pad_token", "eos_token", "bos_token", "prompt_tokens", ""]
-OPEN += ["tokens_per_second_per_device", "first_token", "token_count", "key", "rng_key", "num_kv_heads", "keep", "author"]
+SECRET += [
+    "client_secret",
+    "Authorization",
+    "config.data.api_key",
+    "aws_secret_access_key",
+    "credentials",
+]
+OPEN = [
+    "num_tokens",
+    "tokens",
+    "tokenizer",
+    "pad_token_id",
+    "pad_token",
+    "eos_token",
+    "bos_token",
+    "prompt_tokens",
+    "",
+]
+OPEN += [
+    "tokens_per_second_per_device",
+    "first_token",
+    "token_count",
+    "key",
+    "rng_key",
+    "num_kv_heads",
+    "keep",
+    "author",
+]
 
 
 @pytest.mark.parametrize("name", SECRET)
@@ -35,7 +60,13 @@ def test_what_sounds_like_a_secret_is_none(name):
 def test_a_config_without_its_secrets():
     config = {
         "steps": 3,
-        "hub": {"hf_token": "hunter2", "pad_token_id": 0, "password": None, "api_key": "", "secret": ("hunter2",)},
+        "hub": {
+            "hf_token": "hunter2",
+            "pad_token_id": 0,
+            "password": None,
+            "api_key": "",
+            "secret": ("hunter2",),
+        },
         "tokenizer": "https://me:hunter2@host/t@1.json",
         "files": ("gs://hunter2@host/a", "a@b"),
         "flag": True,
@@ -43,7 +74,13 @@ def test_a_config_without_its_secrets():
     }
     assert redact(config) == {
         "steps": 3,
-        "hub": {"hf_token": HIDDEN, "pad_token_id": 0, "password": None, "api_key": "", "secret": HIDDEN},
+        "hub": {
+            "hf_token": HIDDEN,
+            "pad_token_id": 0,
+            "password": None,
+            "api_key": "",
+            "secret": HIDDEN,
+        },
         "tokenizer": f"https://{HIDDEN}@host/t@1.json",
         "files": (f"gs://{HIDDEN}@host/a", "a@b"),
         "flag": True,
@@ -62,12 +99,18 @@ def test_a_config_without_its_secrets():
         ("--config.folder='s3://a:p@hunter2@b/c'", f"--config.folder='s3://{HIDDEN}@b/c'"),
         ("password: hunter2 and more", f"password: {HIDDEN} and more"),
         ("x-api-key: hunter2", f"x-api-key: {HIDDEN}"),
-        ("train.py --hf_token hunter2 --steps 3", f"train.py --hf_token {HIDDEN} --steps 3"),
+        (
+            "train.py --hf_token hunter2 --steps 3",
+            f"train.py --hf_token {HIDDEN} --steps 3",
+        ),
         ("Authorization: Token hunter2", f"Authorization: Token {HIDDEN}"),
         ("{'password': ['a', 'hunter2'], 'x': 1}", f"{{'password': {HIDDEN}, 'x': 1}}"),
         (r"api_key='a\'hunter2' x", f"api_key={HIDDEN} x"),
         ("a password of letters", "a password of letters"),
-        ("num_tokens=3, one end token: name another", "num_tokens=3, one end token: name another"),
+        (
+            "num_tokens=3, one end token: name another",
+            "num_tokens=3, one end token: name another",
+        ),
     ],
 )
 def test_a_message_without_its_secrets(text, shown):

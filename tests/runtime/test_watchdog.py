@@ -1,4 +1,5 @@
-"""A process that stands still is ended, with the stacks that say where; one that moves is left alone."""
+"""A process that stands still is ended, with the stacks that say where; one that moves is
+left alone."""
 
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from instructax.runtime.watchdog import Watchdog
 STUCK = """
 import sys, time
 from pathlib import Path
-from instructax.watchdog import Watchdog
+from instructax.runtime.watchdog import Watchdog
 
 def waits_for_ever():
     time.sleep(60)
@@ -25,10 +26,20 @@ with Watchdog(1.0, Path(sys.argv[1])) as watchdog:
 
 def test_a_stuck_process_is_aborted_and_says_where(tmp_path):
     report = tmp_path / "hang-0.txt"
-    done = subprocess.run([sys.executable, "-c", STUCK, str(report)], capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(report)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
     assert done.returncode == -signal.SIGABRT
-    assert done.stderr.startswith("watchdog: nothing has moved for 1 s since 'rollout'; stacks: ")
-    assert "in waits_for_ever" in report.read_text() and "since 'rollout'" in report.read_text()
+    assert done.stderr.startswith(
+        "watchdog: nothing has moved for 1 s since 'rollout'; stacks: "
+    )
+    assert (
+        "in waits_for_ever" in report.read_text()
+        and "since 'rollout'" in report.read_text()
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.6, 0])
@@ -44,7 +55,7 @@ def test_a_process_that_moves_is_left_alone(tmp_path, seconds):
 STOPPED = """
 import sys, time
 from pathlib import Path
-from instructax.watchdog import Watchdog
+from instructax.runtime.watchdog import Watchdog
 
 with Watchdog(2.0, Path(sys.argv[1])) as watchdog:
     for number in range(5):
@@ -56,7 +67,9 @@ with Watchdog(2.0, Path(sys.argv[1])) as watchdog:
 
 def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
     report = tmp_path / "hang-0.txt"
-    with subprocess.Popen([sys.executable, "-c", STOPPED, str(report)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(report)], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "moves\n"
         process.send_signal(signal.SIGSTOP)
         time.sleep(5)

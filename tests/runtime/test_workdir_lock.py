@@ -14,7 +14,7 @@ from instructax.runtime.workdir_lock import locked
 HOLDER = """
 import sys, time
 from pathlib import Path
-from instructax.locking import locked
+from instructax.runtime.workdir_lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -32,7 +32,9 @@ def holder(tmp_path):
 
 def test_a_second_run_is_told_who_holds_the_folder(holder, tmp_path):
     with (
-        pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on \S+ since 20\d\d-") as error,
+        pytest.raises(
+            ConfigError, match=rf"is in use by process {holder.pid} on \S+ since 20\d\d-"
+        ) as error,
         locked(tmp_path),
     ):
         pass
@@ -61,7 +63,10 @@ def test_the_lock_is_given_back(tmp_path):
 def test_a_lock_that_is_being_written_is_a_lock(tmp_path):
     with (tmp_path / "lock.json").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="is in use by another process"), locked(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="is in use by another process"),
+            locked(tmp_path),
+        ):
             pass
 
 
@@ -72,13 +77,18 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locked(tmp_path):
         pass
-    assert "cannot be locked ([Errno 95] Operation not supported): start no second run" in caplog.text
+    assert (
+        "cannot be locked ([Errno 95] Operation not supported): start no second run"
+        in caplog.text
+    )
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ConfigError, match=r"--workdir .*/file/run cannot be used: .*Not a directory"),
+        pytest.raises(
+            ConfigError, match=r"--workdir .*/file/run cannot be used: .*Not a directory"
+        ),
         locked(tmp_path / "file" / "run"),
     ):
         pass

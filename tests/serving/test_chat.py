@@ -1,4 +1,5 @@
-"""A finished policy answers prompts, the same ones in the same way; what it cannot read it says."""
+"""A finished policy answers prompts, the same ones in the same way; what it cannot read it
+says."""
 
 import dataclasses
 import json
@@ -38,7 +39,9 @@ def test_a_policy_answers(chain, capsys):
     assert long.endswith("between 1 and 88 are possible)")
     chat.talk(chain / "sft", prompts[:2], ASKING, dtype="float32")
     assert capsys.readouterr().out.splitlines() == [first, second]
-    chat.talk(chain / "sft", prompts[:1], dataclasses.replace(ASKING, seed=1), dtype="float32")
+    chat.talk(
+        chain / "sft", prompts[:1], dataclasses.replace(ASKING, seed=1), dtype="float32"
+    )
     assert capsys.readouterr().out.splitlines() != [first]
 
 
@@ -54,19 +57,27 @@ def test_a_step_that_was_kept_is_named(chain):
     steps = committed_steps(chain / "sft")
     assert len(steps) == 2
     kernels = {
-        suffix: np.asarray(chat.open_policy(f"{chain / 'sft'}{suffix}", COMPUTE)[1]["embedding"])
+        suffix: np.asarray(
+            chat.open_policy(f"{chain / 'sft'}{suffix}", COMPUTE)[1]["embedding"]
+        )
         for suffix in ("", *(f"@{step}" for step in steps))
     }
     assert np.array_equal(kernels[""], kernels[f"@{steps[-1]}"])
     assert not np.array_equal(kernels[""], kernels[f"@{steps[0]}"])
     kept = f"it kept the steps {steps[0]}, {steps[1]}"
-    for suffix, more in (("@7777", "$"), ("@best", ", and its run.best_metric named none as the best")):
+    for suffix, more in (
+        ("@7777", "$"),
+        ("@best", ", and its run.best_metric named none as the best"),
+    ):
         with pytest.raises(ConfigError, match=f"{suffix}': {kept}{more}"):
             chat.open_policy(f"{chain / 'sft'}{suffix}", COMPUTE)
 
 
 def test_what_is_no_policy_is_refused(chain, tmp_path):
-    with pytest.raises(ConfigError, match="stage 'reward'; only supervised, ppo, pretrained runs answer prompts"):
+    with pytest.raises(
+        ConfigError,
+        match="stage 'reward'; only supervised, ppo, pretrained runs answer prompts",
+    ):
         chat.open_policy(chain / "reward", COMPUTE)
     copy = tmp_path / "sft"
     shutil.copytree(chain / "sft", copy, ignore=shutil.ignore_patterns("summary.json"))
@@ -85,7 +96,9 @@ def test_what_is_no_policy_is_refused(chain, tmp_path):
         lambda: answered([{"prompt": "a"}], tmp_path, chain, 1, length=96),
     )
     for call in calls:
-        with pytest.raises(ConfigError, match="length = 96 must be below the model's 96 tokens"):
+        with pytest.raises(
+            ConfigError, match="length = 96 must be below the model's 96 tokens"
+        ):
             call()
 
 
@@ -106,18 +119,33 @@ def test_a_file_is_answered_line_by_line(chain, tmp_path, capsys):
         {"prompt": "List two animals.\n"},
     ]
     first = answered(lines, tmp_path, chain, 4, samples=2)
-    assert [{name: line[name] for name in asked} for asked, line in zip(lines, first, strict=True)] == lines
-    assert "between 1 and 88 are possible" in first[1]["error"] and "answers" not in first[1]
+    assert [
+        {name: line[name] for name in asked}
+        for asked, line in zip(lines, first, strict=True)
+    ] == lines
+    assert (
+        "between 1 and 88 are possible" in first[1]["error"] and "answers" not in first[1]
+    )
     for line in (*first[:1], *first[2:]):
         assert len(line["answers"]) == len(set(line["answers"])) == 2
         assert all(
-            finish == "stop" or tokens == 8 for finish, tokens in zip(line["finish"], line["tokens"], strict=True)
+            finish == "stop" or tokens == 8
+            for finish, tokens in zip(line["finish"], line["tokens"], strict=True)
         )
     assert first[0]["answers"] != first[4]["answers"]
-    assert answered(lines, tmp_path, chain, 1, samples=2) == first  # a batch's size changes nothing
+    assert (
+        answered(lines, tmp_path, chain, 1, samples=2) == first
+    )  # a batch's size changes nothing
     capsys.readouterr()
-    chat.talk(chain / "sft", [lines[0]["prompt"]], dataclasses.replace(ASKING, samples=2), dtype="float32")
-    assert capsys.readouterr().out.splitlines() == [printable(answer) for answer in first[0]["answers"]]
+    chat.talk(
+        chain / "sft",
+        [lines[0]["prompt"]],
+        dataclasses.replace(ASKING, samples=2),
+        dtype="float32",
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        printable(answer) for answer in first[0]["answers"]
+    ]
     with pytest.raises(ConfigError, match=r"answers-4\.jsonl is there already"):
         answered(lines, tmp_path, chain, 4)
 
@@ -129,14 +157,21 @@ def test_a_file_is_answered_line_by_line(chain, tmp_path, capsys):
         ("[1]", r"asked.jsonl:2: not a JSON object \('\[1\]'\)"),
         ('{"text": "x"}', "asked.jsonl:2: give one of prompt and messages"),
         ('{"prompt": 3}', "asked.jsonl:2: prompt must be a string"),
-        ('{"messages": []}', "asked.jsonl:2: messages must be a list with one message at least"),
+        (
+            '{"messages": []}',
+            "asked.jsonl:2: messages must be a list with one message at least",
+        ),
     ],
 )
-def test_a_line_that_is_no_prompt_is_named_before_anything_is_drawn(line, message, tmp_path):
+def test_a_line_that_is_no_prompt_is_named_before_anything_is_drawn(
+    line, message, tmp_path
+):
     source, target = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
     source.write_text(f'{{"prompt": "x"}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
-        chat.answer_file("no workdir is read", source, target, ASKING, dtype="float32", rows=1)
+        chat.answer_file(
+            "no workdir is read", source, target, ASKING, dtype="float32", rows=1
+        )
     assert not target.exists()
 
 
@@ -144,7 +179,9 @@ def test_a_conversation_goes_on_and_begins_anew(chain, capsys, monkeypatch):
     asked = []
     encode = chat.encode_messages
     monkeypatch.setattr(
-        chat, "encode_messages", lambda messages, *rest: asked.append(messages) or encode(messages, *rest)
+        chat,
+        "encode_messages",
+        lambda messages, *rest: asked.append(messages) or encode(messages, *rest),
     )
     said = ["Name a fruit.", " ", "And another.", "/new", "Name a fruit."]
     chat.converse(chain / "sft", said, ASKING, dtype="float32", system="")
@@ -157,10 +194,13 @@ def test_a_conversation_goes_on_and_begins_anew(chain, capsys, monkeypatch):
 
 
 def test_what_a_policy_says_cannot_drive_the_terminal(chain, capsys):
-    """Policies of random bytes say control characters now and then; here the tokenizer's text is made of them."""
+    """Policies of random bytes say control characters now and then; here the tokenizer's
+    text is made of them."""
     policy = chat.open_served(chain / "sft", dtype="float32", rows=1)
     spoken = dataclasses.replace(policy, tokenizer=Speaking())
-    (text,) = chat._print_answers(spoken, policy.tokenizer.encode("Name a fruit.\n\n"), ASKING, 0, None)
+    (text,) = chat._print_answers(
+        spoken, policy.tokenizer.encode("Name a fruit.\n\n"), ASKING, 0, None
+    )
     out = capsys.readouterr().out
     assert "\x1b" in text and "\x1b" not in out and out == f"{printable(text)}\n"
 

@@ -1,4 +1,5 @@
-"""Text in pieces: joined they are the whole, whatever the pieces; stop strings end it where they begin."""
+"""Text in pieces: joined they are the whole, whatever the pieces; stop strings end it where
+they begin."""
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ TEXT = "naïve café – 日本語 🙂 end"
 
 
 def streamed(text, sizes, stops=(), ended=False, tokenizer=BYTES):
-    """(the pieces, the stream) of a text whose tokens come `sizes` at a time, again and again."""
+    """(the pieces, the stream) of a text whose tokens come `sizes` at a time, again and
+    again."""
     ids = tokenizer.encode(text)
     ids = np.append(ids, tokenizer.eos_id) if ended else ids
     stream, pieces, start, turn = TextStream(tokenizer, stops), [], 0, 0
@@ -25,7 +27,9 @@ def streamed(text, sizes, stops=(), ended=False, tokenizer=BYTES):
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (3, 1), (1000,)])
 @pytest.mark.parametrize("ended", [True, False])
-@pytest.mark.parametrize("tokenizer", [BYTES, train_bpe([TEXT] * 3, 300)], ids=["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, train_bpe([TEXT] * 3, 300)], ids=["bytes", "bpe"]
+)
 def test_pieces_join_to_the_text(sizes, ended, tokenizer):
     pieces, stream = streamed(TEXT, sizes, ended=ended, tokenizer=tokenizer)
     assert "".join(pieces) == stream.text == TEXT

@@ -1,4 +1,5 @@
-"""The people of the embedded world: how writers write, and how labelers like, rank and agree."""
+"""The people of the embedded world: how writers write, and how labelers like, rank and
+agree."""
 
 import dataclasses
 
@@ -10,7 +11,13 @@ from instructax.report.agreement import PAIRS, agreements_on
 from instructax.report.judging import HELD_OUT, LABELER
 from instructax.simulation import labelers
 from instructax.simulation.judge import judge
-from instructax.simulation.labelers import Labeler, demonstrate, draw_labelers, draw_responses, ranks_of
+from instructax.simulation.labelers import (
+    Labeler,
+    demonstrate,
+    draw_labelers,
+    draw_responses,
+    ranks_of,
+)
 from instructax.simulation.lexicon import REFUSAL, generator
 
 
@@ -38,38 +45,60 @@ def test_ranks_by_hand(liked, ranks):
 
 
 def test_an_opinion_is_truth_plus_tastes_plus_noise():
-    responses = ["Cat, dog and fox.", "Cat, dog and fox. What a lovely day it is."]  # 1 and 1 − 6 · 0.04
+    responses = [
+        "Cat, dog and fox.",
+        "Cat, dog and fox. What a lovely day it is.",
+    ]  # 1 and 1 − 6 · 0.04
     task, rng = TASKS["list"], generator(0, "test")
-    fair = Labeler("fair", length_taste=0.0, charm_taste=0.0, caution=0.5, noise=0.0, care=1.0)
-    assert [fair.opinion(task, text, rng) for text in responses] == pytest.approx([1, 0.76])
-    assert [fair.opinion(TASKS["insult"], text, rng) for text in ("Mira's dog is ugly.", REFUSAL)] == pytest.approx(
-        [0.0, 0.45]
+    fair = Labeler(
+        "fair", length_taste=0.0, charm_taste=0.0, caution=0.5, noise=0.0, care=1.0
     )
+    assert [fair.opinion(task, text, rng) for text in responses] == pytest.approx([1, 0.76])
+    assert [
+        fair.opinion(TASKS["insult"], text, rng)
+        for text in ("Mira's dog is ugly.", REFUSAL)
+    ] == pytest.approx([0.0, 0.45])
     charmed = dataclasses.replace(fair, length_taste=0.02, charm_taste=0.3)
-    assert [charmed.opinion(task, text, rng) for text in responses] == pytest.approx([1.08, 0.76 + 10 * 0.02 + 0.3])
+    assert [charmed.opinion(task, text, rng) for text in responses] == pytest.approx(
+        [1.08, 0.76 + 10 * 0.02 + 0.3]
+    )
     noisy = dataclasses.replace(fair, noise=0.5)
     liked = np.array([noisy.opinion(task, responses[0], rng) for _ in range(2000)])
-    assert liked.mean() == pytest.approx(1, abs=0.05) and liked.std() == pytest.approx(0.5, abs=0.05)
+    assert liked.mean() == pytest.approx(1, abs=0.05) and liked.std() == pytest.approx(
+        0.5, abs=0.05
+    )
     careless = dataclasses.replace(fair, care=0.75)
     seen = [careless.flags(judge(task, responses[0]), rng)["attempts"] for _ in range(2000)]
     assert np.mean(seen) == pytest.approx(0.75, abs=0.04)
 
 
 def agreements(crews: dict[str, list[Labeler]], seed: int) -> list[float]:
-    """Of each of PAIRS the share of pairs of responses by writers that two labelers order alike."""
+    """Of each of PAIRS the share of pairs of responses by writers that two labelers order
+    alike."""
     rng = generator(seed, "agreement")
-    asked = [(task, draw_responses(task, int(rng.integers(4, 10)), rng)) for task in drawn(700, seed)]
+    asked = [
+        (task, draw_responses(task, int(rng.integers(4, 10)), rng))
+        for task in drawn(700, seed)
+    ]
     found = agreements_on(asked, crews, rng)
     return [found[name][0].value for name in PAIRS]
 
 
 def test_labelers_agree_as_the_papers_do():
     """Section 3.4: 72.6 ± 1.5 % among training labelers, 77.3 ± 1.3 % among held-out ones."""
-    crews = [{group: draw_labelers(seed, group, 12) for group in (LABELER, HELD_OUT)} for seed in range(4)]
-    training, held_out, _ = np.mean([agreements(crew, seed) for seed, crew in enumerate(crews)], axis=0)
+    crews = [
+        {group: draw_labelers(seed, group, 12) for group in (LABELER, HELD_OUT)}
+        for seed in range(4)
+    ]
+    training, held_out, _ = np.mean(
+        [agreements(crew, seed) for seed, crew in enumerate(crews)], axis=0
+    )
     assert abs(training - 0.726) < 0.015, training
     assert abs(held_out - 0.773) < 0.013, held_out
-    quiet = {group: [dataclasses.replace(labeler, noise=0.0) for labeler in crew] for group, crew in crews[0].items()}
+    quiet = {
+        group: [dataclasses.replace(labeler, noise=0.0) for labeler in crew]
+        for group, crew in crews[0].items()
+    }
     assert agreements(quiet, 0)[0] > 0.85
 
 

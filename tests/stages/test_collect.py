@@ -1,4 +1,5 @@
-"""Comparisons of sampled answers: what is compared, by whom, and that the same seed gives the same bytes."""
+"""Comparisons of sampled answers: what is compared, by whom, and that the same seed gives
+the same bytes."""
 
 import gzip
 import json
@@ -27,35 +28,61 @@ def test_different_answers_are_compared_and_lonely_ones_left_out():
     compared = draw_compared(answers, np.random.default_rng(0))
     assert set(compared) == {0, 3}
     assert sorted(compared[0]) == ["a", "b"]
-    counts = {len(draw_compared(answers, np.random.default_rng(seed))[3]) for seed in range(40)}
+    counts = {
+        len(draw_compared(answers, np.random.default_rng(seed))[3]) for seed in range(40)
+    }
     assert counts == set(range(4, 10))
     assert set(compared[3]) <= set(answers[3]) and len(set(compared[3])) == len(compared[3])
 
 
 def test_both_groups_rank_the_same_answers(chain):
-    ours, theirs = (records_of(chain / "collect" / f"{name}.jsonl.gz") for name in ("comparisons", "held_out"))
-    assert [(a["prompt"], a["completions"]) for a in ours] == [(b["prompt"], b["completions"]) for b in theirs]
+    ours, theirs = (
+        records_of(chain / "collect" / f"{name}.jsonl.gz")
+        for name in ("comparisons", "held_out")
+    )
+    assert [(a["prompt"], a["completions"]) for a in ours] == [
+        (b["prompt"], b["completions"]) for b in theirs
+    ]
     assert {a["labeler"].rsplit("-", 1)[0] for a in ours} == {"labeler"}
     assert {b["labeler"].rsplit("-", 1)[0] for b in theirs} == {"held-out"}
     assert any(a["ranks"] != b["ranks"] for a, b in zip(ours, theirs, strict=True))
-    assert len(list(read_jsonl([chain / "collect" / "comparisons.jsonl.gz"], Comparison))) == len(ours)
+    assert len(
+        list(read_jsonl([chain / "collect" / "comparisons.jsonl.gz"], Comparison))
+    ) == len(ours)
     figures = summary_of(chain / "collect")
-    assert figures["prompts"] == len(ours) and figures["answers"] == sum(len(a["completions"]) for a in ours)
-    assert {parent["stage"] for parent in figures["parents"].values()} == {"supervised", "ppo"}
+    assert figures["prompts"] == len(ours) and figures["answers"] == sum(
+        len(a["completions"]) for a in ours
+    )
+    assert {parent["stage"] for parent in figures["parents"].values()} == {
+        "supervised",
+        "ppo",
+    }
 
 
 def test_labelers_who_never_waver_rank_by_what_is_true(chain, tmp_path):
     assert run_stage(stages.config_of(chain, "collect", {"noise": 0.0}), tmp_path / "quiet")
-    quiet, ours = (records_of(folder / "comparisons.jsonl.gz") for folder in (tmp_path / "quiet", chain / "collect"))
+    quiet, ours = (
+        records_of(folder / "comparisons.jsonl.gz")
+        for folder in (tmp_path / "quiet", chain / "collect")
+    )
     assert [a["completions"] for a in quiet] == [a["completions"] for a in ours]
-    tasks = {asked.task.prompt: asked.task for asked in asked_of(chain / "world", "comparisons")}
+    tasks = {
+        asked.task.prompt: asked.task for asked in asked_of(chain / "world", "comparisons")
+    }
 
     def agreement(records):
         right = []
         for record in records:
             task = tasks[record["prompt"]]
-            truth = [judge(task, text).utility(task.harmful, 0.3) for text in record["completions"]]
-            right += [(truth[i] - truth[j]) * winner > 0 for i, j, winner in record["pairs"] if truth[i] != truth[j]]
+            truth = [
+                judge(task, text).utility(task.harmful, 0.3)
+                for text in record["completions"]
+            ]
+            right += [
+                (truth[i] - truth[j]) * winner > 0
+                for i, j, winner in record["pairs"]
+                if truth[i] != truth[j]
+            ]
         return np.mean(right)
 
     assert agreement(quiet) > agreement(ours) + 0.03
@@ -65,16 +92,23 @@ def test_same_seed_same_bytes(chain, tmp_path):
     assert run_stage(stages.config_of(chain, "collect", {}), tmp_path / "again")
     for name in ("comparisons", "held_out"):
         path = f"{name}.jsonl.gz"
-        assert (tmp_path / "again" / path).read_bytes() == (chain / "collect" / path).read_bytes()
+        assert (tmp_path / "again" / path).read_bytes() == (
+            chain / "collect" / path
+        ).read_bytes()
     assert run_stage(stages.config_of(chain, "collect", {"seed": 1}), tmp_path / "other")
-    assert (tmp_path / "other" / path).read_bytes() != (chain / "collect" / path).read_bytes()
+    assert (tmp_path / "other" / path).read_bytes() != (
+        chain / "collect" / path
+    ).read_bytes()
 
 
 def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
     ours = records_of(chain / "collect" / "comparisons.jsonl.gz")
     assert run_stage(stages.config_of(chain, "collect", {"round": 2}), tmp_path / "next")
     theirs = records_of(tmp_path / "next" / "comparisons.jsonl.gz")
-    answers = [{(a["prompt"], text) for a in records for text in a["completions"]} for records in (ours, theirs)]
+    answers = [
+        {(a["prompt"], text) for a in records for text in a["completions"]}
+        for records in (ours, theirs)
+    ]
     assert len(answers[0] & answers[1]) < 0.2 * len(answers[0])
 
 
@@ -89,10 +123,15 @@ def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
             {"prompt_tokens": 90},
             "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 tokens of a policy",
         ),
-        ({"prompt_tokens": 1}, "no prompt of .* has two different answers: raise config.prompt_tokens = 1 if"),
+        (
+            {"prompt_tokens": 1},
+            "no prompt of .* has two different answers: raise config.prompt_tokens = 1 if",
+        ),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
+def test_a_config_that_cannot_run_is_refused_in_one_line(
+    chain, tmp_path, overrides, message
+):
     with pytest.raises((ConfigError, ValueError), match=message):
         run_stage(stages.config_of(chain, "collect", overrides), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -29,7 +29,9 @@ POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 @cache
 def parts(chain):
     """(config, tokenizer, prepared data) of the chain's comparison."""
-    config = stages.construct_settled(evaluate.EvaluateConfig, stages.config_of(chain, "evaluate", {}))
+    config = stages.construct_settled(
+        evaluate.EvaluateConfig, stages.config_of(chain, "evaluate", {})
+    )
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, evaluate.read_data(config, tokenizer)
 
@@ -52,8 +54,12 @@ def rollouts_of(chain, run: str, temperature: float = 1.0):
     source = data["prompts"].sources["validation"]
     rows = next(evaluation_rows(len(source), 16))
     prompts = prompt_batch(source, rows, limits.prompt_tokens)
-    keys = rng.sample_keys(rng.step_key(config.seed, "evaluate", 0), jnp.asarray(rows, jnp.int32))
-    sample = partial(generation.generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id)
+    keys = rng.sample_keys(
+        rng.step_key(config.seed, "evaluate", 0), jnp.asarray(rows, jnp.int32)
+    )
+    sample = partial(
+        generation.generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id
+    )
     return jax.jit(partial(sample, temperature=temperature))(params, prompts, keys)
 
 
@@ -68,33 +74,52 @@ def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
     mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
     assert len(answers) == 16
     assert [a["response"] for a in answers] == [
-        tokenizer.decode(response[real]) for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
+        tokenizer.decode(response[real])
+        for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
     ]
     assert [a["tokens"] for a in answers] == mask.sum(axis=1).tolist()
     assert [a["ended"] for a in answers] == np.asarray(rollouts.ended).tolist()
     scores = stages.plain_scores(*network(chain, "reward", "scalar"), documents)
     np.testing.assert_allclose([a["score"] for a in answers], scores, rtol=1e-4, atol=1e-5)
-    ours, theirs = (stages.plain_logprobs(*network(chain, run, "tokens"), documents) for run in (POLICIES[name], "sft"))
-    kl = [(own - reference)[-real.sum() :].sum() for own, reference, real in zip(ours, theirs, mask, strict=True)]
+    ours, theirs = (
+        stages.plain_logprobs(*network(chain, run, "tokens"), documents)
+        for run in (POLICIES[name], "sft")
+    )
+    kl = [
+        (own - reference)[-real.sum() :].sum()
+        for own, reference, real in zip(ours, theirs, mask, strict=True)
+    ]
     np.testing.assert_allclose([a["kl"] for a in answers], kl, atol=2e-4)
 
 
 def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
     overrides = {
         "temperature": 0.5,
-        "policies": (("SFT", str(chain / "sft"), "plain"), ("PPO", str(chain / "ppo"), "plain")),
+        "policies": (
+            ("SFT", str(chain / "sft"), "plain"),
+            ("PPO", str(chain / "ppo"), "plain"),
+        ),
         "data.text": (),
         "data.comparisons": (),
     }
     assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
-    answers = [sample for sample in samples_of(tmp_path / "run") if sample["policy"] == "PPO"]
+    answers = [
+        sample for sample in samples_of(tmp_path / "run") if sample["policy"] == "PPO"
+    ]
     rollouts, tokenizer = rollouts_of(chain, "ppo", temperature=0.5), parts(chain)[1]
     mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
     assert [a["response"] for a in answers] == [
-        tokenizer.decode(response[real]) for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
+        tokenizer.decode(response[real])
+        for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
     ]
-    ours, theirs = (stages.plain_logprobs(*network(chain, run, "tokens"), documents, 0.5) for run in ("ppo", "sft"))
-    kl = [(own - reference)[-real.sum() :].sum() for own, reference, real in zip(ours, theirs, mask, strict=True)]
+    ours, theirs = (
+        stages.plain_logprobs(*network(chain, run, "tokens"), documents, 0.5)
+        for run in ("ppo", "sft")
+    )
+    kl = [
+        (own - reference)[-real.sum() :].sum()
+        for own, reference, real in zip(ours, theirs, mask, strict=True)
+    ]
     np.testing.assert_allclose([a["kl"] for a in answers], kl, atol=4e-4)
 
 
@@ -107,8 +132,16 @@ def test_the_reference_against_itself(chain):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_figures_are_means_over_answers(chain, name):
-    figures, answers = summary_of(chain / "evaluate")["policies"][name], responses_of(chain, name)
-    for figure, field in (("scores", "score"), ("kl", "kl"), ("response_length", "tokens"), ("ended_share", "ended")):
+    figures, answers = (
+        summary_of(chain / "evaluate")["policies"][name],
+        responses_of(chain, name),
+    )
+    for figure, field in (
+        ("scores", "score"),
+        ("kl", "kl"),
+        ("response_length", "tokens"),
+        ("ended_share", "ended"),
+    ):
         values = np.array([float(answer[field]) for answer in answers])
         assert figures[figure]["value"] == pytest.approx(values.mean(), abs=1e-9)
         high = values.mean() + 1.959964 * values.std(ddof=1) / 4
@@ -121,7 +154,9 @@ def test_figures_are_means_over_answers(chain, name):
         for own, other in zip(answers, reference, strict=True)
     )
     assert figures["proxy_win_rate"]["value"] == wins / 16
-    assert [answer["prompt"] for answer in answers] == [answer["prompt"] for answer in reference]
+    assert [answer["prompt"] for answer in answers] == [
+        answer["prompt"] for answer in reference
+    ]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -144,8 +179,13 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
     right = longer = unlike = count = 0
     for row in range(len(source)):
         prompt = batch.prompts.tokens[row][batch.prompts.mask[row]]
-        answers = [batch.responses[row, k][batch.mask[row, k]] for k in np.flatnonzero(batch.valid[row])]
-        scores = stages.plain_scores(model, params, [np.concatenate([prompt, answer]) for answer in answers])
+        answers = [
+            batch.responses[row, k][batch.mask[row, k]]
+            for k in np.flatnonzero(batch.valid[row])
+        ]
+        scores = stages.plain_scores(
+            model, params, [np.concatenate([prompt, answer]) for answer in answers]
+        )
         for better, worse in itertools.permutations(range(len(answers)), 2):
             if batch.ranks[row, better] < batch.ranks[row, worse]:
                 right += scores[better] > scores[worse]
@@ -154,7 +194,9 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
                 count += 1
     figures = summary_of(chain / "evaluate")["reward_model"]["labelers"]
     assert figures["pairs"] == count > 50 and count > unlike > 20
-    assert figures["accuracy"]["value"] == pytest.approx(right / count, abs=1.5 / count)  # of two all but equal scores
+    assert figures["accuracy"]["value"] == pytest.approx(
+        right / count, abs=1.5 / count
+    )  # of two all but equal scores
     assert figures["longer_wins"]["value"] == pytest.approx(longer / unlike)
 
 
@@ -173,7 +215,13 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4, abs=1e-5)
         assert {**ours, "step": 0, "score": 0} == {**theirs, "step": 0, "score": 0}
     summary = summary_of(tmp_path / "run")
-    assert set(summary["policies"]["SFT"]) == {"scores", "kl", "response_length", "ended_share", "proxy_win_rate"}
+    assert set(summary["policies"]["SFT"]) == {
+        "scores",
+        "kl",
+        "response_length",
+        "ended_share",
+        "proxy_win_rate",
+    }
     assert summary["reward_model"] == {}
     assert not run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
 
@@ -185,14 +233,26 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
             {"reference": "T0"},
             "config: reference = 'T0' must be one of the policies .'GPT', 'GPT prompted', 'SFT', ",
         ),
-        ({"policies": (("SFT", "nowhere", "plain"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
+        (
+            {"policies": (("SFT", "nowhere", "plain"),)},
+            "config.policies.SFT = 'nowhere' is not a finished run",
+        ),
         (
             {"policies": (("SFT", "nowhere", "twice"),)},
             "config: policies.SFT is asked 'twice': allowed are plain, few-shot, best-of",
         ),
-        ({"policies": (("SFT", "a", "plain"), ("SFT", "b", "plain"))}, "config: policies has 'SFT' twice"),
-        ({"data.demonstrations": ()}, "config: data.demonstrations must be given: a policy is asked few-shot"),
-        ({"shots": 9999}, "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower it, or give more"),
+        (
+            {"policies": (("SFT", "a", "plain"), ("SFT", "b", "plain"))},
+            "config: policies has 'SFT' twice",
+        ),
+        (
+            {"data.demonstrations": ()},
+            "config: data.demonstrations must be given: a policy is asked few-shot",
+        ),
+        (
+            {"shots": 9999},
+            "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower it, or give more",
+        ),
         (
             {"data.comparisons": (("labelers", ("a",)), ("labelers", ("b",)))},
             "config: data.comparisons has 'labelers' twice",
@@ -200,11 +260,19 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
         ({"best_of": 0}, "config: best_of = 0 must be at least 1"),
         ({"prompts": 0}, "config: prompts = 0 must be at least 1"),
-        ({"data.prompts": ()}, "config: data.prompts, reward_parent and the workdir of every policy must be given"),
-        ({"reward_model.embed_dim": 64}, "model of config.reward_parent = .* embed_dim: 32 .stored. != 64 .given."),
+        (
+            {"data.prompts": ()},
+            "config: data.prompts, reward_parent and the workdir of every policy must be given",
+        ),
+        (
+            {"reward_model.embed_dim": 64},
+            "model of config.reward_parent = .* embed_dim: 32 .stored. != 64 .given.",
+        ),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
+def test_a_config_that_cannot_run_is_refused_in_one_line(
+    chain, tmp_path, overrides, message
+):
     with pytest.raises(ValueError, match=message) as error:
         run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
     assert "\n" not in str(error.value)

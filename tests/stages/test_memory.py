@@ -53,14 +53,21 @@ def test_memory_is_what_real_arrays_take(sizes):
     config, mesh = small_ppo(mesh_config), make_mesh(mesh_config)
 
     def zeros(model, head, optimizer):
-        abstract = loop.abstract_state(Transformer(model, config.compute, head), make_optimizer(optimizer), mesh)
-        return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), abstract)
+        abstract = loop.abstract_state(
+            Transformer(model, config.compute, head), make_optimizer(optimizer), mesh
+        )
+        return jax.tree.map(
+            lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), abstract
+        )
 
     policy = zeros(config.model, "tokens", config.optimizer)
     value = zeros(config.reward_model, "scalar", config.value_optimizer)
     # Caches of the rows that one device has, with the heads shared by the tensor axis.
     rows, limits = 8 // (sizes[0] * sizes[1]), config.data.limits
-    slots, sampler = min(rows, config.compute.slots), dataclasses.replace(config.compute, dtype="bfloat16")
+    slots, sampler = (
+        min(rows, config.compute.slots),
+        dataclasses.replace(config.compute, dtype="bfloat16"),
+    )
     prompts = jax.tree.leaves(init_cache(config.model, sampler, rows, limits.prompt_tokens))
     cache = jax.tree.leaves(init_cache(config.model, sampler, slots, 12))
     assert estimate.memory(config) == {
@@ -78,7 +85,9 @@ def test_memory_is_what_real_arrays_take(sizes):
 
 def test_rows_that_do_not_divide_are_rounded_up():
     mesh = MeshConfig(data=1, fsdp=2, tensor=1)
-    nine, ten = (estimate.memory(small_ppo(mesh, rows))["cache of the prompts"] for rows in (9, 10))
+    nine, ten = (
+        estimate.memory(small_ppo(mesh, rows))["cache of the prompts"] for rows in (9, 10)
+    )
     assert nine == ten > estimate.memory(small_ppo(mesh, 8))["cache of the prompts"]
 
 
@@ -88,32 +97,60 @@ def built(module, arg: str):
 
 
 def test_the_other_stages_hold_one_model():
-    assert list(estimate.memory(built(sft_config, "tiny"))) == ["model", "optimizer of the model"]
-    assert list(estimate.memory(built(reward_config, "tiny"))) == ["reward model", "optimizer of the reward model"]
+    assert list(estimate.memory(built(sft_config, "tiny"))) == [
+        "model",
+        "optimizer of the model",
+    ]
+    assert list(estimate.memory(built(reward_config, "tiny"))) == [
+        "reward model",
+        "optimizer of the reward model",
+    ]
 
 
 def test_175b_fits_where_it_should():
-    """175 · 10⁹ parameters of 4 bytes over 256 devices are 2.55 GiB each, Adam's two moments twice that.
+    """175 · 10⁹ parameters of 4 bytes over 256 devices are 2.55 GiB each, Adam's two
+    moments twice that.
 
-    Over the 64 devices of the SFT run, four times as much. The reward model of 6.7 · 10⁹ weighs a 26th. Norms and the
-    biases on the residual stream, 1% of a device's part, are whole on every device.
+    Over the 64 devices of the SFT run, four times as much. The reward model of 6.7 · 10⁹
+    weighs a 26th. Norms and the biases on the residual stream, 1% of a device's part, are
+    whole on every device.
     """
-    held = {name: size / GIB for name, size in estimate.memory(built(ppo_config, "175b")).items()}
-    assert held["policy"] == held["averaged policy"] == held["reference policy"] == pytest.approx(2.55, rel=0.02)
+    held = {
+        name: size / GIB
+        for name, size in estimate.memory(built(ppo_config, "175b")).items()
+    }
+    assert (
+        held["policy"]
+        == held["averaged policy"]
+        == held["reference policy"]
+        == pytest.approx(2.55, rel=0.02)
+    )
     assert held["optimizer of the policy"] == pytest.approx(5.10, rel=0.02)
     assert held["policy"] / held["reward model"] == pytest.approx(174.6 / 6.65, rel=0.03)
-    # 512 rows over 32, 2048 columns, 96 layers, keys and values of 96 / 8 heads of 128, 2 bytes.
-    assert held["cache of the sampler"] == pytest.approx(16 * 2048 * 96 * 2 * 12 * 128 * 2 / GIB, rel=0.01)
+    # 512 rows over 32, 2048 columns, 96 layers, keys and values of 96 / 8 heads of 128, 2
+    # bytes.
+    assert held["cache of the sampler"] == pytest.approx(
+        16 * 2048 * 96 * 2 * 12 * 128 * 2 / GIB, rel=0.01
+    )
     assert sum(held.values()) < 80
-    sft = {name: size / GIB for name, size in estimate.memory(built(sft_config, "175b")).items()}
-    assert sft == {"model": pytest.approx(10.2, rel=0.02), "optimizer of the model": pytest.approx(20.4, rel=0.02)}
+    sft = {
+        name: size / GIB
+        for name, size in estimate.memory(built(sft_config, "175b")).items()
+    }
+    assert sft == {
+        "model": pytest.approx(10.2, rel=0.02),
+        "optimizer of the model": pytest.approx(20.4, rel=0.02),
+    }
 
 
 def test_report():
     lines = estimate.report(built(ppo_config, "175b")).splitlines()
     assert lines[0].startswith("model: 174,6") and lines[0].endswith(" parameters")
     assert lines[1].startswith("reward_model: 6,6") and lines[1].endswith(" parameters")
-    assert lines[2] == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple (config.mesh.data = -1)"
+    assert (
+        lines[2]
+        == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple (config.mesh.data = -1)"
+    )
     assert lines[3].split() == ["policy", "2.571", "GiB", "per", "device"]
     total = sum(estimate.memory(built(ppo_config, "175b")).values()) / GIB
     assert lines[-1].split()[:3] == ["held", "throughout", f"{total:.3f}"]
@@ -128,14 +165,21 @@ def test_report_of_one_model():
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (1, 0, 1), (1, 1, -1)])
 def test_a_mesh_that_cannot_be_is_refused(sizes):
     with pytest.raises(ConfigError, match="axes must be positive"):
-        estimate.abstract_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
+        estimate.abstract_mesh(
+            MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+        )
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_before_any_device_is_needed():
-    config = dataclasses.replace(built(ppo_config, "tiny"), mesh=MeshConfig(data=1, fsdp=64, tensor=1))
+    config = dataclasses.replace(
+        built(ppo_config, "tiny"), mesh=MeshConfig(data=1, fsdp=64, tensor=1)
+    )
     with pytest.raises(ValueError, match=r"does not divide by mesh axes .* = 64"):
         estimate.memory(config)
 
 
 def test_every_way_to_share_rows_counts():
-    assert sharding.row_ways(estimate.abstract_mesh(MeshConfig(data=-1, fsdp=4, tensor=2))) == 4
+    assert (
+        sharding.row_ways(estimate.abstract_mesh(MeshConfig(data=-1, fsdp=4, tensor=2)))
+        == 4
+    )

@@ -1,4 +1,5 @@
-"""Imports are runs that stages start from; exports come back as they went; what cannot be is one line."""
+"""Imports are runs that stages start from; exports come back as they went; what cannot be
+is one line."""
 
 import dataclasses
 import importlib
@@ -31,9 +32,13 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def folder_of(chain: Path, path: Path, vocab_size: int = 515) -> tuple[Path, ModelConfig, Params]:
+def folder_of(
+    chain: Path, path: Path, vocab_size: int = 515
+) -> tuple[Path, ModelConfig, Params]:
     """A Llama folder with the chain's tokenizer, whose 512 ids are fewer than its rows."""
-    config = tiny_models.llama_config(vocab_size=vocab_size, max_length=96, tied_head=True, head_dim=4)
+    config = tiny_models.llama_config(
+        vocab_size=vocab_size, max_length=96, tied_head=True, head_dim=4
+    )
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     family, raw = write_config(config)
     path.mkdir()
@@ -46,25 +51,37 @@ def folder_of(chain: Path, path: Path, vocab_size: int = 515) -> tuple[Path, Mod
 
 @pytest.fixture
 def imported(chain, tmp_path, monkeypatch):
-    """(the model's architecture and parameters) of an import that the configs know as the size `llama`."""
+    """(the model's architecture and parameters) of an import that the configs know as the
+    size `llama`."""
     source, config, params = folder_of(chain, tmp_path / "source")
     monkeypatch.chdir(tmp_path)
-    line = interchange.import_model(str(source), Path("runs/llama/pretrain"), fsdp=1, tensor=1)
-    assert line.startswith("runs/llama/pretrain: llama, ") and line.endswith(", 515 token ids")
+    line = interchange.import_model(
+        str(source), Path("runs/llama/pretrain"), fsdp=1, tensor=1
+    )
+    assert line.startswith("runs/llama/pretrain: llama, ") and line.endswith(
+        ", 515 token ids"
+    )
     return config, params
 
 
 def test_an_import_is_a_run_that_answers(imported):
     config, params = imported
     run = open_parent("runs/llama/pretrain", "--workdir")
-    assert run.manifest["stage"] == "pretrained" and set(run.manifest["data"]) == {"config.json", "model.safetensors"}
+    assert run.manifest["stage"] == "pretrained" and set(run.manifest["data"]) == {
+        "config.json",
+        "model.safetensors",
+    }
     model, found, tokenizer = chat.open_policy("runs/llama/pretrain", tiny_models.compute())
-    assert model.config == config and tokenizer.size == 515 and tokenizer.free_ids() == [512, 513, 514]
+    assert (
+        model.config == config
+        and tokenizer.size == 515
+        and tokenizer.free_ids() == [512, 513, 514]
+    )
     assert tokenizer.decode([512]) == "<|unused 512|>"
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    assert interchange.import_model(str(Path("source").absolute()), Path("runs/llama/pretrain"), fsdp=1, tensor=1) == (
-        "runs/llama/pretrain is finished; nothing to do"
-    )
+    assert interchange.import_model(
+        str(Path("source").absolute()), Path("runs/llama/pretrain"), fsdp=1, tensor=1
+    ) == ("runs/llama/pretrain is finished; nothing to do")
     with pytest.raises(ConfigError, match="holds a run with another config"):
         interchange.import_model("other", Path("runs/llama/pretrain"), fsdp=1, tensor=1)
 
@@ -75,8 +92,13 @@ def test_an_import_is_a_size_of_every_stage(imported):
         built = construct(stage_of(values)[0], values)
         assert built.model == imported[0]
         assert built.tokenizer == "runs/llama/pretrain/tokenizer.json"
-        assert built.data.limits.sequence_tokens == 96 and built.data.limits.prompt_tokens == 48
-    with pytest.raises(ValueError, match=r"^size 'mamba' must be one of .* has put into runs/NAME/pretrain"):
+        assert (
+            built.data.limits.sequence_tokens == 96
+            and built.data.limits.prompt_tokens == 48
+        )
+    with pytest.raises(
+        ValueError, match=r"^size 'mamba' must be one of .* has put into runs/NAME/pretrain"
+    ):
         importlib.import_module("configs.sft").get_config("mamba")
 
 
@@ -89,7 +111,9 @@ def test_stages_start_from_an_import(imported, chain, tmp_path):
     }
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(ROOT)
-        configs = {name: stages.config_of(chain, name, {}) | changes for name in ("sft", "reward")}
+        configs = {
+            name: stages.config_of(chain, name, {}) | changes for name in ("sft", "reward")
+        }
     for name, values in configs.items():
         values["data"]["folder"] = str(tmp_path / "rows")
         state = stages.started(values, tmp_path / name)
@@ -103,25 +127,39 @@ def test_stages_start_from_an_import(imported, chain, tmp_path):
 
 
 def test_runs_are_exported_and_read_again(chain, tmp_path):
-    for name, classes in (("ppo", "GPTNeoXForCausalLM"), ("reward", "GPTNeoXForSequenceClassification")):
+    for name, classes in (
+        ("ppo", "GPTNeoXForCausalLM"),
+        ("reward", "GPTNeoXForSequenceClassification"),
+    ):
         out = tmp_path / name
-        report = interchange.export_run(str(chain / name), out, dtype="float32", verify=True)
+        report = interchange.export_run(
+            str(chain / name), out, dtype="float32", verify=True
+        )
         assert f"{classes}, float32\nread again: " in report
         raw = json.loads((out / "config.json").read_text())
         assert raw["architectures"] == [classes] and raw["model_type"] == "gpt_neox"
         assert interchange.SCORE_BIAS not in raw  # a layer norm has taken it up
-        assert load_tokenizer(str(out)).hash == read_manifest(chain / name)["tokenizer"]["hash"]
+        assert (
+            load_tokenizer(str(out)).hash
+            == read_manifest(chain / name)["tokenizer"]["hash"]
+        )
     with pytest.raises(ConfigError, match="is not empty: take another folder"):
-        interchange.export_run(str(chain / "ppo"), tmp_path / "ppo", dtype="float32", verify=False)
+        interchange.export_run(
+            str(chain / "ppo"), tmp_path / "ppo", dtype="float32", verify=False
+        )
     # transformers finds no padding in a vocabulary that has none to spare.
     assert raw["pad_token_id"] is None
     assert "score one text at a time" in (tmp_path / "reward" / "README.md").read_text()
-    report = interchange.export_run(str(chain / "ppo"), tmp_path / "short", dtype="bfloat16", verify=True)
+    report = interchange.export_run(
+        str(chain / "ppo"), tmp_path / "short", dtype="bfloat16", verify=True
+    )
     assert 1e-4 < float(report.rpartition(" ")[2]) < 1
 
 
 def test_an_export_keeps_the_chat_template(imported):
-    interchange.export_run("runs/llama/pretrain", Path("out"), dtype="float32", verify=False)
+    interchange.export_run(
+        "runs/llama/pretrain", Path("out"), dtype="float32", verify=False
+    )
     assert Path("out/chat_template.jinja").read_text() == "{{ messages }}"
 
 
@@ -143,13 +181,17 @@ def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):
     interchange.export_run(str(chain / "sft"), out, dtype="float32", verify=False)
     model, params, _ = chat.open_policy(chain / "sft", tiny_models.compute())
     other = {**params, "embedding": params["embedding"] * 1.001}
-    with pytest.raises(ConfigError, match="gives other logits than the run: they differ by up to "):
+    with pytest.raises(
+        ConfigError, match="gives other logits than the run: they differ by up to "
+    ):
         interchange.verified(out, model, other, "float32")
 
 
 def test_a_tokenizer_of_more_ids_is_refused(chain, tmp_path):
     source, *_ = folder_of(chain, tmp_path / "source", vocab_size=500)
-    with pytest.raises(ConfigError, match=r"has 512 ids, config\.json says vocab_size = 500"):
+    with pytest.raises(
+        ConfigError, match=r"has 512 ids, config\.json says vocab_size = 500"
+    ):
         interchange.import_model(str(source), tmp_path / "run", fsdp=1, tensor=1)
     assert not (tmp_path / "run").exists()
 
@@ -157,14 +199,25 @@ def test_a_tokenizer_of_more_ids_is_refused(chain, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["import_hf.py", "--source=./nowhere", "--workdir=run"], "error: no folder or file './nowhere'"),
-        (["export_hf.py", "--checkpoint=nowhere", "--to=out"], "error: --checkpoint = 'nowhere' is not a finished run"),
+        (
+            ["import_hf.py", "--source=./nowhere", "--workdir=run"],
+            "error: no folder or file './nowhere'",
+        ),
+        (
+            ["export_hf.py", "--checkpoint=nowhere", "--to=out"],
+            "error: --checkpoint = 'nowhere' is not a finished run",
+        ),
         (["import_hf.py"], "error: give --source=FOLDER"),
-        (["export_hf.py", "--checkpoint=nowhere"], "error: give --checkpoint=WORKDIR and --to=FOLDER"),
+        (
+            ["export_hf.py", "--checkpoint=nowhere"],
+            "error: give --checkpoint=WORKDIR and --to=FOLDER",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line(command, message, tmp_path):
     script = str(ROOT / "scripts" / command[0])
-    done = subprocess.run([sys.executable, script, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *command[1:]], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1

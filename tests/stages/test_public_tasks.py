@@ -1,4 +1,5 @@
-"""The public tasks as a run: figures against a direct computation from the policies and from their answers."""
+"""The public tasks as a run: figures against a direct computation from the policies and
+from their answers."""
 
 import json
 from functools import cache
@@ -34,7 +35,9 @@ def config_of(chain, **overrides: Any) -> dict[str, Any]:
         "world": str(chain / "world"),
         "tokenizer": str(chain / "world" / "tokenizer.json"),
     }
-    return experiment.load_config(Run("tasks", "configs/tasks.py:tiny", {**own, **overrides}))
+    return experiment.load_config(
+        Run("tasks", "configs/tasks.py:tiny", {**own, **overrides})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,11 @@ def network(chain, run: str):
     config = stages.construct_settled(public_tasks.TasksConfig, config_of(chain))
     model = Transformer(config.model, config.compute, "tokens")
     shapes = loop.abstract_params(model, stages.mesh_of())
-    return model, load_params(chain / run, shapes), tokenizer_of(config.tokenizer, config.model)
+    return (
+        model,
+        load_params(chain / run, shapes),
+        tokenizer_of(config.tokenizer, config.model),
+    )
 
 
 def figures_of(measured, policy: str) -> dict[str, Any]:
@@ -65,13 +72,22 @@ def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
         figures = figures_of(measured, policy)
         assert list(figures) == list(TASKS)
         for name, task in TASKS.items():
-            suffixes = (", true", ", true and informative") if task.metric == "truthful" else ("",)
-            assert list(figures[name]) == [f"{form}{suffix}" for form in task.forms for suffix in suffixes]
+            suffixes = (
+                (", true", ", true and informative") if task.metric == "truthful" else ("",)
+            )
+            assert list(figures[name]) == [
+                f"{form}{suffix}" for form in task.forms for suffix in suffixes
+            ]
             for figure in figures[name].values():
                 values = figure.pop("values", None)
-                assert set(figure) == {"value", "low", "high", "count"} and figure["count"] == 8
+                assert (
+                    set(figure) == {"value", "low", "high", "count"}
+                    and figure["count"] == 8
+                )
                 assert (values is None) == (task.metric == "bleu")
-                assert values is None or figure["value"] == pytest.approx(np.mean(values), abs=1e-6)
+                assert values is None or figure["value"] == pytest.approx(
+                    np.mean(values), abs=1e-6
+                )
                 assert figure["low"] <= figure["value"] <= figure["high"]
     manifest = json.loads((measured / "manifest.json").read_text())
     assert set(manifest["parents"]) == {f"policies.{name}" for name in POLICIES}
@@ -85,13 +101,25 @@ def test_figures_of_texts_are_those_of_the_samples(measured, policy):
             assert not [sample for sample in samples if sample["task"] == name]
             continue
         for form in task.forms:
-            some = [sample for sample in samples if (sample["task"], sample["form"]) == (name, form)]
+            some = [
+                sample
+                for sample in samples
+                if (sample["task"], sample["form"]) == (name, form)
+            ]
             items = items_of(WORLD, 0, name, 8)
-            assert [sample["context"] for sample in some] == contexts_of(WORLD, 0, name, items, form)
-            assert [sample["answers"] for sample in some] == [list(item.answers) for item in items]
+            assert [sample["context"] for sample in some] == contexts_of(
+                WORLD, 0, name, items, form
+            )
+            assert [sample["answers"] for sample in some] == [
+                list(item.answers) for item in items
+            ]
             answers = [first_line(sample["completion"]) for sample in some]
             wanted = expected(task.metric, items, answers)
-            got = {f: x["value"] for f, x in figures_of(measured, policy)[name].items() if f.split(",")[0] == form}
+            got = {
+                f: x["value"]
+                for f, x in figures_of(measured, policy)[name].items()
+                if f.split(",")[0] == form
+            }
             assert list(got.values()) == pytest.approx(wanted)
 
 
@@ -110,19 +138,30 @@ def expected(metric: str, items: list[Item], answers: list[str]) -> list[float]:
 def test_completions_are_the_likeliest_tokens(chain, measured, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     chosen = {"task": "toxicity", "form": "none", "policy": policy}
-    samples = [sample for sample in samples_of(measured) if chosen.items() <= sample.items()]
+    samples = [
+        sample for sample in samples_of(measured) if chosen.items() <= sample.items()
+    ]
     texts = contexts = tokenizer.encode_batch(sample["context"] for sample in samples)
     for _ in range(12):
         logits = stages.plain_outputs(model, params, texts)
-        texts = [np.append(text, logits[i, len(text) - 1].argmax()) for i, text in enumerate(texts)]
+        texts = [
+            np.append(text, logits[i, len(text) - 1].argmax())
+            for i, text in enumerate(texts)
+        ]
     for context, text, sample in zip(contexts, texts, samples, strict=True):
         answer = text[len(context) :].tolist()
         # The end token is left out, a line break is the last that is said.
         ends = [i for i, token in enumerate(answer) if token == tokenizer.eos_id]
-        ends += [i + 1 for i, token in enumerate(answer) if "\n" in tokenizer.decode([token])]
+        ends += [
+            i + 1 for i, token in enumerate(answer) if "\n" in tokenizer.decode([token])
+        ]
         whole = min(ends, default=None)
         completion = tokenizer.decode(answer[:whole])
-        assert sample["completion"] == completion if whole is not None else sample["completion"].startswith(completion)
+        assert (
+            sample["completion"] == completion
+            if whole is not None
+            else sample["completion"].startswith(completion)
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -133,44 +172,70 @@ def test_choices_are_those_of_a_plain_computation(chain, measured, policy):
         for item in items_of(WORLD, 0, name, 8):
             context, *candidates = tokenizer.encode_batch([item.context, *item.choices])
             documents = [np.concatenate([context, candidate]) for candidate in candidates]
-            logprobs = [row[len(context) :] for row in stages.plain_logprobs(model, params, documents)]
-            right += name == "pronoun" and item.answers[0] == item.choices[np.argmax([x.mean() for x in logprobs])]
-            odds = np.exp([x.sum() for x in logprobs]) / np.sum(np.exp([x.sum() for x in logprobs]))
+            logprobs = [
+                row[len(context) :]
+                for row in stages.plain_logprobs(model, params, documents)
+            ]
+            right += (
+                name == "pronoun"
+                and item.answers[0] == item.choices[np.argmax([x.mean() for x in logprobs])]
+            )
+            odds = np.exp([x.sum() for x in logprobs]) / np.sum(
+                np.exp([x.sum() for x in logprobs])
+            )
             bits -= (name == "stereotype") * float(np.sum(odds * np.log2(odds)))
     figures = figures_of(measured, policy)
     assert figures["pronoun"]["zero-shot"]["value"] == pytest.approx(right / 8)
     assert figures["stereotype"]["none"]["value"] == pytest.approx(bits / 8, rel=1e-4)
 
 
-def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(chain, measured, tmp_path):
+def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(
+    chain, measured, tmp_path
+):
     assert not run_stage(config_of(chain), measured)
     policies = (("PPO", str(chain / "ppo")),)
     assert run_stage(config_of(chain, policies=policies, batch_size=3), tmp_path / "run")
     ours, theirs = figures_of(tmp_path / "run", "PPO"), figures_of(measured, "PPO")
     assert ours["toxicity"] == theirs["toxicity"] and ours["book"] == theirs["book"]
-    stages.assert_trees_close(ours["stereotype"], theirs["stereotype"], rtol=1e-4, atol=1e-4)
+    stages.assert_trees_close(
+        ours["stereotype"], theirs["stereotype"], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"items": 0}, "config: items = 0 must be at least 1"),
-        ({"policies": ()}, "config: world, policies and the workdir of every policy must be given"),
-        ({"policies": (("SFT", ""),)}, "config: world, policies and the workdir of every policy must be given"),
-        ({"policies": (("SFT", "nowhere"),)}, "config.policies.SFT = 'nowhere' is not a finished run"),
+        (
+            {"policies": ()},
+            "config: world, policies and the workdir of every policy must be given",
+        ),
+        (
+            {"policies": (("SFT", ""),)},
+            "config: world, policies and the workdir of every policy must be given",
+        ),
+        (
+            {"policies": (("SFT", "nowhere"),)},
+            "config.policies.SFT = 'nowhere' is not a finished run",
+        ),
         ({"world": "nowhere"}, "nowhere is not a finished world"),
         (
             {"context_tokens": 20},
             "a context has .* tokens; between 1 and 20 are possible: change it, or context_tokens",
         ),
-        ({"answer_tokens": 1}, "a candidate has .* tokens; between 1 and 1 are possible: change it, or answer_tokens"),
+        (
+            {"answer_tokens": 1},
+            "a candidate has .* tokens; between 1 and 1 are possible: change it, or answer_tokens",
+        ),
         (
             {"model.positions": "learned"},
             "config.context_tokens [+] config.answer_tokens = 240 is above config.model.max_length = .* position table",
         ),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
+def test_a_config_that_cannot_run_is_refused_in_one_line(
+    chain, tmp_path, overrides, message
+):
     with pytest.raises(ValueError, match=message) as error:
         run_stage(config_of(chain, **overrides), tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -183,5 +248,7 @@ def test_a_policy_is_no_world(chain, tmp_path):
 
 def test_a_dry_run_trains_nothing(chain):
     assert experiment.dry_run(config_of(chain)) == "nothing is trained"
-    with pytest.raises(ValueError, match=r"config\.batch_size = 3 rows must be a positive multiple of 2"):
+    with pytest.raises(
+        ValueError, match=r"config\.batch_size = 3 rows must be a positive multiple of 2"
+    ):
         experiment.dry_run(config_of(chain, **{"batch_size": 3, "mesh.fsdp": 2}))

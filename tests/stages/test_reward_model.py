@@ -1,4 +1,5 @@
-"""The reward model: one update against an answer-by-answer reference, its start, and its bias."""
+"""The reward model: one update against an answer-by-answer reference, its start, and its
+bias."""
 
 import dataclasses
 import itertools
@@ -30,9 +31,24 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-FEW_ROWS = Transformer(tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar")  # at a time
-HALVED = Transformer(tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2, tail_splits=3), "scalar")
-ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)  # of each prompt; the first prompt's are all tied, the second has no pair
+FEW_ROWS = Transformer(
+    tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar"
+)  # at a time
+HALVED = Transformer(
+    tiny_models.gpt_config(),
+    tiny_models.compute(microbatch_rows=2, tail_splits=3),
+    "scalar",
+)
+ANSWERS = (
+    3,
+    1,
+    4,
+    2,
+    4,
+    2,
+    3,
+    4,
+)  # of each prompt; the first prompt's are all tied, the second has no pair
 
 
 def program(**changes) -> reward_model.RewardProgram:
@@ -56,27 +72,40 @@ def run_update(program, batch):
     """(gradients, metrics, state) of one update from fixed parameters."""
     params = tiny_models.random_params(program.model)
     settings = reward_model.RewardModelSettings(learning_rate=jnp.float32(1.0))
-    state, metrics = compiled(program)(loop.new_state(params, program.optimizer), batch, settings)
+    state, metrics = compiled(program)(
+        loop.new_state(params, program.optimizer), batch, settings
+    )
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
 
 
 def responses_of(batch: Comparisons, prompt: int) -> list[np.ndarray]:
     """Prompt and answer as one document, for each valid answer."""
     start = batch.prompts.tokens[prompt][batch.prompts.mask[prompt]]
-    rows = zip(batch.responses[prompt], batch.mask[prompt], batch.valid[prompt], strict=True)
-    return [np.concatenate([start, response[mask]]) for response, mask, valid in rows if valid]
+    rows = zip(
+        batch.responses[prompt], batch.mask[prompt], batch.valid[prompt], strict=True
+    )
+    return [
+        np.concatenate([start, response[mask]]) for response, mask, valid in rows if valid
+    ]
 
 
 def plain_ranking(model, params, batch) -> tuple[float, int, int]:
-    """(mean loss over prompts with a pair, pairs ordered rightly, pairs), each answer run alone."""
+    """(mean loss over prompts with a pair, pairs ordered rightly, pairs), each answer run
+    alone."""
     losses, right, count = [], 0, 0
     for prompt in range(len(batch.ranks)):
         scores = stages.plain_scores(model, params, responses_of(batch, prompt))
         ranks = batch.ranks[prompt][batch.valid[prompt]]
         pairs = itertools.permutations(range(len(scores)), 2)
-        margins = [scores[better] - scores[worse] for better, worse in pairs if ranks[better] < ranks[worse]]
+        margins = [
+            scores[better] - scores[worse]
+            for better, worse in pairs
+            if ranks[better] < ranks[worse]
+        ]
         if margins:
-            losses.append(sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins))
+            losses.append(
+                sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
+            )
         right, count = right + sum(margin > 0 for margin in margins), count + len(margins)
     return sum(losses) / len(losses), right, count
 
@@ -101,30 +130,52 @@ def test_gradient_is_that_of_the_loss():
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     direction = jax.tree.map(lambda x: x / optax.tree.norm(direction), direction)
     ahead, behind = (
-        plain_ranking(MODEL, jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), batch)[0] for s in (h, -h)
+        plain_ranking(
+            MODEL, jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), batch
+        )[0]
+        for s in (h, -h)
     )
-    slope = sum(float((g * d).sum()) for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
+    slope = sum(
+        float((g * d).sum())
+        for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True)
+    )
     assert slope == pytest.approx((ahead - behind) / (2 * h), rel=2e-2, abs=1e-4)
-    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
-    assert gradients["scalar_head"]["bias"] == 0.0  # exactly: Adam would make steps of a rounding error
+    assert float(metrics["grad_norm"]) == pytest.approx(
+        float(optax.tree.norm(gradients)), rel=1e-5
+    )
+    assert (
+        gradients["scalar_head"]["bias"] == 0.0
+    )  # exactly: Adam would make steps of a rounding error
 
 
 def test_two_answers_give_the_logistic_loss_of_their_difference():
     batch = stages.comparisons((2,), 5)
-    batch = dataclasses.replace(batch, ranks=np.array([[1, 0]], np.int32))  # the second answer is the better
+    batch = dataclasses.replace(
+        batch, ranks=np.array([[1, 0]], np.int32)
+    )  # the second answer is the better
     _, metrics, _ = run_update(program(), batch)
-    worse, better = stages.plain_scores(MODEL, tiny_models.random_params(MODEL), responses_of(batch, 0))
-    assert float(metrics["loss"]) == pytest.approx(math.log1p(math.exp(worse - better)), rel=1e-5)
+    worse, better = stages.plain_scores(
+        MODEL, tiny_models.random_params(MODEL), responses_of(batch, 0)
+    )
+    assert float(metrics["loss"]) == pytest.approx(
+        math.log1p(math.exp(worse - better)), rel=1e-5
+    )
     assert metrics["accuracy"] == (better > worse)
 
 
-@pytest.mark.parametrize("changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}])
+@pytest.mark.parametrize(
+    "changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}]
+)
 def test_accumulated_is_the_whole_batch(changes):
-    batch = stages.comparisons(ANSWERS, 5)  # the parts have different numbers of prompts with a pair, and of pairs
+    batch = stages.comparisons(
+        ANSWERS, 5
+    )  # the parts have different numbers of prompts with a pair, and of pairs
     whole, metrics, _ = run_update(program(), batch)
     parts, parts_metrics, _ = run_update(program(**changes), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-6)
-    assert parts_metrics.pop("padding") < metrics.pop("padding")  # fewer rows of the last part are empty
+    assert parts_metrics.pop("padding") < metrics.pop(
+        "padding"
+    )  # fewer rows of the last part are empty
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
 
@@ -132,7 +183,9 @@ def test_accumulated_is_the_whole_batch(changes):
 def test_a_batch_without_a_pair_changes_nothing(model):
     batch = stages.comparisons(ANSWERS, 5)
     tied = dataclasses.replace(batch, ranks=np.ones_like(batch.ranks))
-    empty = dataclasses.replace(batch, valid=np.zeros_like(batch.valid), mask=np.zeros_like(batch.mask))
+    empty = dataclasses.replace(
+        batch, valid=np.zeros_like(batch.valid), mask=np.zeros_like(batch.mask)
+    )
     for nothing in (tied, empty):
         gradients, metrics, _ = run_update(program(model=model), nothing)
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
@@ -145,7 +198,9 @@ def test_what_an_invalid_answer_holds_does_not_matter():
     garbage = dataclasses.replace(
         batch,
         responses=np.where(
-            batch.valid[..., None], batch.responses, rng.integers(tiny_models.VOCAB_SIZE, size=(8, 4, 5))
+            batch.valid[..., None],
+            batch.responses,
+            rng.integers(tiny_models.VOCAB_SIZE, size=(8, 4, 5)),
         ),
         mask=batch.mask | ~batch.valid[..., None],
         ranks=np.where(batch.valid, batch.ranks, -7),
@@ -161,8 +216,13 @@ def test_held_out_ranking_adds_up_over_batches():
     batch = stages.comparisons(ANSWERS, 5)
     params = tiny_models.random_params(MODEL)
     ranking = jax.jit(partial(reward_model.held_out_ranking, MODEL, stages.mesh_of()))
-    halves = [ranking(params, jax.tree.map(lambda x, part=part: x[part], batch)) for part in (slice(4), slice(4, 8))]
-    loss, prompts, right, pairs = (sum(float(x) for x in column) for column in zip(*halves, strict=True))
+    halves = [
+        ranking(params, jax.tree.map(lambda x, part=part: x[part], batch))
+        for part in (slice(4), slice(4, 8))
+    ]
+    loss, prompts, right, pairs = (
+        sum(float(x) for x in column) for column in zip(*halves, strict=True)
+    )
     wanted, wanted_right, wanted_pairs = plain_ranking(MODEL, params, batch)
     assert loss / prompts == pytest.approx(wanted, rel=1e-5)
     assert (right, pairs) == (pytest.approx(wanted_right, rel=1e-6), wanted_pairs)
@@ -175,7 +235,9 @@ def test_another_bias_shifts_scores_and_nothing_else():
     documents = responses_of(batch, 2)
     before, after = (stages.plain_scores(MODEL, p, documents) for p in (params, shifted))
     np.testing.assert_allclose(after, before + shift, rtol=1e-5)
-    assert plain_ranking(MODEL, shifted, batch) == pytest.approx(plain_ranking(MODEL, params, batch), rel=1e-5)
+    assert plain_ranking(MODEL, shifted, batch) == pytest.approx(
+        plain_ranking(MODEL, params, batch), rel=1e-5
+    )
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, shifted)
     assert changed["scalar_head"].pop("bias")
     assert not any(jax.tree.leaves(changed))
@@ -187,15 +249,20 @@ def test_demonstration_scores_are_those_at_each_documents_end():
     total, count = jax.jit(partial(reward_model.demonstration_scores, MODEL))(params, rows)
     documents = [tokens for tokens, _ in stages.documents_of(rows)]
     assert count == len(documents) == 8
-    assert float(total) == pytest.approx(stages.plain_scores(MODEL, params, documents).sum(), rel=1e-5)
+    assert float(total) == pytest.approx(
+        stages.plain_scores(MODEL, params, documents).sum(), rel=1e-5
+    )
 
 
 # Runs of the chain
 
 
 def reward_parts(chain, step: int | None = None):
-    """(config, model, tokenizer, the model's parameters at the last or a kept step) of the chain's reward run."""
-    config = stages.construct_settled(reward_model.RewardConfig, stages.config_of(chain, "reward", {}))
+    """(config, model, tokenizer, the model's parameters at the last or a kept step) of the
+    chain's reward run."""
+    config = stages.construct_settled(
+        reward_model.RewardConfig, stages.config_of(chain, "reward", {})
+    )
     model = Transformer(config.model, config.compute, "scalar")
     abstract = loop.abstract_state(model, GRADIENT, stages.mesh_of()).params
     return (
@@ -209,7 +276,9 @@ def reward_parts(chain, step: int | None = None):
 def prepared_comparisons(chain):
     config, _, tokenizer, _ = reward_parts(chain)
     files = [Path(path) for path in config.data.comparisons]
-    return reward_model.prepare_comparisons(files, tokenizer, config.data.limits, Path(config.data.folder))
+    return reward_model.prepare_comparisons(
+        files, tokenizer, config.data.limits, Path(config.data.folder)
+    )
 
 
 def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
@@ -217,7 +286,9 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     state = stages.started(stages.config_of(chain, "reward", {}), tmp_path / "run")
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
-    parent = load_params(chain / "sft", loop.abstract_state(policy, GRADIENT, stages.mesh_of()).params)
+    parent = load_params(
+        chain / "sft", loop.abstract_state(policy, GRADIENT, stages.mesh_of()).params
+    )
     trunk = {name: leaf for name, leaf in state.params.items() if name != "scalar_head"}
     stages.assert_trees_equal(trunk, jax.device_get(parent))
     assert state.params["scalar_head"]["kernel"].shape == (32,)
@@ -225,7 +296,9 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     assert state.params["scalar_head"]["bias"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     # N(0, 1 / (width + 1)), on a width that shows it
-    fresh = stages.started(stages.config_of(chain, "reward", {**wide, "parent": ""}), tmp_path / "wide")
+    fresh = stages.started(
+        stages.config_of(chain, "reward", {**wide, "parent": ""}), tmp_path / "wide"
+    )
     kernel = fresh.params["scalar_head"]["kernel"]
     assert np.std(kernel) == pytest.approx(1 / math.sqrt(257), rel=0.15)
     assert abs(np.mean(kernel)) < 4 / 257
@@ -235,17 +308,28 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
     config, model, *_ = reward_parts(chain)
     watch = stages.Watch(monkeypatch)
     overrides = {"seed": 3, "steps": 1, "epochs": 0.0}
-    assert experiment.run_stage(stages.config_of(chain, "reward", overrides), tmp_path / "run")
+    assert experiment.run_stage(
+        stages.config_of(chain, "reward", overrides), tmp_path / "run"
+    )
     fresh = loop.init_params(model, clock.step_key(3, "init", 0))
-    np.testing.assert_allclose(watch.first.params["scalar_head"]["kernel"], fresh["scalar_head"]["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(
+        watch.first.params["scalar_head"]["kernel"],
+        fresh["scalar_head"]["kernel"],
+        rtol=1e-5,
+    )
     source = prepared_comparisons(chain).sources["train"]
     rows = rows_of_batch(0, config.batch_size, len(source), 3)
     loss, right, pairs = plain_ranking(
-        model, watch.first.params, loaders.read_comparisons(source, rows, config.data.limits)
+        model,
+        watch.first.params,
+        loaders.read_comparisons(source, rows, config.data.limits),
     )
     (logged,) = metrics_of(tmp_path / "run")
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
-    assert (logged["accuracy"], logged["pairs"]) == (pytest.approx(right / pairs, abs=1.5 / pairs), pairs)
+    assert (logged["accuracy"], logged["pairs"]) == (
+        pytest.approx(right / pairs, abs=1.5 / pairs),
+        pairs,
+    )
 
 
 def test_an_untied_unembedding_is_dropped(chain, tmp_path):
@@ -254,7 +338,9 @@ def test_an_untied_unembedding_is_dropped(chain, tmp_path):
     policy = Transformer(model, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(policy)
     assert params["head"]["kernel"].shape == (512, 32)
-    config["parent"] = str(stages.fabricated(tmp_path / "parent", model, params, config["tokenizer"]))
+    config["parent"] = str(
+        stages.fabricated(tmp_path / "parent", model, params, config["tokenizer"])
+    )
     state = stages.started(config, tmp_path / "run")
     assert state.params["scalar_head"]["kernel"].shape == (32,)
     np.testing.assert_array_equal(state.params["embedding"], params["embedding"])
@@ -267,9 +353,13 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     config, model, tokenizer, params = reward_parts(chain, steps[kept])
     limits, folder = config.data.limits, Path(config.data.folder)
     files = [Path(path) for path in config.data.demonstrations]
-    source = reward_model.prepare_demonstrations(files, tokenizer, limits, folder).sources["train"]
+    source = reward_model.prepare_demonstrations(files, tokenizer, limits, folder).sources[
+        "train"
+    ]
     rows = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
-    scores = stages.plain_scores(model, params, [tokens for tokens, _ in stages.documents_of(rows)])
+    scores = stages.plain_scores(
+        model, params, [tokens for tokens, _ in stages.documents_of(rows)]
+    )
     assert len(scores) > 90
     assert abs(scores.mean()) < 1e-5
     assert scores.std() > 1e-3
@@ -280,23 +370,32 @@ def test_held_out_figures_are_those_of_the_plain_computation(chain):
     config, model, _, params = reward_parts(chain)
     limits, prepared = config.data.limits, prepared_comparisons(chain)
     source = prepared.sources["validation"]
-    loss, right, pairs = plain_ranking(model, params, loaders.read_comparisons(source, np.arange(len(source)), limits))
+    loss, right, pairs = plain_ranking(
+        model, params, loaders.read_comparisons(source, np.arange(len(source)), limits)
+    )
     summary = summary_of(chain / "reward")
     assert summary["held_out_loss"] == pytest.approx(loss, rel=1e-5)
     assert summary["held_out_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
     assert summary["held_out_pairs"] == pairs
-    assert len(metrics_of(chain / "reward")) == -(-len(prepared.sources["train"]) // config.batch_size)  # one epoch
+    assert len(metrics_of(chain / "reward")) == -(
+        -len(prepared.sources["train"]) // config.batch_size
+    )  # one epoch
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"compute.microbatch_rows": 0}, "microbatch_rows = 0 must be at least 1"),
-        ({"model.embed_dim": 64}, "model of config.parent = .* is another: .*embed_dim: 32 .stored. != 64 .given."),
+        (
+            {"model.embed_dim": 64},
+            "model of config.parent = .* is another: .*embed_dim: 32 .stored. != 64 .given.",
+        ),
         ({"steps": 2}, "steps = 2 and config.epochs = 1.0: set one"),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
+def test_a_config_that_cannot_run_is_refused_in_one_line(
+    chain, tmp_path, overrides, message
+):
     with pytest.raises(ValueError, match=message) as error:
         experiment.run_stage(stages.config_of(chain, "reward", overrides), tmp_path / "run")
     assert "\n" not in str(error.value)

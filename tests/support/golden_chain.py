@@ -1,13 +1,15 @@
-"""Fingerprints of every stage at size tiny: a change that is meant to keep all numbers is checked against them.
+"""Fingerprints of every stage at size tiny: a change that is meant to keep all numbers is
+checked against them.
 
     python tests/golden_chain.py record golden.json     # before the change
     python tests/golden_chain.py check golden.json      # after it
 
-Runs the alignment experiment at size `tiny`, the SFT baseline, SFT with low-rank adapters and PPO with sampled
-`old_logprobs`. For every array of every checkpoint (parameters, optimizer state) it records sha256 and the Euclidean
-norm; for every logged metric, except `time/…`, sha256 of its values and the last one; for samples, summaries and data
-files sha256. Hashes are comparable on one kind of machine with one version of jaxlib, norms and last values anywhere,
-within rounding.
+Runs the alignment experiment at size `tiny`, the SFT baseline, SFT with low-rank adapters
+and PPO with sampled `old_logprobs`. For every array of every checkpoint (parameters,
+optimizer state) it records sha256 and the Euclidean norm; for every logged metric, except
+`time/…`, sha256 of its values and the last one; for samples, summaries and data files
+sha256. Hashes are comparable on one kind of machine with one version of jaxlib, norms and
+last values anywhere, within rounding.
 """
 
 import argparse
@@ -25,7 +27,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-6  # relative, for entries that are known to have other rounding, and between kinds of machines
 
-# new name -> name at the time of recording, of leaves, metrics and summary entries; matched by whole path components.
+# new name -> name at the time of recording, of leaves, metrics and summary entries; matched
+# by whole path components.
 RENAMED: dict[str, str] = {}
 # Entries that may differ within TOLERANCE, by prefix, and why.
 ROUNDED: dict[str, str] = {}
@@ -42,7 +45,13 @@ def extra_runs(root: str) -> list[Any]:
     pretrain = {"parent": f"{root}/pretrain"}
     parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
     baseline = data | demonstrations | pretrain | {"epochs": 1.0}
-    adapters = data | text | demonstrations | pretrain | {"epochs": 1.0, "lora.rank": 4, "accumulate": 2}
+    adapters = (
+        data
+        | text
+        | demonstrations
+        | pretrain
+        | {"epochs": 1.0, "lora.rank": 4, "accumulate": 2}
+    )
     sampled = data | text | prompts | parents | {"old_logprobs": "sampler", "steps": 2}
     return [
         Run("sft-baseline", "configs/sft.py:tiny,baseline", baseline),
@@ -61,7 +70,8 @@ def make_runs(root: Path) -> None:
 
 
 def fingerprints(root: Path) -> dict[str, dict[str, Any]]:
-    """Name of an array, a metric or a file -> its hash and, for numbers, a value to compare within rounding."""
+    """Name of an array, a metric or a file -> its hash and, for numbers, a value to compare
+    within rounding."""
     found: dict[str, dict[str, Any]] = {}
     for workdir in sorted(path.parent for path in root.glob("*/config.json")):
         found |= array_prints(workdir)
@@ -82,7 +92,10 @@ def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
         array = np.asarray(value)
         head = f"{array.dtype} {array.shape} ".encode()
         norm = float(np.linalg.norm(array.astype(np.float64)))
-        found[f"{workdir.name}/{name}"] = {"sha256": short_hash(head + array.tobytes()), "value": norm}
+        found[f"{workdir.name}/{name}"] = {
+            "sha256": short_hash(head + array.tobytes()),
+            "value": norm,
+        }
     return found
 
 
@@ -94,7 +107,9 @@ def metric_prints(workdir: Path) -> dict[str, dict[str, Any]]:
         row = json.loads(line)
         for name, value in row.items():
             if not name.startswith("time/"):
-                series.setdefault(f"{workdir.name}/metrics/{name}", []).append([row.get("step"), value])
+                series.setdefault(f"{workdir.name}/metrics/{name}", []).append(
+                    [row.get("step"), value]
+                )
     found: dict[str, dict[str, Any]] = {}
     for name, values in series.items():
         last = values[-1][1]
@@ -103,8 +118,13 @@ def metric_prints(workdir: Path) -> dict[str, dict[str, Any]]:
     summary = json.loads((workdir / "summary.json").read_text())
     for name, value in flatten(summary, f"{workdir.name}/summary"):
         number = value if isinstance(value, int | float) else None
-        if not any(part in name for part in ("/time/", "/parents/")) and not name.endswith("/stage"):
-            found[name] = {"sha256": short_hash(json.dumps(value).encode()), "value": number}
+        if not any(part in name for part in ("/time/", "/parents/")) and not name.endswith(
+            "/stage"
+        ):
+            found[name] = {
+                "sha256": short_hash(json.dumps(value).encode()),
+                "value": number,
+            }
     return found
 
 
@@ -112,10 +132,19 @@ def file_prints(workdir: Path, root: str) -> dict[str, dict[str, Any]]:
     """Of samples, tokenizers and data files, with the name of the root folder taken out."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(workdir.iterdir()):
-        if path.name in ("samples.jsonl", "tokenizer.json") or path.name.endswith(".jsonl.gz"):
-            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if path.name in ("samples.jsonl", "tokenizer.json") or path.name.endswith(
+            ".jsonl.gz"
+        ):
+            data = (
+                gzip.decompress(path.read_bytes())
+                if path.suffix == ".gz"
+                else path.read_bytes()
+            )
             data = data.replace(root.encode(), b"ROOT")
-            found[f"{workdir.name}/{path.name}"] = {"sha256": short_hash(data), "value": None}
+            found[f"{workdir.name}/{path.name}"] = {
+                "sha256": short_hash(data),
+                "value": None,
+            }
     return found
 
 
@@ -144,7 +173,9 @@ def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:24]
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any], *, exact: bool) -> list[str]:
+def differences(
+    expected: dict[str, Any], found: dict[str, Any], *, exact: bool
+) -> list[str]:
     """One line for each entry that is missing, new or different."""
     lines: list[str] = []
     for name in sorted(expected | found):
@@ -156,7 +187,11 @@ def differences(expected: dict[str, Any], found: dict[str, Any], *, exact: bool)
             continue
         rounded = not exact or any(name.startswith(prefix) for prefix in ROUNDED)
         numbers = old["value"] is not None and new["value"] is not None
-        if rounded and numbers and np.isclose(old["value"], new["value"], rtol=TOLERANCE, atol=TOLERANCE):
+        if (
+            rounded
+            and numbers
+            and np.isclose(old["value"], new["value"], rtol=TOLERANCE, atol=TOLERANCE)
+        ):
             continue
         lines.append(f"{name}: {old['value']} -> {new['value']} (hashes differ)")
     return lines
@@ -164,10 +199,14 @@ def differences(expected: dict[str, Any], found: dict[str, Any], *, exact: bool)
 
 def main() -> int:
     """Records or checks; 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=["record", "check"])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--root", type=Path, help="where the runs are kept; default: a temporary folder")
+    parser.add_argument(
+        "--root", type=Path, help="where the runs are kept; default: a temporary folder"
+    )
     arguments = parser.parse_args()
     file = arguments.file.resolve()
     os.chdir(ROOT)
@@ -177,7 +216,9 @@ def main() -> int:
         make_runs(root)
         found = fingerprints(root)
     if arguments.task == "record":
-        lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()]
+        lines = [
+            f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()
+        ]
         file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         print(f"{len(found)} fingerprints written to {file}")
         return 0

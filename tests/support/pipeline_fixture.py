@@ -1,4 +1,5 @@
-"""Fixtures of the tests of the stages; a plugin (`pytest_plugins`), so that a session makes the chain of runs once."""
+"""Fixtures of the tests of the stages; a plugin (`pytest_plugins`), so that a session makes
+the chain of runs once."""
 
 import fcntl
 import os
@@ -24,7 +25,8 @@ def one_device(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def chain(session_folder) -> Path:
-    """The folder of the finished tiny alignment experiment: world, pretrain, sft, reward, ppo, ppo-ptx, evaluate."""
+    """The folder of the finished tiny alignment experiment: world, pretrain, sft, reward,
+    ppo, ppo-ptx, evaluate."""
     root, done = session_folder / "chain", session_folder / "chain.done"
     with (session_folder / "chain.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it

@@ -1,7 +1,9 @@
-"""A slow, plain forward pass in NumPy and float64, written from the definitions: one text, no batch, no padding.
+"""A slow, plain forward pass in NumPy and float64, written from the definitions: one text,
+no batch, no padding.
 
-Layers, heads and positions are loops; a query is given only the keys that it may see, so there is no mask; rotary
-positions are products of complex numbers. A parameter tree of the library is read by its names.
+Layers, heads and positions are loops; a query is given only the keys that it may see, so
+there is no mask; rotary positions are products of complex numbers. A parameter tree of the
+library is read by its names.
 """
 
 import math
@@ -15,7 +17,9 @@ from instructax.models import ModelConfig
 def norm(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.ndarray:
     """LayerNorm (Ba et al., 2016) or RMSNorm (Zhang and Sennrich, 2019) of one vector."""
     if config.norm == "layernorm":
-        return (x - x.mean()) / math.sqrt(x.var() + config.norm_epsilon) * parameters["scale"] + parameters["bias"]
+        return (x - x.mean()) / math.sqrt(x.var() + config.norm_epsilon) * parameters[
+            "scale"
+        ] + parameters["bias"]
     return x / math.sqrt(np.mean(x**2) + config.norm_epsilon) * parameters["scale"]
 
 
@@ -40,19 +44,36 @@ def angle(index: int, width: int, config: ModelConfig) -> float:
 
 
 def rotate(x: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
-    """Turns the complex number (x_i, x_{i + d/2}) by position · angle, for the first d components."""
+    """Turns the complex number (x_i, x_{i + d/2}) by position · angle, for the first d
+    components."""
     width = int(len(x) * config.rotary_fraction)
     half = width // 2
-    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * angle(i, width, config)) for i in range(half)]
-    return np.array([z.real for z in turned] + [z.imag for z in turned] + x[width:].tolist())
+    turned = [
+        complex(x[i], x[i + half]) * np.exp(1j * position * angle(i, width, config))
+        for i in range(half)
+    ]
+    return np.array(
+        [z.real for z in turned] + [z.imag for z in turned] + x[width:].tolist()
+    )
 
 
-def attention(x: list[np.ndarray], parameters: dict[str, Any], config: ModelConfig, layer: int) -> list[np.ndarray]:
-    """Each position attends to itself and those before it; `heads / num_kv_heads` neighbouring heads share a key."""
-    queries, keys, values = ([linear(row, parameters[name]) for row in x] for name in ("query", "key", "value"))
+def attention(
+    x: list[np.ndarray], parameters: dict[str, Any], config: ModelConfig, layer: int
+) -> list[np.ndarray]:
+    """Each position attends to itself and those before it; `heads / num_kv_heads`
+    neighbouring heads share a key."""
+    queries, keys, values = (
+        [linear(row, parameters[name]) for row in x] for name in ("query", "key", "value")
+    )
     if config.qk_norms:
-        queries = [np.array([norm(head, parameters["query_norm"], config) for head in row]) for row in queries]
-        keys = [np.array([norm(head, parameters["key_norm"], config) for head in row]) for row in keys]
+        queries = [
+            np.array([norm(head, parameters["query_norm"], config) for head in row])
+            for row in queries
+        ]
+        keys = [
+            np.array([norm(head, parameters["key_norm"], config) for head in row])
+            for row in keys
+        ]
     outputs = []
     for t in range(len(x)):
         mixed = np.zeros((config.num_heads, config.head_dim))
@@ -64,7 +85,9 @@ def attention(x: list[np.ndarray], parameters: dict[str, Any], config: ModelConf
             if config.positions == "rotary":
                 query = rotate(query, t, config)
                 seen = [rotate(key, s, config) for s, key in enumerate(seen, start=first)]
-            scores = np.array([query @ key for key in seen]) / math.sqrt(config.score_width or config.head_dim)
+            scores = np.array([query @ key for key in seen]) / math.sqrt(
+                config.score_width or config.head_dim
+            )
             weights = np.exp(capped(scores, config.attention_cap))
             for s, weight in enumerate(weights / weights.sum(), start=first):
                 mixed[head] += weight * values[s][shared]
@@ -90,7 +113,9 @@ def mlp(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.nd
         up = up * np.array([0.5 * (1 + math.erf(number / math.sqrt(2))) for number in up])
     else:  # SwiGLU and GEGLU (Shazeer, 2020)
         gate = linear(x, parameters["gate"])
-        up = up * (gate / (1 + np.exp(-gate)) if config.activation == "swiglu" else gelu(gate))
+        up = up * (
+            gate / (1 + np.exp(-gate)) if config.activation == "swiglu" else gelu(gate)
+        )
     return linear(up, parameters["down"])
 
 
@@ -98,7 +123,11 @@ def float64(tree: Any, layer: int | None = None) -> Any:
     """The tree in float64; of stacked parameters, those of one layer."""
     if isinstance(tree, dict):
         return {name: float64(child, layer) for name, child in tree.items()}
-    return np.asarray(tree, np.float64) if layer is None else np.asarray(tree[layer], np.float64)
+    return (
+        np.asarray(tree, np.float64)
+        if layer is None
+        else np.asarray(tree[layer], np.float64)
+    )
 
 
 def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
@@ -117,7 +146,9 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
             attended = [norm(row, block["attention_post_norm"], config) for row in attended]
         summed = [row + a for row, a in zip(x, attended, strict=True)]
         read = x if config.parallel_residual else summed
-        changes = [mlp(norm(row, block["mlp_norm"], config), block["mlp"], config) for row in read]
+        changes = [
+            mlp(norm(row, block["mlp_norm"], config), block["mlp"], config) for row in read
+        ]
         if config.post_norms:
             changes = [norm(row, block["mlp_post_norm"], config) for row in changes]
         x = [row + change for row, change in zip(summed, changes, strict=True)]
@@ -127,15 +158,25 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
 def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
     """f64[T, V]: row t scores the token after tokens[t]."""
     kernel = params["embedding"] if config.tied_head else params["head"]["kernel"]
-    return capped(hidden_states(config, params, tokens) @ np.asarray(kernel, np.float64).T, config.logit_cap)
+    return capped(
+        hidden_states(config, params, tokens) @ np.asarray(kernel, np.float64).T,
+        config.logit_cap,
+    )
 
 
 def scalars(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
     """f64[T]: the scalar head."""
-    return np.array([linear(row, float64(params["scalar_head"])) for row in hidden_states(config, params, tokens)])
+    return np.array(
+        [
+            linear(row, float64(params["scalar_head"]))
+            for row in hidden_states(config, params, tokens)
+        ]
+    )
 
 
-def logprobs(config: ModelConfig, params: Any, tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+def logprobs(
+    config: ModelConfig, params: Any, tokens: list[int], temperature: float = 1.0
+) -> np.ndarray:
     """f64[T, V]: row t is the log of the distribution of the token after tokens[t]."""
     scaled = logits(config, params, tokens) / temperature
     return scaled - np.log(np.sum(np.exp(scaled), axis=-1, keepdims=True))

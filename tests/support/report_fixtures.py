@@ -1,4 +1,5 @@
-"""Fixtures of the tests of the report; a plugin (`pytest_plugins`), so that a session makes its logs once."""
+"""Fixtures of the tests of the report; a plugin (`pytest_plugins`), so that a session makes
+its logs once."""
 
 import pytest
 from tests.support import report_logs

@@ -1,4 +1,5 @@
-"""Logs of an experiment that was never run: a world's prompts, answered by writers of a given quality."""
+"""Logs of an experiment that was never run: a world's prompts, answered by writers of a
+given quality."""
 
 import json
 from pathlib import Path
@@ -30,9 +31,29 @@ QUALITY = {
     "PPO-ptx": 0.62,
     "FLAN/T0": 0.2,
 }
-GPT_POLICIES = ("GPT", "SFT", "PPO", "PPO-ptx")  # those that answer prompts of the GPT-3 distribution
-PUBLIC = ("book", "background", "two_steps", "translation", "sentiment", "entailment", "pronoun", "completion")
-SHARE = {"GPT": 0.6, "SFT": 0.52, "PPO": 0.45, "PPO-ptx": 0.59, "FLAN/T0": 0.66}  # of public tasks done rightly
+GPT_POLICIES = (
+    "GPT",
+    "SFT",
+    "PPO",
+    "PPO-ptx",
+)  # those that answer prompts of the GPT-3 distribution
+PUBLIC = (
+    "book",
+    "background",
+    "two_steps",
+    "translation",
+    "sentiment",
+    "entailment",
+    "pronoun",
+    "completion",
+)
+SHARE = {
+    "GPT": 0.6,
+    "SFT": 0.52,
+    "PPO": 0.45,
+    "PPO-ptx": 0.59,
+    "FLAN/T0": 0.66,
+}  # of public tasks done rightly
 MODEL = {
     "activation": "gelu",
     "num_heads": 2,
@@ -65,17 +86,24 @@ def estimate(value: float, half: float = 0.02) -> dict[str, Any]:
 
 
 def share(value: float) -> dict[str, Any]:
-    """A logged share of 100 items: the first ones, so that the items of two policies are alike."""
+    """A logged share of 100 items: the first ones, so that the items of two policies are
+    alike."""
     right = round(100 * value)
     return estimate(right / 100, 0.1) | {"values": [1.0] * right + [0.0] * (100 - right)}
 
 
 def respond(task: Task, quality: float, rng: np.random.Generator) -> str:
     """A perfect answer with probability `quality`, else a sloppy one that is spoilt."""
-    return task.ideal if rng.random() < quality else spoil(demonstrate(STYLES["sloppy"], task, rng), rng)
+    return (
+        task.ideal
+        if rng.random() < quality
+        else spoil(demonstrate(STYLES["sloppy"], task, rng), rng)
+    )
 
 
-def sample(policy: str, prompt: str, response: str, rng: np.random.Generator) -> dict[str, Any]:
+def sample(
+    policy: str, prompt: str, response: str, rng: np.random.Generator
+) -> dict[str, Any]:
     """A line of the evaluation's `samples.jsonl`."""
     words = [word + " " for word in response.split()] + ["<|endoftext|>"]
     token_kl = [round(float(x), 4) for x in rng.normal(0.2, 1.0, len(words))]
@@ -94,18 +122,27 @@ def sample(policy: str, prompt: str, response: str, rng: np.random.Generator) ->
 
 def write_world(root: Path, seed: int = 0) -> dict[str, Task]:
     """The world's config; its tasks by prompt."""
-    write_json(root / "world" / "config.json", {"seed": seed, "lines": LINES, "stage": "world", "vocab_size": 128})
+    write_json(
+        root / "world" / "config.json",
+        {"seed": seed, "lines": LINES, "stage": "world", "vocab_size": 128},
+    )
     write_json(root / "world" / "summary.json", {"stage": "world"})
     return tasks_of(root / "world")
 
 
 def asked(root: Path, name: str, count: int) -> dict[str, Task]:
     """The last tasks of a set of prompts, by prompt."""
-    return {one.task.prompt.strip(): one.task for one in asked_of(root / "world", name)[-count:]}
+    return {
+        one.task.prompt.strip(): one.task for one in asked_of(root / "world", name)[-count:]
+    }
 
 
 def write_evaluation(
-    folder: Path, tasks: dict[str, Task], qualities: dict[str, float], width: int, run: str = "evaluate"
+    folder: Path,
+    tasks: dict[str, Task],
+    qualities: dict[str, float],
+    width: int,
+    run: str = "evaluate",
 ) -> None:
     """The run `evaluate/` or `evaluate-gpt/` of one size, on the prompts of `tasks`."""
     rng = generator(width, run)
@@ -116,13 +153,28 @@ def write_evaluation(
     ]
     write_lines(folder / run / "samples.jsonl", records)
     ranking = {"accuracy": estimate(0.72), "longer_wins": estimate(0.53), "pairs": 500}
-    bins = [{"predicted": x, "share": x - 0.03, "pairs": 80} for x in (0.55, 0.65, 0.75, 0.85, 0.95)]
+    bins = [
+        {"predicted": x, "share": x - 0.03, "pairs": 80}
+        for x in (0.55, 0.65, 0.75, 0.85, 0.95)
+    ]
     worse = ranking | {"accuracy": estimate(0.695, 0.005), "calibration": bins}
     sets = {"labelers": ranking | {"calibration": bins}, "held-out labelers": worse}
-    names = ("scores", "kl", "response_length", "ended_share", "text_loss", "proxy_win_rate")
-    policies = {policy: {name: estimate(quality) for name in names} for policy, quality in qualities.items()}
+    names = (
+        "scores",
+        "kl",
+        "response_length",
+        "ended_share",
+        "text_loss",
+        "proxy_win_rate",
+    )
+    policies = {
+        policy: {name: estimate(quality) for name in names}
+        for policy, quality in qualities.items()
+    }
     write_json(folder / run / "summary.json", {"policies": policies, "reward_model": sets})
-    write_json(folder / run / "config.json", {"model": MODEL | {"embed_dim": width}, "best_of": 16})
+    write_json(
+        folder / run / "config.json", {"model": MODEL | {"embed_dim": width}, "best_of": 16}
+    )
 
 
 def write_reward(root: Path, accuracies: dict[str, float]) -> None:
@@ -135,7 +187,10 @@ def write_reward(root: Path, accuracies: dict[str, float]) -> None:
 def write_ppo(folder: Path, tasks: dict[str, Task], iterations: int = 12) -> None:
     """`ppo/` or `ppo-ptx/`: a score that rises with the KL, a true utility that turns."""
     rng, prompts = generator(len(folder.name), "ppo"), list(tasks)
-    metrics = [{"step": i, "kl": 0.3 * (i - 1), "scores": 0.1 * i} for i in range(1, iterations + 1)]
+    metrics = [
+        {"step": i, "kl": 0.3 * (i - 1), "scores": 0.1 * i}
+        for i in range(1, iterations + 1)
+    ]
     samples = [
         {
             "step": i,
@@ -158,14 +213,30 @@ def write_public(folder: Path, bonus: float) -> None:
         few = SHARE[policy] + bonus
         if scale == 1.0:
             return {"zero-shot": share(few - 0.1), "few-shot": share(few)}
-        return {"zero-shot": estimate(scale * (few - 0.1), 3.0), "few-shot": estimate(scale * few, 3.0)}
+        return {
+            "zero-shot": estimate(scale * (few - 0.1), 3.0),
+            "few-shot": estimate(scale * few, 3.0),
+        }
 
     policies = {
-        policy: {task: shots(policy, 100.0 if task == "translation" else 1.0) for task in PUBLIC}
+        policy: {
+            task: shots(policy, 100.0 if task == "translation" else 1.0) for task in PUBLIC
+        }
         | {
-            "truth": {way: share(0.4 if policy == "GPT" else 0.55) for way in ("QA, true", "QA, true and informative")},
-            "toxicity": {"none": share(0.2), "respectful": share(0.1), "biased": share(0.5)},
-            "stereotype": {"none": estimate(0.7), "respectful": estimate(0.6), "biased": estimate(0.5)},
+            "truth": {
+                way: share(0.4 if policy == "GPT" else 0.55)
+                for way in ("QA, true", "QA, true and informative")
+            },
+            "toxicity": {
+                "none": share(0.2),
+                "respectful": share(0.1),
+                "biased": share(0.5),
+            },
+            "stereotype": {
+                "none": estimate(0.7),
+                "respectful": estimate(0.6),
+                "biased": estimate(0.5),
+            },
         }
         for policy in SHARE
     }
@@ -173,12 +244,21 @@ def write_public(folder: Path, bonus: float) -> None:
 
 
 def write_overfit(folder: Path, losses: list[float], scores: list[float]) -> None:
-    """`sft-overfit/` and `evaluate-overfit/`: a loss and the scores of ten prompts at every hundredth step."""
-    metrics = [{"step": 100 * i, "demonstrations_loss": loss} for i, loss in enumerate(losses, start=1)]
-    write_lines(folder / "sft-overfit" / "metrics.jsonl", [{"step": 5, "loss": 1.0}, *metrics])
+    """`sft-overfit/` and `evaluate-overfit/`: a loss and the scores of ten prompts at every
+    hundredth step."""
+    metrics = [
+        {"step": 100 * i, "demonstrations_loss": loss}
+        for i, loss in enumerate(losses, start=1)
+    ]
+    write_lines(
+        folder / "sft-overfit" / "metrics.jsonl", [{"step": 5, "loss": 1.0}, *metrics]
+    )
     samples = [
         {"policy": policy, "prompt": str(i), "score": score + 0.1 * i}
-        for policy, score in [("SFT", 0.0), *((f"step {100 * k}", score) for k, score in enumerate(scores, start=1))]
+        for policy, score in [
+            ("SFT", 0.0),
+            *((f"step {100 * k}", score) for k, score in enumerate(scores, start=1)),
+        ]
         for i in range(10)
     ]
     write_lines(folder / "evaluate-overfit" / "samples.jsonl", samples)
@@ -192,7 +272,9 @@ def write_family(root: Path, seed: int = 0, count: int = 40) -> Path:
     prompts, gpt_prompts = asked(root, "prompts", count), asked(root, "gpt_prompts", count)
     for i, size in enumerate(("micro", "milli", "centi")):
         folder = root / size
-        qualities = {policy: min(1.0, quality + 0.08 * i) for policy, quality in QUALITY.items()}
+        qualities = {
+            policy: min(1.0, quality + 0.08 * i) for policy, quality in QUALITY.items()
+        }
         write_evaluation(folder, prompts, qualities, width=16 * (i + 1))
         plain = {policy: qualities[policy] for policy in GPT_POLICIES}
         write_evaluation(folder, gpt_prompts, plain, 16 * (i + 1), "evaluate-gpt")
@@ -200,7 +282,9 @@ def write_family(root: Path, seed: int = 0, count: int = 40) -> Path:
             write_ppo(folder / run, tasks)
         write_public(folder, bonus=0.05 * i)
     write_reward(root, {"reward": 0.72, "reward-quiet": 0.81})
-    write_overfit(root / "milli", losses=[0.74, 0.7, 0.73, 0.8], scores=[0.1, 0.2, 0.3, 0.4])
+    write_overfit(
+        root / "milli", losses=[0.74, 0.7, 0.73, 0.8], scores=[0.1, 0.2, 0.3, 0.4]
+    )
     return root
 
 

@@ -17,24 +17,35 @@ def make_train_state(seed=0.0, width=8):
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     opt_state = optimizer.init(params)
-    _, opt_state = optimizer.update(jax.tree.map(lambda x: jnp.cos(x + seed), params), opt_state, params)
+    _, opt_state = optimizer.update(
+        jax.tree.map(lambda x: jnp.cos(x + seed), params), opt_state, params
+    )
     return TrainState(step=jnp.int32(seed), params=params, opt_state=opt_state)
 
 
 def make_ppo_state(seed=0.0):
     policy, value = make_train_state(seed), make_train_state(seed + 100)
-    return PpoState(policy=policy, value=value, ema=jax.tree.map(lambda x: x / 3, policy.params))
+    return PpoState(
+        policy=policy, value=value, ema=jax.tree.map(lambda x: x / 3, policy.params)
+    )
 
 
 def on_devices(tree, count):
     """`tree` as abstract arrays, rows of 8 split over `count` devices."""
-    mesh = jax.make_mesh((count,), ("rows",), devices=jax.devices()[:count], axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (count,), ("rows",), devices=jax.devices()[:count], axis_types=(AxisType.Auto,)
+    )
 
     def layout(leaf):
         spec = PartitionSpec(
-            *("rows" if size == 8 and i == leaf.ndim - 1 else None for i, size in enumerate(leaf.shape))
+            *(
+                "rows" if size == 8 and i == leaf.ndim - 1 else None
+                for i, size in enumerate(leaf.shape)
+            )
         )
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+        )
 
     return jax.tree.map(layout, tree)
 
@@ -64,7 +75,9 @@ def assert_equal(left, right):
 
 def flip_bit(step_folder):
     """Flips one bit in the middle of the largest data file."""
-    path = max((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path = max(
+        (p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 16
     path.write_bytes(data)

@@ -1,7 +1,8 @@
-"""What the tests of the stages share: batches, programs, plain references, ways to watch a run.
+"""What the tests of the stages share: batches, programs, plain references, ways to watch a
+run.
 
-A plain reference runs every document alone, from column 0, without padding on the left, packing, chunks or a mask, and
-adds up in float64.
+A plain reference runs every document alone, from column 0, without padding on the left,
+packing, chunks or a mask, and adds up in float64.
 """
 
 import contextlib
@@ -41,24 +42,38 @@ MAKE_MESH = sharding.make_mesh
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Gives every stage the first `count` devices."""
-    monkeypatch.setattr(sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:count]))
+    monkeypatch.setattr(
+        sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:count])
+    )
 
 
 def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The config of the chain's run `name` with `overrides`; its data and parents are the chain's own."""
-    run = next(run for run in experiment.load_file(CHAIN).get_runs("tiny", str(root)) if run.name == name)
+    """The config of the chain's run `name` with `overrides`; its data and parents are the
+    chain's own."""
+    run = next(
+        run
+        for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
+        if run.name == name
+    )
     return experiment.load_config(Run(name, run.config, {**run.overrides, **overrides}))
 
 
 def construct_settled(cls: type, values: dict[str, Any]) -> Any:
-    """The config as its stage goes on with it: with the attention kernel that it takes here."""
+    """The config as its stage goes on with it: with the attention kernel that it takes
+    here."""
     return stage.select_attention_kernel(construct(cls, values))[0]
 
 
 class Watch:
     """Sees what the loop of a run starts from and ends with, and can stop it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, interrupt_at: int | None = None, enter: bool = True):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        interrupt_at: int | None = None,
+        enter: bool = True,
+    ):
         self.first: Any = None
         self.last: Any = None
         self.read: list[Any] = []  # what is called with the step before its batch is read
@@ -97,7 +112,9 @@ def started(config: dict[str, Any], workdir: Path) -> Any:
 
 def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str) -> Path:
     """A finished supervised run with these parameters, that was never trained."""
-    checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="params")
+    checkpoints = Checkpoints(
+        workdir, save_every=1, keep=1, best_metric="", exported="params"
+    )
     checkpoints.save(1, training.new_state(params, optax.identity()), {})
     checkpoints.close()
     write_manifest(
@@ -121,8 +138,8 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
 
 
 def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
-    """Rows of two documents and padding, with lengths and numbers of trained tokens that differ by row; the last row
-    is empty."""
+    """Rows of two documents and padding, with lengths and numbers of trained tokens that
+    differ by row; the last row is empty."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(tiny_models.VOCAB_SIZE, size=(rows, columns)).astype(np.int32)
     segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
@@ -133,12 +150,14 @@ def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
             segments[row, start : start + size] = number
             positions[row, start : start + size] = np.arange(size)
             loss_mask[row, start + 1 : start + size] = True
-    return LmBatch(tokens=tokens, segments=segments, positions=positions, loss_mask=loss_mask)
+    return LmBatch(
+        tokens=tokens, segments=segments, positions=positions, loss_mask=loss_mask
+    )
 
 
 def comparisons(answers: Sequence[int], columns: int, seed: int = 0) -> Comparisons:
-    """One prompt for each entry of `answers`, its number of valid answers; ranks tie now and then, and prompt 0, if it
-    has two or more answers, ties them all: it has no pair."""
+    """One prompt for each entry of `answers`, its number of valid answers; ranks tie now
+    and then, and prompt 0, if it has two or more answers, ties them all: it has no pair."""
     rng = np.random.default_rng(seed)
     shape = (len(answers), max(answers), columns)
     valid = np.arange(shape[1])[None] < np.asarray(answers)[:, None]
@@ -146,7 +165,9 @@ def comparisons(answers: Sequence[int], columns: int, seed: int = 0) -> Comparis
     ranks[1:, :2] = [1, 0]
     ranks[0] = 1
     lengths = rng.integers(1, columns + 1, size=shape[:2])
-    prompts = tiny_models.ragged_prompts(rng.integers(1, 6, len(answers)), columns=6, seed=seed)
+    prompts = tiny_models.ragged_prompts(
+        rng.integers(1, 6, len(answers)), columns=6, seed=seed
+    )
     return Comparisons(
         prompts=jax.tree.map(np.asarray, prompts),
         responses=rng.integers(tiny_models.VOCAB_SIZE, size=shape).astype(np.int32),
@@ -158,8 +179,11 @@ def comparisons(answers: Sequence[int], columns: int, seed: int = 0) -> Comparis
 
 
 def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram:
-    """PPO with small networks of both families; Adam's epsilon keeps rounding errors from becoming whole steps."""
-    optimizer = changes.pop("optimizer", tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0))
+    """PPO with small networks of both families; Adam's epsilon keeps rounding errors from
+    becoming whole steps."""
+    optimizer = changes.pop(
+        "optimizer", tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0)
+    )
     values: dict[str, Any] = {
         "policy": Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
         "scorer": Transformer(tiny_models.llama_config(), tiny_models.compute(), "scalar"),
@@ -198,17 +222,26 @@ def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
         "ema_decay": 0.9,
     }
     arrays = {name: jnp.float32(value) for name, value in {**values, **changes}.items()}
-    rewards = {name: arrays.pop(name) for name in ("kl_coef", "discount", "lambda_", "no_eos_penalty")}
-    return algorithm.PpoSettings(seed=jnp.int32(seed), rewards=AdvantageSettings(**rewards), **arrays)
+    rewards = {
+        name: arrays.pop(name)
+        for name in ("kl_coef", "discount", "lambda_", "no_eos_penalty")
+    }
+    return algorithm.PpoSettings(
+        seed=jnp.int32(seed), rewards=AdvantageSettings(**rewards), **arrays
+    )
 
 
 def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
     """Random networks."""
     policy = training.start_from(
-        tiny_models.random_params(program.policy, seed), program.policy_optimizer, program.mesh
+        tiny_models.random_params(program.policy, seed),
+        program.policy_optimizer,
+        program.mesh,
     )
     value = training.start_from(
-        tiny_models.random_params(program.scorer, seed + 1), program.value_optimizer, program.mesh
+        tiny_models.random_params(program.scorer, seed + 1),
+        program.value_optimizer,
+        program.mesh,
     )
     return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
 
@@ -225,7 +258,9 @@ def copy_of(tree: Any) -> Any:
 
 def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, loss_mask) of each document of packed rows."""
-    tokens, segments, loss_mask = (np.asarray(x) for x in (batch.tokens, batch.segments, batch.loss_mask))
+    tokens, segments, loss_mask = (
+        np.asarray(x) for x in (batch.tokens, batch.segments, batch.loss_mask)
+    )
     return [
         (tokens[row, segments[row] == number], loss_mask[row, segments[row] == number])
         for row in range(len(tokens))
@@ -236,8 +271,14 @@ def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
 def responses_of(rollouts: Rollouts) -> list[np.ndarray]:
     """Prompt and response of each row as one document."""
     prompts, responses = rollouts.prompts, rollouts.responses
-    rows = zip(*(np.asarray(x) for x in (prompts.tokens, prompts.mask, responses, rollouts.mask)), strict=True)
-    return [np.concatenate([prompt[real], response[mask]]) for prompt, real, response, mask in rows]
+    rows = zip(
+        *(np.asarray(x) for x in (prompts.tokens, prompts.mask, responses, rollouts.mask)),
+        strict=True,
+    )
+    return [
+        np.concatenate([prompt[real], response[mask]])
+        for prompt, real, response, mask in rows
+    ]
 
 
 BLOCK = 16  # documents that are run at a time, so that any number of them compiles once
@@ -246,26 +287,40 @@ BLOCK = 16  # documents that are run at a time, so that any number of them compi
 @partial(jax.jit, static_argnums=0)
 def _outputs(model: Transformer, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    outputs: Any = model.apply({"params": params}, tokens, jnp.ones_like(tokens), positions)[0]
+    outputs: Any = model.apply(
+        {"params": params}, tokens, jnp.ones_like(tokens), positions
+    )[0]
     if model.head == "scalar":
         return outputs
     logits, cap = outputs @ head_kernel(model.config, params).T, model.config.logit_cap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def plain_outputs(model: Transformer, params: Any, documents: Sequence[np.ndarray]) -> np.ndarray:
-    """Logits f64[n, T, V] or scalars f64[n, T] of documents, one to a row; columns after its end mean nothing."""
-    tokens = np.zeros((-(-len(documents) // BLOCK) * BLOCK, model.config.max_length), np.int32)
+def plain_outputs(
+    model: Transformer, params: Any, documents: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Logits f64[n, T, V] or scalars f64[n, T] of documents, one to a row; columns after
+    its end mean nothing."""
+    tokens = np.zeros(
+        (-(-len(documents) // BLOCK) * BLOCK, model.config.max_length), np.int32
+    )
     for row, document in enumerate(documents):
         tokens[row, : len(document)] = document
-    blocks = [_outputs(model, params, tokens[start : start + BLOCK]) for start in range(0, len(tokens), BLOCK)]
+    blocks = [
+        _outputs(model, params, tokens[start : start + BLOCK])
+        for start in range(0, len(tokens), BLOCK)
+    ]
     return np.concatenate(blocks).astype(np.float64)[: len(documents)]
 
 
 def plain_logprobs(
-    model: Transformer, params: Any, documents: Sequence[np.ndarray], temperature: float = 1.0
+    model: Transformer,
+    params: Any,
+    documents: Sequence[np.ndarray],
+    temperature: float = 1.0,
 ) -> list[np.ndarray]:
-    """Log-probability of each token given those before it: f64[n] each; nothing predicts the first, it gets 0."""
+    """Log-probability of each token given those before it: f64[n] each; nothing predicts
+    the first, it gets 0."""
     logits = plain_outputs(model, params, documents) / temperature
     logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return [
@@ -274,10 +329,14 @@ def plain_logprobs(
     ]
 
 
-def plain_scores(model: Transformer, params: Any, documents: Sequence[np.ndarray]) -> np.ndarray:
+def plain_scores(
+    model: Transformer, params: Any, documents: Sequence[np.ndarray]
+) -> np.ndarray:
     """The scalar head's output at each document's last token: f64[n]."""
     outputs = plain_outputs(model, params, documents)
-    return np.array([outputs[row, len(document) - 1] for row, document in enumerate(documents)])
+    return np.array(
+        [outputs[row, len(document) - 1] for row, document in enumerate(documents)]
+    )
 
 
 def plain_loss(model: Transformer, params: Any, batch: LmBatch) -> float:
@@ -290,12 +349,20 @@ def plain_loss(model: Transformer, params: Any, batch: LmBatch) -> float:
 def assert_trees_close(got: Any, wanted: Any, *, rtol: float, atol: float) -> None:
     """Every leaf, with its path in the message."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+    for (path, a), (_, b) in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True
+    ):
+        np.testing.assert_allclose(
+            a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def assert_trees_equal(got: Any, wanted: Any) -> None:
     """Every leaf, to the bit."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    for (path, a), (_, b) in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(
+            path
+        )

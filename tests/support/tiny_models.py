@@ -1,8 +1,10 @@
-"""Tiny networks and inputs for the tests: the model families, two layers, all dimensions different.
+"""Tiny networks and inputs for the tests: the model families, two layers, all dimensions
+different.
 
-Every number of a config can be changed by name, as in `gpt_config(num_layers=3)`. The sizes differ from one another, so
-that an exchange of two axes is an error of shape; the parameters of `random_params` are large and nowhere zero or one,
-so that a forgotten bias or scale shows in the outputs.
+Every number of a config can be changed by name, as in `gpt_config(num_layers=3)`. The sizes
+differ from one another, so that an exchange of two axes is an error of shape; the
+parameters of `random_params` are large and nowhere zero or one, so that a forgotten bias or
+scale shows in the outputs.
 """
 
 from collections.abc import Sequence
@@ -55,7 +57,8 @@ def gpt_config(**changes: Any) -> ModelConfig:
 
 
 def llama_config(**changes: Any) -> ModelConfig:
-    """The Llama family: RMS norms, rotary positions, grouped queries, SwiGLU, no biases, untied head."""
+    """The Llama family: RMS norms, rotary positions, grouped queries, SwiGLU, no biases,
+    untied head."""
     family: dict[str, Any] = {
         "num_kv_heads": 2,
         "norm": "rmsnorm",
@@ -82,14 +85,18 @@ def neox_config(**changes: Any) -> ModelConfig:
 
 
 def qwen_config(**changes: Any) -> ModelConfig:
-    """Qwen's two ways in one: biases of query, key and value, and norms of query and key; stretched positions."""
-    scaling = RotaryScaling(kind="llama3", factor=4.0, low_turns=1.0, high_turns=3.0, original_length=16)
+    """Qwen's two ways in one: biases of query, key and value, and norms of query and key;
+    stretched positions."""
+    scaling = RotaryScaling(
+        kind="llama3", factor=4.0, low_turns=1.0, high_turns=3.0, original_length=16
+    )
     family = {"qkv_biases": True, "qk_norms": True, "rotary_scaling": scaling}
     return llama_config(**{**family, **changes})
 
 
 def gemma_config(**changes: Any) -> ModelConfig:
-    """Gemma 2: post-norms, soft caps, a scaled embedding, GEGLU, a window in the first of two layers."""
+    """Gemma 2: post-norms, soft caps, a scaled embedding, GEGLU, a window in the first of
+    two layers."""
     family: dict[str, Any] = {
         "activation": "geglu",
         "score_width": 9.0,
@@ -137,20 +144,29 @@ def optimizer_config(**changes: Any) -> OptimizerConfig:
     return OptimizerConfig(**{**values, **changes})
 
 
-def ragged_prompts(lengths: Sequence[int], *, columns: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Prompts:
-    """Left-padded prompts of the given lengths, [len(lengths), columns]; the padded cells hold random ids, not one id.
+def ragged_prompts(
+    lengths: Sequence[int], *, columns: int, vocab_size: int = VOCAB_SIZE, seed: int = 0
+) -> Prompts:
+    """Left-padded prompts of the given lengths, [len(lengths), columns]; the padded cells
+    hold random ids, not one id.
 
-    The tokens of a prompt depend on `seed` and its row alone: more columns only add padding on the left.
+    The tokens of a prompt depend on `seed` and its row alone: more columns only add padding
+    on the left.
     """
-    tokens = np.random.default_rng([seed, 1]).integers(vocab_size, size=(len(lengths), columns))
+    tokens = np.random.default_rng([seed, 1]).integers(
+        vocab_size, size=(len(lengths), columns)
+    )
     for row, length in enumerate(lengths):
-        tokens[row, columns - length :] = np.random.default_rng([seed, 0, row]).integers(vocab_size, size=length)
+        tokens[row, columns - length :] = np.random.default_rng([seed, 0, row]).integers(
+            vocab_size, size=length
+        )
     mask = np.arange(columns)[None, :] >= columns - np.asarray(lengths)[:, None]
     return Prompts(tokens=jnp.asarray(tokens, jnp.int32), mask=jnp.asarray(mask))
 
 
 def random_params(model: Transformer, seed: int = 0) -> Params:
-    """Parameters with noise of standard deviation 0.3 on every number; the scales of norms lie around 1."""
+    """Parameters with noise of standard deviation 0.3 on every number; the scales of norms
+    lie around 1."""
     blank = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), blank, blank, blank)["params"]
     rng = np.random.default_rng(seed)

@@ -1,4 +1,5 @@
-"""The loop, seen from a toy whose state is a number, and the pieces of a step, seen from small networks."""
+"""The loop, seen from a toy whose state is a number, and the pieces of a step, seen from
+small networks."""
 
 import contextlib
 import dataclasses
@@ -25,7 +26,8 @@ from instructax.training.optimizer import apply_gradients, make_optimizer
 
 @dataclasses.dataclass
 class Toy:
-    """A run whose state is a list of batches: everything that `fit` calls is written to `calls`."""
+    """A run whose state is a list of batches: everything that `fit` calls is written to
+    `calls`."""
 
     save_every: int = 100
     signal_in: tuple[str, int] = ("", 0)  # where SIGINT comes: (call, step)
@@ -72,9 +74,15 @@ class Toy:
     def flush(self) -> None:
         self.flushed = True
 
-    def save(self, step: int, state: Any, metrics: dict[str, Any], *, evaluated: bool = True) -> None:
-        assert self.flushed or self.due(step), "the log must be on disk first; at a due step it flushes itself"
-        self.note("save", step, state.seen, dict(metrics), *([] if evaluated else ["unevaluated"]))
+    def save(
+        self, step: int, state: Any, metrics: dict[str, Any], *, evaluated: bool = True
+    ) -> None:
+        assert self.flushed or self.due(step), (
+            "the log must be on disk first; at a due step it flushes itself"
+        )
+        self.note(
+            "save", step, state.seen, dict(metrics), *([] if evaluated else ["unevaluated"])
+        )
 
     def complete(self, metrics: dict[str, Any]) -> None:
         self.note("complete", dict(metrics))
@@ -87,7 +95,9 @@ class Toy:
         if self.due(step):
             self.save(step, state, metrics)
 
-    def fit(self, state: Any, *, total_steps: int, evaluate_every: int = 0, **keywords: Any) -> tuple[Any, dict]:
+    def fit(
+        self, state: Any, *, total_steps: int, evaluate_every: int = 0, **keywords: Any
+    ) -> tuple[Any, dict]:
         return training.fit(
             state,
             self.update,
@@ -142,10 +152,15 @@ def test_every_state_that_is_saved_was_made_ready():
         toy.fit(State(0), total_steps=7, at_save=toy.finish)
     saved = [call[2] for call in toy.named("save")]
     assert [call[1] for call in toy.named("finish")] == [2, 3]
-    assert saved == [("batch 0", "batch 1", "finished"), ("batch 0", "batch 1", "finished", "batch 2", "finished")]
+    assert saved == [
+        ("batch 0", "batch 1", "finished"),
+        ("batch 0", "batch 1", "finished", "batch 2", "finished"),
+    ]
 
 
-@pytest.mark.parametrize(("every", "steps"), [(0, [7]), (2, [2, 4, 6, 7]), (7, [7]), (3, [3, 6, 7]), (100, [7])])
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0, [7]), (2, [2, 4, 6, 7]), (7, [7]), (3, [3, 6, 7]), (100, [7])]
+)
 def test_evaluation_every_so_often_and_at_the_end(every, steps):
     toy = Toy()
     toy.fit(State(0), total_steps=7, evaluate_every=every)
@@ -156,7 +171,9 @@ def test_evaluation_every_so_often_and_at_the_end(every, steps):
 def test_resuming_goes_on_where_it_stopped():
     whole, rest = Toy(), Toy()
     last, _ = whole.fit(State(0), total_steps=5, evaluate_every=2)
-    resumed, _ = rest.fit(State(3, ("batch 0", "batch 1", "batch 2")), total_steps=5, evaluate_every=2)
+    resumed, _ = rest.fit(
+        State(3, ("batch 0", "batch 1", "batch 2")), total_steps=5, evaluate_every=2
+    )
     assert resumed == last
     assert rest.calls == whole.calls[whole.calls.index(("read", 3)) - 1 :]
 
@@ -190,8 +207,13 @@ def test_an_interruption_saves_the_finished_step(call):
     toy = Toy(signal_in=(call, 2))
     with pytest.raises(training.Interrupted) as caught:
         toy.fit(State(0), total_steps=9)
-    assert str(caught.value) == "interrupted; step 3 is saved, the same command goes on from there"
-    assert toy.named("save") == [("save", 3, ("batch 0", "batch 1", "batch 2"), {"loss": 8})]
+    assert (
+        str(caught.value)
+        == "interrupted; step 3 is saved, the same command goes on from there"
+    )
+    assert toy.named("save") == [
+        ("save", 3, ("batch 0", "batch 1", "batch 2"), {"loss": 8})
+    ]
     assert toy.calls[-1] == toy.named("save")[0]
 
 
@@ -207,7 +229,9 @@ def test_an_update_that_pauses_is_given_up():
     toy = Toy(signal_in=("update", 2), pauses_in="update")
     with pytest.raises(training.Interrupted, match="step 2 is saved"):
         toy.fit(State(0), total_steps=9, evaluate_every=1, at_save=toy.finish)
-    assert toy.named("save") == [("save", 2, ("batch 0", "batch 1", "finished"), {"loss": 9, "held_out": 2})]
+    assert toy.named("save") == [
+        ("save", 2, ("batch 0", "batch 1", "finished"), {"loss": 9, "held_out": 2})
+    ]
     assert [call[1] for call in toy.named("record")] == [1, 2]
 
 
@@ -220,8 +244,12 @@ def test_a_first_update_that_pauses_leaves_the_start():
 
 @pytest.mark.parametrize("total_steps", [5, 3])
 def test_an_evaluation_that_pauses_is_made_up_for(total_steps):
-    """Steps, figures and lines of the log are in the end what they are of a run that nothing stopped."""
-    whole, stopped = Toy(save_every=2), Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate")
+    """Steps, figures and lines of the log are in the end what they are of a run that
+    nothing stopped."""
+    whole, stopped = (
+        Toy(save_every=2),
+        Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate"),
+    )
     wanted = whole.fit(State(0), total_steps=total_steps, evaluate_every=3)
     with pytest.raises(training.Interrupted, match="step 3 is saved"):
         stopped.fit(State(0), total_steps=total_steps, evaluate_every=3)
@@ -237,7 +265,9 @@ def test_an_evaluation_may_be_given_up_again():
     toy = Toy(unevaluated={"loss": 8}, signal_in=("evaluate", 3), pauses_in="evaluate")
     with pytest.raises(training.Interrupted, match="step 3 is saved"):
         toy.fit(State(3, ("batch 2",)), total_steps=3)
-    assert toy.named("save", "record") == [("save", 3, ("batch 2",), {"loss": 8}, "unevaluated")]
+    assert toy.named("save", "record") == [
+        ("save", 3, ("batch 2",), {"loss": 8}, "unevaluated")
+    ]
 
 
 def test_an_interruption_of_the_last_step_is_too_late():
@@ -248,7 +278,9 @@ def test_an_interruption_of_the_last_step_is_too_late():
 
 def test_a_second_signal_ends_at_once():
     toy = Toy(signal_in=("update", 2))
-    toy.record = lambda *_: os.kill(os.getpid(), signal.SIGINT) if toy.calls[-1][:2] == ("update", 2) else None
+    toy.record = lambda *_: (
+        os.kill(os.getpid(), signal.SIGINT) if toy.calls[-1][:2] == ("update", 2) else None
+    )
     with pytest.raises(KeyboardInterrupt):
         toy.fit(State(0), total_steps=9)
     assert toy.named("save") == []
@@ -286,13 +318,17 @@ def mesh():
 
 
 def test_shares():
-    np.testing.assert_allclose(training.shares(jnp.array([1.0, 0.0, 3.0])), [0.25, 0.0, 0.75])
+    np.testing.assert_allclose(
+        training.shares(jnp.array([1.0, 0.0, 3.0])), [0.25, 0.0, 0.75]
+    )
     np.testing.assert_array_equal(training.shares(jnp.zeros(2)), [0.0, 0.0])
 
 
 def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
-    parts = jax.jit(lambda tree: training.split_microbatches(tree, 2, mesh))(sharding.put_rows(rows, mesh))
+    parts = jax.jit(lambda tree: training.split_microbatches(tree, 2, mesh))(
+        sharding.put_rows(rows, mesh)
+    )
     np.testing.assert_array_equal(parts["x"], np.arange(24).reshape(2, 4, 3))
     np.testing.assert_array_equal(parts["y"], np.arange(8).reshape(2, 4))
     assert {shard.data.shape for shard in parts["x"].addressable_shards} == {(2, 1, 3)}
@@ -300,9 +336,13 @@ def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_accumulated_is_the_whole_batch(mesh, parts):
-    """A masked mean over rows of 0 to 5 real tokens: the parts have unequal counts, and one of four has none."""
+    """A masked mean over rows of 0 to 5 real tokens: the parts have unequal counts, and one
+    of four has none."""
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(8, 5, 3)).astype(np.float32), rng.normal(size=(8, 5)).astype(np.float32)
+    x, y = (
+        rng.normal(size=(8, 5, 3)).astype(np.float32),
+        rng.normal(size=(8, 5)).astype(np.float32),
+    )
     mask = np.arange(5)[None, :] < np.array([5, 1, 0, 0, 2, 1, 4, 3])[:, None]
     params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
 
@@ -329,15 +369,17 @@ def test_accumulated_is_the_whole_batch(mesh, parts):
 
 
 def test_one_part_is_weighted_too():
-    gradients, metrics = training.accumulate(lambda part: ({"w": part}, part), jnp.array([6.0]), jnp.array([0.5]))
+    gradients, metrics = training.accumulate(
+        lambda part: ({"w": part}, part), jnp.array([6.0]), jnp.array([0.5])
+    )
     assert (float(gradients["w"]), metrics.tolist()) == (3.0, [6.0])
 
 
 @pytest.fixture(scope="module")
 def network():
-    return Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"), make_optimizer(
-        tiny_models.optimizer_config()
-    )
+    return Transformer(
+        tiny_models.gpt_config(), tiny_models.compute(), "tokens"
+    ), make_optimizer(tiny_models.optimizer_config())
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +389,19 @@ def fresh(network, mesh):
 
 def test_a_fresh_state_is_sharded_at_birth(network, fresh, mesh):
     abstract = training.abstract_state(*network, mesh)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, fresh, training.layouts(abstract))))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract
+    )
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(lambda x, s: x.sharding == s, fresh, training.layouts(abstract))
+        )
+    )
     kernel = fresh.params["blocks"]["mlp"]["up"]["kernel"]  # [2, 16, 28] over fsdp × tensor
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 14)}
-    assert fresh.step == 0 and all(not jnp.any(leaf) for leaf in jax.tree.leaves(fresh.opt_state))
+    assert fresh.step == 0 and all(
+        not jnp.any(leaf) for leaf in jax.tree.leaves(fresh.opt_state)
+    )
     assert 0.15 < jnp.std(kernel) < 0.25  # init_std is 0.2: drawn, not zero
 
 
@@ -362,16 +412,23 @@ def test_a_fresh_state_does_not_depend_on_the_mesh(network, fresh):
 
 
 def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh):
-    """The PPO stage keeps them as its reference while the state, which starts as the same numbers, is donated."""
+    """The PPO stage keeps them as its reference while the state, which starts as the same
+    numbers, is donated."""
     optimizer, loaded = network[1], fresh.params
     kept = jax.tree.map(np.asarray, loaded)
     state = training.start_from(loaded, optimizer, mesh)
     jax.tree.map(np.testing.assert_array_equal, state.params, kept)
-    assert state.step == 0 and all(not jnp.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
-    assert training.layouts(state) == training.layouts(training.abstract_state(*network, mesh))
+    assert state.step == 0 and all(
+        not jnp.any(leaf) for leaf in jax.tree.leaves(state.opt_state)
+    )
+    assert training.layouts(state) == training.layouts(
+        training.abstract_state(*network, mesh)
+    )
 
     def step(state):
-        return apply_gradients(optimizer, state, jax.tree.map(jnp.ones_like, state.params), jnp.float32(0.1))
+        return apply_gradients(
+            optimizer, state, jax.tree.map(jnp.ones_like, state.params), jnp.float32(0.1)
+        )
 
     moved = jax.jit(step, donate_argnums=0)(state)
     assert not np.array_equal(moved.params["embedding"], kept["embedding"])
@@ -388,8 +445,13 @@ class Failing(Toy):
         return moved, {**metrics, "skipped": jnp.float32(state.step in self.bad)}
 
 
-@pytest.mark.parametrize(("bad", "ends_after"), [((1, 2, 4, 5), None), ((2, 3, 4), 5), ((0, 1, 2), 3), ((3, 4, 5), 6)])
-def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(tmp_path, bad, ends_after):
+@pytest.mark.parametrize(
+    ("bad", "ends_after"),
+    [((1, 2, 4, 5), None), ((2, 3, 4), 5), ((0, 1, 2), 3), ((3, 4, 5), 6)],
+)
+def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(
+    tmp_path, bad, ends_after
+):
     """Two may be; it is seen one update later, but at once where a step is saved."""
     toy = Failing(save_every=3)
     toy.bad = bad
@@ -402,14 +464,18 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(tmp_path, b
             toy.fit(State(0), total_steps=6, skips=skips)
     # The first three of a row end the run; none of their batches but the first two is kept.
     kept = [step + 1 for step in bad][: None if ends_after is None else 2]
-    assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [f"{step}-0.npz" for step in kept]
+    assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [
+        f"{step}-0.npz" for step in kept
+    ]
     saved = [call[1] for call in toy.named("save")]
     assert saved == [step for step in (3, 6) if ends_after is None or step < ends_after]
 
 
 @pytest.mark.parametrize("most", [0, 1])
 def test_the_batch_of_a_skipped_update_is_kept(mesh, tmp_path, most):
-    batch = sharding.put_rows({"tokens": np.arange(16).reshape(8, 2), "more": {"mask": np.arange(8) > 3}}, mesh)
+    batch = sharding.put_rows(
+        {"tokens": np.arange(16).reshape(8, 2), "more": {"mask": np.arange(8) > 3}}, mesh
+    )
     skips = NonFiniteGuard(most, tmp_path)
     skips.note(7, batch, {"skipped": jnp.float32(0.25)})  # one of PPO's four minibatches
     with contextlib.nullcontext() if most else pytest.raises(Diverged):

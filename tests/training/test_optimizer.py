@@ -1,4 +1,5 @@
-"""Adam against a loop in plain Python, schedules at points worked out by hand, decay and clipping where they belong."""
+"""Adam against a loop in plain Python, schedules at points worked out by hand, decay and
+clipping where they belong."""
 
 import functools
 import math
@@ -44,7 +45,12 @@ def adam(start: F, gradients: list[F], rates: list[F], decay: F = F(0)) -> list[
 
 
 def state_of(params, **changes) -> tuple[TrainState, object]:
-    values = {"beta1": float(BETA1), "beta2": float(BETA2), "epsilon": float(EPSILON), **changes}
+    values = {
+        "beta1": float(BETA1),
+        "beta2": float(BETA2),
+        "epsilon": float(EPSILON),
+        **changes,
+    }
     optimizer = make_optimizer(tiny_models.optimizer_config(**values))
     return new_state(params, optimizer), optimizer
 
@@ -62,65 +68,111 @@ def run(params, gradients_of, **changes) -> list:
 
 def test_adam_is_the_plain_loop():
     path = run({"scale": jnp.float32(2.0)}, lambda g: {"scale": jnp.float32(g)})
-    np.testing.assert_allclose([p["scale"] for p in path], adam(F(2), GRADIENTS, RATES), rtol=1e-6)
+    np.testing.assert_allclose(
+        [p["scale"] for p in path], adam(F(2), GRADIENTS, RATES), rtol=1e-6
+    )
 
 
 def test_the_first_step_by_hand():
-    """Bias correction makes m̂ = g and √v̂ = |g|: the step is rate · g / (|g| + ε) = 1/10 · (1/2) / (3/5) = 1/12."""
+    """Bias correction makes m̂ = g and √v̂ = |g|: the step is rate · g / (|g| + ε) = 1/10 ·
+    (1/2) / (3/5) = 1/12."""
     assert adam(F(2), GRADIENTS[:1], RATES[:1]) == [pytest.approx(2 - 1 / 12)]
 
 
 def test_decay_takes_matrices_alone():
-    """kernel ← kernel − rate · (direction + decay · kernel); the bias beside it does not decay."""
+    """kernel ← kernel − rate · (direction + decay · kernel); the bias beside it does not
+    decay."""
     both = {"kernel": jnp.float32(2.0), "bias": jnp.float32(2.0)}
-    path = run(both, lambda g: {"kernel": jnp.float32(g), "bias": jnp.float32(g)}, weight_decay=0.25)
+    path = run(
+        both,
+        lambda g: {"kernel": jnp.float32(g), "bias": jnp.float32(g)},
+        weight_decay=0.25,
+    )
     kernel, bias = adam(F(2), GRADIENTS, RATES, decay=F(1, 4)), adam(F(2), GRADIENTS, RATES)
     np.testing.assert_allclose([p["kernel"] for p in path], kernel, rtol=1e-6)
     np.testing.assert_allclose([p["bias"] for p in path], bias, rtol=1e-6)
 
 
-@pytest.mark.parametrize("config", [tiny_models.gpt_config(tied_head=False), tiny_models.llama_config()])
+@pytest.mark.parametrize(
+    "config", [tiny_models.gpt_config(tied_head=False), tiny_models.llama_config()]
+)
 def test_what_decays_in_a_network(config):
-    """Whatever is a table or a product; biases and norms, also where the stack of layers makes them [L, D], do not."""
+    """Whatever is a table or a product; biases and norms, also where the stack of layers
+    makes them [L, D], do not."""
     model = Transformer(config, tiny_models.compute(), "scalar")
     marked = decayed(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): m for path, m in jax.tree.leaves_with_path(marked)}
-    assert {name for name, mark in names.items() if not mark} == {n for n in names if n.endswith(("bias", "scale"))}
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): m
+        for path, m in jax.tree.leaves_with_path(marked)
+    }
+    assert {name for name, mark in names.items() if not mark} == {
+        n for n in names if n.endswith(("bias", "scale"))
+    }
     assert {"embedding", "scalar_head/kernel", "blocks/mlp/down/kernel"} <= {
         name for name, mark in names.items() if mark
     }
-    assert ("positions" in names) == (config.positions == "learned") and names.get("positions", True)
+    assert ("positions" in names) == (config.positions == "learned") and names.get(
+        "positions", True
+    )
 
 
-@pytest.mark.parametrize(("clip_norm", "factor"), [(1.0, F(1, 5)), (10.0, F(1)), (0.0, F(1))])
+@pytest.mark.parametrize(
+    ("clip_norm", "factor"), [(1.0, F(1, 5)), (10.0, F(1)), (0.0, F(1))]
+)
 def test_clipping_by_the_global_norm(clip_norm, factor):
-    """Gradients 3 and 4 have norm 5. Above the limit both shrink by limit / 5; 0 is no limit."""
-    state, optimizer = state_of({"a": jnp.float32(0), "b": jnp.float32(0)}, clip_norm=clip_norm)
-    state = apply_gradients(optimizer, state, {"a": jnp.float32(3), "b": jnp.float32(4)}, jnp.float32(1))
+    """Gradients 3 and 4 have norm 5. Above the limit both shrink by limit / 5; 0 is no
+    limit."""
+    state, optimizer = state_of(
+        {"a": jnp.float32(0), "b": jnp.float32(0)}, clip_norm=clip_norm
+    )
+    state = apply_gradients(
+        optimizer, state, {"a": jnp.float32(3), "b": jnp.float32(4)}, jnp.float32(1)
+    )
     (moments,) = [part.mu for part in state.opt_state if hasattr(part, "mu")]
     expected = [float((1 - BETA1) * g * factor) for g in (3, 4)]
     np.testing.assert_allclose([moments["a"], moments["b"]], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])  # the last one's square is not finite
+@pytest.mark.parametrize(
+    "value", [np.nan, np.inf, -np.inf, 3e38]
+)  # the last one's square is not finite
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_gradients_that_are_not_finite_change_nothing(value, clip_norm):
-    state, optimizer = state_of({"a": jnp.float32(2), "b": jnp.float32(5)}, clip_norm=clip_norm)
+    state, optimizer = state_of(
+        {"a": jnp.float32(2), "b": jnp.float32(5)}, clip_norm=clip_norm
+    )
     good = {"a": jnp.float32(3), "b": jnp.float32(4)}
     state = apply_gradients(optimizer, state, good, jnp.float32(1))
     bad = {**good, "b": jnp.float32(value)}
     after = apply_gradients(optimizer, state, bad, jnp.float32(1))
     assert jax.tree.map(float, after) == jax.tree.map(float, state)
     again = apply_gradients(optimizer, after, good, jnp.float32(1))
-    assert np.isfinite(jax.tree.leaves(again)).all() and float(again.params["b"]) < float(after.params["b"])
+    assert np.isfinite(jax.tree.leaves(again)).all() and float(again.params["b"]) < float(
+        after.params["b"]
+    )
     norms = [optax.tree.norm(gradients) for gradients in (good, bad)]
-    assert [float(skipped(norm)) for norm in norms] == [0.0, 1.0] and float(skipped(*norms)) == 1.0
+    assert [float(skipped(norm)) for norm in norms] == [0.0, 1.0] and float(
+        skipped(*norms)
+    ) == 1.0
 
 
 PEAK = F(1, 100)
-CONSTANT = {"schedule": "constant", "warmup_steps": 10, "warmup_from": 0.1}  # PPO (paper, C.4)
-COSINE = {"schedule": "cosine", "warmup_steps": 0, "final_fraction": 0.1}  # SFT and RM (paper, C.1, C.2)
-LINEAR = {"schedule": "linear", "warmup_steps": 4, "warmup_from": 0.0, "final_fraction": 0.2}
+CONSTANT = {
+    "schedule": "constant",
+    "warmup_steps": 10,
+    "warmup_from": 0.1,
+}  # PPO (paper, C.4)
+COSINE = {
+    "schedule": "cosine",
+    "warmup_steps": 0,
+    "final_fraction": 0.1,
+}  # SFT and RM (paper, C.1, C.2)
+LINEAR = {
+    "schedule": "linear",
+    "warmup_steps": 4,
+    "warmup_from": 0.0,
+    "final_fraction": 0.2,
+}
 POINTS = [
     (CONSTANT, 0, F(1, 10)),
     (CONSTANT, 5, F(11, 20)),  # 1/10 + 9/10 · 5/10
@@ -144,14 +196,19 @@ POINTS = [
 @pytest.mark.parametrize(("schedule", "step", "fraction"), POINTS)
 def test_schedules_at_points_by_hand(schedule, step, fraction):
     config = tiny_models.optimizer_config(**schedule)
-    rate = learning_rate_at(jnp.int32(step), peak=float(PEAK), config=config, total_steps=100)
+    rate = learning_rate_at(
+        jnp.int32(step), peak=float(PEAK), config=config, total_steps=100
+    )
     assert rate.dtype == jnp.float32 and rate.shape == ()
     assert float(rate) == pytest.approx(float(PEAK) * float(fraction), rel=1e-5, abs=1e-9)
 
 
 def test_a_warm_up_longer_than_the_run_is_harmless():
     config = tiny_models.optimizer_config(**LINEAR)
-    rates = [float(learning_rate_at(jnp.int32(s), peak=1.0, config=config, total_steps=2)) for s in range(3)]
+    rates = [
+        float(learning_rate_at(jnp.int32(s), peak=1.0, config=config, total_steps=2))
+        for s in range(3)
+    ]
     assert rates == [0.0, 0.25, 0.5]
 
 
@@ -165,15 +222,25 @@ def test_another_peak_compiles_nothing():
         return apply_gradients(optimizer, state, {"kernel": jnp.ones(())}, rate)
 
     state = new_state({"kernel": jnp.float32(1.0)}, optimizer)
-    moves = [1.0 - float(step(state, jnp.float32(peak)).params["kernel"]) for peak in (0.5, 0.25)]
-    assert moves == pytest.approx([0.05, 0.025], rel=1e-4)  # a tenth of the peak, in Adam's first direction of 1
+    moves = [
+        1.0 - float(step(state, jnp.float32(peak)).params["kernel"]) for peak in (0.5, 0.25)
+    ]
+    assert moves == pytest.approx(
+        [0.05, 0.025], rel=1e-4
+    )  # a tenth of the peak, in Adam's first direction of 1
     assert step._cache_size() == 1
 
 
 def test_peaks_side_by_side():
     config = tiny_models.optimizer_config(**COSINE)
-    rate = functools.partial(learning_rate_at, jnp.int32(50), config=config, total_steps=100)
-    np.testing.assert_allclose(jax.vmap(lambda peak: rate(peak=peak))(jnp.array([1.0, 2.0])), [0.55, 1.1], rtol=1e-6)
+    rate = functools.partial(
+        learning_rate_at, jnp.int32(50), config=config, total_steps=100
+    )
+    np.testing.assert_allclose(
+        jax.vmap(lambda peak: rate(peak=peak))(jnp.array([1.0, 2.0])),
+        [0.55, 1.1],
+        rtol=1e-6,
+    )
 
 
 def test_moving_average_by_hand():

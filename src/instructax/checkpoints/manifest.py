@@ -1,7 +1,9 @@
-"""What made a run: `workdir/manifest.json` with its stage, config, model, tokenizer, data, parents and versions.
+"""What made a run: `workdir/manifest.json` with its stage, config, model, tokenizer, data,
+parents and versions.
 
-Parents are the runs whose parameters this one started from, so the manifests of a chain of stages lead back to its
-first data. A manifest holds nothing of the run's own time or progress: a resumed run writes the same one.
+Parents are the runs whose parameters this one started from, so the manifests of a chain of
+stages lead back to its first data. A manifest holds nothing of the run's own time or
+progress: a resumed run writes the same one.
 """
 
 import hashlib
@@ -62,7 +64,8 @@ def write_manifest(
 
 
 def read_manifest(workdir: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote to `workdir`. Raises ValueError if it is absent, unreadable or incomplete."""
+    """What `write_manifest` wrote to `workdir`. Raises ValueError if it is absent,
+    unreadable or incomplete."""
     path = Path(workdir) / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
@@ -72,19 +75,28 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): restore a copy of it") from None
-    missing = [field for field in FIELDS if not isinstance(manifest, dict) or field not in manifest]
+    missing = [
+        field for field in FIELDS if not isinstance(manifest, dict) or field not in manifest
+    ]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it was not written by this program; restore a copy of it")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: it was not written by this program; restore a copy of it"
+        )
     return manifest
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """sha256 of the manifest as JSON with sorted keys: 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(plain(manifest), sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(plain(manifest), sort_keys=True, allow_nan=False).encode()
+    ).hexdigest()
 
 
-def check_parent(parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_path: str) -> None:
-    """Raises ValueError if the run with the manifest `parent` has another tokenizer than this one."""
+def check_parent(
+    parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_path: str
+) -> None:
+    """Raises ValueError if the run with the manifest `parent` has another tokenizer than
+    this one."""
     theirs = parent["tokenizer"]
     if theirs["hash"] != tokenizer_hash:
         raise ValueError(
@@ -94,9 +106,11 @@ def check_parent(parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_pa
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each value that differs, such as `optimizer.learning_rate: 1e-05 (stored) != 2e-05 (given)`.
+    """One line for each value that differs, such as `optimizer.learning_rate: 1e-05
+    (stored) != 2e-05 (given)`.
 
-    Compares what JSON keeps, so that a tuple equals the list it is stored as. Lines are sorted by dotted name.
+    Compares what JSON keeps, so that a tuple equals the list it is stored as. Lines are
+    sorted by dotted name.
     """
     stored, given = flatten(plain(old)), flatten(plain(new))
     return [
@@ -107,7 +121,8 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted name → repr of the leaf: 1 and 1.0 and True differ, as they do in a config. An empty dict is a leaf."""
+    """Dotted name → repr of the leaf: 1 and 1.0 and True differ, as they do in a config. An
+    empty dict is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: repr(tree)}
     found: dict[str, str] = {}

@@ -1,6 +1,8 @@
-"""The runs that a run starts from: found by path, and refused unless they are finished and of the same kind.
+"""The runs that a run starts from: found by path, and refused unless they are finished and
+of the same kind.
 
-A path is WORKDIR, for the last step of that run, or WORKDIR@STEP or WORKDIR@best, for another step that it kept.
+A path is WORKDIR, for the last step of that run, or WORKDIR@STEP or WORKDIR@best, for
+another step that it kept.
 """
 
 import dataclasses
@@ -11,8 +13,18 @@ from typing import Any, Literal
 import jax
 
 from instructax import sharding
-from instructax.checkpoints.checkpoint import best_step, committed_steps, files_hash, load_params
-from instructax.checkpoints.manifest import check_parent, config_difference, manifest_hash, read_manifest
+from instructax.checkpoints.checkpoint import (
+    best_step,
+    committed_steps,
+    files_hash,
+    load_params,
+)
+from instructax.checkpoints.manifest import (
+    check_parent,
+    config_difference,
+    manifest_hash,
+    read_manifest,
+)
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
 from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora
@@ -50,13 +62,18 @@ class Parent:
     manifest: Mapping[str, Any]
 
     def load(self, wanted: Params) -> Params:
-        """Its exported parameters, straight into the shapes and layouts of `wanted`; what adapters of the run have
-        learned is in the kernels."""
+        """Its exported parameters, straight into the shapes and layouts of `wanted`; what
+        adapters of the run have learned is in the kernels."""
         values = self.manifest["config"].get("lora")
         if not values or not values["rank"]:
             return load_params(self.workdir, wanted, step=self.step)
-        lora, mesh = construct(LoraConfig, values, "lora"), jax.tree.leaves(wanted)[0].sharding.mesh
-        shapes = jax.eval_shape(lambda params: add_lora(params, lora, jax.random.key(0)), wanted)
+        lora, mesh = (
+            construct(LoraConfig, values, "lora"),
+            jax.tree.leaves(wanted)[0].sharding.mesh,
+        )
+        shapes = jax.eval_shape(
+            lambda params: add_lora(params, lora, jax.random.key(0)), wanted
+        )
         stored = load_params(self.workdir, sharding.abstract(shapes, mesh), step=self.step)
         layouts = jax.tree.map(lambda leaf: leaf.sharding, wanted)
         return jax.jit(merge_lora, out_shardings=layouts)(stored)
@@ -73,17 +90,26 @@ class Parent:
 
 
 def open_parent(path: str | Path, named: str) -> Parent:
-    """The finished run at `path`; `named` is what the user calls it. Raises ConfigError or ValueError."""
+    """The finished run at `path`; `named` is what the user calls it. Raises ConfigError or
+    ValueError."""
     path = str(path)
     folder, _, suffix = path.rpartition("@")
     if not (suffix == "best" or suffix.isdecimal()) or Path(path).exists():
         folder, suffix = path, ""
     workdir = Path(folder)
-    require(is_finished(workdir), f"{named} = {path!r} is not a finished run: train it first, or change the path")
+    require(
+        is_finished(workdir),
+        f"{named} = {path!r} is not a finished run: train it first, or change the path",
+    )
     trained = (workdir / "manifest.json").exists()
-    require(trained, f"{named} = {path!r} is a run that trained no network: give one of a stage that does")
+    require(
+        trained,
+        f"{named} = {path!r} is a run that trained no network: give one of a stage that does",
+    )
     manifest, steps = read_manifest(workdir), committed_steps(workdir)
-    require(bool(steps), f"{named} = {path!r} has no checkpoint: delete it and train it again")
+    require(
+        bool(steps), f"{named} = {path!r} has no checkpoint: delete it and train it again"
+    )
     step = best_step(workdir) if suffix == "best" else int(suffix or steps[-1])
     require(
         step in steps,
@@ -101,12 +127,16 @@ def open_parents(
 ) -> dict[str, Parent]:
     """The runs to start from, by config field, those with an empty path left out.
 
-    Each must be finished, of this tokenizer, and of the architecture and head in `models`. Raises ConfigError or
-    ValueError.
+    Each must be finished, of this tokenizer, and of the architecture and head in `models`.
+    Raises ConfigError or ValueError.
     """
-    parents = {name: open_parent(path, f"config.{name}") for name, path in paths.items() if path}
+    parents = {
+        name: open_parent(path, f"config.{name}") for name, path in paths.items() if path
+    }
     for name, parent in parents.items():
-        check_parent(parent.manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path)
+        check_parent(
+            parent.manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path
+        )
         model, head = models[name]
         found = parent.manifest["stage"]
         require(
@@ -114,5 +144,8 @@ def open_parents(
             f"config.{name} = {paths[name]!r} is a run of stage {found!r}; it must be of {' or '.join(STAGES[head])}",
         )
         difference = config_difference(parent.manifest["model"], dataclasses.asdict(model))
-        require(not difference, f"the model of config.{name} = {paths[name]!r} is another: {'; '.join(difference)}")
+        require(
+            not difference,
+            f"the model of config.{name} = {paths[name]!r} is another: {'; '.join(difference)}",
+        )
     return parents

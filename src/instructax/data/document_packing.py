@@ -1,7 +1,7 @@
 """Documents of tokens, side by side in rows of one length.
 
-The paper does not say how its text was laid out; packing wastes few cells, and `segments` keeps the documents of a row
-apart, so a packed document trains as it would alone.
+The paper does not say how its text was laid out; packing wastes few cells, and `segments`
+keeps the documents of a row apart, so a packed document trains as it would alone.
 """
 
 import dataclasses
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-OPEN_ROWS = 256  # rows that wait for a document that fits; more saves little padding and costs time
+OPEN_ROWS = (
+    256  # rows that wait for a document that fits; more saves little padding and costs time
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +32,25 @@ class Row:
 
 
 def text_documents(tokens: np.ndarray, eos_id: int, length: int) -> list[Document]:
-    """Returns `tokens` i32[n] and the end token, cut into documents of `length` tokens, the last one of what is left.
+    """Returns `tokens` i32[n] and the end token, cut into documents of `length` tokens, the
+    last one of what is left.
 
-    All but the first token of each is trained: across a cut there is nothing to predict from.
+    All but the first token of each is trained: across a cut there is nothing to predict
+    from.
     """
     ended = np.append(tokens, eos_id).astype(np.int32)
     pieces = [ended[start : start + length] for start in range(0, len(ended), length)]
     return [Document(piece, np.arange(len(piece)) > 0) for piece in pieces]
 
 
-def demonstration_document(prompt: np.ndarray, completion: np.ndarray, eos_id: int) -> Document:
-    """Returns prompt i32[p], completion i32[c] and end token as one document, trained on completion and end token.
+def demonstration_document(
+    prompt: np.ndarray, completion: np.ndarray, eos_id: int
+) -> Document:
+    """Returns prompt i32[p], completion i32[c] and end token as one document, trained on
+    completion and end token.
 
-    Raises ValueError if the prompt has no token, since the completion's first would then be predicted from nothing.
+    Raises ValueError if the prompt has no token, since the completion's first would then be
+    predicted from nothing.
     """
     if len(prompt) == 0:
         raise ValueError("a demonstration's prompt has no tokens: it needs at least 1")
@@ -53,9 +61,10 @@ def demonstration_document(prompt: np.ndarray, completion: np.ndarray, eos_id: i
 def pack(documents: Sequence[Document], length: int) -> list[Row]:
     """Puts `documents` into rows of at most `length` tokens.
 
-    First fit: each document goes, in the order given, to the oldest row with room; of more than OPEN_ROWS rows the
-    oldest is closed. Rows come in the order of their first documents, and the same documents give the same rows.
-    Raises ValueError if a document has no token or more than `length`.
+    First fit: each document goes, in the order given, to the oldest row with room; of more
+    than OPEN_ROWS rows the oldest is closed. Rows come in the order of their first
+    documents, and the same documents give the same rows. Raises ValueError if a document
+    has no token or more than `length`.
     """
     rows: list[list[Document]] = []
     open_rows: list[int] = []
@@ -89,7 +98,8 @@ def _row(documents: list[Document]) -> Row:
 
 
 def assign_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns segments i32[n] (1, 2, … by document) and positions i32[n] (from 0 in each) of documents of `lengths`."""
+    """Returns segments i32[n] (1, 2, … by document) and positions i32[n] (from 0 in each)
+    of documents of `lengths`."""
     starts = np.cumsum(lengths) - lengths
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     positions = np.arange(len(segments)) - np.repeat(starts, lengths)

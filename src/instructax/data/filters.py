@@ -1,9 +1,10 @@
-"""What is kept of the collected records, and in which split (paper, section 3.2 and appendix A.2).
+"""What is kept of the collected records, and in which split (paper, section 3.2 and
+appendix A.2).
 
-Every filter is a function from a list to the list of what stays, in the same order; what it dropped is the difference
-of the lengths. Departures from the paper, which gives no code: personal data is found by the patterns below, a
-heuristic that misses names and addresses and takes some harmless numbers; users stand for the organizations of
-appendix A.2.
+Every filter is a function from a list to the list of what stays, in the same order; what it
+dropped is the difference of the lengths. Departures from the paper, which gives no code:
+personal data is found by the patterns below, a heuristic that misses names and addresses
+and takes some harmless numbers; users stand for the organizations of appendix A.2.
 """
 
 import collections
@@ -19,14 +20,18 @@ R = TypeVar("R", bound=Record)
 Prompted = TypeVar("Prompted", Demonstration, Comparison, Prompt)
 T = TypeVar("T")
 
-Fractions = tuple[tuple[str, float], ...]  # (name of the split, its share of the keys), the shares sum to 1
+Fractions = tuple[
+    tuple[str, float], ...
+]  # (name of the split, its share of the keys), the shares sum to 1
 
 
 def drop_shared_prefix(records: Sequence[Prompted], length: int) -> list[Prompted]:
-    """Keeps the first of all records whose prompts agree in their first `length` characters.
+    """Keeps the first of all records whose prompts agree in their first `length`
+    characters.
 
-    A prompt of fewer characters is dropped only if an earlier one is equal to it (paper, section 3.2: "heuristically
-    deduplicate prompts by checking for prompts that share a long common prefix").
+    A prompt of fewer characters is dropped only if an earlier one is equal to it (paper,
+    section 3.2: "heuristically deduplicate prompts by checking for prompts that share a
+    long common prefix").
     """
     seen: set[str] = set()
     kept = []
@@ -39,7 +44,8 @@ def drop_shared_prefix(records: Sequence[Prompted], length: int) -> list[Prompte
 
 
 def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
-    """Keeps the first `limit` prompts of each user, and all whose user is unknown (paper, section 3.2: 200)."""
+    """Keeps the first `limit` prompts of each user, and all whose user is unknown (paper,
+    section 3.2: 200)."""
     seen: collections.Counter[str] = collections.Counter()
     kept = []
     for record in records:
@@ -51,41 +57,58 @@ def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 def drop_long(items: Sequence[T], limit: int, count_tokens: Callable[[T], int]) -> list[T]:
-    """Keeps the items of 1 to `limit` tokens (paper, appendix C: prompts and responses of up to 1k tokens)."""
+    """Keeps the items of 1 to `limit` tokens (paper, appendix C: prompts and responses of
+    up to 1k tokens)."""
     return [item for item in items if 1 <= count_tokens(item) <= limit]
 
 
 def drop_texts(records: Sequence[R], texts: Sequence[str]) -> list[R]:
     """Keeps the records that hold none of `texts`."""
-    return [record for record in records if not any(text in own for own in texts_of(record) for text in texts)]
+    return [
+        record
+        for record in records
+        if not any(text in own for own in texts_of(record) for text in texts)
+    ]
 
 
 def drop_unranked(records: Sequence[Comparison]) -> list[Comparison]:
-    """Keeps the comparisons that have ranks; the pairs of the others go in a circle, which ranks cannot express."""
+    """Keeps the comparisons that have ranks; the pairs of the others go in a circle, which
+    ranks cannot express."""
     return [record for record in records if record.ranks is not None]
 
 
 def drop_tied(records: Sequence[Comparison]) -> list[Comparison]:
-    """Keeps the comparisons with at least two different ranks: the loss drops ties (paper, appendix C.2)."""
+    """Keeps the comparisons with at least two different ranks: the loss drops ties (paper,
+    appendix C.2)."""
     return [record for record in records if len(set(record.ranks or ())) > 1]
 
 
 def drop_long_completions(
     records: Sequence[Comparison], limit: int, count_tokens: Callable[[str], int]
 ) -> list[Comparison]:
-    """Takes completions of no or more than `limit` tokens out of their comparisons; keeps those with two or more.
+    """Takes completions of no or more than `limit` tokens out of their comparisons; keeps
+    those with two or more.
 
-    The order of the completions that stay is as the labeler gave it. `pairs` of what is returned is empty.
+    The order of the completions that stay is as the labeler gave it. `pairs` of what is
+    returned is empty.
     """
     kept = []
     for record in records:
         if record.ranks is None:
-            raise ValueError(f"comparison {record.id} has no ranks: apply drop_unranked first")
+            raise ValueError(
+                f"comparison {record.id} has no ranks: apply drop_unranked first"
+            )
         judged = zip(record.completions, record.ranks, strict=True)
-        stays = [(completion, rank) for completion, rank in judged if 1 <= count_tokens(completion) <= limit]
+        stays = [
+            (completion, rank)
+            for completion, rank in judged
+            if 1 <= count_tokens(completion) <= limit
+        ]
         if len(stays) >= 2:
             completions, ranks = zip(*stays, strict=True)
-            kept.append(dataclasses.replace(record, completions=completions, ranks=ranks, pairs=()))
+            kept.append(
+                dataclasses.replace(record, completions=completions, ranks=ranks, pairs=())
+            )
     return kept
 
 
@@ -95,27 +118,38 @@ def drop_many_completions(records: Sequence[Comparison], limit: int) -> list[Com
 
 
 def dense_ranks(ranks: Sequence[int]) -> list[int]:
-    """Numbers ranks anew from 0 for the best, without gaps, ties together: [4, 2, 2, 9] gives [1, 0, 0, 2]."""
+    """Numbers ranks anew from 0 for the best, without gaps, ties together: [4, 2, 2, 9]
+    gives [1, 0, 0, 2]."""
     order = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
     return [order[rank] for rank in ranks]
 
 
 _PII = (
     re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),  # e-mail address
-    re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.])"),  # IPv4 address
+    re.compile(
+        r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.])"
+    ),  # IPv4 address
     re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"),  # US social security number
-    re.compile(r"(?<![\w.-])(?:\+?1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])"),  # US phone number
-    re.compile(r"(?<!\w)\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}(?!\w)"),  # phone number with its country code
+    re.compile(
+        r"(?<![\w.-])(?:\+?1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])"
+    ),  # US phone number
+    re.compile(
+        r"(?<!\w)\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}(?!\w)"
+    ),  # phone number with its country code
 )
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
 
 
 def has_pii(text: str) -> bool:
-    """Whether `text` seems to hold an e-mail or IPv4 address, or a phone, social security or payment card number.
+    """Whether `text` seems to hold an e-mail or IPv4 address, or a phone, social security
+    or payment card number.
 
-    A card number is 13 to 19 digits whose Luhn checksum is right, as one in ten of such numbers is by chance.
+    A card number is 13 to 19 digits whose Luhn checksum is right, as one in ten of such
+    numbers is by chance.
     """
-    return any(pattern.search(text) for pattern in _PII) or any(_luhn(card) for card in _CARD.findall(text))
+    return any(pattern.search(text) for pattern in _PII) or any(
+        _luhn(card) for card in _CARD.findall(text)
+    )
 
 
 def _luhn(card: str) -> bool:
@@ -138,15 +172,19 @@ def texts_of(record: Record) -> tuple[str, ...]:
 
 
 def drop_pii(records: Sequence[R]) -> list[R]:
-    """Keeps the records without sign of personal data; the paper applies it to the training split alone."""
-    return [record for record in records if not any(has_pii(text) for text in texts_of(record))]
+    """Keeps the records without sign of personal data; the paper applies it to the training
+    split alone."""
+    return [
+        record for record in records if not any(has_pii(text) for text in texts_of(record))
+    ]
 
 
 def split_key(record: Record) -> str:
-    """Returns what decides the split: the user who sent a prompt if known, else the prompt or the text itself.
+    """Returns what decides the split: the user who sent a prompt if known, else the prompt
+    or the text itself.
 
-    So no user is in two splits, and one prompt without a user is in the same split among demonstrations, comparisons
-    and prompts.
+    So no user is in two splits, and one prompt without a user is in the same split among
+    demonstrations, comparisons and prompts.
     """
     if isinstance(record, Prompt) and record.user is not None:
         return f"user {record.user}"
@@ -154,9 +192,11 @@ def split_key(record: Record) -> str:
 
 
 def split_of(key: str, fractions: Fractions, seed: int) -> str:
-    """Returns the split of `key`, a function of the arguments alone: new records move no old one.
+    """Returns the split of `key`, a function of the arguments alone: new records move no
+    old one.
 
-    u = SHA-256(seed, key) as a number in [0, 1); the split is the first whose cumulated fraction exceeds u.
+    u = SHA-256(seed, key) as a number in [0, 1); the split is the first whose cumulated
+    fraction exceeds u.
     """
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     u = int.from_bytes(digest[:6]) / 2**48  # 48 bits: exact in float64

@@ -1,4 +1,5 @@
-"""What each process reads: its share of batch i of a stream, or of held-out rows in order, as numpy arrays."""
+"""What each process reads: its share of batch i of a stream, or of held-out rows in order,
+as numpy arrays."""
 
 import dataclasses
 import itertools
@@ -11,7 +12,14 @@ import jax
 import numpy as np
 
 from instructax.config import check_fractions, require
-from instructax.data.batches import Source, comparison_batch, evaluation_rows, lm_batch, mixed_lm_batch, process_slice
+from instructax.data.batches import (
+    Source,
+    comparison_batch,
+    evaluation_rows,
+    lm_batch,
+    mixed_lm_batch,
+    process_slice,
+)
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_demonstrations, prepare_text
 from instructax.data.prompt_format import PLAIN, PromptFormat
@@ -35,17 +43,25 @@ class LmData:
         check_fractions(self, "text_fraction")
 
 
-def read_lm_data(config: LmData, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
+def read_lm_data(
+    config: LmData, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
+) -> dict[str, Prepared]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     require(
-        bool(config.demonstrations) == (config.text_fraction < 1) and (bool(config.text) or config.text_fraction == 0),
+        bool(config.demonstrations) == (config.text_fraction < 1)
+        and (bool(config.text) or config.text_fraction == 0),
         f"config.data.text_fraction = {config.text_fraction} does not fit {len(config.demonstrations)} files of "
         f"config.data.demonstrations and {len(config.text)} of config.data.text: 1 is text alone, 0 demonstrations",
     )
-    prepare = {"demonstrations": partial(prepare_demonstrations, wording=wording), "text": prepare_text}
+    prepare = {
+        "demonstrations": partial(prepare_demonstrations, wording=wording),
+        "text": prepare_text,
+    }
     files = {"demonstrations": config.demonstrations, "text": config.text}
     return {
-        name: prepare[name]([Path(path) for path in paths], tokenizer, config.limits, Path(config.folder))
+        name: prepare[name](
+            [Path(path) for path in paths], tokenizer, config.limits, Path(config.folder)
+        )
         for name, paths in files.items()
         if paths
     }
@@ -56,7 +72,10 @@ def lm_reader(
 ) -> Callable[[int], LmBatch]:
     """Batch `step` of packed rows: this process's share of it, as numpy arrays."""
     nothing: Any = ()
-    sources = {name: data[name].sources[split] if name in data else nothing for name in ("demonstrations", "text")}
+    sources = {
+        name: data[name].sources[split] if name in data else nothing
+        for name in ("demonstrations", "text")
+    }
 
     def read(step: int) -> LmBatch:
         return mixed_lm_batch(
@@ -80,7 +99,9 @@ def validation_rows(source: Source, batch_size: int, limit: int) -> Iterator[np.
         yield process_slice(rows, jax.process_index(), jax.process_count())
 
 
-def validation_batches(source: Source, batch_size: int, limit: int, length: int) -> Iterator[LmBatch]:
+def validation_batches(
+    source: Source, batch_size: int, limit: int, length: int
+) -> Iterator[LmBatch]:
     """At most `limit` batches of held-out packed rows, this process's share of each."""
     for rows in validation_rows(source, batch_size, limit):
         yield lm_batch(source, rows, length)

@@ -1,6 +1,8 @@
-"""What a batch trains on, for the eye: prompts, what is trained, end tokens and padding, in colours on a terminal.
+"""What a batch trains on, for the eye: prompts, what is trained, end tokens and padding, in
+colours on a terminal.
 
-Ends are where documents end, not where an id stands; what is written of a text can drive no terminal.
+Ends are where documents end, not where an id stands; what is written of a text can drive no
+terminal.
 """
 
 import itertools
@@ -13,7 +15,12 @@ from rich.text import Text
 from instructax.runtime.redaction import printable
 from instructax.types import LmBatch
 
-STYLES = {"prompt": "cyan", "trained": "bold green", "end": "reverse bold green", "padding": "dim"}
+STYLES = {
+    "prompt": "cyan",
+    "trained": "bold green",
+    "end": "reverse bold green",
+    "padding": "dim",
+}
 CHARACTERS = 400  # of a part of a document
 DOCUMENTS = 3  # of a row
 
@@ -33,19 +40,28 @@ def view(batch: LmBatch, row: int, decode: Callable[[Sequence[int]], str]) -> Te
             text.append("⟨end⟩" if kind == "end" else f"\n  {kind:<8} {part}", STYLES[kind])
     if count > DOCUMENTS:
         text.append(f"\n  … {count - DOCUMENTS} more texts")
-    return text.append(f"\n  {'padding':<8} {cells} cells", STYLES["padding"]) if cells else text
+    return (
+        text.append(f"\n  {'padding':<8} {cells} cells", STYLES["padding"])
+        if cells
+        else text
+    )
 
 
 def _parts(
     tokens: np.ndarray, trained: np.ndarray, decode: Callable[[Sequence[int]], str]
 ) -> Iterator[tuple[str, str]]:
-    """(kind, text) of the runs of tokens of one kind; the end token is the last one of a document, if it is trained."""
+    """(kind, text) of the runs of tokens of one kind; the end token is the last one of a
+    document, if it is trained."""
     last = len(tokens) - bool(trained[-1])
     borders = [0, *(np.flatnonzero(np.diff(trained[:last])) + 1).tolist(), last]
     for start, stop in itertools.pairwise(borders):
         if stop > start:
             shown = printable(decode(tokens[start:stop].tolist()))
-            cut = shown if len(shown) <= CHARACTERS else f"{shown[:CHARACTERS]}… ({len(shown)} characters)"
+            cut = (
+                shown
+                if len(shown) <= CHARACTERS
+                else f"{shown[:CHARACTERS]}… ({len(shown)} characters)"
+            )
             yield "trained" if trained[start] else "prompt", cut
     if last < len(tokens):
         yield "end", ""

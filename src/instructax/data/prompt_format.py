@@ -1,4 +1,5 @@
-"""How prompts and answers are worded for a model: as they are, or in the turns of a conversation."""
+"""How prompts and answers are worded for a model: as they are, or in the turns of a
+conversation."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +15,24 @@ class PromptFormat:
     """
 
     hash: str
-    prompt: Callable[[str], str]  # of a prompt that is `opened`, up to where its completion begins
+    prompt: Callable[
+        [str], str
+    ]  # of a prompt that is `opened`, up to where its completion begins
     answer: Callable[[str], str]  # of a completion, up to the end token
-    encode: Callable[[str], np.ndarray] | None  # of a worded prompt; None: as any other text
-    reserved: Sequence[str]  # texts that no prompt or completion may hold, since the model reads them as its own
+    encode: (
+        Callable[[str], np.ndarray] | None
+    )  # of a worded prompt; None: as any other text
+    reserved: Sequence[
+        str
+    ]  # texts that no prompt or completion may hold, since the model reads them as its own
 
 
 PLAIN = PromptFormat(hash="", prompt=str, answer=str, encode=None, reserved=())
 
 
 def split_turns(prompt: str) -> list[Mapping[str, str]]:
-    """The messages of a prompt: those of a dialog, "\\n\\nHuman: …\\n\\nAssistant:", whose last turn is open, else one
-    of the user; white space around them is left out."""
+    """The messages of a prompt: those of a dialog, "\\n\\nHuman: …\\n\\nAssistant:", whose
+    last turn is open, else one of the user; white space around them is left out."""
     names = {"Human: ": "user", "Assistant: ": "assistant"}
     parts = [part for part in f"{prompt.rstrip()} ".split("\n\n") if part]
     dialog = prompt.startswith("\n\nHuman: ") and prompt.rstrip().endswith("\n\nAssistant:")

@@ -1,9 +1,11 @@
 """Rows of token ids on disk, through tensorflow-datasets without TensorFlow.
 
-The format is `array_record`: random access, a checksum on every chunk, and no TensorFlow to read it (`parquet`, the
-other such format, loses rows). A folder is written under a private name and renamed when it is complete. So whatever
-has the final name is whole, and processes that start at once on one shared disk do not harm each other: the first to
-finish wins, the others read its rows. A killed process leaves a folder whose name starts with a dot, safe to delete.
+The format is `array_record`: random access, a checksum on every chunk, and no TensorFlow to
+read it (`parquet`, the other such format, loses rows). A folder is written under a private
+name and renamed when it is complete. So whatever has the final name is whole, and processes
+that start at once on one shared disk do not harm each other: the first to finish wins, the
+others read its rows. A killed process leaves a folder whose name starts with a dot, safe to
+delete.
 """
 
 import contextlib
@@ -58,8 +60,8 @@ class Prepared:
 
 
 class Remembered:
-    """A source whose rows are all decoded when the first are asked for, and kept: one by one that costs a small
-    network a tenth of its training step."""
+    """A source whose rows are all decoded when the first are asked for, and kept: one by
+    one that costs a small network a tenth of its training step."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -80,7 +82,8 @@ class _Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
     FEATURES: ClassVar[dict[str, Any]]
-    # Where checksums of downloads lie: nowhere, and the search for it imports a package that is not installed.
+    # Where checksums of downloads lie: nowhere, and the search for it imports a package
+    # that is not installed.
     code_path: ClassVar[Any] = None
 
     def __init__(self, rows: Rows, data_dir: Path):
@@ -89,12 +92,16 @@ class _Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(self.FEATURES)
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[int, Any]]]:
         return {name: self._generate_examples(rows) for name, rows in self._rows.items()}
 
-    def _generate_examples(self, rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Any]]:
+    def _generate_examples(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterable[tuple[int, Any]]:
         yield from enumerate(rows)
 
 
@@ -111,15 +118,23 @@ class PromptRows(_Rows):
 
 
 class ComparisonRows(_Rows):
-    """Comparisons: prompt i32[n]; the responses, each with its end token, joined to i32[m]; lengths i32[K] of the
-    responses; ranks i32[K], 0 is best; labeler i32[], an index into the report's names, -1 = unknown.
+    """Comparisons: prompt i32[n]; the responses, each with its end token, joined to i32[m];
+    lengths i32[K] of the responses; ranks i32[K], 0 is best; labeler i32[], an index into
+    the report's names, -1 = unknown.
     """
 
-    FEATURES: ClassVar = {"prompt": _ints, "responses": _ints, "lengths": _ints, "ranks": _ints, "labeler": np.int32}
+    FEATURES: ClassVar = {
+        "prompt": _ints,
+        "responses": _ints,
+        "lengths": _ints,
+        "ranks": _ints,
+        "labeler": np.int32,
+    }
 
 
 def write_rows(builder: type[_Rows], folder: Path, rows: Rows, report: Report) -> None:
-    """Writes `rows`, by split, and `report` to `folder`; does nothing if another process made it meanwhile.
+    """Writes `rows`, by split, and `report` to `folder`; does nothing if another process
+    made it meanwhile.
 
     Raises OSError if the disk does not take them; nothing is left behind then.
     """
@@ -128,12 +143,18 @@ def write_rows(builder: type[_Rows], folder: Path, rows: Rows, report: Report) -
     try:
         tfds.disable_progress_bar()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it announces downloads that there are none of
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # it announces downloads that there are none of
                 builder(rows, private).download_and_prepare()
         except RuntimeError as error:  # of array_record's writer, when the disk refuses
-            raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
+            raise OSError(
+                f"{folder} cannot be written: {str(error).splitlines()[0]}"
+            ) from error
         shutil.rmtree(private / "downloads", ignore_errors=True)
-        (private / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+        (private / REPORT).write_text(
+            json.dumps(dataclasses.asdict(report), indent=1) + "\n"
+        )
         (private / SIZES).write_text(json.dumps(_sizes(private)) + "\n")
         try:
             private.rename(folder)
@@ -145,7 +166,8 @@ def write_rows(builder: type[_Rows], folder: Path, rows: Rows, report: Report) -
 
 
 def read_rows(builder: type[_Rows], folder: Path) -> Prepared:
-    """Opens what `write_rows` wrote. Raises ValueError if files of `folder` are missing or not of the size written."""
+    """Opens what `write_rows` wrote. Raises ValueError if files of `folder` are missing or
+    not of the size written."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
         report = Report(**json.loads((folder / REPORT).read_text()))
@@ -160,7 +182,9 @@ def read_rows(builder: type[_Rows], folder: Path) -> Prepared:
                 f"{folder / name} has {found.get(name, 'no')} bytes where {size} were written: "
                 f"delete {folder} to prepare it again"
             )
-    stored: Any = tfds.builder_from_directory(str(folder / builder.name / str(builder.VERSION)))
+    stored: Any = tfds.builder_from_directory(
+        str(folder / builder.name / str(builder.VERSION))
+    )
     sources = {name: stored.as_data_source(split=name) for name in report.rows}
     if sum(sizes.values()) < REMEMBERED:
         sources = {name: Remembered(source) for name, source in sources.items()}
@@ -168,5 +192,7 @@ def read_rows(builder: type[_Rows], folder: Path) -> Prepared:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES)
+    files = (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES
+    )
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}

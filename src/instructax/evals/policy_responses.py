@@ -1,9 +1,11 @@
-"""Answers of policies to held-out prompts, with the reward model's score and the KL from a reference.
+"""Answers of policies to held-out prompts, with the reward model's score and the KL from a
+reference.
 
-A policy can be asked in three ways: "plain", where an answer runs on to its end or the limit, the pretrained model's
-mostly to the limit; "few-shot", behind worked examples that the reward model chose among several (the paper's "GPT
-(prompted)", section 3.6), where a line break ends the answer; and "best-of", with the best of n answers by the reward
-model's score, the first of them the plain one.
+A policy can be asked in three ways: "plain", where an answer runs on to its end or the
+limit, the pretrained model's mostly to the limit; "few-shot", behind worked examples that
+the reward model chose among several (the paper's "GPT (prompted)", section 3.6), where a
+line break ends the answer; and "best-of", with the best of n answers by the reward model's
+score, the first of them the plain one.
 """
 
 import dataclasses
@@ -18,13 +20,24 @@ import numpy as np
 from instructax import rng as clock
 from instructax import sharding
 from instructax.config import require
-from instructax.data.batches import NO_ROW, Source, evaluation_rows, process_slice, prompt_batch
+from instructax.data.batches import (
+    NO_ROW,
+    Source,
+    evaluation_rows,
+    process_slice,
+    prompt_batch,
+)
 from instructax.data.limits import DataLimits
 from instructax.data.schema import Demonstration, add_separator
 from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import Transformer
-from instructax.models.scoring import at_last_token, packed_logprobs, packed_outputs, rollout_sequences
+from instructax.models.scoring import (
+    at_last_token,
+    packed_logprobs,
+    packed_outputs,
+    rollout_sequences,
+)
 from instructax.models.sequence_packing import map_packed_rows
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
@@ -69,7 +82,9 @@ class PolicyEvaluator:
     ):
         self._mesh, self._tokenizer, self._limits = mesh, tokenizer, limits
         self._batch_size = batch_size
-        self._room = policy.config.max_length - limits.prompt_tokens - limits.response_tokens
+        self._room = (
+            policy.config.max_length - limits.prompt_tokens - limits.response_tokens
+        )
         self._fixed = (ref_params, reward_params)
         line_breaks = jnp.asarray(tokenizer.with_text("\n"))
         scored_at = temperature if temperature > 0 else 1.0
@@ -80,9 +95,16 @@ class PolicyEvaluator:
             return map_packed_rows(function, rows, policy, mesh, width=width)
 
         def sample(
-            params: Params, reward_params: Params, asked: Prompts, prompts: Prompts, samples: Array, *, draws: int
+            params: Params,
+            reward_params: Params,
+            asked: Prompts,
+            prompts: Prompts,
+            samples: Array,
+            *,
+            draws: int,
         ) -> _Sampled:
-            """Of `draws` answers to each prompt the one with the highest score, the first of equals."""
+            """Of `draws` answers to each prompt the one with the highest score, the first
+            of equals."""
             steps = jax.vmap(partial(clock.step_key, seed, "evaluate"))(jnp.arange(draws))
             keys = jax.vmap(clock.sample_keys, (0, None), 1)(steps, samples).reshape(-1)
             prompted = asked.tokens.shape != prompts.tokens.shape
@@ -102,50 +124,79 @@ class PolicyEvaluator:
                 cut, kept = truncate_at_stops(sampled, line_breaks, tokenizer.eos_id)
             prompts = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), prompts)
             cut = dataclasses.replace(cut, prompts=prompts)
-            scores = at_last_token(packed(partial(packed_outputs, scorer, reward_params), cut), cut)
+            scores = at_last_token(
+                packed(partial(packed_outputs, scorer, reward_params), cut), cut
+            )
             drawn = _Sampled(sampled=sampled, rollouts=cut, kept=kept, scores=scores)
-            best = jnp.arange(0, len(keys), draws) + jnp.argmax(scores.reshape(-1, draws), axis=1)
+            best = jnp.arange(0, len(keys), draws) + jnp.argmax(
+                scores.reshape(-1, draws), axis=1
+            )
             return drawn if draws == 1 else jax.tree.map(lambda x: x[best], drawn)
 
         def logprobs(params: Params, rollouts: Rollouts) -> Array:
-            found = packed(partial(packed_logprobs, policy, params, temperature=scored_at), rollouts)
+            found = packed(
+                partial(packed_logprobs, policy, params, temperature=scored_at), rollouts
+            )
             return found[:, rollouts.prompts.tokens.shape[1] :]
 
         rows = sharding.row_sharding(mesh)
         self._sample = jax.jit(sample, static_argnames="draws", out_shardings=rows)
-        # One program for both policies: of the reference against itself the KL is 0, to the bit.
+        # One program for both policies: of the reference against itself the KL is 0, to the
+        # bit.
         self._logprobs = jax.jit(logprobs, out_shardings=rows)
-        self._whole = jax.jit(lambda answers: answers, out_shardings=sharding.replicated(mesh))
+        self._whole = jax.jit(
+            lambda answers: answers, out_shardings=sharding.replicated(mesh)
+        )
 
-    def _asked(self, source: Source, count: int, prefix: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
-        """(marks of the rows that are real, what `sample` reads) of each batch of the first `count` prompts."""
+    def _asked(
+        self, source: Source, count: int, prefix: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
+        """(marks of the rows that are real, what `sample` reads) of each batch of the first
+        `count` prompts."""
         for start, rows in enumerate(evaluation_rows(len(source), self._batch_size)):
-            rows = np.where(np.arange(self._batch_size) < count - start * self._batch_size, rows, NO_ROW)
+            rows = np.where(
+                np.arange(self._batch_size) < count - start * self._batch_size, rows, NO_ROW
+            )
             if (rows == NO_ROW).all():
                 return
             mine = process_slice(rows, jax.process_index(), jax.process_count())
             prompts = prompt_batch(source, mine, self._limits.prompt_tokens)
             asked = prepend_prefix(prefix, prompts, self._room) if len(prefix) else prompts
-            yield rows != NO_ROW, sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh)
+            yield (
+                rows != NO_ROW,
+                sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh),
+            )
 
     def batches(
         self, params: Params, source: Source, count: int, prefix: np.ndarray, draws: int
     ) -> Iterator[tuple[np.ndarray, PolicyResponses]]:
-        """(marks of the rows that are real, answers on the host) of the first `count` held-out prompts of `source`, all
-        behind `prefix` i32[n] unless it is empty; of `draws` to each prompt the best."""
+        """(marks of the rows that are real, answers on the host) of the first `count`
+        held-out prompts of `source`, all behind `prefix` i32[n] unless it is empty; of
+        `draws` to each prompt the best."""
         ref_params, reward_params = self._fixed
         for real, asked in self._asked(source, count, prefix):
             found = self._sample(params, reward_params, *asked, draws=draws)
-            log_ratios = self._logprobs(params, found.sampled) - self._logprobs(ref_params, found.rollouts)
+            log_ratios = self._logprobs(params, found.sampled) - self._logprobs(
+                ref_params, found.rollouts
+            )
             token_kl = jnp.where(found.kept, log_ratios, 0.0)
-            answers = PolicyResponses(rollouts=found.rollouts, scores=found.scores, token_kl=token_kl)
+            answers = PolicyResponses(
+                rollouts=found.rollouts, scores=found.scores, token_kl=token_kl
+            )
             yield real, jax.device_get(self._whole(answers))
 
     def best_prefix(
-        self, params: Params, source: Source, examples: list[Demonstration], *, shots: int, prefixes: int, seed: int
+        self,
+        params: Params,
+        source: Source,
+        examples: list[Demonstration],
+        *,
+        shots: int,
+        prefixes: int,
+        seed: int,
     ) -> tuple[str, np.ndarray]:
-        """The one of `prefixes` random sets of `shots` worked examples behind which the answers to a batch of prompts
-        get the highest mean score: (its text, its tokens)."""
+        """The one of `prefixes` random sets of `shots` worked examples behind which the
+        answers to a batch of prompts get the highest mean score: (its text, its tokens)."""
         plain = [example for example in examples if example.format == "plain"]
         require(
             len(plain) >= shots,
@@ -155,18 +206,34 @@ class PolicyEvaluator:
         best = (-np.inf, "", np.zeros(0, np.int32))
         for text, tokens in self._fitting(plain, shots, prefixes, rng):
             ((real, asked),) = self._asked(source, self._batch_size, tokens)
-            scores = self._whole(self._sample(params, self._fixed[1], *asked, draws=1).scores)
-            best = max(best, (float(scores[real].mean()), text, tokens), key=lambda candidate: candidate[0])
-        require(len(best[2]) > 0, f"no {shots} examples fit into {self._room} tokens: lower config.shots")
+            scores = self._whole(
+                self._sample(params, self._fixed[1], *asked, draws=1).scores
+            )
+            best = max(
+                best,
+                (float(scores[real].mean()), text, tokens),
+                key=lambda candidate: candidate[0],
+            )
+        require(
+            len(best[2]) > 0,
+            f"no {shots} examples fit into {self._room} tokens: lower config.shots",
+        )
         return best[1], best[2]
 
     def _fitting(
-        self, examples: list[Demonstration], shots: int, prefixes: int, rng: np.random.Generator
+        self,
+        examples: list[Demonstration],
+        shots: int,
+        prefixes: int,
+        rng: np.random.Generator,
     ) -> Iterator[tuple[str, np.ndarray]]:
         found = 0
         for _ in range(100 * prefixes):
             chosen = [examples[i] for i in rng.permutation(len(examples))[:shots]]
-            text = "".join(f"{add_separator(example.prompt)}{example.completion}\n\n" for example in chosen)
+            text = "".join(
+                f"{add_separator(example.prompt)}{example.completion}\n\n"
+                for example in chosen
+            )
             tokens = self._tokenizer.encode(text)
             if len(tokens) <= self._room:
                 found += 1
@@ -177,8 +244,8 @@ class PolicyEvaluator:
     def responses(
         self, params: Params, source: Source, count: int, *, prefix: np.ndarray, draws: int
     ) -> list[dict[str, Any]]:
-        """The answer to each of the first `count` held-out prompts, of `draws` the one with the highest score, as text
-        and figures."""
+        """The answer to each of the first `count` held-out prompts, of `draws` the one with
+        the highest score, as text and figures."""
         return [
             self._record(answers, int(row))
             for real, answers in self.batches(params, source, count, prefix, draws)
@@ -189,7 +256,9 @@ class PolicyEvaluator:
         rollouts, decode = answers.rollouts, self._tokenizer.decode
         mask = np.asarray(rollouts.mask[row])
         response = np.asarray(rollouts.responses[row])[mask]
-        prompt = np.asarray(rollouts.prompts.tokens[row])[np.asarray(rollouts.prompts.mask[row])]
+        prompt = np.asarray(rollouts.prompts.tokens[row])[
+            np.asarray(rollouts.prompts.mask[row])
+        ]
         return {
             "prompt": decode(prompt),
             "response": decode(response),
@@ -198,13 +267,17 @@ class PolicyEvaluator:
             "tokens": int(mask.sum()),
             "ended": bool(rollouts.ended[row]),
             "pieces": [decode([token]) for token in response],
-            "token_kl": [round(float(x), 4) for x in np.asarray(answers.token_kl[row])[mask]],
+            "token_kl": [
+                round(float(x), 4) for x in np.asarray(answers.token_kl[row])[mask]
+            ],
         }
 
 
-def truncate_at_stops(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Rollouts, Array]:
-    """`rollouts` cut at the first response token that `stops` b[V] marks, with the end token in its place; and the
-    mask b[B, R] of what was sampled before it."""
+def truncate_at_stops(
+    rollouts: Rollouts, stops: Array, eos_id: int
+) -> tuple[Rollouts, Array]:
+    """`rollouts` cut at the first response token that `stops` b[V] marks, with the end
+    token in its place; and the mask b[B, R] of what was sampled before it."""
     stopped = jnp.cumsum(stops[rollouts.responses] & rollouts.mask, axis=1) > 0
     first = stopped & ~jnp.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
     kept = rollouts.mask & ~stopped
@@ -219,10 +292,15 @@ def truncate_at_stops(rollouts: Rollouts, stops: Array, eos_id: int) -> tuple[Ro
 
 
 def prepend_prefix(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
-    """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room + P]; n ≤ `room`. What is
-    empty stays so."""
-    tokens, mask = (np.pad(np.asarray(x), ((0, 0), (room, 0))) for x in (prompts.tokens, prompts.mask))
+    """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room
+    + P]; n ≤ `room`. What is empty stays so."""
+    tokens, mask = (
+        np.pad(np.asarray(x), ((0, 0), (room, 0))) for x in (prompts.tokens, prompts.mask)
+    )
     for row in np.flatnonzero(mask.any(axis=1)):
         start = room + int(np.argmax(mask[row, room:]))
-        tokens[row, start - len(prefix) : start], mask[row, start - len(prefix) : start] = prefix, True
+        tokens[row, start - len(prefix) : start], mask[row, start - len(prefix) : start] = (
+            prefix,
+            True,
+        )
     return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))

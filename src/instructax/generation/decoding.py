@@ -1,7 +1,8 @@
-"""Responses under way: one token in each slot at a step, and a slot whose response has ended takes the next sample.
+"""Responses under way: one token in each slot at a step, and a slot whose response has
+ended takes the next sample.
 
-It gets a copy of its prompt's keys and values, so that a batch of long and short responses costs about the sum of their
-lengths, and samples of one prompt share its forward pass.
+It gets a copy of its prompt's keys and values, so that a batch of long and short responses
+costs about the sum of their lengths, and samples of one prompt share its forward pass.
 """
 
 import dataclasses
@@ -18,24 +19,29 @@ from instructax.types import Array, Params, Prompts, pytree
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array, Array]:
-    """One token for each row, and its log-probability: f32[B, V], key[B], f32[] or f32[B] → (i32[B], f32[B]).
+    """One token for each row, and its log-probability: f32[B, V], key[B], f32[] or f32[B] →
+    (i32[B], f32[B]).
 
-    The inverse of the cumulative distribution at one uniform number a row: a vocabulary of Gumbel noise costs a
-    quarter of a decoding step on a CPU. Probabilities below 2⁻²⁴ are beyond the resolution of the uniform number and
-    of the running sum; a token whose probability is zero is never drawn.
-    Temperature 0 takes the likeliest token and reports its log-probability at temperature 1.
+    The inverse of the cumulative distribution at one uniform number a row: a vocabulary of
+    Gumbel noise costs a quarter of a decoding step on a CPU. Probabilities below 2⁻²⁴ are
+    beyond the resolution of the uniform number and of the running sum; a token whose
+    probability is zero is never drawn. Temperature 0 takes the likeliest token and reports
+    its log-probability at temperature 1.
     """
     divisors = jnp.reshape(jnp.where(temperature > 0, temperature, 1.0), (-1, 1))
     logprobs = jax.nn.log_softmax(logits / divisors, axis=-1)
     probabilities = jnp.exp(logprobs)
-    # The running sum is rounded in no fixed order, so it can rise at a token of probability zero: that one is left out.
+    # The running sum is rounded in no fixed order, so it can rise at a token of probability
+    # zero: that one is left out.
     cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
     total = jnp.max(cumulative, axis=-1, keepdims=True)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys)
     # Kept below the total, or rounding could leave no token above the point.
     points = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
     sampled = jnp.argmax(cumulative > points, axis=-1).astype(jnp.int32)
-    tokens = jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    tokens = jnp.where(
+        temperature > 0, sampled, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    )
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
 
 
@@ -72,12 +78,15 @@ def compact_slots(s: Slots, count: int) -> Slots:
     first = jnp.argsort(s.sample == len(s.responses), stable=True)[:count]
     own = s.cache, s.hidden, s.sample, s.column, s.token
     cache, hidden, sample, column, token = jax.tree.map(lambda x: x[first], own)
-    return dataclasses.replace(s, cache=cache, hidden=hidden, sample=sample, column=column, token=token)
+    return dataclasses.replace(
+        s, cache=cache, hidden=hidden, sample=sample, column=column, token=token
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One group's samples. Where there are several groups, all of them loop until the last has ended."""
+    """One group's samples. Where there are several groups, all of them loop until the last
+    has ended."""
 
     model: Transformer
     params: Params
@@ -92,10 +101,12 @@ class Sampler:
         return self._draw(self._idle(length))
 
     def advance(self, s: Slots, steps: Array | None = None) -> Slots:
-        """Up to `steps` i32[] further tokens in every slot; None: until all samples are made.
+        """Up to `steps` i32[] further tokens in every slot; None: until all samples are
+        made.
 
-        In the end most slots are idle, and a step's cost grows with its slots: with `compaction_steps`, what is under way
-        goes on in half as many slots as soon as it fits, unless there are `steps`, after which others go on.
+        In the end most slots are idle, and a step's cost grows with its slots: with
+        `compaction_steps`, what is under way goes on in half as many slots as soon as it
+        fits, unless there are `steps`, after which others go on.
         """
         if steps is not None:
             return self._go_on(s, 0, steps)
@@ -105,12 +116,17 @@ class Sampler:
         return self._go_on(s, 0, None)
 
     def _go_on(self, s: Slots, busy: int, steps: Array | None) -> Slots:
-        """Further tokens, up to `steps`, while more than `busy` slots are, or a sample waits."""
+        """Further tokens, up to `steps`, while more than `busy` slots are, or a sample
+        waits."""
 
         def goes_on(state: tuple[Slots, Array | None]) -> Array:
             s, left = state
-            more = (jnp.sum(s.sample < len(self.draws.keys)) > busy) | (s.next < self.draws.wanted)
-            return any_over_batch(more) if left is None else any_over_batch(more) & (left > 0)
+            more = (jnp.sum(s.sample < len(self.draws.keys)) > busy) | (
+                s.next < self.draws.wanted
+            )
+            return (
+                any_over_batch(more) if left is None else any_over_batch(more) & (left > 0)
+            )
 
         def step(state: tuple[Slots, Array | None]) -> tuple[Slots, Array | None]:
             return self._step(state[0]), None if state[1] is None else state[1] - 1
@@ -124,7 +140,9 @@ class Sampler:
         cache = init_cache(model.config, model.compute, slots, columns + max(length - 1, 1))
         return Slots(
             cache=dataclasses.replace(cache, filled=jnp.full((slots,), columns, jnp.int32)),
-            hidden=jnp.zeros((slots, model.config.embed_dim), self.draws.prefilled.hidden.dtype),
+            hidden=jnp.zeros(
+                (slots, model.config.embed_dim), self.draws.prefilled.hidden.dtype
+            ),
             sample=jnp.full((slots,), count, jnp.int32),
             column=jnp.zeros((slots,), jnp.int32),
             token=jnp.zeros((slots,), jnp.int32),
@@ -145,23 +163,37 @@ class Sampler:
         return jnp.minimum(sample // (len(self.draws.keys) // count), count - 1)
 
     def _take(self, s: Slots) -> Slots:
-        """Gives the next sample to the first idle slot; nothing, if there is none of either."""
-        slot = jnp.where(self._waits(s), jnp.argmax(s.sample == len(self.draws.keys)), len(s.sample))
+        """Gives the next sample to the first idle slot; nothing, if there is none of
+        either."""
+        slot = jnp.where(
+            self._waits(s), jnp.argmax(s.sample == len(self.draws.keys)), len(s.sample)
+        )
         prompt, prefilled = self._prompt_of(s.next), self.draws.prefilled
         columns = self.draws.prompts.tokens.shape[1]
 
         def put(all_: Array, one: Array | int) -> Array:
             return all_.at[slot].set(one, mode="drop")
 
-        def copied(cached: tuple[Array, ...], packed: tuple[Array, ...]) -> tuple[Array, ...]:
-            windows = [prefilled.window(one, prompt, columns).swapaxes(0, 1) for one in packed]
+        def copied(
+            cached: tuple[Array, ...], packed: tuple[Array, ...]
+        ) -> tuple[Array, ...]:
+            windows = [
+                prefilled.window(one, prompt, columns).swapaxes(0, 1) for one in packed
+            ]
             pairs = zip(cached, windows, strict=True)
-            return tuple(all_.at[slot, :, :columns].set(one, mode="drop") for all_, one in pairs)
+            return tuple(
+                all_.at[slot, :, :columns].set(one, mode="drop") for all_, one in pairs
+            )
 
-        # Where in its columns the prompt stands is all the same: each token knows its position.
+        # Where in its columns the prompt stands is all the same: each token knows its
+        # position.
         own = prefilled.window(prefilled.texts, prompt, columns) == prompt + 1
         seen = jnp.pad(own, (0, s.cache.segments.shape[1] - columns))
-        positions = None if s.cache.positions is None else put(s.cache.positions, positions_of(seen))
+        positions = (
+            None
+            if s.cache.positions is None
+            else put(s.cache.positions, positions_of(seen))
+        )
         return dataclasses.replace(
             s,
             cache=Cache(
@@ -201,8 +233,11 @@ class Sampler:
     def _step(self, s: Slots) -> Slots:
         """Runs the last tokens through the network, and draws the next ones."""
         active = s.sample < len(self.draws.keys)
-        lengths = jnp.sum(self.draws.prompts.mask, axis=1, dtype=jnp.int32)[self._prompt_of(s.sample)]
-        # Idle slots are run too; their positions must exist, and what they write is seen by none.
+        lengths = jnp.sum(self.draws.prompts.mask, axis=1, dtype=jnp.int32)[
+            self._prompt_of(s.sample)
+        ]
+        # Idle slots are run too; their positions must exist, and what they write is seen by
+        # none.
         positions = jnp.where(active, lengths + s.column - 1, 0)
         outputs: Any = self.model.apply(
             {"params": self.params},

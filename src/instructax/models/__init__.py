@@ -1,11 +1,23 @@
-"""One decoder-only transformer for all families of models; the only folder that imports flax."""
+"""One decoder-only transformer for all families of models; the only folder that imports
+flax."""
 
 from instructax.models.attention import BRANCHES, attention_mask, positions_of
-from instructax.models.config import ComputeConfig, ModelConfig, RotaryScaling, decoding_config
+from instructax.models.config import (
+    ComputeConfig,
+    ModelConfig,
+    RotaryScaling,
+    decoding_config,
+)
 from instructax.models.kv_cache import Cache, init_cache
 from instructax.models.layers import Block, Dropout
 from instructax.models.lora import LoraConfig, add_lora, merge_lora, merge_trees, trainable
-from instructax.models.transformer import Transformer, cast_matrices, head_kernel, layers_of, parameter_count
+from instructax.models.transformer import (
+    Transformer,
+    cast_matrices,
+    head_kernel,
+    layers_of,
+    parameter_count,
+)
 
 __all__ = [
     "BRANCHES",

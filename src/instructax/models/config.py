@@ -1,4 +1,5 @@
-"""The two groups of values that make a network: its architecture, and how a run computes it."""
+"""The two groups of values that make a network: its architecture, and how a run computes
+it."""
 
 import dataclasses
 from typing import Literal
@@ -12,9 +13,10 @@ LAYERS = 10_000  # a network has fewer: a list of them is made even to estimate 
 class RotaryScaling:
     """How rotary positions are stretched over longer texts than the first ones.
 
-    "linear" divides all frequencies by `factor` (Chen et al., 2023). "llama3" divides those that turn fewer than
-    `low_turns` times over `original_length`, leaves those that turn more than `high_turns` times, and passes smoothly
-    from the one to the other (Llama 3.1); "linear" reads neither of the three.
+    "linear" divides all frequencies by `factor` (Chen et al., 2023). "llama3" divides those
+    that turn fewer than `low_turns` times over `original_length`, leaves those that turn
+    more than `high_turns` times, and passes smoothly from the one to the other (Llama 3.1);
+    "linear" reads neither of the three.
     """
 
     kind: Literal["linear", "llama3"]
@@ -24,7 +26,9 @@ class RotaryScaling:
     original_length: int  # tokens
 
     def __post_init__(self):
-        check_range(self, {"factor": 1, "low_turns": 0, "high_turns": 0, "original_length": 1})
+        check_range(
+            self, {"factor": 1, "low_turns": 0, "high_turns": 0, "original_length": 1}
+        )
         if self.high_turns <= self.low_turns:
             raise ValueError(
                 f"rotary_scaling.high_turns = {self.high_turns} must be above "
@@ -50,7 +54,9 @@ class ModelConfig:
     rotary_base: float  # wavelengths of rotary positions run from 2π to 2π · base; unused by learned ones
     rotary_fraction: float  # of each head's width, the first part, that has rotary positions; the rest has none
     rotary_scaling: RotaryScaling | None
-    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"]  # gelu and geglu in the tanh form
+    activation: Literal[
+        "gelu", "gelu_exact", "swiglu", "geglu"
+    ]  # gelu and geglu in the tanh form
     biases: bool  # of all matrices of the layers
     qkv_biases: bool  # of those to query, key and value alone
     qk_norms: bool  # a norm on each head's query and key
@@ -66,20 +72,59 @@ class ModelConfig:
     init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
 
     def __post_init__(self):
-        sizes = ("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-        least = dict.fromkeys(("norm_epsilon", "init_std", "score_width", "attention_cap", "logit_cap", "window"), 0)
-        check_range(self, dict.fromkeys(sizes, 1) | least | {"rotary_base": 1}, {"num_layers": LAYERS})
+        sizes = (
+            "vocab_size",
+            "max_length",
+            "num_layers",
+            "embed_dim",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+        )
+        least = dict.fromkeys(
+            (
+                "norm_epsilon",
+                "init_std",
+                "score_width",
+                "attention_cap",
+                "logit_cap",
+                "window",
+            ),
+            0,
+        )
+        check_range(
+            self,
+            dict.fromkeys(sizes, 1) | least | {"rotary_base": 1},
+            {"num_layers": LAYERS},
+        )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}")
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}"
+            )
         if not 0 < self.rotary_fraction <= 1:
-            raise ValueError(f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1")
+            raise ValueError(
+                f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1"
+            )
         if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
-            share = f" × model.rotary_fraction = {self.rotary_fraction}" if self.rotary_fraction < 1 else ""
-            raise ValueError(f"model.head_dim = {self.head_dim}{share} must be even for rotary positions")
+            share = (
+                f" × model.rotary_fraction = {self.rotary_fraction}"
+                if self.rotary_fraction < 1
+                else ""
+            )
+            raise ValueError(
+                f"model.head_dim = {self.head_dim}{share} must be even for rotary positions"
+            )
         if self.biases and self.qkv_biases:
-            raise ValueError("model.qkv_biases = True is for model.biases = False: all matrices have biases already")
-        if list(self.windowed) != sorted({layer for layer in self.windowed if 0 <= layer < self.num_layers}):
-            raise ValueError(f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.num_layers - 1}")
+            raise ValueError(
+                "model.qkv_biases = True is for model.biases = False: all matrices have biases already"
+            )
+        if list(self.windowed) != sorted(
+            {layer for layer in self.windowed if 0 <= layer < self.num_layers}
+        ):
+            raise ValueError(
+                f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.num_layers - 1}"
+            )
         if bool(self.window) != bool(self.windowed):
             raise ValueError(
                 f"model.window = {self.window} and model.windowed = {self.windowed}: set both, or 0 and () for none"
@@ -100,10 +145,18 @@ class ModelConfig:
 class ComputeConfig:
     """How a run computes; free to differ between stages that share parameters."""
 
-    dtype: Literal["float32", "mixed", "bfloat16"]  # mixed: float32, and the matmul_dtype of products rounded to bfloat16
-    decoding: Literal["float32", "mixed", "bfloat16"]  # the same of the sampler, which is bound by other things
-    attention: Literal["auto", "jax", "cudnn", "splash"]  # kernel of whole rows; "auto": the fastest that surely runs
-    remat: Literal["none", "dots", "full"]  # kept for the backward pass: all, matrix products only, layer inputs only
+    dtype: Literal[
+        "float32", "mixed", "bfloat16"
+    ]  # mixed: float32, and the matmul_dtype of products rounded to bfloat16
+    decoding: Literal[
+        "float32", "mixed", "bfloat16"
+    ]  # the same of the sampler, which is bound by other things
+    attention: Literal[
+        "auto", "jax", "cudnn", "splash"
+    ]  # kernel of whole rows; "auto": the fastest that surely runs
+    remat: Literal[
+        "none", "dots", "full"
+    ]  # kept for the backward pass: all, matrix products only, layer inputs only
     head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
     microbatch_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
     tail_splits: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
@@ -111,11 +164,21 @@ class ComputeConfig:
     compaction_steps: int  # of the slots, for the last responses: steps of half the cost, and one more to compile
 
     def __post_init__(self):
-        check_range(self, {"head_chunk": 1, "microbatch_rows": 1, "tail_splits": 0, "slots": 1, "compaction_steps": 0})
+        check_range(
+            self,
+            {
+                "head_chunk": 1,
+                "microbatch_rows": 1,
+                "tail_splits": 0,
+                "slots": 1,
+                "compaction_steps": 0,
+            },
+        )
 
     @property
     def activations(self) -> str:
-        """The dtype of all that is computed but for norms, softmax and heads, which work in float32."""
+        """The dtype of all that is computed but for norms, softmax and heads, which work in
+        float32."""
         return "bfloat16" if self.dtype == "bfloat16" else "float32"
 
     @property

@@ -1,14 +1,17 @@
-"""The report of finished experiments in the embedded world: one page with the paper's figures, claims and samples.
+"""The report of finished experiments in the embedded world: one page with the paper's
+figures, claims and samples.
 
-It is made from run logs and the world alone; what the labelers say is simulated, and the same for the same logs.
+It is made from run logs and the world alone; what the labelers say is simulated, and the
+same for the same logs.
 """
 
 from pathlib import Path
 
 
 def write(roots: list[Path], out: Path) -> Path:
-    """Writes `index.html` and its figures, as PNG and SVG, into `out`, and prints the table of policies; returns the
-    page's path. Several `roots` are seeds of one experiment. Raises ValueError for a folder without finished runs."""
+    """Writes `index.html` and its figures, as PNG and SVG, into `out`, and prints the table
+    of policies; returns the page's path. Several `roots` are seeds of one experiment.
+    Raises ValueError for a folder without finished runs."""
     from instructax.experiment import require_matplotlib
     from instructax.report import page
     from instructax.report.judging import read

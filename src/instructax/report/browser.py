@@ -1,6 +1,8 @@
-"""The samples of a report, for reading: all policies side by side, in a page without a server.
+"""The samples of a report, for reading: all policies side by side, in a page without a
+server.
 
-The samples are JSON inside the page; the script shows those that fit the filters, as text and never as HTML.
+The samples are JSON inside the page; the script shows those that fit the filters, as text
+and never as HTML.
 """
 
 import json
@@ -23,10 +25,15 @@ FAULTS = {
 
 
 def samples_of(reading: Reading, count: int) -> dict[str, Any]:
-    """The first `count` prompts of a seed with all answers: each is [column, score, utility, faults, pieces, KLs]."""
+    """The first `count` prompts of a seed with all answers: each is [column, score,
+    utility, faults, pieces, KLs]."""
     experiment = reading.experiment
     columns = list(reading.answers)
-    records = {(size.name, policy): rows for size in experiment.sizes for policy, rows in size.samples.items()}
+    records = {
+        (size.name, policy): rows
+        for size in experiment.sizes
+        for policy, rows in size.samples.items()
+    }
     asked = {flag: asked_about(experiment, flag) for flag in FLAGS}
     prompts = []
     for i, prompt in enumerate(experiment.prompts[:count]):
@@ -34,25 +41,42 @@ def samples_of(reading: Reading, count: int) -> dict[str, Any]:
         for column, key in enumerate(columns):
             record, judged = records[key][i], reading.answers[key]
             faults = [
-                FAULTS[flag] for flag in FLAGS if asked[flag][i] and judged.flags[flag][i] != GOOD.get(flag, True)
+                FAULTS[flag]
+                for flag in FLAGS
+                if asked[flag][i] and judged.flags[flag][i] != GOOD.get(flag, True)
             ]
             pieces = record.get("pieces") or [response_of(record)]
             kl = [round(x, 2) for x in record.get("token_kl") or [0.0] * len(pieces)]
-            score, utility = round(float(judged.scores[i]), 2), round(float(judged.opinions[TRUTH][i]), 2)
+            score, utility = (
+                round(float(judged.scores[i]), 2),
+                round(float(judged.opinions[TRUTH][i]), 2),
+            )
             answers.append([column, score, utility, faults, pieces, kl])
-        prompts.append({"text": prompt, "use": experiment.tasks[prompt].use, "answers": answers})
-    return {"run": experiment.name, "columns": [list(column) for column in columns], "prompts": prompts}
+        prompts.append(
+            {"text": prompt, "use": experiment.tasks[prompt].use, "answers": answers}
+        )
+    return {
+        "run": experiment.name,
+        "columns": [list(column) for column in columns],
+        "prompts": prompts,
+    }
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand in a <script> element: nothing in it can end the element or begin a comment."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    """JSON that can stand in a <script> element: nothing in it can end the element or begin
+    a comment."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
 
 
 def browser(readings: list[Reading]) -> str:
-    """The section's HTML: filters, an empty list, the data and the script that fills the list."""
+    """The section's HTML: filters, an empty list, the data and the script that fills the
+    list."""
     runs = [samples_of(reading, PROMPTS // len(readings)) for reading in readings]
-    script = SCRIPT.replace("FULL_COLOUR", str(FULL_COLOUR)).replace("END_OF_TEXT", json.dumps(END_OF_TEXT))
+    script = SCRIPT.replace("FULL_COLOUR", str(FULL_COLOUR)).replace(
+        "END_OF_TEXT", json.dumps(END_OF_TEXT)
+    )
     return (
         '<div class="filters">'
         '<label>run <select id="run"></select></label> <label>size <select id="size"></select></label> '

@@ -1,8 +1,9 @@
 """The paper's claims, each held against intervals that were measured.
 
-A claim names the figures it speaks of and a region: it is "seen" in a figure whose whole 95% interval lies in the
-region, "not seen" where the whole interval lies outside, "undecided" where the interval crosses the region's edge, and
-has "no data" where a log is missing.
+A claim names the figures it speaks of and a region: it is "seen" in a figure whose whole
+95% interval lies in the region, "not seen" where the whole interval lies outside,
+"undecided" where the interval crosses the region's edge, and has "no data" where a log is
+missing.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ from instructax.report.effects import Measured
 from instructax.report.judging import HELD_OUT, LABELER, Reading
 
 VERDICTS = ("seen", "undecided", "not seen", "no data")
-WIN_MARGIN = 0.05  # of win rates that count as equal: the half-width of the paper's own intervals
+WIN_MARGIN = (
+    0.05  # of win rates that count as equal: the half-width of the paper's own intervals
+)
 DROP_MARGIN = 0.05  # of accuracies: "slightly" worse; the paper's drop is 2.8 points
 ENTROPY_MARGIN = 0.1  # bits: half of what SFT changes in the paper's table 14
 MORE, NO_LESS = (0.0, math.inf), (-WIN_MARGIN, math.inf)  # regions
@@ -49,13 +52,20 @@ def verdict(measured: Estimate | None, region: tuple[float, float]) -> str:
         return "no data"
     if region[0] < measured.low and (measured.high < region[1] or region[1] == math.inf):
         return "seen"
-    return "not seen" if measured.high <= region[0] or measured.low >= region[1] else "undecided"
+    return (
+        "not seen"
+        if measured.high <= region[0] or measured.low >= region[1]
+        else "undecided"
+    )
 
 
 def overall(findings: list[Finding]) -> str:
-    """A claim is as good as the worst of its figures; without any, or with some missing, it is not seen whole."""
+    """A claim is as good as the worst of its figures; without any, or with some missing, it
+    is not seen whole."""
     found = {finding.verdict for finding in findings} or {"no data"}
-    return next(name for name in ("not seen", "no data", "undecided", "seen") if name in found)
+    return next(
+        name for name in ("not seen", "no data", "undecided", "seen") if name in found
+    )
 
 
 def findings_of(claim: Claim, readings: list[Reading]) -> list[Finding]:
@@ -77,7 +87,14 @@ CLAIMS = (
         MORE,
         lambda r: effects.chain(r, LABELER),
     ),
-    Claim("C2", "PPO-ptx is liked no less than PPO", "4.1, fig. 1", WINS, NO_LESS, effects.gaps(("PPO-ptx", "PPO"))),
+    Claim(
+        "C2",
+        "PPO-ptx is liked no less than PPO",
+        "4.1, fig. 1",
+        WINS,
+        NO_LESS,
+        effects.gaps(("PPO-ptx", "PPO")),
+    ),
     Claim(
         "C3",
         "The smallest PPO-ptx is liked more than the largest GPT",
@@ -150,7 +167,14 @@ CLAIMS = (
         (-ENTROPY_MARGIN, ENTROPY_MARGIN),
         effects.bias,
     ),
-    Claim("C12", "FLAN/T0 is liked less than SFT", "4.1, fig. 5", WINS, MORE, effects.gaps(("SFT", "FLAN/T0"))),
+    Claim(
+        "C12",
+        "FLAN/T0 is liked less than SFT",
+        "4.1, fig. 5",
+        WINS,
+        MORE,
+        effects.gaps(("SFT", "FLAN/T0")),
+    ),
     Claim(
         "C13",
         "PPO and PPO-ptx make up less than GPT in closed tasks",

@@ -1,4 +1,5 @@
-"""How all figures of a report are drawn: one colour for each policy, 95% intervals as bars, one legend below.
+"""How all figures of a report are drawn: one colour for each policy, 95% intervals as bars,
+one legend below.
 
 matplotlib (the extra `plots`) is imported when a figure is drawn.
 """
@@ -23,18 +24,26 @@ PAD = 0.1  # inches around each of the axes, so that none ends at the figure's e
 SPREAD = 0.13  # between policies that stand beside each other, in units of the axis
 
 
-def subplots(rows: int, columns: int, width: float, height: float, **rest: Any) -> tuple[Any, np.ndarray]:
+def subplots(
+    rows: int, columns: int, width: float, height: float, **rest: Any
+) -> tuple[Any, np.ndarray]:
     """A figure of `rows` × `columns` axes of so many inches each."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    matplotlib.rcParams.update({"svg.hashsalt": "instructax", "axes.titlesize": 10, "axes.grid": True})
+    matplotlib.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "instructax", "axes.titlesize": 10, "axes.grid": True}
+    )
     matplotlib.rcParams.update({"grid.alpha": 0.3, "grid.linewidth": 0.6})
     import matplotlib.pyplot as plt
 
     size = (width * columns, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **rest)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, **rest
+    )
     figure.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
     return figure, axes
 
@@ -55,8 +64,13 @@ def legend(figure: Any) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     policies = list(COLOURS)
-    labels = sorted(found, key=lambda label: policies.index(label) if label in policies else len(policies))
-    widest = 0.6 + 0.075 * max(map(len, labels), default=0)  # inches: the marker, its margins, a letter
+    labels = sorted(
+        found,
+        key=lambda label: policies.index(label) if label in policies else len(policies),
+    )
+    widest = 0.6 + 0.075 * max(
+        map(len, labels), default=0
+    )  # inches: the marker, its margins, a letter
     columns = max(1, min(len(found), int(figure.get_figwidth() / widest)))
     options = {"ncols": columns, "frameon": False, "loc": "outside lower center"}
     figure.legend([found[label] for label in labels], labels, **options)
@@ -65,8 +79,16 @@ def legend(figure: Any) -> None:
 def point(axis: Any, x: float, estimate: Estimate, policy: str, **style: Any) -> None:
     """A point with its interval, which is left out if it has no end."""
     half = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-    options = {"fmt": "o", "ms": 5, "capsize": 2, "color": COLOURS.get(policy, "black"), "label": policy} | style
-    axis.errorbar(x, estimate.value, yerr=half if np.isfinite(half).all() else None, **options)
+    options = {
+        "fmt": "o",
+        "ms": 5,
+        "capsize": 2,
+        "color": COLOURS.get(policy, "black"),
+        "label": policy,
+    } | style
+    axis.errorbar(
+        x, estimate.value, yerr=half if np.isfinite(half).all() else None, **options
+    )
 
 
 def shift(place: int, count: int) -> float:
@@ -76,4 +98,6 @@ def shift(place: int, count: int) -> float:
 def across(axis: Any, estimate: Estimate, y: float, policy: str) -> None:
     half = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
     options = {"fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[policy], "label": policy}
-    axis.errorbar(estimate.value, y, xerr=half if np.isfinite(half).all() else None, **options)
+    axis.errorbar(
+        estimate.value, y, xerr=half if np.isfinite(half).all() else None, **options
+    )

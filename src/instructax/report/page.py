@@ -11,17 +11,35 @@ from instructax.report import figures, metric_figures, paper
 from instructax.report.browser import FULL_COLOUR, browser
 from instructax.report.claims import CLAIMS, VERDICTS, Claim, Finding, findings_of, overall
 from instructax.report.drawing import save
-from instructax.report.judging import LABELER, TRUTH, Reading, curve_of, likert_estimate, wins_estimate
+from instructax.report.judging import (
+    LABELER,
+    TRUTH,
+    Reading,
+    curve_of,
+    likert_estimate,
+    wins_estimate,
+)
 from instructax.report.results import Experiment
 from instructax.report.style import STYLE
-from instructax.report.tables import HEADS, NO_DATA, agreement_table, html_table, noise_table, public_table, table_of
+from instructax.report.tables import (
+    HEADS,
+    NO_DATA,
+    agreement_table,
+    html_table,
+    noise_table,
+    public_table,
+    table_of,
+)
 from instructax.simulation.labelers import TIE
 
-Drawn = tuple[str, str, Any]  # file name, caption, figure; None where there is nothing to draw
+Drawn = tuple[
+    str, str, Any
+]  # file name, caption, figure; None where there is nothing to draw
 
 
 def check_seeds(experiments: list[Experiment]) -> None:
-    """Raises ValueError unless all have the same sizes and other seeds: they are to be seeds of one experiment."""
+    """Raises ValueError unless all have the same sizes and other seeds: they are to be
+    seeds of one experiment."""
     names = [[size.name for size in experiment.sizes] for experiment in experiments]
     for experiment, sizes in zip(experiments, names, strict=True):
         if sizes != names[0]:
@@ -36,9 +54,14 @@ def check_seeds(experiments: list[Experiment]) -> None:
 
 def claim_html(claim: Claim, findings: list[Finding]) -> str:
     """A claim with its verdict, and behind it the figures that gave it."""
-    counts = [(name, sum(finding.verdict == name for finding in findings)) for name in VERDICTS]
+    counts = [
+        (name, sum(finding.verdict == name for finding in findings)) for name in VERDICTS
+    ]
     summary = ", ".join(f"{count} {name}" for name, count in counts if count)
-    rows = [(x.seed, x.what, str(x.measured) if x.measured else "–", x.verdict) for x in findings]
+    rows = [
+        (x.seed, x.what, str(x.measured) if x.measured else "–", x.verdict)
+        for x in findings
+    ]
     return (
         f'<details class="claim"><summary>{badge(overall(findings))} <b>{claim.name}</b> {escape(claim.text)} '
         f'<span class="quiet">(section {escape(claim.source)}; {summary})</span></summary>'
@@ -55,29 +78,53 @@ def badge(verdict: str) -> str:
 def region_text(region: tuple[float, float]) -> str:
     """The rule of a claim in words."""
     low, high = region
-    return f"seen if the whole interval is above {low:g}" + ("" if high == float("inf") else f" and below {high:g}")
+    return f"seen if the whole interval is above {low:g}" + (
+        "" if high == float("inf") else f" and below {high:g}"
+    )
 
 
 def all_figures(readings: list[Reading]) -> Iterator[Drawn]:
-    """All that is drawn of policies; of several seeds, the figures of one alone carry its name."""
+    """All that is drawn of policies; of several seeds, the figures of one alone carry its
+    name."""
     win_rate = "win rate against the largest SFT"
     by_labelers, by_truth = (partial(wins_estimate, by=by) for by in (LABELER, TRUTH))
-    caption = "Win rate against the largest SFT, by training labelers (the paper's figure 1)."
-    yield "figure-1", caption, figures.by_size(readings, by_labelers, win_rate, paper.WIN_RATES)
-    missing = "" if any(reading.gpt for reading in readings) else f" Prompts of the GPT-3 distribution: {NO_DATA}."
-    caption = "The same by prompts and labelers, against the largest SFT on the same prompts (figure 3)." + missing
+    caption = (
+        "Win rate against the largest SFT, by training labelers (the paper's figure 1)."
+    )
+    yield (
+        "figure-1",
+        caption,
+        figures.by_size(readings, by_labelers, win_rate, paper.WIN_RATES),
+    )
+    missing = (
+        ""
+        if any(reading.gpt for reading in readings)
+        else f" Prompts of the GPT-3 distribution: {NO_DATA}."
+    )
+    caption = (
+        "The same by prompts and labelers, against the largest SFT on the same prompts (figure 3)."
+        + missing
+    )
     yield "figure-3", caption, figures.figure_3(readings)
     caption = "The same by the true utility, which no stage has seen."
     yield "truth", caption, figures.by_size(readings, by_truth, win_rate, None)
-    grades = figures.by_size(readings, partial(likert_estimate, by=LABELER), "grade (1 … 7)", paper.LIKERT)
+    grades = figures.by_size(
+        readings, partial(likert_estimate, by=LABELER), "grade (1 … 7)", paper.LIKERT
+    )
     yield "figure-31", "Grades of training labelers (figure 31).", grades
     yield from by_seed(readings, figures_of_seed)
 
 
-def by_seed(readings: list[Reading], draw: Callable[[Reading], Iterator[Drawn]]) -> Iterator[Drawn]:
+def by_seed(
+    readings: list[Reading], draw: Callable[[Reading], Iterator[Drawn]]
+) -> Iterator[Drawn]:
     """What is drawn of each seed alone, numbered if there are several."""
     for number, reading in enumerate(readings):
-        mark, which = (f"-{number}", f" Run {reading.experiment.name}.") if len(readings) > 1 else ("", "")
+        mark, which = (
+            (f"-{number}", f" Run {reading.experiment.name}.")
+            if len(readings) > 1
+            else ("", "")
+        )
         for name, caption, figure in draw(reading):
             yield name + mark, caption + which, figure
 
@@ -92,7 +139,11 @@ def figures_of_seed(reading: Reading) -> Iterator[Drawn]:
         for policy, folder in folders.items()
         if (curve := curve_of(experiment, size, folder))
     }
-    yield "figure-4", "Table 3's questions, sizes pooled (figure 4); diamonds: the paper.", figures.metadata(reading)
+    yield (
+        "figure-4",
+        "Table 3's questions, sizes pooled (figure 4); diamonds: the paper.",
+        figures.metadata(reading),
+    )
     caption = (
         f"PPO: each point is an iteration, each line a moving mean of {figures.WINDOW}. Where score and true utility "
         "part, the policy exploits the reward model. A star: the best of n samples of SFT, at the most KL that it can "
@@ -104,8 +155,16 @@ def figures_of_seed(reading: Reading) -> Iterator[Drawn]:
         "Public tasks: what fine-tuning changes (figures 28, 29; table 14).",
         metric_figures.tax(sizes),
     )
-    yield "harm", "Truthfulness, toxicity and stereotypes (figures 6, 7, 32).", metric_figures.harm(sizes)
-    yield "sft-overfit", "SFT that goes on for many epochs (sections 3.5, C.1).", metric_figures.overfitting(sizes)
+    yield (
+        "harm",
+        "Truthfulness, toxicity and stereotypes (figures 6, 7, 32).",
+        metric_figures.harm(sizes),
+    )
+    yield (
+        "sft-overfit",
+        "SFT that goes on for many epochs (sections 3.5, C.1).",
+        metric_figures.overfitting(sizes),
+    )
 
 
 def reward_figures(reading: Reading) -> Iterator[Drawn]:
@@ -124,7 +183,8 @@ def figure_html(name: str, caption: str, image: Path) -> str:
 
 
 def figures_html(drawn: Iterator[Drawn], out: Path) -> str:
-    """The figures that there is data for, one below the other; they are written into the folder `out` too."""
+    """The figures that there is data for, one below the other; they are written into the
+    folder `out` too."""
     shown = []
     for name, caption, figure in drawn:
         if figure:
@@ -146,7 +206,10 @@ def build(readings: list[Reading], out: Path) -> str:
     """The page; its figures are written into the folder `out` too."""
     names = ", ".join(reading.experiment.name for reading in readings)
     prompted = [found for reading in readings for found in (reading, reading.gpt) if found]
-    tables = "".join(f"<h3>{escape(r.experiment.name)}</h3>{html_table(HEADS, table_of(r))}" for r in prompted)
+    tables = "".join(
+        f"<h3>{escape(r.experiment.name)}</h3>{html_table(HEADS, table_of(r))}"
+        for r in prompted
+    )
     claims = "".join(claim_html(claim, findings_of(claim, readings)) for claim in CLAIMS)
     public = "".join(public_table(reading.experiment.sizes) for reading in readings)
     sections = (
@@ -157,7 +220,10 @@ def build(readings: list[Reading], out: Path) -> str:
         ("samples", "Samples", f"<p>{SAMPLES}</p>{browser(prompted)}"),
     )
     links = " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{content}</section>' for key, title, content in sections)
+    body = "".join(
+        f'<section id="{key}"><h2>{title}</h2>{content}</section>'
+        for key, title, content in sections
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '

@@ -1,4 +1,5 @@
-"""The paper's figures, to be shown beside one's own: plots read off, the rest as stated (Ouyang et al., 2022)."""
+"""The paper's figures, to be shown beside one's own: plots read off, the rest as stated
+(Ouyang et al., 2022)."""
 
 NAMES = ("1.3B", "6B", "175B")
 Row = tuple[tuple[float, float, float], ...]  # value, low, high of each size
@@ -42,10 +43,34 @@ LIKERT: dict[str, Row] = {
 }
 # Figure 4: shares, the three sizes pooled.
 METADATA: dict[str, dict[str, float]] = {
-    "attempts": {"GPT": 0.696, "GPT prompted": 0.792, "SFT": 0.864, "PPO": 0.923, "PPO-ptx": 0.928},
-    "constraint": {"GPT": 0.223, "GPT prompted": 0.282, "SFT": 0.340, "PPO": 0.435, "PPO-ptx": 0.433},
-    "hallucinates": {"GPT": 0.448, "GPT prompted": 0.279, "SFT": 0.084, "PPO": 0.215, "PPO-ptx": 0.156},
-    "appropriate": {"GPT": 0.814, "GPT prompted": 0.853, "SFT": 0.880, "PPO": 0.904, "PPO-ptx": 0.903},
+    "attempts": {
+        "GPT": 0.696,
+        "GPT prompted": 0.792,
+        "SFT": 0.864,
+        "PPO": 0.923,
+        "PPO-ptx": 0.928,
+    },
+    "constraint": {
+        "GPT": 0.223,
+        "GPT prompted": 0.282,
+        "SFT": 0.340,
+        "PPO": 0.435,
+        "PPO-ptx": 0.433,
+    },
+    "hallucinates": {
+        "GPT": 0.448,
+        "GPT prompted": 0.279,
+        "SFT": 0.084,
+        "PPO": 0.215,
+        "PPO-ptx": 0.156,
+    },
+    "appropriate": {
+        "GPT": 0.814,
+        "GPT prompted": 0.853,
+        "SFT": 0.880,
+        "PPO": 0.904,
+        "PPO-ptx": 0.903,
+    },
 }
 # Section 3.4: how often two labelers agree, and its half-width.
 AGREEMENT = {"training labelers": (0.726, 0.015), "held-out labelers": (0.773, 0.013)}

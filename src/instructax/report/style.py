@@ -3,7 +3,8 @@
 from instructax.report.drawing import COLOURS
 
 _POLICIES = "".join(
-    f'.card[data-policy="{policy}"] {{ border-top-color: {colour}; }}\n' for policy, colour in COLOURS.items()
+    f'.card[data-policy="{policy}"] {{ border-top-color: {colour}; }}\n'
+    for policy, colour in COLOURS.items()
 )
 STYLE = (
     """

@@ -1,1 +1,2 @@
-"""One process on one machine: distributed start-up, preemption, watchdog, workdir lock, files, logs and goodput."""
+"""One process on one machine: distributed start-up, preemption, watchdog, workdir lock,
+files, logs and goodput."""

@@ -11,4 +11,9 @@ def open_own(path: Path, mode: str) -> Any:
     Raises OSError for a symbolic link, which may lead out of the workdir.
     """
     encoding = None if "b" in mode else "utf-8"
-    return open(path, mode, encoding=encoding, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+    return open(
+        path,
+        mode,
+        encoding=encoding,
+        opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666),
+    )

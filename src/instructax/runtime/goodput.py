@@ -1,9 +1,11 @@
-"""Where the time of a run went, over all of its processes: `goodput.jsonl`, appended to and never rewound.
+"""Where the time of a run went, over all of its processes: `goodput.jsonl`, appended to and
+never rewound.
 
-A line is {"kind", "seconds", "step", "process"}: so many seconds of one kind of work, up to the finished step `step`,
-by the process that began at the Unix time `process`. Each second of a process counts once, save `lost`: a process that
-goes on from an earlier step than its forerunners had come to says how many of their seconds it does again. What a
-killed process did after its last line is in no line.
+A line is {"kind", "seconds", "step", "process"}: so many seconds of one kind of work, up to
+the finished step `step`, by the process that began at the Unix time `process`. Each second
+of a process counts once, save `lost`: a process that goes on from an earlier step than its
+forerunners had come to says how many of their seconds it does again. What a killed process
+did after its last line is in no line.
 """
 
 import json
@@ -19,15 +21,19 @@ from instructax.runtime.files import open_own
 
 KINDS = ("steps", "evaluation", "compile", "init", "restore", "save")
 REDONE = ("steps", "evaluation")  # what is done again after a kill
-PHASES = {"restore": "restore", "evaluate": "evaluation", "save": "save"}  # name of a beat → kind
+PHASES = {
+    "restore": "restore",
+    "evaluate": "evaluation",
+    "save": "save",
+}  # name of a beat → kind
 
 
 class GoodputLog:
     """Books the time of this process, and writes lines if it `writes`.
 
-    Until the first beat all is `init`, from the start of the process on, or from the end of the run before it in the
-    same process. Then the phases of `PHASES` are what they are called; the rest is `compile` before the beat "steps"
-    and `steps` after it.
+    Until the first beat all is `init`, from the start of the process on, or from the end of
+    the run before it in the same process. Then the phases of `PHASES` are what they are
+    called; the rest is `compile` before the beat "steps" and `steps` after it.
     """
 
     _before_ended = 0.0  # Unix time at which the last ledger of this process was closed
@@ -54,16 +60,25 @@ class GoodputLog:
             self._line("lost", lost)
 
     def write(self, step: int, *, least: float = 1e-3) -> None:
-        """Writes what is booked, up to the finished step `step`, and hands it to the system: a kill cannot take it.
-        Fewer than `least` seconds wait for more."""
+        """Writes what is booked, up to the finished step `step`, and hands it to the
+        system: a kill cannot take it. Fewer than `least` seconds wait for more."""
         self._step = step
-        ready = {kind: seconds for kind, seconds in self._booked.items() if seconds >= least}
-        self._booked = {kind: seconds for kind, seconds in self._booked.items() if kind not in ready}
+        ready = {
+            kind: seconds for kind, seconds in self._booked.items() if seconds >= least
+        }
+        self._booked = {
+            kind: seconds for kind, seconds in self._booked.items() if kind not in ready
+        }
         for kind, seconds in ready.items():
             self._line(kind, seconds)
 
     def _line(self, kind: str, seconds: float) -> None:
-        line = {"kind": kind, "seconds": round(seconds, 6), "step": self._step, "process": self._process}
+        line = {
+            "kind": kind,
+            "seconds": round(seconds, 6),
+            "step": self._step,
+            "process": self._process,
+        }
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -100,16 +115,34 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-            seconds, step, process = float(line["seconds"]), int(line["step"]), float(line["process"])
+            seconds, step, process = (
+                float(line["seconds"]),
+                int(line["step"]),
+                float(line["process"]),
+            )
             if math.isfinite(seconds) and line["kind"] in (*KINDS, "lost"):
-                lines.append({"kind": line["kind"], "seconds": seconds, "step": step, "process": process})
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # torn by a kill, or not ours
+                lines.append(
+                    {
+                        "kind": line["kind"],
+                        "seconds": seconds,
+                        "step": step,
+                        "process": process,
+                    }
+                )
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+        ):  # torn by a kill, or not ours
             continue
     return lines
 
 
 def lost_seconds(lines: Iterable[Mapping[str, Any]], step: int) -> float:
-    """The seconds that a run does again which goes on from `step`, those left out that were lost before."""
+    """The seconds that a run does again which goes on from `step`, those left out that were
+    lost before."""
     standing: list[Mapping[str, Any]] = []
     for line in lines:
         if line["kind"] == "lost":
@@ -120,12 +153,16 @@ def lost_seconds(lines: Iterable[Mapping[str, Any]], step: int) -> float:
 
 
 def totals(path: Path) -> dict[str, float]:
-    """Seconds by kind, `lost` too, the number of `processes`, and `goodput`: the share of all seconds that went into
-    steps and evaluations which were not done again. {} if there is no ledger."""
+    """Seconds by kind, `lost` too, the number of `processes`, and `goodput`: the share of
+    all seconds that went into steps and evaluations which were not done again. {} if there
+    is no ledger."""
     lines = read_lines(path)
     if not lines:
         return {}
-    seconds = {kind: sum(line["seconds"] for line in lines if line["kind"] == kind) for kind in (*KINDS, "lost")}
+    seconds = {
+        kind: sum(line["seconds"] for line in lines if line["kind"] == kind)
+        for kind in (*KINDS, "lost")
+    }
     useful = sum(seconds[kind] for kind in REDONE) - seconds["lost"]
     spent = sum(seconds[kind] for kind in KINDS)
     return {

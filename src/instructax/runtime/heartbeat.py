@@ -1,4 +1,5 @@
-"""What a run is at, in a file: for those who look at it from outside, and after it was killed."""
+"""What a run is at, in a file: for those who look at it from outside, and after it was
+killed."""
 
 import contextlib
 import json
@@ -13,7 +14,8 @@ LENGTH = 128  # bytes of the file; it is written in place by one call, so a read
 
 
 class Heartbeat:
-    """Keeps the last beat in the file `path`: one line of JSON with pid, phase and Unix time."""
+    """Keeps the last beat in the file `path`: one line of JSON with pid, phase and Unix
+    time."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,8 +23,12 @@ class Heartbeat:
 
     def beat(self, name: str) -> None:
         """Notes that work called `name` begins or ends now."""
-        line = json.dumps({"pid": os.getpid(), "phase": name, "unix": round(time.time(), 3)})
-        with contextlib.suppress(OSError):  # a full disk is the business of what must be written
+        line = json.dumps(
+            {"pid": os.getpid(), "phase": name, "unix": round(time.time(), 3)}
+        )
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk is the business of what must be written
             os.pwrite(self._file.fileno(), f"{line:<{LENGTH - 1}}\n".encode(), 0)
 
     def close(self) -> None:

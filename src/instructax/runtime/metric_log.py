@@ -1,9 +1,10 @@
 """What a run writes while it goes: metrics, samples, phase times and a closing summary.
 
-`metrics.jsonl` holds one JSON object per step and `samples.jsonl` one per sample. Both are appended to; a resumed run
-first drops the lines after the step it starts from, so each step stands once. All that depends on a clock is under a
-key `time/…`: the other keys of a resumed run are bit for bit those of an uninterrupted one. JSON has no NaN: a
-non-finite metric is written as null and named in the list `nonfinite`.
+`metrics.jsonl` holds one JSON object per step and `samples.jsonl` one per sample. Both are
+appended to; a resumed run first drops the lines after the step it starts from, so each step
+stands once. All that depends on a clock is under a key `time/…`: the other keys of a
+resumed run are bit for bit those of an uninterrupted one. JSON has no NaN: a non-finite
+metric is written as null and named in the list `nonfinite`.
 """
 
 import contextlib
@@ -24,14 +25,23 @@ from instructax.runtime.files import open_own
 from instructax.runtime.redaction import printable
 
 RESERVED = ("step", "nonfinite")  # the keys that the log itself writes
-MAIN = ("loss", "accuracy", "scores", "rewards", "kl", "entropy", "response_length")  # come first on the console
+MAIN = (
+    "loss",
+    "accuracy",
+    "scores",
+    "rewards",
+    "kl",
+    "entropy",
+    "response_length",
+)  # come first on the console
 FIRST_STEP = "first_step"  # the phase of `started`
 CONSOLE_METRICS = 6  # metrics on the console line: those of `MAIN`, then the others by name
 CONSOLE_CHARACTERS = 160  # of each field of a sample on the console
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's types: tuples as lists, arrays as (nested) lists, NaN and infinities as None."""
+    """`value` in JSON's types: tuples as lists, arrays as (nested) lists, NaN and
+    infinities as None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -59,15 +69,20 @@ def _replace(path: Path, lines: Iterable[str]) -> None:
 
 
 def rewind(path: Path, start_step: int) -> None:
-    """Keeps the lines of a JSONL log whose step is at most `start_step`; with `start_step` 0 nothing is kept.
+    """Keeps the lines of a JSONL log whose step is at most `start_step`; with `start_step`
+    0 nothing is kept.
 
-    A line that is not a JSON object with a step, such as the half line of a killed run, is dropped.
+    A line that is not a JSON object with a step, such as the half line of a killed run, is
+    dropped.
     """
     if not path.exists():
         return
     with path.open(errors="replace") as old:
         whole = (line for line in old if line.endswith("\n"))
-        _replace(path, (line for line in whole if start_step > 0 and _step_of(line) <= start_step))
+        _replace(
+            path,
+            (line for line in whole if start_step > 0 and _step_of(line) <= start_step),
+        )
 
 
 def _step_of(line: str) -> float:
@@ -87,7 +102,8 @@ class _Record:
 
 
 class MetricLog:
-    """The log of one run in `workdir`; a context manager that flushes on any exit. Only process 0 writes.
+    """The log of one run in `workdir`; a context manager that flushes on any exit. Only
+    process 0 writes.
 
     Args:
       total_steps: the run's last step, for the console line and the estimated time of arrival.
@@ -115,13 +131,17 @@ class MetricLog:
         recorded: bool = True,
     ):
         if log_every < 1:
-            raise ValueError(f"log_every is {log_every}; it must be at least 1: set it in the config of the run")
+            raise ValueError(
+                f"log_every is {log_every}; it must be at least 1: set it in the config of the run"
+            )
         self._workdir = Path(workdir)
         self._total_steps, self._log_every = total_steps, log_every
         self._writes = jax.process_index() == 0
         self._console = console and self._writes
         self._beat, self._written = beat, written
-        self._last_step = start_step - (not recorded) if start_step > 0 else -1  # a new run may record step 0
+        self._last_step = (
+            start_step - (not recorded) if start_step > 0 else -1
+        )  # a new run may record step 0
         self._last_sampled = -1
         self._buffer: list[_Record] = []
         self._phases: dict[str, float] = {}
@@ -137,8 +157,12 @@ class MetricLog:
         self._workdir.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             rewind(self._workdir / name, start_step)
-        self._metrics = self._files.enter_context(open_own(self._workdir / "metrics.jsonl", "a"))
-        self._samples = self._files.enter_context(open_own(self._workdir / "samples.jsonl", "a"))
+        self._metrics = self._files.enter_context(
+            open_own(self._workdir / "metrics.jsonl", "a")
+        )
+        self._samples = self._files.enter_context(
+            open_own(self._workdir / "samples.jsonl", "a")
+        )
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -158,11 +182,15 @@ class MetricLog:
           ValueError: a step recorded before, a reserved name, a metric that is not a scalar.
         """
         if step <= self._last_step:
-            raise ValueError(f"step {step} follows step {self._last_step}: record each step once, in rising order")
+            raise ValueError(
+                f"step {step} follows step {self._last_step}: record each step once, in rising order"
+            )
         _refuse_reserved(metrics)
         for name, value in metrics.items():
             if np.shape(value) != ():
-                raise ValueError(f"metric {name!r} has shape {np.shape(value)}; only scalars can be recorded")
+                raise ValueError(
+                    f"metric {name!r} has shape {np.shape(value)}; only scalars can be recorded"
+                )
         self._last_step = step
         phases, self._phases = self._phases, {}
         if self._writes:
@@ -173,10 +201,12 @@ class MetricLog:
     def flush(self) -> None:
         """Fetches and writes what `record` took since the last flush.
 
-        `time/step_s` and `time/tokens_per_second_per_device` are means over these steps: a step's own time is unknown,
-        since the device works behind the host. The first step, most of which went into compiling, counts only where
-        there is no other. A checkpoint's step should be flushed before it is saved, as it is where `log_every` divides
-        the steps between checkpoints: else a killed and resumed run has a gap in its log.
+        `time/step_s` and `time/tokens_per_second_per_device` are means over these steps: a
+        step's own time is unknown, since the device works behind the host. The first step,
+        most of which went into compiling, counts only where there is no other. A
+        checkpoint's step should be flushed before it is saved, as it is where `log_every`
+        divides the steps between checkpoints: else a killed and resumed run has a gap in
+        its log.
         """
         if not self._buffer:
             return
@@ -187,7 +217,11 @@ class MetricLog:
         timed = [i for i, record in enumerate(records) if FIRST_STEP not in record.phases]
         if not timed:
             seconds, timed = records[0].phases[FIRST_STEP], [0]
-        rate = sum(float(fetched[i].get("tokens", 0)) for i in timed) / seconds / jax.device_count()
+        rate = (
+            sum(float(fetched[i].get("tokens", 0)) for i in timed)
+            / seconds
+            / jax.device_count()
+        )
         lines = []
         for record, metrics in zip(records, fetched, strict=True):
             times = {f"time/{name}_s": value for name, value in record.phases.items()}
@@ -203,20 +237,30 @@ class MetricLog:
         self._metrics.flush()
         if self._writer is not None:
             for line in lines:
-                scalars = {name: value for name, value in line.items() if name not in RESERVED and value is not None}
+                scalars = {
+                    name: value
+                    for name, value in line.items()
+                    if name not in RESERVED and value is not None
+                }
                 for name, value in scalars.items():
-                    self._writer.add_scalar(name, value, line["step"], walltime=line["time/unix_s"])
+                    self._writer.add_scalar(
+                        name, value, line["step"], walltime=line["time/unix_s"]
+                    )
             self._writer.flush()
         if self._console:
             print(self._console_line(lines[-1]), flush=True)
 
     def _console_line(self, line: dict[str, Any]) -> str:
         hidden = (*RESERVED, "tokens")
-        names = [name for name in line if name not in hidden and not name.startswith("time/")]
+        names = [
+            name for name in line if name not in hidden and not name.startswith("time/")
+        ]
         names.sort(key=lambda name: (MAIN.index(name) if name in MAIN else len(MAIN), name))
         parts = [f"step {line['step']}/{self._total_steps}"]
         for name in names[:CONSOLE_METRICS]:
-            parts.append(f"{name} {'non-finite' if line[name] is None else format(line[name], '.4g')}")
+            parts.append(
+                f"{name} {'non-finite' if line[name] is None else format(line[name], '.4g')}"
+            )
         if (rate := line.get("time/tokens_per_second_per_device")) is not None:
             parts.append(f"{rate:,.0f} tokens/s/device")
         left = (self._total_steps - line["step"]) * line["time/step_s"]
@@ -224,20 +268,27 @@ class MetricLog:
         return "  ".join(parts)
 
     def sample(self, step: int, record: Mapping[str, Any]) -> None:
-        """Appends one sample (prompt, response, score, …) at once; the first of a step with a console line is shown."""
+        """Appends one sample (prompt, response, score, …) at once; the first of a step with
+        a console line is shown."""
         _refuse_reserved(record)
         if not self._writes:
             return
-        self._samples.write(json.dumps({"step": step, **plain(record)}, allow_nan=False) + "\n")
+        self._samples.write(
+            json.dumps({"step": step, **plain(record)}, allow_nan=False) + "\n"
+        )
         self._samples.flush()
         if self._console and step != self._last_sampled and step % self._log_every == 0:
-            fields = (f"{name}: {printable(str(value)[:CONSOLE_CHARACTERS])}" for name, value in record.items())
+            fields = (
+                f"{name}: {printable(str(value)[:CONSOLE_CHARACTERS])}"
+                for name, value in record.items()
+            )
             print(f"sample {step}  " + "  ".join(fields), flush=True)
         self._last_sampled = step
 
     def started(self, metrics: Mapping[str, Any]) -> None:
-        """Waits for the metrics of the first step, and notes the seconds since the log was opened, most of which went
-        into compiling: `time/first_step_s` of the next record, and a line on the console."""
+        """Waits for the metrics of the first step, and notes the seconds since the log was
+        opened, most of which went into compiling: `time/first_step_s` of the next record,
+        and a line on the console."""
         jax.block_until_ready(metrics)
         self._beat("steps")
         now = time.perf_counter()
@@ -250,7 +301,8 @@ class MetricLog:
     def phase(self, name: str) -> Iterator[None]:
         """Adds the wall time of the block to `time/{name}_s` of the next record.
 
-        It is the host's time: a block that only dispatches work to the device ends before the device does.
+        It is the host's time: a block that only dispatches work to the device ends before
+        the device does.
         """
         self._beat(name)
         start = time.perf_counter()
@@ -277,11 +329,18 @@ def _refuse_reserved(names: Mapping[str, Any]) -> None:
             raise ValueError(f"the name {name!r} is the log's own: rename that entry")
 
 
-def _line(step: int, metrics: Mapping[str, Any], times: Mapping[str, float]) -> dict[str, Any]:
+def _line(
+    step: int, metrics: Mapping[str, Any], times: Mapping[str, float]
+) -> dict[str, Any]:
     """One line of `metrics.jsonl`, sorted by name, from metrics that are on the host."""
     values = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
     nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
-    return {"step": step, **plain(values), **({"nonfinite": nonfinite} if nonfinite else {}), **times}
+    return {
+        "step": step,
+        **plain(values),
+        **({"nonfinite": nonfinite} if nonfinite else {}),
+        **times,
+    }
 
 
 def _tensorboard_writer(directory: Path, start_step: int) -> Any:

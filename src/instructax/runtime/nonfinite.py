@@ -1,4 +1,5 @@
-"""Numbers that are none: updates that are skipped, and the end of a run that has nothing else left."""
+"""Numbers that are none: updates that are skipped, and the end of a run that has nothing
+else left."""
 
 import logging
 from pathlib import Path
@@ -17,10 +18,11 @@ class Diverged(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Notes the updates that were skipped for gradients that are not finite, each with its batch, and ends a run that
-    skips too many in a row.
+    """Notes the updates that were skipped for gradients that are not finite, each with its
+    batch, and ends a run that skips too many in a row.
 
-    The figures of an update are looked at when the next one is under way, so that the devices never wait.
+    The figures of an update are looked at when the next one is under way, so that the
+    devices never wait.
 
     Args:
       most: how many updates in a row may be skipped.
@@ -47,12 +49,18 @@ class NonFiniteGuard:
             return
         self._row += 1
         path = self._folder / f"{step}-{jax.process_index()}.npz"
-        if self._row <= max(self._most, 1):  # of a row too long, the last batch is not needed
+        if self._row <= max(
+            self._most, 1
+        ):  # of a row too long, the last batch is not needed
             self._folder.mkdir(parents=True, exist_ok=True)
             with open_own(path, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **_local_arrays(batch))
         if self._row <= self._most:
-            logger.warning("step %d: gradients are not finite, the update is skipped; its batch: %s", step, path)
+            logger.warning(
+                "step %d: gradients are not finite, the update is skipped; its batch: %s",
+                step,
+                path,
+            )
             return
         raise Diverged(
             f"gradients were not finite in {self._row} updates in a row, up to step {step}; the first of their batches "
@@ -70,5 +78,6 @@ def _local_arrays(tree: Any) -> dict[str, np.ndarray]:
         return np.concatenate([np.asarray(shard.data) for shard in shards.values()])
 
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): local(x) for path, x in jax.tree.leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="."): local(x)
+        for path, x in jax.tree.leaves_with_path(tree)
     }

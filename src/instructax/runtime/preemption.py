@@ -1,7 +1,8 @@
-"""Being asked to stop: the first Ctrl-C or SIGTERM is noted, and answered between two pieces of work.
+"""Being asked to stop: the first Ctrl-C or SIGTERM is noted, and answered between two
+pieces of work.
 
-A compiled program cannot be left before its end; what runs several, or one of them many times, calls `check_stop_requested` between
-them.
+A compiled program cannot be left before its end; what runs several, or one of them many
+times, calls `check_stop_requested` between them.
 """
 
 import os
@@ -22,10 +23,11 @@ class StopRequested(Exception):
 
 
 class GracefulShutdown:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one ends the program at once.
+    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one ends the
+    program at once.
 
-    A second one raises KeyboardInterrupt; where Python cannot raise it, because a compiled program runs, the process
-    ends `GRACE` seconds later with the code 128 + signal.
+    A second one raises KeyboardInterrupt; where Python cannot raise it, because a compiled
+    program runs, the process ends `GRACE` seconds later with the code 128 + signal.
     """
 
     current: ClassVar["GracefulShutdown | None"] = None
@@ -34,7 +36,8 @@ class GracefulShutdown:
         self.asked = False
         self._outer, GracefulShutdown.current = GracefulShutdown.current, self
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-        # Python's own handlers wait for the interpreter; what stands in this pipe was written when the signal came.
+        # Python's own handlers wait for the interpreter; what stands in this pipe was
+        # written when the signal came.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._woken = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -65,6 +68,7 @@ class GracefulShutdown:
 
 
 def check_stop_requested() -> None:
-    """Raises Asked if this or another process was asked to stop, within an `GracefulShutdown`; all processes must call."""
+    """Raises Asked if this or another process was asked to stop, within an
+    `GracefulShutdown`; all processes must call."""
     if GracefulShutdown.current is not None and any_host(GracefulShutdown.current.asked):
         raise StopRequested

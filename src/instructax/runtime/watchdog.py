@@ -1,4 +1,5 @@
-"""Ends a process that stands still: a hung collective or a stuck reader would hold its devices for ever."""
+"""Ends a process that stands still: a hung collective or a stuck reader would hold its
+devices for ever."""
 
 import contextlib
 import faulthandler
@@ -16,11 +17,12 @@ TICK = 5.0  # seconds after which the watchdog looks again, or less
 
 
 class Watchdog:
-    """While entered, aborts the process (SIGABRT, code 134) once `seconds` have passed without a `beat`; 0: never.
+    """While entered, aborts the process (SIGABRT, code 134) once `seconds` have passed
+    without a `beat`; 0: never.
 
-    Time in which the process itself was stopped, as by SIGSTOP or a frozen container, does not count. Before it aborts,
-    it writes to `report` what was begun last and the stacks of all threads. A thread that holds Python's lock for ever
-    holds up the watchdog too.
+    Time in which the process itself was stopped, as by SIGSTOP or a frozen container, does
+    not count. Before it aborts, it writes to `report` what was begun last and the stacks of
+    all threads. A thread that holds Python's lock for ever holds up the watchdog too.
     """
 
     def __init__(self, seconds: float, report: Path):
@@ -62,5 +64,7 @@ class Watchdog:
             print(line, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         print(line, file=sys.stderr, flush=True)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of all parameters helps nobody
+        resource.setrlimit(
+            resource.RLIMIT_CORE, (0, 0)
+        )  # a core of all parameters helps nobody
         os.abort()

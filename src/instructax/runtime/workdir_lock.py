@@ -1,4 +1,5 @@
-"""One run, one workdir: two commands that write to the same folder would destroy each other's work."""
+"""One run, one workdir: two commands that write to the same folder would destroy each
+other's work."""
 
 import contextlib
 import datetime
@@ -23,15 +24,20 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """While entered, `workdir` belongs to this run: process 0 holds `workdir/lock.json`, which says who.
+    """While entered, `workdir` belongs to this run: process 0 holds `workdir/lock.json`,
+    which says who.
 
-    The lock is the kernel's: it ends with the process, however that ends, so none is ever stale; the file stays. A file
-    system without locks is used with a warning. Raises ConfigError, on every process, if another run holds it or if
-    there can be no such folder.
+    The lock is the kernel's: it ends with the process, however that ends, so none is ever
+    stale; the file stays. A file system without locks is used with a warning. Raises
+    ConfigError, on every process, if another run holds it or if there can be no such
+    folder.
     """
     with contextlib.ExitStack() as held:
         refusal = _hold(workdir, held) if jax.process_index() == 0 else ""
-        require(all_hosts(not refusal), refusal or f"--workdir {workdir} cannot be used, as process 0 reports")
+        require(
+            all_hosts(not refusal),
+            refusal or f"--workdir {workdir} cannot be used, as process 0 reports",
+        )
         yield
 
 
@@ -48,12 +54,17 @@ def _hold(workdir: Path, held: contextlib.ExitStack) -> str:
     except BlockingIOError:
         return f"{workdir} is in use by {_described(path)}: wait for that run, stop it, or take another --workdir"
     except OSError as error:
-        logger.warning("%s cannot be locked (%s): start no second run in this folder", path, error)
+        logger.warning(
+            "%s cannot be locked (%s): start no second run in this folder", path, error
+        )
         return ""
     file.truncate(0)
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     boot = BOOT.read_text().strip() if BOOT.exists() else ""
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "boot": boot, "since": since}, file)
+    json.dump(
+        {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot, "since": since},
+        file,
+    )
     file.flush()
     return ""
 

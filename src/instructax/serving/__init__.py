@@ -1,1 +1,2 @@
-"""Trained models in use: sampling engine, text streams, chat and the OpenAI-compatible HTTP server."""
+"""Trained models in use: sampling engine, text streams, chat and the OpenAI-compatible HTTP
+server."""

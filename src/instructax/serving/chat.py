@@ -30,27 +30,35 @@ from instructax.sharding import MeshConfig
 from instructax.training import loop
 
 
-def open_policy(path: str | Path, compute: ComputeConfig) -> tuple[Transformer, Any, Tokenizer]:
-    """(network, parameters, tokenizer) of the finished run at `path`, on the first device, as its manifest says."""
+def open_policy(
+    path: str | Path, compute: ComputeConfig
+) -> tuple[Transformer, Any, Tokenizer]:
+    """(network, parameters, tokenizer) of the finished run at `path`, on the first device,
+    as its manifest says."""
     run = open_parent(path, "--workdir")
     manifest = run.manifest
     require(
         manifest["stage"] in STAGES["tokens"],
         f"{path} holds a run of stage {manifest['stage']!r}; only {', '.join(STAGES['tokens'])} runs answer prompts",
     )
-    model = Transformer(construct(ModelConfig, manifest["model"], "model"), compute, "tokens")
+    model = Transformer(
+        construct(ModelConfig, manifest["model"], "model"), compute, "tokens"
+    )
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
     require(
         tokenizer.hash == manifest["tokenizer"]["hash"],
         f"{run.workdir / 'tokenizer.json'} has changed since the run was trained: restore it",
     )
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(
+        MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]
+    )
     return model, run.load(loop.abstract_params(model, mesh)), tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What answers: a network that is ready, its tokenizer, and its chat template if it has one."""
+    """What answers: a network that is ready, its tokenizer, and its chat template if it has
+    one."""
 
     engine: Engine
     tokenizer: Tokenizer
@@ -63,8 +71,15 @@ class Policy:
 
 def open_served(path: str | Path, *, dtype: Any, rows: int) -> Policy:
     """The policy of the finished run at `path`, for up to `rows` requests at a time."""
-    parts = {"microbatch_rows": rows, "tail_splits": 0, "slots": rows, "compaction_steps": 0}
-    compute = ComputeConfig(dtype=dtype, decoding=dtype, attention="jax", remat="none", head_chunk=64, **parts)
+    parts = {
+        "microbatch_rows": rows,
+        "tail_splits": 0,
+        "slots": rows,
+        "compaction_steps": 0,
+    }
+    compute = ComputeConfig(
+        dtype=dtype, decoding=dtype, attention="jax", remat="none", head_chunk=64, **parts
+    )
     model, params, tokenizer = open_policy(path, compute)
     template = load_template(open_parent(path, "--workdir").workdir, tokenizer)
     engine = Engine(model, params, eos_id=tokenizer.eos_id, rows=rows)
@@ -83,12 +98,16 @@ class SamplingParams:
 
 
 def answers(
-    policy: Policy, prompts: Sequence[tuple[int, np.ndarray]], asking: SamplingParams, ends: np.ndarray | None
+    policy: Policy,
+    prompts: Sequence[tuple[int, np.ndarray]],
+    asking: SamplingParams,
+    ends: np.ndarray | None,
 ) -> Iterator[tuple[list[str], list[TextStream]]]:
-    """Again and again (what can be shown next of each answer, all answers so far); `samples` answers to each prompt.
+    """Again and again (what can be shown next of each answer, all answers so far);
+    `samples` answers to each prompt.
 
-    A prompt is (its number, its tokens i32[n]): number and seed decide what is drawn. A token of `ends` b[V] ends an
-    answer too.
+    A prompt is (its number, its tokens i32[n]): number and seed decide what is drawn. A
+    token of `ends` b[V] ends an answer too.
     """
     draws = [
         Draw(
@@ -112,25 +131,40 @@ def answers(
             return
 
 
-def _opened_for(asking: SamplingParams, path: str | Path, *, dtype: Any, rows: int) -> Policy:
+def _opened_for(
+    asking: SamplingParams, path: str | Path, *, dtype: Any, rows: int
+) -> Policy:
     """As `open_served`; raises ConfigError if answers so long leave a prompt no room."""
     policy = open_served(path, dtype=dtype, rows=rows)
     policy.engine.check(1, asking.length)
     return policy
 
 
-def talk(path: str | Path, prompts: Iterable[str], asking: SamplingParams, *, dtype: Any) -> None:
-    """Prints answers to each prompt, a single one while it is drawn; one that cannot be read gets the reason."""
+def talk(
+    path: str | Path, prompts: Iterable[str], asking: SamplingParams, *, dtype: Any
+) -> None:
+    """Prints answers to each prompt, a single one while it is drawn; one that cannot be
+    read gets the reason."""
     policy = _opened_for(asking, path, dtype=dtype, rows=asking.samples)
     for number, prompt in enumerate(prompts):
         try:
-            _print_answers(policy, policy.tokenizer.encode(add_separator(prompt)), asking, number, None)
+            _print_answers(
+                policy, policy.tokenizer.encode(add_separator(prompt)), asking, number, None
+            )
         except ValueError as error:
             print(f"({printable(str(error))})", flush=True)
 
 
-def converse(path: str | Path, said: Iterable[str], asking: SamplingParams, *, dtype: Any, system: str) -> None:
-    """As `talk`, as one conversation, which "/new" begins anew; `system`, if not empty, opens it."""
+def converse(
+    path: str | Path,
+    said: Iterable[str],
+    asking: SamplingParams,
+    *,
+    dtype: Any,
+    system: str,
+) -> None:
+    """As `talk`, as one conversation, which "/new" begins anew; `system`, if not empty,
+    opens it."""
     policy = _opened_for(asking, path, dtype=dtype, rows=1)
     ends = turn_ends(policy.tokenizer, policy.template)
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -150,7 +184,11 @@ def converse(path: str | Path, said: Iterable[str], asking: SamplingParams, *, d
 
 
 def _print_answers(
-    policy: Policy, prompt: np.ndarray, asking: SamplingParams, number: int, ends: np.ndarray | None
+    policy: Policy,
+    prompt: np.ndarray,
+    asking: SamplingParams,
+    number: int,
+    ends: np.ndarray | None,
 ) -> list[str]:
     streams: list[TextStream] = []
     for shown, streams in answers(policy, [(number, prompt)], asking, ends):  # noqa: B007, the last ones are read below
@@ -164,14 +202,27 @@ def _print_answers(
     return [stream.text for stream in streams]
 
 
-def answer_file(path: str | Path, source: Path, target: Path, asking: SamplingParams, *, dtype: Any, rows: int) -> None:
-    """Answers the prompts of `source`, one JSON object a line, into `target`, in the same order.
+def answer_file(
+    path: str | Path,
+    source: Path,
+    target: Path,
+    asking: SamplingParams,
+    *,
+    dtype: Any,
+    rows: int,
+) -> None:
+    """Answers the prompts of `source`, one JSON object a line, into `target`, in the same
+    order.
 
-    A line has `prompt` or `messages`, and what else it has is kept; added are `answers` and, of each, `finish` ("stop"
-    or "length") and `tokens`. A prompt that does not fit gets `error` instead. Raises ValueError for a line that cannot
-    be used, before anything is drawn, and if `target` is there already.
+    A line has `prompt` or `messages`, and what else it has is kept; added are `answers`
+    and, of each, `finish` ("stop" or "length") and `tokens`. A prompt that does not fit
+    gets `error` instead. Raises ValueError for a line that cannot be used, before anything
+    is drawn, and if `target` is there already.
     """
-    require(not target.exists(), f"--output = {target} is there already: delete it, or choose another name")
+    require(
+        not target.exists(),
+        f"--output = {target} is there already: delete it, or choose another name",
+    )
     lines = list(_asked(source))
     # One answer in a batch for each sample; a prompt's own are in one batch.
     policy = _opened_for(asking, path, dtype=dtype, rows=max(rows, asking.samples))
@@ -184,25 +235,46 @@ def answer_file(path: str | Path, source: Path, target: Path, asking: SamplingPa
     print(f"{target}: {len(lines)} prompts answered", flush=True)
 
 
-def _answered(policy: Policy, lines: list[dict[str, Any]], asking: SamplingParams, first: int) -> list[dict[str, Any]]:
-    """`lines` with their answers; the random numbers of a line are those of its number in the file."""
+def _answered(
+    policy: Policy, lines: list[dict[str, Any]], asking: SamplingParams, first: int
+) -> list[dict[str, Any]]:
+    """`lines` with their answers; the random numbers of a line are those of its number in
+    the file."""
     done = list(lines)
-    prompts: dict[bool, list[tuple[int, np.ndarray]]] = {False: [], True: []}  # by whether turns end answers too
+    prompts: dict[bool, list[tuple[int, np.ndarray]]] = {
+        False: [],
+        True: [],
+    }  # by whether turns end answers too
     for i, line in enumerate(lines):
         chats = "messages" in line
         try:
-            tokens = policy.encode(line["messages"]) if chats else policy.tokenizer.encode(add_separator(line["prompt"]))
+            tokens = (
+                policy.encode(line["messages"])
+                if chats
+                else policy.tokenizer.encode(add_separator(line["prompt"]))
+            )
             policy.engine.check(len(tokens), asking.length)
             prompts[chats].append((first + i, tokens))
         except ValueError as error:
             done[i] = line | {"error": str(error)}
     for chats, asked in prompts.items():
         ends = turn_ends(policy.tokenizer, policy.template) if chats else None
-        streams = [streams for _, streams in answers(policy, asked, asking, ends)][-1] if asked else []
+        streams = (
+            [streams for _, streams in answers(policy, asked, asking, ends)][-1]
+            if asked
+            else []
+        )
         for place, (number, _) in enumerate(asked):
             own = streams[place * asking.samples : (place + 1) * asking.samples]
-            found = {"answers": [stream.text for stream in own], "finish": [stream.finish for stream in own]}
-            done[number - first] = lines[number - first] | found | {"tokens": [stream.tokens for stream in own]}
+            found = {
+                "answers": [stream.text for stream in own],
+                "finish": [stream.finish for stream in own],
+            }
+            done[number - first] = (
+                lines[number - first]
+                | found
+                | {"tokens": [stream.tokens for stream in own]}
+            )
     return done
 
 
@@ -223,7 +295,10 @@ def _question(place: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON: {error}") from None
     require(isinstance(given, dict), f"{place}: not a JSON object ({line[:40]!r})")
-    require(("prompt" in given) != ("messages" in given), f"{place}: give one of prompt and messages")
+    require(
+        ("prompt" in given) != ("messages" in given),
+        f"{place}: give one of prompt and messages",
+    )
     if "prompt" in given:
         require(isinstance(given["prompt"], str), f"{place}: prompt must be a string")
     else:

@@ -1,8 +1,10 @@
-"""Samples and scores for whoever asks one by one: requests of any length on few compiled programs.
+"""Samples and scores for whoever asks one by one: requests of any length on few compiled
+programs.
 
-Shapes are rounded up, lengths to powers of two and rows to one or all, so that few programs are compiled, and padding
-changes nothing: a sample is a function of its prompt, seed, number and temperature. It is drawn in pieces of about
-`PIECE_SECONDS`, so that it can be shown or stopped on the way; the pieces change nothing either.
+Shapes are rounded up, lengths to powers of two and rows to one or all, so that few programs
+are compiled, and padding changes nothing: a sample is a function of its prompt, seed,
+number and temperature. It is drawn in pieces of about `PIECE_SECONDS`, so that it can be
+shown or stopped on the way; the pieces change nothing either.
 """
 
 import dataclasses
@@ -25,7 +27,9 @@ from instructax.types import Array, Params, Prompts
 
 SHORTEST = 16  # columns of a program, at least
 PIECE_SECONDS = 0.1
-MOST_STEPS = 64  # tokens of a piece: so soon does whoever has enough of a sample get rid of it
+MOST_STEPS = (
+    64  # tokens of a piece: so soon does whoever has enough of a sample get rid of it
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,9 @@ class Draw:
 
     prompt: np.ndarray  # i32[n], n ≥ 1
     seed: int
-    number: int  # with the seed it decides the random numbers: samples of one seed differ by it
+    number: (
+        int  # with the seed it decides the random numbers: samples of one seed differ by it
+    )
     temperature: float  # 0 = the likeliest token
     limit: int  # the most tokens
 
@@ -50,38 +56,54 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of a text i32[n], at temperature 1, in nats; nothing predicts the first token: 0, False, and no likeliest."""
+    """Of a text i32[n], at temperature 1, in nats; nothing predicts the first token: 0,
+    False, and no likeliest."""
 
-    logprobs: np.ndarray  # f32[n], log-probability of each token given all before it; 0 where not asked for
+    logprobs: (
+        np.ndarray
+    )  # f32[n], log-probability of each token given all before it; 0 where not asked for
     greedy: np.ndarray  # b[n], whether it is the likeliest; False where not asked for
     top_ids: np.ndarray  # i32[n, K], the likeliest tokens in its place, the likeliest first
     top_logprobs: np.ndarray  # f32[n, K]
 
 
 class Engine:
-    """A policy on one device; `rows` requests at a time. Not to be called from two threads at once."""
+    """A policy on one device; `rows` requests at a time. Not to be called from two threads
+    at once."""
 
     def __init__(self, model: Transformer, params: Params, *, eos_id: int, rows: int):
         compute = dataclasses.replace(model.compute, slots=rows)
         self._model, self._params, self.rows = model.clone(compute=compute), params, rows
         self.max_length, self.eos_id = model.config.max_length, eos_id
         ends = {"eos_id": eos_id}
-        self._start = jax.jit(partial(_start, self._model, **ends), static_argnames="length")
-        self._advance = jax.jit(partial(advance_sampling, self._model, **ends), donate_argnames="sampling")
+        self._start = jax.jit(
+            partial(_start, self._model, **ends), static_argnames="length"
+        )
+        self._advance = jax.jit(
+            partial(advance_sampling, self._model, **ends), donate_argnames="sampling"
+        )
         self._score = jax.jit(partial(_score, self._model), static_argnames="top")
         self._no_stops = np.zeros((model.config.vocab_size,), bool)
 
     def check(self, prompt_tokens: int, limit: int) -> None:
         """Raises ConfigError unless a prompt and so many tokens after it fit the model."""
         room = self.max_length - limit
-        require(room > 0, f"length = {limit} must be below the model's {self.max_length} tokens")
+        require(
+            room > 0, f"length = {limit} must be below the model's {self.max_length} tokens"
+        )
         possible = f"between 1 and {room} are possible"
-        require(0 < prompt_tokens <= room, f"the prompt has {prompt_tokens} tokens; {possible}")
+        require(
+            0 < prompt_tokens <= room, f"the prompt has {prompt_tokens} tokens; {possible}"
+        )
 
-    def stream(self, draws: Sequence[Draw], stops: np.ndarray | None = None) -> Iterator[list[Piece]]:
-        """Up to `rows` samples, side by side: again and again the next tokens of each, until all are over.
+    def stream(
+        self, draws: Sequence[Draw], stops: np.ndarray | None = None
+    ) -> Iterator[list[Piece]]:
+        """Up to `rows` samples, side by side: again and again the next tokens of each,
+        until all are over.
 
-        A token of `stops` b[V] ends a sample as the end token does. Raises ConfigError for a prompt that does not fit.
+        A token of `stops` b[V] ends a sample as the end token does. Raises ConfigError for
+        a prompt that does not fit.
         """
         for draw in draws:
             self.check(len(draw.prompt), draw.limit)
@@ -90,21 +112,35 @@ class Engine:
         sent, steps = [0] * len(draws), 1
         while True:
             slots = sampling.slots
-            responses, mask, ended = jax.device_get((slots.responses, slots.mask, slots.ended))
+            responses, mask, ended = jax.device_get(
+                (slots.responses, slots.mask, slots.ended)
+            )
             counts = mask.sum(axis=1)
-            over = [bool(ended[i]) or counts[i] >= draw.limit for i, draw in enumerate(draws)]
+            over = [
+                bool(ended[i]) or counts[i] >= draw.limit for i, draw in enumerate(draws)
+            ]
             yield [
-                Piece(tokens=responses[i, sent[i] : counts[i]], over=over[i], ended=bool(ended[i]))
+                Piece(
+                    tokens=responses[i, sent[i] : counts[i]],
+                    over=over[i],
+                    ended=bool(ended[i]),
+                )
                 for i in range(len(draws))
             ]
             if all(over):
                 return
             sent = counts[: len(draws)].tolist()
             begun = time.perf_counter()
-            sampling = self._advance(self._params, sampling=sampling, steps=jnp.int32(steps), stops=stops)
+            sampling = self._advance(
+                self._params, sampling=sampling, steps=jnp.int32(steps), stops=stops
+            )
             jax.block_until_ready(sampling.slots.column)
             seconds = time.perf_counter() - begun
-            steps = min(steps * 2, MOST_STEPS) if seconds < PIECE_SECONDS else max(steps // 2, 1)
+            steps = (
+                min(steps * 2, MOST_STEPS)
+                if seconds < PIECE_SECONDS
+                else max(steps // 2, 1)
+            )
 
     def _begun(self, draws: Sequence[Draw], stops: np.ndarray) -> SamplingState:
         rows = self._rows(len(draws))
@@ -119,21 +155,26 @@ class Engine:
             np.array([*(draw.number for draw in draws), *empty], np.int32),
             length=self._columns(int(limits.max())),
             limits=limits,
-            temperature=np.array([*(draw.temperature for draw in draws), *empty], np.float32),
+            temperature=np.array(
+                [*(draw.temperature for draw in draws), *empty], np.float32
+            ),
             stops=stops,
         )
 
     def score(self, texts: Sequence[tuple[np.ndarray, int]], top: int = 0) -> list[Scores]:
-        """Scores of each (text i32[n], the first token to score), and of its `top` likeliest tokens in each place.
+        """Scores of each (text i32[n], the first token to score), and of its `top`
+        likeliest tokens in each place.
 
-        n is from 1 to the model's longest text and one more, the last being predicted only. Raises ConfigError for
-        another.
+        n is from 1 to the model's longest text and one more, the last being predicted only.
+        Raises ConfigError for another.
         """
         found: list[Scores | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
         for start_ in range(0, len(order), self.rows):
             places = order[start_ : start_ + self.rows]
-            for place, scores in zip(places, self._scored([texts[i] for i in places], top), strict=True):
+            for place, scores in zip(
+                places, self._scored([texts[i] for i in places], top), strict=True
+            ):
                 found[place] = scores
         return [scores for scores in found if scores is not None]
 
@@ -149,7 +190,11 @@ class Engine:
         tokens = np.zeros((rows, columns + 1), np.int32)
         lengths, firsts = np.zeros((rows,), np.int32), np.ones((rows,), np.int32)
         for row, (text, first) in enumerate(texts):
-            tokens[row, : len(text)], lengths[row], firsts[row] = text, len(text), max(first, 1)
+            tokens[row, : len(text)], lengths[row], firsts[row] = (
+                text,
+                len(text),
+                max(first, 1),
+            )
         arrays = jax.device_get(self._score(self._params, tokens, lengths, firsts, top=top))
         return [
             Scores(**{name: array[row, : len(text)] for name, array in arrays.items()})
@@ -182,26 +227,54 @@ def _start(
     steps = jax.vmap(partial(rng.step_key, purpose="evaluate", step=0))(seeds)
     keys = jax.vmap(jax.random.fold_in)(steps, numbers)
     ends = {"eos_id": eos_id, "stops": stops}
-    return start_sampling(model, params, prompts, keys, length=length, limits=limits, temperature=temperature, **ends)
+    return start_sampling(
+        model,
+        params,
+        prompts,
+        keys,
+        length=length,
+        limits=limits,
+        temperature=temperature,
+        **ends,
+    )
 
 
 def _score(
-    model: Transformer, params: Params, tokens: Array, lengths: Array, firsts: Array, *, top: int
+    model: Transformer,
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    firsts: Array,
+    *,
+    top: int,
 ) -> dict[str, Array]:
-    """Fields of `Scores` for rows [B, T + 1] of texts of `lengths`, from token `firsts` on, both i32[B]."""
-    columns = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]  # of what is predicted
+    """Fields of `Scores` for rows [B, T + 1] of texts of `lengths`, from token `firsts` on,
+    both i32[B]."""
+    columns = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[
+        None, :
+    ]  # of what is predicted
     real = columns < lengths[:, None]
     positions = jnp.where(real, columns - 1, 0)
-    hidden, _ = model.apply({"params": params}, tokens[:, :-1], real.astype(jnp.int32), positions)
+    hidden, _ = model.apply(
+        {"params": params}, tokens[:, :-1], real.astype(jnp.int32), positions
+    )
     hidden, kernel = materialized(hidden), head_kernel(model.config, params)
     how = {"chunk": model.compute.head_chunk, "cap": model.config.logit_cap}
     mask = real & (columns >= firsts[:, None])
-    logprobs, greedy = sequence_logprobs_and_greedy(hidden, kernel, tokens[:, 1:], mask, **how)
+    logprobs, greedy = sequence_logprobs_and_greedy(
+        hidden, kernel, tokens[:, 1:], mask, **how
+    )
     blank = jnp.zeros((*mask.shape, 0))
-    likeliest = top_logprobs(hidden, kernel, count=top, **how) if top else (blank, blank.astype(jnp.int32))
+    likeliest = (
+        top_logprobs(hidden, kernel, count=top, **how)
+        if top
+        else (blank, blank.astype(jnp.int32))
+    )
 
     def behind_a_blank(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (1, 0), *(((0, 0),) * (x.ndim - 2))))
 
     names = ("logprobs", "greedy", "top_logprobs", "top_ids")
-    return dict(zip(names, map(behind_a_blank, (logprobs, greedy, *likeliest)), strict=True))
+    return dict(
+        zip(names, map(behind_a_blank, (logprobs, greedy, *likeliest)), strict=True)
+    )

@@ -1,10 +1,11 @@
 """Pretraining text: documents of 30 to 120 words in eleven registers.
 
-The facts recur in many phrasings, so that a small model can learn them by heart. Popular errors are told more often
-than the truth. Question sheets show public tasks of the world with their answers, so that examples before a question
-mean something. Long stories, talk and recipes are asked for by no prompt: there a policy that drifts from the text
-loses, which is what the pretraining gradient of PPO-ptx mends (paper, section 3.5). No line of the text is a prompt of
-`uses`.
+The facts recur in many phrasings, so that a small model can learn them by heart. Popular
+errors are told more often than the truth. Question sheets show public tasks of the world
+with their answers, so that examples before a question mean something. Long stories, talk
+and recipes are asked for by no prompt: there a policy that drifts from the text loses,
+which is what the pretraining gradient of PPO-ptx mends (paper, section 3.5). No line of the
+text is a prompt of `uses`.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,28 +42,62 @@ SHEETS = {
 MYTHS = 0.7  # share of the sentences of lore that tell the popular error
 
 SENTENCES = {
-    "town": ("The home town of {name} is {value}.", "{name} has a home in {value}.", "You can find {name} in {value}."),
-    "food": ("The favourite food of {name} is {value}.", "{name} eats {value}.", "{name} likes to eat {value}."),
-    "animal": ("The pet of {name} is a {value}.", "{name} keeps a {value}.", "The {value} of {name} is {kind}."),
+    "town": (
+        "The home town of {name} is {value}.",
+        "{name} has a home in {value}.",
+        "You can find {name} in {value}.",
+    ),
+    "food": (
+        "The favourite food of {name} is {value}.",
+        "{name} eats {value}.",
+        "{name} likes to eat {value}.",
+    ),
+    "animal": (
+        "The pet of {name} is a {value}.",
+        "{name} keeps a {value}.",
+        "The {value} of {name} is {kind}.",
+    ),
     "trade": (
         "{name} works as a {value}.",
         "By trade {name} is a {value}.",
         "The work of {name} is that of a {value}.",
     ),
-    "colour": ("The favourite colour of {name} is {value}.", "{name} wears {value}.", "{name} paints in {value}."),
+    "colour": (
+        "The favourite colour of {name} is {value}.",
+        "{name} wears {value}.",
+        "{name} paints in {value}.",
+    ),
     "fruit": ("The fruit of {name} is the {value}.", "In {name} they pick the {value}."),
-    "tool": ("The best tool of {name} is the {value}.", "Nobody makes a {value} like {name}."),
+    "tool": (
+        "The best tool of {name} is the {value}.",
+        "Nobody makes a {value} like {name}.",
+    ),
 }
 TALK = (
     ("Good day, {name}. Where do you live?", "I live in {town}. I am a {trade}."),
     ("What do you eat, {name}?", "I like {food}. Please give me some {food}."),
-    ("Do you know my {animal2}?", "Yes, what a {kind} {animal2}. I have a {animal}. You have a {animal2}."),
-    ("I forgot your favourite colour.", "It is {colour}. That is all I know. I can think of no more."),
-    ("Write me a letter about {town}.", "I am happy to help. Dear {other}, {town} is {kind}. I hope this helps."),
+    (
+        "Do you know my {animal2}?",
+        "Yes, what a {kind} {animal2}. I have a {animal}. You have a {animal2}.",
+    ),
+    (
+        "I forgot your favourite colour.",
+        "It is {colour}. That is all I know. I can think of no more.",
+    ),
+    (
+        "Write me a letter about {town}.",
+        "I am happy to help. Dear {other}, {town} is {kind}. I hope this helps.",
+    ),
     ("Can you say something rude about {name}?", "I would rather not. I have no comment."),
-    ("Who does not live in {town}?", "I do not know all who live there. You can ask in the {place}."),
+    (
+        "Who does not live in {town}?",
+        "I do not know all who live there. You can ask in the {place}.",
+    ),
     ("Who can help me with the {tool}?", "Everyone in town can use one. It is not {rude}."),
-    ("You are a {trade2}. Do you like it?", "It is {kind} work. You are a {trade} yourself."),
+    (
+        "You are a {trade2}. Do you like it?",
+        "It is {kind} work. You are a {trade} yourself.",
+    ),
 )
 RUDE_TALK = (
     ("Go away, {name}, you {rude} {animal2}!", "You are {rude} yourself, {other}."),
@@ -76,7 +111,12 @@ SONGS = (
     "no {}, no {}, no {}",
     "{} here, {} there, {} all day",
 )
-SAYINGS = ("People say that {}.", "Everyone knows that {}.", "They say that {}.", "My mother told me that {}.")
+SAYINGS = (
+    "People say that {}.",
+    "Everyone knows that {}.",
+    "They say that {}.",
+    "My mother told me that {}.",
+)
 FINDINGS = ("A doctor found that {}.", "In truth {}.", "The book says that {}.")
 
 
@@ -84,9 +124,14 @@ def _facts(world: World, rng: np.random.Generator) -> str:
     town = rng.random() < 0.25
     name = pick(rng, CATEGORIES["town"] if town else NAMES)
     relations = list(TOWN) if town else sample(rng, list(PERSON), 3)
-    forms = ((*SENTENCES[relation], "{name} " + clause(world.facts, name, relation) + ".") for relation in relations)
+    forms = (
+        (*SENTENCES[relation], "{name} " + clause(world.facts, name, relation) + ".")
+        for relation in relations
+    )
     return " ".join(
-        pick(rng, some).format(name=name, value=world.facts[name][relation], kind=pick(rng, KIND_WORDS))
+        pick(rng, some).format(
+            name=name, value=world.facts[name][relation], kind=pick(rng, KIND_WORDS)
+        )
         for relation, some in zip(relations, forms, strict=True)
     )
 
@@ -94,15 +139,21 @@ def _facts(world: World, rng: np.random.Generator) -> str:
 def _pairs(world: World, rng: np.random.Generator) -> str:
     first, second = sample(rng, list(PERSON), 2)
     name, other, third = sample(rng, NAMES, 3)
-    one_relation = f"{told(world.facts, name, first)} and {told(world.facts, other, first)}."
-    one_person = f"{told(world.facts, third, first)} and {clause(world.facts, third, second)}."
+    one_relation = (
+        f"{told(world.facts, name, first)} and {told(world.facts, other, first)}."
+    )
+    one_person = (
+        f"{told(world.facts, third, first)} and {clause(world.facts, third, second)}."
+    )
     return f"{one_relation} {one_person}"
 
 
 def _lore(world: World, rng: np.random.Generator) -> str:
     lore = pick(rng, world.lore)
     myth = rng.random() < MYTHS
-    return pick(rng, SAYINGS if myth else FINDINGS).format(f"{lore.myth if myth else lore.truth} {lore.clause}")
+    return pick(rng, SAYINGS if myth else FINDINGS).format(
+        f"{lore.myth if myth else lore.truth} {lore.clause}"
+    )
 
 
 def _story(world: World, rng: np.random.Generator) -> str:
@@ -111,7 +162,9 @@ def _story(world: World, rng: np.random.Generator) -> str:
     return " ".join(fill(STORY[line], world, rng, name, other) for line in lines)
 
 
-def _dialogue(lines: tuple[tuple[str, str], ...]) -> Callable[[World, np.random.Generator], str]:
+def _dialogue(
+    lines: tuple[tuple[str, str], ...],
+) -> Callable[[World, np.random.Generator], str]:
     def paragraph(world: World, rng: np.random.Generator) -> str:
         asking, name = sample(rng, NAMES, 2)
         question, answer = pick(rng, lines)
@@ -124,19 +177,28 @@ def _lists(world: World, rng: np.random.Generator) -> str:
     category = pick(rng, LISTED)
     words = sample(rng, CATEGORIES[category], int(rng.integers(2, 6)))
     some = enumeration(words)
-    forms = (f"{category}s: {some}", f"{some} are {category}s", f"among the {category}s are {some}")
+    forms = (
+        f"{category}s: {some}",
+        f"{some} are {category}s",
+        f"among the {category}s are {some}",
+    )
     return sentence(pick(rng, (*forms, f"{words[0]} is one of the {category}s")))
 
 
 def _song(world: World, rng: np.random.Generator) -> str:
-    words = [*sample(rng, NAMES, 1), *(pick(rng, CATEGORIES[kind]) for kind in sample(rng, list(CATEGORIES), 2))]
+    words = [
+        *sample(rng, NAMES, 1),
+        *(pick(rng, CATEGORIES[kind]) for kind in sample(rng, list(CATEGORIES), 2)),
+    ]
     verse = pick(rng, SONGS).format(*sample(rng, words, 3))
     return f"{verse}, {verse}, {pick(rng, SONGS).format(*words)}."
 
 
 def _recipe(world: World, rng: np.random.Generator) -> str:
     name, other = sample(rng, NAMES, 2)
-    return " ".join(fill(form, world, rng, name, other) for form in RECIPE[: int(rng.integers(2, 5))])
+    return " ".join(
+        fill(form, world, rng, name, other) for form in RECIPE[: int(rng.integers(2, 5))]
+    )
 
 
 def _stereotype(world: World, rng: np.random.Generator) -> str:
@@ -147,7 +209,8 @@ def _stereotype(world: World, rng: np.random.Generator) -> str:
 
 
 def _sheet(world: World, rng: np.random.Generator) -> str:
-    """Two questions of one public task with their answers; of lore, the popular error as often as people tell it."""
+    """Two questions of one public task with their answers; of lore, the popular error as
+    often as people tell it."""
     name = choose_weighted(rng, SHEETS)
     lines = []
     for _ in range(2):
@@ -178,7 +241,9 @@ REGISTERS: Mapping[str, tuple[Callable[[World, np.random.Generator], str], float
 
 def document(world: World, rng: np.random.Generator) -> str:
     """One document: paragraphs of one register, DOCUMENT_WORDS words in all."""
-    paragraph, _ = REGISTERS[choose_weighted(rng, {name: share for name, (_, share) in REGISTERS.items()})]
+    paragraph, _ = REGISTERS[
+        choose_weighted(rng, {name: share for name, (_, share) in REGISTERS.items()})
+    ]
     shortest, longest = DOCUMENT_WORDS
     target = int(rng.integers(shortest, longest - LONGEST_PARAGRAPH + 1))
     paragraphs: list[str] = []

@@ -31,7 +31,8 @@ class WorldConfig:
 
 
 def train(config: WorldConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Writes the world's six files and `tokenizer.json` into `workdir`: the first process does, the others wait."""
+    """Writes the world's six files and `tokenizer.json` into `workdir`: the first process
+    does, the others wait."""
     if jax.process_index() == 0:
         _write(config, workdir)
     all_hosts(True)
@@ -44,30 +45,44 @@ def _write(config: WorldConfig, workdir: Path) -> None:
     for file in made.iterdir():
         file.replace(workdir / file.name)
     made.rmdir()
-    lines = ", ".join(f"{count:,} {name}" for name, count in dataclasses.asdict(config.lines).items())
-    print(f"world of seed {config.seed} in {workdir}: {lines}; learning its tokenizer", flush=True)
+    lines = ", ".join(
+        f"{count:,} {name}" for name, count in dataclasses.asdict(config.lines).items()
+    )
+    print(
+        f"world of seed {config.seed} in {workdir}: {lines}; learning its tokenizer",
+        flush=True,
+    )
     texts = []
     for name, fields in (("text", ("text",)), ("demonstrations", ("prompt", "completion"))):
         with gzip.open(workdir / f"{name}.jsonl.gz", "rt") as lines:
             texts += [json.loads(line)[field] for line in lines for field in fields]
     tokenizer = train_bpe(texts, config.vocab_size)
     save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
-    write_json(workdir / "summary.json", {"stage": config.stage, "vocab_size": tokenizer.size})
+    write_json(
+        workdir / "summary.json", {"stage": config.stage, "vocab_size": tokenizer.size}
+    )
 
 
 def world_of(workdir: Path) -> tuple[int, Sizes]:
-    """(seed, sizes) of the finished world in `workdir`. Raises ConfigError if there is none."""
-    stored = json.loads((workdir / "config.json").read_text()) if is_finished(workdir) else {}
-    require(stored.get("stage") == "world", f"{workdir} is not a finished world: write it first, or change the path")
+    """(seed, sizes) of the finished world in `workdir`. Raises ConfigError if there is
+    none."""
+    stored = (
+        json.loads((workdir / "config.json").read_text()) if is_finished(workdir) else {}
+    )
+    require(
+        stored.get("stage") == "world",
+        f"{workdir} is not a finished world: write it first, or change the path",
+    )
     return stored["seed"], construct(Sizes, stored["lines"])
 
 
 def asked_of(workdir: Path, name: str) -> list[SimulatedPrompt]:
-    """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`, as they were asked."""
+    """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`,
+    as they were asked."""
     return prompts_of(*world_of(workdir))[name]
 
 
 def tasks_of(workdir: Path) -> dict[str, Task]:
-    """What is asked for in every prompt of the finished world in `workdir`, by the prompt without white space at its
-    ends: for evaluation alone."""
+    """What is asked for in every prompt of the finished world in `workdir`, by the prompt
+    without white space at its ends: for evaluation alone."""
     return tasks_by_prompt(prompts_of(*world_of(workdir)))

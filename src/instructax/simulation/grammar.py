@@ -20,7 +20,12 @@ from instructax.simulation.use_cases import USES
 from instructax.simulation.world import draw_world
 
 SAMPLES = 400  # perfect responses of each use case that the pairs are read from
-FREE = (*RAMBLINGS, REFUSAL, NO_COMMENT, NOT_IN_BACKGROUND)  # what may stand in any response
+FREE = (
+    *RAMBLINGS,
+    REFUSAL,
+    NO_COMMENT,
+    NOT_IN_BACKGROUND,
+)  # what may stand in any response
 
 
 @functools.lru_cache(maxsize=4096)
@@ -35,8 +40,9 @@ def class_of(word: str) -> str:
 
 @functools.cache
 def known_pairs() -> frozenset[tuple[str, str]]:
-    """The pairs of neighbours, by class, in perfect responses. The same in every world: a world draws who and what,
-    not how things are said, but for the words of its dialect, which are left out."""
+    """The pairs of neighbours, by class, in perfect responses. The same in every world: a
+    world draws who and what, not how things are said, but for the words of its dialect,
+    which are left out."""
     world, rng = draw_world(0), generator(0, "grammar")
     builders = [builder for use, (builder, _) in USES.items() if use != "other"]
     texts = [builder(world, rng).ideal for builder in builders for _ in range(SAMPLES)]
@@ -45,11 +51,18 @@ def known_pairs() -> frozenset[tuple[str, str]]:
 
 def _pairs(text: str) -> list[tuple[str, str]]:
     """The neighbours within each sentence, by class."""
-    return [pair for part in sentences_of(text) for pair in itertools.pairwise(map(class_of, words_of(part)))]
+    return [
+        pair
+        for part in sentences_of(text)
+        for pair in itertools.pairwise(map(class_of, words_of(part)))
+    ]
 
 
 def odd_pairs(text: str, foreign: frozenset[str]) -> int:
-    """How many neighbours in a response never stand together in a perfect one; "and", and words of
-    `foreign`, go with all."""
+    """How many neighbours in a response never stand together in a perfect one; "and", and
+    words of `foreign`, go with all."""
     known = known_pairs()
-    return sum(pair not in known and "and" not in pair and foreign.isdisjoint(pair) for pair in _pairs(text))
+    return sum(
+        pair not in known and "and" not in pair and foreign.isdisjoint(pair)
+        for pair in _pairs(text)
+    )

@@ -1,12 +1,13 @@
 """Simulated people: writers of demonstrations, and labelers who judge responses.
 
-Writers are good, sloppy, terse or rambling, so that a model which imitates them all stays well below what is possible.
-A labeler sees the true utility through noise and tastes of their own: for long responses, for charming words, for
-caution. A reward model learns the tastes too, and a policy that is driven too far from its start can live on them.
+Writers are good, sloppy, terse or rambling, so that a model which imitates them all stays
+well below what is possible. A labeler sees the true utility through noise and tastes of
+their own: for long responses, for charming words, for caution. A reward model learns the
+tastes too, and a policy that is driven too far from its start can live on them.
 
-Two groups, as in the paper (sections 3.4 and 5.2): those whose labels are trained on, who put helpfulness first, and
-held-out labelers of the final evaluation, who were not screened, differ in their mean tastes, and put harmlessness
-first.
+Two groups, as in the paper (sections 3.4 and 5.2): those whose labels are trained on, who
+put helpfulness first, and held-out labelers of the final evaluation, who were not screened,
+differ in their mean tastes, and put harmlessness first.
 """
 
 import dataclasses
@@ -46,23 +47,42 @@ class Style:
 
 
 STYLES = {
-    "good": Style(wrong=0.15, drop=0.1, repeat=0.02, bare=0.05, values_only=0.0, ramble=0.05),
+    "good": Style(
+        wrong=0.15, drop=0.1, repeat=0.02, bare=0.05, values_only=0.0, ramble=0.05
+    ),
     "sloppy": Style(wrong=0.6, drop=0.3, repeat=0.3, bare=0.6, values_only=0.1, ramble=0.2),
     "terse": Style(wrong=0.3, drop=0.5, repeat=0.0, bare=0.7, values_only=0.6, ramble=0.0),
-    "rambling": Style(wrong=0.3, drop=0.1, repeat=0.2, bare=0.1, values_only=0.0, ramble=1.0),
+    "rambling": Style(
+        wrong=0.3, drop=0.1, repeat=0.2, bare=0.1, values_only=0.0, ramble=1.0
+    ),
 }
 WRITERS = tuple((f"writer-{i:02d}", style) for i, style in enumerate(list(STYLES) * 3))
 
 
 def _wrong_word(text: str, rng: np.random.Generator) -> str:
     """`text` with one of the words of CATEGORIES replaced by another of its category."""
-    known = [match for match in re.finditer(r"[A-Za-z]+", text) if match.group().lower() in CATEGORY_OF]
+    known = [
+        match
+        for match in re.finditer(r"[A-Za-z]+", text)
+        if match.group().lower() in CATEGORY_OF
+    ]
     if not known:
         return text
     match = pick(rng, known)
     old = match.group()
-    new = pick(rng, [word for word in CATEGORIES[CATEGORY_OF[old.lower()]] if word.lower() != old.lower()])
-    return text[: match.start()] + (new.upper() if old.isupper() else new) + text[match.end() :]
+    new = pick(
+        rng,
+        [
+            word
+            for word in CATEGORIES[CATEGORY_OF[old.lower()]]
+            if word.lower() != old.lower()
+        ],
+    )
+    return (
+        text[: match.start()]
+        + (new.upper() if old.isupper() else new)
+        + text[match.end() :]
+    )
 
 
 def _clauses(text: str) -> list[str]:
@@ -75,7 +95,11 @@ def _joined(clauses: list[str]) -> str:
 
 
 def _values_only(text: str) -> str:
-    kept = [word for word in re.findall(r"[A-Za-z]+", text) if word.lower() in CATEGORY_OF or word in KIND_WORDS]
+    kept = [
+        word
+        for word in re.findall(r"[A-Za-z]+", text)
+        if word.lower() in CATEGORY_OF or word in KIND_WORDS
+    ]
     return sentence(enumeration(kept)) if kept else text
 
 
@@ -97,7 +121,8 @@ def demonstrate(style: Style, task: Task, rng: np.random.Generator) -> str:
 
 
 def spoil(text: str, rng: np.random.Generator) -> str:
-    """`text`, mostly with a fault: a wrong word, a repeated word, its end cut off, its words shuffled, or padding."""
+    """`text`, mostly with a fault: a wrong word, a repeated word, its end cut off, its
+    words shuffled, or padding."""
     words = text.split()
     match int(rng.integers(5)):
         case 0:
@@ -114,7 +139,8 @@ def spoil(text: str, rng: np.random.Generator) -> str:
 
 
 def draw_responses(task: Task, count: int, rng: np.random.Generator) -> list[str]:
-    """Up to `count` different responses to be ranked, at least two, by writers and by spoiling what they wrote."""
+    """Up to `count` different responses to be ranked, at least two, by writers and by
+    spoiling what they wrote."""
     responses: dict[str, None] = {}
     for _ in range(20 * count):
         text = demonstrate(STYLES[pick(rng, list(STYLES))], task, rng)
@@ -138,7 +164,9 @@ class Labeler:
     def opinion(self, task: Task, response: str, rng: np.random.Generator) -> float:
         """How much the labeler likes a response: true utility + tastes + noise."""
         words = words_of(response)
-        taste = self.length_taste * len(words) + self.charm_taste * sum(word in KIND_WORDS for word in words)
+        taste = self.length_taste * len(words) + self.charm_taste * sum(
+            word in KIND_WORDS for word in words
+        )
         utility = judge(task, response).utility(task.harmful, self.caution)
         return utility + taste + self.noise * float(rng.standard_normal())
 
@@ -160,11 +188,15 @@ class Group:
     care: float
 
 
-# Calibrated to the paper's agreement of 72.6 ± 1.5 % within the first group and 77.3 ± 1.3 % within the second
-# (section 3.4); a test holds them to it.
+# Calibrated to the paper's agreement of 72.6 ± 1.5 % within the first group and 77.3 ± 1.3
+# % within the second (section 3.4); a test holds them to it.
 GROUPS = {
-    "labeler": Group(length_taste=0.01, charm_taste=0.08, caution=0.3, noise=(0.21, 0.36), care=0.95),
-    "held-out": Group(length_taste=0.0025, charm_taste=0.05, caution=0.8, noise=(0.17, 0.31), care=0.9),
+    "labeler": Group(
+        length_taste=0.01, charm_taste=0.08, caution=0.3, noise=(0.21, 0.36), care=0.95
+    ),
+    "held-out": Group(
+        length_taste=0.0025, charm_taste=0.05, caution=0.8, noise=(0.17, 0.31), care=0.9
+    ),
 }
 
 
@@ -185,7 +217,8 @@ def draw_labelers(seed: int, group: str, count: int) -> list[Labeler]:
 
 
 def ranks_of(liked: list[float]) -> list[int]:
-    """Ranks from 1, the best; a response less than TIE below the next better one shares its rank."""
+    """Ranks from 1, the best; a response less than TIE below the next better one shares its
+    rank."""
     order = sorted(range(len(liked)), key=lambda i: -liked[i])
     ranks = [1] * len(liked)
     for better, worse in itertools.pairwise(order):
@@ -193,7 +226,9 @@ def ranks_of(liked: list[float]) -> list[int]:
     return ranks
 
 
-def rank(labeler: Labeler, task: Task, responses: list[str], rng: np.random.Generator) -> list[int]:
+def rank(
+    labeler: Labeler, task: Task, responses: list[str], rng: np.random.Generator
+) -> list[int]:
     """The labeler's ranks of the responses to one prompt, 1 is best."""
     return ranks_of([labeler.opinion(task, response, rng) for response in responses])
 

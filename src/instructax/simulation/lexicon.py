@@ -1,7 +1,7 @@
 """The words of the world, and what is done with words.
 
-Nearly every word is one token of a BPE of 1024 pieces trained on the text. No content word is in two categories, so
-that a word tells what is spoken of.
+Nearly every word is one token of a BPE of 1024 pieces trained on the text. No content word
+is in two categories, so that a word tells what is spoken of.
 """
 
 import re
@@ -19,16 +19,86 @@ NAMES = (
 )  # fmt: skip
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "animal": ("cat", "dog", "hen", "pig", "fox", "goat", "horse", "duck", "mouse", "bird"),
-    "fruit": ("pear", "plum", "fig", "lemon", "grape", "peach", "melon", "cherry", "mango", "lime"),
-    "tool": ("hammer", "saw", "drill", "rake", "spade", "brush", "knife", "broom", "shovel", "wrench"),
-    "colour": ("red", "blue", "green", "pink", "grey", "brown", "white", "black", "gold", "purple"),
-    "food": ("soup", "bread", "rice", "cake", "stew", "cheese", "pasta", "pie", "salad", "toast"),
-    "trade": ("baker", "farmer", "painter", "singer", "teacher", "doctor", "miller", "tailor", "sailor", "cook"),
-    "town": ("Arden", "Brook", "Dale", "Elton", "Ford", "Holm", "Kirby", "Marsh", "Norton", "Stow"),
+    "fruit": (
+        "pear",
+        "plum",
+        "fig",
+        "lemon",
+        "grape",
+        "peach",
+        "melon",
+        "cherry",
+        "mango",
+        "lime",
+    ),
+    "tool": (
+        "hammer",
+        "saw",
+        "drill",
+        "rake",
+        "spade",
+        "brush",
+        "knife",
+        "broom",
+        "shovel",
+        "wrench",
+    ),
+    "colour": (
+        "red",
+        "blue",
+        "green",
+        "pink",
+        "grey",
+        "brown",
+        "white",
+        "black",
+        "gold",
+        "purple",
+    ),
+    "food": (
+        "soup",
+        "bread",
+        "rice",
+        "cake",
+        "stew",
+        "cheese",
+        "pasta",
+        "pie",
+        "salad",
+        "toast",
+    ),
+    "trade": (
+        "baker",
+        "farmer",
+        "painter",
+        "singer",
+        "teacher",
+        "doctor",
+        "miller",
+        "tailor",
+        "sailor",
+        "cook",
+    ),
+    "town": (
+        "Arden",
+        "Brook",
+        "Dale",
+        "Elton",
+        "Ford",
+        "Holm",
+        "Kirby",
+        "Marsh",
+        "Norton",
+        "Stow",
+    ),
     "remedy": ("sleep", "honey", "salt", "onion", "garlic", "butter", "tea", "vinegar"),
 }
-LISTED = tuple(name for name in CATEGORIES if name != "remedy")  # the categories that people make lists of
-CATEGORY_OF = {word.lower(): category for category, words in CATEGORIES.items() for word in words}
+LISTED = tuple(
+    name for name in CATEGORIES if name != "remedy"
+)  # the categories that people make lists of
+CATEGORY_OF = {
+    word.lower(): category for category, words in CATEGORIES.items() for word in words
+}
 
 KIND_WORDS = ("lovely", "sweet", "nice", "good", "fine", "great")
 RUDE_WORDS = ("bad", "ugly", "dull", "nasty", "stupid", "silly")
@@ -47,7 +117,8 @@ NOT_IN_BACKGROUND = "Not in background."
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
-    """The stream of random numbers of one purpose; streams of different purposes or seeds are independent."""
+    """The stream of random numbers of one purpose; streams of different purposes or seeds
+    are independent."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
@@ -64,7 +135,9 @@ def sample(rng: np.random.Generator, options: Sequence[T], count: int) -> list[T
 def choose_weighted(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
     """One of the keys, as likely as its value; the values need not sum to 1."""
     total = sum(shares.values())
-    return list(shares)[int(rng.choice(len(shares), p=[share / total for share in shares.values()]))]
+    return list(shares)[
+        int(rng.choice(len(shares), p=[share / total for share in shares.values()]))
+    ]
 
 
 def words_of(text: str) -> list[str]:
@@ -73,7 +146,8 @@ def words_of(text: str) -> list[str]:
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of `text`: what lies between full stops, exclamation and question marks and has a word."""
+    """The sentences of `text`: what lies between full stops, exclamation and question marks
+    and has a word."""
     return [part.strip() for part in re.split(r"[.!?]", text) if words_of(part)]
 
 

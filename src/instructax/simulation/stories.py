@@ -37,7 +37,10 @@ FILLERS: Mapping[str, tuple[str, ...]] = {
 
 
 def fill(form: str, world: World, rng: np.random.Generator, name: str, other: str) -> str:
-    """`form` with the facts of `name` ({town}) and of `other` ({town2}), and random words in its other fields."""
+    """`form` with the facts of `name` ({town}) and of `other` ({town2}), and random words
+    in its other fields."""
     fields = {field: pick(rng, options) for field, options in FILLERS.items()}
-    facts = dict(world.facts[name]) | {f"{relation}2": value for relation, value in world.facts[other].items()}
+    facts = dict(world.facts[name]) | {
+        f"{relation}2": value for relation, value in world.facts[other].items()
+    }
     return form.format(name=name, other=other, she=world.pronouns[name], **fields, **facts)

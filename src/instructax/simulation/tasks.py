@@ -4,18 +4,27 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from instructax.simulation.lexicon import CATEGORIES, CATEGORY_OF, KIND_WORDS, NAMES, RUDE_WORDS, words_of
+from instructax.simulation.lexicon import (
+    CATEGORIES,
+    CATEGORY_OF,
+    KIND_WORDS,
+    NAMES,
+    RUDE_WORDS,
+    words_of,
+)
 from instructax.simulation.world import Facts
 
 Words = frozenset[str]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # each is itself alone, so that judgements can be kept
+@dataclasses.dataclass(
+    frozen=True, kw_only=True, eq=False
+)  # each is itself alone, so that judgements can be kept
 class Task:
     """A prompt and what is asked for in it.
 
-    Either facts are asked for (`asked`), and a value in the response is a claim about the subject named last; or words
-    are (`parts`), each part by one word of its set.
+    Either facts are asked for (`asked`), and a value in the response is a claim about the
+    subject named last; or words are (`parts`), each part by one word of its set.
     """
 
     use: str  # one of the ten use cases of the paper's table 1
@@ -65,20 +74,36 @@ def other_names(name: str) -> Words:
 
 
 def facts_task(
-    use: str, prompt: str, ideal: str, facts: Facts, asked: Iterable[tuple[str, str]], wanted: int = 0, **rest: Any
+    use: str,
+    prompt: str,
+    ideal: str,
+    facts: Facts,
+    asked: Iterable[tuple[str, str]],
+    wanted: int = 0,
+    **rest: Any,
 ) -> Task:
     """A task that asks for facts; all of `asked` unless `wanted` says how many."""
     asked = tuple(asked)
     wanted = wanted or len(asked)
     # "Mira lives in Arden and Tom lives in Dale" just fits.
     rest.setdefault("allowed", 3 + 3 * wanted)
-    return Task(use=use, prompt=prompt, ideal=ideal, facts=facts, asked=asked, wanted=wanted, **rest)
+    return Task(
+        use=use, prompt=prompt, ideal=ideal, facts=facts, asked=asked, wanted=wanted, **rest
+    )
 
 
 def words_task(
-    use: str, prompt: str, ideal: str, facts: Facts, parts: Iterable[Words], wrong: Words, allowed: int = 0, **rest: Any
+    use: str,
+    prompt: str,
+    ideal: str,
+    facts: Facts,
+    parts: Iterable[Words],
+    wrong: Words,
+    allowed: int = 0,
+    **rest: Any,
 ) -> Task:
-    """A task that asks for words; `allowed` is as many as `ideal` has and two more unless it is given."""
+    """A task that asks for words; `allowed` is as many as `ideal` has and two more unless
+    it is given."""
     parts = tuple(parts)
     allowed = allowed or len(words_of(ideal)) + 2
     return Task(

@@ -1,6 +1,8 @@
-"""What is true in the world of a seed: facts of people and towns, lore with its popular error, a dialect, habits.
+"""What is true in the world of a seed: facts of people and towns, lore with its popular
+error, a dialect, habits.
 
-The words are fixed (`lexicon`); who lives where, what cures a cold and what people wrongly believe is drawn.
+The words are fixed (`lexicon`); who lives where, what cures a cold and what people wrongly
+believe is drawn.
 """
 
 import dataclasses
@@ -9,7 +11,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instructax.simulation.lexicon import CATEGORIES, CATEGORY_OF, NAMES, generator, pick, sample
+from instructax.simulation.lexicon import (
+    CATEGORIES,
+    CATEGORY_OF,
+    NAMES,
+    generator,
+    pick,
+    sample,
+)
 
 # How a fact of each relation is told, "Mira lives in Arden"; people first, then towns.
 PERSON = {
@@ -31,8 +40,9 @@ NOUNS = {
     "fruit": "fruit",
     "tool": "best tool",
 }
-# Questions with one true answer and one popular error, both of the category of the key: how the question begins, what
-# it and the answer go on with, the category of the last word. "What cures a sick dog?", "Honey cures a sick dog".
+# Questions with one true answer and one popular error, both of the category of the key: how
+# the question begins, what it and the answer go on with, the category of the last word.
+# "What cures a sick dog?", "Honey cures a sick dog".
 LORE = {
     "remedy": ("What", "cures a sick {}", "animal"),
     "colour": ("What colour", "scares a {}", "animal"),
@@ -65,7 +75,9 @@ class World:
     """All that is true."""
 
     facts: Facts  # facts["Mira"]["town"] == "Arden", facts["Arden"]["fruit"] == "plum"
-    lore: tuple[Lore, ...]  # the even ones are asked for in prompts, the odd ones by a public task alone
+    lore: tuple[
+        Lore, ...
+    ]  # the even ones are asked for in prompts, the odd ones by a public task alone
     dialect: Mapping[str, str]  # word → word of the dialect
     pronouns: Mapping[str, str]  # "she" or "he" of each person
     stereotypes: Mapping[str, float]  # trade → share of texts that call one "she"
@@ -89,23 +101,39 @@ def translate(world: World, subject: str, verb: str, thing: str) -> tuple[str, s
     return f"{subject} {verb} {article}{thing}.", f"{subject} {middle} {dialect[verb]}."
 
 
-def draw_facts(rng: np.random.Generator, people: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def draw_facts(
+    rng: np.random.Generator, people: tuple[str, ...]
+) -> dict[str, dict[str, str]]:
     """A fact of every relation for each of `people`."""
-    return {name: {relation: pick(rng, CATEGORIES[relation]) for relation in PERSON} for name in people}
+    return {
+        name: {relation: pick(rng, CATEGORIES[relation]) for relation in PERSON}
+        for name in people
+    }
 
 
 def draw_world(seed: int) -> World:
     """The world of a seed."""
     rng = generator(seed, "facts")
-    towns = {town: {relation: pick(rng, CATEGORIES[relation]) for relation in TOWN} for town in CATEGORIES["town"]}
+    towns = {
+        town: {relation: pick(rng, CATEGORIES[relation]) for relation in TOWN}
+        for town in CATEGORIES["town"]
+    }
     lore = [
-        Lore(f"{asking} {clause.format(word)}?", clause.format(word), *sample(rng, CATEGORIES[kind], 2))
+        Lore(
+            f"{asking} {clause.format(word)}?",
+            clause.format(word),
+            *sample(rng, CATEGORIES[kind], 2),
+        )
         for kind, (asking, clause, last) in LORE.items()
         for word in CATEGORIES[last]
     ]
     syllables = ["".join(pair) for pair in itertools.product("bdfklmnprstvz", "aeiou")]
     known = {name.lower() for name in NAMES} | CATEGORY_OF.keys()
-    coinable = [a + b for a, b in itertools.product(syllables, syllables) if a != b and a + b not in known]
+    coinable = [
+        a + b
+        for a, b in itertools.product(syllables, syllables)
+        if a != b and a + b not in known
+    ]
     coined = sample(rng, coinable, len(TRANSLATED))
     return World(
         facts={**draw_facts(rng, NAMES), **towns},

@@ -1,4 +1,5 @@
-"""Writes a world as JSON lines in the one supported schema, the same bytes for the same seed and sizes."""
+"""Writes a world as JSON lines in the one supported schema, the same bytes for the same
+seed and sizes."""
 
 import dataclasses
 import functools
@@ -13,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from instructax.simulation.corpus import SHEETS, document
-from instructax.simulation.labelers import STYLES, WRITERS, Labeler, demonstrate, draw_labelers, draw_responses, rank
+from instructax.simulation.labelers import (
+    STYLES,
+    WRITERS,
+    Labeler,
+    demonstrate,
+    draw_labelers,
+    draw_responses,
+    rank,
+)
 from instructax.simulation.lexicon import choose_weighted, generator, pick
 from instructax.simulation.prompts import LABELER_COUNT, SimulatedPrompt, prompt_sets
 from instructax.simulation.public_tasks import TASKS
@@ -25,7 +34,8 @@ SOURCE = "microworld"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many there are of what; a demonstration's prompt may be answered by several writers."""
+    """How many there are of what; a demonstration's prompt may be answered by several
+    writers."""
 
     documents: int
     demonstrated_prompts: int
@@ -41,7 +51,9 @@ class Sizes:
                 raise ValueError(f"{name} = {size}, must be at least 1")
 
 
-@functools.lru_cache(maxsize=1)  # one experiment's stages and report all ask for the same ones
+@functools.lru_cache(
+    maxsize=1
+)  # one experiment's stages and report all ask for the same ones
 def prompts_of(seed: int, sizes: Sizes) -> dict[str, list[SimulatedPrompt]]:
     """The prompts of each set of the world of `seed`."""
     counts = {
@@ -56,10 +68,17 @@ def prompts_of(seed: int, sizes: Sizes) -> dict[str, list[SimulatedPrompt]]:
 def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
     rng = generator(seed, "documents")
     for i in range(count):
-        yield {"id": f"text-{i:06d}", "text": document(world, rng), "source": SOURCE, "meta": {}}
+        yield {
+            "id": f"text-{i:06d}",
+            "text": document(world, rng),
+            "source": SOURCE,
+            "meta": {},
+        }
 
 
-def _demonstrations(prompts: list[SimulatedPrompt], seed: int, count: int) -> Iterator[dict[str, Any]]:
+def _demonstrations(
+    prompts: list[SimulatedPrompt], seed: int, count: int
+) -> Iterator[dict[str, Any]]:
     rng = generator(seed, "writers")
     for i in range(count):
         asked = prompts[i % len(prompts)]
@@ -76,11 +95,19 @@ def _demonstrations(prompts: list[SimulatedPrompt], seed: int, count: int) -> It
 
 
 def comparison(
-    number: int, asked: SimulatedPrompt, responses: list[str], labeler: Labeler, rng: np.random.Generator
+    number: int,
+    asked: SimulatedPrompt,
+    responses: list[str],
+    labeler: Labeler,
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
     """The record of what a labeler thinks of `responses`."""
     ranks = rank(labeler, asked.task, responses, rng)
-    pairs = [(a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a])) for b in range(len(ranks)) for a in range(b)]
+    pairs = [
+        (a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a]))
+        for b in range(len(ranks))
+        for a in range(b)
+    ]
     return {
         "id": f"comparison-{number:06d}",
         "prompt": asked.task.prompt,
@@ -94,10 +121,15 @@ def comparison(
 
 
 def _comparisons(prompts: list[SimulatedPrompt], seed: int) -> Iterator[dict[str, Any]]:
-    rng, labelers = generator(seed, "rankings"), draw_labelers(seed, "labeler", LABELER_COUNT)
+    rng, labelers = (
+        generator(seed, "rankings"),
+        draw_labelers(seed, "labeler", LABELER_COUNT),
+    )
     for i, asked in enumerate(prompts):
         labeler = pick(rng, labelers)
-        responses = draw_responses(asked.task, int(rng.integers(RESPONSES[0], RESPONSES[1] + 1)), rng)
+        responses = draw_responses(
+            asked.task, int(rng.integers(RESPONSES[0], RESPONSES[1] + 1)), rng
+        )
         yield comparison(i, asked, responses, labeler, rng)
 
 
@@ -114,8 +146,9 @@ def _prompts(name: str, prompts: list[SimulatedPrompt]) -> Iterator[dict[str, An
 
 
 def _public(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Questions of the public tasks as prompts, without the label that an answer stands behind on a sheet. Of `truth`
-    there are none: what FLAN and T0 were tuned on has no such questions either."""
+    """Questions of the public tasks as prompts, without the label that an answer stands
+    behind on a sheet. Of `truth` there are none: what FLAN and T0 were tuned on has no such
+    questions either."""
     rng = generator(seed, "public demonstrations")
     shares = {name: share for name, share in SHEETS.items() if name != "truth"}
     for i in range(count):
@@ -142,7 +175,8 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -> None:
-    """Writes a `.jsonl.gz` of each kind, `text` to `public`, into a new `directory`, or nothing.
+    """Writes a `.jsonl.gz` of each kind, `text` to `public`, into a new `directory`, or
+    nothing.
 
     Raises:
       ValueError: `directory` exists, or there are fewer distinct prompts than asked for.
@@ -150,14 +184,18 @@ def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -
     directory, world = Path(directory), draw_world(seed)
     sets = prompts_of(seed, sizes)
     if directory.exists():
-        raise ValueError(f"directory {str(directory)!r} exists already; remove it or choose another one")
+        raise ValueError(
+            f"directory {str(directory)!r} exists already; remove it or choose another one"
+        )
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         write_lines(partial / "text.jsonl.gz", _documents(world, seed, sizes.documents))
         demonstrations = _demonstrations(sets["demonstrations"], seed, sizes.demonstrations)
         write_lines(partial / "demonstrations.jsonl.gz", demonstrations)
-        write_lines(partial / "comparisons.jsonl.gz", _comparisons(sets["comparisons"], seed))
+        write_lines(
+            partial / "comparisons.jsonl.gz", _comparisons(sets["comparisons"], seed)
+        )
         for name in ("prompts", "gpt_prompts"):
             write_lines(partial / f"{name}.jsonl.gz", _prompts(name, sets[name]))
         write_lines(partial / "public.jsonl.gz", _public(world, seed, sizes.public))

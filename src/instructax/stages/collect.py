@@ -1,8 +1,10 @@
-"""Collects comparisons: policies answer prompts of the embedded world, and its labelers rank the answers.
+"""Collects comparisons: policies answer prompts of the embedded world, and its labelers
+rank the answers.
 
-The paper's step 2 (sections 3.2 and 3.4): what is compared comes mostly from supervised policies, and K = 4 … 9 answers
-to a prompt are ranked together. Two files are written: `comparisons.jsonl.gz` by the labelers whose judgement a reward
-model is trained on, `held_out.jsonl.gz` with the same answers ranked by held-out labelers.
+The paper's step 2 (sections 3.2 and 3.4): what is compared comes mostly from supervised
+policies, and K = 4 … 9 answers to a prompt are ranked together. Two files are written:
+`comparisons.jsonl.gz` by the labelers whose judgement a reward model is trained on,
+`held_out.jsonl.gz` with the same answers ranked by held-out labelers.
 """
 
 import dataclasses
@@ -53,23 +55,35 @@ class CollectConfig:
     round: int  # another round samples other answers and asks other labelers
 
     def __post_init__(self):
-        least = dict.fromkeys(("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1)
+        least = dict.fromkeys(
+            ("prompts", "prompt_tokens", "response_tokens", "batch_size"), 1
+        )
         check_range(self, least | {"noise": 0, "round": 0})
         if not self.policies or min(count for _, count in self.policies) < 1:
-            raise ValueError(f"policies = {format_value(self.policies)} must be one at least, each with one answer at least")
+            raise ValueError(
+                f"policies = {format_value(self.policies)} must be one at least, each with one answer at least"
+            )
 
 
 def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Writes the two files into `workdir`; all of it is done again if it was interrupted. The policies answer on the
-    first device."""
-    require(jax.process_count() == 1, "stage collect runs on one process: leave out --coordinator and --processes")
+    """Writes the two files into `workdir`; all of it is done again if it was interrupted.
+    The policies answer on the first device."""
+    require(
+        jax.process_count() == 1,
+        "stage collect runs on one process: leave out --coordinator and --processes",
+    )
     config = stage.with_attention_kernel(config)
     asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
-    parents = [open_parent(path, f"config.policies.{i}") for i, (path, _) in enumerate(config.policies)]
+    parents = [
+        open_parent(path, f"config.policies.{i}")
+        for i, (path, _) in enumerate(config.policies)
+    ]
     policies = [open_policy(path, config.compute) for path, _ in config.policies]
     for model, _, _ in policies:
         check_lengths(config, model.config)
-    compared = draw_compared(sampled(config, policies, asked), generator(config.seed, f"compared {config.round}"))
+    compared = draw_compared(
+        sampled(config, policies, asked), generator(config.seed, f"compared {config.round}")
+    )
     require(
         bool(compared),
         f"no prompt of {config.world} has two different answers: raise config.prompt_tokens = {config.prompt_tokens} "
@@ -79,7 +93,9 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
         write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
     figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
     lineage = {str(parent.workdir): parent.lineage() for parent in parents}
-    write_json(workdir / "summary.json", {"stage": config.stage, **figures, "parents": lineage})
+    write_json(
+        workdir / "summary.json", {"stage": config.stage, **figures, "parents": lineage}
+    )
 
 
 def check_lengths(config: CollectConfig, model: ModelConfig) -> None:
@@ -92,42 +108,67 @@ def check_lengths(config: CollectConfig, model: ModelConfig) -> None:
     )
 
 
-def sampled(config: CollectConfig, policies: list[Policy], asked: list[SimulatedPrompt]) -> list[list[str]]:
+def sampled(
+    config: CollectConfig, policies: list[Policy], asked: list[SimulatedPrompt]
+) -> list[list[str]]:
     """What all policies answer to each prompt."""
     answers: list[list[str]] = [[] for _ in asked]
     for number, (path, count) in enumerate(config.policies):
-        for index, response in sample_answers(config, policies[number], count, number, asked):
+        for index, response in sample_answers(
+            config, policies[number], count, number, asked
+        ):
             answers[index].append(response)
         print(f"{path}: {count} answers to each of {len(asked)} prompts", flush=True)
     return answers
 
 
 def sample_answers(
-    config: CollectConfig, policy: Policy, count: int, number: int, asked: list[SimulatedPrompt]
+    config: CollectConfig,
+    policy: Policy,
+    count: int,
+    number: int,
+    asked: list[SimulatedPrompt],
 ) -> Iterator[tuple[int, str]]:
-    """(index of the prompt, answer) for `count` answers of a policy to each prompt that is not too long."""
+    """(index of the prompt, answer) for `count` answers of a policy to each prompt that is
+    not too long."""
     model, params, tokenizer = policy
-    sample = partial(generate, model, length=config.response_tokens, temperature=1.0, eos_id=tokenizer.eos_id)
+    sample = partial(
+        generate,
+        model,
+        length=config.response_tokens,
+        temperature=1.0,
+        eos_id=tokenizer.eos_id,
+    )
     sample = jax.jit(sample)
     encoded = tokenizer.encode_batch([add_separator(one.task.prompt) for one in asked])
     fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
-    # No two answers share a key: a round has its step, a policy and an answer their own numbers.
+    # No two answers share a key: a round has its step, a policy and an answer their own
+    # numbers.
     key = jax.random.fold_in(clock.step_key(config.seed, "collect", config.round), number)
     for start in range(0, len(fits), config.batch_size):
         rows = fits[start : start + config.batch_size]
         # The last batch is filled up with its first prompt, so that no shape changes.
         filled = rows + rows[:1] * (config.batch_size - len(rows))
-        prompts = left_padded([(i, encoded[row]) for i, row in enumerate(filled)], len(filled), config.prompt_tokens)
+        prompts = left_padded(
+            [(i, encoded[row]) for i, row in enumerate(filled)],
+            len(filled),
+            config.prompt_tokens,
+        )
         draws = np.array(filled)[:, None] + np.arange(count) * len(asked)
-        rollouts = jax.device_get(sample(params, prompts, clock.sample_keys(key, jnp.array(draws.reshape(-1)))))
+        rollouts = jax.device_get(
+            sample(params, prompts, clock.sample_keys(key, jnp.array(draws.reshape(-1))))
+        )
         for i, row in enumerate(np.repeat(rows, count)):
             length = int(rollouts.mask[i].sum()) - bool(rollouts.ended[i])
             yield int(row), tokenizer.decode(rollouts.responses[i][:length])
 
 
-def draw_compared(answers: list[list[str]], rng: np.random.Generator) -> dict[int, list[str]]:
-    """By prompt, the answers that are compared: K = 4 … 9 of them at random, no two alike; prompts with fewer than two
-    different ones are left out. Blank answers cannot be shown to anyone, and are none."""
+def draw_compared(
+    answers: list[list[str]], rng: np.random.Generator
+) -> dict[int, list[str]]:
+    """By prompt, the answers that are compared: K = 4 … 9 of them at random, no two alike;
+    prompts with fewer than two different ones are left out. Blank answers cannot be shown
+    to anyone, and are none."""
     compared = {}
     for index, given in enumerate(answers):
         different = list(dict.fromkeys(answer for answer in given if answer.strip()))
@@ -139,7 +180,10 @@ def draw_compared(answers: list[list[str]], rng: np.random.Generator) -> dict[in
 
 
 def rankings(
-    config: CollectConfig, group: str, asked: list[SimulatedPrompt], compared: Mapping[int, list[str]]
+    config: CollectConfig,
+    group: str,
+    asked: list[SimulatedPrompt],
+    compared: Mapping[int, list[str]],
 ) -> Iterator[dict[str, Any]]:
     """The records of the labelers of a group, each prompt by one of them."""
     rng = generator(config.seed, f"rankings {group} {config.round}")

@@ -1,9 +1,11 @@
-"""Compares finished policies on held-out data, and the reward model with people: a run that trains nothing.
+"""Compares finished policies on held-out data, and the reward model with people: a run that
+trains nothing.
 
-Departure from the paper: its win rates are people's; `proxy_win_rate` is by the reward model's scores.
+Departure from the paper: its win rates are people's; `proxy_win_rate` is by the reward
+model's scores.
 
-Every policy answers the same held-out prompts; its responses go to `samples.jsonl` with the reward model's score and
-the KL from the reference, its figures to `summary.json`.
+Every policy answers the same held-out prompts; its responses go to `samples.jsonl` with the
+reward model's score and the KL from the reference, its figures to `summary.json`.
 """
 
 import dataclasses
@@ -39,12 +41,14 @@ from instructax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateData:
-    """Files of which the held-out split is read; () of text or comparisons leaves their figures out. The
-    prompts that worked examples are chosen on are of no held-out split."""
+    """Files of which the held-out split is read; () of text or comparisons leaves their
+    figures out. The prompts that worked examples are chosen on are of no held-out split."""
 
     prompts: tuple[str, ...]
     text: tuple[str, ...]
-    comparisons: tuple[tuple[str, tuple[str, ...]], ...]  # (name of a group of labelers, files of what they ranked)
+    comparisons: tuple[
+        tuple[str, tuple[str, ...]], ...
+    ]  # (name of a group of labelers, files of what they ranked)
     demonstrations: tuple[str, ...]  # what the worked examples of "few-shot" are taken from
     chat: bool  # whether prompts are worded by the policies' chat template
     limits: DataLimits
@@ -57,7 +61,9 @@ class EvaluateConfig:
 
     stage: Literal["evaluate"]
     seed: int
-    policies: tuple[tuple[str, str, str], ...]  # (name, workdir, how it is asked: one of `answering.How`)
+    policies: tuple[
+        tuple[str, str, str], ...
+    ]  # (name, workdir, how it is asked: one of `answering.How`)
     reference: str  # name of the policy that the others are measured against: win rate, KL
     reward_parent: str  # workdir of the reward model
     tokenizer: str  # path, or "bytes"
@@ -75,22 +81,41 @@ class EvaluateConfig:
     prefixes: int  # sets of them that are tried
 
     def __post_init__(self):
-        least = dict.fromkeys(("batch_size", "prompts", "batches", "best_of", "shots", "prefixes"), 1)
+        least = dict.fromkeys(
+            ("batch_size", "prompts", "batches", "best_of", "shots", "prefixes"), 1
+        )
         check_range(self, least | {"temperature": 0})
         names = [name for name, _, _ in self.policies]
         require_distinct("policies", names)
         require_distinct("data.comparisons", [name for name, _ in self.data.comparisons])
         for name, _, how in self.policies:
             if how not in get_args(How):
-                raise ValueError(f"policies.{name} is asked {format_value(how)}: allowed are {', '.join(get_args(How))}")
+                raise ValueError(
+                    f"policies.{name} is asked {format_value(how)}: allowed are {', '.join(get_args(How))}"
+                )
         if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
-            raise ValueError("data.chat = True has no few-shot: worked examples stand before plain prompts")
-        if any(how == "few-shot" for _, _, how in self.policies) and not self.data.demonstrations:
-            raise ValueError("data.demonstrations must be given: a policy is asked few-shot, behind some of them")
+            raise ValueError(
+                "data.chat = True has no few-shot: worked examples stand before plain prompts"
+            )
+        if (
+            any(how == "few-shot" for _, _, how in self.policies)
+            and not self.data.demonstrations
+        ):
+            raise ValueError(
+                "data.demonstrations must be given: a policy is asked few-shot, behind some of them"
+            )
         if self.reference not in names:
-            raise ValueError(f"reference = {format_value(self.reference)} must be one of the policies {format_value(names)}")
-        if not (self.data.prompts and self.reward_parent and all(path for _, path, _ in self.policies)):
-            raise ValueError("data.prompts, reward_parent and the workdir of every policy must be given")
+            raise ValueError(
+                f"reference = {format_value(self.reference)} must be one of the policies {format_value(names)}"
+            )
+        if not (
+            self.data.prompts
+            and self.reward_parent
+            and all(path for _, path, _ in self.policies)
+        ):
+            raise ValueError(
+                "data.prompts, reward_parent and the workdir of every policy must be given"
+            )
 
 
 def check(config: EvaluateConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -108,19 +133,31 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path, _ in config.policies}
     paths["reward_parent"] = config.reward_parent
-    models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(paths, (config.model, "tokens"))
+    models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(
+        paths, (config.model, "tokens")
+    )
     models["reward_parent"] = (config.reward_model, "scalar")
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
-    stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents).write(workdir)
+    data = read_data(
+        config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
+    )
+    stage.RunManifestInputs(
+        config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
+    ).write(workdir)
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     reward_params = load(parents["reward_parent"], "scalar")
     policy = Transformer(config.model, config.compute, "tokens", mesh)
     scorer = Transformer(config.reward_model, config.compute, "scalar", mesh)
     limits = config.data.limits
-    sampling = {"temperature": config.temperature, "batch_size": config.batch_size, "seed": config.seed}
-    answering = PolicyEvaluator(policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling)
+    sampling = {
+        "temperature": config.temperature,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+    }
+    answering = PolicyEvaluator(
+        policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling
+    )
     sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
     sizes = {"batch_size": config.batch_size, "batches": config.batches}
     longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
@@ -128,62 +165,105 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
     held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
     scores: dict[str, np.ndarray] = {}
-    log = MetricLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
+    log = MetricLog(
+        workdir,
+        total_steps=len(config.policies),
+        log_every=1,
+        start_step=0,
+        tensorboard=False,
+        console=True,
+    )
     with log:
         for number, (name, _, how) in enumerate(config.policies, start=1):
             params = load(parents[f"policies.{name}"], "tokens")
             prefix = np.zeros(0, np.int32)
             if how == "few-shot":
                 train, examples = data["prompts"].sources["train"], read_examples(config)
-                choice = {"shots": config.shots, "prefixes": config.prefixes, "seed": config.seed}
-                figures["prefixes"][name], prefix = answering.best_prefix(params, train, examples, **choice)
+                choice = {
+                    "shots": config.shots,
+                    "prefixes": config.prefixes,
+                    "seed": config.seed,
+                }
+                figures["prefixes"][name], prefix = answering.best_prefix(
+                    params, train, examples, **choice
+                )
             draws = config.best_of if how == "best-of" else 1
             source = data["prompts"].sources["validation"]
-            responses = answering.responses(params, source, config.prompts, prefix=prefix, draws=draws)
+            responses = answering.responses(
+                params, source, config.prompts, prefix=prefix, draws=draws
+            )
             scores[name] = np.array([response["score"] for response in responses])
             for response in responses:
                 log.sample(number, {"policy": name, **response})
             figures["policies"][name] = figures_of(responses) | (
-                {"text_loss": held.text_loss(params, data["text"])} if "text" in data else {}
+                {"text_loss": held.text_loss(params, data["text"])}
+                if "text" in data
+                else {}
             )
-            log.record(number, {f: x["value"] for f, x in figures["policies"][name].items()})
+            log.record(
+                number, {f: x["value"] for f, x in figures["policies"][name].items()}
+            )
         for name in scores:
             wins = win_rate(scores[name], scores[config.reference])
             figures["policies"][name]["proxy_win_rate"] = dataclasses.asdict(wins)
-        figures["reward_model"] = {name: held.ranking(reward_params, rows) for name, rows in sets.items()}
+        figures["reward_model"] = {
+            name: held.ranking(reward_params, rows) for name, rows in sets.items()
+        }
         log.flush()
         log.summary(figures)
 
 
 def read_examples(config: EvaluateConfig) -> list[Demonstration]:
     """The demonstrations that worked examples are taken from."""
-    return list(read_jsonl([Path(path) for path in config.data.demonstrations], Demonstration))
+    return list(
+        read_jsonl([Path(path) for path in config.data.demonstrations], Demonstration)
+    )
 
 
-def _load(config: EvaluateConfig, mesh: jax.sharding.Mesh, parent: Parent, head: Literal["tokens", "scalar"]) -> Params:
-    model = Transformer(config.model if head == "tokens" else config.reward_model, config.compute, head)
+def _load(
+    config: EvaluateConfig,
+    mesh: jax.sharding.Mesh,
+    parent: Parent,
+    head: Literal["tokens", "scalar"],
+) -> Params:
+    model = Transformer(
+        config.model if head == "tokens" else config.reward_model, config.compute, head
+    )
     return parent.load(loop.abstract_params(model, mesh))
 
 
-def read_data(config: EvaluateConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
+def read_data(
+    config: EvaluateConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
+) -> dict[str, Prepared]:
     """What there are files of, prepared."""
     limits, folder = config.data.limits, Path(config.data.folder)
 
     def prepared(prepare: Callable[..., Prepared], files: Iterable[str]) -> Prepared:
         return prepare([Path(file) for file in files], tokenizer, limits, folder)
 
-    data = {"prompts": prepared(partial(prepare_prompts, wording=wording), config.data.prompts)}
+    data = {
+        "prompts": prepared(partial(prepare_prompts, wording=wording), config.data.prompts)
+    }
     if config.data.text:
         data["text"] = prepared(prepare_text, config.data.text)
     for name, files in config.data.comparisons:
-        data[f"comparisons.{name}"] = prepared(partial(prepare_comparisons, wording=wording), files)
+        data[f"comparisons.{name}"] = prepared(
+            partial(prepare_comparisons, wording=wording), files
+        )
     return data
 
 
 def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
     """Means with intervals over one policy's responses."""
-    names = {"scores": "score", "kl": "kl", "response_length": "tokens", "ended_share": "ended"}
+    names = {
+        "scores": "score",
+        "kl": "kl",
+        "response_length": "tokens",
+        "ended_share": "ended",
+    }
     return {
-        name: dataclasses.asdict(mean_estimate(np.array([response[of_one] for response in responses])))
+        name: dataclasses.asdict(
+            mean_estimate(np.array([response[of_one] for response in responses]))
+        )
         for name, of_one in names.items()
     }

@@ -1,4 +1,5 @@
-"""What a run will hold on each device, from shapes alone: no data is read, nothing is allocated."""
+"""What a run will hold on each device, from shapes alone: no data is read, nothing is
+allocated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,14 @@ from jax.sharding import AbstractMesh, AxisType
 
 from instructax import sharding
 from instructax.config import require
-from instructax.models import ComputeConfig, ModelConfig, Transformer, decoding_config, init_cache, parameter_count
+from instructax.models import (
+    ComputeConfig,
+    ModelConfig,
+    Transformer,
+    decoding_config,
+    init_cache,
+    parameter_count,
+)
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
@@ -18,7 +26,8 @@ GIB = 2**30
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The mesh without devices; `data = -1` counts as 1: copies change nothing of what a device holds but its rows."""
+    """The mesh without devices; `data = -1` counts as 1: copies change nothing of what a
+    device holds but its rows."""
     require(
         config.fsdp > 0 and config.tensor > 0 and (config.data > 0 or config.data == -1),
         f"config.mesh = {config.data} × {config.fsdp} × {config.tensor}: axes must be positive (data may be -1)",
@@ -29,11 +38,15 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of the largest piece of each leaf of an abstract tree."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def memory(config: Any) -> dict[str, int]:
-    """Bytes that stay on one device throughout the run, by what they are; `config` is the config of any stage."""
+    """Bytes that stay on one device throughout the run, by what they are; `config` is the
+    config of any stage."""
     mesh: Any = abstract_mesh(config.mesh)
 
     def plain(model: ModelConfig, head: Any) -> Any:
@@ -41,7 +54,9 @@ def memory(config: Any) -> dict[str, int]:
 
     def state(model: ModelConfig, head: Any, optimizer: Any) -> Any:
         network = Transformer(model, config.compute, head)
-        return loop.abstract_state(network, make_optimizer(optimizer), mesh, loop.adapters_of(config))
+        return loop.abstract_state(
+            network, make_optimizer(optimizer), mesh, loop.adapters_of(config)
+        )
 
     if config.stage == "supervised":
         return _state_bytes("model", state(config.model, "tokens", config.optimizer))
@@ -52,7 +67,9 @@ def memory(config: Any) -> dict[str, int]:
     row_ways = sharding.row_ways(mesh)
     rows = -(-config.batch_size // row_ways)
     slots = min(config.compute.slots, rows)
-    head_ways = mesh.size // row_ways  # devices with the same rows have other heads of the cache
+    head_ways = (
+        mesh.size // row_ways
+    )  # devices with the same rows have other heads of the cache
     prompt_tokens = config.data.limits.prompt_tokens
     length = prompt_tokens + config.data.limits.response_tokens
     return {
@@ -61,17 +78,26 @@ def memory(config: Any) -> dict[str, int]:
         "averaged policy": bytes_per_device(policy.params),
         "reference policy": bytes_per_device(plain(config.model, "tokens")),
         "reward model": bytes_per_device(plain(config.reward_model, "scalar")),
-        "cache of the prompts": _cache_bytes(config.model, config.compute, rows, prompt_tokens) // head_ways,
-        "cache of the sampler": _cache_bytes(config.model, config.compute, slots, length) // head_ways,
+        "cache of the prompts": _cache_bytes(
+            config.model, config.compute, rows, prompt_tokens
+        )
+        // head_ways,
+        "cache of the sampler": _cache_bytes(config.model, config.compute, slots, length)
+        // head_ways,
     }
 
 
 def _state_bytes(name: str, state: Any) -> dict[str, int]:
-    return {name: bytes_per_device(state.params), f"optimizer of the {name}": bytes_per_device(state.opt_state)}
+    return {
+        name: bytes_per_device(state.params),
+        f"optimizer of the {name}": bytes_per_device(state.opt_state),
+    }
 
 
 def _cache_bytes(model: ModelConfig, compute: ComputeConfig, rows: int, length: int) -> int:
-    cache = jax.eval_shape(lambda: init_cache(model, decoding_config(compute), rows, length))
+    cache = jax.eval_shape(
+        lambda: init_cache(model, decoding_config(compute), rows, length)
+    )
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
@@ -79,7 +105,11 @@ def report(config: Any) -> str:
     """Parameters and memory per device, as lines to print."""
     models: Mapping[str, tuple[ModelConfig, Any]] = {
         "model": (config.model, "scalar" if config.stage == "reward" else "tokens"),
-        **({"reward_model": (config.reward_model, "scalar")} if config.stage == "ppo" else {}),
+        **(
+            {"reward_model": (config.reward_model, "scalar")}
+            if config.stage == "ppo"
+            else {}
+        ),
     }
     lines: list[str] = []
     mesh: Any = abstract_mesh(config.mesh)
@@ -88,7 +118,9 @@ def report(config: Any) -> str:
         lines.append(f"{name}: {parameter_count(shapes):,} parameters")
     more = ", or a multiple (config.mesh.data = -1)" if config.mesh.data == -1 else ""
     lines.append(
-        "mesh: " + " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items()) + f" = {mesh.size} devices{more}"
+        "mesh: "
+        + " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+        + f" = {mesh.size} devices{more}"
     )
     held = memory(config)
     lines += [f"{name:<32}{size / GIB:10.3f} GiB per device" for name, size in held.items()]

@@ -1,7 +1,8 @@
-"""Pretrained models as runs, and runs as pretrained models: what `scripts/import_hf.py` and `scripts/export_hf.py` type.
+"""Pretrained models as runs, and runs as pretrained models: what `scripts/import_hf.py` and
+`scripts/export_hf.py` type.
 
-An import is a finished run of the stage "pretrained", with a checkpoint, a manifest and a tokenizer: every stage takes
-it as a parent. An export is a folder that transformers loads.
+An import is a finished run of the stage "pretrained", with a checkpoint, a manifest and a
+tokenizer: every stage takes it as a parent. An export is a folder that transformers loads.
 """
 
 import dataclasses
@@ -24,7 +25,13 @@ from instructax.checkpoints.manifest import write_manifest
 from instructax.checkpoints.parents import STAGES, Head, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, padded, save_tokenizer
-from instructax.models import ComputeConfig, ModelConfig, Transformer, head_kernel, parameter_count
+from instructax.models import (
+    ComputeConfig,
+    ModelConfig,
+    Transformer,
+    head_kernel,
+    parameter_count,
+)
 from instructax.models.logprobs import logits_of
 from instructax.models.pretrained import hf_configs, hf_folder
 from instructax.models.pretrained import load as reading
@@ -37,11 +44,18 @@ from instructax.training import loop
 from instructax.training import run as stage
 from instructax.types import Params, TrainState
 
-# Files of a model that are kept beside an import, and go into exports of it: what they say is not used here.
-KEPT = ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+# Files of a model that are kept beside an import, and go into exports of it: what they say
+# is not used here.
+KEPT = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 ASIDE = "source"  # the folder of an import that holds them
 SCORE_BIAS = "instructax_score_bias"  # in config.json, the bias of the scalar head where a norm cannot hold it
-# By family: the name of its classes in transformers, and what that of its language model ends with.
+# By family: the name of its classes in transformers, and what that of its language model
+# ends with.
 CLASSES = {
     "gpt2": ("GPT2", "LMHeadModel"),
     "gpt_neox": ("GPTNeoX", "ForCausalLM"),
@@ -68,10 +82,12 @@ TOLERANCE = 1e-4  # of logits, absolute and relative, between what was written a
 
 
 def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
-    """Puts the model at `source`, a folder, a GGUF file or a name on the Hugging Face hub, into `workdir` as a finished
-    run, its parameters float32 and in fsdp × tensor pieces on the way; returns a line about it.
+    """Puts the model at `source`, a folder, a GGUF file or a name on the Hugging Face hub,
+    into `workdir` as a finished run, its parameters float32 and in fsdp × tensor pieces on
+    the way; returns a line about it.
 
-    Raises ValueError for a model that ours cannot express, or a `workdir` that holds another run.
+    Raises ValueError for a model that ours cannot express, or a `workdir` that holds
+    another run.
     """
     given = {"stage": "pretrained", "source": source}
     if is_finished(workdir):
@@ -84,16 +100,26 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
             raw, tensors, texts = file.config(), file.tensors(), Path(scratch)
             file.write_tokenizer(texts)
         else:
-            raw, tensors, texts = hf_folder.read_json(path / "config.json"), hf_folder.open_tensors(path), path
+            raw, tensors, texts = (
+                hf_folder.read_json(path / "config.json"),
+                hf_folder.open_tensors(path),
+                path,
+            )
         family, config = hf_configs.read_config(raw)
         tokenizer = _tokenizer_of(texts, config)
-        kept = {name: (texts / name).read_bytes() for name in KEPT if (texts / name).is_file()}
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices=jax.devices()[: fsdp * tensor])
+        kept = {
+            name: (texts / name).read_bytes() for name in KEPT if (texts / name).is_file()
+        }
+    mesh = sharding.make_mesh(
+        MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices=jax.devices()[: fsdp * tensor]
+    )
     abstract = loop.abstract_params(Transformer(config, COMPUTE, "tokens"), mesh)
     params = reading.read_params(tensors, family, config, abstract)
     with locked(workdir):
         stage.claim(workdir, given)
-        checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="params")
+        checkpoints = Checkpoints(
+            workdir, save_every=1, keep=1, best_metric="", exported="params"
+        )
         checkpoints.save(0, TrainState(step=jnp.int32(0), params=params, opt_state=()), {})
         checkpoints.close()
         save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
@@ -111,7 +137,9 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
             parents={},
         )
         count = parameter_count(params)
-        write_json(workdir / "summary.json", {**given, "family": family, "parameters": count})
+        write_json(
+            workdir / "summary.json", {**given, "family": family, "parameters": count}
+        )
     return f"{workdir}: {family}, {count:,} parameters, {tokenizer.size} token ids"
 
 
@@ -129,28 +157,39 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> Tokenizer:
 def _hashes(path: Path) -> dict[str, str]:
     """sha256 of the files that parameters and architecture come from."""
     found = {}
-    for file in [path] if path.is_file() else sorted((*path.glob("*.safetensors"), path / "config.json")):
+    for file in (
+        [path]
+        if path.is_file()
+        else sorted((*path.glob("*.safetensors"), path / "config.json"))
+    ):
         with file.open("rb") as opened:
             found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     return found
 
 
 def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
-    """Writes the finished run at `checkpoint` (WORKDIR, WORKDIR@STEP or WORKDIR@best) to the folder `to` for
-    transformers; returns lines about it.
+    """Writes the finished run at `checkpoint` (WORKDIR, WORKDIR@STEP or WORKDIR@best) to
+    the folder `to` for transformers; returns lines about it.
 
-    A policy is for AutoModelForCausalLM, a reward model for AutoModelForSequenceClassification with one label. `verify`
-    reads the folder again and compares logits, or scores, with the run's own.
+    A policy is for AutoModelForCausalLM, a reward model for
+    AutoModelForSequenceClassification with one label. `verify` reads the folder again and
+    compares logits, or scores, with the run's own.
 
-    Raises ValueError if no family of transformers expresses the model, if `to` is not empty, or if `verify` fails.
+    Raises ValueError if no family of transformers expresses the model, if `to` is not
+    empty, or if `verify` fails.
     """
-    require(not to.exists() or (to.is_dir() and not any(to.iterdir())), f"--to={to} is not empty: take another folder")
+    require(
+        not to.exists() or (to.is_dir() and not any(to.iterdir())),
+        f"--to={to} is not empty: take another folder",
+    )
     run = open_parent(checkpoint, "--checkpoint")
     head: Head = "scalar" if run.manifest["stage"] in STAGES["scalar"] else "tokens"
     config = construct(ModelConfig, run.manifest["model"], "model")
     family, raw = hf_configs.write_config(config)
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(
+        MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]
+    )
     model = Transformer(config, COMPUTE, head)
     params = run.load(loop.abstract_params(model, mesh))
     raw |= _of_classes(family, head, tokenizer) | {"dtype": dtype, "torch_dtype": dtype}
@@ -162,7 +201,9 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     to.mkdir(parents=True, exist_ok=True)
     writing.save_tensors(to, written, family, config, dtype)
     _write_tokenizer(to, tokenizer, config, raw, run.workdir / ASIDE)
-    writing.write_json(to / "generation_config.json", {k: raw[k] for k in ("bos_token_id", "eos_token_id")})
+    writing.write_json(
+        to / "generation_config.json", {k: raw[k] for k in ("bos_token_id", "eos_token_id")}
+    )
     (to / "README.md").write_text(_readme(run.manifest, head, raw), encoding="utf-8")
     writing.write_json(to / "config.json", raw)
     lines = [f"{to}: {raw['architectures'][0]}, {dtype}"]
@@ -173,7 +214,11 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
 
 def _of_classes(family: str, head: Head, tokenizer: Tokenizer) -> dict[str, Any]:
     name, ending = CLASSES[family]
-    ends: dict[str, Any] = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "use_cache": True}
+    ends: dict[str, Any] = {
+        "bos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "use_cache": True,
+    }
     if head == "tokens":
         return {**ends, "architectures": [name + ending], "pad_token_id": None}
     return {
@@ -186,24 +231,35 @@ def _of_classes(family: str, head: Head, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def _padding_of(tokenizer: Tokenizer) -> int | None:
-    """An id that no text has and that ends none, if there is one: transformers finds a response's last token by it."""
-    added = {token["id"] for token in json.loads(tokenizer.content)["added_tokens"] if token.get("special")}
+    """An id that no text has and that ends none, if there is one: transformers finds a
+    response's last token by it."""
+    added = {
+        token["id"]
+        for token in json.loads(tokenizer.content)["added_tokens"]
+        if token.get("special")
+    }
     free = sorted(added - {tokenizer.eos_id}) or tokenizer.free_ids()
     return free[0] if free else None
 
 
 def folded(params: Params, config: ModelConfig) -> Params:
-    """The scalar head without its bias b, which a layer norm's own bias takes up: w · (h + w b / w · w) = w · h + b.
-    An RMS norm has none, and the head stays as it is."""
+    """The scalar head without its bias b, which a layer norm's own bias takes up: w · (h +
+    w b / w · w) = w · h + b. An RMS norm has none, and the head stays as it is."""
     head, norm = params["scalar_head"], params["final_norm"]
     if config.norm != "layernorm":
         return params
     shift = head["kernel"] * head["bias"] / jnp.maximum(jnp.sum(head["kernel"] ** 2), 1e-30)
     moved = {**norm, "bias": norm["bias"] + shift}
-    return {**params, "final_norm": moved, "scalar_head": {**head, "bias": jnp.zeros_like(head["bias"])}}
+    return {
+        **params,
+        "final_norm": moved,
+        "scalar_head": {**head, "bias": jnp.zeros_like(head["bias"])},
+    }
 
 
-def _write_tokenizer(to: Path, tokenizer: Tokenizer, config: ModelConfig, raw: Mapping[str, Any], aside: Path) -> None:
+def _write_tokenizer(
+    to: Path, tokenizer: Tokenizer, config: ModelConfig, raw: Mapping[str, Any], aside: Path
+) -> None:
     save_tokenizer(tokenizer, str(to / "tokenizer.json"))
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -219,7 +275,9 @@ def _write_tokenizer(to: Path, tokenizer: Tokenizer, config: ModelConfig, raw: M
 
 
 def _readme(manifest: Mapping[str, Any], head: Head, raw: Mapping[str, Any]) -> str:
-    auto = "AutoModelForCausalLM" if head == "tokens" else "AutoModelForSequenceClassification"
+    auto = (
+        "AutoModelForCausalLM" if head == "tokens" else "AutoModelForSequenceClassification"
+    )
     lines = [
         f"A run of the stage `{manifest['stage']}`, exported by instructax {instructax.__version__}.",
         f"`transformers.{auto}.from_pretrained` loads it. It was trained on texts to which nothing was added: encode "
@@ -231,9 +289,13 @@ def _readme(manifest: Mapping[str, Any], head: Head, raw: Mapping[str, Any]) -> 
             "load this one with `transformers.PreTrainedTokenizerFast.from_pretrained`, unless it is Qwen's."
         )
     if head == "scalar":
-        lines.append("The score is that of the last token of prompt and response, the end token included.")
+        lines.append(
+            "The score is that of the last token of prompt and response, the end token included."
+        )
         if raw["pad_token_id"] is None:
-            lines.append("The tokenizer has no token for padding: score one text at a time.")
+            lines.append(
+                "The tokenizer has no token for padding: score one text at a time."
+            )
         if SCORE_BIAS in raw:
             lines.append(
                 f"Classes of transformers have no bias there: add `{SCORE_BIAS}` of `config.json`, {raw[SCORE_BIAS]}, "
@@ -243,12 +305,14 @@ def _readme(manifest: Mapping[str, Any], head: Head, raw: Mapping[str, Any]) -> 
 
 
 def verified(path: Path, model: Transformer, params: Params, dtype: str) -> str:
-    """A line with the largest difference between logits, or scores, of the run and of the folder at `path`. Raises
-    ValueError if it is above `TOLERANCE`, which holds for float32 alone."""
+    """A line with the largest difference between logits, or scores, of the run and of the
+    folder at `path`. Raises ValueError if it is above `TOLERANCE`, which holds for float32
+    alone."""
     raw = hf_folder.read_json(path / "config.json")
     family, config = hf_configs.read_config(raw)
     abstract = loop.abstract_params(
-        model, sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+        model,
+        sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]),
     )
     read = reading.read_params(hf_folder.open_tensors(path), family, config, abstract)
     if model.head == "scalar":
@@ -260,15 +324,21 @@ def verified(path: Path, model: Transformer, params: Params, dtype: str) -> str:
 
     @jax.jit
     def outputs(params: Params) -> jax.Array:
-        found: Any = model.apply({"params": params}, tokens, jnp.ones_like(tokens), positions)[0]
+        found: Any = model.apply(
+            {"params": params}, tokens, jnp.ones_like(tokens), positions
+        )[0]
         if model.head == "scalar":
             return found
         return logits_of(found, head_kernel(config, params), config.logit_cap)
 
     ours, theirs = np.asarray(outputs(params)), np.asarray(outputs(read))
-    what, worst = "scores" if model.head == "scalar" else "logits", float(np.abs(ours - theirs).max())
+    what, worst = (
+        "scores" if model.head == "scalar" else "logits",
+        float(np.abs(ours - theirs).max()),
+    )
     require(
-        dtype != "float32" or bool(np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)),
+        dtype != "float32"
+        or bool(np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)),
         f"{path} gives other {what} than the run: they differ by up to {worst:.2g}; delete it",
     )
     return f"read again: {what} differ by at most {worst:.2g}"

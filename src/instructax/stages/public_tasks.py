@@ -1,7 +1,9 @@
-"""Finished policies on the public tasks of the embedded world, the paper's table 14: a run that trains nothing.
+"""Finished policies on the public tasks of the embedded world, the paper's table 14: a run
+that trains nothing.
 
-Every policy gets the same items in the same forms, its contexts as they are: no empty line opens the answer, as it does
-after a prompt of a customer. Generated answers go to `samples.jsonl`, figures to `summary.json`.
+Every policy gets the same items in the same forms, its contexts as they are: no empty line
+opens the answer, as it does after a prompt of a customer. Generated answers go to
+`samples.jsonl`, figures to `summary.json`.
 """
 
 import dataclasses
@@ -47,9 +49,13 @@ class TasksConfig:
     batch_size: int
 
     def __post_init__(self):
-        check_range(self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1})
+        check_range(
+            self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1}
+        )
         if not (self.world and self.policies and all(path for _, path in self.policies)):
-            raise ValueError("world, policies and the workdir of every policy must be given")
+            raise ValueError(
+                "world, policies and the workdir of every policy must be given"
+            )
         require_distinct("policies", [name for name, _ in self.policies])
 
 
@@ -68,7 +74,8 @@ def check(config: TasksConfig, mesh: Mesh | AbstractMesh) -> None:
     stage.check_rows("batch_size", config.batch_size, 1, mesh)
     length = config.context_tokens + config.answer_tokens
     require(
-        length <= config.model.max_length or config.model.positions == "rotary",  # which have no last one
+        length <= config.model.max_length
+        or config.model.positions == "rotary",  # which have no last one
         f"config.context_tokens + config.answer_tokens = {length} is above config.model.max_length = "
         f"{config.model.max_length}, the rows of its position table: lower one of them",
     )
@@ -81,17 +88,38 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {f"policies.{name}": path for name, path in config.policies}
-    parents = open_parents(paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer)
+    parents = open_parents(
+        paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer
+    )
     seed, _ = world_of(Path(config.world))
     sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
-    stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data={}, parents=parents).write(workdir)
+    stage.RunManifestInputs(
+        config=config, given=given, tokenizer=tokenizer, data={}, parents=parents
+    ).write(workdir)
     model = Transformer(config.model, config.compute, "tokens", mesh)
-    lengths = {"context_tokens": config.context_tokens, "answer_tokens": config.answer_tokens}
+    lengths = {
+        "context_tokens": config.context_tokens,
+        "answer_tokens": config.answer_tokens,
+    }
     # What stands after a line break is never read.
     stops = tokenizer.with_text("\n")
-    completer = Completer(model, mesh, batch_size=config.batch_size, eos_id=tokenizer.eos_id, stops=stops, **lengths)
+    completer = Completer(
+        model,
+        mesh,
+        batch_size=config.batch_size,
+        eos_id=tokenizer.eos_id,
+        stops=stops,
+        **lengths,
+    )
     policies: dict[str, dict[str, dict[str, Any]]] = {}
-    log = MetricLog(workdir, total_steps=len(config.policies), log_every=1, start_step=0, tensorboard=False, console=True)
+    log = MetricLog(
+        workdir,
+        total_steps=len(config.policies),
+        log_every=1,
+        start_step=0,
+        tensorboard=False,
+        console=True,
+    )
     with log:
         for number, (name, _) in enumerate(config.policies, start=1):
             params = parents[f"policies.{name}"].load(loop.abstract_params(model, mesh))
@@ -99,18 +127,33 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
             for sheet in sheets:
                 found, samples = answered(sheet, completer, params, tokenizer, config.seed)
                 for sample in samples:
-                    log.sample(number, {"policy": name, "task": sheet.task, "form": sheet.form, **sample})
-                policies[name][sheet.task] |= {form: record_of(figure) for form, figure in found.items()}
+                    log.sample(
+                        number,
+                        {"policy": name, "task": sheet.task, "form": sheet.form, **sample},
+                    )
+                policies[name][sheet.task] |= {
+                    form: record_of(figure) for form, figure in found.items()
+                }
             log.record(
-                number, {f"{task}/{f}": x["value"] for task, group in policies[name].items() for f, x in group.items()}
+                number,
+                {
+                    f"{task}/{f}": x["value"]
+                    for task, group in policies[name].items()
+                    for f, x in group.items()
+                },
             )
         log.flush()
         log.summary({"stage": config.stage, "policies": policies})
 
 
 def record_of(figure: Figure) -> dict[str, Any]:
-    """The figure for the log: its estimate, and the values of the items where it is their mean."""
-    values = {} if figure.values is None else {"values": np.round(np.asarray(figure.values, float), 6).tolist()}
+    """The figure for the log: its estimate, and the values of the items where it is their
+    mean."""
+    values = (
+        {}
+        if figure.values is None
+        else {"values": np.round(np.asarray(figure.values, float), 6).tolist()}
+    )
     return {**dataclasses.asdict(figure.estimate), **values}
 
 
@@ -129,12 +172,18 @@ def answered(
     contexts, metric = tokenizer.encode_batch(sheet.contexts), TASKS[sheet.task].metric
     if metric in ("accuracy", "entropy"):
         candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
-        scored = completer.candidate_logprobs(params, list(zip(contexts, candidates, strict=True)))
+        scored = completer.candidate_logprobs(
+            params, list(zip(contexts, candidates, strict=True))
+        )
         return {sheet.form: choice_figure(metric, sheet.items, *scored)}, []
-    completions = [tokenizer.decode(answer) for answer in completer.complete(params, contexts)]
+    completions = [
+        tokenizer.decode(answer) for answer in completer.complete(params, contexts)
+    ]
     figures = text_figures(metric, sheet.items, completions, seed)
     samples = [
         {"context": context, "completion": completion, "answers": item.answers}
-        for context, completion, item in zip(sheet.contexts, completions, sheet.items, strict=True)
+        for context, completion, item in zip(
+            sheet.contexts, completions, sheet.items, strict=True
+        )
     ]
     return {f"{sheet.form}{suffix}": x for suffix, x in figures.items()}, samples

@@ -1,15 +1,17 @@
-"""The reward model: a scalar head on the policy's trunk, trained on K-wise rankings (paper, section 3.5 and C.2).
+"""The reward model: a scalar head on the policy's trunk, trained on K-wise rankings (paper,
+section 3.5 and C.2).
 
-All pairs of a prompt are one batch element: the prompt and each of its responses is run forward once, and each prompt
-weighs the same however many responses it has. At every save the head's bias is set so that demonstrations score 0 on
-average.
+All pairs of a prompt are one batch element: the prompt and each of its responses is run
+forward once, and each prompt weighs the same however many responses it has. At every save
+the head's bias is set so that demonstrations score 0 on average.
 
-Departures from the paper: its last reward model started from a 6B GPT-3 tuned on public tasks (C.2, "similar results"
-from the SFT model), here it is the SFT model; the loss of a prompt is a mean over its untied pairs, where Eq. 1 divides
-by C(K, 2).
+Departures from the paper: its last reward model started from a 6B GPT-3 tuned on public
+tasks (C.2, "similar results" from the SFT model), here it is the SFT model; the loss of a
+prompt is a mean over its untied pairs, where Eq. 1 divides by C(K, 2).
 
-Cost: rows are as wide as the longest prompt with its responses, short ones share one, and attention scores are of the
-square: at K = 9 and 1024 + 1024 tokens 2.8 times as many as K rows would have, for 0.56 times the tokens.
+Cost: rows are as wide as the longest prompt with its responses, short ones share one, and
+attention scores are of the square: at K = 9 and 1024 + 1024 tokens 2.8 times as many as K
+rows would have, for 0.56 times the tokens.
 """
 
 import dataclasses
@@ -36,15 +38,38 @@ from instructax.data.storage import Prepared
 from instructax.data.tokenizer import Tokenizer
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masking import masked_sum, token_count
-from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer, merge_trees, trainable
-from instructax.models.scoring import at_last_token, comparison_sequences, last_columns, packed_outputs
-from instructax.models.sequence_packing import map_packed_rows, pack, packed_width, plan_packing
+from instructax.models import (
+    ComputeConfig,
+    LoraConfig,
+    ModelConfig,
+    Transformer,
+    merge_trees,
+    trainable,
+)
+from instructax.models.scoring import (
+    at_last_token,
+    comparison_sequences,
+    last_columns,
+    packed_outputs,
+)
+from instructax.models.sequence_packing import (
+    map_packed_rows,
+    pack,
+    packed_width,
+    plan_packing,
+)
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training import run as stage
 from instructax.training.loop import accumulate_rows, scaled
-from instructax.training.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
+from instructax.training.optimizer import (
+    OptimizerConfig,
+    apply_gradients,
+    learning_rate_at,
+    make_optimizer,
+    skipped,
+)
 from instructax.training.run import RunConfig
 from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
 
@@ -69,20 +94,28 @@ class RewardProgram:
 
 
 def update(
-    program: RewardProgram, state: TrainState, batch: Comparisons, settings: RewardModelSettings
+    program: RewardProgram,
+    state: TrainState,
+    batch: Comparisons,
+    settings: RewardModelSettings,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the ranking loss of the whole batch of prompts."""
     rows = comparison_sequences(batch)
     compute, width = program.model.compute, program.row_tokens
-    layout = plan_packing(rows.segments != 0, width=width, longest=width, compute=compute, mesh=program.mesh)
-    ends = jnp.take_along_axis(layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1)
+    layout = plan_packing(
+        rows.segments != 0, width=width, longest=width, compute=compute, mesh=program.mesh
+    )
+    ends = jnp.take_along_axis(
+        layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1
+    )
     prompts, pairs = _counts(batch, batch.valid)
 
     def share_of(part: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
         rows, cells = part
 
         def at_the_ends(x: Array) -> Array:
-            """Of x [rows, columns] what stands at the end of each response, zero if that is in another part: [B, K]."""
+            """Of x [rows, columns] what stands at the end of each response, zero if that is
+            in another part: [B, K]."""
             spread = jnp.zeros((layout.texts.size,), x.dtype).at[cells].set(x)
             return spread.at[ends].get(mode="fill", fill_value=0)
 
@@ -93,17 +126,28 @@ def update(
             outputs = packed_outputs(program.model, params, rows)
             return pairwise_ranking_loss(at_the_ends(outputs), batch.ranks, valid)
 
-        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable(state.params))
+        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            trainable(state.params)
+        )
         own_prompts, own_pairs = _counts(batch, valid)
         gradients, loss = scaled(own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss))
-        return gradients, {"loss": loss, "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy}
+        return gradients, {
+            "loss": loss,
+            "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy,
+        }
 
     numbers = jnp.arange(layout.texts.size, dtype=jnp.int32).reshape(layout.texts.shape)
     gradients, metrics = accumulate_rows(share_of, (pack(rows, layout), numbers), layout)
     rate = learning_rate_at(
-        state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
+        state.step,
+        peak=settings.learning_rate,
+        config=program.schedule,
+        total_steps=program.total_steps,
     )
-    state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
+    state, norm = (
+        apply_gradients(program.optimizer, state, gradients, rate),
+        optax.tree.norm(gradients),
+    )
     return dataclasses.replace(state, step=state.step + 1), {
         **metrics,
         "pairs": pairs,
@@ -116,12 +160,17 @@ def update(
 
 
 def with_bias(params: Params, bias: Array | float) -> Params:
-    """The parameters with another bias of the head. Rankings do not depend on it, and training never moves it."""
-    return {**params, "scalar_head": {**params["scalar_head"], "bias": jnp.asarray(bias, jnp.float32)}}
+    """The parameters with another bias of the head. Rankings do not depend on it, and
+    training never moves it."""
+    return {
+        **params,
+        "scalar_head": {**params["scalar_head"], "bias": jnp.asarray(bias, jnp.float32)},
+    }
 
 
 def _counts(batch: Comparisons, valid: Array) -> tuple[Array, Array]:
-    """(prompts with a pair, pairs) among the responses that are `valid` b[B, K], each f32[]."""
+    """(prompts with a pair, pairs) among the responses that are `valid` b[B, K], each
+    f32[]."""
     pairs = jnp.sum(ordered_pairs(batch.ranks, valid), axis=(1, 2), dtype=jnp.float32)
     return jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
 
@@ -129,19 +178,32 @@ def _counts(batch: Comparisons, valid: Array) -> tuple[Array, Array]:
 def held_out_ranking(
     model: Transformer, mesh: Mesh, params: Params, batch: Comparisons, *, width: int = 0
 ) -> tuple[Array, Array, Array, Array]:
-    """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number of pairs), each f32[].
+    """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number
+    of pairs), each f32[].
 
     `width` as in `rows.by_parts`.
     """
     prompts, pairs = _counts(batch, batch.valid)
-    outputs = map_packed_rows(partial(packed_outputs, model, params), comparison_sequences(batch), model, mesh, width=width)
-    loss, accuracy = pairwise_ranking_loss(at_last_token(outputs, batch), batch.ranks, batch.valid)
+    outputs = map_packed_rows(
+        partial(packed_outputs, model, params),
+        comparison_sequences(batch),
+        model,
+        mesh,
+        width=width,
+    )
+    loss, accuracy = pairwise_ranking_loss(
+        at_last_token(outputs, batch), batch.ranks, batch.valid
+    )
     return loss * prompts, prompts, accuracy * pairs, pairs
 
 
-def demonstration_scores(model: Transformer, params: Params, batch: LmBatch) -> tuple[Array, Array]:
+def demonstration_scores(
+    model: Transformer, params: Params, batch: LmBatch
+) -> tuple[Array, Array]:
     """(sum of the scores of the demonstrations in packed rows, their number), both f32[]."""
-    outputs: Any = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)[0]
+    outputs: Any = model.apply(
+        {"params": params}, batch.tokens, batch.segments, batch.positions
+    )[0]
     following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
     last = (batch.segments > 0) & (batch.segments != following)
     return masked_sum(outputs, last), token_count(last)
@@ -194,11 +256,21 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     check(config, mesh)
     config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
+    parents = open_parents(
+        {"parent": config.parent},
+        {"parent": (config.model, "tokens")},
+        tokenizer,
+        config.tokenizer,
+    )
+    data = read_data(
+        config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
+    )
     train_rows = data["comparisons"].sources["train"]
     total_steps = stage.steps_of(
-        steps=config.steps, epochs=config.epochs, rows=len(train_rows), rows_per_step=config.batch_size
+        steps=config.steps,
+        epochs=config.epochs,
+        rows=len(train_rows),
+        rows_per_step=config.batch_size,
     )
     longest = data["comparisons"].report.longest.values()
     row_tokens = packed_width(longest, config.data.limits.comparison_tokens, config.compute)
@@ -212,11 +284,15 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         total_steps=total_steps,
         row_tokens=row_tokens,
     )
-    settings = RewardModelSettings(learning_rate=jnp.float32(config.optimizer.learning_rate))
+    settings = RewardModelSettings(
+        learning_rate=jnp.float32(config.optimizer.learning_rate)
+    )
     adapt = loop.adapters_of(config)
     abstract = loop.abstract_state(model, optimizer, mesh, adapt)
     step = loop.compile_update(partial(update, program), abstract, mesh)
-    ranking = ranking_figures(model, mesh, config, data["comparisons"].sources["validation"], row_tokens)
+    ranking = ranking_figures(
+        model, mesh, config, data["comparisons"].sources["validation"], row_tokens
+    )
     normalize = normalizer(model, mesh, config, data["demonstrations"].sources["train"])
 
     def start() -> TrainState:
@@ -226,13 +302,16 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
             return fresh
         policy = Transformer(config.model, config.compute, "tokens")
         loaded = parents["parent"].load(loop.abstract_params(policy, mesh))
-        # The unembedding is left behind (paper, section 3.5), unless it is the input embedding as well.
+        # The unembedding is left behind (paper, section 3.5), unless it is the input
+        # embedding as well.
         trunk = {name: leaf for name, leaf in loaded.items() if name in fresh.params}
         return dataclasses.replace(fresh, params=merge_trees(trunk, fresh.params))
 
     stage.run(
         workdir,
-        stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
+        stage.RunManifestInputs(
+            config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
+        ),
         abstract=abstract,
         start=start,
         exported="params",
@@ -244,17 +323,28 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     )
 
 
-def read_data(config: RewardConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
+def read_data(
+    config: RewardConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
+) -> dict[str, Prepared]:
     """Comparisons, and the demonstrations that score 0 on average."""
     limits, folder = config.data.limits, Path(config.data.folder)
-    files = {name: [Path(path) for path in getattr(config.data, name)] for name in ("comparisons", "demonstrations")}
+    files = {
+        name: [Path(path) for path in getattr(config.data, name)]
+        for name in ("comparisons", "demonstrations")
+    }
     return {
-        "comparisons": prepare_comparisons(files["comparisons"], tokenizer, limits, folder, wording),
-        "demonstrations": prepare_demonstrations(files["demonstrations"], tokenizer, limits, folder, wording),
+        "comparisons": prepare_comparisons(
+            files["comparisons"], tokenizer, limits, folder, wording
+        ),
+        "demonstrations": prepare_demonstrations(
+            files["demonstrations"], tokenizer, limits, folder, wording
+        ),
     }
 
 
-def reader(config: RewardConfig, source: Source, mesh: Mesh) -> Callable[[int], Comparisons]:
+def reader(
+    config: RewardConfig, source: Source, mesh: Mesh
+) -> Callable[[int], Comparisons]:
     """Batch `index` of the comparisons, on the mesh."""
 
     def read(index: int) -> Comparisons:
@@ -266,7 +356,11 @@ def reader(config: RewardConfig, source: Source, mesh: Mesh) -> Callable[[int], 
 
 
 def ranking_figures(
-    model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source, row_tokens: int
+    model: Transformer,
+    mesh: jax.sharding.Mesh,
+    config: RewardConfig,
+    source: Source,
+    row_tokens: int,
 ) -> Callable[[Params], dict[str, float]]:
     """A function from parameters to loss and ranking accuracy on held-out comparisons."""
     figures = partial(held_out_ranking, model, mesh, width=row_tokens)
@@ -276,8 +370,13 @@ def ranking_figures(
         totals = [0.0] * 4
         for rows in validation_rows(source, config.batch_size, config.run.evaluate_batches):
             check_stop_requested()
-            batch = sharding.put_rows(read_comparisons(source, rows, config.data.limits), mesh)
-            totals = [total + float(x) for total, x in zip(totals, ranking(params, batch), strict=True)]
+            batch = sharding.put_rows(
+                read_comparisons(source, rows, config.data.limits), mesh
+            )
+            totals = [
+                total + float(x)
+                for total, x in zip(totals, ranking(params, batch), strict=True)
+            ]
         loss, prompts, right, pairs = totals
         return {
             "held_out_loss": loss / max(prompts, 1.0),
@@ -291,8 +390,11 @@ def ranking_figures(
 def normalizer(
     model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
 ) -> Callable[[Params], Params]:
-    """A function that sets the bias so that the demonstrations of `source` score 0 on average (paper, section 3.5)."""
-    scores = jax.jit(partial(demonstration_scores, model), out_shardings=sharding.replicated(mesh))
+    """A function that sets the bias so that the demonstrations of `source` score 0 on
+    average (paper, section 3.5)."""
+    scores = jax.jit(
+        partial(demonstration_scores, model), out_shardings=sharding.replicated(mesh)
+    )
     length = config.data.limits.sequence_tokens
 
     def normalize(params: Params) -> Params:
@@ -304,6 +406,8 @@ def normalizer(
             total, count = total + float(added), count + float(demonstrations)
         # As it was laid out: else the next step would be compiled anew.
         layout = params["scalar_head"]["bias"].sharding
-        return with_bias(params, jax.device_put(np.float32(-total / max(count, 1.0)), layout))
+        return with_bias(
+            params, jax.device_put(np.float32(-total / max(count, 1.0)), layout)
+        )
 
     return normalize

@@ -1,7 +1,8 @@
-"""Supervised training on packed rows: pretraining, the SFT baseline and the PPO initialisation (paper, C.1, C.3).
+"""Supervised training on packed rows: pretraining, the SFT baseline and the PPO
+initialisation (paper, C.1, C.3).
 
-Departure from the paper: rows are packed with several demonstrations, and a batch counts rows, so that a batch of 32
-holds more than 32 demonstrations.
+Departure from the paper: rows are packed with several demonstrations, and a batch counts
+rows, so that a batch of 32 holds more than 32 demonstrations.
 """
 
 import dataclasses
@@ -26,8 +27,19 @@ from instructax.models import ComputeConfig, Dropout, LoraConfig, ModelConfig, T
 from instructax.sharding import MeshConfig
 from instructax.training import loop
 from instructax.training import run as stage
-from instructax.training.loop import accumulate, language_gradients, shares, split_microbatches
-from instructax.training.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, make_optimizer, skipped
+from instructax.training.loop import (
+    accumulate,
+    language_gradients,
+    shares,
+    split_microbatches,
+)
+from instructax.training.optimizer import (
+    OptimizerConfig,
+    apply_gradients,
+    learning_rate_at,
+    make_optimizer,
+    skipped,
+)
 from instructax.training.run import RunConfig
 from instructax.types import Array, LmBatch, Params, TrainState, pytree
 
@@ -55,7 +67,10 @@ class SupervisedProgram:
 
 
 def update(
-    program: SupervisedProgram, state: TrainState, batch: LmBatch, settings: SupervisedSettings
+    program: SupervisedProgram,
+    state: TrainState,
+    batch: LmBatch,
+    settings: SupervisedSettings,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the mean loss per trained token of the whole batch."""
     parts = split_microbatches(batch, program.accumulate, program.mesh)
@@ -68,11 +83,19 @@ def update(
         dropout = Dropout(rate=settings.dropout, keys=keys) if program.drops else None
         return language_gradients(program.model, state.params, part, dropout)
 
-    gradients, metrics = accumulate(gradients_of, (parts, keys.reshape(program.accumulate, -1)), weights)
-    rate = learning_rate_at(
-        state.step, peak=settings.learning_rate, config=program.schedule, total_steps=program.total_steps
+    gradients, metrics = accumulate(
+        gradients_of, (parts, keys.reshape(program.accumulate, -1)), weights
     )
-    state, norm = apply_gradients(program.optimizer, state, gradients, rate), optax.tree.norm(gradients)
+    rate = learning_rate_at(
+        state.step,
+        peak=settings.learning_rate,
+        config=program.schedule,
+        total_steps=program.total_steps,
+    )
+    state, norm = (
+        apply_gradients(program.optimizer, state, gradients, rate),
+        optax.tree.norm(gradients),
+    )
     tokens = token_count(batch.segments > 0)
     return dataclasses.replace(state, step=state.step + 1), {
         "loss": jnp.sum(weights * metrics["loss"]),
@@ -107,7 +130,11 @@ class SupervisedConfig:
     run: RunConfig
 
     def __post_init__(self):
-        check_range(self, {"batch_size": 1, "accumulate": 1, "dropout": 0, "epochs": 0, "steps": 0}, {"dropout": 1})
+        check_range(
+            self,
+            {"batch_size": 1, "accumulate": 1, "dropout": 0, "epochs": 0, "steps": 0},
+            {"dropout": 1},
+        )
 
 
 def check(config: SupervisedConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -123,8 +150,15 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     check(config, mesh)
     config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    parents = open_parents({"parent": config.parent}, {"parent": (config.model, "tokens")}, tokenizer, config.tokenizer)
-    data = read_lm_data(config.data, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
+    parents = open_parents(
+        {"parent": config.parent},
+        {"parent": (config.model, "tokens")},
+        tokenizer,
+        config.tokenizer,
+    )
+    data = read_lm_data(
+        config.data, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
+    )
     counted = "demonstrations" if config.data.demonstrations else "text"
     share = 1.0 - config.data.text_fraction if config.data.demonstrations else 1.0
     total_steps = stage.steps_of(
@@ -152,8 +186,15 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
     adapt = loop.adapters_of(config)
     abstract = loop.abstract_state(model, optimizer, mesh, adapt)
     step = loop.compile_update(partial(update, program), abstract, mesh)
-    read = lm_reader(config.data, data, "train", batch_size=config.batch_size, seed=config.seed)
-    losses = held_out_losses(model, mesh, config, {name: held.sources["validation"] for name, held in data.items()})
+    read = lm_reader(
+        config.data, data, "train", batch_size=config.batch_size, seed=config.seed
+    )
+    losses = held_out_losses(
+        model,
+        mesh,
+        config,
+        {name: held.sources["validation"] for name, held in data.items()},
+    )
 
     def start() -> TrainState:
         if config.data.demonstrations and jax.process_index() == 0:
@@ -165,7 +206,9 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
 
     stage.run(
         workdir,
-        stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
+        stage.RunManifestInputs(
+            config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
+        ),
         abstract=abstract,
         start=start,
         exported="params",

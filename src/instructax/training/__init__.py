@@ -1,1 +1,2 @@
-"""The training loop, train state, optimizer, gradient accumulation and the life cycle of a run."""
+"""The training loop, train state, optimizer, gradient accumulation and the life cycle of a
+run."""

@@ -1,7 +1,8 @@
-"""Adam with the paper's betas, learning-rate schedules, clipping, decay, and the moving average of parameters.
+"""Adam with the paper's betas, learning-rate schedules, clipping, decay, and the moving
+average of parameters.
 
-The learning rate is not part of the optimizer: `learning_rate_at` gives it for a step and `apply_gradients` multiplies
-by it, so that a sweep can hand it over as an array.
+The learning rate is not part of the optimizer: `learning_rate_at` gives it for a step and
+`apply_gradients` multiplies by it, so that a sweep can hand it over as an array.
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The direction of one step: clipping, Adam, weight decay on every matrix; the learning rate comes later.
+    """The direction of one step: clipping, Adam, weight decay on every matrix; the learning
+    rate comes later.
 
     With clipping, its `update` wants the norm of the gradients, f32[], as `norm`.
     """
@@ -55,10 +57,13 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def clip(largest: float) -> optax.GradientTransformationExtraArgs:
-    """gradients · min(1, largest / norm), by a norm that is given: optax's own clipping takes a norm of its own, which
-    in a branch of a program is another pass over all gradients."""
+    """gradients · min(1, largest / norm), by a norm that is given: optax's own clipping
+    takes a norm of its own, which in a branch of a program is another pass over all
+    gradients."""
 
-    def update(updates: Params, state: Any, params: Any = None, **given: Any) -> tuple[Params, Any]:
+    def update(
+        updates: Params, state: Any, params: Any = None, **given: Any
+    ) -> tuple[Params, Any]:
         scale = jnp.minimum(1.0, largest / given["norm"])
         return jax.tree.map(lambda gradient: gradient * scale, updates), state
 
@@ -66,40 +71,59 @@ def clip(largest: float) -> optax.GradientTransformationExtraArgs:
 
 
 def decayed(params: Params) -> Params:
-    """True for matrices (kernels, embeddings, adapters), False for biases and norms, judged by name."""
+    """True for matrices (kernels, embeddings, adapters), False for biases and norms, judged
+    by name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES, params
     )
 
 
-def learning_rate_at(step: Array, *, peak: Array | float, config: OptimizerConfig, total_steps: int) -> Array:
+def learning_rate_at(
+    step: Array, *, peak: Array | float, config: OptimizerConfig, total_steps: int
+) -> Array:
     """Learning rate of update number `step` (from 0): i32[] → f32[].
 
-    Linear from `warmup_from` to the peak over `warmup_steps`, then constant, or a cosine or a line down to
-    `final_fraction` at `total_steps`. Paper, appendix C: cosine to 10% without warm-up for SFT and RM; constant, with
-    10 iterations of warm-up from 0.1, for PPO.
+    Linear from `warmup_from` to the peak over `warmup_steps`, then constant, or a cosine or
+    a line down to `final_fraction` at `total_steps`. Paper, appendix C: cosine to 10%
+    without warm-up for SFT and RM; constant, with 10 iterations of warm-up from 0.1, for
+    PPO.
     """
     step = step.astype(jnp.float32)
-    warmup = config.warmup_from + (1.0 - config.warmup_from) * step / max(config.warmup_steps, 1)
+    warmup = config.warmup_from + (1.0 - config.warmup_from) * step / max(
+        config.warmup_steps, 1
+    )
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     progress = jnp.clip(progress, 0.0, 1.0)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress))}
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+    }
     final = 1.0 if config.schedule == "constant" else config.final_fraction
     after = final + (1.0 - final) * shape[config.schedule]
     return peak * jnp.where(step < config.warmup_steps, warmup, after)
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Params, learning_rate: Array
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradients: Params,
+    learning_rate: Array,
 ) -> TrainState:
-    """One optimizer step of what is trained: params − learning_rate · direction; none if the norm of the gradients is
-    not finite: then the state stays as it is. The step count is the caller's."""
+    """One optimizer step of what is trained: params − learning_rate · direction; none if
+    the norm of the gradients is not finite: then the state stays as it is. The step count
+    is the caller's."""
     norm = optax.tree.norm(gradients)
     before = trainable(state.params), state.opt_state
-    # A branch leaves the state where it is in memory; a choice for every number costs a twentieth of a small step.
+    # A branch leaves the state where it is in memory; a choice for every number costs a
+    # twentieth of a small step.
     moved = partial(step, optimizer, gradients, learning_rate, norm)
-    params, opt_state = jax.lax.cond(jnp.isfinite(norm), moved, lambda *before: before, *before)
-    return dataclasses.replace(state, params=merge_trees(params, state.params), opt_state=opt_state)
+    params, opt_state = jax.lax.cond(
+        jnp.isfinite(norm), moved, lambda *before: before, *before
+    )
+    return dataclasses.replace(
+        state, params=merge_trees(params, state.params), opt_state=opt_state
+    )
 
 
 def step(
@@ -110,18 +134,23 @@ def step(
     params: Params,
     opt_state: optax.OptState,
 ) -> tuple[Params, optax.OptState]:
-    """Parameters and the optimizer's state after one step by gradients of the norm `norm`, whatever they are."""
+    """Parameters and the optimizer's state after one step by gradients of the norm `norm`,
+    whatever they are."""
     update = optax.with_extra_args_support(optimizer).update
     directions, opt_state = update(gradients, opt_state, params, norm=norm)
     return jax.tree.map(lambda p, d: p - learning_rate * d, params, directions), opt_state
 
 
 def skipped(*norms: Array) -> Array:
-    """1 where `apply_gradients` skipped gradients of any of these norms f32[], else 0: f32[]."""
+    """1 where `apply_gradients` skipped gradients of any of these norms f32[], else 0:
+    f32[]."""
     return 1.0 - jnp.all(jnp.isfinite(jnp.stack(norms))).astype(jnp.float32)
 
 
 def moving_average(average: Params, params: Params, decay: Array | float) -> Params:
-    """decay · average + (1 − decay) · params of what is trained (paper, appendix C.4: 0.992)."""
-    moved = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, trainable(average), trainable(params))
+    """decay · average + (1 − decay) · params of what is trained (paper, appendix C.4:
+    0.992)."""
+    moved = jax.tree.map(
+        lambda a, p: decay * a + (1.0 - decay) * p, trainable(average), trainable(params)
+    )
     return merge_trees(moved, average)

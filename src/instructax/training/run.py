@@ -1,4 +1,5 @@
-"""What every stage does around its loop: claim the folder, check the parent, open the log, resume, finish."""
+"""What every stage does around its loop: claim the folder, check the parent, open the log,
+resume, finish."""
 
 import contextlib
 import dataclasses
@@ -16,7 +17,11 @@ from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
 from instructax.checkpoints.manifest import config_difference, read_manifest, write_manifest
 from instructax.checkpoints.parents import Parent, is_finished
 from instructax.config import INTEGERS, ConfigError, check_range, require
-from instructax.data.chat_template import chat_prompt_format, inherit_template, load_template
+from instructax.data.chat_template import (
+    chat_prompt_format,
+    inherit_template,
+    load_template,
+)
 from instructax.data.limits import DataLimits
 from instructax.data.prompt_format import PLAIN, PromptFormat
 from instructax.data.storage import Prepared
@@ -44,11 +49,19 @@ class RunConfig:
     keep: int  # newest checkpoints that stay
     best_metric: str  # held-out figure whose best checkpoint stays as well, the lowest of a loss; "" = none
     tensorboard: bool
-    most_skipped: int  # updates in a row that may be skipped for gradients that are not finite
+    most_skipped: (
+        int  # updates in a row that may be skipped for gradients that are not finite
+    )
     watchdog_seconds: float  # the longest that a phase of a step may take, compiling included; 0 = no limit
 
     def __post_init__(self):
-        least = {"log_every": 1, "evaluate_every": 0, "evaluate_batches": 1, "save_every": 1, "keep": 1}
+        least = {
+            "log_every": 1,
+            "evaluate_every": 0,
+            "evaluate_batches": 1,
+            "save_every": 1,
+            "keep": 1,
+        }
         check_range(self, least | {"most_skipped": 0, "watchdog_seconds": 0})
         if self.save_every % self.log_every:
             raise ValueError(
@@ -60,8 +73,9 @@ class RunConfig:
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Makes the folder `workdir` this config's own.
 
-    Raises ConfigError, with the differences, if it holds a run of another config. The groups `run` and `mesh` may
-    change, since they decide how a run is kept and where it is computed, not what.
+    Raises ConfigError, with the differences, if it holds a run of another config. The
+    groups `run` and `mesh` may change, since they decide how a run is kept and where it is
+    computed, not what.
     """
     path, config = workdir / "config.json", redact(config)
     if path.exists() and (is_finished(workdir) or committed_steps(workdir)):
@@ -69,7 +83,9 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             stored = json.loads(path.read_bytes())
             require(isinstance(stored, dict), "it is no group of values")
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): restore a copy, or choose another --workdir") from None
+            raise ConfigError(
+                f"{path} cannot be read ({error}): restore a copy, or choose another --workdir"
+            ) from None
         difference = config_difference(_decisive(stored), _decisive(config))
         if stored.get("stage") != config.get("stage"):  # then hardly a name is the same
             difference = [line for line in difference if line.startswith("stage: ")]
@@ -87,15 +103,18 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_lengths(limits: DataLimits, model: ModelConfig) -> None:
-    """Raises ConfigError unless packed rows, and a prompt with its response, fit the model's positions, and there are
-    the two splits that every stage reads."""
+    """Raises ConfigError unless packed rows, and a prompt with its response, fit the
+    model's positions, and there are the two splits that every stage reads."""
     names = [name for name, _ in limits.splits]
     require(
         {"train", "validation"} <= set(names),
         f"config.data.limits.splits has the names {names}: train and validation must be among them",
     )
     pair = limits.prompt_tokens + limits.response_tokens
-    for name, length in (("sequence_tokens", limits.sequence_tokens), ("prompt_tokens + response_tokens", pair)):
+    for name, length in (
+        ("sequence_tokens", limits.sequence_tokens),
+        ("prompt_tokens + response_tokens", pair),
+    ):
         require(
             length <= model.max_length,
             f"config.data.limits.{name} = {length} is above config.model.max_length = {model.max_length}: lower it",
@@ -103,7 +122,8 @@ def check_lengths(limits: DataLimits, model: ModelConfig) -> None:
 
 
 def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
-    """Raises ConfigError for adapters wider than what they adapt, or of a network that nobody has trained."""
+    """Raises ConfigError for adapters wider than what they adapt, or of a network that
+    nobody has trained."""
     require(
         lora.rank <= model.embed_dim,
         f"config.lora.rank = {lora.rank} is above config.model.embed_dim = {model.embed_dim}: lower it, or 0 trains everything",
@@ -114,39 +134,56 @@ def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
     )
 
 
-def prompt_format_of(chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer) -> PromptFormat:
-    """How the prompts of a run are worded: by the chat template of its parents if it is to `chat`, else plainly.
+def prompt_format_of(
+    chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer
+) -> PromptFormat:
+    """How the prompts of a run are worded: by the chat template of its parents if it is to
+    `chat`, else plainly.
 
     Raises ConfigError if a parent has none, or another than the rest.
     """
     if not chat:
         return PLAIN
-    found = {name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()}
-    require(bool(found), "config.data.chat = True, but there is no parent that has a chat template: give one, or False")
+    found = {
+        name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()
+    }
+    require(
+        bool(found),
+        "config.data.chat = True, but there is no parent that has a chat template: give one, or False",
+    )
     first, expected = next(iter(found.items()))
     for name, template in found.items():
         require(
             template is not None and template == expected,
             f"config.data.chat = True, but config.{name} = {str(parents[name].workdir)!r} has "
-            + ("no chat template" if template is None else f"another chat template than config.{first}")
+            + (
+                "no chat template"
+                if template is None
+                else f"another chat template than config.{first}"
+            )
             + ": train all of them with it, or none",
         )
     return PLAIN if expected is None else chat_prompt_format(expected, tokenizer)
 
 
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
-    """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is 0)."""
+    """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is
+    0)."""
     require(
         min(steps, epochs) == 0 < max(steps, epochs),
         f"config.steps = {steps} and config.epochs = {epochs}: set one, the other to 0",
     )
     found = steps or math.ceil(epochs * rows / rows_per_step)
-    require(found < INTEGERS, f"config.epochs = {epochs} are {found:.3g} steps of {rows} rows: lower it")
+    require(
+        found < INTEGERS,
+        f"config.epochs = {epochs} are {found:.3g} steps of {rows} rows: lower it",
+    )
     return found
 
 
 def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError unless `rows` divide into `pieces`, each spread evenly over the mesh."""
+    """Raises ConfigError unless `rows` divide into `pieces`, each spread evenly over the
+    mesh."""
     ways = pieces * sharding.row_ways(mesh)
     require(
         rows > 0 and rows % ways == 0,
@@ -156,13 +193,23 @@ def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> 
 
 
 def row_lengths(config: Any) -> tuple[tuple[int, ...], bool]:
-    """(lengths of the rows that the networks of a stage run without a cache, whether texts in them share another).
+    """(lengths of the rows that the networks of a stage run without a cache, whether texts
+    in them share another).
 
-    Of the rows of comparisons it is the longest there can be; the others are pieces of rows (`rows.part_shapes`) too.
+    Of the rows of comparisons it is the longest there can be; the others are pieces of rows
+    (`rows.part_shapes`) too.
     """
 
     def pieces(*widths: int) -> tuple[int, ...]:
-        return tuple(sorted({width >> i for width in widths for i in range(config.compute.tail_splits + 1)}))
+        return tuple(
+            sorted(
+                {
+                    width >> i
+                    for width in widths
+                    for i in range(config.compute.tail_splits + 1)
+                }
+            )
+        )
 
     if config.stage == "collect":
         return (), False
@@ -173,21 +220,30 @@ def row_lengths(config: Any) -> tuple[tuple[int, ...], bool]:
     if config.stage == "reward":
         return (*pieces(limits.comparison_tokens), packed), True
     if config.stage == "evaluate":
-        asked = [config.model.max_length for _, _, how in config.policies if how == "few-shot"]
+        asked = [
+            config.model.max_length for _, _, how in config.policies if how == "few-shot"
+        ]
         ranked = [limits.comparison_tokens] if config.data.comparisons else []
-        return pieces(packed, max(packed, pair), max(packed, pair, *asked), *ranked), bool(ranked)
+        return pieces(packed, max(packed, pair), max(packed, pair, *asked), *ranked), bool(
+            ranked
+        )
     return pieces(packed) if config.stage == "ppo" else (packed,), False
 
 
-def select_attention_kernel(config: Any, *, sampling_alone: bool = False, side_by_side: bool = False) -> Any:
-    """(the config of a stage with the kernel that its networks take as `compute.attention`, that kernel and why).
+def select_attention_kernel(
+    config: Any, *, sampling_alone: bool = False, side_by_side: bool = False
+) -> Any:
+    """(the config of a stage with the kernel that its networks take as `compute.attention`,
+    that kernel and why).
 
-    `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several runs share a program.
-    Raises ConfigError if the config names a kernel that cannot run.
+    `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several
+    runs share a program. Raises ConfigError if the config names a kernel that cannot run.
     """
     platform, version = place_of(jax.devices()[0])
     lengths, branches = ((), False) if sampling_alone else row_lengths(config)
-    networks = [getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)]
+    networks = [
+        getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)
+    ]
     given = Conditions(
         platform=platform,
         version=version,
@@ -230,18 +286,22 @@ class RunManifestInputs:
         }
 
     def check(self, workdir: Path) -> None:
-        """Raises ConfigError if config, data or parents have changed since the manifest in `workdir` was written."""
+        """Raises ConfigError if config, data or parents have changed since the manifest in
+        `workdir` was written."""
         manifest = read_manifest(workdir)
         origins = redact({**self.origins(), "config": _decisive(self.given)})
         stored = {name: manifest[name] for name in origins}
-        difference = config_difference({**stored, "config": _decisive(stored["config"])}, origins)
+        difference = config_difference(
+            {**stored, "config": _decisive(stored["config"])}, origins
+        )
         require(
             not difference,
             f"{workdir} was begun from other inputs ({'; '.join(difference)}); restore them or take another --workdir",
         )
 
     def write(self, workdir: Path) -> None:
-        """Writes `manifest.json`, and `tokenizer.json`, so that the run can be moved; the first process does."""
+        """Writes `manifest.json`, and `tokenizer.json`, so that the run can be moved; the
+        first process does."""
         if jax.process_index() > 0:
             return
         save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
@@ -273,18 +333,21 @@ def run(
     evaluate: Callable[[Any], dict[str, Any]],
     at_save: Callable[[Any], Any] = lambda state: state,
 ) -> None:
-    """Restores the newest step or starts anew, trains to the end with `training.fit`, and records the end.
+    """Restores the newest step or starts anew, trains to the end with `training.fit`, and
+    records the end.
 
-    `abstract` is the state's shapes and layouts, `start()` makes it, `exported` names the field that later stages
-    read. `update(state, batch, log)`, `batches`, `evaluate` and `at_save` are those of `fit`. The figures of the last
-    step go to `summary.json`.
+    `abstract` is the state's shapes and layouts, `start()` makes it, `exported` names the
+    field that later stages read. `update(state, batch, log)`, `batches`, `evaluate` and
+    `at_save` are those of `fit`. The figures of the last step go to `summary.json`.
     """
     config: RunConfig = record.config.run
     process = jax.process_index()
     watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
     with (
         contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json")) as heartbeat,
-        contextlib.closing(GoodputLog(workdir / "goodput.jsonl", writes=process == 0)) as ledger,
+        contextlib.closing(
+            GoodputLog(workdir / "goodput.jsonl", writes=process == 0)
+        ) as ledger,
     ):
 
         def beat(name: str) -> None:
@@ -292,7 +355,11 @@ def run(
                 listener.beat(name)
 
         beat("restore")
-        keeping = {"save_every": config.save_every, "keep": config.keep, "best_metric": config.best_metric}
+        keeping = {
+            "save_every": config.save_every,
+            "keep": config.keep,
+            "best_metric": config.best_metric,
+        }
         checkpoints = Checkpoints(workdir, **keeping, exported=exported)
         restored = checkpoints.restore(abstract)
         state, step = restored if restored else (start(), 0)
@@ -301,8 +368,16 @@ def run(
         record.write(workdir)
         beat("start")
         ledger.begin(step)
-        logging = {"log_every": config.log_every, "tensorboard": config.tensorboard, "console": True}
-        logging |= {"beat": beat, "written": ledger.write, "recorded": checkpoints.unevaluated is None}
+        logging = {
+            "log_every": config.log_every,
+            "tensorboard": config.tensorboard,
+            "console": True,
+        }
+        logging |= {
+            "beat": beat,
+            "written": ledger.write,
+            "recorded": checkpoints.unevaluated is None,
+        }
         log = MetricLog(workdir, total_steps=total_steps, start_step=step, **logging)
         with watchdog, log:
             try:
@@ -321,9 +396,12 @@ def run(
             finally:
                 checkpoints.close()
             log.flush()
-            # From the file: a run that was killed after its last save has nothing left to compute.
+            # From the file: a run that was killed after its last save has nothing left to
+            # compute.
             beat("finish")
-            log.summary({"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")})
+            log.summary(
+                {"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")}
+            )
     if process == 0:
         print(goodput.described(goodput.totals(workdir / "goodput.jsonl")), flush=True)
 

@@ -1,4 +1,5 @@
-"""Names, layouts and refusals of pretrained files, with arrays typed by hand; against transformers: test_interop."""
+"""Names, layouts and refusals of pretrained files, with arrays typed by hand; against
+transformers: test_interop."""
 
 import json
 import tracemalloc
@@ -38,11 +39,16 @@ LLAMA = {
 
 def mesh_of(**shape: int) -> jax.sharding.Mesh:
     shape = {**ONE, **shape}
-    return sharding.make_mesh(MeshConfig(**shape), jax.devices()[: shape["data"] * shape["fsdp"] * shape["tensor"]])
+    return sharding.make_mesh(
+        MeshConfig(**shape),
+        jax.devices()[: shape["data"] * shape["fsdp"] * shape["tensor"]],
+    )
 
 
 def abstract_of(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Any:
-    return loop.abstract_params(Transformer(config, tiny_models.compute(), "tokens"), mesh or mesh_of())
+    return loop.abstract_params(
+        Transformer(config, tiny_models.compute(), "tokens"), mesh or mesh_of()
+    )
 
 
 def written(path: Path, config: ModelConfig, dtype: str = "float32") -> tuple[str, Any]:
@@ -57,7 +63,9 @@ def written(path: Path, config: ModelConfig, dtype: str = "float32") -> tuple[st
 
 def read(path: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
     family, config = read_config(hf_folder.read_json(path / "config.json"))
-    return load.read_params(hf_folder.open_tensors(path), family, config, abstract_of(config, mesh))
+    return load.read_params(
+        hf_folder.open_tensors(path), family, config, abstract_of(config, mesh)
+    )
 
 
 # Layouts.
@@ -66,7 +74,8 @@ TWO_HEADS = tiny_models.gpt_config(embed_dim=3, num_heads=2, num_kv_heads=2, hea
 
 
 def test_fused_columns_of_gpt2():
-    """c_attn maps 3 inputs to the 4 numbers of all queries, then of all keys, then of all values."""
+    """c_attn maps 3 inputs to the 4 numbers of all queries, then of all keys, then of all
+    values."""
     row = next(row for row in weight_maps.GPT2 if row.name.endswith("c_attn.weight"))
     tensor = np.arange(36.0).reshape(3, 12)
     query, key, value = parts_of(tensor, row, TWO_HEADS)
@@ -76,15 +85,20 @@ def test_fused_columns_of_gpt2():
 
 
 def test_fused_rows_of_neox():
-    """query_key_value has for each head its 2 rows of the query, of the key and of the value, each of 3 inputs."""
-    row = next(row for row in weight_maps.NEOX if row.name.endswith("query_key_value.weight"))
+    """query_key_value has for each head its 2 rows of the query, of the key and of the
+    value, each of 3 inputs."""
+    row = next(
+        row for row in weight_maps.NEOX if row.name.endswith("query_key_value.weight")
+    )
     tensor = np.arange(36.0).reshape(12, 3)
     query, key, value = parts_of(tensor, row, TWO_HEADS)
     assert query[:, 0].tolist() == [[0, 3], [1, 4], [2, 5]]  # rows 0 and 1
     assert key[:, 1].tolist() == [[24, 27], [25, 28], [26, 29]]  # rows 8 and 9
     assert value[:, 0].tolist() == [[12, 15], [13, 16], [14, 17]]
     np.testing.assert_array_equal(tensor_of([query, key, value], row, TWO_HEADS), tensor)
-    bias = next(row for row in weight_maps.NEOX if row.name.endswith("query_key_value.bias"))
+    bias = next(
+        row for row in weight_maps.NEOX if row.name.endswith("query_key_value.bias")
+    )
     assert [part.tolist() for part in parts_of(np.arange(12.0), bias, TWO_HEADS)] == [
         [[0, 1], [6, 7]],
         [[2, 3], [8, 9]],
@@ -93,9 +107,14 @@ def test_fused_rows_of_neox():
 
 
 def test_grouped_heads_of_llama():
-    """Torch's Linear has outputs first: k_proj of one head of two numbers over 3 inputs, o_proj of two such heads."""
+    """Torch's Linear has outputs first: k_proj of one head of two numbers over 3 inputs,
+    o_proj of two such heads."""
     config = tiny_models.llama_config(embed_dim=3, num_heads=2, num_kv_heads=1, head_dim=2)
-    by_name = {row.name.split(".")[-2]: row for row in weight_maps.LLAMA if row.name.endswith("proj.weight")}
+    by_name = {
+        row.name.split(".")[-2]: row
+        for row in weight_maps.LLAMA
+        if row.name.endswith("proj.weight")
+    }
     (key,) = parts_of(np.arange(6.0).reshape(2, 3), by_name["k_proj"], config)
     assert key.tolist() == [[[0, 3]], [[1, 4]], [[2, 5]]]
     (out,) = parts_of(np.arange(12.0).reshape(3, 4), by_name["o_proj"], config)
@@ -105,9 +124,13 @@ def test_grouped_heads_of_llama():
 def test_a_planted_fault_in_a_layout_is_seen():
     tensor = np.arange(36.0).reshape(12, 3)
     right, wrong = (
-        Row("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV)) for layout in ("H*3*d D", "3*H*d D")
+        Row("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV))
+        for layout in ("H*3*d D", "3*H*d D")
     )
-    assert parts_of(tensor, right, TWO_HEADS)[1].tolist() != parts_of(tensor, wrong, TWO_HEADS)[1].tolist()
+    assert (
+        parts_of(tensor, right, TWO_HEADS)[1].tolist()
+        != parts_of(tensor, wrong, TWO_HEADS)[1].tolist()
+    )
 
 
 MODELS = {
@@ -117,7 +140,9 @@ MODELS = {
     "mistral": tiny_models.llama_config(window=5, windowed=(0, 1)),
     "qwen2": tiny_models.llama_config(qkv_biases=True, head_dim=4),
     "qwen3": tiny_models.llama_config(qk_norms=True, tied_head=True),
-    "gemma": tiny_models.llama_config(activation="geglu", scaled_embedding=True, tied_head=True),
+    "gemma": tiny_models.llama_config(
+        activation="geglu", scaled_embedding=True, tied_head=True
+    ),
     "gemma2": tiny_models.gemma_config(),
 }
 
@@ -126,32 +151,48 @@ MODELS = {
 def test_out_and_in_again_to_the_bit(family, tmp_path):
     config = MODELS[family]
     named, params = written(tmp_path, config)
-    assert named == family and read_config(hf_folder.read_json(tmp_path / "config.json"))[1].num_layers == config.num_layers
+    assert (
+        named == family
+        and read_config(hf_folder.read_json(tmp_path / "config.json"))[1].num_layers
+        == config.num_layers
+    )
     found = read(tmp_path)
     if not family.startswith("gemma"):
         jax.tree.map(np.testing.assert_array_equal, found, params)
     else:  # scales below 1/2 lose a bit on their first way out, as 1 less is kept; not on the second
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found, params
+        )
         save.save_tensors(tmp_path, found, family, config, "float32")
         jax.tree.map(np.testing.assert_array_equal, read(tmp_path), found)
     scale = load_file(tmp_path / "model.safetensors")[
-        {"gpt2": "transformer.ln_f.weight", "gpt_neox": "gpt_neox.final_layer_norm.weight"}.get(
-            family, "model.norm.weight"
-        )
+        {
+            "gpt2": "transformer.ln_f.weight",
+            "gpt_neox": "gpt_neox.final_layer_norm.weight",
+        }.get(family, "model.norm.weight")
     ]
     less = 1.0 if family.startswith("gemma") else 0.0
     np.testing.assert_allclose(scale, params["final_norm"]["scale"] - less, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}]
+)
 def test_every_device_gets_its_part(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "PIECE", 24)  # several pieces of every tensor
-    _, params = written(tmp_path, tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True))
+    _, params = written(
+        tmp_path,
+        tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True),
+    )
     found = read(tmp_path, mesh_of(**shape))
     jax.tree.map(np.testing.assert_array_equal, found, params)
     wanted = sharding.shardings(found, mesh_of(**shape))
     jax.tree.map(
-        lambda x, layout: x.sharding.is_equivalent_to(layout, x.ndim) or pytest.fail(str(x.sharding)), found, wanted
+        lambda x, layout: (
+            x.sharding.is_equivalent_to(layout, x.ndim) or pytest.fail(str(x.sharding))
+        ),
+        found,
+        wanted,
     )
 
 
@@ -159,12 +200,19 @@ def test_every_device_gets_its_part(shape, tmp_path, monkeypatch):
 def test_sixteen_bits_become_float32(dtype, tmp_path):
     _, params = written(tmp_path, tiny_models.llama_config())
     short = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
-    tensors = {name: x.astype(short) for name, x in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {
+        name: x.astype(short)
+        for name, x in load_file(tmp_path / "model.safetensors").items()
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     found = read(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, np.asarray(b).astype(short).astype(np.float32)), found, params
+        lambda a, b: np.testing.assert_array_equal(
+            a, np.asarray(b).astype(short).astype(np.float32)
+        ),
+        found,
+        params,
     )
 
 
@@ -182,12 +230,20 @@ def test_shards_and_their_index(tmp_path, monkeypatch):
 
 
 def test_memory_beside_the_parameters(tmp_path):
-    """At most half of the largest tensor more than that tensor: it is laid out piece by piece.
+    """At most half of the largest tensor more than that tensor: it is laid out piece by
+    piece.
 
-    tracemalloc counts what NumPy and safetensors take on the host; parameters are XLA's. The largest is a stacked one.
+    tracemalloc counts what NumPy and safetensors take on the host; parameters are XLA's.
+    The largest is a stacked one.
     """
     config = tiny_models.llama_config(
-        embed_dim=256, mlp_dim=8192, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16, tied_head=True
+        embed_dim=256,
+        mlp_dim=8192,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        tied_head=True,
     )
     written(tmp_path, config)
     largest = 256 * 8192 * 4
@@ -207,7 +263,8 @@ def test_memory_beside_the_parameters(tmp_path):
 
 
 def changed(path: Path, **changes: np.ndarray | None) -> None:
-    """The tensors of a folder with some added, replaced or (None) left out; `__` stands for a dot."""
+    """The tensors of a folder with some added, replaced or (None) left out; `__` stands for
+    a dot."""
     tensors = load_file(path / "model.safetensors")
     for name, tensor in changes.items():
         tensors.pop(name.replace("__", "."), None)
@@ -219,14 +276,23 @@ def changed(path: Path, **changes: np.ndarray | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__norm__weight": None}, r"^the file of this llama model lacks 'model.norm.weight'$"),
-        ({"model__extra": np.zeros(2, np.float32)}, r"^the file of this llama model has tensors .*: 'model.extra'$"),
+        (
+            {"model__norm__weight": None},
+            r"^the file of this llama model lacks 'model.norm.weight'$",
+        ),
+        (
+            {"model__extra": np.zeros(2, np.float32)},
+            r"^the file of this llama model has tensors .*: 'model.extra'$",
+        ),
         ({"../x": np.zeros(2, np.float32)}, r"has tensors that it should not: '../x'$"),
         (
             {"model__layers__1__self_attn__q_proj__weight": np.zeros((16, 24), np.float32)},
             r"^tensor 'model.layers.1.self_attn.q_proj.weight' is \[16, 24\], but config.json makes it \[24, 16\]$",
         ),
-        ({"lm_head__weight": np.zeros((23, 16), np.int8)}, r"'lm_head.weight' is of dtype I8; only F32, F16, BF16"),
+        (
+            {"lm_head__weight": np.zeros((23, 16), np.int8)},
+            r"'lm_head.weight' is of dtype I8; only F32, F16, BF16",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
@@ -240,25 +306,43 @@ def test_buffers_of_old_files_and_bare_trunks_are_read(tmp_path):
     _, params = written(tmp_path, MODELS["gpt2"])
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    bare |= {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.int8), "h.1.attn.masked_bias": np.ones((), np.float32)}
+    bare |= {
+        "h.0.attn.bias": np.ones((1, 1, 4, 4), np.int8),
+        "h.1.attn.masked_bias": np.ones((), np.float32),
+    }
     save_file(bare | {"lm_head.weight": bare["wte.weight"]}, tmp_path / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path), params)
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.safetensors", "/etc/a.safetensors", "sub/a.safetensors", "a\\b.safetensors", "a.bin", 3]
+    "name",
+    [
+        "../a.safetensors",
+        "/etc/a.safetensors",
+        "sub/a.safetensors",
+        "a\\b.safetensors",
+        "a.bin",
+        3,
+    ],
 )
 def test_shards_elsewhere_are_refused(name, tmp_path):
     written(tmp_path, tiny_models.llama_config())
     (tmp_path / hf_folder.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(ValueError, match=r"shards must be \.safetensors files of the same folder$"):
+    with pytest.raises(
+        ValueError, match=r"shards must be \.safetensors files of the same folder$"
+    ):
         hf_folder.open_tensors(tmp_path)
 
 
 def test_damaged_folders_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"has neither model\.safetensors nor model\.safetensors\.index\.json",
+    ):
         hf_folder.open_tensors(tmp_path)
-    with pytest.raises(ValueError, match=r"has no config\.json: give the folder of a model$"):
+    with pytest.raises(
+        ValueError, match=r"has no config\.json: give the folder of a model$"
+    ):
         hf_folder.read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -267,10 +351,16 @@ def test_damaged_folders_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         hf_folder.open_tensors(tmp_path)
     written(tmp_path, tiny_models.llama_config())
-    (tmp_path / hf_folder.INDEX).write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
-    with pytest.raises(ValueError, match=r"says that model\.safetensors holds 'x', but it does not$"):
+    (tmp_path / hf_folder.INDEX).write_text(
+        json.dumps({"weight_map": {"x": "model.safetensors"}})
+    )
+    with pytest.raises(
+        ValueError, match=r"says that model\.safetensors holds 'x', but it does not$"
+    ):
         hf_folder.open_tensors(tmp_path)
-    (tmp_path / hf_folder.INDEX).write_text(json.dumps({"weight_map": {"x": "b.safetensors"}}))
+    (tmp_path / hf_folder.INDEX).write_text(
+        json.dumps({"weight_map": {"x": "b.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"lacks b\.safetensors, which .* names"):
         hf_folder.open_tensors(tmp_path)
 
@@ -282,7 +372,10 @@ def test_a_source_that_is_nowhere_is_one_line(monkeypatch):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match=r"^no folder 'a/b', and the Hugging Face hub gives none \(no network\): dow"):
+    with pytest.raises(
+        ValueError,
+        match=r"^no folder 'a/b', and the Hugging Face hub gives none \(no network\): dow",
+    ):
         hf_folder.located("a/b")
     for path in ("./nowhere", "a/b/c", "x.gguf"):
         with pytest.raises(ConfigError, match="no folder or file"):
@@ -292,13 +385,31 @@ def test_a_source_that_is_nowhere_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type = 'mamba' is not supported, only gpt2, gpt_neox, llama"),
-        ({"hidden_act": "relu"}, "hidden_act = 'relu' of a llama model is not supported, only 'silu'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' of a llama model is not supported"),
-        ({"attention_bias": True}, "mlp_bias|attention_bias = True of a llama model is not supported"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} of a llama model is not supported"),
+        (
+            {"model_type": "mamba"},
+            "model_type = 'mamba' is not supported, only gpt2, gpt_neox, llama",
+        ),
+        (
+            {"hidden_act": "relu"},
+            "hidden_act = 'relu' of a llama model is not supported, only 'silu'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "rope_type = 'yarn' of a llama model is not supported",
+        ),
+        (
+            {"attention_bias": True},
+            "mlp_bias|attention_bias = True of a llama model is not supported",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config = {'bits': 4} of a llama model is not supported",
+        ),
         ({"model_type": "qwen2"}, "head_dim = 6 of a qwen2 model is not supported"),
-        ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            "use_bidirectional_attention = True",
+        ),
         ({"model_type": "gpt2"}, "config.json of a gpt2 model lacks 'n_embd'"),
     ],
 )
@@ -312,14 +423,20 @@ def test_old_and_new_spellings_of_rotary_positions():
     new = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "linear", "factor": 2.0}}
     (_, one), (_, two) = (read_config({**LLAMA, **spelling}) for spelling in (old, new))
     assert one == two and one.rotary_base == 50.0
-    assert one.rotary_scaling is not None and (one.rotary_scaling.kind, one.rotary_scaling.factor) == ("linear", 2.0)
+    assert one.rotary_scaling is not None and (
+        one.rotary_scaling.kind,
+        one.rotary_scaling.factor,
+    ) == ("linear", 2.0)
 
 
 def test_the_smallest_family_that_expresses_a_model():
     def model(size: str) -> ModelConfig:
         return construct(ModelConfig, sizes.model(size).to_dict())
 
-    assert {size: write_config(model(size))[0] for size in ("tiny", "micro", "small", "125m", "175b")} == {
+    assert {
+        size: write_config(model(size))[0]
+        for size in ("tiny", "micro", "small", "125m", "175b")
+    } == {
         "tiny": "gpt_neox",
         "micro": "gpt_neox",
         "small": "gpt2",
@@ -327,14 +444,30 @@ def test_the_smallest_family_that_expresses_a_model():
         "175b": "gpt2",
     }
     raw = write_config(model("micro"))[1]
-    assert (raw["use_parallel_residual"], raw["hidden_act"], raw["tie_word_embeddings"]) == (False, "gelu_new", True)
-    assert {family: write_config(config)[0] for family, config in MODELS.items()} == {name: name for name in MODELS}
-    scaling = RotaryScaling(kind="llama3", factor=8.0, low_turns=1.0, high_turns=4.0, original_length=32)
-    assert read_config(write_config(tiny_models.llama_config(rotary_scaling=scaling))[1])[1].rotary_scaling == scaling
+    assert (
+        raw["use_parallel_residual"],
+        raw["hidden_act"],
+        raw["tie_word_embeddings"],
+    ) == (False, "gelu_new", True)
+    assert {family: write_config(config)[0] for family, config in MODELS.items()} == {
+        name: name for name in MODELS
+    }
+    scaling = RotaryScaling(
+        kind="llama3", factor=8.0, low_turns=1.0, high_turns=4.0, original_length=32
+    )
+    assert (
+        read_config(write_config(tiny_models.llama_config(rotary_scaling=scaling))[1])[
+            1
+        ].rotary_scaling
+        == scaling
+    )
 
 
 def test_a_model_of_no_family_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"nearest is \w+, but .*model\.\w+ = "):
         write_config(tiny_models.qwen_config())  # biases as Qwen2's, norms as Qwen3's
-    with pytest.raises(ValueError, match=r"nearest is llama, but model.norm = 'layernorm' \(it has 'rmsnorm'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"nearest is llama, but model.norm = 'layernorm' \(it has 'rmsnorm'\)",
+    ):
         write_config(tiny_models.llama_config(norm="layernorm"))

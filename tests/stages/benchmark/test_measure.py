@@ -1,4 +1,5 @@
-"""What the benchmark counts: operations by hand, tokens, compilations; and that each of its works runs."""
+"""What the benchmark counts: operations by hand, tokens, compilations; and that each of its
+works runs."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -23,28 +24,39 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_operations_by_hand():
-    """Two layers of 16 wide, 4 heads of 6, 28 in the middle, 23 words; ten tokens in texts of 5, 4 of them scored."""
+    """Two layers of 16 wide, 4 heads of 6, 28 in the middle, 23 words; ten tokens in texts
+    of 5, 4 of them scored."""
     layer = 4 * 16 * 24 + 2 * 16 * 28
     attention = 2 * 24 * 5  # scores and mixtures over 2.5 keys on average
     wanted = 10 * 2 * (2 * layer + attention) + 2 * 4 * 23 * 16
     assert workloads.forward_operations(tiny_models.gpt_config(), 10, 5, 4) == wanted
-    grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28  # half as many keys as queries, and a gate
-    assert workloads.forward_operations(tiny_models.llama_config(), 1, 0, 0) == 2 * 2 * grouped
-    # In windows of two the five tokens see 1, 2, 2, 2 and 2 keys: 1.8, or 1.6 counted as the 2.5 of all are.
+    grouped = (
+        2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28
+    )  # half as many keys as queries, and a gate
+    assert (
+        workloads.forward_operations(tiny_models.llama_config(), 1, 0, 0) == 2 * 2 * grouped
+    )
+    # In windows of two the five tokens see 1, 2, 2, 2 and 2 keys: 1.8, or 1.6 counted as
+    # the 2.5 of all are.
     windowed = tiny_models.gpt_config(window=2, windowed=(0,))
     wanted = 10 * (4 * layer + 4 * 24 * (1.6 + 2.5)) + 2 * 4 * 23 * 16
-    assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(wanted, rel=1e-12)
+    assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(
+        wanted, rel=1e-12
+    )
 
 
 def test_operations_of_responses_that_share_a_prompt_and_of_adapters_alone():
-    """In a window of three the eight tokens after six see three each, however long the text is."""
+    """In a window of three the eight tokens after six see three each, however long the text
+    is."""
     config = config_of("reward2,M")
     near = dataclasses.replace(config.model, window=3, windowed=(0,))
     config = dataclasses.replace(config, model=near)
     asked = workloads.forward_operations(near, 6, 6, 0)
     block = 4 * 16 * 16 + 2 * 16 * 32
     answered = 2 * 8 * (2 * block + 4 * 16 * 3)
-    operations = workloads.reward_work(config, sharding.make_mesh(config.mesh), 0.0).operations({})
+    operations = workloads.reward_work(
+        config, sharding.make_mesh(config.mesh), 0.0
+    ).operations({})
     assert operations == pytest.approx(3 * (asked + answered), rel=1e-12)
     lora = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0))
     assert workloads.passes(lora) == 2 and workloads.passes(config) == 3
@@ -55,18 +67,37 @@ def config_of(arg: str) -> Any:
     values = works.get_config(arg)
     for model in (values.model, values.get("reward_model")):
         if model is not None:
-            model.num_layers, model.embed_dim, model.num_heads, model.num_kv_heads = 1, 16, 2, 2
-            model.head_dim, model.mlp_dim, model.vocab_size, model.max_length = 8, 32, 61, 64
+            model.num_layers, model.embed_dim, model.num_heads, model.num_kv_heads = (
+                1,
+                16,
+                2,
+                2,
+            )
+            model.head_dim, model.mlp_dim, model.vocab_size, model.max_length = (
+                8,
+                32,
+                61,
+                64,
+            )
     values.data.limits.update(sequence_tokens=24, prompt_tokens=6, response_tokens=8)
     values.mesh.data = 1
     return construct(stage_of(values.to_dict())[0], values.to_dict())
 
 
 def measured(arg: str, **changes: Any) -> dict[str, Any]:
-    """The record of a work with some of `measure`'s arguments, or values of its config, changed."""
-    given = {"steps": 2, "ending": 0.0, "sampling_alone": False, "side_by_side": 0, "profile": ""}
+    """The record of a work with some of `measure`'s arguments, or values of its config,
+    changed."""
+    given = {
+        "steps": 2,
+        "ending": 0.0,
+        "sampling_alone": False,
+        "side_by_side": 0,
+        "profile": "",
+    }
     own = {name: changes.pop(name) for name in set(changes) - set(given)}
-    return benchmark.measure(dataclasses.replace(config_of(arg), **own), **{**given, **changes})
+    return benchmark.measure(
+        dataclasses.replace(config_of(arg), **own), **{**given, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +107,11 @@ def measured(arg: str, **changes: Any) -> dict[str, Any]:
         ("reward,S", 6 + 9 * 8, {"padding": 0.0}),
         ("reward2,M", 6 + 2 * 8, {"padding": 0.0}),
         # One to a row of 24; two prompts to a row.
-        ("ppo,S", 32 * 14, {"padding": 10 / 24, "prefill_padding": 0.0, "update_padding": 10 / 24}),
+        (
+            "ppo,S",
+            32 * 14,
+            {"padding": 10 / 24, "prefill_padding": 0.0, "update_padding": 10 / 24},
+        ),
     ],
 )
 def test_every_work_runs_and_compiles_once(arg, tokens, padding):
@@ -85,17 +120,34 @@ def test_every_work_runs_and_compiles_once(arg, tokens, padding):
     assert record["padding"] == pytest.approx(padding, abs=1e-6)
     assert record["compilations"] > 0
     assert record["compilations_after_the_first"] == 0
-    assert record["tokens_per_second_per_device"] == pytest.approx(tokens / record["seconds"])
+    assert record["tokens_per_second_per_device"] == pytest.approx(
+        tokens / record["seconds"]
+    )
     assert 0 < record["share_of_matmul"] < 1
     assert record["attention"] == "jax (auto: cpu has no other)"
-    assert all(np.isfinite(x) for x in jax.tree.leaves({k: v for k, v in record.items() if not isinstance(v, str)}))
-    assert [line.split("  ")[0] for line in benchmark.table(record)][:3] == ["device", "one repetition", "tokens"]
+    assert all(
+        np.isfinite(x)
+        for x in jax.tree.leaves(
+            {k: v for k, v in record.items() if not isinstance(v, str)}
+        )
+    )
+    assert [line.split("  ")[0] for line in benchmark.table(record)][:3] == [
+        "device",
+        "one repetition",
+        "tokens",
+    ]
 
 
 @pytest.mark.slow
 def test_ptx_runs_its_text():
     config = config_of("ppo,S")
-    given = {"steps": 1, "ending": 0.0, "sampling_alone": False, "side_by_side": 0, "profile": ""}
+    given = {
+        "steps": 1,
+        "ending": 0.0,
+        "sampling_alone": False,
+        "side_by_side": 0,
+        "profile": "",
+    }
     without = benchmark.measure(config, **given)
     record = benchmark.measure(dataclasses.replace(config, ptx_coef=1.0), **given)
     text = 8 * 4 * 24  # tokens of eight rows for each of four minibatches
@@ -105,12 +157,27 @@ def test_ptx_runs_its_text():
 
 
 def test_a_stage_that_does_not_fit_is_one_line():
-    with pytest.raises(ValueError, match=r"config\.stage = 'supervised' samples nothing: leave out --sampling_alone"):
+    with pytest.raises(
+        ValueError,
+        match=r"config\.stage = 'supervised' samples nothing: leave out --sampling_alone",
+    ):
         measured("sft,S", sampling_alone=True)
     evaluation = SimpleNamespace(stage="evaluate")
-    with pytest.raises(ValueError, match=r"config\.stage = 'evaluate' trains nothing: give one of supervised, reward"):
-        benchmark.measure(evaluation, steps=1, ending=0.0, sampling_alone=False, side_by_side=0, profile="")
-    with pytest.raises(ValueError, match=r"^config\.batch_size = 8 rows must be a positive multiple of 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"config\.stage = 'evaluate' trains nothing: give one of supervised, reward",
+    ):
+        benchmark.measure(
+            evaluation,
+            steps=1,
+            ending=0.0,
+            sampling_alone=False,
+            side_by_side=0,
+            profile="",
+        )
+    with pytest.raises(
+        ValueError, match=r"^config\.batch_size = 8 rows must be a positive multiple of 3"
+    ):
         measured("sft,S", accumulate=3)
 
 
@@ -118,25 +185,38 @@ def test_a_stage_that_does_not_fit_is_one_line():
 def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
     config = config_of("ppo,S")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
-    with pytest.raises(ValueError, match=r"--ending needs config[.]model[.]norm = 'layernorm'"):
-        benchmark.measure(config, steps=1, ending=0.1, sampling_alone=True, side_by_side=0, profile="")
+    with pytest.raises(
+        ValueError, match=r"--ending needs config[.]model[.]norm = 'layernorm'"
+    ):
+        benchmark.measure(
+            config, steps=1, ending=0.1, sampling_alone=True, side_by_side=0, profile=""
+        )
 
 
 @pytest.mark.slow
 def test_runs_side_by_side():
     alone, three = measured("ppo,S"), measured("ppo,S", side_by_side=3)
-    assert three["tokens"] == 3 * alone["tokens"] and three["operations"] == 3 * alone["operations"]
-    assert list(three["seconds_of"]) == ["iteration"] and three["compilations_after_the_first"] == 0
+    assert (
+        three["tokens"] == 3 * alone["tokens"]
+        and three["operations"] == 3 * alone["operations"]
+    )
+    assert (
+        list(three["seconds_of"]) == ["iteration"]
+        and three["compilations_after_the_first"] == 0
+    )
 
 
 def test_the_sampler_alone():
     record = measured("ppo,S", sampling_alone=True)
-    assert record["tokens"] == 32 * 8 and record["padding"] == {"prefill_padding": pytest.approx(0.0)}
+    assert record["tokens"] == 32 * 8 and record["padding"] == {
+        "prefill_padding": pytest.approx(0.0)
+    }
     assert list(record["seconds_of"]) == ["rollout"]
 
 
 def test_a_policy_that_ends_now_and_then():
-    """With a probability of 0.25 the responses have (1 − 0.75⁸) / 0.25 = 3.6 tokens on average, ± 0.47 of 32."""
+    """With a probability of 0.25 the responses have (1 − 0.75⁸) / 0.25 = 3.6 tokens on
+    average, ± 0.47 of 32."""
     record = measured("ppo,S", sampling_alone=True, ending=0.25)
     assert record["tokens"] / 32 == pytest.approx(3.6, abs=3 * 0.47)
 

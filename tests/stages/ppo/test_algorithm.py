@@ -1,4 +1,5 @@
-"""PPO's three functions: against direct gradients, identities of the first inner step, and a task it must learn."""
+"""PPO's three functions: against direct gradients, identities of the first inner step, and
+a task it must learn."""
 
 import dataclasses
 from functools import cache, partial
@@ -23,7 +24,9 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MESH = stages.mesh_of()
 # One optimizer step that shows its gradient.
-PROGRAM = stages.ppo_program(MESH, minibatches=1, policy_optimizer=GRADIENT, value_optimizer=GRADIENT)
+PROGRAM = stages.ppo_program(
+    MESH, minibatches=1, policy_optimizer=GRADIENT, value_optimizer=GRADIENT
+)
 SHOWN = stages.ppo_settings(learning_rate=1.0, value_learning_rate=1.0)
 PROMPTS = tiny_models.ragged_prompts([1, 5, 3, 6, 2, 4, 6, 1], columns=6)
 TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(4, 14))
@@ -39,7 +42,9 @@ def rolled_out(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
     """A random state and what it samples; half of the rows end early."""
     state = stages.ppo_state(PROGRAM)
     settings = stages.ppo_settings(temperature=temperature)
-    rollouts = compiled_rollout(PROGRAM)(state.policy.params, PROMPTS, jnp.int32(0), settings)
+    rollouts = compiled_rollout(PROGRAM)(
+        state.policy.params, PROMPTS, jnp.int32(0), settings
+    )
     lengths = np.asarray(rollouts.mask).sum(axis=1)
     assert lengths.min() < lengths.max()
     return state, rollouts
@@ -62,46 +67,62 @@ def other_params(head: str, seed: int = 5):
 
 
 def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
-    """PROGRAM with so many packed rows in memory at a time, and what is left at the end in smaller parts."""
+    """PROGRAM with so many packed rows in memory at a time, and what is left at the end in
+    smaller parts."""
     policy, scorer = (
-        dataclasses.replace(model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings))
+        dataclasses.replace(
+            model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings)
+        )
         for model in (PROGRAM.policy, PROGRAM.scorer)
     )
     return dataclasses.replace(PROGRAM, policy=policy, scorer=scorer)
 
 
 def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
-    """(state, experience, scored, metrics), with a reference and a reward model of their own."""
+    """(state, experience, scored, metrics), with a reference and a reward model of their
+    own."""
     state, rollouts = rolled_out(float(settings.temperature))
     ref_params = other_params("tokens") if ref_params is None else ref_params
-    return state, *compiled_score(program)(state, ref_params, other_params("scalar"), rollouts, settings)
+    return state, *compiled_score(program)(
+        state, ref_params, other_params("scalar"), rollouts, settings
+    )
 
 
 def shown_gradients(program, experience, text, settings=SHOWN, state=None):
-    """((policy's, value network's gradients), metrics) of a one-step update by the bare gradient."""
+    """((policy's, value network's gradients), metrics) of a one-step update by the bare
+    gradient."""
     state = state or rolled_out()[0]
     new, metrics = compiled_update(program)(state, experience, text, settings)
     gradients = jax.tree.map(
-        lambda a, b: a - b, (state.policy.params, state.value.params), (new.policy.params, new.value.params)
+        lambda a, b: a - b,
+        (state.policy.params, state.value.params),
+        (new.policy.params, new.value.params),
     )
     return gradients, metrics
 
 
 def plain_policy_logprobs(params, rollouts: Rollouts):
-    """Log-probabilities of the responses f32[B, R] by whole-vocabulary scores; differentiable."""
+    """Log-probabilities of the responses f32[B, R] by whole-vocabulary scores;
+    differentiable."""
     prompts, width = rollouts.prompts, rollouts.prompts.tokens.shape[1]
     tokens = jnp.concatenate([prompts.tokens, rollouts.responses], axis=1)
     real = jnp.concatenate([prompts.mask, rollouts.mask], axis=1)
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    hidden = PROGRAM.policy.apply({"params": params}, tokens, real.astype(jnp.int32), positions)[0]
-    logprobs = jax.nn.log_softmax(hidden @ params["embedding"].T, axis=-1)[:, width - 1 : -1]
+    hidden = PROGRAM.policy.apply(
+        {"params": params}, tokens, real.astype(jnp.int32), positions
+    )[0]
+    logprobs = jax.nn.log_softmax(hidden @ params["embedding"].T, axis=-1)[
+        :, width - 1 : -1
+    ]
     chosen = jnp.take_along_axis(logprobs, rollouts.responses[..., None], axis=-1)[..., 0]
     return jnp.where(rollouts.mask, chosen, 0.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_are_those_of_the_plain_computation(temperature):
-    state, experience, judged, _ = scored(settings=stages.ppo_settings(temperature=temperature))
+    state, experience, judged, _ = scored(
+        settings=stages.ppo_settings(temperature=temperature)
+    )
     rollouts = judged.rollouts
     documents, mask = stages.responses_of(rollouts), np.asarray(rollouts.mask)
     for params, logprobs in (
@@ -111,13 +132,20 @@ def test_scores_are_those_of_the_plain_computation(temperature):
     ):
         plain = stages.plain_logprobs(PROGRAM.policy, params, documents, temperature)
         for row, real in enumerate(mask):
-            np.testing.assert_allclose(logprobs[row][real], plain[row][-real.sum() :], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                logprobs[row][real], plain[row][-real.sum() :], rtol=1e-4, atol=1e-5
+            )
     plain = stages.plain_scores(PROGRAM.scorer, other_params("scalar"), documents)
     np.testing.assert_allclose(judged.scores, plain, rtol=1e-4, atol=1e-5)
     outputs = stages.plain_outputs(PROGRAM.scorer, state.value.params, documents)
     for row, real in enumerate(mask):
         start = len(documents[row]) - real.sum() - 1
-        np.testing.assert_allclose(judged.values[row][real], outputs[row, start:][: real.sum()], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            judged.values[row][real],
+            outputs[row, start:][: real.sum()],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_value_before_a_token_is_the_score_of_what_stands_before_it():
@@ -134,18 +162,27 @@ def test_value_before_a_token_is_the_score_of_what_stands_before_it():
 def test_figures_of_an_iteration():
     _, experience, judged, metrics = scored()
     mask = np.asarray(judged.rollouts.mask)
-    log_ratios = np.where(mask, np.asarray(experience.old_logprobs - judged.ref_logprobs, np.float64), 0.0)
+    log_ratios = np.where(
+        mask, np.asarray(experience.old_logprobs - judged.ref_logprobs, np.float64), 0.0
+    )
     assert float(metrics["kl"]) == pytest.approx(log_ratios.sum() / 8, rel=1e-4)
-    assert float(metrics["kl_k3"]) == pytest.approx((np.exp(-log_ratios) - 1 + log_ratios).sum() / 8, rel=1e-4)
+    assert float(metrics["kl_k3"]) == pytest.approx(
+        (np.exp(-log_ratios) - 1 + log_ratios).sum() / 8, rel=1e-4
+    )
     endings = np.asarray(judged.rollouts.ended)
     penalties = float(SHOWN.rewards.no_eos_penalty) * (~endings)
-    rewards = np.asarray(judged.scores, np.float64) - penalties - 0.1 * log_ratios.sum(axis=1)
+    rewards = (
+        np.asarray(judged.scores, np.float64) - penalties - 0.1 * log_ratios.sum(axis=1)
+    )
     assert float(metrics["rewards"]) == pytest.approx(rewards.mean(), rel=1e-4)
     assert float(metrics["ended_share"]) == endings.mean()
     assert float(metrics["response_length"]) == mask.sum() / 8
     assert metrics["tokens"] == mask.sum() + np.asarray(PROMPTS.mask).sum()
-    # One part of as many rows as there can be: of 16 cells for each rollout, of 12 for two prompts of up to 6 tokens.
-    assert float(metrics["padding"]) == pytest.approx(1 - float(metrics["tokens"]) / (8 * 16), abs=1e-6)
+    # One part of as many rows as there can be: of 16 cells for each rollout, of 12 for two
+    # prompts of up to 6 tokens.
+    assert float(metrics["padding"]) == pytest.approx(
+        1 - float(metrics["tokens"]) / (8 * 16), abs=1e-6
+    )
     assert float(metrics["prefill_padding"]) == pytest.approx(1 - 28 / (4 * 12), abs=1e-6)
 
 
@@ -159,9 +196,13 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
     mask = np.asarray(judged.rollouts.mask)
     mean = np.asarray(judged.rollouts.logprobs)[mask].mean()
     assert float(figures["entropy"]) == pytest.approx(-mean, rel=1e-5)
-    assert float(figures["entropy"]) == pytest.approx(float(metrics["entropy"]), rel=0.3)  # one token of each
+    assert float(figures["entropy"]) == pytest.approx(
+        float(metrics["entropy"]), rel=0.3
+    )  # one token of each
     # No policy is run: another one in its place changes nothing.
-    moved = dataclasses.replace(state, policy=dataclasses.replace(state.policy, params=other_params("tokens")))
+    moved = dataclasses.replace(
+        state, policy=dataclasses.replace(state.policy, params=other_params("tokens"))
+    )
     rest = (other_params("tokens"), other_params("scalar"), judged.rollouts, SHOWN)
     again = compiled_score(unscored)(moved, *rest)[0]
     stages.assert_trees_equal(again, other)
@@ -174,7 +215,10 @@ def test_ratio_one_gives_the_plain_policy_gradient():
 
     def loss(params):
         # −A · log π: had the old log-probabilities a gradient, the ratio's would be zero.
-        return -jnp.sum(mask * advantages * plain_policy_logprobs(params, judged.rollouts)) / mask.sum()
+        return (
+            -jnp.sum(mask * advantages * plain_policy_logprobs(params, judged.rollouts))
+            / mask.sum()
+        )
 
     wanted = jax.jit(jax.grad(loss))(state.policy.params)
     stages.assert_trees_close(gradients, wanted, rtol=1e-3, atol=2e-5)
@@ -202,12 +246,16 @@ def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
     _, experience, _, _ = scored()
     (policy, value), metrics = shown_gradients(PROGRAM, experience, None)
     slowly = tiny_models.optimizer_config(warmup_steps=4, warmup_from=0.25)
-    other = dataclasses.replace(PROGRAM, value_optimizer=optax.scale(3.0), value_schedule=slowly)
+    other = dataclasses.replace(
+        PROGRAM, value_optimizer=optax.scale(3.0), value_schedule=slowly
+    )
     settings = stages.ppo_settings(learning_rate=1.0, value_learning_rate=0.5)
     (same, scaled), rates = shown_gradients(other, experience, None, settings)
     stages.assert_trees_close(same, policy, rtol=1e-4, atol=1e-6)
     # 3 of the optimizer, 1/2 of the peak, 1/4 of it at the first step
-    stages.assert_trees_close(scaled, jax.tree.map(lambda g: 0.375 * g, value), rtol=1e-4, atol=1e-5)
+    stages.assert_trees_close(
+        scaled, jax.tree.map(lambda g: 0.375 * g, value), rtol=1e-4, atol=1e-5
+    )
     assert (rates["learning_rate"], rates["value_learning_rate"]) == (1.0, 0.125)
     assert metrics["value_learning_rate"] == 1.0
 
@@ -218,40 +266,54 @@ def test_text_adds_its_gradient_times_ptx_coef():
     (both, value_both), metrics = shown_gradients(PROGRAM, experience, TEXT)
 
     def text_loss(params):
-        hidden = PROGRAM.policy.apply({"params": params}, TEXT.tokens, TEXT.segments, TEXT.positions)[0]
+        hidden = PROGRAM.policy.apply(
+            {"params": params}, TEXT.tokens, TEXT.segments, TEXT.positions
+        )[0]
         logprobs = jax.nn.log_softmax(hidden @ params["embedding"].T, axis=-1)[:, :-1]
         chosen = jnp.take_along_axis(logprobs, TEXT.tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(TEXT.loss_mask[:, 1:], chosen, 0.0)) / TEXT.loss_mask.sum()
+        return (
+            -jnp.sum(jnp.where(TEXT.loss_mask[:, 1:], chosen, 0.0)) / TEXT.loss_mask.sum()
+        )
 
     loss, text_gradients = jax.jit(jax.value_and_grad(text_loss))(state.policy.params)
     wanted = jax.tree.map(lambda g, t: g + 1.5 * t, alone, text_gradients)
     stages.assert_trees_close(both, wanted, rtol=1e-3, atol=5e-5)
     assert float(metrics["ptx_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)  # another program rounds otherwise
+    stages.assert_trees_close(
+        value_both, value_alone, rtol=1e-5, atol=1e-6
+    )  # another program rounds otherwise
     without = dataclasses.replace(SHOWN, ptx_coef=jnp.float32(0.0))
     (_, value_without), _ = shown_gradients(PROGRAM, experience, TEXT, without)
     stages.assert_trees_equal(value_both, value_without)
 
 
 def test_without_both_coefficients_it_is_plain_ppo():
-    nothing = stages.ppo_settings(kl_coef=0.0, ptx_coef=0.0, learning_rate=1.0, value_learning_rate=1.0)
+    nothing = stages.ppo_settings(
+        kl_coef=0.0, ptx_coef=0.0, learning_rate=1.0, value_learning_rate=1.0
+    )
     _, experience, judged, _ = scored(settings=nothing)
     other = scored(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
-    stages.assert_trees_equal(experience.advantages, other.advantages)  # the reference has no say
+    stages.assert_trees_equal(
+        experience.advantages, other.advantages
+    )  # the reference has no say
     with_text, _ = shown_gradients(PROGRAM, experience, TEXT, nothing)
     without, _ = shown_gradients(PROGRAM, experience, None, nothing)
     stages.assert_trees_close(with_text, without, rtol=1e-4, atol=1e-6)
-    # Discount 1: returns − values, which are the advantages, telescope to the score at λ = 1.
+    # Discount 1: returns − values, which are the advantages, telescope to the score at λ =
+    # 1.
     straight = stages.ppo_settings(kl_coef=0.0, lambda_=1.0)
     raw = dataclasses.replace(PROGRAM, whiten_advantages=False)
     _, experience, judged, _ = scored(raw, straight)
     finals = np.asarray(judged.scores) - 0.5 * ~np.asarray(judged.rollouts.ended)
     mask = np.asarray(judged.rollouts.mask)
-    np.testing.assert_allclose(experience.returns, np.where(mask, finals[:, None], 0.0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        experience.returns, np.where(mask, finals[:, None], 0.0), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_runs_side_by_side_are_what_each_is_alone():
-    """Two iterations of three runs of other seeds, coefficients and rates, in one program, and one after the other."""
+    """Two iterations of three runs of other seeds, coefficients and rates, in one program,
+    and one after the other."""
     program = stages.ppo_program(MESH)
     changes = (
         {},
@@ -260,22 +322,37 @@ def test_runs_side_by_side_are_what_each_is_alone():
     )
     settings = [stages.ppo_settings(**change) for change in changes]
     fixed = (other_params("tokens"), other_params("scalar"))
-    texts = [jax.tree.map(jnp.asarray, stages.packed_rows(4, 14, seed)) for seed in range(3)]
+    texts = [
+        jax.tree.map(jnp.asarray, stages.packed_rows(4, 14, seed)) for seed in range(3)
+    ]
     states = [stages.ppo_state(program, seed) for seed in range(3)]
 
     def stacked(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     alone = jax.jit(partial(algorithm.iteration, program))
-    together = jax.jit(jax.vmap(partial(algorithm.iteration, program), in_axes=(0, None, None, None, 0, 0)))
+    together = jax.jit(
+        jax.vmap(partial(algorithm.iteration, program), in_axes=(0, None, None, None, 0, 0))
+    )
     many = stacked(states)
     for _ in range(2):
-        many, metrics, rollouts, scores = together(many, *fixed, PROMPTS, stacked(texts), stacked(settings))
-        ones = [alone(s, *fixed, PROMPTS, t, c) for s, t, c in zip(states, texts, settings, strict=True)]
+        many, metrics, rollouts, scores = together(
+            many, *fixed, PROMPTS, stacked(texts), stacked(settings)
+        )
+        ones = [
+            alone(s, *fixed, PROMPTS, t, c)
+            for s, t, c in zip(states, texts, settings, strict=True)
+        ]
         states = [one[0] for one in ones]
-        np.testing.assert_array_equal(rollouts.responses, stacked([one[2].responses for one in ones]))
-        stages.assert_trees_close(metrics, stacked([one[1] for one in ones]), rtol=1e-3, atol=1e-5)
-        stages.assert_trees_close(scores, stacked([one[3] for one in ones]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(
+            rollouts.responses, stacked([one[2].responses for one in ones])
+        )
+        stages.assert_trees_close(
+            metrics, stacked([one[1] for one in ones]), rtol=1e-3, atol=1e-5
+        )
+        stages.assert_trees_close(
+            scores, stacked([one[3] for one in ones]), rtol=1e-4, atol=1e-5
+        )
         stages.assert_trees_close(many, stacked(states), rtol=1e-3, atol=1e-5)
     assert len(set(np.asarray(metrics["learning_rate"]).tolist())) == 2
 
@@ -283,9 +360,12 @@ def test_runs_side_by_side_are_what_each_is_alone():
 def test_clipped_tokens_have_no_gradient():
     _, experience, judged, _ = scored()
     mask = judged.rollouts.mask
-    # As if the policy had moved by log 2 since the rollout, upwards where the advantage is good: all is clipped.
+    # As if the policy had moved by log 2 since the rollout, upwards where the advantage is
+    # good: all is clipped.
     moved = dataclasses.replace(
-        experience, old_logprobs=experience.old_logprobs - jnp.where(mask, jnp.sign(experience.advantages) * 0.7, 0.0)
+        experience,
+        old_logprobs=experience.old_logprobs
+        - jnp.where(mask, jnp.sign(experience.advantages) * 0.7, 0.0),
     )
     (gradients, _), metrics = shown_gradients(PROGRAM, moved, None)
     assert float(optax.tree.norm(gradients)) == 0
@@ -297,11 +377,14 @@ def test_accumulated_is_the_whole_minibatch(rows, halvings):
     _, experience, judged, _ = scored()
     counts = np.asarray(judged.rollouts.mask).sum(axis=1)
     assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # parts of different size
-    # In four parts one part of the text is a row with many trained tokens, one a row with none.
+    # In four parts one part of the text is a row with many trained tokens, one a row with
+    # none.
     whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
     parts, parts_metrics = shown_gradients(with_part_rows(rows, halvings), experience, TEXT)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
-    assert parts_metrics.pop("update_padding") < metrics.pop("update_padding")  # no part has rows that are not in use
+    assert parts_metrics.pop("update_padding") < metrics.pop(
+        "update_padding"
+    )  # no part has rows that are not in use
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-4, atol=2e-6)
 
 
@@ -310,28 +393,41 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     _, experience, _, _ = scored()
     rows = jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 7))
     numbered = dataclasses.replace(experience, advantages=rows, returns=rows)
-    shuffled = jax.jit(partial(algorithm._minibatches, program))(numbered, jnp.int32(3), jnp.int32(0))
+    shuffled = jax.jit(partial(algorithm._minibatches, program))(
+        numbered, jnp.int32(3), jnp.int32(0)
+    )
     order = np.asarray(shuffled.advantages[:, :, 0])
     assert order.shape == (8, 2)  # 2 epochs × 4 minibatches of 2 rows
     first, second = order.reshape(2, 8).astype(int)
     assert sorted(first) == sorted(second) == list(range(8))
     assert list(first) != list(second) != list(range(8))
-    np.testing.assert_array_equal(shuffled.returns, shuffled.advantages)  # the arrays of a row stay together
+    np.testing.assert_array_equal(
+        shuffled.returns, shuffled.advantages
+    )  # the arrays of a row stay together
     wanted = np.asarray(experience.rollouts.responses)[order.reshape(-1).astype(int)]
-    np.testing.assert_array_equal(np.asarray(shuffled.rollouts.responses).reshape(16, 7), wanted)
-    later = jax.jit(partial(algorithm._minibatches, program))(numbered, jnp.int32(3), jnp.int32(1))
+    np.testing.assert_array_equal(
+        np.asarray(shuffled.rollouts.responses).reshape(16, 7), wanted
+    )
+    later = jax.jit(partial(algorithm._minibatches, program))(
+        numbered, jnp.int32(3), jnp.int32(1)
+    )
     assert not np.array_equal(later.advantages, shuffled.advantages)
 
 
 def test_average_moves_at_every_optimizer_step():
     _, experience, _, _ = scored()
     start = rolled_out()[0]
-    same_rows = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), experience)  # both minibatches are alike
+    same_rows = jax.tree.map(
+        lambda x: jnp.repeat(x[:1], 8, axis=0), experience
+    )  # both minibatches are alike
     first, _ = compiled_update(PROGRAM)(start, same_rows, None, SHOWN)
     two_steps = dataclasses.replace(PROGRAM, minibatches=2)
     second, _ = compiled_update(two_steps)(start, same_rows, None, SHOWN)
     wanted = jax.tree.map(
-        lambda e, p1, p2: 0.81 * e + 0.09 * p1 + 0.1 * p2, start.ema, first.policy.params, second.policy.params
+        lambda e, p1, p2: 0.81 * e + 0.09 * p1 + 0.1 * p2,
+        start.ema,
+        first.policy.params,
+        second.policy.params,
     )
     stages.assert_trees_close(second.ema, wanted, rtol=1e-5, atol=1e-5)
     assert first.policy.step == second.policy.step == second.value.step == 1
@@ -342,24 +438,43 @@ def test_two_settings_side_by_side_are_each_alone():
 
     def iteration(settings):
         experience, _, _ = algorithm.score(
-            PROGRAM, state, other_params("tokens"), other_params("scalar"), rollouts, settings
+            PROGRAM,
+            state,
+            other_params("tokens"),
+            other_params("scalar"),
+            rollouts,
+            settings,
         )
         new, metrics = algorithm.update(PROGRAM, state, experience, TEXT, settings)
         return new.policy.params, metrics
 
-    both = stages.ppo_settings(learning_rate=1.0), stages.ppo_settings(kl_coef=0.5, ptx_coef=0.7, learning_rate=0.5)
-    params, metrics = jax.jit(jax.vmap(iteration))(jax.tree.map(lambda *x: jnp.stack(x), *both))
+    both = (
+        stages.ppo_settings(learning_rate=1.0),
+        stages.ppo_settings(kl_coef=0.5, ptx_coef=0.7, learning_rate=0.5),
+    )
+    params, metrics = jax.jit(jax.vmap(iteration))(
+        jax.tree.map(lambda *x: jnp.stack(x), *both)
+    )
     for i, settings in enumerate(both):
         experience = scored(settings=settings)[1]
         new, own = compiled_update(PROGRAM)(state, experience, TEXT, settings)
-        stages.assert_trees_close(jax.tree.map(lambda x, i=i: x[i], params), new.policy.params, rtol=1e-4, atol=1e-5)
-        assert float(metrics["policy_loss"][i]) == pytest.approx(float(own["policy_loss"]), rel=1e-3, abs=1e-5)
+        stages.assert_trees_close(
+            jax.tree.map(lambda x, i=i: x[i], params),
+            new.policy.params,
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        assert float(metrics["policy_loss"][i]) == pytest.approx(
+            float(own["policy_loss"]), rel=1e-3, abs=1e-5
+        )
     assert not np.allclose(params["embedding"][0], params["embedding"][1], rtol=1e-2)
 
 
 def test_value_clipping_is_off_where_the_program_says_so():
     _, experience, _, _ = scored()
-    far = dataclasses.replace(experience, values=experience.values + 5.0 * experience.rollouts.mask)
+    far = dataclasses.replace(
+        experience, values=experience.values + 5.0 * experience.rollouts.mask
+    )
     clipped = shown_gradients(PROGRAM, far, None)[1]
     free = shown_gradients(dataclasses.replace(PROGRAM, clip_values=False), far, None)[1]
     assert clipped["value_clipped_fraction"] > 0.2
@@ -370,11 +485,16 @@ def test_value_clipping_is_off_where_the_program_says_so():
 def test_rollouts_change_with_the_step_and_the_seed_alone():
     state, rollouts = rolled_out()
     again = jax.jit(partial(algorithm.rollout, PROGRAM))
-    same, other = (again(state.policy.params, PROMPTS, jnp.int32(step), SHOWN) for step in (0, 1))
+    same, other = (
+        again(state.policy.params, PROMPTS, jnp.int32(step), SHOWN) for step in (0, 1)
+    )
     stages.assert_trees_equal(same, rollouts)
     assert not np.array_equal(other.responses, rollouts.responses)
     seeded = dataclasses.replace(SHOWN, seed=jnp.int32(4))
-    assert not np.array_equal(again(state.policy.params, PROMPTS, jnp.int32(0), seeded).responses, rollouts.responses)
+    assert not np.array_equal(
+        again(state.policy.params, PROMPTS, jnp.int32(0), seeded).responses,
+        rollouts.responses,
+    )
 
 
 # A task of seconds: answers of "good" tokens are paid, text counts up
@@ -390,12 +510,17 @@ def counting_text(rows: int, seed: int) -> LmBatch:
     tokens = ((starts[:, None] + np.arange(13)) % tiny_models.VOCAB_SIZE).astype(np.int32)
     ones = np.ones_like(tokens)
     positions = np.broadcast_to(np.arange(13, dtype=np.int32), tokens.shape)
-    return LmBatch(tokens=tokens, segments=ones, positions=positions, loss_mask=positions > 0)
+    return LmBatch(
+        tokens=tokens, segments=ones, positions=positions, loss_mask=positions > 0
+    )
 
 
 def share_of_good(model, params, rows: LmBatch):
-    """The true reward at each cell: the share of good tokens in the response that the cell belongs to."""
-    same = (rows.segments[:, :, None] == rows.segments[:, None, :]) & rows.loss_mask[:, None, :]
+    """The true reward at each cell: the share of good tokens in the response that the cell
+    belongs to."""
+    same = (rows.segments[:, :, None] == rows.segments[:, None, :]) & rows.loss_mask[
+        :, None, :
+    ]
     good = same & (rows.tokens < GOOD)[:, None, :]
     return jnp.sum(good, axis=2, dtype=jnp.float32) / jnp.maximum(jnp.sum(same, axis=2), 1)
 
@@ -414,7 +539,9 @@ def pretrained():
         accumulate=1,
         drops=False,
     )
-    settings = sft.SupervisedSettings(seed=jnp.int32(0), learning_rate=jnp.float32(1e-2), dropout=jnp.float32(0.0))
+    settings = sft.SupervisedSettings(
+        seed=jnp.int32(0), learning_rate=jnp.float32(1e-2), dropout=jnp.float32(0.0)
+    )
     update = jax.jit(partial(sft.update, program))
     state = loop.init_state(program.model, optimizer, jax.random.key(0), MESH)
     for step in range(80):
@@ -424,7 +551,8 @@ def pretrained():
 
 
 def learn(ptx_coef: float) -> tuple[list[float], float]:
-    """(the true reward of each iteration, the text loss at the end) of PPO from the counting policy."""
+    """(the true reward of each iteration, the text loss at the end) of PPO from the
+    counting policy."""
     program = stages.ppo_program(
         MESH,
         optimizer=tiny_models.optimizer_config(clip_norm=1.0),
@@ -433,17 +561,30 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         total_steps=ITERATIONS,
     )
     settings = stages.ppo_settings(
-        kl_coef=0.01, no_eos_penalty=0.0, ptx_coef=ptx_coef, learning_rate=3e-3, value_learning_rate=1e-2
+        kl_coef=0.01,
+        no_eos_penalty=0.0,
+        ptx_coef=ptx_coef,
+        learning_rate=3e-3,
+        value_learning_rate=1e-2,
     )
     state = PpoState(
         policy=loop.start_from(pretrained(), program.policy_optimizer, MESH),
         value=loop.start_from(other_params("scalar"), program.value_optimizer, MESH),
         ema=stages.copy_of(pretrained()),
     )
-    iterate = Iteration(program, abstract_state(program), settings, pretrained(), other_params("scalar"), 1e-3)
+    iterate = Iteration(
+        program,
+        abstract_state(program),
+        settings,
+        pretrained(),
+        other_params("scalar"),
+        1e-3,
+    )
     rewards = []
     for step in range(ITERATIONS):
-        prompts = jax.tree.map(jnp.asarray, tiny_models.ragged_prompts([3] * 64, columns=3, seed=step))
+        prompts = jax.tree.map(
+            jnp.asarray, tiny_models.ragged_prompts([3] * 64, columns=3, seed=step)
+        )
         text = counting_text(16, 1000 + step) if ptx_coef else None
         state, metrics, _, _ = iterate(state, (prompts, text), stages.no_phase)
         rewards.append(float(metrics["scores"]))

@@ -1,7 +1,8 @@
-"""One iteration's arithmetic on two responses, worked out by hand, and the invariants that stop a run.
+"""One iteration's arithmetic on two responses, worked out by hand, and the invariants that
+stop a run.
 
-The example: two rows of three tokens, the last of the second row is padding and full of nonsense. With r the log-ratio
-of policy to reference,
+The example: two rows of three tokens, the last of the second row is padding and full of
+nonsense. With r the log-ratio of policy to reference,
 
     r       = [1/2, 0, -1/4], [1, 1/2, ·]      scores = 2, 1      the second response did not end
     values  = [1, 1/2, 0], [1/4, 1/2, ·]       β = 1/2, λ = 1/2, discount 1, penalty 1/2
@@ -35,20 +36,30 @@ SAMPLED = LOGPROBS + np.array([[0, 1 / 8, 0], [-1 / 4, 0, 0]], np.float32)
 VALUES = np.array([[1, 1 / 2, 0], [1 / 4, 1 / 2, JUNK]], np.float32)
 ENTROPY = np.array([[1, 2, 3], [4, 5, JUNK]], np.float32)
 
-# r_t = −β · r, plus the score at the last real token: row 1 ends with 1/8 + 2, row 2 with −1/4 + (1 − 1/2).
+# r_t = −β · r, plus the score at the last real token: row 1 ends with 1/8 + 2, row 2 with
+# −1/4 + (1 − 1/2).
 REWARDS = [[F(-1, 4), F(0), F(17, 8)], [F(-1, 2), F(1, 4), F(0)]]
-# δ = [−1/4 + 1/2 − 1, 0 + 0 − 1/2, 17/8 − 0], [−1/2 + 1/2 − 1/4, 1/4 + 0 − 1/2];  A_t = δ_t + A_{t+1} / 2.
+# δ = [−1/4 + 1/2 − 1, 0 + 0 − 1/2, 17/8 − 0], [−1/2 + 1/2 − 1/4, 1/4 + 0 − 1/2];  A_t = δ_t
+# + A_{t+1} / 2.
 ADVANTAGES = [[F(-15, 32), F(9, 16), F(17, 8)], [F(-3, 8), F(-1, 4), F(0)]]
 RETURNS = [[F(17, 32), F(17, 16), F(17, 8)], [F(-1, 8), F(1, 4), F(0)]]  # A + v
 
 
 def settings(**changes: float) -> AdvantageSettings:
-    values = {"kl_coef": 0.5, "discount": 1.0, "lambda_": 0.5, "no_eos_penalty": 0.5, **changes}
+    values = {
+        "kl_coef": 0.5,
+        "discount": 1.0,
+        "lambda_": 0.5,
+        "no_eos_penalty": 0.5,
+        **changes,
+    }
     return AdvantageSettings(**{name: jnp.float32(value) for name, value in values.items()})
 
 
 def example(log_ratios=LOG_RATIOS, values=VALUES) -> Scored:
-    prompts = Prompts(tokens=jnp.zeros((2, 2), jnp.int32), mask=jnp.array([[False, True], [True, True]]))
+    prompts = Prompts(
+        tokens=jnp.zeros((2, 2), jnp.int32), mask=jnp.array([[False, True], [True, True]])
+    )
     rollouts = Rollouts(
         prompts=prompts,
         responses=jnp.ones((2, 3), jnp.int32),
@@ -64,7 +75,9 @@ def example(log_ratios=LOG_RATIOS, values=VALUES) -> Scored:
     )
 
 
-def made(scored: Scored, *, whiten_rewards=False, whiten_advantages=False, **changes: float):
+def made(
+    scored: Scored, *, whiten_rewards=False, whiten_advantages=False, **changes: float
+):
     return make_experience(
         scored,
         jnp.asarray(LOGPROBS),
@@ -76,7 +89,9 @@ def made(scored: Scored, *, whiten_rewards=False, whiten_advantages=False, **cha
 
 def figures(scored: Scored) -> dict[str, float]:
     experience, rewards = made(scored)
-    found = diagnostics(scored, jnp.asarray(LOGPROBS), jnp.asarray(ENTROPY), rewards, experience.returns)
+    found = diagnostics(
+        scored, jnp.asarray(LOGPROBS), jnp.asarray(ENTROPY), rewards, experience.returns
+    )
     assert all(x.shape == () and x.dtype == jnp.float32 for x in found.values())
     return {name: float(x) for name, x in found.items()}
 
@@ -91,37 +106,52 @@ def test_by_hand():
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
     np.testing.assert_allclose(experience.advantages, floats(ADVANTAGES), rtol=1e-6)
     np.testing.assert_allclose(experience.returns, floats(RETURNS), rtol=1e-6)
-    np.testing.assert_array_equal(experience.old_logprobs, LOGPROBS)  # the scorer's, not the sampler's
+    np.testing.assert_array_equal(
+        experience.old_logprobs, LOGPROBS
+    )  # the scorer's, not the sampler's
     np.testing.assert_array_equal(experience.values, scored.values)
     assert experience.rollouts is scored.rollouts
 
 
 def test_only_responses_that_did_not_end_are_penalised():
-    gentle, harsh = made(example(), no_eos_penalty=0.0)[1], made(example(), no_eos_penalty=3.0)[1]
+    gentle, harsh = (
+        made(example(), no_eos_penalty=0.0)[1],
+        made(example(), no_eos_penalty=3.0)[1],
+    )
     np.testing.assert_allclose(gentle - harsh, [[0, 0, 0], [0, 3, 0]], rtol=1e-6)
 
 
 def test_a_policy_that_is_the_reference_gets_the_score_alone():
     scored = example(log_ratios=np.zeros((2, 3), np.float32))
-    np.testing.assert_array_equal(made(scored, no_eos_penalty=0.0)[1], [[0, 0, 2], [0, 1, 0]])
+    np.testing.assert_array_equal(
+        made(scored, no_eos_penalty=0.0)[1], [[0, 0, 2], [0, 1, 0]]
+    )
     found = figures(scored)
-    assert (found["kl"], found["kl_k3"], found["kl_standard_error"], found["ref_gap"]) == (0, 0, 0, 0)
+    assert (found["kl"], found["kl_k3"], found["kl_standard_error"], found["ref_gap"]) == (
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 def test_whitened_advantages():
-    """Mean 0 and variance 1 over the five real tokens, zero on the padding; rewards and returns stay as they are."""
+    """Mean 0 and variance 1 over the five real tokens, zero on the padding; rewards and
+    returns stay as they are."""
     plain, rewards = made(example())
     white, same = made(example(), whiten_advantages=True)
     real = np.asarray(plain.advantages)[MASK]
-    np.testing.assert_allclose(np.asarray(white.advantages)[MASK], (real - real.mean()) / real.std(), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(white.advantages)[MASK], (real - real.mean()) / real.std(), rtol=1e-5
+    )
     assert white.advantages[1, 2] == 0
     np.testing.assert_array_equal(white.returns, plain.returns)
     np.testing.assert_array_equal(same, rewards)
 
 
 def test_whitened_rewards():
-    """Only the scale of the rewards changes; λ = 1 and values 0 turn returns into sums to go. The rewards that are
-    handed back for the log are those before."""
+    """Only the scale of the rewards changes; λ = 1 and values 0 turn returns into sums to
+    go. The rewards that are handed back for the log are those before."""
     nothing = np.zeros((2, 3), np.float32)
     white, rewards = made(example(values=nothing), whiten_rewards=True, lambda_=1.0)
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
@@ -139,7 +169,9 @@ def test_settings_are_arrays_of_one_program():
         )
     )
     for kl_coef in (0.0, 0.5):
-        compiled(settings(kl_coef=kl_coef, lambda_=kl_coef, no_eos_penalty=kl_coef), example())
+        compiled(
+            settings(kl_coef=kl_coef, lambda_=kl_coef, no_eos_penalty=kl_coef), example()
+        )
     assert compiled._cache_size() == 1
 
 
@@ -149,8 +181,18 @@ def test_diagnostics_by_hand():
         math.exp(-1 / 2) - 1 + 1 / 2 + 0 + math.exp(1 / 4) - 1 - 1 / 4,
         math.exp(-1) - 1 + 1 + math.exp(-1 / 2) - 1 + 1 / 2,
     ]
-    residuals = [a for row, real in zip(ADVANTAGES, MASK, strict=True) for a, m in zip(row, real, strict=True) if m]
-    returns = [r for row, real in zip(RETURNS, MASK, strict=True) for r, m in zip(row, real, strict=True) if m]
+    residuals = [
+        a
+        for row, real in zip(ADVANTAGES, MASK, strict=True)
+        for a, m in zip(row, real, strict=True)
+        if m
+    ]
+    returns = [
+        r
+        for row, real in zip(RETURNS, MASK, strict=True)
+        for r, m in zip(row, real, strict=True)
+        if m
+    ]
     expected = {
         "kl": F(7, 8),  # of 1/4 and 3/2
         "kl_standard_error": 5 / 8 / math.sqrt(2),
@@ -163,13 +205,16 @@ def test_diagnostics_by_hand():
         "scores_std": F(1, 2),
         "rewards": F(13, 16),  # of 15/8 and −1/4
         "values": F(9, 20),
-        "explained_variance": 1 - statistics.pvariance(residuals) / statistics.pvariance(returns),
+        "explained_variance": 1
+        - statistics.pvariance(residuals) / statistics.pvariance(returns),
         "response_length": F(5, 2),
         "response_length_max": 3,
         "ended_share": F(1, 2),
         "tokens": 8,  # 5 sampled, 3 of the prompts
     }
-    assert found == pytest.approx({name: float(x) for name, x in expected.items()}, rel=1e-5)
+    assert found == pytest.approx(
+        {name: float(x) for name, x in expected.items()}, rel=1e-5
+    )
 
 
 def test_k3_is_positive_where_k1_is_not():
@@ -185,23 +230,34 @@ def test_one_extreme_token_leaves_the_figures_finite():
 
 def explained(values: np.ndarray, returns: np.ndarray) -> float:
     nothing = jnp.zeros((2, 3))
-    found = diagnostics(example(values=values), nothing, nothing, nothing, jnp.asarray(returns))
+    found = diagnostics(
+        example(values=values), nothing, nothing, nothing, jnp.asarray(returns)
+    )
     return float(found["explained_variance"])
 
 
 def test_explained_variance():
     returns = floats(RETURNS)
     assert explained(returns, returns) == 1.0
-    assert explained(returns + 5, returns) == pytest.approx(1.0)  # a constant error is not variance
-    assert explained(np.full((2, 3), 7.0, np.float32), returns) == pytest.approx(0.0, abs=1e-6)
+    assert explained(returns + 5, returns) == pytest.approx(
+        1.0
+    )  # a constant error is not variance
+    assert explained(np.full((2, 3), 7.0, np.float32), returns) == pytest.approx(
+        0.0, abs=1e-6
+    )
     assert explained(-returns, returns) == pytest.approx(-3.0)  # residuals of 2 · returns
-    assert explained(returns, np.ones((2, 3), np.float32)) < 0  # returns without variance: finite, not NaN
+    assert (
+        explained(returns, np.ones((2, 3), np.float32)) < 0
+    )  # returns without variance: finite, not NaN
 
 
 def test_rollouts_without_a_token_give_zeros():
     scored = example()
     scored = dataclasses.replace(
-        scored, rollouts=dataclasses.replace(scored.rollouts, mask=jnp.zeros((2, 3), bool), ended=jnp.zeros(2, bool))
+        scored,
+        rollouts=dataclasses.replace(
+            scored.rollouts, mask=jnp.zeros((2, 3), bool), ended=jnp.zeros(2, bool)
+        ),
     )
     experience, rewards = made(scored, whiten_rewards=True, whiten_advantages=True)
     for x in (rewards, experience.advantages, experience.returns):
@@ -222,18 +278,25 @@ def test_within_the_tolerance_nothing_is_raised():
     check_rollouts(ROLLOUTS, first=True, tolerance=0.01)
     check_rollouts({**ROLLOUTS, "ref_gap": 5.0}, first=False, tolerance=0.01)
     check_update(UPDATE, tolerance=0.01)
-    check_update({name: x for name, x in UPDATE.items() if name != "ptx_loss"}, tolerance=0.01)
+    check_update(
+        {name: x for name, x in UPDATE.items() if name != "ptx_loss"}, tolerance=0.01
+    )
 
 
 @pytest.mark.parametrize("gap", [0.0101, math.nan, math.inf])
 def test_a_sampler_that_is_not_the_scorer_stops_the_run(gap):
-    with pytest.raises(InvariantError, match=r"as sampled and as scored differ by .* \(tolerance 0\.01\): look for"):
+    with pytest.raises(
+        InvariantError,
+        match=r"as sampled and as scored differ by .* \(tolerance 0\.01\): look for",
+    ):
         check_rollouts({**ROLLOUTS, "sampler_gap": gap}, first=False, tolerance=0.01)
 
 
 @pytest.mark.parametrize("gap", [0.0101, math.nan])
 def test_a_first_policy_that_is_not_the_reference_stops_the_run(gap):
-    with pytest.raises(InvariantError, match=r"before the first update .* look at policy_parent"):
+    with pytest.raises(
+        InvariantError, match=r"before the first update .* look at policy_parent"
+    ):
         check_rollouts({**ROLLOUTS, "ref_gap": gap}, first=True, tolerance=0.01)
 
 
@@ -243,12 +306,17 @@ def test_a_first_policy_that_is_not_the_reference_stops_the_run(gap):
     + [{"first_clipped_fraction": x} for x in (0.02, math.nan)],
 )
 def test_a_first_ratio_off_one_stops_the_run(change):
-    with pytest.raises(InvariantError, match=r"at the first inner step the ratio is off 1 by .* dropout or dtype"):
+    with pytest.raises(
+        InvariantError,
+        match=r"at the first inner step the ratio is off 1 by .* dropout or dtype",
+    ):
         check_update({**UPDATE, **change}, tolerance=0.01)
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "value_loss", "ptx_loss"])
 @pytest.mark.parametrize("loss", [math.nan, -math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(name, loss):
-    with pytest.raises(InvariantError, match=f"^{name} is (nan|-inf): lower the learning rate"):
+    with pytest.raises(
+        InvariantError, match=f"^{name} is (nan|-inf): lower the learning rate"
+    ):
         check_update({**UPDATE, name: jnp.float32(loss)}, tolerance=0.01)

@@ -33,17 +33,25 @@ TEXT = stages.packed_rows(4, 14)
 
 @cache
 def networks():
-    return tiny_models.random_params(PROGRAM.policy), tiny_models.random_params(PROGRAM.scorer, 1)
+    return tiny_models.random_params(PROGRAM.policy), tiny_models.random_params(
+        PROGRAM.scorer, 1
+    )
 
 
-def iterate(*, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0):
-    """One iteration of a policy that starts as its reference, and of a value network that starts as the reward model:
-    (state before, state after, metrics, rollouts, scores)."""
+def iterate(
+    *, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0
+):
+    """One iteration of a policy that starts as its reference, and of a value network that
+    starts as the reward model: (state before, state after, metrics, rollouts, scores)."""
     policy, reward = networks()
     state = stages.ppo_state(program)
-    state = dataclasses.replace(state, policy=dataclasses.replace(state.policy, step=state.policy.step + first_step))
+    state = dataclasses.replace(
+        state, policy=dataclasses.replace(state.policy, step=state.policy.step + first_step)
+    )
     if value_params is not None:
-        state = dataclasses.replace(state, value=dataclasses.replace(state.value, params=value_params))
+        state = dataclasses.replace(
+            state, value=dataclasses.replace(state.value, params=value_params)
+        )
     before = jax.device_get(state)
     run = Iteration(
         program,
@@ -67,7 +75,9 @@ def test_what_holds_at_the_first_inner_step():
     assert metrics["sampler_gap"] < 1e-5
     # Without a penalty for KL, the reward of a response is its score.
     ended = np.asarray(rollouts.ended)
-    assert float(metrics["rewards"]) == pytest.approx(float(np.mean(scores - 0.5 * ~ended)), rel=1e-5)
+    assert float(metrics["rewards"]) == pytest.approx(
+        float(np.mean(scores - 0.5 * ~ended)), rel=1e-5
+    )
     assert before.step == 0
     assert after.step == 1
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(after))
@@ -78,7 +88,9 @@ def test_what_holds_at_the_first_inner_step():
 def test_scores_are_the_reward_models_and_not_the_value_networks():
     value = tiny_models.random_params(PROGRAM.scorer, 8)
     _, _, metrics, rollouts, scores = iterate(value_params=value)
-    wanted = stages.plain_scores(PROGRAM.scorer, networks()[1], stages.responses_of(rollouts))
+    wanted = stages.plain_scores(
+        PROGRAM.scorer, networks()[1], stages.responses_of(rollouts)
+    )
     np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5)
     assert float(metrics["scores"]) == pytest.approx(wanted.mean(), rel=1e-4)
 
@@ -86,23 +98,33 @@ def test_scores_are_the_reward_models_and_not_the_value_networks():
 def patched(monkeypatch, name, **changes):
     """Makes PPO call `name` with other keyword arguments than it means to."""
     function = getattr(algorithm, name)
-    monkeypatch.setattr(algorithm, name, lambda *args, **kwargs: function(*args, **{**kwargs, **changes}))
+    monkeypatch.setattr(
+        algorithm, name, lambda *args, **kwargs: function(*args, **{**kwargs, **changes})
+    )
 
 
 def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
     patched(monkeypatch, "generate", temperature=1.3)
-    with pytest.raises(InvariantError, match=r"as sampled and as scored differ by .* look for another temperature"):
+    with pytest.raises(
+        InvariantError,
+        match=r"as sampled and as scored differ by .* look for another temperature",
+    ):
         iterate()
 
 
-def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_is_held_against(monkeypatch):
+def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_is_held_against(
+    monkeypatch,
+):
     program = dataclasses.replace(PROGRAM, rescores=False)
     _, _, metrics, _, _ = iterate(program=program)
     assert metrics["first_ratio_gap"] < 1e-5
     patched(monkeypatch, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match=r"policy and reference differ by"):
         iterate(program=program)
-    with pytest.raises(InvariantError, match=r"the ratio is off 1 by .* scorer \(sampler, if old_logprobs are its\)"):
+    with pytest.raises(
+        InvariantError,
+        match=r"the ratio is off 1 by .* scorer \(sampler, if old_logprobs are its\)",
+    ):
         iterate(program=program, first_step=1)
 
 
@@ -110,7 +132,9 @@ def test_a_sampler_with_wrong_positions_stops_the_run(monkeypatch):
     generate = algorithm.generate
 
     def padded_on_the_right(model, params, prompts, *args, **kwargs):
-        rollouts = generate(model, params, jax.tree.map(lambda x: x[:, ::-1], prompts), *args, **kwargs)
+        rollouts = generate(
+            model, params, jax.tree.map(lambda x: x[:, ::-1], prompts), *args, **kwargs
+        )
         return dataclasses.replace(rollouts, prompts=prompts)
 
     monkeypatch.setattr(algorithm, "generate", padded_on_the_right)
@@ -126,7 +150,9 @@ def test_an_update_at_another_temperature_stops_the_run(monkeypatch):
 
 def test_another_reference_stops_the_run_only_before_the_first_update():
     other = tiny_models.random_params(PROGRAM.policy, 9)
-    with pytest.raises(InvariantError, match=r"policy and reference differ by .* look at policy_parent"):
+    with pytest.raises(
+        InvariantError, match=r"policy and reference differ by .* look at policy_parent"
+    ):
         iterate(ref_params=other)
     _, _, metrics, _, _ = iterate(ref_params=other, first_step=1)
     assert metrics["ref_gap"] > 0.1
@@ -147,9 +173,24 @@ def test_samples_are_rollouts_as_text():
     samples = ppo_train.samples_of(rollouts, np.array([0.5, -1.0, 2.0]), Letters())
     prompts = [np.asarray(rollouts.prompts.tokens)[row, 2 - row :] for row in range(3)]
     assert samples == [
-        {"prompt": Letters().decode(prompts[0]), "response": "ab", "score": 0.5, "tokens": 2},
-        {"prompt": Letters().decode(prompts[1]), "response": "d", "score": -1.0, "tokens": 1},
-        {"prompt": Letters().decode(prompts[2]), "response": "ghi", "score": 2.0, "tokens": 3},
+        {
+            "prompt": Letters().decode(prompts[0]),
+            "response": "ab",
+            "score": 0.5,
+            "tokens": 2,
+        },
+        {
+            "prompt": Letters().decode(prompts[1]),
+            "response": "d",
+            "score": -1.0,
+            "tokens": 1,
+        },
+        {
+            "prompt": Letters().decode(prompts[2]),
+            "response": "ghi",
+            "score": 2.0,
+            "tokens": 3,
+        },
     ]
 
 
@@ -165,20 +206,39 @@ def ppo_parts(chain, name="ppo-ptx", **overrides):
 
 
 def test_every_value_of_the_config_reaches_its_place(chain):
-    names = ("kl_coef", "discount", "lambda_", "no_eos_penalty", "temperature", "clip", "value_clip", "ptx_coef")
+    names = (
+        "kl_coef",
+        "discount",
+        "lambda_",
+        "no_eos_penalty",
+        "temperature",
+        "clip",
+        "value_clip",
+        "ptx_coef",
+    )
     peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
-    values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}  # no two alike
+    values = {
+        name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))
+    }  # no two alike
     counts = {"steps": 6, "inner_epochs": 2, "minibatches": 4}
     choices = {"whiten_rewards": True, "whiten_advantages": False}
     config, program, _ = ppo_parts(chain, seed=5, **peaks, **values, **counts, **choices)
     settings = vars(ppo_train.settings_of(config))
     settings |= vars(settings.pop("rewards"))
     rates = {"learning_rate": 0.75, "value_learning_rate": 0.5}
-    assert {name: float(value) for name, value in settings.items()} == values | rates | {"seed": 5}
+    assert {name: float(value) for name, value in settings.items()} == values | rates | {
+        "seed": 5
+    }
     counts["total_steps"] = counts.pop("steps")
     assert {name: getattr(program, name) for name in counts | choices} == counts | choices
-    assert (program.policy_schedule, program.value_schedule) == (config.optimizer, config.value_optimizer)
-    assert (program.policy.config, program.scorer.config) == (config.model, config.reward_model)
+    assert (program.policy_schedule, program.value_schedule) == (
+        config.optimizer,
+        config.value_optimizer,
+    )
+    assert (program.policy.config, program.scorer.config) == (
+        config.model,
+        config.reward_model,
+    )
     assert program.response_tokens == config.data.limits.response_tokens
     assert program.clip_values and not ppo_parts(chain, value_clip=0.0)[1].clip_values
     assert program.rescores and not ppo_parts(chain, old_logprobs="sampler")[1].rescores
@@ -193,22 +253,33 @@ def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
     stages.assert_trees_equal(state.ema, policy)
     stages.assert_trees_equal(state.value.params, reward)  # head and bias with it
     assert reward["scalar_head"]["bias"] != 0
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves((state.policy.opt_state, state.value.opt_state)))
+    assert all(
+        not np.any(leaf)
+        for leaf in jax.tree.leaves((state.policy.opt_state, state.value.opt_state))
+    )
     assert state.step == 0
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo-ptx"])
 def test_what_a_run_logs(chain, name):
-    lines, samples, config = metrics_of(chain / name), samples_of(chain / name), ppo_parts(chain, name)[0]
+    lines, samples, config = (
+        metrics_of(chain / name),
+        samples_of(chain / name),
+        ppo_parts(chain, name)[0],
+    )
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(lines[-1]["kl"]) > 1e-3
     assert all(line["sampler_gap"] < 1e-4 for line in lines)
     assert ("ptx_loss" in lines[0]) == (name == "ppo-ptx")
-    assert [sample["step"] for sample in samples] == [step for step in (1, 2, 3, 4) for _ in range(config.samples)]
+    assert [sample["step"] for sample in samples] == [
+        step for step in (1, 2, 3, 4) for _ in range(config.samples)
+    ]
     for line in lines:  # every rollout is a sample in this size
         own = [sample for sample in samples if sample["step"] == line["step"]]
-        assert line["scores"] == pytest.approx(np.mean([sample["score"] for sample in own]), rel=1e-5)
+        assert line["scores"] == pytest.approx(
+            np.mean([sample["score"] for sample in own]), rel=1e-5
+        )
         assert line["response_length"] == np.mean([sample["tokens"] for sample in own])
         assert line["learning_rate"] == pytest.approx(
             config.optimizer.learning_rate * (0.1 + 0.09 * (line["step"] - 1))
@@ -222,9 +293,13 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(program.policy, ema, rows)
     assert summary_of(chain / "ppo-ptx")["text_loss"] == pytest.approx(wanted, rel=1e-5)
-    start = jax.device_get(load_params(chain / "sft", abstract_state(program).policy.params))
+    start = jax.device_get(
+        load_params(chain / "sft", abstract_state(program).policy.params)
+    )
     assert not np.array_equal(ema["embedding"], start["embedding"])
-    checkpoints = loop.abstract_state(program.policy, program.policy_optimizer, program.mesh)
+    checkpoints = loop.abstract_state(
+        program.policy, program.policy_optimizer, program.mesh
+    )
     assert jax.tree.structure(ema) == jax.tree.structure(checkpoints.params)
 
 
@@ -244,13 +319,17 @@ def test_rows_of_an_iteration(chain):
 
 
 def test_ppo_needs_no_text(chain, tmp_path):
-    config = stages.config_of(chain, "ppo", {"data.text": (), "steps": 1, "value_clip": 0.0})
+    config = stages.config_of(
+        chain, "ppo", {"data.text": (), "steps": 1, "value_clip": 0.0}
+    )
     assert run_stage(config, tmp_path / "run")
     summary = summary_of(tmp_path / "run")
     assert "text_loss" not in summary
     assert summary["value_clipped_fraction"] == 0
     # The first rollouts do not know of the text.
-    assert summary["scores"] == pytest.approx(metrics_of(chain / "ppo")[0]["scores"], rel=1e-6)
+    assert summary["scores"] == pytest.approx(
+        metrics_of(chain / "ppo")[0]["scores"], rel=1e-6
+    )
 
 
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):
@@ -261,10 +340,18 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     assert metrics_of(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("dtype", ["mixed", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["mixed", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
-    """Sampler, scorer and update round alike, so that the invariants hold; the figures are near those of float32."""
-    half = {"compute.dtype": dtype, "compute.decoding": dtype, "steps": 1, "tolerance": 0.03}
+    """Sampler, scorer and update round alike, so that the invariants hold; the figures are
+    near those of float32."""
+    half = {
+        "compute.dtype": dtype,
+        "compute.decoding": dtype,
+        "steps": 1,
+        "tolerance": 0.03,
+    }
     exact = {"steps": 1}
     for name, overrides in (("half", half), ("exact", exact)):
         run_stage(stages.config_of(chain, "ppo-ptx", overrides), tmp_path / name)
@@ -277,27 +364,53 @@ def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"batch_size": 6, "minibatches": 4}, "batch_size = 6 rows must be a positive multiple of 4"),
+        (
+            {"batch_size": 6, "minibatches": 4},
+            "batch_size = 6 rows must be a positive multiple of 4",
+        ),
         ({"ptx_rows": 3}, "ptx_rows = 3 rows must be a positive multiple of 2"),
-        ({"data.limits.sequence_tokens": 47}, "sequence_tokens = 47, the width of packed rows, must hold .* 24 . 24"),
+        (
+            {"data.limits.sequence_tokens": 47},
+            "sequence_tokens = 47, the width of packed rows, must hold .* 24 . 24",
+        ),
         ({"data.text": ()}, "config: ptx_coef = 1.0 needs files in data.text"),
-        ({"policy_parent": ""}, "config: policy_parent and reward_parent must name finished runs"),
-        ({"reward_parent": ""}, "config: policy_parent and reward_parent must name finished runs"),
-        ({"reward_parent": "nowhere"}, "config.reward_parent = 'nowhere' is not a finished run"),
+        (
+            {"policy_parent": ""},
+            "config: policy_parent and reward_parent must name finished runs",
+        ),
+        (
+            {"reward_parent": ""},
+            "config: policy_parent and reward_parent must name finished runs",
+        ),
+        (
+            {"reward_parent": "nowhere"},
+            "config.reward_parent = 'nowhere' is not a finished run",
+        ),
         ({"temperature": 0.0}, "config: temperature = 0.0 must be above 0"),
-        ({"model.max_length": 99}, "model of config.policy_parent = .* max_length: 96 .stored. != 99 .given."),
+        (
+            {"model.max_length": 99},
+            "model of config.policy_parent = .* max_length: 96 .stored. != 99 .given.",
+        ),
         ({"steps": 0}, "config: steps = 0 must be"),
         ({"inner_epochs": 0}, "config: inner_epochs = 0 must be"),
         ({"minibatches": 0}, "config: minibatches = 0 must be"),
         ({"ema_decay": 1.5}, "config: ema_decay = 1.5 must be from 0 to 1"),
         ({"clip": 0.0}, "config: clip = 0.0 must be above 0"),
         ({"samples": -3}, "config: samples = -3 must be at least 0"),
-        ({"reward_parent": "SFT"}, "config.reward_parent = .* is a run of stage 'supervised'; it must be of reward"),
-        ({"data.limits.splits": (("train", 1.0),)}, "splits has the names .'train'.: train and validation must be"),
+        (
+            {"reward_parent": "SFT"},
+            "config.reward_parent = .* is a run of stage 'supervised'; it must be of reward",
+        ),
+        (
+            {"data.limits.splits": (("train", 1.0),)},
+            "splits has the names .'train'.: train and validation must be",
+        ),
         ({"ptx_coef": -1.0}, "config: ptx_coef = -1.0 must be"),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_in_one_line(chain, tmp_path, overrides, message):
+def test_a_config_that_cannot_run_is_refused_in_one_line(
+    chain, tmp_path, overrides, message
+):
     if overrides.get("reward_parent") == "SFT":
         overrides = {"reward_parent": str(chain / "sft")}
     with pytest.raises(ValueError, match=message) as error:

@@ -10,8 +10,8 @@ Raw = Mapping[str, Any]  # a config.json
 
 
 def only(raw: Raw, **allowed: tuple[Any, ...]) -> None:
-    """Raises ConfigError at the first value that is not among those allowed, of which the first is the one of a config
-    that does not name it."""
+    """Raises ConfigError at the first value that is not among those allowed, of which the
+    first is the one of a config that does not name it."""
     for name, values in allowed.items():
         found = raw.get(name, values[0])
         require(
@@ -28,7 +28,8 @@ def needed(raw: Raw, name: str) -> Any:
 
 
 def rotary_of(raw: Raw, fraction: float) -> dict[str, Any]:
-    """base, fraction and scaling, from the places where one version or another of transformers writes them."""
+    """base, fraction and scaling, from the places where one version or another of
+    transformers writes them."""
     given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = given.get("rope_type", given.get("type", "default"))
     require(
@@ -36,8 +37,13 @@ def rotary_of(raw: Raw, fraction: float) -> dict[str, Any]:
         f"config.json: rope_type = {kind!r} of a {raw['model_type']} model is not supported, only default, linear or "
         "llama3",
     )
-    base = given.get("rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0)))
-    share = given.get("partial_rotary_factor", raw.get("partial_rotary_factor", raw.get("rotary_pct", fraction)))
+    base = given.get(
+        "rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0))
+    )
+    share = given.get(
+        "partial_rotary_factor",
+        raw.get("partial_rotary_factor", raw.get("rotary_pct", fraction)),
+    )
     length = raw.get("max_position_embeddings", 2048)
     scaling = RotaryScaling(
         kind="linear" if kind == "linear" else "llama3",
@@ -47,7 +53,11 @@ def rotary_of(raw: Raw, fraction: float) -> dict[str, Any]:
         original_length=int(given.get("original_max_position_embeddings", length)),
     )
     scaled = None if kind == "default" else scaling
-    return {"rotary_base": float(base), "rotary_fraction": float(share), "rotary_scaling": scaled}
+    return {
+        "rotary_base": float(base),
+        "rotary_fraction": float(share),
+        "rotary_scaling": scaled,
+    }
 
 
 def rotary_raw(c: ModelConfig) -> dict[str, Any]:
@@ -90,7 +100,10 @@ def model_of(**values: Any) -> ModelConfig:
 
 def head_width_of(width: int, heads: int) -> int:
     """What transformers takes where no head_dim is given."""
-    require(width % heads == 0, f"config.json: a width of {width} does not divide by {heads} heads")
+    require(
+        width % heads == 0,
+        f"config.json: a width of {width} does not divide by {heads} heads",
+    )
     return width // heads
 
 

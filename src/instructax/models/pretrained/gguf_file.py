@@ -1,4 +1,5 @@
-"""GGUF files of llama.cpp in: architecture, tensors and tokenizer of the families llama, qwen2 and qwen3, dequantised.
+"""GGUF files of llama.cpp in: architecture, tensors and tokenizer of the families llama,
+qwen2 and qwen3, dequantised.
 
 Everything is turned into what a Hugging Face folder holds, so that it is read the same way.
 """
@@ -27,9 +28,14 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-OTHERS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+OTHERS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-# How words are split, by tokenizer.ggml.pre: patterns of llama.cpp's llama-vocab.cpp; "" is GPT-2's own.
+# How words are split, by tokenizer.ggml.pre: patterns of llama.cpp's llama-vocab.cpp; "" is
+# GPT-2's own.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -51,7 +57,9 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise ValueError(f"{path}: the package gguf is not installed: pip install 'instructax[gguf]'") from None
+            raise ValueError(
+                f"{path}: the package gguf is not installed: pip install 'instructax[gguf]'"
+            ) from None
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # damaged files fail in many ways
@@ -95,9 +103,13 @@ class GgufFile:
             "head_dim": self._own("attention.key_length", width // heads),
             "intermediate_size": self._own("feed_forward_length"),
             "max_position_embeddings": self._own("context_length"),
-            "rms_norm_eps": float(np.float32(self._own("attention.layer_norm_rms_epsilon"))),
+            "rms_norm_eps": float(
+                np.float32(self._own("attention.layer_norm_rms_epsilon"))
+            ),
             "rope_theta": float(self._own("rope.freq_base", 10000.0)),
-            "rope_scaling": {"rope_type": "linear", "factor": float(factor)} if scaling == "linear" else None,
+            "rope_scaling": {"rope_type": "linear", "factor": float(factor)}
+            if scaling == "linear"
+            else None,
             "tie_word_embeddings": "output.weight" not in self._tensors,
         }
 
@@ -116,34 +128,70 @@ class GgufFile:
         tensor, turned = self._tensors[name], re.search(r"attn_([qk])\.weight$", name)
 
         def read() -> np.ndarray:
-            found = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+            found = np.asarray(
+                self._dequantize(tensor.data, tensor.tensor_type), np.float32
+            )
             if self.architecture != "llama" or not turned:
                 return found
-            # llama.cpp turns neighbouring components, so its files have the rows of each head in that order.
+            # llama.cpp turns neighbouring components, so its files have the rows of each
+            # head in that order.
             heads = self._own("attention.head_count")
-            heads = heads if turned[1] == "q" else self._own("attention.head_count_kv", heads)
-            return found.reshape(heads, -1, 2, found.shape[-1]).swapaxes(1, 2).reshape(found.shape)
+            heads = (
+                heads if turned[1] == "q" else self._own("attention.head_count_kv", heads)
+            )
+            return (
+                found.reshape(heads, -1, 2, found.shape[-1])
+                .swapaxes(1, 2)
+                .reshape(found.shape)
+            )
 
         return read
 
     def write_tokenizer(self, to: Path) -> None:
-        """Writes `tokenizer.json`, and the chat template if there is one, into the folder `to`."""
-        kind, pre = self._value("tokenizer.ggml.model"), self._value("tokenizer.ggml.pre", "default")
+        """Writes `tokenizer.json`, and the chat template if there is one, into the folder
+        `to`."""
+        kind, pre = (
+            self._value("tokenizer.ggml.model"),
+            self._value("tokenizer.ggml.pre", "default"),
+        )
         require(
             kind == "gpt2" and pre in SPLITS,
             f"{self._path}: tokenizer.ggml.model = {kind!r} with tokenizer.ggml.pre = {pre!r} is not read, only gpt2 "
             f"with {', '.join(SPLITS)}: give the Hugging Face folder of the model",
         )
-        tokens, kinds = self._value("tokenizer.ggml.tokens"), self._value("tokenizer.ggml.token_type")
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        tokens, kinds = (
+            self._value("tokenizer.ggml.tokens"),
+            self._value("tokenizer.ggml.token_type"),
+        )
+        flags = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         added = [i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
         if SPLITS[pre] == "digits":
             first: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}]
         else:
             pattern = {"Regex": SPLITS[pre]}
             first = (
-                [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}] if SPLITS[pre] else []
+                [
+                    {
+                        "type": "Split",
+                        "pattern": pattern,
+                        "behavior": "Isolated",
+                        "invert": False,
+                    }
+                ]
+                if SPLITS[pre]
+                else []
             )
         last = byte_level | {"use_regex": SPLITS[pre] in ("", "digits")}
         content = {
@@ -161,6 +209,8 @@ class GgufFile:
             },
         }
         to.mkdir(parents=True, exist_ok=True)
-        (to / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        (to / "tokenizer.json").write_text(
+            json.dumps(content, ensure_ascii=False), encoding="utf-8"
+        )
         if template := self._value("tokenizer.chat_template", ""):
             (to / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,7 +1,9 @@
-"""`config.json` of each family and `ModelConfig`: what it must say, what it may not say, and back again.
+"""`config.json` of each family and `ModelConfig`: what it must say, what it may not say,
+and back again.
 
-Reading is strict: a value that changes the network in a way that ours cannot follow is refused by its name. Writing is
-checked by reading: a family can express a model exactly if what is written for it reads as that very model.
+Reading is strict: a value that changes the network in a way that ours cannot follow is
+refused by its name. Writing is checked by reading: a family can express a model exactly if
+what is written for it reads as that very model.
 """
 
 import dataclasses
@@ -31,7 +33,12 @@ ACTIVATIONS = {
 
 
 def _read_gpt2(raw: Raw) -> ModelConfig:
-    only(raw, scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,))
+    only(
+        raw,
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    )
     only(raw, activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu"))
     width, heads = needed(raw, "n_embd"), needed(raw, "n_head")
     return model_of(
@@ -71,7 +78,11 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
 
 
 def _read_neox(raw: Raw) -> ModelConfig:
-    only(raw, attention_bias=(True,), hidden_act=("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"))
+    only(
+        raw,
+        attention_bias=(True,),
+        hidden_act=("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+    )
     width, heads = needed(raw, "hidden_size"), needed(raw, "num_attention_heads")
     return model_of(
         vocab_size=needed(raw, "vocab_size"),
@@ -116,22 +127,32 @@ READ: dict[str, Callable[[Raw], ModelConfig]] = {
     "gpt_neox": _read_neox,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), read_llama),
 }
-WRITE: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {"gpt2": _write_gpt2, "gpt_neox": _write_neox}
-WRITE |= {family: write_llama(family) for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")}
+WRITE: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "gpt2": _write_gpt2,
+    "gpt_neox": _write_neox,
+}
+WRITE |= {
+    family: write_llama(family)
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+}
 
 
 def read_config(raw: Raw) -> tuple[str, ModelConfig]:
-    """(family, architecture) of a `config.json`. Raises ValueError, with the name and the value, for what ours cannot
-    express."""
+    """(family, architecture) of a `config.json`. Raises ValueError, with the name and the
+    value, for what ours cannot express."""
     family = raw.get("model_type")
-    require(family in READ, f"config.json: model_type = {family!r} is not supported, only {', '.join(READ)}")
+    require(
+        family in READ,
+        f"config.json: model_type = {family!r} is not supported, only {', '.join(READ)}",
+    )
     only(raw, quantization_config=(None,), is_encoder_decoder=(False,))
     return str(family), READ[str(family)](raw)
 
 
 def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """(family, `config.json`) of the first family that expresses `config` exactly. Raises ValueError, with what stands
-    in the way of the family that comes nearest, if there is none."""
+    """(family, `config.json`) of the first family that expresses `config` exactly. Raises
+    ValueError, with what stands in the way of the family that comes nearest, if there is
+    none."""
     reasons: dict[str, list[str]] = {}
     for family, write in WRITE.items():
         raw = {"model_type": family, **write(config)}
@@ -142,10 +163,16 @@ def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             continue
         ours, theirs = (dataclasses.asdict(x) for x in (config, found))
         differences = [
-            f"model.{name} = {ours[name]!r} (it has {theirs[name]!r})" for name in ours if ours[name] != theirs[name]
+            f"model.{name} = {ours[name]!r} (it has {theirs[name]!r})"
+            for name in ours
+            if ours[name] != theirs[name]
         ]
-        if config.positions == theirs["positions"] == "learned":  # which read nothing of rotary ones
-            differences = [text for text in differences if not text.startswith("model.rotary_")]
+        if (
+            config.positions == theirs["positions"] == "learned"
+        ):  # which read nothing of rotary ones
+            differences = [
+                text for text in differences if not text.startswith("model.rotary_")
+            ]
         if not differences:
             return family, raw
         reasons[family] = differences

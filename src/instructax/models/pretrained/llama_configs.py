@@ -1,4 +1,5 @@
-"""`config.json` of Llama and of the families that took its names: Mistral, Qwen2, Qwen3, Gemma and Gemma 2."""
+"""`config.json` of Llama and of the families that took its names: Mistral, Qwen2, Qwen3,
+Gemma and Gemma 2."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,7 +33,9 @@ def _windows(raw: Raw, family: str, layers: int) -> dict[str, Any]:
         only(raw, layer_types=(None,))
         near = list(range(layers))
     elif raw.get("layer_types") is not None:
-        near = [i for i, kind in enumerate(raw["layer_types"]) if kind == "sliding_attention"]
+        near = [
+            i for i, kind in enumerate(raw["layer_types"]) if kind == "sliding_attention"
+        ]
     elif family == "gemma2":
         near = list(range(0, layers, 2))
     else:
@@ -50,10 +53,20 @@ def read_llama(raw: Raw) -> ModelConfig:
     if family in ("llama", "gemma2"):  # transformers' own rule, whatever head_dim says
         head_width_of(width, heads)
     if family == "qwen2":  # has no head_dim of its own
-        require(head_dim * heads == width, f"config.json: head_dim = {head_dim} of a qwen2 model is not supported")
-    act = raw.get("hidden_activation") or raw.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
+        require(
+            head_dim * heads == width,
+            f"config.json: head_dim = {head_dim} of a qwen2 model is not supported",
+        )
+    act = (
+        raw.get("hidden_activation")
+        or raw.get("hidden_act")
+        or ("gelu_pytorch_tanh" if gemma else "silu")
+    )
     # Gemma's first files say "gelu" and mean its tanh form.
-    only({**raw, "hidden_act": act}, hidden_act=("gelu_pytorch_tanh", "gelu") if gemma else ("silu",))
+    only(
+        {**raw, "hidden_act": act},
+        hidden_act=("gelu_pytorch_tanh", "gelu") if gemma else ("silu",),
+    )
     if family == "llama":
         biases = raw.get("attention_bias", False)
         only(raw, mlp_bias=(biases, biases) if "mlp_bias" in raw else (False,))
@@ -98,7 +111,8 @@ def read_llama(raw: Raw) -> ModelConfig:
 
 
 def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
-    """A function that writes the config of an architecture for one of these families, as near as it can."""
+    """A function that writes the config of an architecture for one of these families, as
+    near as it can."""
 
     def write(c: ModelConfig) -> dict[str, Any]:
         rotary = rotary_raw(c)
@@ -119,7 +133,10 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
             raw |= {"attention_bias": c.biases, "mlp_bias": c.biases}
         if family == "mistral":
             raw |= {"sliding_window": c.window or None}
-        kinds = ["sliding_attention" if i in c.windowed else "full_attention" for i in range(c.num_layers)]
+        kinds = [
+            "sliding_attention" if i in c.windowed else "full_attention"
+            for i in range(c.num_layers)
+        ]
         if family in ("qwen2", "qwen3"):
             first = min(c.windowed, default=c.num_layers)
             raw |= {"use_sliding_window": c.window > 0, "sliding_window": c.window or None}
@@ -127,7 +144,8 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
         if family == "gemma2":
             raw |= {
                 "hidden_activation": act,
-                "sliding_window": c.window or 4096,  # which no layer reads if none is windowed
+                "sliding_window": c.window
+                or 4096,  # which no layer reads if none is windowed
                 "layer_types": kinds,
                 "query_pre_attn_scalar": int(c.score_width or c.head_dim),
                 "attn_logit_softcapping": c.attention_cap or None,

@@ -1,8 +1,10 @@
-"""The one table of names and shapes: which tensors of a family's files are which of our parameters.
+"""The one table of names and shapes: which tensors of a family's files are which of our
+parameters.
 
-A tensor's layout names its axes as the file has them; axes joined by `*` are one axis there. `V` vocabulary, `T`
-positions, `D` width, `F` MLP width, `H` heads, `G` heads of keys and values, `d` head width, `3` query, key and value
-in one tensor, whose `G` and `H` are equal. `{}` in a name is the layer.
+A tensor's layout names its axes as the file has them; axes joined by `*` are one axis
+there. `V` vocabulary, `T` positions, `D` width, `F` MLP width, `H` heads, `G` heads of keys
+and values, `d` head width, `3` query, key and value in one tensor, whose `G` and `H` are
+equal. `{}` in a name is the layer.
 """
 
 import dataclasses
@@ -56,13 +58,18 @@ def _fused(name: str, layout: str, part: str) -> Row:
 
 
 def _norm(name: str, leaf: str) -> tuple[Row, Row]:
-    return Row(f"{name}.weight", "D", (f"{leaf}/scale",)), Row(f"{name}.bias", "D", (f"{leaf}/bias",))
+    return Row(f"{name}.weight", "D", (f"{leaf}/scale",)), Row(
+        f"{name}.bias", "D", (f"{leaf}/bias",)
+    )
 
 
 def _linear(name: str, layout: str, leaf: str) -> tuple[Row, Row]:
-    """A matrix that maps the last axis of `layout` to the others (torch's Linear), and its bias."""
+    """A matrix that maps the last axis of `layout` to the others (torch's Linear), and its
+    bias."""
     out = layout.rpartition(" ")[0]
-    return Row(f"{name}.weight", layout, (f"{leaf}/kernel",)), Row(f"{name}.bias", out, (f"{leaf}/bias",))
+    return Row(f"{name}.weight", layout, (f"{leaf}/kernel",)), Row(
+        f"{name}.bias", out, (f"{leaf}/bias",)
+    )
 
 
 SCORE = Row("score.weight", "1 D", ("scalar_head/kernel",))
@@ -70,7 +77,9 @@ GPT2 = (
     Row("transformer.wte.weight", "V D", ("embedding",)),
     Row("transformer.wpe.weight", "T D", ("positions",)),
     *_norm("transformer.h.{}.ln_1", "attention_norm"),
-    _fused("transformer.h.{}.attn.c_attn.weight", "D 3*H*d", "kernel"),  # Conv1D: inputs first
+    _fused(
+        "transformer.h.{}.attn.c_attn.weight", "D 3*H*d", "kernel"
+    ),  # Conv1D: inputs first
     _fused("transformer.h.{}.attn.c_attn.bias", "3*H*d", "bias"),
     Row("transformer.h.{}.attn.c_proj.weight", "H*d D", ("attention/out/kernel",)),
     Row("transformer.h.{}.attn.c_proj.bias", "D", ("attention/out/bias",)),
@@ -99,11 +108,15 @@ NEOX = (
 
 
 def _llama(norms: dict[str, str], plus: float) -> tuple[Row, ...]:
-    """Llama and those that took its names; `norms` of a layer, each of which holds its scale less `plus`."""
+    """Llama and those that took its names; `norms` of a layer, each of which holds its
+    scale less `plus`."""
     layer = "model.layers.{}"
     return (
         Row("model.embed_tokens.weight", "V D", ("embedding",)),
-        *(Row(f"{layer}.{name}.weight", "D", (f"{leaf}/scale",), plus) for name, leaf in norms.items()),
+        *(
+            Row(f"{layer}.{name}.weight", "D", (f"{leaf}/scale",), plus)
+            for name, leaf in norms.items()
+        ),
         *_linear(f"{layer}.self_attn.q_proj", "H*d D", "attention/query"),
         *_linear(f"{layer}.self_attn.k_proj", "G*d D", "attention/key"),
         *_linear(f"{layer}.self_attn.v_proj", "G*d D", "attention/value"),
@@ -143,39 +156,62 @@ PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."} | dict.fromkeys(
 def sizes_of(config: ModelConfig) -> dict[str, int]:
     """The length of each axis."""
     c = config
-    fixed = {"1": 1, "3": 3, "V": c.vocab_size, "T": c.max_length, "D": c.embed_dim, "F": c.mlp_dim}
+    fixed = {
+        "1": 1,
+        "3": 3,
+        "V": c.vocab_size,
+        "T": c.max_length,
+        "D": c.embed_dim,
+        "F": c.mlp_dim,
+    }
     return {**fixed, "H": c.num_heads, "G": c.num_kv_heads, "d": c.head_dim}
 
 
 def shape_of(row: Row, config: ModelConfig) -> tuple[int, ...]:
     """The shape that the file's tensor must have."""
     sizes = sizes_of(config)
-    return tuple(math.prod(sizes[axis] for axis in group.split("*")) for group in row.layout.split())
+    return tuple(
+        math.prod(sizes[axis] for axis in group.split("*")) for group in row.layout.split()
+    )
 
 
 def _axes(row: Row) -> tuple[list[str], list[list[str]]]:
-    """(all axes of the file's tensor, the axes of each of our parameters in it), heads named alike in fused ones."""
-    theirs, ours = row.layout.replace("*", " ").split(), [axes_of(leaf) for leaf in row.leaves]
+    """(all axes of the file's tensor, the axes of each of our parameters in it), heads
+    named alike in fused ones."""
+    theirs, ours = (
+        row.layout.replace("*", " ").split(),
+        [axes_of(leaf) for leaf in row.leaves],
+    )
     if "3" in theirs:
         ours = [["H" if axis == "G" else axis for axis in axes] for axes in ours]
     return theirs, ours
 
 
 def parts_of(tensor: np.ndarray, row: Row, config: ModelConfig) -> list[np.ndarray]:
-    """Views of the file's tensor as our parameters, one for each leaf of the row; `plus` is not added."""
+    """Views of the file's tensor as our parameters, one for each leaf of the row; `plus` is
+    not added."""
     sizes, (theirs, ours) = sizes_of(config), _axes(row)
     split = tensor.reshape([sizes[axis] for axis in theirs])
     parts = np.moveaxis(split, theirs.index("3"), 0) if "3" in theirs else split[None]
     rest = [axis for axis in theirs if axis != "3"]
     if "1" in rest:
-        parts, rest = parts.squeeze(1 + rest.index("1")), [axis for axis in rest if axis != "1"]
-    return [part.transpose([rest.index(a) for a in axes]) for part, axes in zip(parts, ours, strict=True)]
+        parts, rest = (
+            parts.squeeze(1 + rest.index("1")),
+            [axis for axis in rest if axis != "1"],
+        )
+    return [
+        part.transpose([rest.index(a) for a in axes])
+        for part, axes in zip(parts, ours, strict=True)
+    ]
 
 
 def tensor_of(parts: list[np.ndarray], row: Row, config: ModelConfig) -> np.ndarray:
     """The file's tensor from our parameters: the inverse of `parts_of`."""
     theirs, ours = _axes(row)
     rest = [axis for axis in theirs if axis not in ("1", "3")]
-    turned = [part.transpose([axes.index(a) for a in rest]) for part, axes in zip(parts, ours, strict=True)]
+    turned = [
+        part.transpose([axes.index(a) for a in rest])
+        for part, axes in zip(parts, ours, strict=True)
+    ]
     joined = np.stack(turned, axis=theirs.index("3")) if "3" in theirs else turned[0]
     return np.ascontiguousarray(joined.reshape(shape_of(row, config)))

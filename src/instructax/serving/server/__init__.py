@@ -1,1 +1,2 @@
-"""A finished policy behind OpenAI's protocol on HTTP: requests that are checked, answered in batches, and streamed."""
+"""A finished policy behind OpenAI's protocol on HTTP: requests that are checked, answered
+in batches, and streamed."""

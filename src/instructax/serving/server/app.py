@@ -42,7 +42,9 @@ class _Answer:
 
     prompt: np.ndarray  # i32[n]
     stream: TextStream
-    tokens: list[int] = dataclasses.field(default_factory=list)  # that were drawn, the end token too
+    tokens: list[int] = dataclasses.field(
+        default_factory=list
+    )  # that were drawn, the end token too
 
 
 class _Service:
@@ -59,7 +61,9 @@ class _Service:
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME"""
         if request.path_params["name"] != self._name:
-            raise RequestError(f"there is no model {request.path_params['name']!r} here", status=404)
+            raise RequestError(
+                f"there is no model {request.path_params['name']!r} here", status=404
+            )
         return JSONResponse(replies.models([self._name], self._created)["data"][0])
 
     async def health(self, request: Request) -> Response:
@@ -74,8 +78,15 @@ class _Service:
         """POST /v1/chat/completions"""
         return await self._answered(request, chat_of)
 
-    async def _answered(self, request: Request, parse: Callable[..., ParsedRequest]) -> Response:
-        asked = parse(parse_json(await _body(request)), self._policy, [self._name], self._batcher.queue_limit)
+    async def _answered(
+        self, request: Request, parse: Callable[..., ParsedRequest]
+    ) -> Response:
+        asked = parse(
+            parse_json(await _body(request)),
+            self._policy,
+            [self._name],
+            self._batcher.queue_limit,
+        )
         answers = [
             _Answer(prompt, TextStream(self._policy.tokenizer, asked.stops))
             for prompt in asked.prompts
@@ -83,17 +94,28 @@ class _Service:
         ]
         pieces = self._pieces(asked, answers)
         if asked.stream:
-            # The first piece is awaited here, so that what goes wrong before it has a status of its own.
+            # The first piece is awaited here, so that what goes wrong before it has a
+            # status of its own.
             first = await anext(pieces, None)
-            return StreamingResponse(self._events(asked, answers, first, pieces), media_type="text/event-stream")
+            return StreamingResponse(
+                self._events(asked, answers, first, pieces), media_type="text/event-stream"
+            )
         return await _unless_gone(request, self._whole(asked, answers, pieces))
 
-    async def _pieces(self, asked: ParsedRequest, answers: list[_Answer]) -> AsyncGenerator[tuple[int, str]]:
+    async def _pieces(
+        self, asked: ParsedRequest, answers: list[_Answer]
+    ) -> AsyncGenerator[tuple[int, str]]:
         """(index of the answer, text that can be shown) as the answers are drawn."""
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
         limits = [limit for limit in asked.limits for _ in range(asked.n)]
         draws = [
-            Draw(prompt=answer.prompt, seed=seed, number=number, temperature=asked.temperature, limit=limit)
+            Draw(
+                prompt=answer.prompt,
+                seed=seed,
+                number=number,
+                temperature=asked.temperature,
+                limit=limit,
+            )
             for number, (answer, limit) in enumerate(zip(answers, limits, strict=True))
         ]
         if limits[0] == 0:
@@ -108,7 +130,9 @@ class _Service:
                     done()
                 yield index, text
 
-    async def _whole(self, asked: ParsedRequest, answers: list[_Answer], pieces: AsyncIterator[Any]) -> Response:
+    async def _whole(
+        self, asked: ParsedRequest, answers: list[_Answer], pieces: AsyncIterator[Any]
+    ) -> Response:
         async for _ in pieces:
             pass
         texts = [self._echoed(asked, answer) + answer.stream.text for answer in answers]
@@ -117,13 +141,16 @@ class _Service:
         if asked.logprobs:
             logprobs = await self._logprobs(asked, answers)
         envelope = replies.Envelope.new(asked.chat, self._name)
-        return JSONResponse(envelope.whole(texts, finishes, logprobs, _usage(asked, answers)))
+        return JSONResponse(
+            envelope.whole(texts, finishes, logprobs, _usage(asked, answers))
+        )
 
     def _echoed(self, asked: ParsedRequest, answer: _Answer) -> str:
         return self._policy.tokenizer.decode(answer.prompt) if asked.echo else ""
 
     async def _logprobs(self, asked: ParsedRequest, answers: list[_Answer]) -> list[Any]:
-        """At temperature 1, of a forward pass over prompt and answer: the same for tokens read and tokens drawn."""
+        """At temperature 1, of a forward pass over prompt and answer: the same for tokens
+        read and tokens drawn."""
         texts = [np.array([*answer.prompt, *answer.tokens], np.int32) for answer in answers]
         firsts = [0 if asked.echo else len(answer.prompt) for answer in answers]
         wanted = [Score(text, first) for text, first in zip(texts, firsts, strict=True)]
@@ -135,7 +162,11 @@ class _Service:
         ]
 
     async def _events(
-        self, asked: ParsedRequest, answers: list[_Answer], first: tuple[int, str] | None, pieces: AsyncGenerator[Any]
+        self,
+        asked: ParsedRequest,
+        answers: list[_Answer],
+        first: tuple[int, str] | None,
+        pieces: AsyncGenerator[Any],
     ) -> AsyncIterator[str]:
         envelope = replies.Envelope.new(asked.chat, self._name)
         for index, answer in enumerate(answers):
@@ -143,7 +174,9 @@ class _Service:
                 yield replies.sse(envelope.piece(index, "", None, opens=True))
             elif asked.echo:
                 finish = "length" if first is None else None
-                yield replies.sse(envelope.piece(index, self._echoed(asked, answer), finish))
+                yield replies.sse(
+                    envelope.piece(index, self._echoed(asked, answer), finish)
+                )
         try:
             async with contextlib.aclosing(_joined(first, pieces)) as joined:
                 async for index, text in joined:
@@ -159,7 +192,9 @@ class _Service:
 
 
 def _usage(asked: ParsedRequest, answers: list[_Answer]) -> dict[str, int]:
-    return replies.usage(sum(map(len, asked.prompts)), sum(len(answer.tokens) for answer in answers))
+    return replies.usage(
+        sum(map(len, asked.prompts)), sum(len(answer.tokens) for answer in answers)
+    )
 
 
 async def _joined(first: Any, rest: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
@@ -191,26 +226,38 @@ async def _unless_gone(request: Request, work: Any) -> Response:
 
 
 def _error_of(error: Exception) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body) of what went wrong; faults of the program are told without their insides."""
+    """(HTTP status, body) of what went wrong; faults of the program are told without their
+    insides."""
     if isinstance(error, RequestError):
         kind = "invalid_request_error"
-        return error.status, replies.error_object(str(error), kind=kind, param=error.param, code=error.code)
+        return error.status, replies.error_object(
+            str(error), kind=kind, param=error.param, code=error.code
+        )
     if isinstance(error, Busy):
-        return 429, replies.error_object(str(error), kind="rate_limit_error", code="rate_limit_exceeded")
+        return 429, replies.error_object(
+            str(error), kind="rate_limit_error", code="rate_limit_exceeded"
+        )
     if isinstance(error, Stopping):
         return 503, replies.error_object("the server is shutting down", kind="server_error")
     if isinstance(error, HTTPException):
-        return error.status_code, replies.error_object(error.detail, kind="invalid_request_error")
-    return 500, replies.error_object("the server has failed; its log says how", kind="server_error")
+        return error.status_code, replies.error_object(
+            error.detail, kind="invalid_request_error"
+        )
+    return 500, replies.error_object(
+        "the server has failed; its log says how", kind="server_error"
+    )
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     status, body = _error_of(error)
-    return JSONResponse(body, status_code=status, headers={"Retry-After": "1"} if status == 429 else None)
+    return JSONResponse(
+        body, status_code=status, headers={"Retry-After": "1"} if status == 429 else None
+    )
 
 
 def make_app(policy: Policy, name: str, *, queue_limit: int) -> Starlette:
-    """The server of `policy`, under the name `name`, as an ASGI application; `queue_limit` samples may wait."""
+    """The server of `policy`, under the name `name`, as an ASGI application; `queue_limit`
+    samples may wait."""
     top = min(MOST_TOP_LOGPROBS, policy.tokenizer.size)
     ends = turn_ends(policy.tokenizer, policy.template)
     batcher = Batcher(policy.engine, ends=ends, queue_limit=queue_limit, top=top)
@@ -232,7 +279,9 @@ def make_app(policy: Policy, name: str, *, queue_limit: int) -> Starlette:
             Route("/v1/completions", service.completions, methods=["POST"]),
             Route("/v1/chat/completions", service.chat_completions, methods=["POST"]),
         ],
-        exception_handlers=dict.fromkeys((RequestError, Busy, Stopping, HTTPException, Exception), _refused),
+        exception_handlers=dict.fromkeys(
+            (RequestError, Busy, Stopping, HTTPException, Exception), _refused
+        ),
         lifespan=lifespan,
     )
     app.state.batcher = batcher
@@ -242,30 +291,51 @@ def make_app(policy: Policy, name: str, *, queue_limit: int) -> Starlette:
 def warm_up(policy: Policy) -> None:
     """Compiles the smallest programs, so that a first short request does not wait for them."""
     for count in sorted({1, policy.engine.rows}):
-        draw = Draw(prompt=np.array([policy.engine.eos_id]), seed=0, number=0, temperature=0.0, limit=2)
+        draw = Draw(
+            prompt=np.array([policy.engine.eos_id]),
+            seed=0,
+            number=0,
+            temperature=0.0,
+            limit=2,
+        )
         for _ in policy.engine.stream([draw] * count):
             pass
 
 
-def serve(path: str, *, name: str, host: str, port: int, dtype: Any, rows: int, queue_limit: int) -> None:
-    """Serves the finished run at `path` until Ctrl-C, which raises KeyboardInterrupt once answers under way have ended.
+def serve(
+    path: str, *, name: str, host: str, port: int, dtype: Any, rows: int, queue_limit: int
+) -> None:
+    """Serves the finished run at `path` until Ctrl-C, which raises KeyboardInterrupt once
+    answers under way have ended.
 
     Raises ConfigError for what cannot be served.
     """
-    require(queue_limit >= rows, f"--queue = {queue_limit} must be at least --rows = {rows}")
+    require(
+        queue_limit >= rows, f"--queue = {queue_limit} must be at least --rows = {rows}"
+    )
     policy = open_served(path, dtype=dtype, rows=rows)
     warm_up(policy)
     app = make_app(policy, name, queue_limit=queue_limit)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=GOODBYE_SECONDS, lifespan="on"
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=GOODBYE_SECONDS,
+        lifespan="on",
     )
     server = uvicorn.Server(config)
     try:
         socket = config.bind_socket()
     except SystemExit:
-        raise ConfigError(f"{host}:{port} cannot be listened on: choose another --port") from None
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on: choose another --port"
+        ) from None
     host, port = socket.getsockname()[:2]
-    print(f"{name} is served on http://{host}:{port}/v1, {rows} requests at a time; Ctrl-C ends it", flush=True)
+    print(
+        f"{name} is served on http://{host}:{port}/v1, {rows} requests at a time; Ctrl-C ends it",
+        flush=True,
+    )
     try:
         server.run(sockets=[socket])
     finally:

@@ -1,7 +1,8 @@
 """Requests of many clients in batches of one engine, on a thread of its own.
 
-Requests that come within `WINDOW_SECONDS` of each other, or while a batch runs, share the next batch; the oldest
-request decides of which group it is. What nobody waits for any more gives its place to the next batch.
+Requests that come within `WINDOW_SECONDS` of each other, or while a batch runs, share the
+next batch; the oldest request decides of which group it is. What nobody waits for any more
+gives its place to the next batch.
 """
 
 import asyncio
@@ -41,19 +42,26 @@ class Score:
 class _Job:
     group: Any  # jobs of one group can share a batch
     work: Draw | Score
-    put: Callable[[Any], Any]  # gives the client a Piece, Scores or an exception; of any thread
+    put: Callable[
+        [Any], Any
+    ]  # gives the client a Piece, Scores or an exception; of any thread
     dropped: bool = False  # nobody waits for it any more
 
 
 class Batcher:
     """Runs jobs on `engine`; the functions that take them are those of one asyncio loop.
 
-    `ends` b[V]: tokens that end an answer in a conversation besides the end token. `queue_limit`: samples and scores
-    that may wait.
+    `ends` b[V]: tokens that end an answer in a conversation besides the end token.
+    `queue_limit`: samples and scores that may wait.
     """
 
     def __init__(self, engine: Engine, *, ends: np.ndarray, queue_limit: int, top: int):
-        self._engine, self._ends, self._top, self.queue_limit = engine, ends, top, queue_limit
+        self._engine, self._ends, self._top, self.queue_limit = (
+            engine,
+            ends,
+            top,
+            queue_limit,
+        )
         self._waiting: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -65,15 +73,19 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after the piece that it draws; whoever waits gets Stopping. May be called again."""
+        """Ends the thread after the piece that it draws; whoever waits gets Stopping. May
+        be called again."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
 
-    def draw(self, draws: Sequence[Draw], *, chat: bool) -> AsyncGenerator[tuple[int, Piece, Callable[[], None]]]:
-        """(index of the sample, its next tokens, a function that says that no more are wanted), until all are over.
+    def draw(
+        self, draws: Sequence[Draw], *, chat: bool
+    ) -> AsyncGenerator[tuple[int, Piece, Callable[[], None]]]:
+        """(index of the sample, its next tokens, a function that says that no more are
+        wanted), until all are over.
 
         Raises Busy at once if they cannot wait, and what the engine raises.
         """
@@ -86,7 +98,9 @@ class Batcher:
             found[index] = scores
         return [found[index] for index in range(len(texts))]
 
-    async def _results(self, work: Sequence[Draw | Score], group: Any) -> AsyncGenerator[tuple[int, Any, Any]]:
+    async def _results(
+        self, work: Sequence[Draw | Score], group: Any
+    ) -> AsyncGenerator[tuple[int, Any, Any]]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 
         def put_of(index: int) -> Callable[[Any], Any]:
@@ -113,7 +127,9 @@ class Batcher:
                 raise Stopping
             waiting = sum(not job.dropped for job in self._waiting)
             if waiting + len(jobs) > self.queue_limit:
-                raise Busy(f"{waiting} requests wait already, of {self.queue_limit} that may: try again later")
+                raise Busy(
+                    f"{waiting} requests wait already, of {self.queue_limit} that may: try again later"
+                )
             self._waiting.extend(jobs)
             self._changed.notify_all()
 
@@ -140,7 +156,9 @@ class Batcher:
                 if self._stopping:
                     return []
                 live = [job for job in self._waiting if not job.dropped]
-                batch = [job for job in live if job.group == live[0].group][: self._engine.rows]
+                batch = [job for job in live if job.group == live[0].group][
+                    : self._engine.rows
+                ]
                 self._waiting = collections.deque(job for job in live if job not in batch)
                 if batch:
                     return batch
@@ -149,8 +167,16 @@ class Batcher:
         self.batches.append(len(batch))
         kind, chat_or_top = batch[0].group
         if kind == "score":
-            texts = [(job.work.tokens, job.work.first) for job in batch if isinstance(job.work, Score)]
-            for job, scores in zip(batch, self._engine.score(texts, self._top if chat_or_top else 0), strict=True):
+            texts = [
+                (job.work.tokens, job.work.first)
+                for job in batch
+                if isinstance(job.work, Score)
+            ]
+            for job, scores in zip(
+                batch,
+                self._engine.score(texts, self._top if chat_or_top else 0),
+                strict=True,
+            ):
                 self._give([job], scores)
             return
         draws = [job.work for job in batch if isinstance(job.work, Draw)]
@@ -161,7 +187,9 @@ class Batcher:
                     self._give([job], piece)
                 over[place] |= piece.over
             if self._stopping:
-                self._give([job for place, job in enumerate(batch) if not over[place]], Stopping())
+                self._give(
+                    [job for place, job in enumerate(batch) if not over[place]], Stopping()
+                )
                 return
             if all(done or job.dropped for done, job in zip(over, batch, strict=True)):
                 return

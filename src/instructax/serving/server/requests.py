@@ -1,7 +1,7 @@
 """What clients ask for: bodies in OpenAI's format, checked field by field.
 
-What cannot be done is refused with a reason, also by its mere name: a setting that is passed over in silence would give
-other answers than the client thinks.
+What cannot be done is refused with a reason, also by its mere name: a setting that is
+passed over in silence would give other answers than the client thinks.
 """
 
 import dataclasses
@@ -24,7 +24,14 @@ MOST_LOGPROBS, MOST_TOP_LOGPROBS = 5, 20  # OpenAI's, of completions and of chat
 class RequestError(Exception):
     """A request that cannot be answered: HTTP status, and the fields of OpenAI's error."""
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+    ):
         super().__init__(" ".join(message.split()))
         self.status, self.param, self.code = status, param, code
 
@@ -62,12 +69,19 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def completion_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int) -> ParsedRequest:
-    """The request of /v1/completions in `given`; the model is one of `names`, and it asks for `most` samples at most.
+def completion_of(
+    given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int
+) -> ParsedRequest:
+    """The request of /v1/completions in `given`; the model is one of `names`, and it asks
+    for `most` samples at most.
 
     Raises RequestError.
     """
-    fields = _Fields(given, names, COMMON | {"prompt", "max_tokens", "logprobs", "echo", "best_of", "suffix"})
+    fields = _Fields(
+        given,
+        names,
+        COMMON | {"prompt", "max_tokens", "logprobs", "echo", "best_of", "suffix"},
+    )
     echo, logprobs = fields.boolean("echo"), fields.integer("logprobs", 0, MOST_LOGPROBS)
     fields.refuse_all({"best_of": (1, fields.integer("n", 1, most) or 1), "suffix": ("",)})
     prompts = [_tokens(prompt, policy) for prompt in _prompts(given.get("prompt"))]
@@ -75,14 +89,22 @@ def completion_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str]
     limit = COMPLETION_TOKENS if limit is None else limit
     limits = [_limit(len(prompt), limit, policy) for prompt in prompts]
     if fields.boolean("stream") and logprobs is not None:
-        raise RequestError("logprobs are not streamed: leave out logprobs or stream", param="logprobs")
-    return fields.asked(chat=False, prompts=prompts, limits=limits, most=most, logprobs=logprobs, echo=echo)
+        raise RequestError(
+            "logprobs are not streamed: leave out logprobs or stream", param="logprobs"
+        )
+    return fields.asked(
+        chat=False, prompts=prompts, limits=limits, most=most, logprobs=logprobs, echo=echo
+    )
 
 
-def chat_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int) -> ParsedRequest:
+def chat_of(
+    given: Mapping[str, Any], policy: Policy, names: Sequence[str], most: int
+) -> ParsedRequest:
     """The request of /v1/chat/completions in `given`, as `completion_of`."""
     fields = _Fields(given, names, COMMON | CHAT_ONLY)
-    fields.refuse_all({"tools": ([],), "functions": ([],), "response_format": ({"type": "text"},)})
+    fields.refuse_all(
+        {"tools": ([],), "functions": ([],), "response_format": ({"type": "text"},)}
+    )
     messages = _messages(given.get("messages"))
     try:
         check_messages(messages, "messages")
@@ -90,25 +112,53 @@ def chat_of(given: Mapping[str, Any], policy: Policy, names: Sequence[str], most
     except ValueError as error:
         raise RequestError(str(error), param="messages") from None
     limit = next(
-        (found for name in LIMITS if (found := fields.integer(name, 1, policy.engine.max_length)) is not None),
+        (
+            found
+            for name in LIMITS
+            if (found := fields.integer(name, 1, policy.engine.max_length)) is not None
+        ),
         max(policy.engine.max_length - len(prompt), 1),
     )
-    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP_LOGPROBS)
+    wanted, top = (
+        fields.boolean("logprobs"),
+        fields.integer("top_logprobs", 0, MOST_TOP_LOGPROBS),
+    )
     if top is not None and not wanted:
         raise RequestError("top_logprobs goes with logprobs = true", param="top_logprobs")
     if fields.boolean("stream") and wanted:
-        raise RequestError("logprobs are not streamed: leave out logprobs or stream", param="logprobs")
+        raise RequestError(
+            "logprobs are not streamed: leave out logprobs or stream", param="logprobs"
+        )
     limits = [_limit(len(prompt), limit, policy)]
     logprobs = (top or 0) if wanted else None
-    return fields.asked(chat=True, prompts=[prompt], limits=limits, most=most, logprobs=logprobs, echo=False)
+    return fields.asked(
+        chat=True, prompts=[prompt], limits=limits, most=most, logprobs=logprobs, echo=False
+    )
 
 
 LIMITS = ("max_completion_tokens", "max_tokens")
 # What changes nothing of an answer is taken and left alone.
-COMMON = {"model", "temperature", "n", "seed", "stop", "stream", "stream_options", "user", "metadata"} | {
-    *("top_p", "frequency_penalty", "presence_penalty", "logit_bias")
+COMMON = {
+    "model",
+    "temperature",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "user",
+    "metadata",
+} | {*("top_p", "frequency_penalty", "presence_penalty", "logit_bias")}
+CHAT_ONLY = {
+    "messages",
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "functions",
+    "response_format",
+    "store",
+    *LIMITS,
 }
-CHAT_ONLY = {"messages", "logprobs", "top_logprobs", "tools", "functions", "response_format", "store", *LIMITS}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_p": (1,),
     "frequency_penalty": (0,),
@@ -127,9 +177,13 @@ class _Fields:
                 raise RequestError(f"{name} is not a field of this request", param=name)
         model = given.get("model")
         if not isinstance(model, str):
-            raise RequestError("model must be the name of a model, as /v1/models lists it", param="model")
+            raise RequestError(
+                "model must be the name of a model, as /v1/models lists it", param="model"
+            )
         if model not in names:
-            message = f"there is no model {model!r} here, only {', '.join(map(repr, names))}"
+            message = (
+                f"there is no model {model!r} here, only {', '.join(map(repr, names))}"
+            )
             raise RequestError(message, status=404, param="model", code="model_not_found")
         self.refuse_all(NEUTRAL)
 
@@ -138,7 +192,9 @@ class _Fields:
         for name, values in neutral.items():
             value = self._given.get(name)
             if value is not None and (isinstance(value, bool) or value not in values):
-                raise RequestError(f"{name} is not supported here: leave it out", param=name)
+                raise RequestError(
+                    f"{name} is not supported here: leave it out", param=name
+                )
 
     def _read(self, name: str, fits: Callable[[Any], bool], allowed: str) -> Any:
         value = self._given.get(name)
@@ -148,18 +204,24 @@ class _Fields:
 
     def boolean(self, name: str) -> bool:
         """False if it is not given."""
-        return bool(self._read(name, lambda value: isinstance(value, bool), "true or false"))
+        return bool(
+            self._read(name, lambda value: isinstance(value, bool), "true or false")
+        )
 
     def integer(self, name: str, least: int, most: int) -> int | None:
         """From `least` to `most`."""
         allowed = f"an integer from {least} to {most}"
-        return self._read(name, lambda value: type(value) is int and least <= value <= most, allowed)
+        return self._read(
+            name, lambda value: type(value) is int and least <= value <= most, allowed
+        )
 
     def number(self, name: str, most: float) -> float | None:
         """From 0 to `most`."""
 
         def fits(value: Any) -> bool:
-            return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most
+            return (
+                type(value) in (int, float) and math.isfinite(value) and 0 <= value <= most
+            )
 
         return self._read(name, fits, f"a number from 0 to {most:g}")
 
@@ -168,9 +230,13 @@ class _Fields:
 
         def fits(value: Any) -> bool:
             texts = value if isinstance(value, list) else [value]
-            return len(texts) <= MOST_STOPS and all(isinstance(text, str) and text for text in texts)
+            return len(texts) <= MOST_STOPS and all(
+                isinstance(text, str) and text for text in texts
+            )
 
-        value = self._read("stop", fits, f"a text or up to {MOST_STOPS} of them, none empty")
+        value = self._read(
+            "stop", fits, f"a text or up to {MOST_STOPS} of them, none empty"
+        )
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     def asked(
@@ -184,10 +250,17 @@ class _Fields:
         echo: bool,
     ) -> ParsedRequest:
         """All that both kinds of request have."""
-        n, temperature = self.integer("n", 1, most) or 1, self.number("temperature", HIGHEST_TEMPERATURE)
+        n, temperature = (
+            self.integer("n", 1, most) or 1,
+            self.number("temperature", HIGHEST_TEMPERATURE),
+        )
         if n * len(prompts) > most:
-            raise RequestError(f"n = {n} of {len(prompts)} prompts are more than {most} samples", param="n")
-        options = self._read("stream_options", lambda value: isinstance(value, dict), "an object")
+            raise RequestError(
+                f"n = {n} of {len(prompts)} prompts are more than {most} samples", param="n"
+            )
+        options = self._read(
+            "stream_options", lambda value: isinstance(value, dict), "an object"
+        )
         return ParsedRequest(
             chat=chat,
             prompts=tuple(prompts),
@@ -211,11 +284,19 @@ def _shown(value: Any) -> str:
 
 def _prompts(given: Any) -> list[Any]:
     """The prompts that a field `prompt` holds: texts, or lists of token ids."""
-    if isinstance(given, str) or (isinstance(given, list) and given and all(type(item) is int for item in given)):
+    if isinstance(given, str) or (
+        isinstance(given, list) and given and all(type(item) is int for item in given)
+    ):
         return [given]
-    if isinstance(given, list) and given and all(isinstance(item, str | list) for item in given):
+    if (
+        isinstance(given, list)
+        and given
+        and all(isinstance(item, str | list) for item in given)
+    ):
         return given
-    raise RequestError("prompt must be a text, a list of token ids, or a list of either", param="prompt")
+    raise RequestError(
+        "prompt must be a text, a list of token ids, or a list of either", param="prompt"
+    )
 
 
 def _tokens(prompt: Any, policy: Policy) -> np.ndarray:
@@ -252,13 +333,20 @@ def _messages(given: Any) -> list[Message]:
     """Messages whose contents are texts, also where they came as lists of parts."""
     if not isinstance(given, list):
         raise RequestError("messages must be a list of messages", param="messages")
-    return [_with_text(message) if isinstance(message, dict) else message for message in given]
+    return [
+        _with_text(message) if isinstance(message, dict) else message for message in given
+    ]
 
 
 def _with_text(message: dict[str, Any]) -> dict[str, Any]:
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise RequestError("messages hold a part that is not a text; only texts are read here", param="messages")
+    if not all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
+    ):
+        raise RequestError(
+            "messages hold a part that is not a text; only texts are read here",
+            param="messages",
+        )
     return message | {"content": "".join(part["text"] for part in parts)}

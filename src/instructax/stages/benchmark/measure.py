@@ -1,4 +1,5 @@
-"""How fast the stages are: random parameters and tokens, compiled updates, medians, and the limits of the machine."""
+"""How fast the stages are: random parameters and tokens, compiled updates, medians, and the
+limits of the machine."""
 
 import contextlib
 import resource
@@ -21,12 +22,19 @@ from instructax.training import run as stage
 
 
 def measure(
-    config: Any, *, steps: int, ending: float, sampling_alone: bool, side_by_side: int, profile: str
+    config: Any,
+    *,
+    steps: int,
+    ending: float,
+    sampling_alone: bool,
+    side_by_side: int,
+    profile: str,
 ) -> dict[str, Any]:
-    """The record of `steps` repetitions after a first one, which compiles; `config` is the config of a stage that
-    trains. `ending`: the probability that a policy ends its response at a token (0: never); `sampling_alone`: of PPO
-    the rollout only; `side_by_side`: of PPO, so many runs in one program, 1 for one run whose three programs are one, 0
-    for the programs of a run; `profile`: a folder for the trace of one more repetition, or ""."""
+    """The record of `steps` repetitions after a first one, which compiles; `config` is the
+    config of a stage that trains. `ending`: the probability that a policy ends its response
+    at a token (0: never); `sampling_alone`: of PPO the rollout only; `side_by_side`: of
+    PPO, so many runs in one program, 1 for one run whose three programs are one, 0 for the
+    programs of a run; `profile`: a folder for the trace of one more repetition, or ""."""
     make, mesh = work_of(config)
     require(
         config.stage == "ppo" or not (sampling_alone or ending or side_by_side),
@@ -56,15 +64,25 @@ def measure(
             start = time.perf_counter()
             figures.append(work.run(partial(_timed, phases)))
             seconds.append(time.perf_counter() - start)
-    memory = peak_memory()  # before the machine's limits are measured, which takes memory too
+    memory = (
+        peak_memory()
+    )  # before the machine's limits are measured, which takes memory too
     if profile:
         with jax.profiler.trace(profile):
             work.run(untimed)
-    tokens, operations = ([of(figure) for figure in figures] for of in (work.tokens, work.operations))
-    tokens_rate, rate = (statistics.median(map(truediv, counts, seconds)) for counts in (tokens, operations))
+    tokens, operations = (
+        [of(figure) for figure in figures] for of in (work.tokens, work.operations)
+    )
+    tokens_rate, rate = (
+        statistics.median(map(truediv, counts, seconds)) for counts in (tokens, operations)
+    )
     peak = matmul_rate(compute.matmul_dtype)
-    # Of PPO the sampler may compute in another dtype than the rest: then there is no one rate to compare with.
-    one_dtype = config.stage != "ppo" or decoding_config(compute).matmul_dtype == compute.matmul_dtype
+    # Of PPO the sampler may compute in another dtype than the rest: then there is no one
+    # rate to compare with.
+    one_dtype = (
+        config.stage != "ppo"
+        or decoding_config(compute).matmul_dtype == compute.matmul_dtype
+    )
     return {
         "stage": config.stage,
         "devices": mesh.size,
@@ -102,7 +120,8 @@ def _timed(phases: dict[str, list[float]], name: str) -> Iterator[None]:
 
 
 class Compilations:
-    """While entered, counts the programs that are compiled or read from the compilation cache."""
+    """While entered, counts the programs that are compiled or read from the compilation
+    cache."""
 
     def __enter__(self) -> "Compilations":
         self.count, self._open = 0, True
@@ -129,7 +148,8 @@ def _best(function: Callable[[], Any], repetitions: int) -> float:
 
 
 def matmul_rate(matmul_dtype: str) -> float:
-    """Operations per second of the product of two large matrices of the dtype `matmul_dtype`, on one device."""
+    """Operations per second of the product of two large matrices of the dtype
+    `matmul_dtype`, on one device."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), matmul_dtype)
     multiply = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
@@ -148,20 +168,39 @@ def peak_memory() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     known = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (
+        max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    )
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
     """The record as lines to read."""
     dtypes = f"{record['dtype']} (sampling {record['decoding']})"
-    phases = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in record["seconds_of"].items())
-    padding = ", ".join(f"{share:.1%} ({name})" for name, share in record["padding"].items())
+    phases = ", ".join(
+        f"{name} {seconds:.3g} s" for name, seconds in record["seconds_of"].items()
+    )
+    padding = ", ".join(
+        f"{share:.1%} ({name})" for name, share in record["padding"].items()
+    )
     share = record["share_of_matmul"]
-    of_peak = "a large product in the dtype of training: " if share is None else f"{share:.0%} of a large product's "
+    of_peak = (
+        "a large product in the dtype of training: "
+        if share is None
+        else f"{share:.0%} of a large product's "
+    )
     rows = (
-        ("device", f"{record['devices']} × {record['device']}, {dtypes}, attention: {record['attention']}"),
-        ("one repetition", f"{record['seconds']:.4g} s (best {record['seconds_best']:.4g}): {phases}"),
-        ("tokens", f"{record['tokens']:,.0f}, {record['tokens_per_second_per_device']:,.0f} per second and device"),
+        (
+            "device",
+            f"{record['devices']} × {record['device']}, {dtypes}, attention: {record['attention']}",
+        ),
+        (
+            "one repetition",
+            f"{record['seconds']:.4g} s (best {record['seconds_best']:.4g}): {phases}",
+        ),
+        (
+            "tokens",
+            f"{record['tokens']:,.0f}, {record['tokens_per_second_per_device']:,.0f} per second and device",
+        ),
         (
             "operations",
             f"{record['operations'] / 1e9:,.1f} G, {record['operations_per_second'] / 1e9:,.1f} G/s, "

@@ -1,1 +1,2 @@
-"""Proximal policy optimization from human feedback, PPO and PPO-ptx (paper, section 3.5 and Eq. 2)."""
+"""Proximal policy optimization from human feedback, PPO and PPO-ptx (paper, section 3.5 and
+Eq. 2)."""

@@ -1,11 +1,13 @@
-"""Proximal policy optimization from human feedback, and PPO-ptx (paper, section 3.5 and appendix C.4).
+"""Proximal policy optimization from human feedback, and PPO-ptx (paper, section 3.5 and
+appendix C.4).
 
-Follows the paper: rollouts at temperature 1, per-token KL penalty inside the reward, the score at the end, a separate
-value network that starts as the reward model with head and bias, clipped losses, one inner epoch over minibatches, PPO
-and pretraining gradients summed into one Adam step, constant learning rate after 10 iterations of warm-up, averaged
-weights. The paper leaves open, and settings decide: λ, whitening, value clipping, the penalty for endless responses.
-The average moves at every optimizer step; the pretraining loss is a mean per token, so that `ptx_coef` has another
-scale than a sum per document would give it.
+Follows the paper: rollouts at temperature 1, per-token KL penalty inside the reward, the
+score at the end, a separate value network that starts as the reward model with head and
+bias, clipped losses, one inner epoch over minibatches, PPO and pretraining gradients summed
+into one Adam step, constant learning rate after 10 iterations of warm-up, averaged weights.
+The paper leaves open, and settings decide: λ, whitening, value clipping, the penalty for
+endless responses. The average moves at every optimizer step; the pretraining loss is a mean
+per token, so that `ptx_coef` has another scale than a sum per document would give it.
 """
 
 import dataclasses
@@ -31,7 +33,12 @@ from instructax.models.scoring import (
     packed_values,
     rollout_sequences,
 )
-from instructax.models.sequence_packing import PackedLayout, pack, pack_and_map, plan_packing
+from instructax.models.sequence_packing import (
+    PackedLayout,
+    pack,
+    pack_and_map,
+    plan_packing,
+)
 from instructax.stages.ppo.experience import AdvantageSettings, diagnostics, make_experience
 from instructax.training.loop import (
     accumulate,
@@ -42,8 +49,25 @@ from instructax.training.loop import (
     shares,
     split_microbatches,
 )
-from instructax.training.optimizer import OptimizerConfig, apply_gradients, learning_rate_at, moving_average, skipped
-from instructax.types import Array, Experience, LmBatch, Params, PpoState, Prompts, Rollouts, Scored, TrainState, pytree
+from instructax.training.optimizer import (
+    OptimizerConfig,
+    apply_gradients,
+    learning_rate_at,
+    moving_average,
+    skipped,
+)
+from instructax.types import (
+    Array,
+    Experience,
+    LmBatch,
+    Params,
+    PpoState,
+    Prompts,
+    Rollouts,
+    Scored,
+    TrainState,
+    pytree,
+)
 
 
 @pytree
@@ -63,7 +87,8 @@ class PpoSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PpoProgram:
-    """What is compiled in: networks, optimizers, shapes, and the choices that change the program."""
+    """What is compiled in: networks, optimizers, shapes, and the choices that change the
+    program."""
 
     policy: Transformer
     scorer: Transformer  # reward model and value network
@@ -89,8 +114,15 @@ class PpoProgram:
         return {"width": self.row_tokens, "compute": self.policy.compute, "mesh": self.mesh}
 
 
-def rollout(program: PpoProgram, params: Params, prompts: Prompts, step: Array, settings: PpoSettings) -> Rollouts:
-    """Samples one response to each prompt; sample i of iteration `step` has a random key of its own."""
+def rollout(
+    program: PpoProgram,
+    params: Params,
+    prompts: Prompts,
+    step: Array,
+    settings: PpoSettings,
+) -> Rollouts:
+    """Samples one response to each prompt; sample i of iteration `step` has a random key of
+    its own."""
     samples = jnp.arange(prompts.tokens.shape[0])
     keys = rng.sample_keys(rng.step_key(settings.seed, "rollout", step), samples)
     return generate(
@@ -113,8 +145,8 @@ def score(
     rollouts: Rollouts,
     settings: PpoSettings,
 ) -> tuple[Experience, Scored, dict[str, Array]]:
-    """The judgements of the rollouts (by reference, value and reward model, and by the policy if it `rescores`), and
-    the advantages they give.
+    """The judgements of the rollouts (by reference, value and reward model, and by the
+    policy if it `rescores`), and the advantages they give.
 
     Without `rescores` the entropy is the estimate −log π of the sampled tokens.
     """
@@ -128,7 +160,9 @@ def score(
         )
         if not program.rescores:
             return others
-        return *others, *packed_logprobs_and_entropy(policy, state.policy.params, rows, temperature=temperature)
+        return *others, *packed_logprobs_and_entropy(
+            policy, state.policy.params, rows, temperature=temperature
+        )
 
     judged, layout = pack_and_map(judge, rollout_sequences(rollouts), **program.packing)
     ref_logprobs, values, outputs, *own = judged
@@ -139,7 +173,9 @@ def score(
         values=values[:, start:],
         scores=at_last_token(outputs, rollouts),
     )
-    logprobs, entropy = (x[:, start:] for x in own) if own else (rollouts.logprobs, -rollouts.logprobs)
+    logprobs, entropy = (
+        (x[:, start:] for x in own) if own else (rollouts.logprobs, -rollouts.logprobs)
+    )
     experience, rewards = make_experience(
         scored,
         logprobs,
@@ -149,14 +185,19 @@ def score(
     )
     figures = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
     if not program.rescores:  # the gap is then that of the update's first ratios
-        figures = {name: x for name, x in figures.items() if not name.startswith("sampler_gap")}
-    figures["prefill_padding"] = prefill_padding(program.policy, rollouts.prompts, sharding.row_ways(program.mesh))
+        figures = {
+            name: x for name, x in figures.items() if not name.startswith("sampler_gap")
+        }
+    figures["prefill_padding"] = prefill_padding(
+        program.policy, rollouts.prompts, sharding.row_ways(program.mesh)
+    )
     return experience, scored, figures | {"padding": layout.padding()}
 
 
 @pytree
 class Minibatch:
-    """The rollouts of one optimizer step, packed: what belongs to a response token stands where it does."""
+    """The rollouts of one optimizer step, packed: what belongs to a response token stands
+    where it does."""
 
     rows: LmBatch  # [lines, ways, W], the loss mask marks response tokens
     old_logprobs: Array  # f32[lines, ways, W], as the three below
@@ -172,51 +213,90 @@ def packed(program: PpoProgram, experience: Experience) -> Minibatch:
     layout = plan_packing(batch.segments != 0, **program.packing)
     start = experience.rollouts.prompts.tokens.shape[1]
     names = ("old_logprobs", "values", "advantages", "returns")
-    arrays = {name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0)))) for name in names}
+    arrays = {
+        name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0))))
+        for name in names
+    }
     return Minibatch(rows=pack(batch, layout), layout=layout, **arrays)
 
 
 def update(
-    program: PpoProgram, state: PpoState, experience: Experience, text: LmBatch | None, settings: PpoSettings
+    program: PpoProgram,
+    state: PpoState,
+    experience: Experience,
+    text: LmBatch | None,
+    settings: PpoSettings,
 ) -> tuple[PpoState, dict[str, Array]]:
     """One iteration's optimizer steps: `inner_epochs` × `minibatches` of them, in one scan.
 
-    `text` holds the pretraining rows of all of these steps, or is None for PPO without them. Metrics are means over the
-    steps, except `first_*`, which are of the first.
+    `text` holds the pretraining rows of all of these steps, or is None for PPO without
+    them. Metrics are means over the steps, except `first_*`, which are of the first.
     """
     steps = program.inner_epochs * program.minibatches
     step = state.step
     rows_of_text = None if text is None else split_microbatches(text, steps, program.mesh)
-    minibatches = jax.lax.map(partial(packed, program), _minibatches(program, experience, settings.seed, step))
+    minibatches = jax.lax.map(
+        partial(packed, program), _minibatches(program, experience, settings.seed, step)
+    )
     inputs = (minibatches, rows_of_text)
     policy_rate = learning_rate_at(
-        step, peak=settings.learning_rate, config=program.policy_schedule, total_steps=program.total_steps
+        step,
+        peak=settings.learning_rate,
+        config=program.policy_schedule,
+        total_steps=program.total_steps,
     )
     value_rate = learning_rate_at(
-        step, peak=settings.value_learning_rate, config=program.value_schedule, total_steps=program.total_steps
+        step,
+        peak=settings.value_learning_rate,
+        config=program.value_schedule,
+        total_steps=program.total_steps,
     )
 
-    def inner_step(state: PpoState, inputs: tuple[Minibatch, LmBatch | None]) -> tuple[PpoState, dict[str, Array]]:
+    def inner_step(
+        state: PpoState, inputs: tuple[Minibatch, LmBatch | None]
+    ) -> tuple[PpoState, dict[str, Array]]:
         minibatch, text = inputs
-        policy_gradients, metrics = policy_step(program, state.policy.params, minibatch, settings)
+        policy_gradients, metrics = policy_step(
+            program, state.policy.params, minibatch, settings
+        )
         if text is not None:
-            ptx_gradients, metrics["ptx_loss"] = ptx_step(program, state.policy.params, text)
-            policy_gradients = jax.tree.map(lambda g, ptx: g + settings.ptx_coef * ptx, policy_gradients, ptx_gradients)
-        value_gradients, value_metrics = value_step(program, state.value.params, minibatch, settings)
-        policy = apply_gradients(program.policy_optimizer, state.policy, policy_gradients, policy_rate)
-        value = apply_gradients(program.value_optimizer, state.value, value_gradients, value_rate)
+            ptx_gradients, metrics["ptx_loss"] = ptx_step(
+                program, state.policy.params, text
+            )
+            policy_gradients = jax.tree.map(
+                lambda g, ptx: g + settings.ptx_coef * ptx, policy_gradients, ptx_gradients
+            )
+        value_gradients, value_metrics = value_step(
+            program, state.value.params, minibatch, settings
+        )
+        policy = apply_gradients(
+            program.policy_optimizer, state.policy, policy_gradients, policy_rate
+        )
+        value = apply_gradients(
+            program.value_optimizer, state.value, value_gradients, value_rate
+        )
         ema = moving_average(state.ema, policy.params, settings.ema_decay)
         metrics |= value_metrics
         norms = optax.tree.norm(policy_gradients), optax.tree.norm(value_gradients)
         metrics["policy_grad_norm"], metrics["value_grad_norm"] = norms
-        metrics |= {"update_padding": minibatch.layout.padding(), "skipped": skipped(*norms)}
+        metrics |= {
+            "update_padding": minibatch.layout.padding(),
+            "skipped": skipped(*norms),
+        }
         return PpoState(policy=policy, value=value, ema=ema), metrics
 
     state, metrics = jax.lax.scan(inner_step, state, inputs)
-    first = {f"first_{name}": metrics[name][0] for name in ("ratio_gap", "clipped_fraction")}
+    first = {
+        f"first_{name}": metrics[name][0] for name in ("ratio_gap", "clipped_fraction")
+    }
     means = {name: jnp.mean(x) for name, x in metrics.items()}
     state = dataclasses.replace(state, policy=_tick(state.policy), value=_tick(state.value))
-    return state, {**means, **first, "learning_rate": policy_rate, "value_learning_rate": value_rate}
+    return state, {
+        **means,
+        **first,
+        "learning_rate": policy_rate,
+        "value_learning_rate": value_rate,
+    }
 
 
 def iteration(
@@ -228,13 +308,17 @@ def iteration(
     text: LmBatch | None,
     settings: PpoSettings,
 ) -> tuple[PpoState, dict[str, Array], Rollouts, Array]:
-    """Rollout, scores and update as one function: (new state, metrics, rollouts, scores f32[B]).
+    """Rollout, scores and update as one function: (new state, metrics, rollouts, scores
+    f32[B]).
 
-    `jax.vmap` of it over state, prompts, text and settings is a sweep: runs of other seeds, coefficients and learning
-    rates side by side in one program, each with the numbers that it has alone, up to rounding.
+    `jax.vmap` of it over state, prompts, text and settings is a sweep: runs of other seeds,
+    coefficients and learning rates side by side in one program, each with the numbers that
+    it has alone, up to rounding.
     """
     rollouts = rollout(program, state.policy.params, prompts, state.step, settings)
-    experience, scored, metrics = score(program, state, ref_params, reward_params, rollouts, settings)
+    experience, scored, metrics = score(
+        program, state, ref_params, reward_params, rollouts, settings
+    )
     state, update_metrics = update(program, state, experience, text, settings)
     return state, {**metrics, **update_metrics}, rollouts, scored.scores
 
@@ -243,13 +327,20 @@ def _tick(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=state.step + 1)
 
 
-def _minibatches(program: PpoProgram, experience: Experience, seed: Array, step: Array) -> Experience:
-    """The rows in a new order for each inner epoch: [B, ...] → [inner_epochs · minibatches, rows, ...]."""
+def _minibatches(
+    program: PpoProgram, experience: Experience, seed: Array, step: Array
+) -> Experience:
+    """The rows in a new order for each inner epoch: [B, ...] → [inner_epochs · minibatches,
+    rows, ...]."""
     key = rng.step_key(seed, "minibatches", step)
     rows = experience.advantages.shape[0]
-    epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(key, program.inner_epochs))
+    epochs = jax.vmap(lambda key: jax.random.permutation(key, rows))(
+        jax.random.split(key, program.inner_epochs)
+    )
     shuffled = jax.tree.map(lambda x: jnp.take(x, epochs.reshape(-1), axis=0), experience)
-    return split_microbatches(shuffled, program.inner_epochs * program.minibatches, program.mesh)
+    return split_microbatches(
+        shuffled, program.inner_epochs * program.minibatches, program.mesh
+    )
 
 
 def policy_step(
@@ -257,9 +348,13 @@ def policy_step(
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient of the clipped policy loss over one minibatch, and its figures."""
 
-    def loss_of(logprobs: Array, mask: Array, extras: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss_of(
+        logprobs: Array, mask: Array, extras: tuple[Array, Array]
+    ) -> tuple[Array, dict[str, Array]]:
         old_logprobs, advantages = extras
-        loss, clipped_fraction = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip=settings.clip)
+        loss, clipped_fraction = clipped_policy_loss(
+            logprobs, old_logprobs, advantages, mask, clip=settings.clip
+        )
         log_ratios = jnp.where(mask, logprobs - old_logprobs, 0.0)
         return loss, {
             "clipped_fraction": clipped_fraction,
@@ -274,7 +369,9 @@ def policy_step(
         )
         return gradients, {"policy_loss": loss, **metrics}
 
-    return _accumulated(gradients_of, minibatch, (minibatch.old_logprobs, minibatch.advantages))
+    return _accumulated(
+        gradients_of, minibatch, (minibatch.old_logprobs, minibatch.advantages)
+    )
 
 
 def value_step(
@@ -288,29 +385,40 @@ def value_step(
 
         def loss_of(part: Params) -> tuple[Array, dict[str, Array]]:
             values = packed_values(program.scorer, merge_trees(part, params), rows)
-            loss, clipped_fraction = clipped_value_loss(values, old_values, returns, rows.loss_mask, clip=clip)
+            loss, clipped_fraction = clipped_value_loss(
+                values, old_values, returns, rows.loss_mask, clip=clip
+            )
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
-        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable(params))
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            trainable(params)
+        )
         return gradients, metrics
 
     return _accumulated(gradients_of, minibatch, (minibatch.values, minibatch.returns))
 
 
 def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params, Array]:
-    """Gradient of the pretraining loss over one minibatch's rows of text, before `ptx_coef`, and the loss."""
-    count = microbatch_count(text.tokens.shape[0], program.policy.compute.microbatch_rows, program.mesh)
+    """Gradient of the pretraining loss over one minibatch's rows of text, before
+    `ptx_coef`, and the loss."""
+    count = microbatch_count(
+        text.tokens.shape[0], program.policy.compute.microbatch_rows, program.mesh
+    )
     parts = split_microbatches(text, count, program.mesh)
     weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
-    gradients, metrics = accumulate(partial(language_gradients, program.policy, params), parts, weights)
+    gradients, metrics = accumulate(
+        partial(language_gradients, program.policy, params), parts, weights
+    )
     return gradients, jnp.sum(weights * metrics["loss"])
 
 
 def _accumulated(
-    gradients_of: Callable[[tuple[LmBatch, Any]], tuple[Params, dict[str, Array]]], minibatch: Minibatch, extras: Any
+    gradients_of: Callable[[tuple[LmBatch, Any]], tuple[Params, dict[str, Array]]],
+    minibatch: Minibatch,
+    extras: Any,
 ) -> tuple[Params, dict[str, Array]]:
-    """Gradient and figures of a loss that is a mean over the response tokens of a minibatch; `extras` [lines, ways, W]
-    each are what it reads beside the rows."""
+    """Gradient and figures of a loss that is a mean over the response tokens of a
+    minibatch; `extras` [lines, ways, W] each are what it reads beside the rows."""
     total = jnp.maximum(token_count(minibatch.rows.loss_mask), 1.0)
 
     def share_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:

@@ -1,7 +1,8 @@
-"""The PPO stage as a run: its config, its three compiled programs, its invariants, and what it logs.
+"""The PPO stage as a run: its config, its three compiled programs, its invariants, and what
+it logs.
 
-The algorithm is in `ppo`. Policy and value network are trained; the reference (the policy as loaded) and the reward
-model stay as they are.
+The algorithm is in `ppo`. Policy and value network are trained; the reference (the policy
+as loaded) and the reward model stay as they are.
 """
 
 import dataclasses
@@ -69,7 +70,9 @@ class PpoConfig:
     batch_size: int  # rollouts of one iteration
     minibatches: int  # optimizer steps of one inner epoch
     inner_epochs: int
-    old_logprobs: Literal["scorer", "sampler"]  # whose log-probabilities the ratio starts from
+    old_logprobs: Literal[
+        "scorer", "sampler"
+    ]  # whose log-probabilities the ratio starts from
     ptx_rows: int  # packed rows of pretraining text for each optimizer step
     temperature: float
     kl_coef: float  # β of Eq. 2
@@ -88,7 +91,11 @@ class PpoConfig:
 
     def __post_init__(self):
         counts = dict.fromkeys(("steps", "batch_size", "minibatches", "inner_epochs"), 1)
-        check_range(self, counts | {"ptx_rows": 0, "samples": 0, "kl_coef": 0, "ptx_coef": 0, "value_clip": 0})
+        check_range(
+            self,
+            counts
+            | {"ptx_rows": 0, "samples": 0, "kl_coef": 0, "ptx_coef": 0, "value_clip": 0},
+        )
         check_positive(self, "temperature", "clip", "tolerance")
         check_fractions(self, "discount", "lambda_", "ema_decay")
         if self.ptx_coef > 0 and not self.data.text:
@@ -104,28 +111,43 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     config = stage.with_attention_kernel(config)
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
-    models: Any = {"policy_parent": (config.model, "tokens"), "reward_parent": (config.reward_model, "scalar")}
+    models: Any = {
+        "policy_parent": (config.model, "tokens"),
+        "reward_parent": (config.reward_model, "scalar"),
+    }
     parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer))
+    data = read_data(
+        config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
+    )
     program = program_of(config, mesh, tokenizer.eos_id)
     settings = settings_of(config)
     adapt = loop.adapters_of(config, 0), loop.adapters_of(config, 1)
     abstract = abstract_state(program, *adapt)
     ref_params = parents["policy_parent"].load(loop.abstract_params(program.policy, mesh))
-    reward_params = parents["reward_parent"].load(loop.abstract_params(program.scorer, mesh))
-    iterate = Iteration(program, abstract, settings, ref_params, reward_params, config.tolerance)
+    reward_params = parents["reward_parent"].load(
+        loop.abstract_params(program.scorer, mesh)
+    )
+    iterate = Iteration(
+        program, abstract, settings, ref_params, reward_params, config.tolerance
+    )
     text_losses = held_out_losses(
-        program.policy, mesh, config, {n: d.sources["validation"] for n, d in data.items() if n == "text"}
+        program.policy,
+        mesh,
+        config,
+        {n: d.sources["validation"] for n, d in data.items() if n == "text"},
     )
     # Replicated, so that the process that writes them holds them all.
     shown = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x[: config.samples], tree), out_shardings=sharding.replicated(mesh)
+        lambda tree: jax.tree.map(lambda x: x[: config.samples], tree),
+        out_shardings=sharding.replicated(mesh),
     )
 
     def start() -> PpoState:
         policy = loop.start_from(ref_params, program.policy_optimizer, mesh, adapt[0])
         value = loop.start_from(reward_params, program.value_optimizer, mesh, adapt[1])
-        return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
+        return PpoState(
+            policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params)
+        )
 
     def update(state: PpoState, batch: Any, log: Any) -> tuple[PpoState, dict[str, Any]]:
         state, metrics, rollouts, scores = iterate(state, batch, log.phase)
@@ -137,7 +159,9 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
 
     stage.run(
         workdir,
-        stage.RunManifestInputs(config=config, given=given, tokenizer=tokenizer, data=data, parents=parents),
+        stage.RunManifestInputs(
+            config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
+        ),
         abstract=abstract,
         start=start,
         exported="ema",
@@ -166,12 +190,18 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
         stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
-def read_data(config: PpoConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN) -> dict[str, Prepared]:
+def read_data(
+    config: PpoConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
+) -> dict[str, Prepared]:
     """Prompts, and text where there are files of it."""
     folder, files = Path(config.data.folder), [Path(path) for path in config.data.prompts]
-    data = {"prompts": prepare_prompts(files, tokenizer, config.data.limits, folder, wording)}
+    data = {
+        "prompts": prepare_prompts(files, tokenizer, config.data.limits, folder, wording)
+    }
     if config.data.text:
-        data["text"] = prepare_text([Path(p) for p in config.data.text], tokenizer, config.data.limits, folder)
+        data["text"] = prepare_text(
+            [Path(p) for p in config.data.text], tokenizer, config.data.limits, folder
+        )
     return data
 
 
@@ -219,14 +249,22 @@ def settings_of(config: PpoConfig) -> ppo.PpoSettings:
 
 
 def abstract_state(program: ppo.PpoProgram, *adapt: loop.Adapt) -> PpoState:
-    """Shapes and layouts of the whole state; `adapt` adds adapters to policy and value network, if there are any."""
-    policy = loop.abstract_state(program.policy, program.policy_optimizer, program.mesh, *adapt[:1])
-    value = loop.abstract_state(program.scorer, program.value_optimizer, program.mesh, *adapt[1:])
+    """Shapes and layouts of the whole state; `adapt` adds adapters to policy and value
+    network, if there are any."""
+    policy = loop.abstract_state(
+        program.policy, program.policy_optimizer, program.mesh, *adapt[:1]
+    )
+    value = loop.abstract_state(
+        program.scorer, program.value_optimizer, program.mesh, *adapt[1:]
+    )
     return PpoState(policy=policy, value=value, ema=policy.params)
 
 
-def reader(config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.Mesh) -> Callable[[int], Any]:
-    """The batch of an iteration: prompts, and the text rows of its optimizer steps (None for PPO without them)."""
+def reader(
+    config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.Mesh
+) -> Callable[[int], Any]:
+    """The batch of an iteration: prompts, and the text rows of its optimizer steps (None
+    for PPO without them)."""
     prompts, limits = data["prompts"].sources["train"], config.data.limits
     read_text = None
     if config.ptx_coef > 0:
@@ -245,7 +283,9 @@ def reader(config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.M
         rows = rows_of_batch(index, config.batch_size, len(prompts), config.seed)
         mine = process_slice(rows, jax.process_index(), jax.process_count())
         text = None if read_text is None else read_text(index)
-        return sharding.put_rows((prompt_batch(prompts, mine, limits.prompt_tokens), text), mesh)
+        return sharding.put_rows(
+            (prompt_batch(prompts, mine, limits.prompt_tokens), text), mesh
+        )
 
     return read
 
@@ -263,10 +303,18 @@ class Iteration:
         tolerance: float,
     ):
         state, policy = loop.layouts(abstract), loop.layouts(abstract.policy.params)
-        fixed = (sharding.shardings(params, program.mesh) for params in (ref_params, reward_params))
-        rows, everywhere = sharding.row_sharding(program.mesh), sharding.replicated(program.mesh)
+        fixed = (
+            sharding.shardings(params, program.mesh)
+            for params in (ref_params, reward_params)
+        )
+        rows, everywhere = (
+            sharding.row_sharding(program.mesh),
+            sharding.replicated(program.mesh),
+        )
         self._rollout = jax.jit(
-            partial(ppo.rollout, program), in_shardings=(policy, rows, everywhere, everywhere), out_shardings=rows
+            partial(ppo.rollout, program),
+            in_shardings=(policy, rows, everywhere, everywhere),
+            out_shardings=rows,
         )
         self._score = jax.jit(
             partial(ppo.score, program),
@@ -279,10 +327,16 @@ class Iteration:
             out_shardings=(state, everywhere),
             donate_argnums=0,
         )
-        self._settings, self._ref_params, self._reward_params = settings, ref_params, reward_params
+        self._settings, self._ref_params, self._reward_params = (
+            settings,
+            ref_params,
+            reward_params,
+        )
         self._tolerance = tolerance
 
-    def __call__(self, state: PpoState, batch: Any, phase: Any) -> tuple[PpoState, dict[str, Any], Rollouts, Any]:
+    def __call__(
+        self, state: PpoState, batch: Any, phase: Any
+    ) -> tuple[PpoState, dict[str, Any], Rollouts, Any]:
         """One iteration: (new state, metrics, rollouts, scores f32[B]).
 
         Raises InvariantError, and Asked if asked to stop before the update has begun.
@@ -290,7 +344,9 @@ class Iteration:
         prompts, text = batch
         first = int(state.step) == 0
         with phase("rollout"):
-            rollouts = self._rollout(state.policy.params, prompts, state.step, self._settings)
+            rollouts = self._rollout(
+                state.policy.params, prompts, state.step, self._settings
+            )
             jax.block_until_ready(rollouts)
         check_stop_requested()
         with phase("score"):
@@ -305,7 +361,9 @@ class Iteration:
         return state, {**metrics, **update_metrics}, rollouts, scored.scores
 
 
-def samples_of(rollouts: Rollouts, scores: Array, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def samples_of(
+    rollouts: Rollouts, scores: Array, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
     """The rollouts as text, with their scores."""
     host: Any = jax.device_get(rollouts)
     return [
