@@ -62,14 +62,14 @@ def comparison_sequences(comparisons: Comparisons) -> LmBatch:
         return jnp.concatenate([of_prompts, of_responses.reshape(batch, -1)], axis=1)
 
     return LmBatch(
-        tokens=merge_trees(prompts.tokens, comparisons.responses),
-        segments=merge_trees(
+        tokens=joined(prompts.tokens, comparisons.responses),
+        segments=joined(
             -prompts.mask.astype(jnp.int32), jnp.where(mask, numbers[None, :, None], 0)
         ),
-        positions=merge_trees(
+        positions=joined(
             positions_of(prompts.mask), jnp.broadcast_to(positions, mask.shape)
         ),
-        loss_mask=merge_trees(jnp.zeros_like(prompts.mask), mask),
+        loss_mask=joined(jnp.zeros_like(prompts.mask), mask),
     )
 
 
