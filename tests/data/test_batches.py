@@ -77,10 +77,10 @@ def test_row_order_is_a_permutation_of_its_own():
 )
 def test_the_stream_is_one_epoch_after_another(size, batch_size):
     rows = np.concatenate(
-        [batches.rows_of_batch(i, batch_size, size, 3) for i in range(3 * size)]
+        [batches.batch_row_ids(i, batch_size, size, 3) for i in range(3 * size)]
     )
     assert len(rows) == 3 * size * batch_size
-    assert batches.rows_between(2, 5, size, 3).tolist() == rows[2:5].tolist()
+    assert batches.stream_row_ids(2, 5, size, 3).tolist() == rows[2:5].tolist()
     for epoch in range(3 * batch_size):
         of_epoch = slice(epoch * size, (epoch + 1) * size)
         assert rows[of_epoch].tolist() == batches.row_order(3, epoch, size).tolist()
@@ -93,11 +93,11 @@ def test_no_batch_without_rows():
         with pytest.raises(
             ValueError, match=f"no places {places} in a stream of {size} rows"
         ):
-            batches.rows_of_batch(index, batch_size, size, 0)
+            batches.batch_row_ids(index, batch_size, size, 0)
 
 
 def test_process_slices_make_the_whole_batch():
-    rows = batches.rows_of_batch(5, 12, 100, 0)
+    rows = batches.batch_row_ids(5, 12, 100, 0)
     for count in (1, 2, 3, 4, 6, 12):
         slices = [batches.process_slice(rows, index, count) for index in range(count)]
         assert {len(part) for part in slices} == {12 // count}
@@ -231,9 +231,9 @@ def test_mixed_batches_take_their_share_from_each_stream(fraction, batch_size, e
     for index, (start, stop) in enumerate(itertools.pairwise(ends)):
         batch, _, _ = mixed(index, fraction=fraction, batch_size=batch_size)
         own = index * batch_size - start, (index + 1) * batch_size - stop
-        expected = [100 + row for row in batches.rows_between(*own, 20, 1)]
+        expected = [100 + row for row in batches.stream_row_ids(*own, 20, 1)]
         expected += (
-            [200 + row for row in batches.rows_between(start, stop, 5, 1)]
+            [200 + row for row in batches.stream_row_ids(start, stop, 5, 1)]
             if start < stop
             else []
         )

@@ -13,17 +13,17 @@ from instructax.data.batches import lm_batch
 from instructax.data.chat_template import (
     chat_prompt_format,
     check_messages,
+    copy_template,
     encode_messages,
     encode_rendered,
-    inherit_template,
     load_template,
+    make_template,
     render,
     render_demonstration,
-    template_of,
-    turn_ends,
+    turn_end_mask,
 )
 from instructax.data.limits import DataLimits
-from instructax.data.prompt_format import PLAIN, split_turns
+from instructax.data.prompt_format import PLAIN_FORMAT, split_turns
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 CHATML = (  # SmolLM2's
@@ -70,13 +70,13 @@ def tokenizer_with(tmp_path, special, eos):
 @pytest.fixture
 def chatml(tmp_path):
     tokenizer = tokenizer_with(tmp_path, ("<|im_start|>", "<|im_end|>"), "<|im_end|>")
-    return tokenizer, template_of(CHATML, tokenizer)
+    return tokenizer, make_template(CHATML, tokenizer)
 
 
 @pytest.fixture
 def inst(tmp_path):
     tokenizer = tokenizer_with(tmp_path, ("<s>", "</s>"), "</s>")
-    return tokenizer, template_of(INST, tokenizer)
+    return tokenizer, make_template(INST, tokenizer)
 
 
 def test_chatml(chatml):
@@ -169,30 +169,30 @@ def test_a_demonstration_without_a_template_is_as_the_stages_write_it():
 
 def test_an_end_token_that_is_not_the_tokenizers_is_refused(tmp_path):
     tokenizer = tokenizer_with(tmp_path, ("<|im_start|>", "<|im_end|>"), "<|endoftext|>")
-    template = template_of(CHATML, tokenizer)
+    template = make_template(CHATML, tokenizer)
     with pytest.raises(
         ValueError,
         match=r"ends an answer with '<\|im_end\|>', the tokenizer ends a text with",
     ):
         render_demonstration("a", "b", template)
-    ends = np.flatnonzero(turn_ends(tokenizer, template))
+    ends = np.flatnonzero(turn_end_mask(tokenizer, template))
     assert tokenizer.decode(ends) == "<|im_end|>"  # a sampler stops there all the same
-    assert not turn_ends(tokenizer, None).any()
+    assert not turn_end_mask(tokenizer, None).any()
     with pytest.raises(ValueError, match="ends an answer with 'nothing'"):
         render_demonstration(
             "a",
             "b",
-            template_of("{% for m in messages %}{{ m.content }}{% endfor %}", tokenizer),
+            make_template("{% for m in messages %}{{ m.content }}{% endfor %}", tokenizer),
         )
     with pytest.raises(ValueError, match="writes an answered prompt in another way"):
-        render_demonstration("a", "b", template_of("{{ messages|length }}", tokenizer))
+        render_demonstration("a", "b", make_template("{{ messages|length }}", tokenizer))
 
 
 def test_a_template_runs_in_a_sandbox_with_the_usual_names(chatml):
     tokenizer, _ = chatml
 
     def rendered(source):
-        return render([USER], template_of(source, tokenizer), add_generation_prompt=True)
+        return render([USER], make_template(source, tokenizer), add_generation_prompt=True)
 
     assert rendered(
         "{% for m in messages %}\n  {% generation %}{{ m | tojson }}{% endgeneration %}\n{% endfor %}"
@@ -284,7 +284,7 @@ def test_a_template_cannot_break_out_or_go_on_for_ever(chatml, source):
     with pytest.raises(
         ValueError, match="the chat template refuses these messages: "
     ) as error:
-        render([USER], template_of(source, tokenizer), add_generation_prompt=True)
+        render([USER], make_template(source, tokenizer), add_generation_prompt=True)
     assert BOMBS[source] in str(error.value)
 
 
@@ -298,7 +298,9 @@ def test_a_template_cannot_break_out_or_go_on_for_ever(chatml, source):
 )
 def test_a_template_sees_nothing_behind_its_values(chatml, source):
     tokenizer, _ = chatml
-    assert render([USER], template_of(source, tokenizer), add_generation_prompt=True) == ""
+    assert (
+        render([USER], make_template(source, tokenizer), add_generation_prompt=True) == ""
+    )
 
 
 def test_a_debugger_goes_on_after_a_template(chatml):
@@ -395,7 +397,7 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end(
         row["tokens"].tolist() for row in asked.__getitems__(range(len(asked)))
     )
     assert encode_messages([USER], tokenizer, template).tolist() in prompts
-    plain = prepared(prepare.prepare_prompts, "p", PLAIN)
+    plain = prepared(prepare.prepare_prompts, "p", PLAIN_FORMAT)
     assert (
         plain.report.kept["train"] == 3
         and plain.report.hash != prepared(prepare.prepare_prompts, "p").report.hash
@@ -406,7 +408,7 @@ def test_a_template_that_ends_otherwise_cannot_be_trained_with(chatml):
     tokenizer, _ = chatml
     with pytest.raises(ValueError, match=r"ends an answer with '<\|im_start\|>'"):
         chat_prompt_format(
-            template_of(CHATML.replace("<|im_end|>' + '\n'", "<|im_start|>'"), tokenizer),
+            make_template(CHATML.replace("<|im_end|>' + '\n'", "<|im_start|>'"), tokenizer),
             tokenizer,
         )
 
@@ -415,8 +417,8 @@ def test_a_child_inherits_the_template(chatml, tmp_path):
     tokenizer, template = chatml
     (tmp_path / "parent" / "source").mkdir(parents=True)
     (tmp_path / "parent" / "source" / "chat_template.jinja").write_text(CHATML)
-    inherit_template(tmp_path / "parent", tmp_path / "child")
-    inherit_template(tmp_path / "child", tmp_path / "grandchild")
+    copy_template(tmp_path / "parent", tmp_path / "child")
+    copy_template(tmp_path / "child", tmp_path / "grandchild")
     assert (
         load_template(tmp_path / "grandchild", tokenizer)
         == load_template(tmp_path / "parent", tokenizer)

@@ -44,7 +44,7 @@ def test_golden_rows_of_six():
         document(5, 5),
         document(6),
     ]
-    rows = document_packing.pack(documents, 6)
+    rows = document_packing.pack_documents(documents, 6)
     assert [row.tokens.tolist() for row in rows] == [
         [1, 1, 1, 1, 3, 3],
         [2, 2, 2, 4, 5, 5],
@@ -52,7 +52,7 @@ def test_golden_rows_of_six():
     ]
     assert [row.lengths.tolist() for row in rows] == [[4, 2], [3, 1, 2], [1]]
     assert rows[0].loss_mask.tolist() == [False, True, True, True, False, True]
-    segments, positions = document_packing.assign_rows(rows[1].lengths)
+    segments, positions = document_packing.segments_and_positions(rows[1].lengths)
     assert segments.tolist() == [1, 1, 1, 2, 3, 3]
     assert positions.tolist() == [0, 1, 2, 0, 0, 1]
 
@@ -67,7 +67,7 @@ def test_only_so_many_rows_stay_open(monkeypatch):
         document(5),
         document(6),
     ]
-    rows = document_packing.pack(
+    rows = document_packing.pack_documents(
         documents, 4
     )  # the third row closes the first, which still had room
     assert [row.tokens.tolist() for row in rows] == [
@@ -81,11 +81,11 @@ def test_only_so_many_rows_stay_open(monkeypatch):
 def test_every_document_comes_through_once_and_whole():
     rng = np.random.default_rng(0)
     documents = [document(*([i] * int(rng.integers(1, 17)))) for i in range(500)]
-    rows = document_packing.pack(documents, 16)
+    rows = document_packing.pack_documents(documents, 16)
     seen = {}
     for row in rows:
         assert len(row.tokens) == row.lengths.sum() <= 16
-        segments, positions = document_packing.assign_rows(row.lengths)
+        segments, positions = document_packing.segments_and_positions(row.lengths)
         for segment in range(1, len(row.lengths) + 1):
             cells = segments == segment
             (name,) = set(row.tokens[cells].tolist())
@@ -96,9 +96,9 @@ def test_every_document_comes_through_once_and_whole():
     assert seen == {i: len(made.tokens) for i, made in enumerate(documents)}
     tokens = sum(seen.values())
     assert tokens / (16 * len(rows)) > 0.92  # one document a row would fill 53 %
-    assert [row.tokens.tolist() for row in document_packing.pack(documents, 16)] == [
-        row.tokens.tolist() for row in rows
-    ]
+    assert [
+        row.tokens.tolist() for row in document_packing.pack_documents(documents, 16)
+    ] == [row.tokens.tolist() for row in rows]
 
 
 def test_what_does_not_fit_is_an_error():
@@ -107,4 +107,4 @@ def test_what_does_not_fit_is_an_error():
             ValueError,
             match=f"a document of {len(bad.tokens)} tokens does not fit rows of 2",
         ):
-            document_packing.pack([bad], 2)
+            document_packing.pack_documents([bad], 2)

@@ -332,7 +332,7 @@ def test_many_rows_come_back_in_order(tmp_path):
     texts = [f"prompt{i % 97}"[:8] for i in range(300)]
     file = prompts(tmp_path / "p.jsonl", texts)
     made = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
-    rows = batches.rows_of_batch(2, 64, len(made.sources["train"]), 0)
+    rows = batches.batch_row_ids(2, 64, len(made.sources["train"]), 0)
     batch = batches.prompt_batch(made.sources["train"], rows, 8)
     found = [
         text_of(tokens[mask]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)

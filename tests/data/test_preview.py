@@ -6,8 +6,12 @@ import io
 import numpy as np
 from rich.console import Console
 
-from instructax.data.document_packing import assign_rows, demonstration_document, pack
-from instructax.data.preview import show, view
+from instructax.data.document_packing import (
+    demonstration_document,
+    pack_documents,
+    segments_and_positions,
+)
+from instructax.data.preview import preview_text, print_preview
 from instructax.data.tokenizer import load_tokenizer
 from instructax.types import LmBatch
 
@@ -19,8 +23,8 @@ def batch_of(*pairs, length=40):
         demonstration_document(BYTES.encode(prompt), BYTES.encode(answer), BYTES.eos_id)
         for prompt, answer in pairs
     ]
-    (row,) = pack(documents, length)
-    segments, positions = assign_rows(row.lengths)
+    (row,) = pack_documents(documents, length)
+    segments, positions = segments_and_positions(row.lengths)
     room = length - len(row.tokens)
     # Padded with the end token: what is padding is known by its place.
     tokens = np.pad(row.tokens, (0, room), constant_values=BYTES.eos_id)
@@ -45,15 +49,15 @@ WANTED = """first batch, row 1 of 1: 2 texts, 19 tokens, 11 trained, 21 of paddi
 def test_every_part_is_named_and_no_control_character_comes_through(capsys):
     batch = batch_of(("Hi.\n\n", "Hel\x1b[2Jo"), ("a\n\n", "b"))
     assert (
-        view(batch, 0, BYTES.decode).plain == WANTED
+        preview_text(batch, 0, BYTES.decode).plain == WANTED
     )  # trained: eight bytes and an end, a byte and an end
-    show(batch, BYTES.decode)
+    print_preview(batch, BYTES.decode)
     assert capsys.readouterr().out == f"{WANTED}\n"  # no terminal, no colours
 
 
 def test_colours_follow_the_loss_mask():
     batch = batch_of(("Hi", "Yes"))
-    text = view(batch, 0, BYTES.decode)
+    text = preview_text(batch, 0, BYTES.decode)
     styled = {str(span.style): text.plain[span.start : span.end] for span in text.spans}
     assert styled["bold green"].endswith("Yes") and styled["cyan"].endswith("Hi")
     assert styled["reverse bold green"] == "⟨end⟩"
@@ -64,16 +68,16 @@ def test_colours_follow_the_loss_mask():
 
 def test_much_is_cut():
     batch = batch_of(*[("a", "b")] * 5, ("x" * 500, "y"), length=600)
-    plain = view(batch, 0, BYTES.decode).plain
+    plain = preview_text(batch, 0, BYTES.decode).plain
     assert plain.count("prompt") == 3 and "… 3 more texts" in plain
-    long = view(batch_of(("x" * 500, "y"), length=600), 0, BYTES.decode).plain
+    long = preview_text(batch_of(("x" * 500, "y"), length=600), 0, BYTES.decode).plain
     assert "x" * 400 + "… (500 characters)" in long and "x" * 401 not in long
 
 
 def test_a_row_that_is_full_or_empty():
     full = batch_of(("Hi", "Yes"), length=6)
-    assert "padding  " not in view(full, 0, BYTES.decode).plain
+    assert "padding  " not in preview_text(full, 0, BYTES.decode).plain
     empty = LmBatch(**{name: np.zeros_like(value) for name, value in vars(full).items()})
-    assert view(empty, 0, BYTES.decode).plain == (
+    assert preview_text(empty, 0, BYTES.decode).plain == (
         "first batch, row 1 of 1: 0 texts, 0 tokens, 0 trained, 6 of padding\n  padding  6 cells"
     )

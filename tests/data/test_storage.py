@@ -67,7 +67,7 @@ class Counting:
 
 def test_rows_are_read_once_and_come_in_the_order_asked_for():
     source = Counting([{"tokens": np.arange(i)} for i in range(6)])
-    kept = storage.Remembered(source)
+    kept = storage.CachedSource(source)
     for keys in ([4, 1, 4], [1, 0], [0, 4]):
         assert [len(row["tokens"]) for row in kept.__getitems__(keys)] == keys
     assert source.read == list(range(6))
@@ -77,12 +77,12 @@ def test_rows_are_read_once_and_come_in_the_order_asked_for():
 def test_only_what_is_small_is_kept_in_memory(tmp_path, monkeypatch):
     prompts(tmp_path / "a.jsonl", 4)
     kinds = []
-    for limit in (storage.REMEMBERED, 0):
-        monkeypatch.setattr(storage, "REMEMBERED", limit)
+    for limit in (storage.MAX_CACHED_BYTES, 0):
+        monkeypatch.setattr(storage, "MAX_CACHED_BYTES", limit)
         source = prepare.prepare_prompts(
             [tmp_path / "a.jsonl"], TOKENIZER, LIMITS, tmp_path / "rows"
         ).sources["train"]
-        kinds.append(isinstance(source, storage.Remembered))
+        kinds.append(isinstance(source, storage.CachedSource))
         assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [
             b"p2\n\n",
             b"p0\n\n",

@@ -621,5 +621,5 @@ def test_help_imports_neither_jax_nor_tokenizers():
 
 
 def test_tokens_with_a_text_are_those_whose_own_text_holds_it():
-    marked = tokenizer_lib.load_tokenizer("bytes").with_text("\n")
+    marked = tokenizer_lib.load_tokenizer("bytes").tokens_containing("\n")
     assert marked.shape == (257,) and np.flatnonzero(marked).tolist() == [10]

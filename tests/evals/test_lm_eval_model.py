@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.support import stages, tiny_models
 
-from instructax.data.chat_template import template_of
+from instructax.data.chat_template import make_template
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.models import Transformer
 from instructax.serving.engine import Draw, Engine
@@ -162,7 +162,7 @@ def test_a_chat_template_is_the_models(lm, policy):
     assert lm.apply_chat_template(turns[:1]) == "Hi\n\n"
     assert lm.apply_chat_template(turns, add_generation_prompt=False) == "Hi\n\nYes, "
     assert lm.chat_template(True) == ""
-    template = template_of(
+    template = make_template(
         "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}", BYTES
     )
     chats = InstructaxLM(Engine(*policy, eos_id=EOS, rows=3), BYTES, template, seed=0)

@@ -333,7 +333,7 @@ def test_a_stop_ends_a_response_and_belongs_to_it(policy):
         length=LENGTH,
         temperature=1.0,
         eos_id=EOS,
-        stops=jnp.asarray(stops),
+        stop_token_mask=jnp.asarray(stops),
     )
     cut = jax.device_get(jax.jit(sample)(policy.params, prompts, keys))
     lengths = cut.mask.sum(axis=1)

@@ -202,7 +202,7 @@ def test_odd_texts_come_through_as_they_are(tmp_path, text):
 
 def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
     """A hundred megabytes that are a hundred kilobytes on disk."""
-    monkeypatch.setattr(schema, "LINE_BYTES", 2**20)
+    monkeypatch.setattr(schema, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"id": "a", "text": "' + b"x" * (100 * 2**20), 1))
     tracemalloc.start()

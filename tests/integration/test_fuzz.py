@@ -191,7 +191,7 @@ def json_lines(given_: tuple[Any, bytes]) -> None:
     cls, content = given_
     PATH.write_bytes(content)
     for record in refused(DataError, lambda: list(read_jsonl([PATH], cls))) or ():
-        assert all(text.strip() and text.encode() for text in filters.texts_of(record))
+        assert all(text.strip() and text.encode() for text in filters.record_texts(record))
 
 
 @of_all(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))

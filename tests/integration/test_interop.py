@@ -19,7 +19,7 @@ import tokenizers
 from tests.support import stages, tiny_models
 
 from instructax import sharding
-from instructax.data.tokenizer import load_tokenizer, padded, save_tokenizer
+from instructax.data.tokenizer import load_tokenizer, pad_vocab, save_tokenizer
 from instructax.generation import generate
 from instructax.models import Transformer, head_kernel, init_cache, positions_of
 from instructax.models.logprobs import logits_of
@@ -325,7 +325,7 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     params["scalar_head"]["bias"] = jnp.float32(0.77)
     run = stages.fabricated(tmp_path / "run", config, params, str(tmp_path))
     manifest = json.loads((run / "manifest.json").read_text()) | {"stage": "reward"}
-    tokenizer = padded(load_tokenizer(str(tmp_path)), 37)
+    tokenizer = pad_vocab(load_tokenizer(str(tmp_path)), 37)
     manifest["tokenizer"]["hash"] = tokenizer.hash
     (run / "manifest.json").write_text(json.dumps(manifest))
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))

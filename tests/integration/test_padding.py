@@ -77,7 +77,7 @@ def padding(batches: Sequence[np.ndarray], width: int, config: ComputeConfig) ->
 
 
 def share_of_rows(documents: Sequence[document_packing.Document], length: int) -> float:
-    rows = document_packing.pack(documents, length)
+    rows = document_packing.pack_documents(documents, length)
     return 1 - sum(len(row.tokens) for row in rows) / (len(rows) * length)
 
 

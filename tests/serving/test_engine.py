@@ -20,7 +20,7 @@ from tests.support.tiny_models import (
 
 from instructax import rng as clock
 from instructax.config import ConfigError
-from instructax.data.batches import left_padded
+from instructax.data.batches import left_pad
 from instructax.generation import advance_sampling, generate, start_sampling
 from instructax.models import Transformer
 from instructax.serving import engine
@@ -67,7 +67,7 @@ def drawn(engine_, draws, stops=None):
 def by_generate(policy, draws, stops):
     """What the sampler draws for each request alone, in one program, cut at its limit."""
     model, params = policy
-    ends = {"eos_id": EOS, "stops": None if stops is None else jnp.asarray(stops)}
+    ends = {"eos_id": EOS, "stop_token_mask": None if stops is None else jnp.asarray(stops)}
     sample = jax.jit(
         lambda prompts, keys, t: generate(
             model, params, prompts, keys, length=12, temperature=t, **ends
@@ -79,7 +79,7 @@ def by_generate(policy, draws, stops):
             clock.step_key(draw.seed, "evaluate", 0), jnp.array([draw.number])
         )
         out = sample(
-            left_padded([(0, draw.prompt)], 1, 16), keys, jnp.float32(draw.temperature)
+            left_pad([(0, draw.prompt)], 1, 16), keys, jnp.float32(draw.temperature)
         )
         kept = np.asarray(out.responses[0])[np.asarray(out.mask[0])]
         found.append(

@@ -75,7 +75,7 @@ def test_an_import_is_a_run_that_answers(imported):
     assert (
         model.config == config
         and tokenizer.size == 515
-        and tokenizer.free_ids() == [512, 513, 514]
+        and tokenizer.unused_ids() == [512, 513, 514]
     )
     assert tokenizer.decode([512]) == "<|unused 512|>"
     jax.tree.map(np.testing.assert_array_equal, found, params)

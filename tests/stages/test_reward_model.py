@@ -19,7 +19,7 @@ from instructax import rng as clock
 from instructax.checkpoints.checkpoint import committed_steps, load_params
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.data import loaders
-from instructax.data.batches import lm_batch, rows_of_batch
+from instructax.data.batches import batch_row_ids, lm_batch
 from instructax.experiment import metrics_of, summary_of
 from instructax.models import ModelConfig, Transformer
 from instructax.stages import reward_model
@@ -318,7 +318,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
         rtol=1e-5,
     )
     source = prepared_comparisons(chain).sources["train"]
-    rows = rows_of_batch(0, config.batch_size, len(source), 3)
+    rows = batch_row_ids(0, config.batch_size, len(source), 3)
     loss, right, pairs = plain_ranking(
         model,
         watch.first.params,

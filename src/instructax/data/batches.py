@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from instructax.data.document_packing import assign_rows
+from instructax.data.document_packing import segments_and_positions
 from instructax.types import Comparisons, LmBatch, Prompts
 
 NO_ROW = -1  # in place of a row id: this row of the batch is empty, all its masks are False
@@ -48,7 +48,7 @@ def row_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-def rows_between(start: int, stop: int, size: int, seed: int) -> np.ndarray:
+def stream_row_ids(start: int, stop: int, size: int, seed: int) -> np.ndarray:
     """Returns the row ids i64[stop − start] at places `start` .. `stop` − 1 of the stream;
     every epoch has each of the `size` rows once. Raises ValueError if there is no row, or
     no such place.
@@ -62,10 +62,10 @@ def rows_between(start: int, stop: int, size: int, seed: int) -> np.ndarray:
     return np.concatenate(orders)[start - first * size : stop - first * size]
 
 
-def rows_of_batch(index: int, batch_size: int, size: int, seed: int) -> np.ndarray:
+def batch_row_ids(index: int, batch_size: int, size: int, seed: int) -> np.ndarray:
     """Returns the row ids i64[batch_size] of batch `index`. Raises ValueError as
-    `rows_between` does."""
-    return rows_between(index * batch_size, (index + 1) * batch_size, size, seed)
+    `stream_row_ids` does."""
+    return stream_row_ids(index * batch_size, (index + 1) * batch_size, size, seed)
 
 
 def process_slice(values: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
@@ -108,7 +108,7 @@ def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
     for i, row in _fetch(source, rows):
         n = _fits(len(row["tokens"]), length, "length")
         tokens[i, :n] = row["tokens"]
-        segments[i, :n], positions[i, :n] = assign_rows(row["lengths"])
+        segments[i, :n], positions[i, :n] = segments_and_positions(row["lengths"])
         loss_mask[i, :n] = row["loss_mask"]
     return LmBatch(
         tokens=tokens, segments=segments, positions=positions, loss_mask=loss_mask
@@ -119,7 +119,7 @@ def prompt_batch(source: Source, rows: np.ndarray, length: int) -> Prompts:
     """Returns the prompts `rows` [B] of `source`, padded on the left to `length` (P), numpy
     arrays."""
     fetched = _fetch(source, rows)
-    return left_padded([(i, row["tokens"]) for i, row in fetched], len(rows), length)
+    return left_pad([(i, row["tokens"]) for i, row in fetched], len(rows), length)
 
 
 def comparison_batch(
@@ -146,9 +146,7 @@ def comparison_batch(
         responses[i][mask[i]] = row["responses"]
         ranks[i, :k], valid[i, :k] = row["ranks"], True
         labeler[i] = row["labeler"]
-    prompts = left_padded(
-        [(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens
-    )
+    prompts = left_pad([(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens)
     return Comparisons(
         prompts=prompts,
         responses=responses,
@@ -196,7 +194,7 @@ def mixed_lm_batch(
             parts.append(
                 lm_batch(
                     source,
-                    rows_between(int(start), int(stop), len(source), seed)[mine],
+                    stream_row_ids(int(start), int(stop), len(source), seed)[mine],
                     length,
                 )
             )
@@ -211,7 +209,7 @@ def _fetch(source: Source, rows: np.ndarray) -> list[tuple[int, Mapping[str, Any
     )
 
 
-def left_padded(
+def left_pad(
     prompts: Sequence[tuple[int, np.ndarray]], batch_size: int, length: int
 ) -> Prompts:
     """Returns (row, tokens) pairs as Prompts of `batch_size` × `length` (P), numpy arrays;

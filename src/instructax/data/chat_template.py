@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from instructax.data.prompt_format import PromptFormat, split_turns
-from instructax.data.schema import add_separator
+from instructax.data.prompt_format import PromptFormat, add_separator, split_turns
 from instructax.data.tokenizer import Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -83,7 +82,7 @@ def load_template(workdir: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
             )
         if source:
             bos = config.get("bos_token") or "" if config else None
-            template = template_of(
+            template = make_template(
                 source, tokenizer, bos["content"] if isinstance(bos, dict) else bos
             )
             _compiled(template.source)
@@ -91,7 +90,7 @@ def load_template(workdir: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     return None
 
 
-def inherit_template(parent: Path, workdir: Path) -> None:
+def copy_template(parent: Path, workdir: Path) -> None:
     """Puts the files that the chat template of the run in `parent` is read from into
     `workdir`, for whoever talks to the child as it was trained."""
     for place in PLACES:
@@ -101,7 +100,7 @@ def inherit_template(parent: Path, workdir: Path) -> None:
                 shutil.copyfile(parent / place / name, workdir / place / name)
 
 
-def template_of(
+def make_template(
     source: str, tokenizer: Tokenizer, bos_token: str | None = None
 ) -> ChatTemplate:
     """`source` with the special tokens of `tokenizer`; `bos_token` "" = none, None = the
@@ -221,7 +220,7 @@ def encode_messages(
     )
 
 
-def turn_ends(tokenizer: Tokenizer, template: ChatTemplate | None) -> np.ndarray:
+def turn_end_mask(tokenizer: Tokenizer, template: ChatTemplate | None) -> np.ndarray:
     """Marks the token that the template puts behind an answer, if it is a special one:
     b[size]. Some models end their turn with it, and a text with another."""
     ends = np.zeros((tokenizer.size,), bool)

@@ -23,7 +23,7 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Documents that share a row, in order, without the padding at its end."""
 
     tokens: np.ndarray  # i32[n], n <= T
@@ -58,7 +58,7 @@ def demonstration_document(
     return Document(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
-def pack(documents: Sequence[Document], length: int) -> list[Row]:
+def pack_documents(documents: Sequence[Document], length: int) -> list[PackedRow]:
     """Puts `documents` into rows of at most `length` tokens.
 
     First fit: each document goes, in the order given, to the oldest row with room; of more
@@ -89,15 +89,15 @@ def pack(documents: Sequence[Document], length: int) -> list[Row]:
     return [_row(row) for row in rows]
 
 
-def _row(documents: list[Document]) -> Row:
-    return Row(
+def _row(documents: list[Document]) -> PackedRow:
+    return PackedRow(
         tokens=np.concatenate([document.tokens for document in documents]),
         lengths=np.array([len(document.tokens) for document in documents], np.int32),
         loss_mask=np.concatenate([document.loss_mask for document in documents]),
     )
 
 
-def assign_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def segments_and_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns segments i32[n] (1, 2, … by document) and positions i32[n] (from 0 in each)
     of documents of `lengths`."""
     starts = np.cumsum(lengths) - lengths

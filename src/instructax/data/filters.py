@@ -14,18 +14,20 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from instructax.data.schema import Comparison, Demonstration, Prompt, Record, Text
+from instructax.data.schema import Comparison, DataRecord, Demonstration, Prompt, Text
 
-R = TypeVar("R", bound=Record)
-Prompted = TypeVar("Prompted", Demonstration, Comparison, Prompt)
-T = TypeVar("T")
+RecordT = TypeVar("RecordT", bound=DataRecord)
+PromptedRecord = TypeVar("PromptedRecord", Demonstration, Comparison, Prompt)
+ItemT = TypeVar("ItemT")
 
-Fractions = tuple[
+SplitFractions = tuple[
     tuple[str, float], ...
 ]  # (name of the split, its share of the keys), the shares sum to 1
 
 
-def drop_shared_prefix(records: Sequence[Prompted], length: int) -> list[Prompted]:
+def drop_shared_prefix(
+    records: Sequence[PromptedRecord], length: int
+) -> list[PromptedRecord]:
     """Keeps the first of all records whose prompts agree in their first `length`
     characters.
 
@@ -56,18 +58,20 @@ def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
     return kept
 
 
-def drop_long(items: Sequence[T], limit: int, count_tokens: Callable[[T], int]) -> list[T]:
+def drop_long(
+    items: Sequence[ItemT], limit: int, count_tokens: Callable[[ItemT], int]
+) -> list[ItemT]:
     """Keeps the items of 1 to `limit` tokens (paper, appendix C: prompts and responses of
     up to 1k tokens)."""
     return [item for item in items if 1 <= count_tokens(item) <= limit]
 
 
-def drop_texts(records: Sequence[R], texts: Sequence[str]) -> list[R]:
+def drop_containing(records: Sequence[RecordT], texts: Sequence[str]) -> list[RecordT]:
     """Keeps the records that hold none of `texts`."""
     return [
         record
         for record in records
-        if not any(text in own for own in texts_of(record) for text in texts)
+        if not any(text in own for own in record_texts(record) for text in texts)
     ]
 
 
@@ -158,7 +162,7 @@ def _luhn(card: str) -> bool:
     return (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
-def texts_of(record: Record) -> tuple[str, ...]:
+def record_texts(record: DataRecord) -> tuple[str, ...]:
     """Returns all texts of a record that people wrote or judged."""
     match record:
         case Demonstration():
@@ -171,15 +175,17 @@ def texts_of(record: Record) -> tuple[str, ...]:
             return (record.text,)
 
 
-def drop_pii(records: Sequence[R]) -> list[R]:
+def drop_pii(records: Sequence[RecordT]) -> list[RecordT]:
     """Keeps the records without sign of personal data; the paper applies it to the training
     split alone."""
     return [
-        record for record in records if not any(has_pii(text) for text in texts_of(record))
+        record
+        for record in records
+        if not any(has_pii(text) for text in record_texts(record))
     ]
 
 
-def split_key(record: Record) -> str:
+def split_key(record: DataRecord) -> str:
     """Returns what decides the split: the user who sent a prompt if known, else the prompt
     or the text itself.
 
@@ -188,10 +194,10 @@ def split_key(record: Record) -> str:
     """
     if isinstance(record, Prompt) and record.user is not None:
         return f"user {record.user}"
-    return f"text {texts_of(record)[0]}"
+    return f"text {record_texts(record)[0]}"
 
 
-def split_of(key: str, fractions: Fractions, seed: int) -> str:
+def split_of(key: str, fractions: SplitFractions, seed: int) -> str:
     """Returns the split of `key`, a function of the arguments alone: new records move no
     old one.
 

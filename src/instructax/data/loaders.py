@@ -22,8 +22,8 @@ from instructax.data.batches import (
 )
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_demonstrations, prepare_text
-from instructax.data.prompt_format import PLAIN, PromptFormat
-from instructax.data.storage import Prepared
+from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.types import Comparisons, LmBatch
 
@@ -44,8 +44,8 @@ class LmData:
 
 
 def read_lm_data(
-    config: LmData, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
-) -> dict[str, Prepared]:
+    config: LmData, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+) -> dict[str, PreparedData]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     require(
         bool(config.demonstrations) == (config.text_fraction < 1)
@@ -54,7 +54,7 @@ def read_lm_data(
         f"config.data.demonstrations and {len(config.text)} of config.data.text: 1 is text alone, 0 demonstrations",
     )
     prepare = {
-        "demonstrations": partial(prepare_demonstrations, wording=wording),
+        "demonstrations": partial(prepare_demonstrations, prompt_format=prompt_format),
         "text": prepare_text,
     }
     files = {"demonstrations": config.demonstrations, "text": config.text}
@@ -68,7 +68,12 @@ def read_lm_data(
 
 
 def lm_reader(
-    config: LmData, data: Mapping[str, Prepared], split: str, *, batch_size: int, seed: int
+    config: LmData,
+    data: Mapping[str, PreparedData],
+    split: str,
+    *,
+    batch_size: int,
+    seed: int,
 ) -> Callable[[int], LmBatch]:
     """Batch `step` of packed rows: this process's share of it, as numpy arrays."""
     nothing: Any = ()

@@ -20,22 +20,21 @@ import numpy as np
 from instructax.data import document_packing
 from instructax.data import filters as hygiene
 from instructax.data.limits import DataLimits
-from instructax.data.prompt_format import PLAIN, PromptFormat
+from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat, add_separator
 from instructax.data.schema import (
     Comparison,
     DataError,
     Demonstration,
     Prompt,
     Text,
-    add_separator,
     read_jsonl,
 )
 from instructax.data.storage import (
     ComparisonRows,
     PackedRows,
-    Prepared,
+    PreparationReport,
+    PreparedData,
     PromptRows,
-    Report,
     Rows,
     read_rows,
     write_rows,
@@ -67,7 +66,7 @@ class _Recipe:
 
 def prepare_text(
     files: Sequence[Path], tokenizer: Tokenizer, limits: DataLimits, data_dir: Path
-) -> Prepared:
+) -> PreparedData:
     """Returns pretraining text as packed rows of T tokens, prepared or reused;
     `batches.lm_batch` reads them.
 
@@ -86,7 +85,7 @@ def prepare_text(
         return _packed([document for documents in texts for document in documents], length)
 
     recipe = _Recipe("text", Text, PackedRows, [], lambda ids: [], rows, length)
-    return _prepare(recipe, files, tokenizer, limits, data_dir, PLAIN)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, PLAIN_FORMAT)
 
 
 def prepare_demonstrations(
@@ -94,8 +93,8 @@ def prepare_demonstrations(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    wording: PromptFormat = PLAIN,
-) -> Prepared:
+    prompt_format: PromptFormat = PLAIN_FORMAT,
+) -> PreparedData:
     """Returns demonstrations as packed rows of T tokens, prepared or reused;
     `batches.lm_batch` reads them.
 
@@ -139,7 +138,7 @@ def prepare_demonstrations(
     recipe = _Recipe(
         "demonstrations", Demonstration, PackedRows, filters, length_filters, rows, length
     )
-    return _prepare(recipe, files, tokenizer, limits, data_dir, wording)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, prompt_format)
 
 
 def prepare_prompts(
@@ -147,8 +146,8 @@ def prepare_prompts(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    wording: PromptFormat = PLAIN,
-) -> Prepared:
+    prompt_format: PromptFormat = PLAIN_FORMAT,
+) -> PreparedData:
     """Returns prompts, prepared or reused; `batches.prompt_batch` reads them with P =
     `limits.prompt_tokens`.
 
@@ -176,7 +175,7 @@ def prepare_prompts(
         rows,
         limits.prompt_tokens,
     )
-    return _prepare(recipe, files, tokenizer, limits, data_dir, wording)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, prompt_format)
 
 
 def prepare_comparisons(
@@ -184,8 +183,8 @@ def prepare_comparisons(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    wording: PromptFormat = PLAIN,
-) -> Prepared:
+    prompt_format: PromptFormat = PLAIN_FORMAT,
+) -> PreparedData:
     """Returns comparisons, prepared or reused; `batches.comparison_batch` reads them with
     P, K, R of `limits`.
 
@@ -223,7 +222,7 @@ def prepare_comparisons(
     recipe = _Recipe(
         "comparisons", Comparison, ComparisonRows, filters, length_filters, rows, cells
     )
-    return _prepare(recipe, files, tokenizer, limits, data_dir, wording)
+    return _prepare(recipe, files, tokenizer, limits, data_dir, prompt_format)
 
 
 def _check_end(record: Demonstration, completion: np.ndarray, eos_id: int) -> None:
@@ -258,7 +257,7 @@ def _length_filter(rule: str, limit: int, count_tokens: Callable[[Any], int]) ->
 def _packed(
     documents: Sequence[document_packing.Document], length: int
 ) -> list[dict[str, Any]]:
-    return [vars(row) for row in document_packing.pack(documents, length)]
+    return [vars(row) for row in document_packing.pack_documents(documents, length)]
 
 
 def _comparison_row(
@@ -283,14 +282,14 @@ def _prepare(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    wording: PromptFormat,
-) -> Prepared:
+    prompt_format: PromptFormat,
+) -> PreparedData:
     """Opens the rows of `recipe` for these inputs, after making them if no process has done
     so."""
-    content = _hash(recipe.kind, files, tokenizer, limits, wording)
+    content = _hash(recipe.kind, files, tokenizer, limits, prompt_format)
     folder = data_dir / f"{recipe.kind}-{content[:16]}"
     if not folder.exists():
-        rows, report = _make(recipe, files, tokenizer, limits, wording, content)
+        rows, report = _make(recipe, files, tokenizer, limits, prompt_format, content)
         write_rows(recipe.builder, folder, rows, report)
     return read_rows(recipe.builder, folder)
 
@@ -300,9 +299,9 @@ def _make(
     files: Sequence[Path],
     tokenizer: Tokenizer,
     limits: DataLimits,
-    wording: PromptFormat,
+    prompt_format: PromptFormat,
     content: str,
-) -> tuple[Rows, Report]:
+) -> tuple[Rows, PreparationReport]:
     """Returns the rows of every split, and the report; `content` is the hash of the other
     arguments."""
     if not files:
@@ -316,8 +315,8 @@ def _make(
         )
     dropped: dict[str, int] = {}
     reserved = (
-        [("reserved", lambda kept: hygiene.drop_texts(kept, wording.reserved))]
-        if wording.reserved
+        [("reserved", lambda kept: hygiene.drop_containing(kept, prompt_format.reserved))]
+        if prompt_format.reserved
         else []
     )
     splits = _splits(_filtered(records, [*reserved, *recipe.filters], dropped), limits)
@@ -325,8 +324,8 @@ def _make(
         splits["train"] = _filtered(splits["train"], [("pii", hygiene.drop_pii)], dropped)
     kept, rows = {}, {}
     for split, members in splits.items():
-        members = [_worded(record, wording) for record in members]
-        ids = _token_ids(members, tokenizer, wording)
+        members = [_worded(record, prompt_format) for record in members]
+        ids = _token_ids(members, tokenizer, prompt_format)
         kept[split] = _filtered(members, recipe.length_filters(ids), dropped)
         rows[split] = recipe.rows(kept[split], ids, labelers)
     for split, members in splits.items():
@@ -337,7 +336,7 @@ def _make(
                 "change Limits.splits or the limit that drops them, or give more data"
             )
     tokens = {split: sum(map(_count_tokens, rows[split])) for split in rows}
-    report = Report(
+    report = PreparationReport(
         hash=content,
         records=len(records),
         dropped=dropped,
@@ -361,14 +360,14 @@ def _opened(record: Any) -> Any:
     )
 
 
-def _worded(record: Any, wording: PromptFormat) -> Any:
+def _worded(record: Any, prompt_format: PromptFormat) -> Any:
     if isinstance(record, Text):
         return record
-    changes: dict[str, Any] = {"prompt": wording.prompt(record.prompt)}
+    changes: dict[str, Any] = {"prompt": prompt_format.prompt(record.prompt)}
     if isinstance(record, Demonstration):
-        changes["completion"] = wording.answer(record.completion)
+        changes["completion"] = prompt_format.answer(record.completion)
     if isinstance(record, Comparison):
-        changes["completions"] = tuple(map(wording.answer, record.completions))
+        changes["completions"] = tuple(map(prompt_format.answer, record.completions))
     return dataclasses.replace(record, **changes)
 
 
@@ -386,7 +385,7 @@ def _hash(
     files: Sequence[Path],
     tokenizer: Tokenizer,
     limits: DataLimits,
-    wording: PromptFormat,
+    prompt_format: PromptFormat,
 ) -> str:
     """Returns the sha256, in hex, of all that decides the rows."""
     contents = []
@@ -397,7 +396,7 @@ def _hash(
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error})") from None
     decisive = [ROWS_VERSION, kind, tokenizer.hash, dataclasses.asdict(limits), contents]
-    decisive += [wording.hash] if wording.hash else []
+    decisive += [prompt_format.hash] if prompt_format.hash else []
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -412,16 +411,18 @@ def _filtered(
     return records
 
 
-def _token_ids(records: Sequence[Any], tokenizer: Tokenizer, wording: PromptFormat) -> Ids:
+def _token_ids(
+    records: Sequence[Any], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> Ids:
     """Returns the ids of every text of `records`, each text encoded once."""
     texts = list(
-        dict.fromkeys(text for record in records for text in hygiene.texts_of(record))
+        dict.fromkeys(text for record in records for text in hygiene.record_texts(record))
     )
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    if wording.encode is None:
+    if prompt_format.encode is None:
         return ids
     return ids | {
-        record.prompt: wording.encode(record.prompt)
+        record.prompt: prompt_format.encode(record.prompt)
         for record in records
         if not isinstance(record, Text)
     }

@@ -25,7 +25,7 @@ CHARACTERS = 400  # of a part of a document
 DOCUMENTS = 3  # of a row
 
 
-def view(batch: LmBatch, row: int, decode: Callable[[Sequence[int]], str]) -> Text:
+def preview_text(batch: LmBatch, row: int, decode: Callable[[Sequence[int]], str]) -> Text:
     """Row `row` of a batch: a line that sums it up, and its first documents part by part."""
     segments, trained = np.asarray(batch.segments[row]), np.asarray(batch.loss_mask[row])
     count, cells = int(segments.max()), int((segments == 0).sum())
@@ -67,6 +67,6 @@ def _parts(
         yield "end", ""
 
 
-def show(batch: LmBatch, decode: Callable[[Sequence[int]], str]) -> None:
+def print_preview(batch: LmBatch, decode: Callable[[Sequence[int]], str]) -> None:
     """Prints the first row of `batch` in colours on a terminal, plainly elsewhere."""
-    Console(soft_wrap=True, highlight=False).print(view(batch, 0, decode))
+    Console(soft_wrap=True, highlight=False).print(preview_text(batch, 0, decode))

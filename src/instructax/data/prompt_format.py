@@ -27,7 +27,19 @@ class PromptFormat:
     ]  # texts that no prompt or completion may hold, since the model reads them as its own
 
 
-PLAIN = PromptFormat(hash="", prompt=str, answer=str, encode=None, reserved=())
+PLAIN_FORMAT = PromptFormat(hash="", prompt=str, answer=str, encode=None, reserved=())
+
+
+def add_separator(prompt: str) -> str:
+    """The prompt up to where its completion begins.
+
+    One that ends in white space stands as it is, one that ends with a colon ("Assistant:")
+    goes on after a blank, any other after an empty line. The same wherever a prompt is
+    read, so that all stages see the same tokens.
+    """
+    if not prompt or prompt[-1].isspace():
+        return prompt
+    return prompt + (" " if prompt.endswith(":") else "\n\n")
 
 
 def split_turns(prompt: str) -> list[Mapping[str, str]]:

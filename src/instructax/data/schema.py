@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-LINE_BYTES = (
+MAX_LINE_BYTES = (
     64 * 2**20
 )  # of the longest line: of one without an end, as a small gzip file may hold, no more is read
 
@@ -80,11 +80,11 @@ class Text:
     source: str | None
 
 
-Record = Demonstration | Comparison | Prompt | Text
-R = TypeVar("R", Demonstration, Comparison, Prompt, Text)
+DataRecord = Demonstration | Comparison | Prompt | Text
+RecordT = TypeVar("RecordT", Demonstration, Comparison, Prompt, Text)
 
 
-def read_jsonl(files: Sequence[Path], cls: type[R]) -> Iterator[R]:
+def read_jsonl(files: Sequence[Path], cls: type[RecordT]) -> Iterator[RecordT]:
     """Yields the records of `files`, which make one set: an id may occur once in all of
     them. Blank lines are skipped.
 
@@ -125,11 +125,11 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
             else open(file, "rb") as stream
         ):
             for number, line in enumerate(
-                iter(lambda: stream.readline(LINE_BYTES + 1), b""), start=1
+                iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1
             ):
-                if len(line) > LINE_BYTES:
+                if len(line) > MAX_LINE_BYTES:
                     raise DataError(
-                        f"{file}:{number}: line: longer than {LINE_BYTES} bytes: split the text"
+                        f"{file}:{number}: line: longer than {MAX_LINE_BYTES} bytes: split the text"
                     )
                 content = (
                     line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -145,7 +145,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{place}: cannot be read ({error})") from None
 
 
-def _record(line: bytes, cls: type[R]) -> R:
+def _record(line: bytes, cls: type[RecordT]) -> RecordT:
     """Returns the record on `line`, or raises _Fault."""
     given = _json_object(line)
     fields = [field.name for field in dataclasses.fields(cls)]
@@ -298,15 +298,3 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "source": _optional_text,
 }
 _OPTIONAL = frozenset({"pairs", "labeler", "user", "kind", "source"})
-
-
-def add_separator(prompt: str) -> str:
-    """The prompt up to where its completion begins.
-
-    One that ends in white space stands as it is, one that ends with a colon ("Assistant:")
-    goes on after a blank, any other after an empty line. The same wherever a prompt is
-    read, so that all stages see the same tokens.
-    """
-    if not prompt or prompt[-1].isspace():
-        return prompt
-    return prompt + (" " if prompt.endswith(":") else "\n\n")

@@ -24,7 +24,9 @@ import tensorflow_datasets as tfds
 
 from instructax.data.batches import Source
 
-REMEMBERED = 64 * 2**20  # bytes on disk: of less, rows stay in memory once they were read
+MAX_CACHED_BYTES = (
+    64 * 2**20
+)  # bytes on disk: of less, rows stay in memory once they were read
 REPORT = "report.json"
 SIZES = "sizes.json"
 
@@ -36,7 +38,7 @@ _bools = tfds.features.Tensor(shape=(None,), dtype=np.bool_, encoding="bytes")
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class PreparationReport:
     """What became of the records; saved beside the rows."""
 
     hash: str  # sha256 of all that decides the rows
@@ -51,15 +53,15 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Rows that are ready to be read, and how they came about."""
 
     folder: Path
     sources: dict[str, Source]  # by split
-    report: Report
+    report: PreparationReport
 
 
-class Remembered:
+class CachedSource:
     """A source whose rows are all decoded when the first are asked for, and kept: one by
     one that costs a small network a tenth of its training step."""
 
@@ -132,7 +134,9 @@ class ComparisonRows(_Rows):
     }
 
 
-def write_rows(builder: type[_Rows], folder: Path, rows: Rows, report: Report) -> None:
+def write_rows(
+    builder: type[_Rows], folder: Path, rows: Rows, report: PreparationReport
+) -> None:
     """Writes `rows`, by split, and `report` to `folder`; does nothing if another process
     made it meanwhile.
 
@@ -165,12 +169,12 @@ def write_rows(builder: type[_Rows], folder: Path, rows: Rows, report: Report) -
         shutil.rmtree(private, ignore_errors=True)
 
 
-def read_rows(builder: type[_Rows], folder: Path) -> Prepared:
+def read_rows(builder: type[_Rows], folder: Path) -> PreparedData:
     """Opens what `write_rows` wrote. Raises ValueError if files of `folder` are missing or
     not of the size written."""
     try:
         sizes = json.loads((folder / SIZES).read_text())
-        report = Report(**json.loads((folder / REPORT).read_text()))
+        report = PreparationReport(**json.loads((folder / REPORT).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"cannot use the prepared data in {folder} ({error}): delete it to prepare it again"
@@ -186,9 +190,9 @@ def read_rows(builder: type[_Rows], folder: Path) -> Prepared:
         str(folder / builder.name / str(builder.VERSION))
     )
     sources = {name: stored.as_data_source(split=name) for name in report.rows}
-    if sum(sizes.values()) < REMEMBERED:
-        sources = {name: Remembered(source) for name, source in sources.items()}
-    return Prepared(folder=folder, sources=sources, report=report)
+    if sum(sizes.values()) < MAX_CACHED_BYTES:
+        sources = {name: CachedSource(source) for name, source in sources.items()}
+    return PreparedData(folder=folder, sources=sources, report=report)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

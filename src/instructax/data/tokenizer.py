@@ -90,11 +90,11 @@ class Tokenizer:
             "",
         )
 
-    def free_ids(self) -> list[int]:
+    def unused_ids(self) -> list[int]:
         """The ids that the file leaves free, in rising order: no text has them."""
         return sorted(set(range(self.size)) - self._tokens.keys())
 
-    def with_text(self, text: str) -> np.ndarray:
+    def tokens_containing(self, text: str) -> np.ndarray:
         """Marks the tokens that hold `text`, such as those with a line break: b[size]."""
         return np.array([text in self.decode([token]) for token in range(self.size)])
 
@@ -143,7 +143,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
         file.write(tokenizer.content + "\n")
 
 
-def padded(tokenizer: Tokenizer, size: int) -> Tokenizer:
+def pad_vocab(tokenizer: Tokenizer, size: int) -> Tokenizer:
     """`tokenizer` with ids up to `size` - 1, of which the new ones are of no text: those of
     a model that has more rows.
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructax import sharding
-from instructax.data.batches import left_padded, process_slice
+from instructax.data.batches import left_pad, process_slice
 from instructax.generation import generate
 from instructax.models import Transformer
 from instructax.models.scoring import packed_logprobs, rollout_sequences
@@ -50,7 +50,11 @@ class Completer:
             keys = jax.random.split(
                 jax.random.key(0), batch_size
             )  # nothing is drawn at temperature 0
-            ends = {"length": answer_tokens, "eos_id": eos_id, "stops": jnp.asarray(stops)}
+            ends = {
+                "length": answer_tokens,
+                "eos_id": eos_id,
+                "stop_token_mask": jnp.asarray(stops),
+            }
             return generate(
                 model,
                 params,
@@ -124,7 +128,7 @@ class Completer:
 
     def _prompts(self, contexts: Sequence[np.ndarray]) -> Prompts:
         _check_lengths(contexts, self._context_tokens, "context", "context_tokens")
-        return left_padded(list(enumerate(contexts)), len(contexts), self._context_tokens)
+        return left_pad(list(enumerate(contexts)), len(contexts), self._context_tokens)
 
     def _rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
         """Rollouts whose responses are the candidates."""

@@ -15,7 +15,7 @@ from instructax import sharding
 from instructax.data.batches import Source
 from instructax.data.limits import DataLimits
 from instructax.data.loaders import read_comparisons, validation_batches, validation_rows
-from instructax.data.storage import Prepared
+from instructax.data.storage import PreparedData
 from instructax.evals.intervals import ratio_estimate
 from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masking import token_count
@@ -120,7 +120,7 @@ class HeldOut:
         self._losses = jax.jit(losses, out_shardings=everywhere)
         self._differences = jax.jit(differences, out_shardings=everywhere)
 
-    def text_loss(self, params: Params, text: Prepared) -> dict[str, Any]:
+    def text_loss(self, params: Params, text: PreparedData) -> dict[str, Any]:
         """Loss in nats per token on held-out text, with an interval over rows."""
         batches = validation_batches(
             text.sources["validation"], *self._size, self._limits.sequence_tokens
@@ -132,7 +132,7 @@ class HeldOut:
         losses, tokens = (np.concatenate(x) for x in zip(*out, strict=True))
         return dataclasses.asdict(ratio_estimate(losses, tokens))
 
-    def ranking(self, params: Params, comparisons: Prepared) -> dict[str, Any]:
+    def ranking(self, params: Params, comparisons: PreparedData) -> dict[str, Any]:
         """Share of held-out pairs that the reward model orders as people did; of those of
         different length, that their length does; and how sure it is: of the pairs whose
         better one it gives a probability σ(|Δ score|) in a bin, the share it orders

@@ -14,7 +14,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from instructax.data.chat_template import ChatTemplate, encode_rendered, render, turn_ends
+from instructax.data.chat_template import (
+    ChatTemplate,
+    encode_rendered,
+    render,
+    turn_end_mask,
+)
 from instructax.data.tokenizer import Tokenizer
 from instructax.serving.engine import Draw, Engine
 from instructax.serving.text_stream import TextStream
@@ -40,7 +45,7 @@ class InstructaxLM(TemplateLM):
             template,
             seed,
         )
-        self._ends = turn_ends(tokenizer, template)
+        self._ends = turn_end_mask(tokenizer, template)
         bos = template.bos_token if template else ""
         self._prefix = (
             int(encode_rendered(bos, tokenizer, template)[0]) if bos else tokenizer.eos_id

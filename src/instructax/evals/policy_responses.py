@@ -28,7 +28,8 @@ from instructax.data.batches import (
     prompt_batch,
 )
 from instructax.data.limits import DataLimits
-from instructax.data.schema import Demonstration, add_separator
+from instructax.data.prompt_format import add_separator
+from instructax.data.schema import Demonstration
 from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import Transformer
@@ -86,7 +87,7 @@ class PolicyEvaluator:
             policy.config.max_length - limits.prompt_tokens - limits.response_tokens
         )
         self._fixed = (ref_params, reward_params)
-        line_breaks = jnp.asarray(tokenizer.with_text("\n"))
+        line_breaks = jnp.asarray(tokenizer.tokens_containing("\n"))
         scored_at = temperature if temperature > 0 else 1.0
 
         def packed(function: Any, rollouts: Rollouts) -> Array:
@@ -116,7 +117,7 @@ class PolicyEvaluator:
                 length=limits.response_tokens,
                 temperature=temperature,
                 eos_id=tokenizer.eos_id,
-                stops=line_breaks if prompted else None,
+                stop_token_mask=line_breaks if prompted else None,
                 groups=sharding.row_ways(mesh),
             )
             cut, kept = sampled, sampled.mask

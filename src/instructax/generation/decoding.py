@@ -46,14 +46,14 @@ def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array,
 
 
 @pytree
-class Draws:
+class SampleBatch:
     """N samples that are wanted, and what they are drawn from."""
 
     prompts: Prompts  # [M, P]; sample i is of prompt i // (N / M)
     prefilled: Prefilled
     keys: Array  # key[N]
     wanted: Array  # i32[], samples that are made, the first ones
-    limits: Array  # i32[N], the most tokens of each, from 1 to R
+    max_new_tokens: Array  # i32[N], the most tokens of each, from 1 to R
     temperature: Array  # f32[N]
 
 
@@ -64,7 +64,7 @@ class Slots:
     cache: Cache  # of S rows: P columns of the prompt, then those of the response
     hidden: Array  # dtype[S, D], from which the next token is drawn
     sample: Array  # i32[S], which sample a slot makes; N = none
-    column: Array  # i32[S], response tokens that it has so far
+    num_tokens: Array  # i32[S], response tokens that it has so far
     token: Array  # i32[S], the last of them
     next: Array  # i32[], the first sample that no slot has taken
     responses: Array  # i32[N, R]
@@ -76,10 +76,10 @@ class Slots:
 def compact_slots(s: Slots, count: int) -> Slots:
     """The first `count` busy slots alone; idle ones, if there are fewer."""
     first = jnp.argsort(s.sample == len(s.responses), stable=True)[:count]
-    own = s.cache, s.hidden, s.sample, s.column, s.token
-    cache, hidden, sample, column, token = jax.tree.map(lambda x: x[first], own)
+    own = s.cache, s.hidden, s.sample, s.num_tokens, s.token
+    cache, hidden, sample, num_tokens, token = jax.tree.map(lambda x: x[first], own)
     return dataclasses.replace(
-        s, cache=cache, hidden=hidden, sample=sample, column=column, token=token
+        s, cache=cache, hidden=hidden, sample=sample, num_tokens=num_tokens, token=token
     )
 
 
@@ -92,9 +92,9 @@ class Sampler:
     params: Params
     head: Array  # matmul_dtype[V, D]
     layers: tuple[Params, ...]
-    draws: Draws
+    draws: SampleBatch
     eos_id: int
-    stops: Array  # b[V], tokens that end a response as `eos_id` does
+    stop_token_mask: Array  # b[V], tokens that end a response as `eos_id` does
 
     def begin(self, length: int) -> Slots:
         """The first token in every slot; R = `length`."""
@@ -144,7 +144,7 @@ class Sampler:
                 (slots, model.config.embed_dim), self.draws.prefilled.hidden.dtype
             ),
             sample=jnp.full((slots,), count, jnp.int32),
-            column=jnp.zeros((slots,), jnp.int32),
+            num_tokens=jnp.zeros((slots,), jnp.int32),
             token=jnp.zeros((slots,), jnp.int32),
             next=jnp.int32(0),
             responses=jnp.full((count, length), self.eos_id, jnp.int32),
@@ -205,7 +205,7 @@ class Sampler:
             ),
             hidden=put(s.hidden, prefilled.hidden[prompt]),
             sample=put(s.sample, s.next),
-            column=put(s.column, 0),
+            num_tokens=put(s.num_tokens, 0),
             next=s.next + self._waits(s).astype(jnp.int32),
         )
 
@@ -214,19 +214,19 @@ class Sampler:
         s = jax.lax.while_loop(lambda s: any_over_batch(self._waits(s)), self._take, s)
         count = len(self.draws.keys)
         own = jnp.minimum(s.sample, count - 1)
-        keys = jax.vmap(jax.random.fold_in)(self.draws.keys[own], s.column)
+        keys = jax.vmap(jax.random.fold_in)(self.draws.keys[own], s.num_tokens)
         logits = logits_of(s.hidden, self.head, self.model.config.logit_cap)
         tokens, logprobs = sample_token(logits, keys, self.draws.temperature[own])
-        stopped = (tokens == self.eos_id) | self.stops[tokens]
-        over = stopped | (s.column + 1 == self.draws.limits[own])
+        stopped = (tokens == self.eos_id) | self.stop_token_mask[tokens]
+        over = stopped | (s.num_tokens + 1 == self.draws.max_new_tokens[own])
         return dataclasses.replace(
             s,
             sample=jnp.where(over, count, s.sample),
-            column=s.column + 1,
+            num_tokens=s.num_tokens + 1,
             token=tokens,
-            responses=s.responses.at[s.sample, s.column].set(tokens, mode="drop"),
-            mask=s.mask.at[s.sample, s.column].set(True, mode="drop"),
-            logprobs=s.logprobs.at[s.sample, s.column].set(logprobs, mode="drop"),
+            responses=s.responses.at[s.sample, s.num_tokens].set(tokens, mode="drop"),
+            mask=s.mask.at[s.sample, s.num_tokens].set(True, mode="drop"),
+            logprobs=s.logprobs.at[s.sample, s.num_tokens].set(logprobs, mode="drop"),
             ended=s.ended.at[s.sample].set(stopped, mode="drop"),
         )
 
@@ -238,7 +238,7 @@ class Sampler:
         ]
         # Idle slots are run too; their positions must exist, and what they write is seen by
         # none.
-        positions = jnp.where(active, lengths + s.column - 1, 0)
+        positions = jnp.where(active, lengths + s.num_tokens - 1, 0)
         outputs: Any = self.model.apply(
             {"params": self.params},
             s.token[:, None],

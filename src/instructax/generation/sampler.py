@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.generation.decoding import Draws, Sampler, Slots
+from instructax.generation.decoding import SampleBatch, Sampler, Slots
 from instructax.generation.prefill import filled, prefilled
 from instructax.models import (
     Transformer,
@@ -28,7 +28,7 @@ from instructax.types import Array, Params, Prompts, Rollouts, pytree
 class SamplingState:
     """Samples that are being drawn; `advance_sampling` goes on with them."""
 
-    draws: Draws
+    draws: SampleBatch
     slots: Slots
 
     @property
@@ -53,26 +53,31 @@ def start_sampling(
     keys: Array,
     *,
     length: int,
-    limits: Array,
+    max_new_tokens: Array,
     temperature: Array,
     eos_id: int,
-    stops: Array | None = None,
+    stop_token_mask: Array | None = None,
 ) -> SamplingState:
     """Runs the prompts, and draws the first token of as many samples as there are slots.
 
     As `generate` on one device, but each sample has a temperature of its own, f32[N], and
-    its own number of tokens that it may have, `limits` i32[N], from 1 to `length`.
+    its own number of tokens that it may have, `max_new_tokens` i32[N], from 1 to `length`.
     """
     network = _network(model, params)
-    draws = Draws(
+    draws = SampleBatch(
         prompts=prompts,
         prefilled=prefilled(network["model"], network["params"], prompts),
         keys=keys,
         wanted=filled(prompts) * (len(keys) // len(prompts.tokens)),
-        limits=limits,
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    sampler = Sampler(**network, draws=draws, eos_id=eos_id, stops=_stops(model, stops))
+    sampler = Sampler(
+        **network,
+        draws=draws,
+        eos_id=eos_id,
+        stop_token_mask=_stops(model, stop_token_mask),
+    )
     return SamplingState(draws=draws, slots=sampler.begin(length))
 
 
@@ -83,15 +88,15 @@ def advance_sampling(
     *,
     steps: Array | None = None,
     eos_id: int,
-    stops: Array | None = None,
+    stop_token_mask: Array | None = None,
 ) -> SamplingState:
     """Draws up to `steps` i32[] further tokens of each sample under way, by default all;
-    `eos_id` and `stops` as in `start_sampling`."""
+    `eos_id` and `stop_token_mask` as in `start_sampling`."""
     sampler = Sampler(
         **_network(model, params),
         draws=sampling.draws,
         eos_id=eos_id,
-        stops=_stops(model, stops),
+        stop_token_mask=_stops(model, stop_token_mask),
     )
     return dataclasses.replace(sampling, slots=sampler.advance(sampling.slots, steps))
 
@@ -105,23 +110,23 @@ def generate(
     length: int,
     temperature: Array | float,
     eos_id: int,
-    stops: Array | None = None,
+    stop_token_mask: Array | None = None,
     groups: int = 1,
 ) -> Rollouts:
     """Samples up to `length` tokens after each prompt.
 
     `prompts` [M, P]; `keys` key[N], one for each sample, so that a sample depends neither
     on its neighbours nor on its slot; N is a multiple of M, and sample i is of prompt i //
-    (N / M). Token t uses fold_in(key, t). A row ends with `eos_id`, or with one of `stops`
+    (N / M). Token t uses fold_in(key, t). A row ends with `eos_id`, or with one of `stop_token_mask`
     b[V] if they are given, which belongs to the response; columns after it are masked and
     hold `eos_id`. Nothing is sampled after prompts without a token that come last in a
     share of the rows. `groups`: how many devices share rows; each has slots for its own
     share of the prompts. Returns Rollouts of N rows with R = `length`.
     """
-    ends = {"eos_id": eos_id, "stops": stops}
+    ends = {"eos_id": eos_id, "stop_token_mask": stop_token_mask}
 
     def sample(prompts: Prompts, keys: Array) -> Rollouts:
-        limits = jnp.full((len(keys),), length, jnp.int32)
+        max_new_tokens = jnp.full((len(keys),), length, jnp.int32)
         temperatures = jnp.full((len(keys),), temperature, jnp.float32)
         begun = start_sampling(
             model,
@@ -129,7 +134,7 @@ def generate(
             prompts,
             keys,
             length=length,
-            limits=limits,
+            max_new_tokens=max_new_tokens,
             temperature=temperatures,
             **ends,
         )
@@ -159,5 +164,9 @@ def _network(model: Transformer, params: Params) -> dict[str, Any]:
     }
 
 
-def _stops(model: Transformer, stops: Array | None) -> Array:
-    return jnp.zeros((model.config.vocab_size,), bool) if stops is None else stops
+def _stops(model: Transformer, stop_token_mask: Array | None) -> Array:
+    return (
+        jnp.zeros((model.config.vocab_size,), bool)
+        if stop_token_mask is None
+        else stop_token_mask
+    )

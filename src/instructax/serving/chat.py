@@ -18,9 +18,9 @@ from instructax.data.chat_template import (
     check_messages,
     encode_messages,
     load_template,
-    turn_ends,
+    turn_end_mask,
 )
-from instructax.data.schema import add_separator
+from instructax.data.prompt_format import add_separator
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.runtime.redaction import printable
@@ -166,7 +166,7 @@ def converse(
     """As `talk`, as one conversation, which "/new" begins anew; `system`, if not empty,
     opens it."""
     policy = _opened_for(asking, path, dtype=dtype, rows=1)
-    ends = turn_ends(policy.tokenizer, policy.template)
+    ends = turn_end_mask(policy.tokenizer, policy.template)
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     for number, text in enumerate(said):
@@ -258,7 +258,7 @@ def _answered(
         except ValueError as error:
             done[i] = line | {"error": str(error)}
     for chats, asked in prompts.items():
-        ends = turn_ends(policy.tokenizer, policy.template) if chats else None
+        ends = turn_end_mask(policy.tokenizer, policy.template) if chats else None
         streams = (
             [streams for _, streams in answers(policy, asked, asking, ends)][-1]
             if asked

@@ -18,7 +18,7 @@ import numpy as np
 
 from instructax import rng
 from instructax.config import require
-from instructax.data.batches import left_padded
+from instructax.data.batches import left_pad
 from instructax.generation import SamplingState, advance_sampling, start_sampling
 from instructax.models import Transformer, head_kernel
 from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprobs
@@ -132,9 +132,12 @@ class Engine:
             sent = counts[: len(draws)].tolist()
             begun = time.perf_counter()
             sampling = self._advance(
-                self._params, sampling=sampling, steps=jnp.int32(steps), stops=stops
+                self._params,
+                sampling=sampling,
+                steps=jnp.int32(steps),
+                stop_token_mask=stops,
             )
-            jax.block_until_ready(sampling.slots.column)
+            jax.block_until_ready(sampling.slots.num_tokens)
             seconds = time.perf_counter() - begun
             steps = (
                 min(steps * 2, MOST_STEPS)
@@ -150,7 +153,7 @@ class Engine:
         limits = np.array([*(draw.limit for draw in draws), *(1 for _ in empty)], np.int32)
         return self._start(
             self._params,
-            left_padded([(i, draw.prompt) for i, draw in enumerate(draws)], rows, columns),
+            left_pad([(i, draw.prompt) for i, draw in enumerate(draws)], rows, columns),
             np.array([*(draw.seed for draw in draws), *empty], np.int32),
             np.array([*(draw.number for draw in draws), *empty], np.int32),
             length=self._columns(int(limits.max())),
@@ -226,14 +229,14 @@ def _start(
     prompts = jax.tree.map(jnp.asarray, prompts)
     steps = jax.vmap(partial(rng.step_key, purpose="evaluate", step=0))(seeds)
     keys = jax.vmap(jax.random.fold_in)(steps, numbers)
-    ends = {"eos_id": eos_id, "stops": stops}
+    ends = {"eos_id": eos_id, "stop_token_mask": stops}
     return start_sampling(
         model,
         params,
         prompts,
         keys,
         length=length,
-        limits=limits,
+        max_new_tokens=limits,
         temperature=temperature,
         **ends,
     )

@@ -13,7 +13,7 @@ import itertools
 
 import numpy as np
 
-from instructax.data.schema import add_separator
+from instructax.data.prompt_format import add_separator
 from instructax.simulation.lexicon import choose_weighted, generator, pick
 from instructax.simulation.tasks import Task
 from instructax.simulation.use_cases import USES

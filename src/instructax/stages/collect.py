@@ -20,8 +20,8 @@ import numpy as np
 from instructax import rng as clock
 from instructax.checkpoints.parents import open_parent
 from instructax.config import check_range, format_value, require
-from instructax.data.batches import left_padded
-from instructax.data.schema import add_separator
+from instructax.data.batches import left_pad
+from instructax.data.prompt_format import add_separator
 from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import ComputeConfig, ModelConfig, Transformer
@@ -149,7 +149,7 @@ def sample_answers(
         rows = fits[start : start + config.batch_size]
         # The last batch is filled up with its first prompt, so that no shape changes.
         filled = rows + rows[:1] * (config.batch_size - len(rows))
-        prompts = left_padded(
+        prompts = left_pad(
             [(i, encoded[row]) for i, row in enumerate(filled)],
             len(filled),
             config.prompt_tokens,

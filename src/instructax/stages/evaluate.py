@@ -23,9 +23,9 @@ from instructax.checkpoints.parents import Head, Parent, open_parents, tokenizer
 from instructax.config import check_range, format_value, require_distinct
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
-from instructax.data.prompt_format import PLAIN, PromptFormat
+from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.schema import Demonstration, read_jsonl
-from instructax.data.storage import Prepared
+from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.held_out import HeldOut
 from instructax.evals.intervals import mean_estimate, win_rate
@@ -233,22 +233,26 @@ def _load(
 
 
 def read_data(
-    config: EvaluateConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
-) -> dict[str, Prepared]:
+    config: EvaluateConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+) -> dict[str, PreparedData]:
     """What there are files of, prepared."""
     limits, folder = config.data.limits, Path(config.data.folder)
 
-    def prepared(prepare: Callable[..., Prepared], files: Iterable[str]) -> Prepared:
+    def prepared(
+        prepare: Callable[..., PreparedData], files: Iterable[str]
+    ) -> PreparedData:
         return prepare([Path(file) for file in files], tokenizer, limits, folder)
 
     data = {
-        "prompts": prepared(partial(prepare_prompts, wording=wording), config.data.prompts)
+        "prompts": prepared(
+            partial(prepare_prompts, prompt_format=prompt_format), config.data.prompts
+        )
     }
     if config.data.text:
         data["text"] = prepared(prepare_text, config.data.text)
     for name, files in config.data.comparisons:
         data[f"comparisons.{name}"] = prepared(
-            partial(prepare_comparisons, wording=wording), files
+            partial(prepare_comparisons, prompt_format=prompt_format), files
         )
     return data
 

@@ -24,7 +24,7 @@ from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
 from instructax.checkpoints.parents import STAGES, Head, is_finished, open_parent
 from instructax.config import construct, require
-from instructax.data.tokenizer import Tokenizer, load_tokenizer, padded, save_tokenizer
+from instructax.data.tokenizer import Tokenizer, load_tokenizer, pad_vocab, save_tokenizer
 from instructax.models import (
     ComputeConfig,
     ModelConfig,
@@ -151,7 +151,7 @@ def _tokenizer_of(path: Path, config: ModelConfig) -> Tokenizer:
         f"the tokenizer in {path} has {tokenizer.size} ids, config.json says vocab_size = {config.vocab_size}: they do "
         "not belong together",
     )
-    return padded(tokenizer, config.vocab_size)
+    return pad_vocab(tokenizer, config.vocab_size)
 
 
 def _hashes(path: Path) -> dict[str, str]:
@@ -238,7 +238,7 @@ def _padding_of(tokenizer: Tokenizer) -> int | None:
         for token in json.loads(tokenizer.content)["added_tokens"]
         if token.get("special")
     }
-    free = sorted(added - {tokenizer.eos_id}) or tokenizer.free_ids()
+    free = sorted(added - {tokenizer.eos_id}) or tokenizer.unused_ids()
     return free[0] if free else None
 
 

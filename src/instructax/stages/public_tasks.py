@@ -102,7 +102,7 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
         "answer_tokens": config.answer_tokens,
     }
     # What stands after a line break is never read.
-    stops = tokenizer.with_text("\n")
+    stops = tokenizer.tokens_containing("\n")
     completer = Completer(
         model,
         mesh,

@@ -29,12 +29,12 @@ from jax.sharding import AbstractMesh, Mesh
 from instructax import rng, sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
 from instructax.config import check_range
-from instructax.data.batches import Source, process_slice, rows_of_batch
+from instructax.data.batches import Source, batch_row_ids, process_slice
 from instructax.data.limits import DataLimits
 from instructax.data.loaders import read_comparisons, validation_batches, validation_rows
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
-from instructax.data.prompt_format import PLAIN, PromptFormat
-from instructax.data.storage import Prepared
+from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masking import masked_sum, token_count
@@ -324,8 +324,8 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
 
 
 def read_data(
-    config: RewardConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
-) -> dict[str, Prepared]:
+    config: RewardConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+) -> dict[str, PreparedData]:
     """Comparisons, and the demonstrations that score 0 on average."""
     limits, folder = config.data.limits, Path(config.data.folder)
     files = {
@@ -334,10 +334,10 @@ def read_data(
     }
     return {
         "comparisons": prepare_comparisons(
-            files["comparisons"], tokenizer, limits, folder, wording
+            files["comparisons"], tokenizer, limits, folder, prompt_format
         ),
         "demonstrations": prepare_demonstrations(
-            files["demonstrations"], tokenizer, limits, folder, wording
+            files["demonstrations"], tokenizer, limits, folder, prompt_format
         ),
     }
 
@@ -348,7 +348,7 @@ def reader(
     """Batch `index` of the comparisons, on the mesh."""
 
     def read(index: int) -> Comparisons:
-        rows = rows_of_batch(index, config.batch_size, len(source), config.seed)
+        rows = batch_row_ids(index, config.batch_size, len(source), config.seed)
         mine = process_slice(rows, jax.process_index(), jax.process_count())
         return sharding.put_rows(read_comparisons(source, mine, config.data.limits), mesh)
 

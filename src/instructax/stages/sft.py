@@ -20,7 +20,7 @@ from instructax import rng, sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
 from instructax.config import check_range
 from instructax.data.loaders import LmData, lm_reader, read_lm_data
-from instructax.data.preview import show
+from instructax.data.preview import print_preview
 from instructax.evals.held_out import held_out_losses
 from instructax.masking import token_count
 from instructax.models import ComputeConfig, Dropout, LoraConfig, ModelConfig, Transformer
@@ -198,7 +198,7 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
 
     def start() -> TrainState:
         if config.data.demonstrations and jax.process_index() == 0:
-            show(read(0), tokenizer.decode)
+            print_preview(read(0), tokenizer.decode)
         if "parent" in parents:
             loaded = parents["parent"].load(loop.abstract_params(model, mesh))
             return loop.start_from(loaded, optimizer, mesh, adapt)

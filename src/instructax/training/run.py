@@ -19,12 +19,12 @@ from instructax.checkpoints.parents import Parent, is_finished
 from instructax.config import INTEGERS, ConfigError, check_range, require
 from instructax.data.chat_template import (
     chat_prompt_format,
-    inherit_template,
+    copy_template,
     load_template,
 )
 from instructax.data.limits import DataLimits
-from instructax.data.prompt_format import PLAIN, PromptFormat
-from instructax.data.storage import Prepared
+from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer, save_tokenizer
 from instructax.models import LoraConfig, ModelConfig
 from instructax.models.attention_kernels import Conditions, place_of, select_kernel
@@ -143,7 +143,7 @@ def prompt_format_of(
     Raises ConfigError if a parent has none, or another than the rest.
     """
     if not chat:
-        return PLAIN
+        return PLAIN_FORMAT
     found = {
         name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()
     }
@@ -163,7 +163,7 @@ def prompt_format_of(
             )
             + ": train all of them with it, or none",
         )
-    return PLAIN if expected is None else chat_prompt_format(expected, tokenizer)
+    return PLAIN_FORMAT if expected is None else chat_prompt_format(expected, tokenizer)
 
 
 def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
@@ -275,7 +275,7 @@ class RunManifestInputs:
     config: Any  # the stage's dataclass
     given: Mapping[str, Any]  # the same as it was given
     tokenizer: Tokenizer
-    data: Mapping[str, Prepared]
+    data: Mapping[str, PreparedData]
     parents: Mapping[str, Parent]
 
     def origins(self) -> dict[str, dict[str, Any]]:
@@ -306,7 +306,7 @@ class RunManifestInputs:
             return
         save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
         if getattr(getattr(self.config, "data", None), "chat", False) and self.parents:
-            inherit_template(next(iter(self.parents.values())).workdir, workdir)
+            copy_template(next(iter(self.parents.values())).workdir, workdir)
         origins = self.origins()
         write_manifest(
             workdir,

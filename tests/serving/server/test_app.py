@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tests.support import stages, tiny_models
 
-from instructax.data.chat_template import template_of
+from instructax.data.chat_template import make_template
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.models import Transformer
 from instructax.serving.chat import Policy
@@ -152,7 +152,7 @@ def test_a_chat_is_a_completion_of_its_prompt(client, policy):
 
 
 def test_a_template_is_used(policy):
-    template = template_of(
+    template = make_template(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:", BYTES
     )
     app = make_app(dataclasses.replace(policy, template=template), "tiny", queue_limit=16)

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from instructax.config import SEEDS, ConfigError, require
-from instructax.data.chat_template import turn_ends
+from instructax.data.chat_template import turn_end_mask
 from instructax.serving.chat import Policy, open_served
 from instructax.serving.engine import Draw
 from instructax.serving.server import responses as replies
@@ -259,7 +259,7 @@ def make_app(policy: Policy, name: str, *, queue_limit: int) -> Starlette:
     """The server of `policy`, under the name `name`, as an ASGI application; `queue_limit`
     samples may wait."""
     top = min(MOST_TOP_LOGPROBS, policy.tokenizer.size)
-    ends = turn_ends(policy.tokenizer, policy.template)
+    ends = turn_end_mask(policy.tokenizer, policy.template)
     batcher = Batcher(policy.engine, ends=ends, queue_limit=queue_limit, top=top)
     service = _Service(policy, batcher, name)
 

@@ -18,12 +18,12 @@ from jax.sharding import AbstractMesh, Mesh
 from instructax import sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
 from instructax.config import check_fractions, check_positive, check_range, require
-from instructax.data.batches import process_slice, prompt_batch, rows_of_batch
+from instructax.data.batches import batch_row_ids, process_slice, prompt_batch
 from instructax.data.limits import DataLimits
 from instructax.data.loaders import LmData, lm_reader
 from instructax.data.prepare import prepare_prompts, prepare_text
-from instructax.data.prompt_format import PLAIN, PromptFormat
-from instructax.data.storage import Prepared
+from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.held_out import held_out_losses
 from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
@@ -191,12 +191,14 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def read_data(
-    config: PpoConfig, tokenizer: Tokenizer, wording: PromptFormat = PLAIN
-) -> dict[str, Prepared]:
+    config: PpoConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+) -> dict[str, PreparedData]:
     """Prompts, and text where there are files of it."""
     folder, files = Path(config.data.folder), [Path(path) for path in config.data.prompts]
     data = {
-        "prompts": prepare_prompts(files, tokenizer, config.data.limits, folder, wording)
+        "prompts": prepare_prompts(
+            files, tokenizer, config.data.limits, folder, prompt_format
+        )
     }
     if config.data.text:
         data["text"] = prepare_text(
@@ -261,7 +263,7 @@ def abstract_state(program: ppo.PpoProgram, *adapt: loop.Adapt) -> PpoState:
 
 
 def reader(
-    config: PpoConfig, data: Mapping[str, Prepared], mesh: jax.sharding.Mesh
+    config: PpoConfig, data: Mapping[str, PreparedData], mesh: jax.sharding.Mesh
 ) -> Callable[[int], Any]:
     """The batch of an iteration: prompts, and the text rows of its optimizer steps (None
     for PPO without them)."""
@@ -280,7 +282,7 @@ def reader(
         read_text = lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
 
     def read(index: int) -> tuple[Prompts, Any]:
-        rows = rows_of_batch(index, config.batch_size, len(prompts), config.seed)
+        rows = batch_row_ids(index, config.batch_size, len(prompts), config.seed)
         mine = process_slice(rows, jax.process_index(), jax.process_count())
         text = None if read_text is None else read_text(index)
         return sharding.put_rows(
