@@ -21,11 +21,11 @@ from instructax.config import ConfigError, construct
 from instructax.data.limits import DataLimits
 from instructax.experiment import Run, load_config, load_file, stage_of
 from instructax.models import ModelConfig, Transformer, parameter_count
+from instructax.models.init import init_params
 from instructax.sharding import MeshConfig
 from instructax.simulation.files import WorldConfig
 from instructax.stages import memory as estimate
 from instructax.stages.ppo.stage import check as check_ppo
-from instructax.training import loop
 from instructax.training import run as stage
 from instructax.training.run import RunConfig
 
@@ -104,9 +104,7 @@ COUNTS = {
 def test_the_papers_sizes_have_their_parameters(size):
     config = built("sft", size)
     model = Transformer(config.model, config.compute, "tokens")
-    count = parameter_count(
-        jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))
-    )
+    count = parameter_count(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     c = config.model
     layer = 4 * c.embed_dim * c.num_heads * c.head_dim + 2 * c.embed_dim * c.mlp_dim
     vectors = 3 * c.num_heads * c.head_dim + c.mlp_dim + 6 * c.embed_dim

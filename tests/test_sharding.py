@@ -16,8 +16,8 @@ from tests.support import tiny_models
 from instructax import sharding
 from instructax.models import LoraConfig, Transformer, add_lora
 from instructax.sharding import MeshConfig, make_mesh
-from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import abstract_state
 from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent
@@ -93,7 +93,7 @@ def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
     optimizer = make_optimizer(
         tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1)
     )
-    return loop.abstract_state(model, optimizer, mesh)
+    return abstract_state(model, optimizer, mesh)
 
 
 def adapted_state(mesh: jax.sharding.Mesh):
@@ -101,7 +101,7 @@ def adapted_state(mesh: jax.sharding.Mesh):
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "scalar")
     lora = LoraConfig(rank=3, alpha=1.0)
     optimizer = make_optimizer(tiny_models.optimizer_config())
-    return loop.abstract_state(
+    return abstract_state(
         model, optimizer, mesh, lambda p: add_lora(p, lora, jax.random.key(0))
     )
 

@@ -37,7 +37,7 @@ import numpy as np
 import optax
 
 from instructax import cli
-from instructax.training import loop
+from instructax.training.state import new_state
 from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
 from instructax.data import prepare
 from instructax.data.limits import DataLimits
@@ -50,7 +50,7 @@ folder = Path(sys.argv[1])
 room, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 keeping = dict(total_steps=9, log_every=1, start_step=0, tensorboard=False, console=False)
 noise = np.random.default_rng(0).normal(size=(1 << 14,)).astype(np.float32)
-state = loop.new_state({"w": jnp.asarray(noise)}, optax.identity())
+state = new_state({"w": jnp.asarray(noise)}, optax.identity())
 limits = DataLimits(sequence_tokens=64, prompt_tokens=24, response_tokens=16, completions=4, prefix_characters=None,
                 prompts_per_user=None, filter_pii=False, splits=(("train", 1.0),), split_seed=0)
 (folder / "t.jsonl").write_text("".join(json.dumps({"id": str(i), "text": f"{i} " * 20}) + "\\n" for i in range(99)))
@@ -212,13 +212,13 @@ def test_a_step_behind_a_link_is_dropped_and_what_it_leads_to_stays(tmp_path):
     import jax.numpy as jnp
     import optax
 
-    from instructax.training import loop
+    from instructax.training.state import new_state
 
     elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", exported="params"
     )
-    state = loop.new_state({"w": jnp.ones(3)}, optax.identity())
+    state = new_state({"w": jnp.ones(3)}, optax.identity())
     checkpoints.save(1, state, {})
     checkpoints.wait()
     (workdir / "checkpoints" / "1").rename(elsewhere)

@@ -13,9 +13,9 @@ from tests.support import stages, tiny_models
 from instructax import sharding
 from instructax.models import ModelConfig, Transformer
 from instructax.stages import reward_model, sft
-from instructax.stages.ppo.stage import Iteration, abstract_state
-from instructax.training import loop
+from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import abstract_state, layouts, start_from
 from instructax.types import PpoState
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -30,23 +30,23 @@ GPT, LLAMA = tiny_models.gpt_config(), tiny_models.llama_config()
 
 def compiled(update: Any, program: Any, abstract: Any) -> Any:
     """`update` with the layouts that the stages give it."""
-    layouts, rows = loop.layouts(abstract), sharding.row_sharding(program.mesh)
+    shardings, rows = layouts(abstract), sharding.row_sharding(program.mesh)
     everywhere = sharding.replicated(program.mesh)
     return jax.jit(
         partial(update, program),
-        in_shardings=(layouts, rows, everywhere),
-        out_shardings=(layouts, everywhere),
+        in_shardings=(shardings, rows, everywhere),
+        out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
 
 
 def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[str, Any]:
     """Metrics, parameters and optimizer state after two updates from random parameters."""
-    state = loop.start_from(
+    state = start_from(
         tiny_models.random_params(program.model), program.optimizer, program.mesh
     )
     step = compiled(
-        update, program, loop.abstract_state(program.model, program.optimizer, program.mesh)
+        update, program, abstract_state(program.model, program.optimizer, program.mesh)
     )
     metrics = []
     for batch in batches:
@@ -111,7 +111,7 @@ def ppo_run(
     reward_params = stages.copy_of(state.value.params)
     iterate = Iteration(
         program,
-        abstract_state(program),
+        abstract_ppo_state(program),
         stages.ppo_settings(),
         stages.copy_of(state.policy.params),
         reward_params,

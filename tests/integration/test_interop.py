@@ -22,6 +22,7 @@ from instructax import sharding
 from instructax.data.tokenizer import load_tokenizer, pad_vocab, save_tokenizer
 from instructax.generation import generate
 from instructax.models import Transformer, head_kernel, init_cache, positions_of
+from instructax.models.init import abstract_params
 from instructax.models.logprobs import logits_of
 from instructax.models.pretrained.gguf_file import LAYER, OTHERS
 from instructax.models.pretrained.hf_configs import read_config, write_config
@@ -32,7 +33,6 @@ from instructax.models.scoring import sequence_scores
 from instructax.serving import chat
 from instructax.sharding import MeshConfig
 from instructax.stages import pretrained as interchange
-from instructax.training import loop
 from instructax.types import Params, Prompts, Rollouts
 
 torch = pytest.importorskip("torch")
@@ -177,7 +177,7 @@ def ours_of(
     """A folder as our network."""
     family, config = read_config(read_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
-    abstract = loop.abstract_params(model, mesh or mesh_of())
+    abstract = abstract_params(model, mesh or mesh_of())
     return model, read_params(open_tensors(folder), family, config, abstract)
 
 

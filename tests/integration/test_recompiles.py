@@ -15,8 +15,8 @@ from instructax.experiment import run_stage
 from instructax.models import Transformer
 from instructax.stages import sft as supervised
 from instructax.stages.ppo import algorithm
-from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import abstract_state
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -145,7 +145,7 @@ def supervised_hlo(model) -> str:
     settings = supervised.SupervisedSettings(
         seed=jnp.int32(0), learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0)
     )
-    state = loop.abstract_state(model, program.optimizer, MESH)
+    state = abstract_state(model, program.optimizer, MESH)
     return (
         jax.jit(partial(supervised.update, program))
         .lower(state, TEXT, settings)

@@ -24,8 +24,8 @@ from instructax.config import ConfigError, construct
 from instructax.experiment import dry_run, run_stage, stage_of
 from instructax.models import Transformer, attention_kernels, init_cache, transformer
 from instructax.models.attention import attention_mask
+from instructax.models.init import init_params
 from instructax.stages import evaluate, reward_model
-from instructax.training import loop
 from instructax.training import run as stage
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -470,7 +470,7 @@ def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
     )
     compute = tiny_models.compute(attention=attention, dtype=dtype, decoding=dtype)
     model = Transformer(config, compute, "tokens", stages.mesh_of(1, 2, 2))
-    return model, jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))
+    return model, jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 @pytest.fixture

@@ -22,11 +22,13 @@ from instructax.models import (
     merge_trees,
     trainable,
 )
+from instructax.models.init import abstract_params
 from instructax.models.scoring import packed_loss_and_gradients, token_logprobs
 from instructax.serving import chat
 from instructax.stages.ppo import algorithm
 from instructax.training import loop
 from instructax.training.optimizer import apply_gradients, make_optimizer, moving_average
+from instructax.training.state import new_state, start_from
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -126,7 +128,7 @@ def test_what_is_trained_is_the_adapters_and_the_scalar_head():
             sum(name.endswith("lora_a") for name in names) == 7
         )  # query, key, value, out, up, gate, down
         stages.assert_trees_equal(merge_trees(trainable(params), params), params)
-        state = loop.new_state(
+        state = new_state(
             params, make_optimizer(tiny_models.optimizer_config(weight_decay=0.1))
         )
         moments = next(part for part in state.opt_state if hasattr(part, "mu"))
@@ -171,7 +173,7 @@ def test_a_step_and_the_average_move_adapters_alone():
         adapted_params(model),
         make_optimizer(tiny_models.optimizer_config(clip_norm=1.0)),
     )
-    state = loop.new_state(params, optimizer)
+    state = new_state(params, optimizer)
     gradients = jax.tree.map(jnp.ones_like, trainable(params))
     after = apply_gradients(optimizer, state, gradients, jnp.float32(0.1)).params
     average = moving_average(params, after, 0.75)
@@ -271,7 +273,7 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
     built = construct(stage_of(config)[0], config)
     model = Transformer(built.model, tiny_models.compute(), head)
     found = open_parent(tmp_path / "straight", "parent").load(
-        loop.abstract_params(model, stages.mesh_of())
+        abstract_params(model, stages.mesh_of())
     )
     wanted = merge_lora(networks(last)["ema" if name == "ppo-ptx" else "model"])
     stages.assert_trees_close(jax.device_get(found), wanted, rtol=1e-6, atol=1e-7)
@@ -291,7 +293,7 @@ def open_shapes(workdir):
     run = open_parent(workdir, "parent")
     model = construct(stage_of(run.manifest["config"])[0], dict(run.manifest["config"]))
     head = "scalar" if run.manifest["stage"] == "reward" else "tokens"
-    return loop.abstract_params(
+    return abstract_params(
         Transformer(model.model, tiny_models.compute(), head), stages.mesh_of()
     )
 
@@ -325,7 +327,7 @@ def test_eight_devices_give_the_same_adapters(chain):
     stages.assert_trees_close(
         jax.jit(merge_lora)(spread), merge_lora(params), rtol=1e-6, atol=1e-6
     )
-    state = loop.start_from(
+    state = start_from(
         tiny_models.random_params(model),
         optax.adam(1.0),
         mesh,

@@ -44,9 +44,9 @@ from instructax.models.attention import (
     attend_causally,
     attention_mask,
 )
+from instructax.models.init import init_params
 from instructax.models.layers import drop
 from instructax.models.transformer import UNROLLED, scan_blocks
-from instructax.training.loop import init_params
 from instructax.types import Params
 
 COLUMNS = 12

@@ -17,8 +17,8 @@ from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.evals.intervals import share_estimate
 from instructax.experiment import run_stage, samples_of, summary_of
 from instructax.models import Transformer
+from instructax.models.init import init_params
 from instructax.stages import evaluate
-from instructax.training import loop
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -41,7 +41,7 @@ def network(chain, run: str, head: str):
     """(model, parameters) of a finished run."""
     config = parts(chain)[0]
     model = Transformer(config.model, config.compute, head)
-    shapes = jax.eval_shape(lambda: loop.init_params(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return model, load_params(chain / run, sharding.abstract(shapes, stages.mesh_of()))
 
 

@@ -17,8 +17,8 @@ from instructax.experiment import stage_of
 from instructax.models import LoraConfig, Transformer, init_cache
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.stages import memory as estimate
-from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import abstract_state
 
 GIB = 2**30
 
@@ -53,7 +53,7 @@ def test_memory_is_what_real_arrays_take(sizes):
     config, mesh = small_ppo(mesh_config), make_mesh(mesh_config)
 
     def zeros(model, head, optimizer):
-        abstract = loop.abstract_state(
+        abstract = abstract_state(
             Transformer(model, config.compute, head), make_optimizer(optimizer), mesh
         )
         return jax.tree.map(

@@ -15,11 +15,11 @@ from instructax.checkpoints.parents import tokenizer_of
 from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import Run, run_stage, samples_of, summary_of
 from instructax.models import Transformer
+from instructax.models.init import abstract_params
 from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
 from instructax.simulation.task_metrics import rude, truthful
 from instructax.simulation.world import draw_world
 from instructax.stages import public_tasks
-from instructax.training import loop
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -55,7 +55,7 @@ def network(chain, run: str):
     """(model, parameters, tokenizer) of a finished run."""
     config = stages.construct_settled(public_tasks.TasksConfig, config_of(chain))
     model = Transformer(config.model, config.compute, "tokens")
-    shapes = loop.abstract_params(model, stages.mesh_of())
+    shapes = abstract_params(model, stages.mesh_of())
     return (
         model,
         load_params(chain / run, shapes),

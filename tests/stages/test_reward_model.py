@@ -22,8 +22,9 @@ from instructax.data import loaders
 from instructax.data.batches import batch_row_ids, lm_batch
 from instructax.experiment import metrics_of, summary_of
 from instructax.models import ModelConfig, Transformer
+from instructax.models.init import init_params
 from instructax.stages import reward_model
-from instructax.training import loop
+from instructax.training.state import abstract_state, new_state
 from instructax.types import Comparisons
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -73,7 +74,7 @@ def run_update(program, batch):
     params = tiny_models.random_params(program.model)
     settings = reward_model.RewardModelSettings(learning_rate=jnp.float32(1.0))
     state, metrics = compiled(program)(
-        loop.new_state(params, program.optimizer), batch, settings
+        new_state(params, program.optimizer), batch, settings
     )
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
 
@@ -264,7 +265,7 @@ def reward_parts(chain, step: int | None = None):
         reward_model.RewardConfig, stages.config_of(chain, "reward", {})
     )
     model = Transformer(config.model, config.compute, "scalar")
-    abstract = loop.abstract_state(model, GRADIENT, stages.mesh_of()).params
+    abstract = abstract_state(model, GRADIENT, stages.mesh_of()).params
     return (
         config,
         model,
@@ -287,7 +288,7 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
     parent = load_params(
-        chain / "sft", loop.abstract_state(policy, GRADIENT, stages.mesh_of()).params
+        chain / "sft", abstract_state(policy, GRADIENT, stages.mesh_of()).params
     )
     trunk = {name: leaf for name, leaf in state.params.items() if name != "scalar_head"}
     stages.assert_trees_equal(trunk, jax.device_get(parent))
@@ -311,7 +312,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
     assert experiment.run_stage(
         stages.config_of(chain, "reward", overrides), tmp_path / "run"
     )
-    fresh = loop.init_params(model, clock.step_key(3, "init", 0))
+    fresh = init_params(model, clock.step_key(3, "init", 0))
     np.testing.assert_allclose(
         watch.first.params["scalar_head"]["kernel"],
         fresh["scalar_head"]["kernel"],

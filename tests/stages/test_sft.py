@@ -19,9 +19,10 @@ from instructax.data import loaders
 from instructax.data.batches import lm_batch
 from instructax.experiment import metrics_of, summary_of
 from instructax.models import Transformer
+from instructax.models.init import init_params
 from instructax.stages import sft as supervised
-from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import abstract_state, new_state
 from instructax.types import LmBatch
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -62,9 +63,7 @@ def compiled(program):
 def run_update(program, batch, *, step: int = 0, settings=None):
     """(gradients, metrics, state) of one update from fixed parameters."""
     params = tiny_models.random_params(program.model)
-    state = dataclasses.replace(
-        loop.new_state(params, program.optimizer), step=jnp.int32(step)
-    )
+    state = dataclasses.replace(new_state(params, program.optimizer), step=jnp.int32(step))
     state, metrics = compiled(program)(state, batch, settings or make_settings())
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
 
@@ -155,7 +154,7 @@ def test_loss_falls_on_a_batch_seen_again_and_again():
     config = tiny_models.optimizer_config(learning_rate=1e-2)
     learner = program(optimizer=make_optimizer(config), schedule=config)
     batch = stages.packed_rows(4, 14)
-    state = loop.new_state(tiny_models.random_params(MODEL), learner.optimizer)
+    state = new_state(tiny_models.random_params(MODEL), learner.optimizer)
     update = jax.jit(partial(supervised.update, learner))
     losses = []
     for _ in range(40):
@@ -250,7 +249,7 @@ def test_a_fraction_that_does_not_fit_the_files_is_refused(
 def test_the_first_step_starts_from_the_parent(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
-    abstract = loop.abstract_state(model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
     params = load_params(chain / "pretrain", abstract)
     first = loaders.lm_reader(
         config.data, data, "train", batch_size=config.batch_size, seed=config.seed
@@ -276,8 +275,8 @@ def test_a_run_drops_at_its_own_rate(chain, tmp_path):
     overrides = {"dropout": 0.3, "steps": 1, "epochs": 0.0}
     assert experiment.run_stage(stages.config_of(chain, "sft", overrides), tmp_path / "run")
     own = program(model=Transformer(config.model, config.compute, "tokens"), drops=True)
-    abstract = loop.abstract_state(own.model, GRADIENT, stages.mesh_of()).params
-    state = loop.new_state(load_params(chain / "pretrain", abstract), GRADIENT)
+    abstract = abstract_state(own.model, GRADIENT, stages.mesh_of()).params
+    state = new_state(load_params(chain / "pretrain", abstract), GRADIENT)
     first = loaders.lm_reader(
         config.data, data, "train", batch_size=config.batch_size, seed=config.seed
     )(0)
@@ -290,7 +289,7 @@ def test_a_run_drops_at_its_own_rate(chain, tmp_path):
 def test_held_out_losses_are_those_of_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
-    abstract = loop.abstract_state(model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
     params = load_params(chain / "sft", abstract)
     summary = summary_of(chain / "sft")
     for name in ("demonstrations", "text"):
@@ -320,7 +319,7 @@ def test_a_fresh_start_depends_on_the_seed_and_draws_by_the_clock(chain, tmp_pat
     assert not np.array_equal(one.params["embedding"], other.params["embedding"])
     config = construct(supervised.SupervisedConfig, stages.config_of(chain, "pretrain", {}))
     model = Transformer(config.model, config.compute, "tokens")
-    wanted = loop.init_params(model, rng.step_key(1, "init", 0))
+    wanted = init_params(model, rng.step_key(1, "init", 0))
     np.testing.assert_allclose(
         one.params["embedding"], wanted["embedding"], rtol=1e-5
     )  # one compiled, one not

@@ -6,6 +6,7 @@ packing, chunks or a mask, and adds up in float64.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Sequence
@@ -31,9 +32,10 @@ from instructax.runtime.metric_log import write_json
 from instructax.sharding import MeshConfig
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo.experience import AdvantageSettings
-from instructax.training import loop as training
+from instructax.training import loop
 from instructax.training import run as stage
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import new_state, start_from
 from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 
 CHAIN = "experiments/alignment.py"
@@ -77,9 +79,9 @@ class Watch:
         self.first: Any = None
         self.last: Any = None
         self.read: list[Any] = []  # what is called with the step before its batch is read
-        fit = training.fit
+        fit = loop.fit
 
-        def watched(state: Any, update: Any, batches: Any, **rest: Any) -> Any:
+        def watched(state: Any, callbacks: Any, outputs: Any, **rest: Any) -> Any:
             self.first = jax.device_get(state)
             if not enter:
                 raise Stopped
@@ -89,13 +91,14 @@ class Watch:
                     function(step)
                 if step == interrupt_at:
                     os.kill(os.getpid(), signal.SIGINT)
-                return batches(step)
+                return callbacks.read_batch(step)
 
-            state, metrics = fit(state, update, read, **rest)
+            watched_callbacks = dataclasses.replace(callbacks, read_batch=read)
+            state, metrics = fit(state, watched_callbacks, outputs, **rest)
             self.last = jax.device_get(state)
             return state, metrics
 
-        monkeypatch.setattr(training, "fit", watched)
+        monkeypatch.setattr(loop, "fit", watched)
 
 
 class Stopped(Exception):
@@ -115,7 +118,7 @@ def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: s
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", exported="params"
     )
-    checkpoints.save(1, training.new_state(params, optax.identity()), {})
+    checkpoints.save(1, new_state(params, optax.identity()), {})
     checkpoints.close()
     write_manifest(
         workdir,
@@ -233,12 +236,12 @@ def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
 
 def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
     """Random networks."""
-    policy = training.start_from(
+    policy = start_from(
         tiny_models.random_params(program.policy, seed),
         program.policy_optimizer,
         program.mesh,
     )
-    value = training.start_from(
+    value = start_from(
         tiny_models.random_params(program.scorer, seed + 1),
         program.value_optimizer,
         program.mesh,

@@ -20,8 +20,14 @@ from instructax.models import Transformer
 from instructax.runtime.nonfinite import Diverged, NonFiniteGuard
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig, make_mesh
-from instructax.training import loop as training
+from instructax.training import loop
+from instructax.training.accumulation import (
+    accumulate,
+    microbatch_weights,
+    split_microbatches,
+)
 from instructax.training.optimizer import apply_gradients, make_optimizer
+from instructax.training.state import abstract_state, init_state, layouts, start_from
 
 
 @dataclasses.dataclass
@@ -96,18 +102,28 @@ class Toy:
             self.save(step, state, metrics)
 
     def fit(
-        self, state: Any, *, total_steps: int, evaluate_every: int = 0, **keywords: Any
+        self,
+        state: Any,
+        *,
+        total_steps: int,
+        evaluate_every: int = 0,
+        prepare_save: Any = lambda state: state,
+        nonfinite_guard: NonFiniteGuard | None = None,
     ) -> tuple[Any, dict]:
-        return training.fit(
-            state,
-            self.update,
-            self.batches,
-            total_steps=total_steps,
-            checkpoints=self,
-            log=self,
+        callbacks = loop.LoopCallbacks(
+            read_batch=self.batches,
+            update=self.update,
             evaluate=self.evaluate,
+            prepare_save=prepare_save,
+        )
+        guard = nonfinite_guard or NonFiniteGuard(0, Path("never"))
+        outputs = loop.LoopOutputs(checkpoints=self, log=self, nonfinite_guard=guard)
+        return loop.fit(
+            state,
+            callbacks,
+            outputs,
+            total_steps=total_steps,
             evaluate_every=evaluate_every,
-            **{"skips": NonFiniteGuard(0, Path("never")), **keywords},
         )
 
     def named(self, *names: str) -> list[tuple[Any, ...]]:
@@ -122,7 +138,7 @@ class State:
 
 def test_the_order_of_one_run():
     toy = Toy()
-    state, metrics = toy.fit(State(0), total_steps=2, at_save=toy.finish)
+    state, metrics = toy.fit(State(0), total_steps=2, prepare_save=toy.finish)
     assert toy.calls == [
         ("phase", "data"),
         ("read", 0),
@@ -148,8 +164,8 @@ def test_the_order_of_one_run():
 
 def test_every_state_that_is_saved_was_made_ready():
     toy = Toy(save_every=2, signal_in=("update", 2))
-    with pytest.raises(training.Interrupted):
-        toy.fit(State(0), total_steps=7, at_save=toy.finish)
+    with pytest.raises(loop.Interrupted):
+        toy.fit(State(0), total_steps=7, prepare_save=toy.finish)
     saved = [call[2] for call in toy.named("save")]
     assert [call[1] for call in toy.named("finish")] == [2, 3]
     assert saved == [
@@ -180,14 +196,16 @@ def test_resuming_goes_on_where_it_stopped():
 
 def test_a_run_that_lacks_only_its_summary_is_evaluated():
     toy = Toy()
-    state, metrics = toy.fit(State(4, ("finished",)), total_steps=4, at_save=toy.finish)
+    state, metrics = toy.fit(
+        State(4, ("finished",)), total_steps=4, prepare_save=toy.finish
+    )
     assert (state, metrics) == (State(4, ("finished",)), {"held_out": 4})
     assert toy.calls == [("phase", "evaluate"), ("evaluate", 4, "finished")]
 
 
 def test_that_evaluation_may_be_given_up_too():
     toy = Toy(signal_in=("evaluate", 4), pauses_in="evaluate")
-    with pytest.raises(training.Interrupted, match="step 4 is saved"):
+    with pytest.raises(loop.Interrupted, match="step 4 is saved"):
         toy.fit(State(4, ("finished",)), total_steps=4)
     assert toy.named("record") == []
 
@@ -205,7 +223,7 @@ def handlers_are_restored():
 @pytest.mark.parametrize("call", ["read", "update"])
 def test_an_interruption_saves_the_finished_step(call):
     toy = Toy(signal_in=(call, 2))
-    with pytest.raises(training.Interrupted) as caught:
+    with pytest.raises(loop.Interrupted) as caught:
         toy.fit(State(0), total_steps=9)
     assert (
         str(caught.value)
@@ -220,15 +238,15 @@ def test_an_interruption_saves_the_finished_step(call):
 def test_an_interruption_during_a_save_that_was_none_takes_one_more_step():
     """Else it would claim that step 3 is saved, where `maybe_save` had nothing to do."""
     toy = Toy(signal_in=("maybe_save", 3))
-    with pytest.raises(training.Interrupted, match="step 4 is saved"):
+    with pytest.raises(loop.Interrupted, match="step 4 is saved"):
         toy.fit(State(0), total_steps=9)
     assert [call[1] for call in toy.named("save")] == [4]
 
 
 def test_an_update_that_pauses_is_given_up():
     toy = Toy(signal_in=("update", 2), pauses_in="update")
-    with pytest.raises(training.Interrupted, match="step 2 is saved"):
-        toy.fit(State(0), total_steps=9, evaluate_every=1, at_save=toy.finish)
+    with pytest.raises(loop.Interrupted, match="step 2 is saved"):
+        toy.fit(State(0), total_steps=9, evaluate_every=1, prepare_save=toy.finish)
     assert toy.named("save") == [
         ("save", 2, ("batch 0", "batch 1", "finished"), {"loss": 9, "held_out": 2})
     ]
@@ -237,7 +255,7 @@ def test_an_update_that_pauses_is_given_up():
 
 def test_a_first_update_that_pauses_leaves_the_start():
     toy = Toy(signal_in=("read", 0), pauses_in="update")
-    with pytest.raises(training.Interrupted, match="step 0 is saved"):
+    with pytest.raises(loop.Interrupted, match="step 0 is saved"):
         toy.fit(State(0), total_steps=9)
     assert toy.named("save", "record") == [("save", 0, (), {})]
 
@@ -251,7 +269,7 @@ def test_an_evaluation_that_pauses_is_made_up_for(total_steps):
         Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate"),
     )
     wanted = whole.fit(State(0), total_steps=total_steps, evaluate_every=3)
-    with pytest.raises(training.Interrupted, match="step 3 is saved"):
+    with pytest.raises(loop.Interrupted, match="step 3 is saved"):
         stopped.fit(State(0), total_steps=total_steps, evaluate_every=3)
     seen = ("batch 0", "batch 1", "batch 2")
     assert stopped.calls[-1] == ("save", 3, seen, {"loss": 8}, "unevaluated")
@@ -263,7 +281,7 @@ def test_an_evaluation_that_pauses_is_made_up_for(total_steps):
 
 def test_an_evaluation_may_be_given_up_again():
     toy = Toy(unevaluated={"loss": 8}, signal_in=("evaluate", 3), pauses_in="evaluate")
-    with pytest.raises(training.Interrupted, match="step 3 is saved"):
+    with pytest.raises(loop.Interrupted, match="step 3 is saved"):
         toy.fit(State(3, ("batch 2",)), total_steps=3)
     assert toy.named("save", "record") == [
         ("save", 3, ("batch 2",), {"loss": 8}, "unevaluated")
@@ -295,18 +313,9 @@ def test_the_first_step_of_a_run_or_of_what_is_left_of_it_is_noted():
 
 def test_a_failing_update_restores_the_handlers():
     toy = Toy()
+    toy.update = lambda state, batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        training.fit(
-            State(0),
-            lambda state, batch: 1 / 0,
-            toy.batches,
-            total_steps=1,
-            checkpoints=toy,
-            log=toy,
-            evaluate=toy.evaluate,
-            evaluate_every=0,
-            skips=NonFiniteGuard(0, Path("never")),
-        )
+        toy.fit(State(0), total_steps=1)
 
 
 # Pieces of a step.
@@ -319,14 +328,14 @@ def mesh():
 
 def test_shares():
     np.testing.assert_allclose(
-        training.shares(jnp.array([1.0, 0.0, 3.0])), [0.25, 0.0, 0.75]
+        microbatch_weights(jnp.array([1.0, 0.0, 3.0])), [0.25, 0.0, 0.75]
     )
-    np.testing.assert_array_equal(training.shares(jnp.zeros(2)), [0.0, 0.0])
+    np.testing.assert_array_equal(microbatch_weights(jnp.zeros(2)), [0.0, 0.0])
 
 
 def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
-    parts = jax.jit(lambda tree: training.split_microbatches(tree, 2, mesh))(
+    parts = jax.jit(lambda tree: split_microbatches(tree, 2, mesh))(
         sharding.put_rows(rows, mesh)
     )
     np.testing.assert_array_equal(parts["x"], np.arange(24).reshape(2, 4, 3))
@@ -356,9 +365,9 @@ def test_accumulated_is_the_whole_batch(mesh, parts):
 
     @jax.jit
     def step(rows):
-        split = training.split_microbatches(rows, parts, mesh)
-        weights = training.shares(jnp.sum(split[2], axis=(1, 2), dtype=jnp.float32))
-        gradients, losses = training.accumulate(gradients_of, split, weights)
+        split = split_microbatches(rows, parts, mesh)
+        weights = microbatch_weights(jnp.sum(split[2], axis=(1, 2), dtype=jnp.float32))
+        gradients, losses = accumulate(gradients_of, split, weights)
         return gradients, losses, weights
 
     gradients, losses, weights = step((x, y, mask))
@@ -369,7 +378,7 @@ def test_accumulated_is_the_whole_batch(mesh, parts):
 
 
 def test_one_part_is_weighted_too():
-    gradients, metrics = training.accumulate(
+    gradients, metrics = accumulate(
         lambda part: ({"w": part}, part), jnp.array([6.0]), jnp.array([0.5])
     )
     assert (float(gradients["w"]), metrics.tolist()) == (3.0, [6.0])
@@ -384,17 +393,17 @@ def network():
 
 @pytest.fixture(scope="module")
 def fresh(network, mesh):
-    return training.init_state(*network, jax.random.key(3), mesh)
+    return init_state(*network, jax.random.key(3), mesh)
 
 
 def test_a_fresh_state_is_sharded_at_birth(network, fresh, mesh):
-    abstract = training.abstract_state(*network, mesh)
+    abstract = abstract_state(*network, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
     )
     assert all(
         jax.tree.leaves(
-            jax.tree.map(lambda x, s: x.sharding == s, fresh, training.layouts(abstract))
+            jax.tree.map(lambda x, s: x.sharding == s, fresh, layouts(abstract))
         )
     )
     kernel = fresh.params["blocks"]["mlp"]["up"]["kernel"]  # [2, 16, 28] over fsdp × tensor
@@ -407,7 +416,7 @@ def test_a_fresh_state_is_sharded_at_birth(network, fresh, mesh):
 
 def test_a_fresh_state_does_not_depend_on_the_mesh(network, fresh):
     one = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    alone = training.init_state(*network, jax.random.key(3), one)
+    alone = init_state(*network, jax.random.key(3), one)
     jax.tree.map(np.testing.assert_array_equal, alone.params, fresh.params)
 
 
@@ -416,14 +425,12 @@ def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh)
     numbers, is donated."""
     optimizer, loaded = network[1], fresh.params
     kept = jax.tree.map(np.asarray, loaded)
-    state = training.start_from(loaded, optimizer, mesh)
+    state = start_from(loaded, optimizer, mesh)
     jax.tree.map(np.testing.assert_array_equal, state.params, kept)
     assert state.step == 0 and all(
         not jnp.any(leaf) for leaf in jax.tree.leaves(state.opt_state)
     )
-    assert training.layouts(state) == training.layouts(
-        training.abstract_state(*network, mesh)
-    )
+    assert layouts(state) == layouts(abstract_state(*network, mesh))
 
     def step(state):
         return apply_gradients(
@@ -457,11 +464,11 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(
     toy.bad = bad
     skips = NonFiniteGuard(2, tmp_path / "skipped")
     if ends_after is None:
-        toy.fit(State(0), total_steps=6, skips=skips)
+        toy.fit(State(0), total_steps=6, nonfinite_guard=skips)
     else:
         message = f"not finite in 3 updates in a row, up to step {ends_after}; .*same command repeats it"
         with pytest.raises(Diverged, match=message):
-            toy.fit(State(0), total_steps=6, skips=skips)
+            toy.fit(State(0), total_steps=6, nonfinite_guard=skips)
     # The first three of a row end the run; none of their batches but the first two is kept.
     kept = [step + 1 for step in bad][: None if ends_after is None else 2]
     assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [

@@ -13,7 +13,7 @@ import pytest
 from tests.support import tiny_models
 
 from instructax.models import Transformer
-from instructax.training.loop import init_params, new_state
+from instructax.models.init import init_params
 from instructax.training.optimizer import (
     apply_gradients,
     decayed,
@@ -22,6 +22,7 @@ from instructax.training.optimizer import (
     moving_average,
     skipped,
 )
+from instructax.training.state import new_state
 from instructax.types import TrainState
 
 BETA1, BETA2, EPSILON = F(9, 10), F(19, 20), F(1, 10)  # an epsilon large enough to be seen

@@ -23,11 +23,11 @@ from instructax.data.chat_template import (
 from instructax.data.prompt_format import add_separator
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.init import abstract_params
 from instructax.runtime.redaction import printable
 from instructax.serving.engine import Draw, Engine
 from instructax.serving.text_stream import TextStream
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 
 
 def open_policy(
@@ -52,7 +52,7 @@ def open_policy(
     mesh = sharding.make_mesh(
         MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]
     )
-    return model, run.load(loop.abstract_params(model, mesh)), tokenizer
+    return model, run.load(abstract_params(model, mesh)), tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,10 @@ from instructax.evals.held_out import HeldOut
 from instructax.evals.intervals import mean_estimate, win_rate
 from instructax.evals.policy_responses import How, PolicyEvaluator
 from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.init import abstract_params
 from instructax.models.sequence_packing import packed_width
 from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 from instructax.training import run as stage
 from instructax.types import Params
 
@@ -229,7 +229,7 @@ def _load(
     model = Transformer(
         config.model if head == "tokens" else config.reward_model, config.compute, head
     )
-    return parent.load(loop.abstract_params(model, mesh))
+    return parent.load(abstract_params(model, mesh))
 
 
 def read_data(

@@ -18,9 +18,10 @@ from instructax.models import (
     init_cache,
     parameter_count,
 )
+from instructax.models.init import abstract_params
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import abstract_state, adapter_initializer
 
 GIB = 2**30
 
@@ -50,12 +51,12 @@ def memory(config: Any) -> dict[str, int]:
     mesh: Any = abstract_mesh(config.mesh)
 
     def plain(model: ModelConfig, head: Any) -> Any:
-        return loop.abstract_params(Transformer(model, config.compute, head), mesh)
+        return abstract_params(Transformer(model, config.compute, head), mesh)
 
     def state(model: ModelConfig, head: Any, optimizer: Any) -> Any:
         network = Transformer(model, config.compute, head)
-        return loop.abstract_state(
-            network, make_optimizer(optimizer), mesh, loop.adapters_of(config)
+        return abstract_state(
+            network, make_optimizer(optimizer), mesh, adapter_initializer(config)
         )
 
     if config.stage == "supervised":
@@ -114,7 +115,7 @@ def report(config: Any) -> str:
     lines: list[str] = []
     mesh: Any = abstract_mesh(config.mesh)
     for name, (model, head) in models.items():
-        shapes = loop.abstract_params(Transformer(model, config.compute, head), mesh)
+        shapes = abstract_params(Transformer(model, config.compute, head), mesh)
         lines.append(f"{name}: {parameter_count(shapes):,} parameters")
     more = ", or a multiple (config.mesh.data = -1)" if config.mesh.data == -1 else ""
     lines.append(

@@ -32,6 +32,7 @@ from instructax.models import (
     head_kernel,
     parameter_count,
 )
+from instructax.models.init import abstract_params
 from instructax.models.logprobs import logits_of
 from instructax.models.pretrained import hf_configs, hf_folder
 from instructax.models.pretrained import load as reading
@@ -40,7 +41,6 @@ from instructax.models.pretrained.gguf_file import GgufFile
 from instructax.runtime.metric_log import write_json
 from instructax.runtime.workdir_lock import locked
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 from instructax.training import run as stage
 from instructax.types import Params, TrainState
 
@@ -113,7 +113,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     mesh = sharding.make_mesh(
         MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices=jax.devices()[: fsdp * tensor]
     )
-    abstract = loop.abstract_params(Transformer(config, COMPUTE, "tokens"), mesh)
+    abstract = abstract_params(Transformer(config, COMPUTE, "tokens"), mesh)
     params = reading.read_params(tensors, family, config, abstract)
     with locked(workdir):
         stage.claim(workdir, given)
@@ -191,7 +191,7 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
         MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]
     )
     model = Transformer(config, COMPUTE, head)
-    params = run.load(loop.abstract_params(model, mesh))
+    params = run.load(abstract_params(model, mesh))
     raw |= _of_classes(family, head, tokenizer) | {"dtype": dtype, "torch_dtype": dtype}
     written = params
     if head == "scalar":
@@ -310,7 +310,7 @@ def verified(path: Path, model: Transformer, params: Params, dtype: str) -> str:
     alone."""
     raw = hf_folder.read_json(path / "config.json")
     family, config = hf_configs.read_config(raw)
-    abstract = loop.abstract_params(
+    abstract = abstract_params(
         model,
         sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]),
     )

@@ -20,13 +20,13 @@ from instructax.config import check_range, require, require_distinct
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.completions import Completer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.init import abstract_params
 from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
 from instructax.simulation.files import world_of
 from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
 from instructax.simulation.task_metrics import Figure, choice_figure, text_figures
 from instructax.simulation.world import World, draw_world
-from instructax.training import loop
 from instructax.training import run as stage
 from instructax.types import Params
 
@@ -122,7 +122,7 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     )
     with log:
         for number, (name, _) in enumerate(config.policies, start=1):
-            params = parents[f"policies.{name}"].load(loop.abstract_params(model, mesh))
+            params = parents[f"policies.{name}"].load(abstract_params(model, mesh))
             policies[name] = {task: {} for task in TASKS}
             for sheet in sheets:
                 found, samples = answered(sheet, completer, params, tokenizer, config.seed)

@@ -46,6 +46,7 @@ from instructax.models import (
     merge_trees,
     trainable,
 )
+from instructax.models.init import abstract_params
 from instructax.models.scoring import (
     at_last_token,
     comparison_sequences,
@@ -60,9 +61,8 @@ from instructax.models.sequence_packing import (
 )
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 from instructax.training import run as stage
-from instructax.training.loop import accumulate_rows, scaled
+from instructax.training.accumulation import accumulate_packed, scale_tree
 from instructax.training.optimizer import (
     OptimizerConfig,
     apply_gradients,
@@ -71,6 +71,12 @@ from instructax.training.optimizer import (
     skipped,
 )
 from instructax.training.run import RunConfig
+from instructax.training.state import (
+    abstract_state,
+    adapter_initializer,
+    compile_update,
+    init_state,
+)
 from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
 
 
@@ -130,14 +136,16 @@ def update(
             trainable(state.params)
         )
         own_prompts, own_pairs = _counts(batch, valid)
-        gradients, loss = scaled(own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss))
+        gradients, loss = scale_tree(
+            own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss)
+        )
         return gradients, {
             "loss": loss,
             "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy,
         }
 
     numbers = jnp.arange(layout.texts.size, dtype=jnp.int32).reshape(layout.texts.shape)
-    gradients, metrics = accumulate_rows(share_of, (pack(rows, layout), numbers), layout)
+    gradients, metrics = accumulate_packed(share_of, (pack(rows, layout), numbers), layout)
     rate = learning_rate_at(
         state.step,
         peak=settings.learning_rate,
@@ -287,9 +295,9 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
     settings = RewardModelSettings(
         learning_rate=jnp.float32(config.optimizer.learning_rate)
     )
-    adapt = loop.adapters_of(config)
-    abstract = loop.abstract_state(model, optimizer, mesh, adapt)
-    step = loop.compile_update(partial(update, program), abstract, mesh)
+    adapt = adapter_initializer(config)
+    abstract = abstract_state(model, optimizer, mesh, adapt)
+    step = compile_update(partial(update, program), abstract, mesh)
     ranking = ranking_figures(
         model, mesh, config, data["comparisons"].sources["validation"], row_tokens
     )
@@ -297,11 +305,11 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
 
     def start() -> TrainState:
         key = rng.step_key(config.seed, "init", 0)
-        fresh = loop.init_state(model, optimizer, key, mesh, adapt)
+        fresh = init_state(model, optimizer, key, mesh, adapt)
         if "parent" not in parents:
             return fresh
         policy = Transformer(config.model, config.compute, "tokens")
-        loaded = parents["parent"].load(loop.abstract_params(policy, mesh))
+        loaded = parents["parent"].load(abstract_params(policy, mesh))
         # The unembedding is left behind (paper, section 3.5), unless it is the input
         # embedding as well.
         trunk = {name: leaf for name, leaf in loaded.items() if name in fresh.params}

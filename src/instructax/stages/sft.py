@@ -24,13 +24,13 @@ from instructax.data.preview import print_preview
 from instructax.evals.held_out import held_out_losses
 from instructax.masking import token_count
 from instructax.models import ComputeConfig, Dropout, LoraConfig, ModelConfig, Transformer
+from instructax.models.init import abstract_params
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 from instructax.training import run as stage
-from instructax.training.loop import (
+from instructax.training.accumulation import (
     accumulate,
-    language_gradients,
-    shares,
+    microbatch_weights,
+    next_token_gradients,
     split_microbatches,
 )
 from instructax.training.optimizer import (
@@ -41,6 +41,13 @@ from instructax.training.optimizer import (
     skipped,
 )
 from instructax.training.run import RunConfig
+from instructax.training.state import (
+    abstract_state,
+    adapter_initializer,
+    compile_update,
+    init_state,
+    start_from,
+)
 from instructax.types import Array, LmBatch, Params, TrainState, pytree
 
 
@@ -74,14 +81,14 @@ def update(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step on the mean loss per trained token of the whole batch."""
     parts = split_microbatches(batch, program.accumulate, program.mesh)
-    weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+    weights = microbatch_weights(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
     rows = jnp.arange(batch.tokens.shape[0])
     keys = rng.sample_keys(rng.step_key(settings.seed, "dropout", state.step), rows)
 
     def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
         part, keys = inputs
         dropout = Dropout(rate=settings.dropout, keys=keys) if program.drops else None
-        return language_gradients(program.model, state.params, part, dropout)
+        return next_token_gradients(program.model, state.params, part, dropout)
 
     gradients, metrics = accumulate(
         gradients_of, (parts, keys.reshape(program.accumulate, -1)), weights
@@ -183,9 +190,9 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         dropout=jnp.float32(config.dropout),
     )
-    adapt = loop.adapters_of(config)
-    abstract = loop.abstract_state(model, optimizer, mesh, adapt)
-    step = loop.compile_update(partial(update, program), abstract, mesh)
+    adapt = adapter_initializer(config)
+    abstract = abstract_state(model, optimizer, mesh, adapt)
+    step = compile_update(partial(update, program), abstract, mesh)
     read = lm_reader(
         config.data, data, "train", batch_size=config.batch_size, seed=config.seed
     )
@@ -200,9 +207,9 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         if config.data.demonstrations and jax.process_index() == 0:
             print_preview(read(0), tokenizer.decode)
         if "parent" in parents:
-            loaded = parents["parent"].load(loop.abstract_params(model, mesh))
-            return loop.start_from(loaded, optimizer, mesh, adapt)
-        return loop.init_state(model, optimizer, rng.step_key(config.seed, "init", 0), mesh)
+            loaded = parents["parent"].load(abstract_params(model, mesh))
+            return start_from(loaded, optimizer, mesh, adapt)
+        return init_state(model, optimizer, rng.step_key(config.seed, "init", 0), mesh)
 
     stage.run(
         workdir,

@@ -35,7 +35,7 @@ from instructax.runtime.metric_log import MetricLog, write_json
 from instructax.runtime.nonfinite import NonFiniteGuard
 from instructax.runtime.redaction import redact
 from instructax.runtime.watchdog import Watchdog
-from instructax.training import loop as training
+from instructax.training import loop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -333,7 +333,7 @@ def run(
     evaluate: Callable[[Any], dict[str, Any]],
     at_save: Callable[[Any], Any] = lambda state: state,
 ) -> None:
-    """Restores the newest step or starts anew, trains to the end with `training.fit`, and
+    """Restores the newest step or starts anew, trains to the end with `loop.fit`, and
     records the end.
 
     `abstract` is the state's shapes and layouts, `start()` makes it, `exported` names the
@@ -381,17 +381,23 @@ def run(
         log = MetricLog(workdir, total_steps=total_steps, start_step=step, **logging)
         with watchdog, log:
             try:
-                training.fit(
+                loop.fit(
                     state,
-                    lambda state, batch: update(state, batch, log),
-                    batches,
+                    loop.LoopCallbacks(
+                        read_batch=batches,
+                        update=lambda state, batch: update(state, batch, log),
+                        evaluate=evaluate,
+                        prepare_save=at_save,
+                    ),
+                    loop.LoopOutputs(
+                        checkpoints=checkpoints,
+                        log=log,
+                        nonfinite_guard=NonFiniteGuard(
+                            config.most_skipped, workdir / "skipped"
+                        ),
+                    ),
                     total_steps=total_steps,
-                    checkpoints=checkpoints,
-                    log=log,
-                    evaluate=evaluate,
                     evaluate_every=config.evaluate_every,
-                    skips=NonFiniteGuard(config.most_skipped, workdir / "skipped"),
-                    at_save=at_save,
                 )
             finally:
                 checkpoints.close()

@@ -18,11 +18,11 @@ from tests.support import tiny_models
 from instructax import sharding
 from instructax.config import ConfigError, construct
 from instructax.models import ModelConfig, RotaryScaling, Transformer
+from instructax.models.init import abstract_params
 from instructax.models.pretrained import hf_folder, load, save, weight_maps
 from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.weight_maps import Row, parts_of, tensor_of
 from instructax.sharding import MeshConfig
-from instructax.training import loop
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 LLAMA = {
@@ -46,7 +46,7 @@ def mesh_of(**shape: int) -> jax.sharding.Mesh:
 
 
 def abstract_of(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Any:
-    return loop.abstract_params(
+    return abstract_params(
         Transformer(config, tiny_models.compute(), "tokens"), mesh or mesh_of()
     )
 

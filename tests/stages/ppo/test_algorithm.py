@@ -14,9 +14,9 @@ from tests.support import stages, tiny_models
 from instructax.models.scoring import sequence_scores, token_values
 from instructax.stages import sft
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.stage import Iteration, abstract_state
-from instructax.training import loop
+from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import init_state, start_from
 from instructax.types import LmBatch, PpoState, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -543,7 +543,7 @@ def pretrained():
         seed=jnp.int32(0), learning_rate=jnp.float32(1e-2), dropout=jnp.float32(0.0)
     )
     update = jax.jit(partial(sft.update, program))
-    state = loop.init_state(program.model, optimizer, jax.random.key(0), MESH)
+    state = init_state(program.model, optimizer, jax.random.key(0), MESH)
     for step in range(80):
         state, metrics = update(state, counting_text(16, step), settings)
     assert metrics["loss"] < 0.5
@@ -568,13 +568,13 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         value_learning_rate=1e-2,
     )
     state = PpoState(
-        policy=loop.start_from(pretrained(), program.policy_optimizer, MESH),
-        value=loop.start_from(other_params("scalar"), program.value_optimizer, MESH),
+        policy=start_from(pretrained(), program.policy_optimizer, MESH),
+        value=start_from(other_params("scalar"), program.value_optimizer, MESH),
         ema=stages.copy_of(pretrained()),
     )
     iterate = Iteration(
         program,
-        abstract_state(program),
+        abstract_ppo_state(program),
         settings,
         pretrained(),
         other_params("scalar"),

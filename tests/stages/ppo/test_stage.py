@@ -16,8 +16,8 @@ from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.experience import InvariantError
-from instructax.stages.ppo.stage import Iteration, PpoConfig, abstract_state
-from instructax.training import loop
+from instructax.stages.ppo.stage import Iteration, PpoConfig, abstract_ppo_state
+from instructax.training.state import abstract_state
 from instructax.types import Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -55,7 +55,7 @@ def iterate(
     before = jax.device_get(state)
     run = Iteration(
         program,
-        abstract_state(program),
+        abstract_ppo_state(program),
         settings or stages.ppo_settings(),
         policy if ref_params is None else ref_params,
         reward,
@@ -246,7 +246,7 @@ def test_every_value_of_the_config_reaches_its_place(chain):
 
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
     state = stages.started(stages.config_of(chain, "ppo-ptx", {}), tmp_path / "run")
-    abstract = abstract_state(ppo_parts(chain)[1])
+    abstract = abstract_ppo_state(ppo_parts(chain)[1])
     policy = jax.device_get(load_params(chain / "sft", abstract.policy.params))
     reward = jax.device_get(load_params(chain / "reward", abstract.value.params))
     stages.assert_trees_equal(state.policy.params, policy)
@@ -288,18 +288,16 @@ def test_what_a_run_logs(chain, name):
 
 def test_the_average_is_what_is_exported_and_evaluated(chain):
     config, program, data = ppo_parts(chain)
-    ema = load_params(chain / "ppo-ptx", abstract_state(program).policy.params)
+    ema = load_params(chain / "ppo-ptx", abstract_ppo_state(program).policy.params)
     source = data["text"].sources["validation"]
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(program.policy, ema, rows)
     assert summary_of(chain / "ppo-ptx")["text_loss"] == pytest.approx(wanted, rel=1e-5)
     start = jax.device_get(
-        load_params(chain / "sft", abstract_state(program).policy.params)
+        load_params(chain / "sft", abstract_ppo_state(program).policy.params)
     )
     assert not np.array_equal(ema["embedding"], start["embedding"])
-    checkpoints = loop.abstract_state(
-        program.policy, program.policy_optimizer, program.mesh
-    )
+    checkpoints = abstract_state(program.policy, program.policy_optimizer, program.mesh)
     assert jax.tree.structure(ema) == jax.tree.structure(checkpoints.params)
 
 

@@ -25,8 +25,14 @@ from instructax.stages import reward_model as reward
 from instructax.stages import sft
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo import stage as ppo_train
-from instructax.training import loop
 from instructax.training.optimizer import make_optimizer
+from instructax.training.state import (
+    abstract_state,
+    adapter_initializer,
+    compile_update,
+    init_state,
+    start_from,
+)
 from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
 
 
@@ -126,10 +132,10 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         dropout=jnp.float32(config.dropout),
     )
-    adapt = loop.adapters_of(config)
-    abstract = loop.abstract_state(model, optimizer, mesh, adapt)
-    step = loop.compile_update(partial(sft.update, program), abstract, mesh)
-    state = [loop.init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
+    adapt = adapter_initializer(config)
+    abstract = abstract_state(model, optimizer, mesh, adapt)
+    step = compile_update(partial(sft.update, program), abstract, mesh)
+    state = [init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     length = config.data.limits.sequence_tokens
     batch = sharding.put_rows(_text(config, config.batch_size), mesh)
 
@@ -163,10 +169,10 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     settings = reward.RewardModelSettings(
         learning_rate=jnp.float32(config.optimizer.learning_rate)
     )
-    adapt = loop.adapters_of(config)
-    abstract = loop.abstract_state(model, optimizer, mesh, adapt)
-    step = loop.compile_update(partial(reward.update, program), abstract, mesh)
-    state = [loop.init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
+    adapt = adapter_initializer(config)
+    abstract = abstract_state(model, optimizer, mesh, adapt)
+    step = compile_update(partial(reward.update, program), abstract, mesh)
+    state = [init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     shape = (rows, limits.completions, limits.response_tokens)
     ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])
     batch = Comparisons(
@@ -204,14 +210,14 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
         ppo_train.settings_of(config),
     )
     policy = _policy(program, ending)
-    scorer = loop.init_state(
+    scorer = init_state(
         program.scorer, program.value_optimizer, jax.random.key(1), mesh
     ).params
-    adapt = loop.adapters_of(config, 0), loop.adapters_of(config, 1)
-    started = loop.start_from(policy, program.policy_optimizer, mesh, adapt[0])
+    adapt = adapter_initializer(config, 0), adapter_initializer(config, 1)
+    started = start_from(policy, program.policy_optimizer, mesh, adapt[0])
     state = PpoState(
         policy=started,
-        value=loop.start_from(scorer, program.value_optimizer, mesh, adapt[1]),
+        value=start_from(scorer, program.value_optimizer, mesh, adapt[1]),
         ema=jax.tree.map(jnp.copy, started.params),
     )
     rows = (
@@ -235,7 +241,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
         states = [state]
         iterate = ppo_train.Iteration(
             program,
-            ppo_train.abstract_state(program, *adapt),
+            ppo_train.abstract_ppo_state(program, *adapt),
             settings,
             policy,
             scorer,
@@ -338,7 +344,7 @@ def _policy(program: algorithm.PpoProgram, ending: float) -> Params:
     """Random parameters. To end a response with about the probability `ending` at each
     token, the final norm's bias and the end token's embedding share a direction that no
     other token has."""
-    params = loop.init_state(
+    params = init_state(
         program.policy, program.policy_optimizer, jax.random.key(0), program.mesh
     ).params
     if ending == 0:

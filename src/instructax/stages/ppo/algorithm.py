@@ -40,13 +40,13 @@ from instructax.models.sequence_packing import (
     plan_packing,
 )
 from instructax.stages.ppo.experience import AdvantageSettings, diagnostics, make_experience
-from instructax.training.loop import (
+from instructax.training.accumulation import (
     accumulate,
-    accumulate_rows,
-    language_gradients,
+    accumulate_packed,
     microbatch_count,
-    scaled,
-    shares,
+    microbatch_weights,
+    next_token_gradients,
+    scale_tree,
     split_microbatches,
 )
 from instructax.training.optimizer import (
@@ -405,9 +405,9 @@ def ptx_step(program: PpoProgram, params: Params, text: LmBatch) -> tuple[Params
         text.tokens.shape[0], program.policy.compute.microbatch_rows, program.mesh
     )
     parts = split_microbatches(text, count, program.mesh)
-    weights = shares(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+    weights = microbatch_weights(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
     gradients, metrics = accumulate(
-        partial(language_gradients, program.policy, params), parts, weights
+        partial(next_token_gradients, program.policy, params), parts, weights
     )
     return gradients, jnp.sum(weights * metrics["loss"])
 
@@ -422,6 +422,6 @@ def _accumulated(
     total = jnp.maximum(token_count(minibatch.rows.loss_mask), 1.0)
 
     def share_of(part: tuple[LmBatch, Any]) -> tuple[Params, dict[str, Array]]:
-        return scaled(token_count(part[0].loss_mask) / total, gradients_of(part))
+        return scale_tree(token_count(part[0].loss_mask) / total, gradients_of(part))
 
-    return accumulate_rows(share_of, (minibatch.rows, extras), minibatch.layout)
+    return accumulate_packed(share_of, (minibatch.rows, extras), minibatch.layout)

@@ -27,14 +27,22 @@ from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.held_out import held_out_losses
 from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
+from instructax.models.init import abstract_params
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
 from instructax.stages.ppo import algorithm as ppo
 from instructax.stages.ppo.experience import AdvantageSettings, check_rollouts, check_update
-from instructax.training import loop
 from instructax.training import run as stage
+from instructax.training.accumulation import microbatch_count
 from instructax.training.optimizer import OptimizerConfig, make_optimizer
 from instructax.training.run import RunConfig
+from instructax.training.state import (
+    AddAdapters,
+    abstract_state,
+    adapter_initializer,
+    layouts,
+    start_from,
+)
 from instructax.types import Array, Params, PpoState, Prompts, Rollouts
 
 
@@ -121,12 +129,10 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     )
     program = program_of(config, mesh, tokenizer.eos_id)
     settings = settings_of(config)
-    adapt = loop.adapters_of(config, 0), loop.adapters_of(config, 1)
-    abstract = abstract_state(program, *adapt)
-    ref_params = parents["policy_parent"].load(loop.abstract_params(program.policy, mesh))
-    reward_params = parents["reward_parent"].load(
-        loop.abstract_params(program.scorer, mesh)
-    )
+    adapt = adapter_initializer(config, 0), adapter_initializer(config, 1)
+    abstract = abstract_ppo_state(program, *adapt)
+    ref_params = parents["policy_parent"].load(abstract_params(program.policy, mesh))
+    reward_params = parents["reward_parent"].load(abstract_params(program.scorer, mesh))
     iterate = Iteration(
         program, abstract, settings, ref_params, reward_params, config.tolerance
     )
@@ -143,8 +149,8 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
     )
 
     def start() -> PpoState:
-        policy = loop.start_from(ref_params, program.policy_optimizer, mesh, adapt[0])
-        value = loop.start_from(reward_params, program.value_optimizer, mesh, adapt[1])
+        policy = start_from(ref_params, program.policy_optimizer, mesh, adapt[0])
+        value = start_from(reward_params, program.value_optimizer, mesh, adapt[1])
         return PpoState(
             policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params)
         )
@@ -186,7 +192,7 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
         f"prompt_tokens + response_tokens = {limits.prompt_tokens} + {limits.response_tokens}",
     )
     if config.ptx_coef > 0:
-        parts = loop.microbatch_count(config.ptx_rows, config.compute.microbatch_rows, mesh)
+        parts = microbatch_count(config.ptx_rows, config.compute.microbatch_rows, mesh)
         stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
@@ -250,13 +256,13 @@ def settings_of(config: PpoConfig) -> ppo.PpoSettings:
     )
 
 
-def abstract_state(program: ppo.PpoProgram, *adapt: loop.Adapt) -> PpoState:
+def abstract_ppo_state(program: ppo.PpoProgram, *adapt: AddAdapters) -> PpoState:
     """Shapes and layouts of the whole state; `adapt` adds adapters to policy and value
     network, if there are any."""
-    policy = loop.abstract_state(
+    policy = abstract_state(
         program.policy, program.policy_optimizer, program.mesh, *adapt[:1]
     )
-    value = loop.abstract_state(
+    value = abstract_state(
         program.scorer, program.value_optimizer, program.mesh, *adapt[1:]
     )
     return PpoState(policy=policy, value=value, ema=policy.params)
@@ -304,7 +310,7 @@ class Iteration:
         reward_params: Params,
         tolerance: float,
     ):
-        state, policy = loop.layouts(abstract), loop.layouts(abstract.policy.params)
+        state, policy = layouts(abstract), layouts(abstract.policy.params)
         fixed = (
             sharding.shardings(params, program.mesh)
             for params in (ref_params, reward_params)

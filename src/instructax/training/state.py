@@ -1,0 +1,123 @@
+"""Train states: how they are created, sharded and updated under jit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from instructax import rng, sharding
+from instructax.models import Transformer, add_lora, trainable
+from instructax.models.init import init_params
+from instructax.types import Array, Params, TrainState
+
+# Adds LoRA adapters to parameters, or returns the parameters unchanged.
+AddAdapters = Callable[[Params], Params]
+
+
+def no_adapters(params: Params) -> Params:
+    """The identity: all parameters are trained."""
+    return params
+
+
+def adapter_initializer(config: Any, network: int = 0) -> AddAdapters:
+    """Returns the function that adds the adapters which a stage's config asks for.
+
+    Args:
+      config: a stage's config; `config.lora` and `config.seed` are read.
+      network: index of the network within the stage; each gets its own random adapters.
+    """
+
+    def add_adapters(params: Params) -> Params:
+        key = rng.step_key(config.seed, "adapters", network)
+        return add_lora(params, config.lora, key)
+
+    return add_adapters
+
+
+def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0; the optimizer state covers only the trainable parameters."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(trainable(params)),
+    )
+
+
+def abstract_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    add_adapters: AddAdapters = no_adapters,
+) -> TrainState:
+    """Shapes, dtypes and shardings of a train state; allocates nothing."""
+
+    def create() -> TrainState:
+        params = init_params(model, jax.random.key(0))
+        return new_state(add_adapters(params), optimizer)
+
+    return sharding.abstract(jax.eval_shape(create), mesh)
+
+
+def layouts(tree: Any) -> Any:
+    """The shardings of a tree of arrays or abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def init_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    mesh: Mesh,
+    add_adapters: AddAdapters = no_adapters,
+) -> TrainState:
+    """A randomly initialized state; each device allocates only its own shards."""
+
+    def create(key: Array) -> TrainState:
+        return new_state(add_adapters(init_params(model, key)), optimizer)
+
+    shardings = layouts(abstract_state(model, optimizer, mesh, add_adapters))
+    return jax.jit(create, out_shardings=shardings)(key)
+
+
+def start_from(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    add_adapters: AddAdapters = no_adapters,
+) -> TrainState:
+    """A state at step 0 with loaded parameters and a fresh optimizer state.
+
+    Copies `params`, so that they outlive a donation of the state.
+    """
+
+    def create(params: Params) -> TrainState:
+        return new_state(add_adapters(params), optimizer)
+
+    shapes = jax.eval_shape(create, params)
+    return jax.jit(create, out_shardings=sharding.shardings(shapes, mesh))(params)
+
+
+def compile_update(
+    update: Callable[..., Any], abstract: Any, mesh: Mesh
+) -> Callable[[Any, Any, Any], Any]:
+    """`update(state, batch, settings) -> (state, metrics)` under jit.
+
+    The state keeps its shardings and is donated, the batch is sharded by rows, and settings
+    and metrics are replicated.
+
+    Args:
+      update: the function to compile.
+      abstract: shapes and shardings of the state.
+      mesh: the mesh that holds the state.
+    """
+    state = layouts(abstract)
+    replicated = sharding.replicated(mesh)
+    return jax.jit(
+        update,
+        in_shardings=(state, sharding.row_sharding(mesh), replicated),
+        out_shardings=(state, replicated),
+        donate_argnums=0,
+    )
