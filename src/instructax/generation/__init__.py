@@ -1,7 +1,5 @@
-"""The sampler: what it is asked (`draw`), the prompts' forward pass (`prefill`), and
-responses under way (`slots`)."""
+"""Samples responses: prefill, then decoding in slots."""
 
-from instructax.generation.decoding import sample_token
 from instructax.generation.prefill import prefill_padding
 from instructax.generation.sampler import (
     SamplingState,
@@ -9,6 +7,7 @@ from instructax.generation.sampler import (
     generate,
     start_sampling,
 )
+from instructax.generation.token_sampling import sample_token
 
 __all__ = [
     "SamplingState",

@@ -1,8 +1,9 @@
-"""Responses under way: one token in each slot at a step, and a slot whose response has
-ended takes the next sample.
+"""Token-by-token decoding of many samples in a fixed number of slots.
 
-It gets a copy of its prompt's keys and values, so that a batch of long and short responses
-costs about the sum of their lengths, and samples of one prompt share its forward pass.
+Every step draws one token in each slot. A slot whose sample has finished is refilled with
+the next sample, so a batch of short and long responses costs about the sum of their
+lengths. Samples of the same prompt share its prefill: a slot copies the prompt's keys and
+values when it is refilled.
 """
 
 import dataclasses
@@ -11,240 +12,270 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.generation.prefill import Prefilled
+from instructax.generation.prefill import PrefilledPrompts
+from instructax.generation.token_sampling import sample_token
 from instructax.models import Cache, Transformer, init_cache, positions_of
 from instructax.models.logprobs import logits_of
 from instructax.models.ops import any_over_batch
 from instructax.types import Array, Params, Prompts, pytree
 
 
-def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array, Array]:
-    """One token for each row, and its log-probability: f32[B, V], key[B], f32[] or f32[B] →
-    (i32[B], f32[B]).
-
-    The inverse of the cumulative distribution at one uniform number a row: a vocabulary of
-    Gumbel noise costs a quarter of a decoding step on a CPU. Probabilities below 2⁻²⁴ are
-    beyond the resolution of the uniform number and of the running sum; a token whose
-    probability is zero is never drawn. Temperature 0 takes the likeliest token and reports
-    its log-probability at temperature 1.
-    """
-    divisors = jnp.reshape(jnp.where(temperature > 0, temperature, 1.0), (-1, 1))
-    logprobs = jax.nn.log_softmax(logits / divisors, axis=-1)
-    probabilities = jnp.exp(logprobs)
-    # The running sum is rounded in no fixed order, so it can rise at a token of probability
-    # zero: that one is left out.
-    cumulative = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
-    total = jnp.max(cumulative, axis=-1, keepdims=True)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys)
-    # Kept below the total, or rounding could leave no token above the point.
-    points = jnp.minimum(uniforms * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    sampled = jnp.argmax(cumulative > points, axis=-1).astype(jnp.int32)
-    tokens = jnp.where(
-        temperature > 0, sampled, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    )
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
-
-
 @pytree
 class SampleBatch:
-    """N samples that are wanted, and what they are drawn from."""
+    """N samples to generate for M prompts; sample i continues prompt i // (N / M)."""
 
-    prompts: Prompts  # [M, P]; sample i is of prompt i // (N / M)
-    prefilled: Prefilled
+    prompts: Prompts  # [M, P]
+    prefilled: PrefilledPrompts
     keys: Array  # key[N]
-    wanted: Array  # i32[], samples that are made, the first ones
-    max_new_tokens: Array  # i32[N], the most tokens of each, from 1 to R
+    # Only the first num_samples of the N samples are generated; the rest pad the batch.
+    num_samples: Array  # i32[]
+    max_new_tokens: Array  # i32[N], from 1 to R
     temperature: Array  # f32[N]
 
 
 @pytree
-class Slots:
-    """What is under way, S responses at a time, and what has been made of all N samples."""
+class DecodeSlots:
+    """The samples in progress, in S slots, and the results of all N samples so far."""
 
-    cache: Cache  # of S rows: P columns of the prompt, then those of the response
-    hidden: Array  # dtype[S, D], from which the next token is drawn
-    sample: Array  # i32[S], which sample a slot makes; N = none
-    num_tokens: Array  # i32[S], response tokens that it has so far
-    token: Array  # i32[S], the last of them
-    next: Array  # i32[], the first sample that no slot has taken
+    # Per slot. The cache has P columns for the prompt, then those of the response.
+    cache: Cache
+    # The last hidden states, from which the next tokens are drawn.
+    hidden: Array  # dtype[S, D]
+    # Which sample is in the slot; N means that the slot is idle.
+    sample_index: Array  # i32[S]
+    # Response tokens generated so far.
+    num_tokens: Array  # i32[S]
+    last_token: Array  # i32[S]
+
+    # Index of the first sample that has not entered a slot yet.
+    next_sample: Array  # i32[]
+
+    # Per sample: right-padded with the end token, False and zeros.
     responses: Array  # i32[N, R]
     mask: Array  # b[N, R]
     logprobs: Array  # f32[N, R]
+    # Whether the response ended with the end token or a stop token.
     ended: Array  # b[N]
 
 
-def compact_slots(s: Slots, count: int) -> Slots:
-    """The first `count` busy slots alone; idle ones, if there are fewer."""
-    first = jnp.argsort(s.sample == len(s.responses), stable=True)[:count]
-    own = s.cache, s.hidden, s.sample, s.num_tokens, s.token
-    cache, hidden, sample, num_tokens, token = jax.tree.map(lambda x: x[first], own)
+def compact_slots(slots: DecodeSlots, count: int) -> DecodeSlots:
+    """Keeps `count` slots: busy ones first, then idle ones if there are too few."""
+    idle = slots.sample_index == len(slots.responses)
+    # A stable sort keeps the busy slots in order; their order changes no sample.
+    kept = jnp.argsort(idle, stable=True)[:count]
     return dataclasses.replace(
-        s, cache=cache, hidden=hidden, sample=sample, num_tokens=num_tokens, token=token
+        slots,
+        cache=jax.tree.map(lambda x: x[kept], slots.cache),
+        hidden=slots.hidden[kept],
+        sample_index=slots.sample_index[kept],
+        num_tokens=slots.num_tokens[kept],
+        last_token=slots.last_token[kept],
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """One group's samples. Where there are several groups, all of them loop until the last
-    has ended."""
+class DecodingNetwork:
+    """A policy prepared for decoding: its matrices are cast once, before the loops, because
+    a decoding step mostly reads them."""
 
     model: Transformer
     params: Params
-    head: Array  # matmul_dtype[V, D]
+    head: Array  # matmul_dtype[V, D], the output projection
+    # The parameters of each block, sliced from the stacked ones.
     layers: tuple[Params, ...]
-    draws: SampleBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Decodes one batch of samples.
+
+    Under `vmap` (one batch per device) every loop runs until the slowest device is done.
+    """
+
+    network: DecodingNetwork
+    batch: SampleBatch
     eos_id: int
-    stop_token_mask: Array  # b[V], tokens that end a response as `eos_id` does
+    # Tokens that end a response just as `eos_id` does.
+    stop_token_mask: Array  # b[V]
 
-    def begin(self, length: int) -> Slots:
-        """The first token in every slot; R = `length`."""
-        return self._draw(self._idle(length))
+    def start(self, length: int) -> DecodeSlots:
+        """Fills the slots and draws the first token in each; R = `length`."""
+        return self._draw(self._empty_slots(length))
 
-    def advance(self, s: Slots, steps: Array | None = None) -> Slots:
-        """Up to `steps` i32[] further tokens in every slot; None: until all samples are
-        made.
+    def advance(self, slots: DecodeSlots, steps: Array | None = None) -> DecodeSlots:
+        """Draws further tokens: up to `steps` i32[] per slot, or all if None.
 
-        In the end most slots are idle, and a step's cost grows with its slots: with
-        `compaction_steps`, what is under way goes on in half as many slots as soon as it
-        fits, unless there are `steps`, after which others go on.
+        A first reading may skip compaction, which changes the cost but no sample: towards
+        the end most slots are idle, yet a step still costs as much as all slots. So, up to
+        `compaction_steps` times, the samples in progress move to half as many slots as soon
+        as they fit. This happens only if `steps` is None, because it changes shapes.
         """
         if steps is not None:
-            return self._go_on(s, 0, steps)
-        for _ in range(self.model.compute.compaction_steps):
-            if half := len(s.sample) // 2:
-                s = compact_slots(self._go_on(s, half, None), half)
-        return self._go_on(s, 0, None)
+            return self._decode(slots, 0, steps)
+        for _ in range(self.network.model.compute.compaction_steps):
+            half = len(slots.sample_index) // 2
+            if half:
+                slots = compact_slots(self._decode(slots, half, None), half)
+        return self._decode(slots, 0, None)
 
-    def _go_on(self, s: Slots, busy: int, steps: Array | None) -> Slots:
-        """Further tokens, up to `steps`, while more than `busy` slots are, or a sample
-        waits."""
+    def _decode(
+        self, slots: DecodeSlots, max_busy: int, steps: Array | None
+    ) -> DecodeSlots:
+        """Decodes, for up to `steps` steps, while more than `max_busy` slots are busy or a
+        sample waits for a slot."""
 
-        def goes_on(state: tuple[Slots, Array | None]) -> Array:
-            s, left = state
-            more = (jnp.sum(s.sample < len(self.draws.keys)) > busy) | (
-                s.next < self.draws.wanted
-            )
-            return (
-                any_over_batch(more) if left is None else any_over_batch(more) & (left > 0)
-            )
+        def is_unfinished(state: tuple[DecodeSlots, Array | None]) -> Array:
+            slots, steps_left = state
+            busy = jnp.sum(slots.sample_index < len(self.batch.keys))
+            more = (busy > max_busy) | (slots.next_sample < self.batch.num_samples)
+            if steps_left is None:
+                return any_over_batch(more)
+            return any_over_batch(more) & (steps_left > 0)
 
-        def step(state: tuple[Slots, Array | None]) -> tuple[Slots, Array | None]:
-            return self._step(state[0]), None if state[1] is None else state[1] - 1
+        def step(
+            state: tuple[DecodeSlots, Array | None],
+        ) -> tuple[DecodeSlots, Array | None]:
+            slots, steps_left = state
+            return self._step(slots), None if steps_left is None else steps_left - 1
 
-        return jax.lax.while_loop(goes_on, step, (s, steps))[0]
+        return jax.lax.while_loop(is_unfinished, step, (slots, steps))[0]
 
-    def _idle(self, length: int) -> Slots:
+    def _empty_slots(self, length: int) -> DecodeSlots:
         """All slots idle, nothing sampled."""
-        model, count = self.model, len(self.draws.keys)
-        slots, columns = min(model.compute.slots, count), self.draws.prompts.tokens.shape[1]
-        cache = init_cache(model.config, model.compute, slots, columns + max(length - 1, 1))
-        return Slots(
-            cache=dataclasses.replace(cache, filled=jnp.full((slots,), columns, jnp.int32)),
-            hidden=jnp.zeros(
-                (slots, model.config.embed_dim), self.draws.prefilled.hidden.dtype
+        model = self.network.model
+        num_samples = len(self.batch.keys)
+        num_slots = min(model.compute.slots, num_samples)
+        columns = self.batch.prompts.tokens.shape[1]
+
+        # The last token of a response is never run through the network.
+        cache_length = columns + max(length - 1, 1)
+        cache = init_cache(model.config, model.compute, num_slots, cache_length)
+        hidden_dtype = self.batch.prefilled.hidden.dtype
+        return DecodeSlots(
+            cache=dataclasses.replace(
+                cache, filled=jnp.full((num_slots,), columns, jnp.int32)
             ),
-            sample=jnp.full((slots,), count, jnp.int32),
-            num_tokens=jnp.zeros((slots,), jnp.int32),
-            token=jnp.zeros((slots,), jnp.int32),
-            next=jnp.int32(0),
-            responses=jnp.full((count, length), self.eos_id, jnp.int32),
-            mask=jnp.zeros((count, length), bool),
-            logprobs=jnp.zeros((count, length), jnp.float32),
-            ended=jnp.zeros((count,), bool),
+            hidden=jnp.zeros((num_slots, model.config.embed_dim), hidden_dtype),
+            sample_index=jnp.full((num_slots,), num_samples, jnp.int32),
+            num_tokens=jnp.zeros((num_slots,), jnp.int32),
+            last_token=jnp.zeros((num_slots,), jnp.int32),
+            next_sample=jnp.int32(0),
+            responses=jnp.full((num_samples, length), self.eos_id, jnp.int32),
+            mask=jnp.zeros((num_samples, length), bool),
+            logprobs=jnp.zeros((num_samples, length), jnp.float32),
+            ended=jnp.zeros((num_samples,), bool),
         )
 
-    def _waits(self, s: Slots) -> Array:
-        """Whether there are a sample and a slot for it."""
-        return jnp.any(s.sample == len(self.draws.keys)) & (s.next < self.draws.wanted)
+    def _can_refill(self, slots: DecodeSlots) -> Array:
+        """Whether there are both an idle slot and a sample that waits for one: b[]."""
+        any_idle = jnp.any(slots.sample_index == len(self.batch.keys))
+        return any_idle & (slots.next_sample < self.batch.num_samples)
 
-    def _prompt_of(self, sample: Array) -> Array:
-        """The row of its prompt; of no sample, the last one."""
-        count = len(self.draws.prompts.tokens)
-        return jnp.minimum(sample // (len(self.draws.keys) // count), count - 1)
+    def _prompt_index(self, sample_index: Array) -> Array:
+        """Index of the sample's prompt; of an idle slot, the last prompt."""
+        num_prompts = len(self.batch.prompts.tokens)
+        samples_per_prompt = len(self.batch.keys) // num_prompts
+        return jnp.minimum(sample_index // samples_per_prompt, num_prompts - 1)
 
-    def _take(self, s: Slots) -> Slots:
-        """Gives the next sample to the first idle slot; nothing, if there is none of
-        either."""
-        slot = jnp.where(
-            self._waits(s), jnp.argmax(s.sample == len(self.draws.keys)), len(s.sample)
-        )
-        prompt, prefilled = self._prompt_of(s.next), self.draws.prefilled
-        columns = self.draws.prompts.tokens.shape[1]
+    def _refill_one(self, slots: DecodeSlots) -> DecodeSlots:
+        """Puts the next sample into the first idle slot; does nothing if either is missing
+        (under `vmap` other devices may still refill)."""
+        prefilled = self.batch.prefilled
+        columns = self.batch.prompts.tokens.shape[1]
+        can_refill = self._can_refill(slots)
+        first_idle = jnp.argmax(slots.sample_index == len(self.batch.keys))
+        # A slot out of range makes every write below a no-op.
+        slot = jnp.where(can_refill, first_idle, len(slots.sample_index))
+        prompt = self._prompt_index(slots.next_sample)
 
-        def put(all_: Array, one: Array | int) -> Array:
-            return all_.at[slot].set(one, mode="drop")
+        def put(per_slot: Array, value: Array | int) -> Array:
+            return per_slot.at[slot].set(value, mode="drop")
 
-        def copied(
+        def copy_prompt(
             cached: tuple[Array, ...], packed: tuple[Array, ...]
         ) -> tuple[Array, ...]:
-            windows = [
-                prefilled.window(one, prompt, columns).swapaxes(0, 1) for one in packed
-            ]
-            pairs = zip(cached, windows, strict=True)
-            return tuple(
-                all_.at[slot, :, :columns].set(one, mode="drop") for all_, one in pairs
-            )
+            updated = []
+            for layer, packed_layer in zip(cached, packed, strict=True):
+                # [P, num_kv_heads, head_dim] → [num_kv_heads, P, head_dim]
+                window = prefilled.window(packed_layer, prompt, columns).swapaxes(0, 1)
+                updated.append(layer.at[slot, :, :columns].set(window, mode="drop"))
+            return tuple(updated)
 
-        # Where in its columns the prompt stands is all the same: each token knows its
-        # position.
-        own = prefilled.window(prefilled.texts, prompt, columns) == prompt + 1
-        seen = jnp.pad(own, (0, s.cache.segments.shape[1] - columns))
-        positions = (
-            None
-            if s.cache.positions is None
-            else put(s.cache.positions, positions_of(seen))
+        # The window also holds tokens of neighboring prompts; the mask excludes them. Where
+        # the prompt lies within the P columns makes no difference, because every token
+        # carries its position.
+        segment_ids = prefilled.window(prefilled.segment_ids, prompt, columns)
+        visible = jnp.pad(
+            segment_ids == prompt + 1, (0, slots.cache.segments.shape[1] - columns)
+        )
+        positions = slots.cache.positions
+        if positions is not None:
+            positions = put(positions, positions_of(visible))
+        cache = Cache(
+            keys=copy_prompt(slots.cache.keys, prefilled.keys),
+            values=copy_prompt(slots.cache.values, prefilled.values),
+            segments=put(slots.cache.segments, visible.astype(jnp.int32)),
+            positions=positions,
+            filled=put(slots.cache.filled, columns),
         )
         return dataclasses.replace(
-            s,
-            cache=Cache(
-                keys=copied(s.cache.keys, prefilled.keys),
-                values=copied(s.cache.values, prefilled.values),
-                segments=put(s.cache.segments, seen.astype(jnp.int32)),
-                positions=positions,
-                filled=put(s.cache.filled, columns),
-            ),
-            hidden=put(s.hidden, prefilled.hidden[prompt]),
-            sample=put(s.sample, s.next),
-            num_tokens=put(s.num_tokens, 0),
-            next=s.next + self._waits(s).astype(jnp.int32),
+            slots,
+            cache=cache,
+            hidden=put(slots.hidden, prefilled.hidden[prompt]),
+            sample_index=put(slots.sample_index, slots.next_sample),
+            num_tokens=put(slots.num_tokens, 0),
+            next_sample=slots.next_sample + can_refill.astype(jnp.int32),
         )
 
-    def _draw(self, s: Slots) -> Slots:
-        """Fills idle slots, and adds a token to every response under way."""
-        s = jax.lax.while_loop(lambda s: any_over_batch(self._waits(s)), self._take, s)
-        count = len(self.draws.keys)
-        own = jnp.minimum(s.sample, count - 1)
-        keys = jax.vmap(jax.random.fold_in)(self.draws.keys[own], s.num_tokens)
-        logits = logits_of(s.hidden, self.head, self.model.config.logit_cap)
-        tokens, logprobs = sample_token(logits, keys, self.draws.temperature[own])
+    def _draw(self, slots: DecodeSlots) -> DecodeSlots:
+        """Refills idle slots, then draws one token in every busy slot."""
+        batch = self.batch
+        network = self.network
+        slots = jax.lax.while_loop(
+            lambda slots: any_over_batch(self._can_refill(slots)), self._refill_one, slots
+        )
+
+        # Idle slots draw too, with the settings of the last sample; their results are
+        # dropped because their sample index is out of range.
+        num_samples = len(batch.keys)
+        sample = jnp.minimum(slots.sample_index, num_samples - 1)
+        keys = jax.vmap(jax.random.fold_in)(batch.keys[sample], slots.num_tokens)
+        logits = logits_of(slots.hidden, network.head, network.model.config.logit_cap)
+        tokens, logprobs = sample_token(logits, keys, batch.temperature[sample])
+
+        # The token that ends a response belongs to it.
         stopped = (tokens == self.eos_id) | self.stop_token_mask[tokens]
-        over = stopped | (s.num_tokens + 1 == self.draws.max_new_tokens[own])
+        done = stopped | (slots.num_tokens + 1 == batch.max_new_tokens[sample])
+        # [S] row and column of each token in the results [N, R].
+        place = (slots.sample_index, slots.num_tokens)
         return dataclasses.replace(
-            s,
-            sample=jnp.where(over, count, s.sample),
-            num_tokens=s.num_tokens + 1,
-            token=tokens,
-            responses=s.responses.at[s.sample, s.num_tokens].set(tokens, mode="drop"),
-            mask=s.mask.at[s.sample, s.num_tokens].set(True, mode="drop"),
-            logprobs=s.logprobs.at[s.sample, s.num_tokens].set(logprobs, mode="drop"),
-            ended=s.ended.at[s.sample].set(stopped, mode="drop"),
+            slots,
+            sample_index=jnp.where(done, num_samples, slots.sample_index),
+            num_tokens=slots.num_tokens + 1,
+            last_token=tokens,
+            responses=slots.responses.at[place].set(tokens, mode="drop"),
+            mask=slots.mask.at[place].set(True, mode="drop"),
+            logprobs=slots.logprobs.at[place].set(logprobs, mode="drop"),
+            ended=slots.ended.at[slots.sample_index].set(stopped, mode="drop"),
         )
 
-    def _step(self, s: Slots) -> Slots:
-        """Runs the last tokens through the network, and draws the next ones."""
-        active = s.sample < len(self.draws.keys)
-        lengths = jnp.sum(self.draws.prompts.mask, axis=1, dtype=jnp.int32)[
-            self._prompt_of(s.sample)
-        ]
-        # Idle slots are run too; their positions must exist, and what they write is seen by
-        # none.
-        positions = jnp.where(active, lengths + s.num_tokens - 1, 0)
-        outputs: Any = self.model.apply(
-            {"params": self.params},
-            s.token[:, None],
+    def _step(self, slots: DecodeSlots) -> DecodeSlots:
+        """Runs the last tokens through the network and draws the next ones."""
+        active = slots.sample_index < len(self.batch.keys)  # [S]
+        # The last token stands at position prompt length + num_tokens - 1.
+        prompt_lengths = jnp.sum(self.batch.prompts.mask, axis=1, dtype=jnp.int32)
+        prompt_length = prompt_lengths[self._prompt_index(slots.sample_index)]
+        # Idle slots run as well, at a position that surely exists; nothing attends to what
+        # they write.
+        positions = jnp.where(active, prompt_length + slots.num_tokens - 1, 0)
+        # One new column per slot, [S, 1].
+        outputs: Any = self.network.model.apply(
+            {"params": self.network.params},
+            slots.last_token[:, None],
             active[:, None].astype(jnp.int32),
             positions[:, None],
-            cache=s.cache,
-            layers=self.layers,
+            cache=slots.cache,
+            layers=self.network.layers,
         )
-        return self._draw(dataclasses.replace(s, cache=outputs[1], hidden=outputs[0][:, 0]))
+        hidden, cache = outputs
+        return self._draw(dataclasses.replace(slots, cache=cache, hidden=hidden[:, 0]))

@@ -1,19 +1,22 @@
-"""Sampling: one model code with the scorers, at one temperature, without dropout.
+"""Samples responses with the same model code that scores them, without dropout.
 
-The prompts are run first, and their keys and values are kept (`prefill`); then responses
-are drawn side by side, a token of each at a step (`slots`). `generate` is all of it in one
-compiled program; `start_sampling` and `advance_sampling` are the same loop in pieces, for
-whoever shows a sample while it is drawn, and what is drawn does not depend on the pieces.
+`generate` samples a whole batch in one compiled program: prefill, then decoding.
+`start_sampling` and `advance_sampling` run the same loop piece by piece, for streaming. A
+sample depends only on its prompt and its key, not on batch composition or streaming.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from instructax.generation.decoding import SampleBatch, Sampler, Slots
-from instructax.generation.prefill import filled, prefilled
+from instructax.generation.decoding import (
+    Decoder,
+    DecodeSlots,
+    DecodingNetwork,
+    SampleBatch,
+)
+from instructax.generation.prefill import count_prompts, prefill
 from instructax.models import (
     Transformer,
     cast_matrices,
@@ -26,23 +29,26 @@ from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
 @pytree
 class SamplingState:
-    """Samples that are being drawn; `advance_sampling` goes on with them."""
+    """A batch of samples in progress; `advance_sampling` continues it."""
 
-    draws: SampleBatch
-    slots: Slots
+    batch: SampleBatch
+    slots: DecodeSlots
 
     @property
     def rollouts(self) -> Rollouts:
-        """What has been drawn so far: N rows, `ended` only where the end token, or a stop,
-        has been."""
-        count, s = len(self.draws.keys) // len(self.draws.prompts.tokens), self.slots
-        prompts = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self.draws.prompts)
+        """The N samples so far; `ended` is True only once the end token or a stop token was
+        drawn."""
+        # [M, P] → [N, P]
+        samples_per_prompt = len(self.batch.keys) // len(self.batch.prompts.tokens)
+        prompts = jax.tree.map(
+            lambda x: jnp.repeat(x, samples_per_prompt, axis=0), self.batch.prompts
+        )
         return Rollouts(
             prompts=prompts,
-            responses=s.responses,
-            mask=s.mask,
-            logprobs=s.logprobs,
-            ended=s.ended,
+            responses=self.slots.responses,
+            mask=self.slots.mask,
+            logprobs=self.slots.logprobs,
+            ended=self.slots.ended,
         )
 
 
@@ -58,27 +64,40 @@ def start_sampling(
     eos_id: int,
     stop_token_mask: Array | None = None,
 ) -> SamplingState:
-    """Runs the prompts, and draws the first token of as many samples as there are slots.
+    """Runs the prompts and draws the first token of as many samples as there are slots.
 
-    As `generate` on one device, but each sample has a temperature of its own, f32[N], and
-    its own number of tokens that it may have, `max_new_tokens` i32[N], from 1 to `length`.
+    Like `generate` on one device, except for per-sample limits and temperatures.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      prompts: [M, P].
+      keys: key[N], one per sample.
+      length: R, the largest response length.
+      max_new_tokens: i32[N], tokens each sample may have, from 1 to `length`.
+      temperature: f32[N].
+      eos_id: the end token.
+      stop_token_mask: b[V], further tokens that end a response.
+
+    Returns:
+      The state to pass to `advance_sampling`.
     """
-    network = _network(model, params)
-    draws = SampleBatch(
+    network = _decoding_network(model, params)
+    batch = SampleBatch(
         prompts=prompts,
-        prefilled=prefilled(network["model"], network["params"], prompts),
+        prefilled=prefill(network.model, network.params, prompts),
         keys=keys,
-        wanted=filled(prompts) * (len(keys) // len(prompts.tokens)),
+        num_samples=count_prompts(prompts) * (len(keys) // len(prompts.tokens)),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    sampler = Sampler(
-        **network,
-        draws=draws,
+    decoder = Decoder(
+        network=network,
+        batch=batch,
         eos_id=eos_id,
-        stop_token_mask=_stops(model, stop_token_mask),
+        stop_token_mask=_mask_or_empty(stop_token_mask, model.config.vocab_size),
     )
-    return SamplingState(draws=draws, slots=sampler.begin(length))
+    return SamplingState(batch=batch, slots=decoder.start(length))
 
 
 def advance_sampling(
@@ -90,15 +109,18 @@ def advance_sampling(
     eos_id: int,
     stop_token_mask: Array | None = None,
 ) -> SamplingState:
-    """Draws up to `steps` i32[] further tokens of each sample under way, by default all;
-    `eos_id` and `stop_token_mask` as in `start_sampling`."""
-    sampler = Sampler(
-        **_network(model, params),
-        draws=sampling.draws,
+    """Draws up to `steps` i32[] further tokens of each sample in a slot, or all tokens of
+    all samples if None.
+
+    `model`, `params`, `eos_id` and `stop_token_mask` must be those of `start_sampling`.
+    """
+    decoder = Decoder(
+        network=_decoding_network(model, params),
+        batch=sampling.batch,
         eos_id=eos_id,
-        stop_token_mask=_stops(model, stop_token_mask),
+        stop_token_mask=_mask_or_empty(stop_token_mask, model.config.vocab_size),
     )
-    return dataclasses.replace(sampling, slots=sampler.advance(sampling.slots, steps))
+    return dataclasses.replace(sampling, slots=decoder.advance(sampling.slots, steps))
 
 
 def generate(
@@ -115,58 +137,65 @@ def generate(
 ) -> Rollouts:
     """Samples up to `length` tokens after each prompt.
 
-    `prompts` [M, P]; `keys` key[N], one for each sample, so that a sample depends neither
-    on its neighbours nor on its slot; N is a multiple of M, and sample i is of prompt i //
-    (N / M). Token t uses fold_in(key, t). A row ends with `eos_id`, or with one of `stop_token_mask`
-    b[V] if they are given, which belongs to the response; columns after it are masked and
-    hold `eos_id`. Nothing is sampled after prompts without a token that come last in a
-    share of the rows. `groups`: how many devices share rows; each has slots for its own
-    share of the prompts. Returns Rollouts of N rows with R = `length`.
+    Prompts without a token at the end of a group are padding of the batch: nothing is
+    sampled after them.
+
+    Args:
+      model: the policy.
+      params: its parameters.
+      prompts: [M, P].
+      keys: key[N], N a multiple of M. Sample i continues prompt i // (N / M), and its token
+        t is drawn with fold_in(keys[i], t), whatever the other samples are.
+      length: R, the largest response length.
+      temperature: of all samples; 0 takes the most likely token.
+      eos_id: the end token. It belongs to the response; the columns after it are masked and
+        hold `eos_id` too.
+      stop_token_mask: b[V], further tokens that end a response, and belong to it.
+      groups: number of devices that share the batch. Each has its own prompts and slots.
+
+    Returns:
+      Rollouts of N rows.
     """
-    ends = {"eos_id": eos_id, "stop_token_mask": stop_token_mask}
 
     def sample(prompts: Prompts, keys: Array) -> Rollouts:
-        max_new_tokens = jnp.full((len(keys),), length, jnp.int32)
-        temperatures = jnp.full((len(keys),), temperature, jnp.float32)
-        begun = start_sampling(
+        sampling = start_sampling(
             model,
             params,
             prompts,
             keys,
             length=length,
-            max_new_tokens=max_new_tokens,
-            temperature=temperatures,
-            **ends,
+            max_new_tokens=jnp.full((len(keys),), length, jnp.int32),
+            temperature=jnp.full((len(keys),), temperature, jnp.float32),
+            eos_id=eos_id,
+            stop_token_mask=stop_token_mask,
         )
-        return advance_sampling(model, params, begun, **ends).rollouts
+        sampling = advance_sampling(
+            model, params, sampling, eos_id=eos_id, stop_token_mask=stop_token_mask
+        )
+        return sampling.rollouts
 
-    prompts = jax.tree.map(
-        jnp.asarray, prompts
-    )  # NumPy's are not indexed by what is traced
+    # NumPy arrays cannot be indexed with traced values.
+    prompts = jax.tree.map(jnp.asarray, prompts)
     if groups == 1:
         return sample(prompts, keys)
-    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (prompts, keys))
-    rollouts = jax.vmap(sample)(*split)
+    # [rows, ...] → [groups, rows of a group, ...] and back.
+    grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (prompts, keys))
+    rollouts = jax.vmap(sample)(*grouped)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
 
 
-def _network(model: Transformer, params: Params) -> dict[str, Any]:
-    """The network as it samples, and its parameters in the dtypes that it uses them in:
-    fields of `Sampler`."""
+def _decoding_network(model: Transformer, params: Params) -> DecodingNetwork:
+    # The head is cast on its own: a tied embedding has another dtype as an input table.
     model = model.clone(compute=decoding_config(model.compute))
     head = head_kernel(model.config, params).astype(model.compute.matmul_dtype)
     params = cast_matrices(params, model.compute)
-    return {
-        "model": model,
-        "params": params,
-        "head": head,
-        "layers": layers_of(params["blocks"]),
-    }
-
-
-def _stops(model: Transformer, stop_token_mask: Array | None) -> Array:
-    return (
-        jnp.zeros((model.config.vocab_size,), bool)
-        if stop_token_mask is None
-        else stop_token_mask
+    return DecodingNetwork(
+        model=model, params=params, head=head, layers=layers_of(params["blocks"])
     )
+
+
+def _mask_or_empty(stop_token_mask: Array | None, vocab_size: int) -> Array:
+    """The mask, or one that marks no token."""
+    if stop_token_mask is None:
+        return jnp.zeros((vocab_size,), bool)
+    return stop_token_mask
