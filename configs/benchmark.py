@@ -11,6 +11,7 @@ are full, one text each, and every token is trained.
 import ml_collections
 
 from configs import ppo, pretrain, reward
+from instructax.config import ConfigError
 
 ARCHITECTURES = {"S": (6, 384, 6, 64, 8192), "M": (12, 768, 12, 64, 50257)}
 STAGES = {
@@ -26,7 +27,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A run of one stage, `arg` STAGE,SIZE."""
     name, _, size = arg.partition(",")
     if name not in STAGES or size not in ARCHITECTURES:
-        raise ValueError(
+        raise ConfigError(
             f"benchmark {arg!r} must be one of {', '.join(STAGES)} and one of S, M: ppo,S"
         )
     config = STAGES[name].get_config("small")

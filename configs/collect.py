@@ -9,12 +9,13 @@ Expect:    comparisons.jsonl.gz by the labelers a reward model learns from, held
 import ml_collections
 
 from configs import sizes
+from instructax.config import ConfigError
 
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
     """Comparisons of answers by SFT, now and then by the pretrained model."""
     if size not in sizes.WORLDS:
-        raise ValueError(
+        raise ConfigError(
             f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: only the embedded world has labelers"
         )
     folder, limits = f"runs/{size}", sizes.limits(size).to_dict()

@@ -13,6 +13,7 @@ text, residual dropout 0.2 (C.1).
 import ml_collections
 
 from configs import sizes
+from instructax.config import ConfigError
 
 # Peak learning rates: (PPO initialisation C.3, SFT baseline C.1); sizes that the paper
 # lacks take 1.3b's.
@@ -34,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A run of supervised fine-tuning; `arg` is SIZE or SIZE,baseline."""
     size, _, variant = arg.partition(",")
     if variant not in ("", "baseline"):
-        raise ValueError(
+        raise ConfigError(
             f"variant {variant!r} must be absent or 'baseline': configs/sft.py:SIZE or SIZE,baseline"
         )
     baseline = variant == "baseline"

@@ -16,6 +16,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from instructax.config import ConfigError
+
 # name: (layers, width, heads, head_dim)
 GPT3 = {
     "125m": (12, 768, 12, 64),
@@ -52,7 +54,7 @@ def imported(size: str) -> dict[str, Any]:
 def check(size: str) -> str:
     """Returns `size`; raises ValueError if there is none of that name."""
     if size not in SIZES and not imported(size):
-        raise ValueError(
+        raise ConfigError(
             f"size {size!r} must be one of {', '.join(SIZES)}, or the NAME of a model that scripts/import_hf.py has put "
             "into runs/NAME/pretrain: give it as configs/STAGE.py:SIZE"
         )

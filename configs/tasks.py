@@ -11,12 +11,13 @@ Expect:    micro: GPT knows `book`, `translation` and `sentiment` by heart, and 
 import ml_collections
 
 from configs import sizes
+from instructax.config import ConfigError
 
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
     """GPT, SFT, PPO and PPO-ptx on all tasks, in the sizes that live in the embedded world."""
     if size not in sizes.WORLDS:
-        raise ValueError(
+        raise ConfigError(
             f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: the paper's sizes have no embedded world"
         )
     folder = f"runs/{size}"

@@ -9,12 +9,13 @@ Expect:    six .jsonl.gz files and tokenizer.json in the workdir, the same bytes
 import ml_collections
 
 from configs import sizes
+from instructax.config import ConfigError
 
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
     """`tiny`, or one of the family `micro`, `milli`, `centi`, which share a world."""
     if size not in sizes.WORLDS:
-        raise ValueError(
+        raise ConfigError(
             f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: the paper's sizes have no embedded world"
         )
     lines = {

@@ -54,8 +54,7 @@ def main(argv: list[str]) -> int:
         return 2
     logging.set_verbosity(logging.WARNING)  # jax reports each platform that it looks for
 
-    cli.keep_compiled()
-    cli.use_large_pages()
+    cli.enable_compilation_cache()
 
     def run() -> None:
         from instructax import experiment

@@ -33,8 +33,7 @@ def main(argv: list[str]) -> int:
         )
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
-    cli.keep_compiled()
-    cli.use_large_pages()
+    cli.enable_compilation_cache()
     from instructax import experiment
 
     root = pathlib.Path(WORKDIR.value)

@@ -14,6 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from instructax import cli
+from instructax.config import ConfigError
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -56,8 +57,7 @@ def main(argv: list[str]) -> int:
         )
         return 2
     logging.set_verbosity(logging.WARNING)
-    cli.keep_compiled()
-    cli.use_large_pages()
+    cli.enable_compilation_cache()
     workdir = WORKDIR.value
     return cli.guarded(lambda: evaluate(workdir))
 
@@ -69,7 +69,7 @@ def evaluate(workdir: str) -> None:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise ConfigError(
             f"{error.name} is not installed: pip install 'instructax[lm_eval]'"
         ) from None
     from instructax.evals.lm_eval_model import InstructaxLM
@@ -78,7 +78,7 @@ def evaluate(workdir: str) -> None:
     manager = TaskManager(include_path=INCLUDE_PATH.value)
     unknown = [task for task in TASKS.value if task not in manager.all_tasks]
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"--tasks: there is no {', '.join(unknown)} among the tasks of lm-evaluation-harness"
         )
     policy = open_served(workdir, dtype=DTYPE.value, rows=ROWS.value)

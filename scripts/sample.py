@@ -53,8 +53,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
-    cli.keep_compiled()
-    cli.use_large_pages()
+    cli.enable_compilation_cache()
     from instructax.serving import chat
 
     asking = chat.SamplingParams(

@@ -12,6 +12,7 @@ import sys
 from absl import app, flags, logging
 
 from instructax import cli
+from instructax.config import ConfigError
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -42,8 +43,7 @@ def main(argv: list[str]) -> int:
         print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
-    cli.keep_compiled()
-    cli.use_large_pages()
+    cli.enable_compilation_cache()
     workdir = WORKDIR.value
     return cli.guarded(lambda: serve(workdir))
 
@@ -53,7 +53,7 @@ def serve(workdir: str) -> None:
     try:
         from instructax.serving.server.app import serve
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise ConfigError(
             f"{error.name} is not installed: pip install 'instructax[serve]'"
         ) from None
     serve(

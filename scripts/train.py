@@ -49,8 +49,7 @@ def main(argv: list[str]) -> int:
         )
         return 2
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
-    cli.keep_compiled()
-    cli.use_large_pages()
+    cli.enable_compilation_cache()
     from instructax import experiment
     from instructax.runtime import distributed
 
@@ -64,10 +63,12 @@ def main(argv: list[str]) -> int:
 
     def run() -> None:
         if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
-            distributed.join(COORDINATOR.value or "", PROCESSES.value, PROCESS.value)
+            distributed.join_processes(
+                COORDINATOR.value or "", PROCESSES.value, PROCESS.value
+            )
         experiment.run_stage(config, pathlib.Path(WORKDIR.value or "."))
 
-    return distributed.ended(lambda: cli.guarded(run))
+    return distributed.exit_on_failure(lambda: cli.guarded(run))
 
 
 if __name__ == "__main__":

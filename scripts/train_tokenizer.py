@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from instructax import cli
+from instructax.config import ConfigError
 
 FILES = flags.DEFINE_multi_string(
     "files", None, "A .txt or .jsonl file, or .gz of one; repeat for more.", required=True
@@ -34,7 +35,7 @@ def read_texts(path: str, field: str) -> Iterator[str]:
     """Yields the texts of one file."""
     kind = Path(path.removesuffix(".gz")).suffix
     if kind not in (".txt", ".jsonl"):
-        raise ValueError(
+        raise ConfigError(
             f"--files={path}: must end in .txt or .jsonl, or one of these and .gz"
         )
     opener = gzip.open if path.endswith(".gz") else open
@@ -46,7 +47,7 @@ def read_texts(path: str, field: str) -> Iterator[str]:
             for number, line in enumerate(lines, 1):
                 yield read_field(line, field, f"{path}, line {number}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"--files={path}: cannot be read ({error})") from error
+        raise ConfigError(f"--files={path}: cannot be read ({error})") from error
 
 
 def read_field(line: str, field: str, place: str) -> str:
@@ -56,7 +57,7 @@ def read_field(line: str, field: str, place: str) -> str:
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise ValueError(
+        raise ConfigError(
             f"{place}: not a JSON object with a string under {field!r} (--field)"
         )
     return text
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
 def train() -> None:
     """Trains on the files and writes the result."""
     if Path(OUT.value).is_dir():  # said before the training, not after it
-        raise ValueError(f"--out={OUT.value} is a folder: give the file to write")
+        raise ConfigError(f"--out={OUT.value} is a folder: give the file to write")
     from instructax.data import tokenizer  # after the flags, so that --help answers at once
 
     texts = (text for path in FILES.value for text in read_texts(path, FIELD.value))

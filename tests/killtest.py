@@ -28,13 +28,13 @@ import numpy as np
 from absl import app, flags, logging
 
 from instructax import cli, experiment
-from instructax.checkpoints.checkpoint import committed_steps, stored_arrays
-from instructax.checkpoints.checksums import verified
+from instructax.checkpoints.checkpoint import committed_steps, read_arrays
+from instructax.checkpoints.checksums import has_checksums
 from instructax.checkpoints.parents import is_finished
 from instructax.config import require
 from instructax.experiment import Run, metrics_of
+from instructax.runtime.files import write_json
 from instructax.runtime.heartbeat import last_beat
-from instructax.runtime.metric_log import write_json
 
 EXPERIMENT, SIZE = "experiments/alignment.py", "tiny"
 KEEPING = {"run.log_every": 1, "run.evaluate_every": 3, "run.save_every": 2, "run.keep": 2}
@@ -248,7 +248,7 @@ def found_at(workdir: Path, pid: int, place: Place) -> dict[str, Any]:
     """Where a killed process was: what its heartbeat and its folder say."""
     beat, root = last_beat(workdir / "heartbeat-0.json"), workdir / "checkpoints"
     steps = committed_steps(workdir)
-    saving = bool(steps) and not verified(root / str(steps[-1]))
+    saving = bool(steps) and not has_checksums(root / str(steps[-1]))
     saving = (
         saving or any(root.glob("*.orbax-checkpoint-tmp*")) or any(root.glob("*.deleted"))
     )
@@ -267,7 +267,7 @@ def fingerprint(workdir: Path) -> dict[str, str]:
     logs without times, summary. Missing hashes of its last step are in it too. Raises
     ValueError for a last step that is damaged."""
     last = workdir / "checkpoints" / str(committed_steps(workdir)[-1])
-    arrays = stored_arrays(last)
+    arrays = read_arrays(last)
     averaged = any(name.startswith("state/policy/") for name in arrays)
     digests = {group: hashlib.sha256() for group in ("parameters", "optimizer", "counters")}
     if averaged:
@@ -291,7 +291,7 @@ def fingerprint(workdir: Path) -> dict[str, str]:
         "metrics": json.dumps(metrics),
         "samples": (workdir / "samples.jsonl").read_text(),
         "summary": json.dumps(_timeless(experiment.summary_of(workdir))),
-        "last step": f"{last.name} {verified(last)}",
+        "last step": f"{last.name} {has_checksums(last)}",
     }
     return {group: digest.hexdigest() for group, digest in digests.items()} | {
         name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()

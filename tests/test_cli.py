@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from instructax import cli
+from instructax.checkpoints.checkpoint import CheckpointMismatch
+from instructax.checkpoints.checksums import NewerFormatError
 from instructax.config import ConfigError, require
+from instructax.data.schema import DataError
 from instructax.evals.intervals import win_rate
 from instructax.experiment import (
     dry_run,
@@ -78,7 +81,7 @@ def broken_invariant():
         (
             raiser(TimeoutError("at a barrier")),
             1,
-            "error: another process of the run has ended or stands still: at a barrier\n",
+            "error: another process of the run has ended or hangs: at a barrier\n",
         ),
         (raiser(MemoryError("8 GiB")), 2, f"error: {cli.OUT_OF_MEMORY}: 8 GiB\n"),
         (
@@ -114,7 +117,7 @@ def test_a_reader_who_has_left_is_no_error(monkeypatch, capsys):
     [
         lambda: np.zeros(3).reshape(2, 2),  # in a library
         lambda: win_rate(np.zeros(3), np.zeros(4)),  # in an expression of this package
-        raiser(ValueError("raised by neither this package nor a config")),
+        raiser(ValueError("raised by a library")),
     ],
 )
 def test_other_value_errors_are_faults_of_the_program(call, capsys):
@@ -122,16 +125,27 @@ def test_other_value_errors_are_faults_of_the_program(call, capsys):
     assert capsys.readouterr().err.startswith("Traceback (most recent call last):")
 
 
-def test_an_operation_within_a_config_is_a_fault_and_its_raise_a_message(tmp_path, capsys):
-    """Only a `raise` was written for the user; what an expression throws by itself was not."""
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "raises.py").write_text("raise ValueError('size 7 must be 8')")
-    (folder / "fails.py").write_text("x = int('seven')")
-    assert cli.guarded(lambda: load_file(folder / "raises.py")) == 2
+def test_only_a_config_error_is_the_users_mistake(tmp_path, capsys):
+    """Both are ValueErrors raised by the same kind of file; the type decides."""
+    (tmp_path / "ours.py").write_text(
+        "from instructax.config import ConfigError\nraise ConfigError('size 7 must be 8')"
+    )
+    (tmp_path / "library.py").write_text("raise ValueError('size 7 must be 8')")
+    assert cli.guarded(lambda: load_file(tmp_path / "ours.py")) == 2
     assert capsys.readouterr().err == "error: size 7 must be 8\n"
-    assert cli.guarded(lambda: load_file(folder / "fails.py")) == 1
-    assert "Traceback" in capsys.readouterr().err
+    assert cli.guarded(lambda: load_file(tmp_path / "library.py")) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "ValueError: size 7 must be 8"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DataError, CheckpointMismatch, NewerFormatError],
+)
+def test_errors_in_the_users_files_are_one_line(error, capsys):
+    assert cli.guarded(raiser(error("data.jsonl:3: no prompt"))) == 2
+    assert capsys.readouterr().err == "error: data.jsonl:3: no prompt\n"
 
 
 @pytest.mark.parametrize(
@@ -175,10 +189,10 @@ def test_what_is_not_a_users_mistake_passes_through():
 def test_compiled_programs_are_kept_unless_the_environment_decides(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    cli.keep_compiled()
+    cli.enable_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == ""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    cli.keep_compiled()
+    cli.enable_compilation_cache()
     folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     assert folder.parent == tmp_path / "instructax" and re.fullmatch(
         r"compiled-[0-9a-f]{8}", folder.name
@@ -300,45 +314,6 @@ def test_a_dry_run_says_what_it_would_hold():
         in out
     )
     assert "held throughout" in out
-
-
-def started_again(monkeypatch, tmp_path, environment, enabled="always [madvise] never"):
-    """With which GLIBC_TUNABLES a command starts itself again; None if it does not."""
-    pages, found = tmp_path / "enabled", []
-    pages.write_text(enabled)
-    monkeypatch.setattr(cli, "Path", lambda _: pages)
-    monkeypatch.setattr(cli.threading, "active_count", lambda: 1)
-    monkeypatch.setattr(cli.sys, "gettrace", lambda: None)
-    monkeypatch.setattr(cli.sys, "modules", {})
-    monkeypatch.setattr(
-        cli.sys, "orig_argv", ["python", "-X", "dev", "scripts/train.py", "--x=1"]
-    )
-    monkeypatch.setattr(cli.os, "environ", environment)
-    monkeypatch.setattr(
-        cli.os, "execv", lambda program, arguments: found.append((program, arguments))
-    )
-    cli.use_large_pages()
-    assert all(
-        call == (sys.executable, [sys.executable, "-X", "dev", "scripts/train.py", "--x=1"])
-        for call in found
-    )
-    return environment["GLIBC_TUNABLES"] if found else None
-
-
-def test_large_pages_are_asked_for_once_and_where_linux_waits_to_be_asked(
-    monkeypatch, tmp_path
-):
-    environment = {}
-    assert started_again(monkeypatch, tmp_path, environment) == "glibc.malloc.hugetlb=1"
-    assert started_again(monkeypatch, tmp_path, environment) is None
-    assert started_again(monkeypatch, tmp_path, {"GLIBC_TUNABLES": ""}) is None
-    assert (
-        started_again(monkeypatch, tmp_path, {}, enabled="[always] madvise never") is None
-    )
-    monkeypatch.undo()
-    before = dict(os.environ)
-    cli.use_large_pages()  # jax is imported: nothing is started again
-    assert dict(os.environ) == before
 
 
 def test_help_is_no_failure():

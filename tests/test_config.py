@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from instructax.config import ConfigError, construct, require
+from instructax.config import ConfigError, Seed, construct, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Inner:
 
     def __post_init__(self):
         if self.low > self.high:
-            raise ValueError(f"low = {self.low} must not exceed high = {self.high}")
+            raise ConfigError(f"low = {self.low} must not exceed high = {self.high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,8 @@ def test_each_mistake_is_one_line(change, message):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seeded:
-    seed: int
-    split_seed: int
+    seed: Seed
+    split_seed: Seed
 
 
 def test_seeds_are_what_every_generator_takes():

@@ -108,7 +108,7 @@ def adapted_state(mesh: jax.sharding.Mesh):
 
 def specs_of(tree) -> dict[str, P]:
     return {
-        sharding.path_name(path): leaf.sharding.spec
+        sharding.leaf_path(path): leaf.sharding.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -127,7 +127,7 @@ def test_every_leaf_lies_as_the_table_says(family, head, tied):
     expected |= {"step": P(), "opt_state/1/count": P()}
     state = state_of(family, head, tied, mesh_of(2, 2, 2))
     assert specs_of(state) == expected
-    bare = sharding.abstract(
+    bare = sharding.abstract_arrays(
         state.params, mesh_of(2, 2, 2)
     )  # parameters alone, as a later stage reads them
     assert specs_of(bare) == of_params
@@ -160,7 +160,9 @@ def test_the_averaged_policy_lies_as_the_policy():
         state_of("llama", "scalar", False, mesh),
     )
     specs = specs_of(
-        sharding.abstract(PpoState(policy=policy, value=value, ema=policy.params), mesh)
+        sharding.abstract_arrays(
+            PpoState(policy=policy, value=value, ema=policy.params), mesh
+        )
     )
     own = {
         name.removeprefix("ema/"): spec
@@ -170,19 +172,28 @@ def test_the_averaged_policy_lies_as_the_policy():
     assert own == specs_of(policy.params)
 
 
+def unused_rules(trees) -> list[str]:
+    """Patterns of the table that are the first match of no leaf of `trees`."""
+    used = set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(trees):
+        pattern, _ = sharding.matching_rule(sharding.leaf_path(path))
+        used.add(pattern)
+    return [pattern for pattern, _ in sharding.LAYOUTS if pattern not in used]
+
+
 def test_every_rule_is_used_and_an_idle_one_is_seen(monkeypatch):
     states = [
         *(state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL),
         adapted_state(mesh_of(2, 2, 2)),
     ]
-    assert sharding.unused_rules(states) == []
+    assert unused_rules(states) == []
     bare_llama = [state_of("llama", "tokens", False, mesh_of(2, 2, 2))]
-    assert "mlp/(up|gate)/bias" in sharding.unused_rules(bare_llama)
+    assert "mlp/(up|gate)/bias" in unused_rules(bare_llama)
     # A rule that is never reached, because another one is first, is as idle as one that
     # matches nothing.
     planted = (("moe/router/kernel", P()), *sharding.LAYOUTS, ("query/kernel", P()))
     monkeypatch.setattr(sharding, "LAYOUTS", planted)
-    assert sharding.unused_rules(states) == ["moe/router/kernel", "query/kernel"]
+    assert unused_rules(states) == ["moe/router/kernel", "query/kernel"]
 
 
 def leaf(*shape: int) -> jax.ShapeDtypeStruct:
@@ -195,7 +206,7 @@ def test_a_leaf_without_a_rule_is_an_error(name):
     message = f"no layout for the leaf 'params/blocks/{name}': add a rule to instructax.sharding.LAYOUTS"
     for call in (
         lambda: sharding.shardings(tree, mesh_of(2, 2, 2)),
-        lambda: sharding.unused_rules(tree),
+        lambda: unused_rules(tree),
     ):
         with pytest.raises(ValueError) as caught:
             call()
@@ -231,7 +242,10 @@ def test_make_mesh():
         dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
         and one.devices.item() == jax.devices()[3]
     )
-    assert sharding.row_ways(mesh_of(2, 4, 1)) == 8 and sharding.row_ways(mesh) == 4
+    assert (
+        sharding.num_row_shards(mesh_of(2, 4, 1)) == 8
+        and sharding.num_row_shards(mesh) == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,7 +270,7 @@ def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
             sharding.jax, "config", types.SimpleNamespace(values={"jax_platforms": None})
         )
         with pytest.raises(
-            ValueError, match="has 1 NVIDIA GPUs, but JAX would compute on the processor"
+            ValueError, match="has 1 NVIDIA GPUs, but JAX would run on the CPU"
         ):
             make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
         unasked.setattr(sharding, "GPUS", tmp_path / "none")
@@ -266,7 +280,7 @@ def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
 def test_put_rows_gives_each_device_its_rows():
     """Four ways to share rows, and the two devices of a tensor pair have the same ones."""
     mesh = mesh_of(2, 2, 2)
-    rows = sharding.put_rows(
+    rows = sharding.shard_rows(
         {"x": np.arange(24).reshape(8, 3), "flag": np.ones(4, bool)}, mesh
     )
     found = {
@@ -299,7 +313,7 @@ def test_replicated():
 
 def test_abstract_keeps_shapes_and_dtypes():
     tree = {"step": jax.ShapeDtypeStruct((), jnp.int32), "embedding": leaf(5, 8)}
-    made = sharding.abstract(tree, mesh_of(2, 2, 2))
+    made = sharding.abstract_arrays(tree, mesh_of(2, 2, 2))
     assert (made["step"].dtype, made["embedding"].shape, made["embedding"].dtype) == (
         jnp.int32,
         (5, 8),

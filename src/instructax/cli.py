@@ -1,10 +1,8 @@
-"""What the commands share: a user's mistake is one line and exit code 2, never a traceback."""
+"""What the commands share: flags, exit codes, and one line on stderr for a user's mistake."""
 
-import contextlib
 import os
 import re
 import sys
-import threading
 import traceback
 import zlib
 from collections.abc import Callable
@@ -13,124 +11,123 @@ from typing import Any
 
 from absl import flags
 
+from instructax.config import ConfigError
 from instructax.runtime.redaction import printable, redact_text
 
-OUT_OF_MEMORY = "out of memory; use more devices, shorter texts, smaller batches or parts, or config.compute.remat=full"
-LONGEST = 10_000  # characters of a message
-DONE, INTERNAL, USER, INVARIANT, SAVED, INTERRUPTED = 0, 1, 2, 3, 42, 130
+OUT_OF_MEMORY = (
+    "out of memory; use more devices, shorter texts, smaller batches or parts, or "
+    "config.compute.remat=full"
+)
+
+# Longest message on stderr, in characters.
+MAX_MESSAGE = 10_000
+
+# Exit codes; docs/reliability.md explains them.
+SUCCESS = 0
+INTERNAL_ERROR = 1
+USER_ERROR = 2
+INVARIANT_BROKEN = 3
+STOPPED_AND_SAVED = 42
+INTERRUPTED = 130
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads a command's flags and returns the other arguments; a bad flag is one line and
-    exit code 2."""
+    """Parses the flags of a command and returns the remaining arguments.
+
+    Exits with code 2 and one line on stderr if a flag is invalid.
+    """
     try:
-        return _parsed(argv)
+        return _parse(argv)
     except flags.Error as error:
-        sys.exit(_say(f"error: {error}", USER))
+        sys.exit(_report(f"error: {error}", USER_ERROR))
 
 
-def _parsed(argv: list[str]) -> list[str]:
+def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except SystemExit as end:  # absl's --help ends as a failure does
-        sys.exit(DONE if end.code == 1 else end.code)
+    except SystemExit as end:
+        # absl exits with 1 after printing --help, which is not a failure.
+        sys.exit(SUCCESS if end.code == 1 else end.code)
 
 
 def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
-    """As `parse_flags` for a command with a config flag of ml_collections, whose values are
-    read here too."""
+    """Parses the flags of a command that has a config flag of ml_collections.
+
+    Exits with code 2 and one line on stderr if a flag, the config file or an override is
+    invalid.
+
+    Args:
+      argv: the command line.
+      config: the config flag; its value is evaluated here.
+
+    Returns:
+      The remaining arguments.
+    """
     try:
-        rest = _parsed(argv)
+        rest = _parse(argv)
         if config.value is not None:
-            config.value.keys()  # a config file that is missing says so only when something is read from it
+            # A missing config file is only reported when something is read from it.
+            config.value.keys()
         return rest
-    except (
-        SyntaxError,
-        ImportError,
-        ArithmeticError,
-    ) as error:  # in a config file, which is Python
-        sys.exit(
-            _say(f"error: --config: {type(error).__name__}: {error}{_where(error)}", USER)
-        )
+    except (SyntaxError, ImportError, ArithmeticError) as error:
+        # The config file is Python, and this is a mistake in it.
+        message = f"error: --config: {type(error).__name__}: {error}{_location(error)}"
+        sys.exit(_report(message, USER_ERROR))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        unknown = (
-            "unknown config value: " if isinstance(error, AttributeError | KeyError) else ""
-        )
-        inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
-        text = str(
-            inner.args[0] if isinstance(inner, KeyError) else inner
-        )  # str(KeyError) is quoted and escaped
-        # A config file that raises arrives as a whole traceback, whose last line is its
-        # message.
-        message = (
-            text.splitlines()[-1].removeprefix("ValueError: ")
-            if "Traceback" in text
-            else text
-        )
-        if missing := re.search(r"No such file or directory: '(.+)'", text):
-            unknown, message = "", f"--config: no such file: {missing[1]}"
-        sys.exit(_say(f"error: {unknown}{message}", USER))
+        sys.exit(_report(f"error: {_config_message(error)}", USER_ERROR))
 
 
-def _where(error: BaseException) -> str:
-    if isinstance(error, SyntaxError):  # which says it itself
+def _config_message(error: Exception) -> str:
+    """The message of an error that absl or ml_collections raised for a config."""
+    inner = error
+    if isinstance(error, AttributeError) and error.args:
+        inner = error.args[0]
+    if isinstance(inner, KeyError):
+        inner = inner.args[0]  # str(KeyError) would be quoted and escaped
+    text = str(inner)
+    if missing := re.search(r"No such file or directory: '(.+)'", text):
+        return f"--config: no such file: {missing[1]}"
+    if "Traceback" in text:
+        # absl wraps an exception of the config file as text; the last line is its message.
+        last = text.splitlines()[-1]
+        text = re.sub(r"^(?:[\w.]+\.)?(?:ValueError|ConfigError): ", "", last)
+    if isinstance(error, AttributeError | KeyError):
+        return f"unknown config value: {text}"
+    return text
+
+
+def _location(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):  # its message contains the location
         return ""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f" ({last.filename}, line {last.lineno})"
 
 
-def keep_compiled() -> None:
-    """Lets JAX keep compiled programs for the next process, unless
-    JAX_COMPILATION_CACHE_DIR already says where or, if it is empty, that nothing is kept.
-    To be called before JAX is imported. The folder can be deleted at any time."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # A program for one kind of processor does not run on another, and homes are shared.
-    cpuinfo = Path("/proc/cpuinfo")
-    kind = (
-        zlib.crc32(cpuinfo.read_bytes().partition(b"flags")[2].partition(b"\n")[0])
-        if cpuinfo.exists()
-        else 0
-    )
-    os.environ.setdefault(
-        "JAX_COMPILATION_CACHE_DIR", str(cache / "instructax" / f"compiled-{kind:08x}")
-    )
+def enable_compilation_cache() -> None:
+    """Lets JAX keep compiled programs for later processes.
 
-
-def use_large_pages() -> None:
-    """Starts this command again, in the same process, with memory in large pages where
-    glibc can ask Linux for them.
-
-    XLA:CPU takes the memory of a program anew at each of its runs, and Linux fills it with
-    zeros page by page: with small pages a sixth of a training step. glibc reads the setting
-    GLIBC_TUNABLES when a process starts; one that is there already, empty ones too, stays.
-    Nothing is done within another program, such as a debugger or a notebook.
+    Must be called before JAX is imported. A value of JAX_COMPILATION_CACHE_DIR wins, also an
+    empty one, which disables the cache. The folder can be deleted at any time.
     """
-    setting, pages = "GLIBC_TUNABLES", Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    alone = (
-        "jax" not in sys.modules
-        and threading.active_count() == 1
-        and sys.gettrace() is None
-    )
-    if (
-        setting in os.environ
-        or not alone
-        or not pages.exists()
-        or "[madvise]" not in pages.read_text()
-    ):
-        return
-    os.environ[setting] = "glibc.malloc.hugetlb=1"
-    with contextlib.suppress(OSError):  # then the pages stay small
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # A program compiled for one kind of CPU does not run on another, and home folders are
+    # often shared between machines: the CPU's feature flags are part of the folder's name.
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu_kind = 0
+    if cpuinfo.exists():
+        after_flags = cpuinfo.read_bytes().partition(b"flags")[2]
+        cpu_kind = zlib.crc32(after_flags.partition(b"\n")[0])
+    folder = cache / "instructax" / f"compiled-{cpu_kind:08x}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
 
 
 def guarded(call: Callable[[], Any]) -> int:
-    """Runs `call` and returns the exit code, after one line on stderr unless all went well.
+    """Runs a command and returns its exit code.
 
-    A ValueError that this project raises speaks of a value the user can change: 2. Any
-    other, from a library or from an operation on arrays, is a fault of the program: its
-    traceback is shown, and the code is 1. What the operating system refuses (no such file,
-    no permission, no space, no memory) is the user's: 2. A broken invariant and a run that
-    diverged are 3, an interruption that was saved is 42, one that was not 130.
+    Prints one line on stderr unless the command succeeds. `ConfigError`, and what the
+    operating system refuses (missing file, permission, full disk, memory), is the user's to
+    correct. Any other ValueError is a bug in this program or a library: its traceback is
+    printed. Exceptions that are not handled here propagate.
     """
     import jax
 
@@ -140,52 +137,44 @@ def guarded(call: Callable[[], Any]) -> int:
 
     try:
         call()
-    except ValueError as error:
-        if not _raised_here(error):
-            print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
-            return INTERNAL
-        return _say(f"error: {error}", USER)
+    except ConfigError as error:
+        return _report(f"error: {error}", USER_ERROR)
+    except ValueError:
+        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
+        return INTERNAL_ERROR
     except BrokenPipeError:
-        sys.stdout = None  # whoever read the output has left; nothing more is written, not even at exit
-        return DONE
-    except TimeoutError as error:  # an OSError too
-        return _say(
-            f"error: another process of the run has ended or stands still: {error}",
-            INTERNAL,
-        )
+        # The reader of our output has gone, e.g. `head`. Python would print an error when it
+        # flushes stdout at exit.
+        sys.stdout = None
+        return SUCCESS
+    except TimeoutError as error:  # before OSError, its base class
+        message = f"error: another process of the run has ended or hangs: {error}"
+        return _report(message, INTERNAL_ERROR)
     except OSError as error:
-        return _say(f"error: {error}", USER)
+        return _report(f"error: {error}", USER_ERROR)
     except MemoryError as error:
-        return _say(f"error: {OUT_OF_MEMORY}: {error or 'the system gives no more'}", USER)
+        reason = error or "the system has no memory left"
+        return _report(f"error: {OUT_OF_MEMORY}: {reason}", USER_ERROR)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _say(f"error: {OUT_OF_MEMORY}: {str(error).splitlines()[0]}", USER)
+        reason = str(error).splitlines()[0]
+        return _report(f"error: {OUT_OF_MEMORY}: {reason}", USER_ERROR)
     except InvariantError as error:
-        return _say(f"invariant broken: {error}", INVARIANT)
+        return _report(f"invariant broken: {error}", INVARIANT_BROKEN)
     except Diverged as error:
-        return _say(f"diverged: {error}", INVARIANT)
+        return _report(f"diverged: {error}", INVARIANT_BROKEN)
     except Interrupted as error:
-        return _say(str(error), SAVED)
+        return _report(str(error), STOPPED_AND_SAVED)
     except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
-    return DONE
+        return _report("interrupted", INTERRUPTED)
+    return SUCCESS
 
 
-def _say(message: str, code: int) -> int:
-    line = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
-    print(printable(" ".join(redact_text(line).split())), file=sys.stderr)
+def _report(message: str, code: int) -> int:
+    """Prints `message` as one line on stderr and returns `code`."""
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}…"
+    one_line = " ".join(redact_text(message).split())
+    print(printable(one_line), file=sys.stderr)
     return code
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether a `raise` of this package, or of a config, experiment or script of it, is
-    where the error began."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    file = Path(last.filename).resolve()
-    ours = Path(__file__).resolve().parent in file.parents or file.parent.name in (
-        "configs",
-        "experiments",
-        "scripts",
-    )
-    return ours and (last.line or "").startswith("raise")

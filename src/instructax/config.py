@@ -1,104 +1,136 @@
-"""From the nested dict of a config file to frozen dataclasses, with one clear line for
-every mistake."""
+"""Builds frozen dataclasses from the nested dict of a config file.
+
+Every value is checked against the type of its field, and every mistake is reported as one
+line that names the value, what is allowed, and where to change it.
+"""
 
 import dataclasses
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 Config = TypeVar("Config")
-INTEGERS = (
-    2**31
-)  # integers are of 32 bits where they are computed with: their magnitudes are below it
-SEEDS = INTEGERS  # what every generator of random numbers takes: seeds are below it
-LARGEST, SMALLEST = (
-    2.0**128,
-    2.0**-126,
-)  # float32's: magnitudes of fractions are below the one, 0 or from the other on
-SHOWN = 200  # characters of a value in an error
+
+# Integers end up in int32 arrays: magnitudes must stay below this.
+INT_LIMIT = 2**31
+
+# Range of float32: a number is 0, or its magnitude lies in [FLOAT_SMALLEST, FLOAT_LIMIT).
+FLOAT_LIMIT = 2.0**128
+FLOAT_SMALLEST = 2.0**-126
+
+# Longest value, in characters, that an error message shows in full.
+MAX_SHOWN = 200
 
 
 class ConfigError(ValueError):
-    """A config value that cannot be used; the message names it, what is allowed, and where
-    to change it."""
+    """A mistake that the user can correct: a config value, a flag, a file or a folder.
+
+    The message names the value, what is allowed, and where to change it. Commands print it
+    as one line and exit with code 2; every other ValueError is a bug and keeps its
+    traceback.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class IntRange:
+    """Bounds of an integer field, for `Annotated[int, IntRange(least, limit)]`."""
+
+    least: int
+    limit: int  # exclusive
+
+
+# Random number generators take seeds in this range.
+Seed = Annotated[int, IntRange(0, INT_LIMIT)]
 
 
 def construct(
     cls: type[Config], values: Mapping[str, Any], where: str = "config"
 ) -> Config:
-    """Builds the dataclass `cls` from `values`; every field must be given, and nothing
-    else.
+    """Builds a dataclass from a nested mapping.
 
-    Nested dataclasses are built from nested mappings, tuples from sequences, integers are
-    taken for floats. Raises ConfigError on a missing or unknown name, a wrong type, a
-    number that is not finite or has no place in 32 bits, or a value that is not among those
-    allowed.
+    Nested dataclasses are built from nested mappings and tuples from sequences. Integers are
+    accepted for floats.
+
+    Args:
+      cls: the dataclass to build.
+      values: one value for every field, and no others.
+      where: prefix of names in error messages.
+
+    Raises:
+      ConfigError: a name is missing or unknown, a value has the wrong type, is not one of
+        the allowed choices, is not finite or does not fit into 32 bits, or the dataclass
+        rejects a combination of values.
     """
-    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
-    hints = typing.get_type_hints(cls)
+    fields = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+    hints = typing.get_type_hints(cls, include_extras=True)
     for name in values:
         if name not in fields:
+            # Without the quotes of `repr`, but with its escapes: names may hold newlines.
+            shown = _shorten(repr(str(name))[1:-1])
             raise ConfigError(
-                f"{where}.{_cut(repr(str(name))[1:-1])} is unknown; {where} has: {', '.join(fields)}"
+                f"{where}.{shown} is unknown; {where} has: {', '.join(fields)}"
             )
     for name in fields:
         if name not in values:
-            raise ConfigError(
-                f"{where}.{name} is missing; it must be of type {_type_name(hints[name])}"
-            )
+            expected = _type_name(hints[name])
+            raise ConfigError(f"{where}.{name} is missing; it must be of type {expected}")
+    converted = {
+        name: _convert(values[name], hints[name], f"{where}.{name}") for name in fields
+    }
     try:
-        return cls(
-            **{
-                name: _convert(values[name], hints[name], f"{where}.{name}")
-                for name in fields
-            }
-        )
-    except ConfigError:
-        raise
-    except ValueError as error:  # a dataclass's own check of how its fields fit together
+        return cls(**converted)
+    except ConfigError as error:  # from `__post_init__`, which does not know the prefix
         raise ConfigError(f"{where}: {error}") from None
 
 
 def format_value(value: Any) -> str:
-    """The repr of a value in an error, cut where it is long."""
-    if (
-        type(value) is int and abs(value) >= 10**SHOWN
-    ):  # Python writes out no integer of thousands of digits
-        return f"{'-' * (value < 0)}2**{value.bit_length()} or so"
+    """The repr of a value for an error message, shortened if it is long."""
+    if type(value) is int and abs(value) >= 10**MAX_SHOWN:
+        # Python refuses to print integers with thousands of digits.
+        sign = "-" if value < 0 else ""
+        return f"{sign}2**{value.bit_length()} or so"
     try:
-        return _cut(repr(value))
-    except (ValueError, RecursionError):  # such an integer, or endless nesting, within
+        return _shorten(repr(value))
+    except (ValueError, RecursionError):  # such an integer, or endless nesting, inside it
         return f"a {type(value).__name__} too long to show"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+def _shorten(text: str) -> str:
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[:MAX_SHOWN]}…"
 
 
 def _type_name(hint: Any) -> str:
-    return (
-        hint.__name__
-        if isinstance(hint, type) and typing.get_origin(hint) is None
-        else str(hint).removeprefix("typing.")
-    )
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _type_name(typing.get_args(hint)[0])
+    if isinstance(hint, type) and origin is None:
+        return hint.__name__
+    return str(hint).removeprefix("typing.")
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that names `where`."""
+    """Converts `value` to the type `hint`, or raises a ConfigError that names `where`."""
     origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(
-                f"{where} = {format_value(value)} must be one of {', '.join(map(repr, typing.get_args(hint)))}"
-            )
+    arguments = typing.get_args(hint)
+    if origin is Annotated:
+        return _convert_int_in_range(value, arguments[1], where)
+    if origin is Literal:
+        if value not in arguments:
+            allowed = ", ".join(map(repr, arguments))
+            raise ConfigError(f"{where} = {format_value(value)} must be one of {allowed}")
         return value
-    if origin in (types.UnionType, typing.Union):
-        inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-        return None if value is None else _convert(value, inner, where)
+    if origin in (types.UnionType, Union):
+        # The only unions in configs are `X | None`.
+        if value is None:
+            return None
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return _convert(value, inner, where)
     if origin is tuple:
-        return _convert_tuple(value, typing.get_args(hint), where)
+        return _convert_tuple(value, arguments, where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} = {format_value(value)} must be a group of values")
@@ -107,40 +139,50 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _convert_tuple(value: Any, item_hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple):
         raise ConfigError(
             f"{where} = {format_value(value)} must be a sequence such as ('a', 'b')"
         )
-    if item_hints[-1] is Ellipsis:
+    if item_hints[-1] is Ellipsis:  # tuple[X, ...]: any number of items
         item_hints = (item_hints[0],) * len(value)
     if len(item_hints) != len(value):
         raise ConfigError(
             f"{where} = {format_value(value)} must have {len(item_hints)} items"
         )
-    return tuple(
-        _convert(item, hint, f"{where}[{i}]")
-        for i, (item, hint) in enumerate(zip(value, item_hints, strict=True))
-    )
+    items = []
+    for i, (item, hint) in enumerate(zip(value, item_hints, strict=True)):
+        items.append(_convert(item, hint, f"{where}[{i}]"))
+    return tuple(items)
+
+
+def _convert_int_in_range(value: Any, bounds: IntRange, where: str) -> int:
+    if isinstance(value, int) and not bounds.least <= value < bounds.limit:
+        raise ConfigError(
+            f"{where} = {format_value(value)} must be from {bounds.least} to "
+            f"{bounds.limit - 1}"
+        )
+    return _convert_scalar(value, int, where)
 
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
-    if where.endswith("seed") and isinstance(value, int) and not 0 <= value < SEEDS:
-        raise ConfigError(f"{where} = {format_value(value)} must be from 0 to {SEEDS - 1}")
-    if not isinstance(value, (int, float) if hint is float else hint) or (
-        isinstance(value, bool) and hint is not bool
-    ):
+    accepted = (int, float) if hint is float else hint
+    # bool is a subclass of int, but True is not a number of steps.
+    unwanted_bool = isinstance(value, bool) and hint is not bool
+    if not isinstance(value, accepted) or unwanted_bool:
         raise ConfigError(
-            f"{where} = {format_value(value)} must be of type {_type_name(hint)}, not {type(value).__name__}"
+            f"{where} = {format_value(value)} must be of type {_type_name(hint)}, "
+            f"not {type(value).__name__}"
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value!r} must be a finite number")
-    if hint is int and abs(value) >= INTEGERS:
+    if hint is int and abs(value) >= INT_LIMIT:
         raise ConfigError(
-            f"{where} = {format_value(value)} must be from {1 - INTEGERS} to {INTEGERS - 1}"
+            f"{where} = {format_value(value)} must be from {1 - INT_LIMIT} to {INT_LIMIT - 1}"
         )
-    if hint is float and value and not SMALLEST <= abs(value) < LARGEST:
+    if hint is float and value and not FLOAT_SMALLEST <= abs(value) < FLOAT_LIMIT:
         raise ConfigError(
-            f"{where} = {format_value(value)} must be 0 or of a magnitude from 1.2e-38 to 3.4e38, as 32 bits hold"
+            f"{where} = {format_value(value)} must be 0 or have a magnitude from 1.2e-38 to "
+            "3.4e38, the range of float32"
         )
     return float(value) if hint is float else value
 
@@ -148,36 +190,45 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
 def check_range(
     group: Any, least: Mapping[str, float], below: Mapping[str, float] | None = None
 ) -> None:
-    """Raises ValueError unless each named field of a dataclass is at least `least`, and
-    under `below` where given."""
+    """Checks fields of a dataclass against bounds.
+
+    Args:
+      group: the dataclass.
+      least: field name → smallest allowed value.
+      below: field name → exclusive upper bound, for those that have one.
+
+    Raises:
+      ConfigError: a field is out of bounds.
+    """
     for name, bound in least.items():
         value = getattr(group, name)
         limit = (below or {}).get(name, math.inf)
         if not bound <= value < limit:
             upper = "" if limit == math.inf else f" and below {limit:g}"
-            raise ValueError(f"{name} = {value} must be at least {bound:g}{upper}")
+            raise ConfigError(f"{name} = {value} must be at least {bound:g}{upper}")
 
 
 def check_positive(group: Any, *names: str) -> None:
-    """Raises ValueError unless each named field of a dataclass is above 0."""
+    """Raises ConfigError unless each named field of the dataclass `group` is above 0."""
     for name in names:
-        if not getattr(group, name) > 0:
-            raise ValueError(f"{name} = {getattr(group, name)} must be above 0")
+        value = getattr(group, name)
+        if not value > 0:
+            raise ConfigError(f"{name} = {value} must be above 0")
 
 
 def check_fractions(group: Any, *names: str) -> None:
-    """Raises ValueError unless each named field of a dataclass is from 0 to 1, both
-    allowed."""
+    """Raises ConfigError unless each named field of the dataclass `group` is in [0, 1]."""
     for name in names:
-        if not 0 <= getattr(group, name) <= 1:
-            raise ValueError(f"{name} = {getattr(group, name)} must be from 0 to 1")
+        value = getattr(group, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} = {value} must be from 0 to 1")
 
 
 def require_distinct(name: str, values: Sequence[str]) -> None:
-    """Raises ValueError if one of `values`, of the config field `name`, is there twice."""
+    """Raises ConfigError if a value of the config field `name` occurs twice."""
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"{name} has {value!r} twice: give each a name of its own")
+            raise ConfigError(f"{name} has {value!r} twice: give each its own name")
 
 
 def require(condition: bool, message: str) -> None:

@@ -14,7 +14,7 @@ from instructax.checkpoints.manifest import flatten
 from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, construct, format_value, require
 from instructax.runtime.redaction import redact
-from instructax.runtime.workdir_lock import locked
+from instructax.runtime.workdir_lock import lock_workdir
 from instructax.stages import memory
 from instructax.training import run as stage
 
@@ -107,7 +107,7 @@ def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
         stage.claim(workdir, config)
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
-    with locked(workdir):
+    with lock_workdir(workdir):
         stage.claim(workdir, config)
         module.train(built, workdir, config)
     return True

@@ -228,7 +228,7 @@ def test_a_note_outlives_a_kill_between_commit_and_hashing(tmp_path, monkeypatch
     resumed = open_checkpoints(tmp_path, best_metric="loss")
     assert resumed.restore(on_devices(make_train_state(), 1))[1] == 2
     assert resumed.unevaluated == {"loss": 3.0}
-    resumed.complete({"loss": 1.0})
+    resumed.mark_evaluated({"loss": 1.0})
     assert best_step(tmp_path) == 2
 
 

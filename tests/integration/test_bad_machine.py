@@ -15,8 +15,9 @@ from instructax.data.limits import DataLimits
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import metrics_of
 from instructax.runtime import metric_log
-from instructax.runtime.metric_log import MetricLog, write_json
-from instructax.runtime.workdir_lock import locked
+from instructax.runtime.files import write_json
+from instructax.runtime.metric_log import MetricLog
+from instructax.runtime.workdir_lock import lock_workdir
 
 KEEPING = {
     "total_steps": 9,
@@ -43,7 +44,8 @@ from instructax.data import prepare
 from instructax.data.limits import DataLimits
 from instructax.runtime.nonfinite import NonFiniteGuard
 from instructax.checkpoints.manifest import write_manifest
-from instructax.runtime.metric_log import MetricLog, write_json
+from instructax.runtime.files import write_json
+from instructax.runtime.metric_log import MetricLog
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 
 folder = Path(sys.argv[1])
@@ -64,7 +66,7 @@ def metrics():
 
 def samples():
     with MetricLog(folder / "log", **keeping) as log:
-        log.sample(1, {"response": "x" * 9999})
+        log.write_sample(1, {"response": "x" * 9999})
 
 
 def checkpoint():
@@ -77,7 +79,7 @@ def checkpoint():
 
 def skipped():
     skips = NonFiniteGuard(5, folder / "skipped")
-    skips.note(1, {"x": noise}, {"skipped": jnp.float32(1)})
+    skips.observe(1, {"x": noise}, {"skipped": jnp.float32(1)})
     skips.check()
 
 
@@ -163,7 +165,7 @@ LIMITS = DataLimits(
     split_seed=0,
 )
 REFUSED = {
-    "a workdir": lambda folder: locked(folder / "run").__enter__(),
+    "a workdir": lambda folder: lock_workdir(folder / "run").__enter__(),
     "checkpoints": lambda folder: Checkpoints(
         folder, save_every=1, keep=1, best_metric="", exported="params"
     ),

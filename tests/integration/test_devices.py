@@ -50,7 +50,7 @@ def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[
     )
     metrics = []
     for batch in batches:
-        state, figures = step(state, sharding.put_rows(batch, program.mesh), settings)
+        state, figures = step(state, sharding.shard_rows(batch, program.mesh), settings)
         metrics.append(figures)
     return jax.device_get({"state": state, "metrics": metrics})
 
@@ -121,7 +121,7 @@ def ppo_run(
     for step in range(2):
         lengths = np.random.default_rng(step).integers(1, 7, 16)
         prompts = tiny_models.ragged_prompts(lengths, columns=6, seed=step)
-        batch = sharding.put_rows((prompts, stages.packed_rows(16, 14, step)), mesh)
+        batch = sharding.shard_rows((prompts, stages.packed_rows(16, 14, step)), mesh)
         state, metrics, rollouts, scores = iterate(state, batch, stages.no_phase)
         metrics = {
             name: x
@@ -187,7 +187,7 @@ def test_every_part_of_the_state_is_laid_out_as_the_table_says():
     kernels = [
         (path, leaf)
         for path, leaf in jax.tree.leaves_with_path(state)
-        if sharding.path_name(path).endswith("mlp/up/kernel")
+        if sharding.leaf_path(path).endswith("mlp/up/kernel")
     ]
     assert len(kernels) == 7  # parameters and two moments of both networks, and the average
     for _, leaf in kernels:

@@ -18,8 +18,8 @@ from tests.support.saved import flip_bit, make_ppo_state
 
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.config import ConfigError
+from instructax.runtime.files import write_json
 from instructax.runtime.heartbeat import Heartbeat
-from instructax.runtime.metric_log import write_json
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 

@@ -64,12 +64,12 @@ def watched_reader(*args, **keywords):
 
 
 def run():
-    distributed.join(address, int(count), int(index))
+    distributed.join_processes(address, int(count), int(index))
     sft.lm_reader = watched_reader
     experiment.run_stage(json.loads(config), Path(workdir))
 
 
-sys.exit(distributed.ended(lambda: cli.guarded(run)))
+sys.exit(distributed.exit_on_failure(lambda: cli.guarded(run)))
 """
 STOPPED = 10.0  # seconds that a process is stopped
 LIMIT = 20.0  # seconds from the fault to the end of the last process

@@ -199,7 +199,7 @@ def test_the_ledger_of_a_run_that_was_killed(supervised_run, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "summary.json").unlink()
-    before = goodput.totals(workdir / "goodput.jsonl")
+    before = goodput.read_totals(workdir / "goodput.jsonl")
     assert before["processes"] == 1 and before["lost"] == 0 and 0 < before["goodput"] < 1
     assert (
         min(
@@ -209,7 +209,7 @@ def test_the_ledger_of_a_run_that_was_killed(supervised_run, tmp_path):
         > 0
     )
     run(config, workdir)
-    after = goodput.totals(workdir / "goodput.jsonl")
+    after = goodput.read_totals(workdir / "goodput.jsonl")
     assert after["lost"] == pytest.approx(before["steps"] + before["evaluation"], abs=1e-5)
     assert last_beat(workdir / "heartbeat-0.json")["phase"] == "finish"
 

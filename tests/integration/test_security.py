@@ -18,8 +18,9 @@ from instructax.checkpoints.manifest import write_manifest
 from instructax.config import ConfigError, require
 from instructax.experiment import run_stage, values_of
 from instructax.models.pretrained import hf_folder
-from instructax.runtime.metric_log import MetricLog, write_json
-from instructax.runtime.workdir_lock import locked
+from instructax.runtime.files import write_json
+from instructax.runtime.metric_log import MetricLog
+from instructax.runtime.workdir_lock import lock_workdir
 from instructax.training import run as stage
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -243,7 +244,10 @@ def test_nothing_is_written_through_a_link(tmp_path):
     precious.write_text("precious")
     for name in ("lock.json", "summary.json.tmp", "samples.jsonl"):
         (workdir / name).symlink_to(precious)
-    with pytest.raises(ConfigError, match=r"cannot be used: .*lock\.json"), locked(workdir):
+    with (
+        pytest.raises(ConfigError, match=r"cannot be used: .*lock\.json"),
+        lock_workdir(workdir),
+    ):
         pass
     with pytest.raises(OSError, match="symbolic links"):
         write_json(workdir / "summary.json", {})

@@ -59,7 +59,7 @@ def adapted_params(model: Transformer, seed: int = 0):
 
 
 def names_of(tree) -> set[str]:
-    return {sharding.path_name(path) for path, _ in jax.tree.leaves_with_path(tree)}
+    return {sharding.leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)}
 
 
 def outputs(model: Transformer, params) -> np.ndarray:
@@ -181,7 +181,7 @@ def test_a_step_and_the_average_move_adapters_alone():
     for tree in (after, average):
         old = dict(jax.tree.leaves_with_path(params))
         changed = {
-            sharding.path_name(path)
+            sharding.leaf_path(path)
             for path, leaf in jax.tree.leaves_with_path(tree)
             if np.any(leaf != old[path])
         }
@@ -258,7 +258,7 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
         stages.assert_trees_equal(trunk, {part: stored[part] for part in trunk})
         old = dict(jax.tree.leaves_with_path(before))
         changed = {
-            sharding.path_name(path)
+            sharding.leaf_path(path)
             for path, leaf in jax.tree.leaves_with_path(params)
             if np.any(leaf != old[path])
         }

@@ -27,7 +27,7 @@ from instructax.runtime import distributed
 from instructax.stages.ppo import stage as ppo_stage
 
 address, index, stop_at, config, workdir = sys.argv[1:]
-distributed.join(address, 2, int(index))
+distributed.join_processes(address, 2, int(index))
 reader = ppo_stage.reader
 
 
@@ -118,7 +118,7 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
 )
 def test_values_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        distributed.join(*arguments)
+        distributed.join_processes(*arguments)
 
 
 def test_four_processes_write_the_world_that_one_does(tmp_path):

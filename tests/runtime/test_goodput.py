@@ -14,10 +14,10 @@ import pytest
 from instructax.runtime import goodput
 from instructax.runtime.goodput import (
     GoodputLog,
-    described,
+    format_totals,
     lost_seconds,
     read_lines,
-    totals,
+    read_totals,
 )
 
 
@@ -70,7 +70,7 @@ def test_every_second_counts_once(tmp_path, clock):
     clock.now += 7
     ledger.beat("the end of save")
     ledger.close()
-    found = totals(tmp_path / "goodput.jsonl")
+    found = read_totals(tmp_path / "goodput.jsonl")
     wanted = {
         "init": 12,
         "restore": 3,
@@ -82,7 +82,7 @@ def test_every_second_counts_once(tmp_path, clock):
     }
     assert found == pytest.approx({**wanted, "processes": 1, "goodput": 4.75 / 47.75})
     assert sum(wanted.values()) == pytest.approx(clock.now - 90)
-    assert described(found).startswith(
+    assert format_totals(found).startswith(
         "goodput 10% in 1 process: steps 0:00:01, evaluation 0:00:04, compile 0:00:21"
     )
 
@@ -107,7 +107,7 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
         (4, 2),
         (4, 1),
     ]  # steps 5 and 6 of the first process, step 5 of the second
-    found = totals(path)
+    found = read_totals(path)
     assert found["steps"] - found["lost"] == 8
     assert [line["step"] for line in read_lines(path) if line["kind"] == "steps"] == [
         *range(1, 7),
@@ -130,7 +130,7 @@ def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clo
     # The first from the start of the process on, ten seconds before; the second from the
     # first one's end.
     assert [
-        totals(tmp_path / name)["init"] for name in ("first", "second")
+        read_totals(tmp_path / name)["init"] for name in ("first", "second")
     ] == pytest.approx([10 + 30, 1 + 2])
 
 
@@ -172,13 +172,13 @@ def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
     ]
     path.write_text("\n".join([*lines, json.dumps(whole)]) + "\n")
     assert read_lines(path) == [whole]
-    assert totals(path)["goodput"] == 0.0
+    assert read_totals(path)["goodput"] == 0.0
 
 
 def test_nothing_is_lost_of_saves_and_compiling():
     lines = [{"kind": kind, "step": 5, "seconds": 1} for kind in goodput.KINDS]
     assert lost_seconds(lines, 4) == 2 and lost_seconds(lines, 5) == 0
-    assert totals(goodput.Path("nowhere.jsonl")) == {}
+    assert read_totals(goodput.Path("nowhere.jsonl")) == {}
 
 
 def test_other_processes_write_nothing(tmp_path):

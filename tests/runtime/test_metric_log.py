@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructax.runtime import metric_log
+from instructax.runtime import files, metric_log
 from instructax.runtime.metric_log import MetricLog
 
 
@@ -111,8 +111,8 @@ def test_nonfinite_is_null_and_named(tmp_path, capsys):
         log.record(
             1, {"loss": jnp.nan, "gradient_norm": jnp.float32(np.inf), "accuracy": 0.5}
         )
-        log.sample(1, {"score": math.nan, "ids": np.arange(3), "text": ("a", "b")})
-        log.summary({"loss": math.inf, "accuracy": jnp.float32(0.5)})
+        log.write_sample(1, {"score": math.nan, "ids": np.arange(3), "text": ("a", "b")})
+        log.write_summary({"loss": math.inf, "accuracy": jnp.float32(0.5)})
     (line,) = read(tmp_path / "metrics.jsonl")
     assert (line["loss"], line["gradient_norm"], line["accuracy"]) == (None, None, 0.5)
     assert line["nonfinite"] == ["gradient_norm", "loss"]
@@ -130,14 +130,14 @@ def test_rewinding_keeps_each_step_once(tmp_path):
     with open_log(tmp_path, log_every=1) as log:
         for step in range(8):
             log.record(step, {"loss": float(step)})
-            log.sample(step, {"text": "first"})
+            log.write_sample(step, {"text": "first"})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 9')  # killed in the middle of a line
     with open_log(tmp_path, start_step=5, log_every=1) as log:
         assert steps(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4, 5]
         for step in (6, 7, 8):
             log.record(step, {"loss": 10.0 * step})
-            log.sample(step, {"text": "second"})
+            log.write_sample(step, {"text": "second"})
     assert [line["loss"] for line in read(tmp_path / "metrics.jsonl")] == [
         0,
         1,
@@ -200,7 +200,7 @@ def test_the_first_step_is_waited_for_and_timed(tmp_path, monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(metric_log.jax, "block_until_ready", waited.append)
     with open_log(tmp_path, log_every=1, console=True) as log:  # 5
-        log.started({"loss": 0.5})  # 12.25
+        log.first_step_done({"loss": 0.5})  # 12.25
         log.record(1, {"loss": 0.5, "tokens": 58})  # 20
         log.record(2, {"loss": 0.25, "tokens": 80})  # 30
     assert waited == [{"loss": 0.5}]
@@ -218,7 +218,7 @@ def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(
     clock = iter([5.0, 105.0, 125.0])
     monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     with open_log(tmp_path, log_every=3) as log:  # 5
-        log.started({"loss": 0.5})  # 105
+        log.first_step_done({"loss": 0.5})  # 105
         for step in (1, 2, 3):
             log.record(step, {"loss": 0.5, "tokens": 1000 if step == 1 else 80})
     for line in read(tmp_path / "metrics.jsonl"):  # flushed at 125
@@ -267,9 +267,9 @@ def test_console_line(tmp_path, capsys, monkeypatch):
 def test_sampled_text_cannot_drive_the_terminal(tmp_path, capsys):
     text = "ab\x1b[2Jc\n\r\x9b\u202edé\ud800" + "x" * 500
     with open_log(tmp_path, console=True, log_every=3) as log:
-        log.sample(2, {"response": "of a step without a console line"})
-        log.sample(3, {"response": text})
-        log.sample(3, {"response": "a second one of this step"})
+        log.write_sample(2, {"response": "of a step without a console line"})
+        log.write_sample(3, {"response": text})
+        log.write_sample(3, {"response": "a second one of this step"})
     out = capsys.readouterr().out
     assert out.startswith("sample 3  response: ab\\x1b[2Jc\\n\\r\\x9b\\u202edé\\ud800xxx")
     assert out.count("\n") == 1 and len(out) < 250 and out.rstrip("\n").isprintable()
@@ -284,8 +284,8 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metric_log.jax, "process_index", lambda: 1)
     with open_log(tmp_path / "run", console=True, tensorboard=True, log_every=1) as log:
         log.record(1, {"loss": 1.0})
-        log.sample(1, {"text": "x"})
-        log.summary({"loss": 1.0})
+        log.write_sample(1, {"text": "x"})
+        log.write_summary({"loss": 1.0})
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 
 
@@ -330,14 +330,14 @@ def test_errors_name_the_cause(tmp_path):
             with pytest.raises(ValueError, match=f"the name '{name}'"):
                 log.record(6, {name: 1})
             with pytest.raises(ValueError, match=f"the name '{name}'"):
-                log.sample(6, {name: 1})
+                log.write_sample(6, {name: 1})
         log.record(6, {"loss": 1.0})
     assert steps(tmp_path / "metrics.jsonl") == [6]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "summary.json"
-    metric_log.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        metric_log.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}

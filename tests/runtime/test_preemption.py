@@ -19,9 +19,9 @@ from instructax.runtime.preemption import (
 
 def test_sigterm_asks_as_well():
     with GracefulShutdown() as interruption:
-        assert not interruption.asked
+        assert not interruption.stop_requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.asked
+        assert interruption.stop_requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -52,11 +52,11 @@ def test_a_pause_asks_only_within_an_interruption():
     with GracefulShutdown() as outer:
         check_stop_requested()
         with GracefulShutdown() as inner:
-            inner.asked = True
+            inner.stop_requested = True
             with pytest.raises(StopRequested):
                 check_stop_requested()
         check_stop_requested()
-        outer.asked = True
+        outer.stop_requested = True
         with pytest.raises(StopRequested):
             check_stop_requested()
     check_stop_requested()

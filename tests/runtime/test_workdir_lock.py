@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from instructax.config import ConfigError
-from instructax.runtime.workdir_lock import locked
+from instructax.runtime.workdir_lock import lock_workdir
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from instructax.runtime.workdir_lock import locked
+from instructax.runtime.workdir_lock import lock_workdir
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -35,7 +35,7 @@ def test_a_second_run_is_told_who_holds_the_folder(holder, tmp_path):
         pytest.raises(
             ConfigError, match=rf"is in use by process {holder.pid} on \S+ since 20\d\d-"
         ) as error,
-        locked(tmp_path),
+        lock_workdir(tmp_path),
     ):
         pass
     assert "wait for that run, stop it, or take another --workdir" in str(error.value)
@@ -46,17 +46,17 @@ def test_a_second_run_is_told_who_holds_the_folder(holder, tmp_path):
 def test_the_lock_of_a_killed_run_is_free(holder, tmp_path):
     holder.kill()
     holder.wait()
-    with locked(tmp_path):
+    with lock_workdir(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
 
 
 def test_the_lock_is_given_back(tmp_path):
     for _ in range(2):
-        with locked(tmp_path / "new" / "folder"):
+        with lock_workdir(tmp_path / "new" / "folder"):
             pass
-    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock_workdir(tmp_path):
         _ = 1 / 0
-    with locked(tmp_path):
+    with lock_workdir(tmp_path):
         pass
 
 
@@ -65,7 +65,7 @@ def test_a_lock_that_is_being_written_is_a_lock(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with (
             pytest.raises(ConfigError, match="is in use by another process"),
-            locked(tmp_path),
+            lock_workdir(tmp_path),
         ):
             pass
 
@@ -75,7 +75,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path):
+    with lock_workdir(tmp_path):
         pass
     assert (
         "cannot be locked ([Errno 95] Operation not supported): start no second run"
@@ -89,6 +89,6 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path):
         pytest.raises(
             ConfigError, match=r"--workdir .*/file/run cannot be used: .*Not a directory"
         ),
-        locked(tmp_path / "file" / "run"),
+        lock_workdir(tmp_path / "file" / "run"),
     ):
         pass

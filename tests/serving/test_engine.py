@@ -18,7 +18,7 @@ from tests.support.tiny_models import (
     random_params,
 )
 
-from instructax import rng as clock
+from instructax import rng
 from instructax.config import ConfigError
 from instructax.data.batches import left_pad
 from instructax.generation import advance_sampling, generate, start_sampling
@@ -75,8 +75,8 @@ def by_generate(policy, draws, stops):
     )
     found = []
     for draw in draws:
-        keys = clock.sample_keys(
-            clock.step_key(draw.seed, "evaluate", 0), jnp.array([draw.number])
+        keys = rng.sample_keys(
+            rng.step_key(draw.seed, "evaluate", 0), jnp.array([draw.number])
         )
         out = sample(
             left_pad([(0, draw.prompt)], 1, 16), keys, jnp.float32(draw.temperature)

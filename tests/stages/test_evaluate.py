@@ -42,7 +42,9 @@ def network(chain, run: str, head: str):
     config = parts(chain)[0]
     model = Transformer(config.model, config.compute, head)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return model, load_params(chain / run, sharding.abstract(shapes, stages.mesh_of()))
+    return model, load_params(
+        chain / run, sharding.abstract_arrays(shapes, stages.mesh_of())
+    )
 
 
 @cache

@@ -180,6 +180,8 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_any_device_is_n
 
 def test_every_way_to_share_rows_counts():
     assert (
-        sharding.row_ways(estimate.abstract_mesh(MeshConfig(data=-1, fsdp=4, tensor=2)))
+        sharding.num_row_shards(
+            estimate.abstract_mesh(MeshConfig(data=-1, fsdp=4, tensor=2))
+        )
         == 4
     )

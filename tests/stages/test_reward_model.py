@@ -14,8 +14,7 @@ import optax
 import pytest
 from tests.support import stages, tiny_models
 
-from instructax import experiment
-from instructax import rng as clock
+from instructax import experiment, rng
 from instructax.checkpoints.checkpoint import committed_steps, load_params
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.data import loaders
@@ -312,7 +311,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
     assert experiment.run_stage(
         stages.config_of(chain, "reward", overrides), tmp_path / "run"
     )
-    fresh = init_params(model, clock.step_key(3, "init", 0))
+    fresh = init_params(model, rng.step_key(3, "init", 0))
     np.testing.assert_allclose(
         watch.first.params["scalar_head"]["kernel"],
         fresh["scalar_head"]["kernel"],

@@ -82,13 +82,13 @@ def fingerprints(root: Path) -> dict[str, dict[str, Any]]:
 
 def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
     """Of every array of the newest checkpoint."""
-    from instructax.checkpoints.checkpoint import committed_steps, stored_arrays
+    from instructax.checkpoints.checkpoint import committed_steps, read_arrays
 
     steps = committed_steps(workdir)
     if not steps:
         return {}
     found: dict[str, dict[str, Any]] = {}
-    for name, value in stored_arrays(workdir / "checkpoints" / str(steps[-1])).items():
+    for name, value in read_arrays(workdir / "checkpoints" / str(steps[-1])).items():
         array = np.asarray(value)
         head = f"{array.dtype} {array.shape} ".encode()
         norm = float(np.linalg.norm(array.astype(np.float64)))
@@ -231,5 +231,5 @@ def main() -> int:
 if __name__ == "__main__":
     from instructax import cli
 
-    cli.keep_compiled()
+    cli.enable_compilation_cache()
     sys.exit(main())

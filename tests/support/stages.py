@@ -28,7 +28,7 @@ from instructax.config import construct
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import Run
 from instructax.models import ModelConfig, Transformer, head_kernel
-from instructax.runtime.metric_log import write_json
+from instructax.runtime.files import write_json
 from instructax.sharding import MeshConfig
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo.experience import AdvantageSettings

@@ -70,7 +70,7 @@ class Toy:
         self.note("phase", name)
         yield
 
-    def started(self, metrics: dict[str, Any]) -> None:
+    def first_step_done(self, metrics: dict[str, Any]) -> None:
         self.first_metrics.append(dict(metrics))
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Toy:
             "save", step, state.seen, dict(metrics), *([] if evaluated else ["unevaluated"])
         )
 
-    def complete(self, metrics: dict[str, Any]) -> None:
+    def mark_evaluated(self, metrics: dict[str, Any]) -> None:
         self.note("complete", dict(metrics))
 
     def due(self, step: int) -> bool:
@@ -336,7 +336,7 @@ def test_shares():
 def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
     parts = jax.jit(lambda tree: split_microbatches(tree, 2, mesh))(
-        sharding.put_rows(rows, mesh)
+        sharding.shard_rows(rows, mesh)
     )
     np.testing.assert_array_equal(parts["x"], np.arange(24).reshape(2, 4, 3))
     np.testing.assert_array_equal(parts["y"], np.arange(8).reshape(2, 4))
@@ -480,11 +480,11 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(
 
 @pytest.mark.parametrize("most", [0, 1])
 def test_the_batch_of_a_skipped_update_is_kept(mesh, tmp_path, most):
-    batch = sharding.put_rows(
+    batch = sharding.shard_rows(
         {"tokens": np.arange(16).reshape(8, 2), "more": {"mask": np.arange(8) > 3}}, mesh
     )
     skips = NonFiniteGuard(most, tmp_path)
-    skips.note(7, batch, {"skipped": jnp.float32(0.25)})  # one of PPO's four minibatches
+    skips.observe(7, batch, {"skipped": jnp.float32(0.25)})  # one of PPO's four minibatches
     with contextlib.nullcontext() if most else pytest.raises(Diverged):
         skips.check()
     with np.load(tmp_path / "7-0.npz") as kept:

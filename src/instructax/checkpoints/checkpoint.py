@@ -31,12 +31,13 @@ from instructax.checkpoints.checksums import (
     FORMAT,
     digests,
     find_damage,
+    has_checksums,
     read_record,
     record_path,
-    verified,
 )
+from instructax.config import ConfigError
 from instructax.runtime.distributed import all_hosts
-from instructax.runtime.metric_log import write_json
+from instructax.runtime.files import write_json
 from instructax.runtime.nonfinite import Diverged
 from instructax.types import Params
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 ITEMS = ("params", "state")
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(ConfigError):
     """The stored leaves are not those asked for; the message names the first such leaf."""
 
 
@@ -114,7 +115,7 @@ class Checkpoints:
     ):
         for name, value in (("save_every", save_every), ("keep", keep)):
             if value < 1:
-                raise ValueError(
+                raise ConfigError(
                     f"{name} is {value}; it must be at least 1: set it in the config of the run"
                 )
         self._workdir, self._root = Path(workdir), Path(workdir).absolute() / "checkpoints"
@@ -205,7 +206,7 @@ class Checkpoints:
         metric = float(metrics[self._best_metric]) if self._best_metric in metrics else None
         return {"best_metric": self._best_metric, "metric": metric}
 
-    def complete(self, metrics: Mapping[str, Any]) -> None:
+    def mark_evaluated(self, metrics: Mapping[str, Any]) -> None:
         """Notes at the restored step, which was `unevaluated`, that it now is evaluated."""
         self.unevaluated = None
         if jax.process_index() == 0 and self._saved is not None:
@@ -239,7 +240,9 @@ class Checkpoints:
         # Steps after this one are not of this run, and one that was not hashed does not
         # take the place of one that was.
         steps = [old for old in self.steps() if old <= step]
-        staying = [old for old in steps if verified(self._root / str(old))][-self._keep :]
+        staying = [old for old in steps if has_checksums(self._root / str(old))][
+            -self._keep :
+        ]
         for old in set(steps) - set(staying) - {best_step(self._workdir)}:
             remains = (self._root / str(old)).rename(
                 self._root / f"{old}.deleted"
@@ -313,7 +316,7 @@ class Checkpoints:
                 items["state"], **{self._exported: items["params"]}
             ), step
         if damaged:
-            raise ValueError(
+            raise ConfigError(
                 f"every checkpoint is damaged; restore a copy of {self._root}: {'; '.join(damaged.values())}"
             )
         return None
@@ -360,27 +363,27 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
     steps = committed_steps(path)
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise ValueError(
+        raise ConfigError(
             f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its workdir"
         )
     path = path / "checkpoints" / str(steps[-1] if step is None else step)
     abstract = {"params": abstract_params}
     if damage := _damage(path) or _unreadable(path, abstract):
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint is damaged: {damage}; use another step or a copy of it"
         )
     return _load(path, abstract, cast=True)["params"]
 
 
-def stored_arrays(step: Path) -> dict[str, jax.Array]:
+def read_arrays(step: Path) -> dict[str, jax.Array]:
     """Every array of the step in the folder `step`, as it is stored, on the host: names as
-    `params/layers/bias`.
+    `params/blocks/bias`.
 
     Raises ValueError for a step that is damaged or cannot be read.
     """
     step = Path(step).absolute()
     if damage := _damage(step) or _unreadable(step, ITEMS):
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint is damaged: {damage}; use another step or a copy of it"
         )
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -450,7 +453,7 @@ def _damage(path: Path) -> str:
     every process."""
     damage = ""
     if jax.process_index() == 0:
-        if not verified(path) and not find_damage(path):
+        if not has_checksums(path) and not find_damage(path):
             logger.warning(
                 "%s has no hashes (the run was killed before it wrote them): loading it unchecked",
                 path,

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from instructax.config import ConfigError
+
 FORMAT = (
     1  # of a record and the step beside it; raised when an older program could misread them
 )
@@ -24,7 +26,7 @@ FIELDS: dict[str, Any] = {
 }  # and the types that each may have
 
 
-class NewerFormatError(ValueError):
+class NewerFormatError(ConfigError):
     """A step that a newer version of this program has written."""
 
 
@@ -86,7 +88,7 @@ def digests(step: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def verified(step: Path) -> bool:
+def has_checksums(step: Path) -> bool:
     """Whether the step was hashed after it was written."""
     record = read_record(step)
     return record is not None and bool(record["files"])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from instructax.checkpoints.checkpoint import best_step, committed_steps, stored_arrays
+from instructax.checkpoints.checkpoint import best_step, committed_steps, read_arrays
 from instructax.checkpoints.checksums import (
     NewerFormatError,
     find_damage,
@@ -16,7 +16,7 @@ from instructax.checkpoints.checksums import (
     unlisted_files,
 )
 from instructax.config import ConfigError, require
-from instructax.runtime.goodput import described, totals
+from instructax.runtime.goodput import format_totals, read_totals
 
 LEAVES = ("exported", "trained", "all")
 SUFFIXES = (".npz", ".safetensors")
@@ -58,8 +58,8 @@ def list_checkpoints(workdir: Path) -> list[str]:
         lines.append(
             f"{path.name:>10}  {size:>9.2f}  {len(files):>5}  {saved}  {', '.join(state)}"
         )
-    found = totals(Path(workdir) / "goodput.jsonl")
-    return lines + ([described(found)] if found else [])
+    found = read_totals(Path(workdir) / "goodput.jsonl")
+    return lines + ([format_totals(found)] if found else [])
 
 
 def _number(path: Path) -> int:
@@ -141,7 +141,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
         f"{workdir} has no step {step}, only {', '.join(map(str, steps))}",
     )
     number = steps[-1] if step is None else step
-    stored = stored_arrays(Path(workdir) / "checkpoints" / str(number))
+    stored = read_arrays(Path(workdir) / "checkpoints" / str(number))
     arrays = {
         name: np.asarray(value) for name, value in select_arrays(stored, leaves).items()
     }

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 import instructax
-from instructax.runtime.metric_log import plain, write_json
+from instructax.config import ConfigError
+from instructax.runtime.files import to_jsonable, write_json
 from instructax.runtime.redaction import redact
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -44,7 +45,7 @@ def write_manifest(
       parents: field of the config that names a run → its workdir, stage, step and manifest hash; {} for a first stage.
     """
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
-    manifest = plain(
+    manifest = to_jsonable(
         redact(
             {
                 "stage": stage,
@@ -70,16 +71,16 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(
+        raise ConfigError(
             f"no {path}: {workdir} is not the workdir of a run; run that stage first, or correct it"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): restore a copy of it") from None
+        raise ConfigError(f"{path} is not JSON ({error}): restore a copy of it") from None
     missing = [
         field for field in FIELDS if not isinstance(manifest, dict) or field not in manifest
     ]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"{path} lacks {', '.join(missing)}: it was not written by this program; restore a copy of it"
         )
     return manifest
@@ -88,7 +89,7 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """sha256 of the manifest as JSON with sorted keys: 64 hexadecimal digits."""
     return hashlib.sha256(
-        json.dumps(plain(manifest), sort_keys=True, allow_nan=False).encode()
+        json.dumps(to_jsonable(manifest), sort_keys=True, allow_nan=False).encode()
     ).hexdigest()
 
 
@@ -99,7 +100,7 @@ def check_parent(
     this one."""
     theirs = parent["tokenizer"]
     if theirs["hash"] != tokenizer_hash:
-        raise ValueError(
+        raise ConfigError(
             f"the parent ({parent['stage']}) has the tokenizer {theirs['hash']} of {theirs['path']}, this run has "
             f"{tokenizer_hash} of {tokenizer_path}: token ids would mean other text; set the tokenizer of the config"
         )
@@ -112,7 +113,7 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     Compares what JSON keeps, so that a tuple equals the list it is stored as. Lines are
     sorted by dotted name.
     """
-    stored, given = flatten(plain(old)), flatten(plain(new))
+    stored, given = flatten(to_jsonable(old)), flatten(to_jsonable(new))
     return [
         f"{name}: {stored.get(name, 'absent')} (stored) != {given.get(name, 'absent')} (given)"
         for name in sorted(stored | given)

@@ -74,7 +74,9 @@ class Parent:
         shapes = jax.eval_shape(
             lambda params: add_lora(params, lora, jax.random.key(0)), wanted
         )
-        stored = load_params(self.workdir, sharding.abstract(shapes, mesh), step=self.step)
+        stored = load_params(
+            self.workdir, sharding.abstract_arrays(shapes, mesh), step=self.step
+        )
         layouts = jax.tree.map(lambda leaf: leaf.sharding, wanted)
         return jax.jit(merge_lora, out_shardings=layouts)(stored)
 

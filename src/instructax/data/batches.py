@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from instructax.config import ConfigError
 from instructax.data.document_packing import segments_and_positions
 from instructax.types import Comparisons, LmBatch, Prompts
 
@@ -54,7 +55,7 @@ def stream_row_ids(start: int, stop: int, size: int, seed: int) -> np.ndarray:
     no such place.
     """
     if size < 1 or not 0 <= start < stop:
-        raise ValueError(
+        raise ConfigError(
             f"no places {start} .. {stop - 1} in a stream of {size} rows: need rows and 0 <= start < stop"
         )
     first, last = start // size, (stop - 1) // size
@@ -79,7 +80,7 @@ def process_slice(values: np.ndarray, process_index: int, process_count: int) ->
             f"process {process_index} is not one of {process_count}: allowed are 0 .. {process_count - 1}"
         )
     if len(values) % process_count:
-        raise ValueError(
+        raise ConfigError(
             f"a batch of {len(values)} rows cannot be shared by {process_count} processes: change batch_size"
         )
     share = len(values) // process_count
@@ -225,7 +226,7 @@ def left_pad(
 
 def _fits(size: int, room: int, name: str) -> int:
     if size > room:
-        raise ValueError(
+        raise ConfigError(
             f"a row of {size} does not fit {name} = {room}: use the value the data was prepared with"
         )
     return size

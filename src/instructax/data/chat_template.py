@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from instructax.config import ConfigError
 from instructax.data.prompt_format import PromptFormat, add_separator, split_turns
 from instructax.data.tokenizer import Tokenizer
 
@@ -162,14 +163,14 @@ def render_demonstration(
         add_generation_prompt=False,
     )
     if not whole.startswith(before):
-        raise ValueError(
+        raise ConfigError(
             f"the chat template writes an answered prompt in another way than one to be answered: {whole}"
         )
     answered, end, rest = whole[len(before) :].partition(template.eos_token)
     others = [token for token in template.special if token in answered]
     if others or rest.strip() or not end:
         found = others[0] if others else rest.strip() or "nothing"
-        raise ValueError(
+        raise ConfigError(
             f"the chat template ends an answer with {found!r}, the tokenizer ends a text with {template.eos_token!r}: "
             "name one and the same in tokenizer_config.json, as eos_token"
         )
@@ -185,7 +186,7 @@ def chat_prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFo
     """
     answered = render_demonstration("a", MARK, template)[1]
     if MARK not in answered:
-        raise ValueError(
+        raise ConfigError(
             f"the chat template writes no answer, but {answered!r}: it cannot be trained with"
         )
     return PromptFormat(
@@ -247,14 +248,14 @@ def check_messages(messages: Any, where: str) -> None:
     """Raises ValueError unless `messages` is a list of objects, each a role of `ROLES` and
     a text."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"{where} must be a list with one message at least")
+        raise ConfigError(f"{where} must be a list with one message at least")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(
+            raise ConfigError(
                 f"{where}[{number}] must be an object with role and content, both of them texts"
             )
         if message.get("role") not in ROLES:
-            raise ValueError(
+            raise ConfigError(
                 f"{where}[{number}].role = {message.get('role')!r} must be one of {', '.join(ROLES)}"
             )
 
@@ -265,7 +266,7 @@ def _refuse_special(messages: Sequence[Message], template: ChatTemplate) -> None
             (token for token in template.special if token in message["content"]), None
         )
         if found:
-            raise ValueError(
+            raise ConfigError(
                 f"messages[{number}].content holds {found!r}, which is a token of this model: spell it differently"
             )
 
@@ -298,7 +299,7 @@ def _rendered(
                 eos_token=template.eos_token,
             )
     except Exception as error:  # a template can fail in any way that a program can
-        raise ValueError(f"the chat template refuses these messages: {error}") from None
+        raise ConfigError(f"the chat template refuses these messages: {error}") from None
 
 
 @contextlib.contextmanager
@@ -348,7 +349,7 @@ def _compiled(source: str) -> Any:
         import jinja2.nodes
         import jinja2.sandbox
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             "a chat template needs jinja2: pip install 'instructax[chat]'"
         ) from None
 
@@ -389,7 +390,7 @@ def _compiled(source: str) -> Any:
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
+        raise ConfigError(
             f"the chat template cannot be read: line {error.lineno}: {error.message}"
         ) from None
 

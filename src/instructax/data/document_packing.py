@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instructax.config import ConfigError
+
 OPEN_ROWS = (
     256  # rows that wait for a document that fits; more saves little padding and costs time
 )
@@ -53,7 +55,7 @@ def demonstration_document(
     predicted from nothing.
     """
     if len(prompt) == 0:
-        raise ValueError("a demonstration's prompt has no tokens: it needs at least 1")
+        raise ConfigError("a demonstration's prompt has no tokens: it needs at least 1")
     tokens = np.concatenate([prompt, completion, [eos_id]]).astype(np.int32)
     return Document(tokens, np.arange(len(tokens)) >= len(prompt))
 
@@ -72,7 +74,7 @@ def pack_documents(documents: Sequence[Document], length: int) -> list[PackedRow
     for document in documents:
         size = len(document.tokens)
         if not 1 <= size <= length:
-            raise ValueError(
+            raise ConfigError(
                 f"a document of {size} tokens does not fit rows of {length}: cut or drop it, or raise length"
             )
         place = next((i for i, free in enumerate(room) if free >= size), None)

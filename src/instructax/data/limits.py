@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from instructax.config import ConfigError, Seed
+
 
 @dataclasses.dataclass(frozen=True)
 class DataLimits:
@@ -25,7 +27,7 @@ class DataLimits:
     splits: tuple[
         tuple[str, float], ...
     ]  # names and shares of the splits; the shares sum to 1
-    split_seed: int  # another seed, other splits
+    split_seed: Seed  # another seed, other splits
 
     @property
     def comparison_tokens(self) -> int:
@@ -40,27 +42,27 @@ class DataLimits:
             ("completions", 2),
         ):
             if getattr(self, name) < least:
-                raise ValueError(
+                raise ConfigError(
                     f"Limits.{name} is {getattr(self, name)}: it must be at least {least}"
                 )
         for name in ("prefix_characters", "prompts_per_user"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
+                raise ConfigError(
                     f"Limits.{name} is {getattr(self, name)}: it must be at least 1, or None to keep all"
                 )
         names = [name for name, _ in self.splits]
         shares = [share for _, share in self.splits]
         if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
-            raise ValueError(
+            raise ConfigError(
                 f"Limits.splits has the names {names}: they must differ and be of letters, digits and _"
             )
         if not all(share > 0 for share in shares) or not math.isclose(
             sum(shares), 1, abs_tol=1e-9
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"Limits.splits has the shares {shares}: they must be above 0 and sum to 1"
             )
         if self.filter_pii and "train" not in names:
-            raise ValueError(
+            raise ConfigError(
                 f'Limits.filter_pii needs a split called "train", and Limits.splits has {names}'
             )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from instructax.config import ConfigError
 from instructax.data import document_packing
 from instructax.data import filters as hygiene
 from instructax.data.limits import DataLimits
@@ -305,12 +306,12 @@ def _make(
     """Returns the rows of every split, and the report; `content` is the hash of the other
     arguments."""
     if not files:
-        raise ValueError(f"no files of {recipe.kind}: give at least one")
+        raise ConfigError(f"no files of {recipe.kind}: give at least one")
     records = [_opened(record) for record in read_jsonl(files, recipe.record)]
     names = {str(record.labeler) for record in records if getattr(record, "labeler", None)}
     labelers = {name: index for index, name in enumerate(sorted(names))}
     if not records:
-        raise ValueError(
+        raise ConfigError(
             f"no {recipe.kind} in {', '.join(map(str, files))}: each holds no line"
         )
     dropped: dict[str, int] = {}
@@ -330,7 +331,7 @@ def _make(
         rows[split] = recipe.rows(kept[split], ids, labelers)
     for split, members in splits.items():
         if not rows[split]:
-            raise ValueError(
+            raise ConfigError(
                 f"split {split!r} of {recipe.kind} is empty: of {len(records)} records in {len(files)} files, "
                 f"{len(members)} came to it before the limits on tokens; dropped by rule, in all splits: {dropped}; "
                 "change Limits.splits or the limit that drops them, or give more data"

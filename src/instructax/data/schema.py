@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from instructax.config import ConfigError
+
 MAX_LINE_BYTES = (
     64 * 2**20
 )  # of the longest line: of one without an end, as a small gzip file may hold, no more is read
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """A line that cannot be used; reads `file:line: field: reason (value)`."""
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from instructax.config import ConfigError
 from instructax.data.batches import Source
 
 MAX_CACHED_BYTES = (
@@ -176,13 +177,13 @@ def read_rows(builder: type[_Rows], folder: Path) -> PreparedData:
         sizes = json.loads((folder / SIZES).read_text())
         report = PreparationReport(**json.loads((folder / REPORT).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"cannot use the prepared data in {folder} ({error}): delete it to prepare it again"
         ) from error
     found = _sizes(folder)
     for name, size in sizes.items():
         if found.get(name) != size:
-            raise ValueError(
+            raise ConfigError(
                 f"{folder / name} has {found.get(name, 'no')} bytes where {size} were written: "
                 f"delete {folder} to prepare it again"
             )

@@ -20,7 +20,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from instructax.runtime.files import open_own
+from instructax.config import ConfigError
+from instructax.runtime.files import open_no_follow
 
 END_OF_TEXT = "<|endoftext|>"
 EOS_CANDIDATES = (
@@ -117,7 +118,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         return _build(_byte_level_content(vocab | {END_OF_TEXT: 256}, merges=[]))
     file = Path(path)
     if not file.exists():
-        raise ValueError(
+        raise ConfigError(
             f'no tokenizer at {path}: give "bytes", a tokenizer.json, or the folder of one or of GPT-2 files'
         )
     try:
@@ -133,13 +134,13 @@ def load_tokenizer(path: str) -> Tokenizer:
         reason = (
             reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
         )
-        raise ValueError(f"cannot use the tokenizer at {path}: {reason}") from error
+        raise ConfigError(f"cannot use the tokenizer at {path}: {reason}") from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str) -> None:
     """Writes `tokenizer` as a `tokenizer.json`; `load_tokenizer(path)` has the same hash."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open_own(Path(path), "w") as file:
+    with open_no_follow(Path(path), "w") as file:
         file.write(tokenizer.content + "\n")
 
 
@@ -165,7 +166,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     bytes and the end of text, or if a text holds a lone surrogate.
     """
     if vocab_size < 257:
-        raise ValueError(
+        raise ConfigError(
             f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), not {vocab_size}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
@@ -187,7 +188,7 @@ def _valid_unicode(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(
+        raise ConfigError(
             f"text holds a lone surrogate, {code} at character {error.start}; clean it first"
         ) from None
     return text
@@ -207,7 +208,7 @@ def _byte_level_content(vocab: dict[str, int], merges: list) -> dict[str, Any]:
     `END_OF_TEXT`."""
     missing = [name for name in [*_byte_symbols(), END_OF_TEXT] if name not in vocab]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"the vocabulary lacks {missing[0]!r}; it must hold all 256 byte symbols and {END_OF_TEXT}"
         )
     byte_level = {
@@ -260,7 +261,7 @@ def _hugging_face_content(file: Path) -> dict[str, Any]:
     ids = _token_ids(content)
     found = [token for token in candidates if token in ids]
     if not found:
-        raise ValueError(
+        raise ConfigError(
             f"no end of text: looked for {', '.join(candidates)}; name it in {config_file} as eos_token"
         )
     content["model"]["eos_token"] = found[0]
@@ -277,13 +278,13 @@ def _token_ids(content: dict[str, Any]) -> dict[str, int]:
     )
     for token in content.get("added_tokens") or []:
         if ids.setdefault(token["content"], token["id"]) != token["id"]:
-            raise ValueError(
+            raise ConfigError(
                 f"token {token['content']!r} has two ids, {ids[token['content']]} and {token['id']}"
             )
     if not all(isinstance(index, int) and index >= 0 for index in ids.values()):
-        raise ValueError("token ids must be integers from 0")
+        raise ConfigError("token ids must be integers from 0")
     if len(set(ids.values())) < len(ids):
-        raise ValueError("two tokens share an id")
+        raise ConfigError("two tokens share an id")
     return ids
 
 
@@ -330,7 +331,7 @@ def _canonical(content: dict[str, Any]) -> dict[str, Any]:
                 if piece not in model["vocab"]
             ]
             if missing:
-                raise ValueError(
+                raise ConfigError(
                     f"the merge {left!r} {right!r} needs {missing[0]!r}, which the vocabulary lacks"
                 )
     added = sorted(content.get("added_tokens") or [], key=lambda token: token["id"])

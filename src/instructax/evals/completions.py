@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructax import sharding
+from instructax.config import ConfigError
 from instructax.data.batches import left_pad, process_slice
 from instructax.generation import generate
 from instructax.models import Transformer
@@ -61,7 +62,7 @@ class Completer:
                 prompts,
                 keys,
                 temperature=0.0,
-                groups=sharding.row_ways(mesh),
+                groups=sharding.num_row_shards(mesh),
                 **ends,
             )
 
@@ -124,7 +125,7 @@ class Completer:
 
     def _put(self, tree: Any, rows: np.ndarray) -> Any:
         own = process_slice(rows, jax.process_index(), jax.process_count())
-        return sharding.put_rows(jax.tree.map(lambda x: x[own], tree), self._mesh)
+        return sharding.shard_rows(jax.tree.map(lambda x: x[own], tree), self._mesh)
 
     def _prompts(self, contexts: Sequence[np.ndarray]) -> Prompts:
         _check_lengths(contexts, self._context_tokens, "context", "context_tokens")
@@ -156,6 +157,6 @@ def _check_lengths(texts: Sequence[np.ndarray], longest: int, kind: str, name: s
     value `name` sets."""
     for text in texts:
         if not 1 <= len(text) <= longest:
-            raise ValueError(
+            raise ConfigError(
                 f"a {kind} has {len(text)} tokens; between 1 and {longest} are possible: change it, or {name}"
             )

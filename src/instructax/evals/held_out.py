@@ -63,7 +63,7 @@ def held_out_losses(
                 source, config.batch_size, config.run.evaluate_batches, length
             ):
                 check_stop_requested()
-                added, tokens = loss(params, sharding.put_rows(batch, mesh))
+                added, tokens = loss(params, sharding.shard_rows(batch, mesh))
                 total, count = total + float(added), count + float(tokens)
             figures[f"{name}_loss"] = total / max(count, 1.0)
         return figures
@@ -126,7 +126,7 @@ class HeldOut:
             text.sources["validation"], *self._size, self._limits.sequence_tokens
         )
         out = [
-            jax.device_get(self._losses(params, sharding.put_rows(batch, self._mesh)))
+            jax.device_get(self._losses(params, sharding.shard_rows(batch, self._mesh)))
             for batch in batches
         ]
         losses, tokens = (np.concatenate(x) for x in zip(*out, strict=True))
@@ -140,7 +140,7 @@ class HeldOut:
         """
         source, out = comparisons.sources["validation"], []
         for rows in validation_rows(source, *self._size):
-            batch = sharding.put_rows(
+            batch = sharding.shard_rows(
                 read_comparisons(source, rows, self._limits), self._mesh
             )
             out.append(jax.device_get(self._differences(params, batch)))

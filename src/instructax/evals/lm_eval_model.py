@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from instructax.config import ConfigError
 from instructax.data.chat_template import (
     ChatTemplate,
     encode_rendered,
@@ -171,12 +172,12 @@ class InstructaxLM(TemplateLM):
             or options.get("top_p", 1.0) != 1.0
             or options.get("top_k", 0)
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"a task generates with {options}, which is not supported here: change its gen_kwargs"
             )
         room = self._engine.max_length - limit
         if room < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"a task generates up to {limit} tokens, and the model's longest text is {self._engine.max_length}: "
                 "lower max_gen_toks, on the command line with --gen_kwargs=max_gen_toks=N"
             )

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax import rng as clock
-from instructax import sharding
+from instructax import rng, sharding
 from instructax.config import require
 from instructax.data.batches import (
     NO_ROW,
@@ -106,8 +105,8 @@ class PolicyEvaluator:
         ) -> _Sampled:
             """Of `draws` answers to each prompt the one with the highest score, the first
             of equals."""
-            steps = jax.vmap(partial(clock.step_key, seed, "evaluate"))(jnp.arange(draws))
-            keys = jax.vmap(clock.sample_keys, (0, None), 1)(steps, samples).reshape(-1)
+            steps = jax.vmap(partial(rng.step_key, seed, "evaluate"))(jnp.arange(draws))
+            keys = jax.vmap(rng.sample_keys, (0, None), 1)(steps, samples).reshape(-1)
             prompted = asked.tokens.shape != prompts.tokens.shape
             sampled = generate(
                 policy,
@@ -118,7 +117,7 @@ class PolicyEvaluator:
                 temperature=temperature,
                 eos_id=tokenizer.eos_id,
                 stop_token_mask=line_breaks if prompted else None,
-                groups=sharding.row_ways(mesh),
+                groups=sharding.num_row_shards(mesh),
             )
             cut, kept = sampled, sampled.mask
             if prompted:
@@ -165,7 +164,9 @@ class PolicyEvaluator:
             asked = prepend_prefix(prefix, prompts, self._room) if len(prefix) else prompts
             yield (
                 rows != NO_ROW,
-                sharding.put_rows((asked, prompts, np.asarray(mine, np.int32)), self._mesh),
+                sharding.shard_rows(
+                    (asked, prompts, np.asarray(mine, np.int32)), self._mesh
+                ),
             )
 
     def batches(

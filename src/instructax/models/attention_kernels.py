@@ -174,9 +174,9 @@ def kernel_of_rows(
     def attend(
         query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str
     ) -> Array:
-        return sharding.by_rows_and_heads(partial(kernel, matmul_dtype=matmul_dtype), mesh)(
-            query, key, value, mask
-        )
+        return sharding.shard_map_attention(
+            partial(kernel, matmul_dtype=matmul_dtype), mesh
+        )(query, key, value, mask)
 
     return attend, segments if name == "splash" else attention_mask(segments, segments, 0)
 

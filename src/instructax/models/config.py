@@ -4,7 +4,7 @@ it."""
 import dataclasses
 from typing import Literal
 
-from instructax.config import check_range
+from instructax.config import ConfigError, check_range
 
 LAYERS = 10_000  # a network has fewer: a list of them is made even to estimate it
 
@@ -30,7 +30,7 @@ class RotaryScaling:
             self, {"factor": 1, "low_turns": 0, "high_turns": 0, "original_length": 1}
         )
         if self.high_turns <= self.low_turns:
-            raise ValueError(
+            raise ConfigError(
                 f"rotary_scaling.high_turns = {self.high_turns} must be above "
                 f"rotary_scaling.low_turns = {self.low_turns}"
             )
@@ -99,11 +99,11 @@ class ModelConfig:
             {"num_layers": LAYERS},
         )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}"
             )
         if not 0 < self.rotary_fraction <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1"
             )
         if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
@@ -112,21 +112,21 @@ class ModelConfig:
                 if self.rotary_fraction < 1
                 else ""
             )
-            raise ValueError(
+            raise ConfigError(
                 f"model.head_dim = {self.head_dim}{share} must be even for rotary positions"
             )
         if self.biases and self.qkv_biases:
-            raise ValueError(
+            raise ConfigError(
                 "model.qkv_biases = True is for model.biases = False: all matrices have biases already"
             )
         if list(self.windowed) != sorted(
             {layer for layer in self.windowed if 0 <= layer < self.num_layers}
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.num_layers - 1}"
             )
         if bool(self.window) != bool(self.windowed):
-            raise ValueError(
+            raise ConfigError(
                 f"model.window = {self.window} and model.windowed = {self.windowed}: set both, or 0 and () for none"
             )
 

@@ -19,4 +19,4 @@ def init_params(model: Transformer, key: Array) -> Params:
 def abstract_params(model: Transformer, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the parameters; allocates nothing."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return sharding.abstract(shapes, mesh)
+    return sharding.abstract_arrays(shapes, mesh)

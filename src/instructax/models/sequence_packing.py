@@ -101,7 +101,7 @@ def plan_packing(
     if longest > width:
         raise ValueError(f"sequences of up to {longest} tokens do not fit rows of {width}")
     lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
-    ways = 1 if mesh is None else sharding.row_ways(mesh)
+    ways = 1 if mesh is None else sharding.num_row_shards(mesh)
     # A row takes so many of any sequences, before another is begun.
     lines = -(-count // (width // longest * ways))
     shapes = microbatch_shapes(

@@ -7,6 +7,8 @@ same for the same logs.
 
 from pathlib import Path
 
+from instructax.config import ConfigError
+
 
 def write(roots: list[Path], out: Path) -> Path:
     """Writes `index.html` and its figures, as PNG and SVG, into `out`, and prints the table
@@ -20,7 +22,7 @@ def write(roots: list[Path], out: Path) -> Path:
 
     require_matplotlib()
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give the folder that the page is written into")
+        raise ConfigError(f"{out} is a file: give the folder that the page is written into")
     experiments = [load(root) for root in roots]
     page.check_seeds(experiments)
     readings = [read(experiment) for experiment in experiments]

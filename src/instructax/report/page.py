@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from instructax.config import ConfigError
 from instructax.report import figures, metric_figures, paper
 from instructax.report.browser import FULL_COLOUR, browser
 from instructax.report.claims import CLAIMS, VERDICTS, Claim, Finding, findings_of, overall
@@ -43,13 +44,13 @@ def check_seeds(experiments: list[Experiment]) -> None:
     names = [[size.name for size in experiment.sizes] for experiment in experiments]
     for experiment, sizes in zip(experiments, names, strict=True):
         if sizes != names[0]:
-            raise ValueError(
+            raise ConfigError(
                 f"{experiment.name} has the sizes {sizes}, {experiments[0].name} has {names[0]}: "
                 "give seeds of one experiment"
             )
     seeds = [experiment.seed for experiment in experiments]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"the seeds are {seeds}: give each once")
+        raise ConfigError(f"the seeds are {seeds}: give each once")
 
 
 def claim_html(claim: Claim, findings: list[Finding]) -> str:

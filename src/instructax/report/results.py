@@ -87,7 +87,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             objects.append(json.loads(line))
         except json.JSONDecodeError:
-            raise ValueError(
+            raise ConfigError(
                 f"{path}, line {number}, is no JSON: run the stage again"
             ) from None
     return objects
@@ -133,17 +133,17 @@ def load(root: Path) -> Experiment:
         (*root.glob("evaluate/summary.json"), *root.glob("*/evaluate/summary.json"))
     )
     if not evaluations:
-        raise ValueError(
+        raise ConfigError(
             f"{root} holds no finished run: evaluate/summary.json is neither in it nor in a size's folder"
         )
     if not (root / "world" / "config.json").exists():
-        raise ValueError(
+        raise ConfigError(
             f"{root} holds no world: a report needs what its prompts ask for, {root}/world"
         )
     try:
         tasks = tasks_of(root / "world")
     except ConfigError:
-        raise ValueError(
+        raise ConfigError(
             f"{root}/world/config.json is of another version of this project: write the world again"
         ) from None
     sizes = sorted(
@@ -191,7 +191,7 @@ def _answered(
         sizes[-1].folder / run,
     )
     if "SFT" not in samples[-1]:
-        raise ValueError(f"{folder} has no policy SFT, which all others are compared with")
+        raise ConfigError(f"{folder} has no policy SFT, which all others are compared with")
     prompts = [record["prompt"].strip() for record in samples[-1]["SFT"]]
     check_prompts(tasks, prompts, folder)
     return prompts, [
@@ -204,7 +204,7 @@ def check_prompts(tasks: Mapping[str, Task], prompts: list[str], folder: Path) -
     """Raises ValueError if the run in `folder` has a prompt that is not the world's."""
     unknown = [prompt for prompt in prompts if prompt not in tasks]
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"the world does not have the prompt {unknown[0]!r}: {folder} is of another world"
         )
 
@@ -230,7 +230,7 @@ def _in_order(
     ):
         by_prompt = {record["prompt"].strip(): record for record in samples[policy]}
         if by_prompt.keys() != set(prompts):
-            raise ValueError(
+            raise ConfigError(
                 f"{folder}: {policy} answered other prompts than the largest size's SFT; "
                 "evaluate all sizes on the same prompts"
             )

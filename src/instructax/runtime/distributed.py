@@ -15,7 +15,7 @@ from instructax.config import require
 HEARTBEAT = 15  # seconds without a sign of a process after which the others end
 
 
-def join(coordinator: str, count: int | None, index: int | None) -> None:
+def join_processes(coordinator: str, count: int | None, index: int | None) -> None:
     """Makes this process one of `count`; to be called before anything else asks JAX for a
     device.
 
@@ -52,7 +52,7 @@ def _forget_preemption() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def ended(call: Callable[[], int]) -> int:
+def exit_on_failure(call: Callable[[], int]) -> int:
     """The exit code that `call` returns; of several processes, one that does not end with 0
     ends here and at once.
 

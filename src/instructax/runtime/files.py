@@ -1,19 +1,72 @@
-"""How files of a run are opened for writing."""
+"""Writes the files of a run: never through a symbolic link, and JSON files atomically.
 
+JSON has no NaN and no infinities: non-finite numbers are written as null.
+"""
+
+import json
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 
-def open_own(path: Path, mode: str) -> Any:
-    """Opens a file of a run for writing, UTF-8 or with a "b" in `mode` bytes.
 
-    Raises OSError for a symbolic link, which may lead out of the workdir.
+def open_no_follow(path: Path, mode: str) -> Any:
+    """Opens a file of a run for writing, as UTF-8 text unless `mode` contains "b".
+
+    Raises OSError if `path` is a symbolic link, which could lead out of the workdir.
     """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
     encoding = None if "b" in mode else "utf-8"
-    return open(
-        path,
-        mode,
-        encoding=encoding,
-        opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666),
-    )
+    return open(path, mode, encoding=encoding, opener=opener)
+
+
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
+    """Replaces the content of `path` by `lines`.
+
+    Whenever the process dies, `path` holds either its old content or all of the new.
+    """
+    # Renaming is atomic only within a file system, so the temporary file is a neighbor.
+    temporary = path.with_name(path.name + ".tmp")
+    with open_no_follow(temporary, "w") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_jsonable(value: Any) -> Any:
+    """Converts `value` to JSON types.
+
+    Tuples and arrays become (nested) lists, NaN and infinities None. Values of other types
+    are returned as they are, and `json.dumps` rejects them.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(item) for item in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return to_jsonable(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path` atomically, converted by `to_jsonable`.
+
+    Raises TypeError for a value that JSON cannot express; `path` then stays as it was.
+    """
+    text = json.dumps(to_jsonable(value), indent=2, allow_nan=False)
+    write_atomically(path, [text + "\n"])
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The value on each line of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from instructax.runtime.files import open_own
+from instructax.runtime.files import open_no_follow
 
 KINDS = ("steps", "evaluation", "compile", "init", "restore", "save")
 REDONE = ("steps", "evaluation")  # what is done again after a kill
@@ -103,7 +103,7 @@ def _process_start() -> float:
 
 def _opened(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open_own(path, "a")
+    file = open_no_follow(path, "a")
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         file.write("\n")  # the half line of a killed process stays a line of its own
     return file
@@ -152,7 +152,7 @@ def lost_seconds(lines: Iterable[Mapping[str, Any]], step: int) -> float:
     return sum(line["seconds"] for line in standing if line["step"] > step)
 
 
-def totals(path: Path) -> dict[str, float]:
+def read_totals(path: Path) -> dict[str, float]:
     """Seconds by kind, `lost` too, the number of `processes`, and `goodput`: the share of
     all seconds that went into steps and evaluations which were not done again. {} if there
     is no ledger."""
@@ -172,8 +172,8 @@ def totals(path: Path) -> dict[str, float]:
     }
 
 
-def described(found: Mapping[str, float]) -> str:
-    """`totals` as a line to read."""
+def format_totals(found: Mapping[str, float]) -> str:
+    """`read_totals` as a line to read."""
 
     def clock(kind: str) -> str:
         return f"{kind} {timedelta(seconds=round(found[kind]))}"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from instructax.runtime.files import open_own
+from instructax.runtime.files import open_no_follow
 
 LENGTH = 128  # bytes of the file; it is written in place by one call, so a reader finds one beat or the next
 
@@ -19,7 +19,7 @@ class Heartbeat:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open_own(path, "wb")
+        self._file = open_no_follow(path, "wb")
 
     def beat(self, name: str) -> None:
         """Notes that work called `name` begins or ends now."""

@@ -12,16 +12,21 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from instructax.runtime.files import open_own
+from instructax.config import ConfigError
+from instructax.runtime.files import (
+    open_no_follow,
+    to_jsonable,
+    write_atomically,
+    write_json,
+)
 from instructax.runtime.redaction import printable
 
 RESERVED = ("step", "nonfinite")  # the keys that the log itself writes
@@ -34,38 +39,9 @@ MAIN = (
     "entropy",
     "response_length",
 )  # come first on the console
-FIRST_STEP = "first_step"  # the phase of `started`
+FIRST_STEP = "first_step"  # the phase of `first_step_done`
 CONSOLE_METRICS = 6  # metrics on the console line: those of `MAIN`, then the others by name
 CONSOLE_CHARACTERS = 160  # of each field of a sample on the console
-
-
-def plain(value: Any) -> Any:
-    """`value` in JSON's types: tuples as lists, arrays as (nested) lists, NaN and
-    infinities as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, atomically; what `plain` does not cover raises TypeError."""
-    _replace(path, [json.dumps(plain(value), indent=2, allow_nan=False) + "\n"])
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Whenever the process dies, `path` holds either its old content or all of the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open_own(temporary, "w") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def rewind(path: Path, start_step: int) -> None:
@@ -79,7 +55,7 @@ def rewind(path: Path, start_step: int) -> None:
         return
     with path.open(errors="replace") as old:
         whole = (line for line in old if line.endswith("\n"))
-        _replace(
+        write_atomically(
             path,
             (line for line in whole if start_step > 0 and _step_of(line) <= start_step),
         )
@@ -112,7 +88,7 @@ class MetricLog:
         steps is dropped.
       tensorboard: also write scalars to `workdir/tensorboard`.
       console: also print.
-      beat: called with the name of every phase when it begins and when it ends, and with "steps" by `started`.
+      beat: called with the name of every phase when it begins and when it ends, and with "steps" by `first_step_done`.
       written: called with the last step whose record is in the file.
       recorded: whether `start_step` has been recorded; else it is recorded next.
     """
@@ -131,7 +107,7 @@ class MetricLog:
         recorded: bool = True,
     ):
         if log_every < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"log_every is {log_every}; it must be at least 1: set it in the config of the run"
             )
         self._workdir = Path(workdir)
@@ -158,10 +134,10 @@ class MetricLog:
         for name in ("metrics.jsonl", "samples.jsonl"):
             rewind(self._workdir / name, start_step)
         self._metrics = self._files.enter_context(
-            open_own(self._workdir / "metrics.jsonl", "a")
+            open_no_follow(self._workdir / "metrics.jsonl", "a")
         )
         self._samples = self._files.enter_context(
-            open_own(self._workdir / "samples.jsonl", "a")
+            open_no_follow(self._workdir / "samples.jsonl", "a")
         )
 
     def __enter__(self) -> "MetricLog":
@@ -267,14 +243,14 @@ class MetricLog:
         parts.append(f"eta {datetime.timedelta(seconds=round(max(left, 0)))}")
         return "  ".join(parts)
 
-    def sample(self, step: int, record: Mapping[str, Any]) -> None:
+    def write_sample(self, step: int, record: Mapping[str, Any]) -> None:
         """Appends one sample (prompt, response, score, …) at once; the first of a step with
         a console line is shown."""
         _refuse_reserved(record)
         if not self._writes:
             return
         self._samples.write(
-            json.dumps({"step": step, **plain(record)}, allow_nan=False) + "\n"
+            json.dumps({"step": step, **to_jsonable(record)}, allow_nan=False) + "\n"
         )
         self._samples.flush()
         if self._console and step != self._last_sampled and step % self._log_every == 0:
@@ -285,7 +261,7 @@ class MetricLog:
             print(f"sample {step}  " + "  ".join(fields), flush=True)
         self._last_sampled = step
 
-    def started(self, metrics: Mapping[str, Any]) -> None:
+    def first_step_done(self, metrics: Mapping[str, Any]) -> None:
         """Waits for the metrics of the first step, and notes the seconds since the log was
         opened, most of which went into compiling: `time/first_step_s` of the next record,
         and a line on the console."""
@@ -312,7 +288,7 @@ class MetricLog:
             self._beat(f"the end of {name}")
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 
-    def summary(self, figures: Mapping[str, Any]) -> None:
+    def write_summary(self, figures: Mapping[str, Any]) -> None:
         """Writes the final figures of the run to `summary.json`, atomically."""
         if self._writes:
             write_json(self._workdir / "summary.json", figures)
@@ -337,7 +313,7 @@ def _line(
     nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
     return {
         "step": step,
-        **plain(values),
+        **to_jsonable(values),
         **({"nonfinite": nonfinite} if nonfinite else {}),
         **times,
     }
@@ -348,7 +324,7 @@ def _tensorboard_writer(directory: Path, start_step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             "tensorboard is on, but tensorboardX is not installed: pip install 'instructax[tensorboard]', or turn "
             "tensorboard off in the config"
         ) from None

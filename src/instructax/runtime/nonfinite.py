@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from instructax.runtime.files import open_own
+from instructax.runtime.files import open_no_follow
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class NonFiniteGuard:
         self._last: tuple[int, Any, Any] | None = None
         self._row = 0
 
-    def note(self, step: int, batch: Any, metrics: dict[str, Any]) -> None:
+    def observe(self, step: int, batch: Any, metrics: dict[str, Any]) -> None:
         """Looks at the update before, and keeps this one. Raises Diverged."""
         self.check()
         self._last = step, batch, metrics.get("skipped", 0.0)
@@ -53,7 +53,7 @@ class NonFiniteGuard:
             self._most, 1
         ):  # of a row too long, the last batch is not needed
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open_own(path, "wb") as file:
+            with open_no_follow(path, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **_local_arrays(batch))
         if self._row <= self._most:
             logger.warning(

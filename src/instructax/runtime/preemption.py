@@ -23,7 +23,7 @@ class StopRequested(Exception):
 
 
 class GracefulShutdown:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; a second one ends the
+    """While entered, the first SIGINT or SIGTERM sets `stop_requested`; a second one ends the
     program at once.
 
     A second one raises KeyboardInterrupt; where Python cannot raise it, because a compiled
@@ -33,7 +33,7 @@ class GracefulShutdown:
     current: ClassVar["GracefulShutdown | None"] = None
 
     def __enter__(self) -> "GracefulShutdown":
-        self.asked = False
+        self.stop_requested = False
         self._outer, GracefulShutdown.current = GracefulShutdown.current, self
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         # Python's own handlers wait for the interpreter; what stands in this pipe was
@@ -45,9 +45,9 @@ class GracefulShutdown:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.stop_requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_requested = True
 
     def _watch(self, pipe: int) -> None:
         received = b""
@@ -68,7 +68,9 @@ class GracefulShutdown:
 
 
 def check_stop_requested() -> None:
-    """Raises Asked if this or another process was asked to stop, within an
+    """Raises StopRequested if this or another process was asked to stop, within an
     `GracefulShutdown`; all processes must call."""
-    if GracefulShutdown.current is not None and any_host(GracefulShutdown.current.asked):
+    if GracefulShutdown.current is not None and any_host(
+        GracefulShutdown.current.stop_requested
+    ):
         raise StopRequested

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from instructax.runtime.files import open_own
+from instructax.runtime.files import open_no_follow
 
 TICK = 5.0  # seconds after which the watchdog looks again, or less
 
@@ -60,7 +60,7 @@ class Watchdog:
 
     def _abort(self, still: float) -> None:
         line = f"watchdog: nothing has moved for {still:.0f} s since {self._last[1]!r}; stacks: {self._report}"
-        with contextlib.suppress(OSError), open_own(self._report, "w") as file:
+        with contextlib.suppress(OSError), open_no_follow(self._report, "w") as file:
             print(line, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         print(line, file=sys.stderr, flush=True)

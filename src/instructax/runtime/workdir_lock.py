@@ -15,7 +15,7 @@ import jax
 
 from instructax.config import require
 from instructax.runtime.distributed import all_hosts
-from instructax.runtime.files import open_own
+from instructax.runtime.files import open_no_follow
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
     """While entered, `workdir` belongs to this run: process 0 holds `workdir/lock.json`,
     which says who.
 
@@ -46,7 +46,7 @@ def _hold(workdir: Path, held: contextlib.ExitStack) -> str:
     path = workdir / "lock.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(open_own(path, "a+"))
+        file = held.enter_context(open_no_follow(path, "a+"))
     except OSError as error:
         return f"--workdir {workdir} cannot be used: {error}"
     try:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import jax
 
 from instructax.checkpoints.parents import is_finished
-from instructax.config import construct, require
+from instructax.config import Seed, construct, require
 from instructax.data.tokenizer import save_tokenizer, train_bpe
 from instructax.runtime.distributed import all_hosts
-from instructax.runtime.metric_log import write_json
+from instructax.runtime.files import write_json
 from instructax.simulation.prompts import SimulatedPrompt, tasks_by_prompt
 from instructax.simulation.tasks import Task
 from instructax.simulation.write import Sizes, prompts_of, write_world
@@ -25,7 +25,7 @@ class WorldConfig:
     """A world to be written."""
 
     stage: Literal["world"]
-    seed: int
+    seed: Seed
     vocab_size: int  # of the tokenizer trained on its text
     lines: Sizes  # of each file
 

@@ -13,6 +13,7 @@ import itertools
 
 import numpy as np
 
+from instructax.config import ConfigError
 from instructax.data.prompt_format import add_separator
 from instructax.simulation.lexicon import choose_weighted, generator, pick
 from instructax.simulation.tasks import Task
@@ -88,7 +89,9 @@ def _new_task(world: World, rng: np.random.Generator, opening: str, seen: set[st
                 seen.add(task.prompt)
                 return task
         del shares[use]
-    raise ValueError(f"the world has no more than {len(seen)} prompts: ask for fewer lines")
+    raise ConfigError(
+        f"the world has no more than {len(seen)} prompts: ask for fewer lines"
+    )
 
 
 def prompt_sets(

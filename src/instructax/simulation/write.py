@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from instructax.config import ConfigError
 from instructax.simulation.corpus import SHEETS, document
 from instructax.simulation.labelers import (
     STYLES,
@@ -48,7 +49,7 @@ class Sizes:
     def __post_init__(self):
         for name, size in dataclasses.asdict(self).items():
             if size < 1:
-                raise ValueError(f"{name} = {size}, must be at least 1")
+                raise ConfigError(f"{name} = {size}, must be at least 1")
 
 
 @functools.lru_cache(
@@ -184,7 +185,7 @@ def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -
     directory, world = Path(directory), draw_world(seed)
     sets = prompts_of(seed, sizes)
     if directory.exists():
-        raise ValueError(
+        raise ConfigError(
             f"directory {str(directory)!r} exists already; remove it or choose another one"
         )
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")

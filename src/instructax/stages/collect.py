@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax import rng as clock
+from instructax import rng
 from instructax.checkpoints.parents import open_parent
-from instructax.config import check_range, format_value, require
+from instructax.config import ConfigError, Seed, check_range, format_value, require
 from instructax.data.batches import left_pad
 from instructax.data.prompt_format import add_separator
 from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import ComputeConfig, ModelConfig, Transformer
-from instructax.runtime.metric_log import write_json
+from instructax.runtime.files import write_json
 from instructax.serving.chat import open_policy
 from instructax.simulation.files import asked_of, world_of
 from instructax.simulation.labelers import draw_labelers
@@ -43,7 +43,7 @@ class CollectConfig:
     """What is compared and by whom."""
 
     stage: Literal["collect"]
-    seed: int
+    seed: Seed
     world: str  # workdir of the world
     policies: tuple[tuple[str, int], ...]  # (workdir, answers it gives to each prompt)
     compute: ComputeConfig
@@ -60,7 +60,7 @@ class CollectConfig:
         )
         check_range(self, least | {"noise": 0, "round": 0})
         if not self.policies or min(count for _, count in self.policies) < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"policies = {format_value(self.policies)} must be one at least, each with one answer at least"
             )
 
@@ -144,7 +144,7 @@ def sample_answers(
     fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
     # No two answers share a key: a round has its step, a policy and an answer their own
     # numbers.
-    key = jax.random.fold_in(clock.step_key(config.seed, "collect", config.round), number)
+    key = jax.random.fold_in(rng.step_key(config.seed, "collect", config.round), number)
     for start in range(0, len(fits), config.batch_size):
         rows = fits[start : start + config.batch_size]
         # The last batch is filled up with its first prompt, so that no shape changes.
@@ -156,7 +156,7 @@ def sample_answers(
         )
         draws = np.array(filled)[:, None] + np.arange(count) * len(asked)
         rollouts = jax.device_get(
-            sample(params, prompts, clock.sample_keys(key, jnp.array(draws.reshape(-1))))
+            sample(params, prompts, rng.sample_keys(key, jnp.array(draws.reshape(-1))))
         )
         for i, row in enumerate(np.repeat(rows, count)):
             length = int(rollouts.mask[i].sum()) - bool(rollouts.ended[i])

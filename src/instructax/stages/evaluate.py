@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.checkpoints.parents import Head, Parent, open_parents, tokenizer_of
-from instructax.config import check_range, format_value, require_distinct
+from instructax.config import ConfigError, Seed, check_range, format_value, require_distinct
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
@@ -60,7 +60,7 @@ class EvaluateConfig:
     """A comparison of policies."""
 
     stage: Literal["evaluate"]
-    seed: int
+    seed: Seed
     policies: tuple[
         tuple[str, str, str], ...
     ]  # (name, workdir, how it is asked: one of `answering.How`)
@@ -90,22 +90,22 @@ class EvaluateConfig:
         require_distinct("data.comparisons", [name for name, _ in self.data.comparisons])
         for name, _, how in self.policies:
             if how not in get_args(How):
-                raise ValueError(
+                raise ConfigError(
                     f"policies.{name} is asked {format_value(how)}: allowed are {', '.join(get_args(How))}"
                 )
         if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
-            raise ValueError(
+            raise ConfigError(
                 "data.chat = True has no few-shot: worked examples stand before plain prompts"
             )
         if (
             any(how == "few-shot" for _, _, how in self.policies)
             and not self.data.demonstrations
         ):
-            raise ValueError(
+            raise ConfigError(
                 "data.demonstrations must be given: a policy is asked few-shot, behind some of them"
             )
         if self.reference not in names:
-            raise ValueError(
+            raise ConfigError(
                 f"reference = {format_value(self.reference)} must be one of the policies {format_value(names)}"
             )
         if not (
@@ -113,7 +113,7 @@ class EvaluateConfig:
             and self.reward_parent
             and all(path for _, path, _ in self.policies)
         ):
-            raise ValueError(
+            raise ConfigError(
                 "data.prompts, reward_parent and the workdir of every policy must be given"
             )
 
@@ -194,7 +194,7 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
             )
             scores[name] = np.array([response["score"] for response in responses])
             for response in responses:
-                log.sample(number, {"policy": name, **response})
+                log.write_sample(number, {"policy": name, **response})
             figures["policies"][name] = figures_of(responses) | (
                 {"text_loss": held.text_loss(params, data["text"])}
                 if "text" in data
@@ -210,7 +210,7 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
             name: held.ranking(reward_params, rows) for name, rows in sets.items()
         }
         log.flush()
-        log.summary(figures)
+        log.write_summary(figures)
 
 
 def read_examples(config: EvaluateConfig) -> list[Demonstration]:

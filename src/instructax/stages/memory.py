@@ -65,7 +65,7 @@ def memory(config: Any) -> dict[str, int]:
         return _state_bytes("reward model", state(config.model, "scalar", config.optimizer))
     policy = state(config.model, "tokens", config.optimizer)
     value = state(config.reward_model, "scalar", config.value_optimizer)
-    row_ways = sharding.row_ways(mesh)
+    row_ways = sharding.num_row_shards(mesh)
     rows = -(-config.batch_size // row_ways)
     slots = min(config.compute.slots, rows)
     head_ways = (

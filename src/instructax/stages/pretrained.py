@@ -38,8 +38,8 @@ from instructax.models.pretrained import hf_configs, hf_folder
 from instructax.models.pretrained import load as reading
 from instructax.models.pretrained import save as writing
 from instructax.models.pretrained.gguf_file import GgufFile
-from instructax.runtime.metric_log import write_json
-from instructax.runtime.workdir_lock import locked
+from instructax.runtime.files import write_json
+from instructax.runtime.workdir_lock import lock_workdir
 from instructax.sharding import MeshConfig
 from instructax.training import run as stage
 from instructax.types import Params, TrainState
@@ -115,7 +115,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     )
     abstract = abstract_params(Transformer(config, COMPUTE, "tokens"), mesh)
     params = reading.read_params(tensors, family, config, abstract)
-    with locked(workdir):
+    with lock_workdir(workdir):
         stage.claim(workdir, given)
         checkpoints = Checkpoints(
             workdir, save_every=1, keep=1, best_metric="", exported="params"

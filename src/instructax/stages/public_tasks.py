@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
-from instructax.config import check_range, require, require_distinct
+from instructax.config import ConfigError, Seed, check_range, require, require_distinct
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.completions import Completer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
@@ -36,7 +36,7 @@ class TasksConfig:
     """Policies to be measured."""
 
     stage: Literal["tasks"]
-    seed: int  # of the items and their worked examples
+    seed: Seed  # of the items and their worked examples
     policies: tuple[tuple[str, str], ...]  # (name, workdir)
     world: str  # workdir of the world
     tokenizer: str  # path, or "bytes"
@@ -53,7 +53,7 @@ class TasksConfig:
             self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1}
         )
         if not (self.world and self.policies and all(path for _, path in self.policies)):
-            raise ValueError(
+            raise ConfigError(
                 "world, policies and the workdir of every policy must be given"
             )
         require_distinct("policies", [name for name, _ in self.policies])
@@ -127,7 +127,7 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
             for sheet in sheets:
                 found, samples = answered(sheet, completer, params, tokenizer, config.seed)
                 for sample in samples:
-                    log.sample(
+                    log.write_sample(
                         number,
                         {"policy": name, "task": sheet.task, "form": sheet.form, **sample},
                     )
@@ -143,7 +143,7 @@ def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
                 },
             )
         log.flush()
-        log.summary({"stage": config.stage, "policies": policies})
+        log.write_summary({"stage": config.stage, "policies": policies})
 
 
 def record_of(figure: Figure) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import rng, sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
-from instructax.config import check_range
+from instructax.config import Seed, check_range
 from instructax.data.batches import Source, batch_row_ids, process_slice
 from instructax.data.limits import DataLimits
 from instructax.data.loaders import read_comparisons, validation_batches, validation_rows
@@ -233,7 +233,7 @@ class RewardConfig:
     """A run of this stage."""
 
     stage: Literal["reward"]
-    seed: int
+    seed: Seed
     parent: str  # workdir of the run whose trunk it starts from
     tokenizer: str  # path, or "bytes"
     model: ModelConfig
@@ -358,7 +358,7 @@ def reader(
     def read(index: int) -> Comparisons:
         rows = batch_row_ids(index, config.batch_size, len(source), config.seed)
         mine = process_slice(rows, jax.process_index(), jax.process_count())
-        return sharding.put_rows(read_comparisons(source, mine, config.data.limits), mesh)
+        return sharding.shard_rows(read_comparisons(source, mine, config.data.limits), mesh)
 
     return read
 
@@ -378,7 +378,7 @@ def ranking_figures(
         totals = [0.0] * 4
         for rows in validation_rows(source, config.batch_size, config.run.evaluate_batches):
             check_stop_requested()
-            batch = sharding.put_rows(
+            batch = sharding.shard_rows(
                 read_comparisons(source, rows, config.data.limits), mesh
             )
             totals = [
@@ -410,7 +410,7 @@ def normalizer(
         unbiased = with_bias(params, 0.0)
         total = count = 0.0
         for batch in validation_batches(source, config.batch_size, len(source), length):
-            added, demonstrations = scores(unbiased, sharding.put_rows(batch, mesh))
+            added, demonstrations = scores(unbiased, sharding.shard_rows(batch, mesh))
             total, count = total + float(added), count + float(demonstrations)
         # As it was laid out: else the next step would be compiled anew.
         layout = params["scalar_head"]["bias"].sharding

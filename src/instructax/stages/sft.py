@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import rng, sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
-from instructax.config import check_range
+from instructax.config import Seed, check_range
 from instructax.data.loaders import LmData, lm_reader, read_lm_data
 from instructax.data.preview import print_preview
 from instructax.evals.held_out import held_out_losses
@@ -120,7 +120,7 @@ class SupervisedConfig:
     """A run of this stage."""
 
     stage: Literal["supervised"]
-    seed: int
+    seed: Seed
     parent: str  # workdir of the run to start from; "" = fresh parameters
     tokenizer: str  # path, or "bytes"
     model: ModelConfig
@@ -221,6 +221,6 @@ def train(config: SupervisedConfig, workdir: Path, given: Mapping[str, Any]) -> 
         exported="params",
         total_steps=total_steps,
         update=lambda state, batch, _: step(state, batch, settings),
-        batches=lambda index: sharding.put_rows(read(index), mesh),
+        batches=lambda index: sharding.shard_rows(read(index), mesh),
         evaluate=lambda state: losses(state.params),
     )

@@ -22,7 +22,7 @@ from instructax.types import Array, LmBatch, Params
 
 def microbatch_count(rows: int, microbatch_rows: int, mesh: Mesh | AbstractMesh) -> int:
     """The fewest microbatches of `rows` with at most `microbatch_rows` rows per device."""
-    rows_at_a_time = microbatch_rows * sharding.row_ways(mesh)
+    rows_at_a_time = microbatch_rows * sharding.num_row_shards(mesh)
     return -(-rows // rows_at_a_time)
 
 

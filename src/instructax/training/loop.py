@@ -75,7 +75,7 @@ def fit(
         if checkpoints.unevaluated is not None:
             metrics = _evaluate(first, state, checkpoints.unevaluated, callbacks, outputs)
             log.record(first, metrics)
-            checkpoints.complete(metrics)
+            checkpoints.mark_evaluated(metrics)
         elif first >= total_steps:
             return state, _evaluate(first, state, metrics, callbacks, outputs)
 
@@ -88,17 +88,17 @@ def fit(
             except StopRequested:
                 _save_and_stop(step, state, metrics, callbacks, outputs, evaluated=True)
             if step == first:
-                log.started(metrics)
+                log.first_step_done(metrics)
 
             done = step + 1
             is_last = done == total_steps
-            outputs.nonfinite_guard.note(done, batch, metrics)
+            outputs.nonfinite_guard.observe(done, batch, metrics)
             if is_last or (evaluate_every and done % evaluate_every == 0):
                 metrics = _evaluate(done, state, metrics, callbacks, outputs)
             log.record(done, metrics)
 
             # Read the flag once: a signal during the save below waits for the next step.
-            stop_requested = any_host(shutdown.asked)
+            stop_requested = any_host(shutdown.stop_requested)
             state = _save(
                 done, state, metrics, callbacks, outputs, forced=is_last or stop_requested
             )

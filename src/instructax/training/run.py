@@ -16,7 +16,7 @@ from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
 from instructax.checkpoints.manifest import config_difference, read_manifest, write_manifest
 from instructax.checkpoints.parents import Parent, is_finished
-from instructax.config import INTEGERS, ConfigError, check_range, require
+from instructax.config import INT_LIMIT, ConfigError, check_range, require
 from instructax.data.chat_template import (
     chat_prompt_format,
     copy_template,
@@ -29,9 +29,10 @@ from instructax.data.tokenizer import Tokenizer, save_tokenizer
 from instructax.models import LoraConfig, ModelConfig
 from instructax.models.attention_kernels import Conditions, place_of, select_kernel
 from instructax.runtime import goodput
+from instructax.runtime.files import write_json
 from instructax.runtime.goodput import GoodputLog
 from instructax.runtime.heartbeat import Heartbeat
-from instructax.runtime.metric_log import MetricLog, write_json
+from instructax.runtime.metric_log import MetricLog
 from instructax.runtime.nonfinite import NonFiniteGuard
 from instructax.runtime.redaction import redact
 from instructax.runtime.watchdog import Watchdog
@@ -64,7 +65,7 @@ class RunConfig:
         }
         check_range(self, least | {"most_skipped": 0, "watchdog_seconds": 0})
         if self.save_every % self.log_every:
-            raise ValueError(
+            raise ConfigError(
                 f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}: "
                 "a resumed run would have a gap in its log"
             )
@@ -175,7 +176,7 @@ def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> i
     )
     found = steps or math.ceil(epochs * rows / rows_per_step)
     require(
-        found < INTEGERS,
+        found < INT_LIMIT,
         f"config.epochs = {epochs} are {found:.3g} steps of {rows} rows: lower it",
     )
     return found
@@ -184,11 +185,11 @@ def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> i
 def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError unless `rows` divide into `pieces`, each spread evenly over the
     mesh."""
-    ways = pieces * sharding.row_ways(mesh)
+    ways = pieces * sharding.num_row_shards(mesh)
     require(
         rows > 0 and rows % ways == 0,
         f"config.{name} = {rows} rows must be a positive multiple of {ways} = {pieces} parts × "
-        f"{sharding.row_ways(mesh)} devices that share rows; change it or config.mesh",
+        f"{sharding.num_row_shards(mesh)} devices that share rows; change it or config.mesh",
     )
 
 
@@ -405,11 +406,14 @@ def run(
             # From the file: a run that was killed after its last save has nothing left to
             # compute.
             beat("finish")
-            log.summary(
+            log.write_summary(
                 {"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")}
             )
     if process == 0:
-        print(goodput.described(goodput.totals(workdir / "goodput.jsonl")), flush=True)
+        print(
+            goodput.format_totals(goodput.read_totals(workdir / "goodput.jsonl")),
+            flush=True,
+        )
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def abstract_state(
         params = init_params(model, jax.random.key(0))
         return new_state(add_adapters(params), optimizer)
 
-    return sharding.abstract(jax.eval_shape(create), mesh)
+    return sharding.abstract_arrays(jax.eval_shape(create), mesh)
 
 
 def layouts(tree: Any) -> Any:

@@ -61,7 +61,7 @@ def iterate(
         reward,
         1e-4,
     )
-    batch = sharding.put_rows((PROMPTS, TEXT), program.mesh)
+    batch = sharding.shard_rows((PROMPTS, TEXT), program.mesh)
     return before, *run(state, batch, stages.no_phase)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from instructax.config import require
+from instructax.config import ConfigError, require
 from instructax.models.pretrained.hf_folder import Tensors
 
 LAYER = {
@@ -57,13 +57,13 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise ValueError(
+            raise ConfigError(
                 f"{path}: the package gguf is not installed: pip install 'instructax[gguf]'"
             ) from None
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # damaged files fail in many ways
-            raise ValueError(f"{path} is damaged or no GGUF file ({error})") from None
+            raise ConfigError(f"{path} is damaged or no GGUF file ({error})") from None
         self._path, self._dequantize = path, gguf.dequantize
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}

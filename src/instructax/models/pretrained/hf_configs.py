@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from instructax.config import require
+from instructax.config import ConfigError, require
 from instructax.models import ModelConfig
 from instructax.models.pretrained.config_values import (
     Raw,
@@ -177,6 +177,6 @@ def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             return family, raw
         reasons[family] = differences
     nearest = min(reasons, key=lambda family: len(reasons[family]))
-    raise ValueError(
+    raise ConfigError(
         f"no family of transformers expresses this model; nearest is {nearest}, but {'; '.join(reasons[nearest])}"
     )

@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from instructax.config import require
+from instructax.config import ConfigError, require
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = (
@@ -49,14 +49,14 @@ def located(source: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             f"no folder {source!r}, and huggingface_hub is not installed: install it, or {advice}"
         ) from None
     try:
         return Path(snapshot_download(source, allow_patterns=list(FILES)))
     except Exception as error:  # no network, no such repository, no access: many classes, of several libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise ConfigError(
             f"no folder {source!r}, and the Hugging Face hub gives none ({reason}): {advice}"
         ) from None
 
@@ -66,11 +66,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
+        raise ConfigError(
             f"{path.parent} has no {path.name}: give the folder of a model"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
+        raise ConfigError(f"{path} is not JSON ({error})") from None
     require(isinstance(found, dict), f"{path} does not hold an object")
     return found
 
@@ -130,7 +130,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{path} is damaged or no safetensors file ({error}): download it again"
         ) from None
 

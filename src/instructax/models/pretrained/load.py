@@ -27,7 +27,7 @@ from instructax.models.pretrained.weight_maps import (
     parts_of,
     shape_of,
 )
-from instructax.sharding import path_name
+from instructax.sharding import leaf_path
 from instructax.types import Array, Params
 
 PIECE = 1 << 22  # elements of a tensor that are laid out anew at a time
@@ -101,7 +101,7 @@ def read_params(
     shape or dtype.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
-    shapes = {path_name(path): leaf for path, leaf in paths}
+    shapes = {leaf_path(path): leaf for path, leaf in paths}
     places = places_of(family, config, shapes)
     names = stored_names(family, tensors, places)
     leaves = {name: _zeros(leaf) for name, leaf in shapes.items()}

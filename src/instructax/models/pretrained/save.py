@@ -15,7 +15,7 @@ from instructax.models import ModelConfig
 from instructax.models.pretrained.hf_folder import INDEX, ONE
 from instructax.models.pretrained.load import Place, leaf_name, places_of
 from instructax.models.pretrained.weight_maps import shape_of, tensor_of
-from instructax.sharding import path_name
+from instructax.sharding import leaf_path
 from instructax.types import Params
 
 SHARD_BYTES = 2 << 30  # of one file of tensors
@@ -30,7 +30,7 @@ def tensors_of(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of the family's file, one at a time, rounded to `dtype`."""
     leaves = {
-        path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     for name, place in places_of(family, config, leaves).items():
         layered = place.layer is not None
@@ -52,7 +52,7 @@ def save_tensors(
 ) -> None:
     """Writes `model.safetensors`, or shards of about `SHARD_BYTES` and their index, into
     `folder`."""
-    leaves = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     shards: list[list[str]] = [[]]
     room, total = SHARD_BYTES, 0
     for name, place in places_of(family, config, leaves).items():

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from instructax.config import SEEDS, ConfigError, require
+from instructax.config import INT_LIMIT, ConfigError, require
 from instructax.data.chat_template import turn_end_mask
 from instructax.serving.chat import Policy, open_served
 from instructax.serving.engine import Draw
@@ -106,7 +106,7 @@ class _Service:
         self, asked: ParsedRequest, answers: list[_Answer]
     ) -> AsyncGenerator[tuple[int, str]]:
         """(index of the answer, text that can be shown) as the answers are drawn."""
-        seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
+        seed = secrets.randbelow(INT_LIMIT) if asked.seed is None else asked.seed
         limits = [limit for limit in asked.limits for _ in range(asked.n)]
         draws = [
             Draw(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from instructax.config import SEEDS
+from instructax.config import INT_LIMIT
 from instructax.data.chat_template import Message, check_messages
 from instructax.serving.chat import Policy
 
@@ -267,7 +267,7 @@ class _Fields:
             limits=tuple(limits),
             n=n,
             temperature=1.0 if temperature is None else float(temperature),
-            seed=self.integer("seed", 0, SEEDS - 1),
+            seed=self.integer("seed", 0, INT_LIMIT - 1),
             stops=self.stops(),
             echo=echo,
             logprobs=logprobs is not None,

@@ -137,7 +137,7 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     step = compile_update(partial(sft.update, program), abstract, mesh)
     state = [init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     length = config.data.limits.sequence_tokens
-    batch = sharding.put_rows(_text(config, config.batch_size), mesh)
+    batch = sharding.shard_rows(_text(config, config.batch_size), mesh)
 
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
@@ -183,7 +183,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         valid=_filled(shape[:2], True),
         labeler=_filled((rows,), np.int32(0)),
     )
-    batch = sharding.put_rows(batch, mesh)
+    batch = sharding.shard_rows(batch, mesh)
 
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
@@ -225,7 +225,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
         if config.ptx_coef > 0
         else 0
     )
-    batch = sharding.put_rows(
+    batch = sharding.shard_rows(
         (_prompts(config), _text(config, rows) if rows else None), mesh
     )
     iterate: Any
@@ -291,12 +291,12 @@ def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
         ppo_train.program_of(config, mesh, _eos_id(config, ending)),
         ppo_train.settings_of(config),
     )
-    policy, prompts = _policy(program, ending), sharding.put_rows(_prompts(config), mesh)
+    policy, prompts = _policy(program, ending), sharding.shard_rows(_prompts(config), mesh)
     rollout = jax.jit(partial(algorithm.rollout, program))
     padding = float(
-        jax.jit(lambda p: prefill_padding(program.policy, p, sharding.row_ways(mesh)))(
-            prompts
-        )
+        jax.jit(
+            lambda p: prefill_padding(program.policy, p, sharding.num_row_shards(mesh))
+        )(prompts)
     )
     step = [0]
 

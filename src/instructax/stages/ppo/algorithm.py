@@ -133,7 +133,7 @@ def rollout(
         length=program.response_tokens,
         temperature=settings.temperature,
         eos_id=program.eos_id,
-        groups=sharding.row_ways(program.mesh),
+        groups=sharding.num_row_shards(program.mesh),
     )
 
 
@@ -189,7 +189,7 @@ def score(
             name: x for name, x in figures.items() if not name.startswith("sampler_gap")
         }
     figures["prefill_padding"] = prefill_padding(
-        program.policy, rollouts.prompts, sharding.row_ways(program.mesh)
+        program.policy, rollouts.prompts, sharding.num_row_shards(program.mesh)
     )
     return experience, scored, figures | {"padding": layout.padding()}
 

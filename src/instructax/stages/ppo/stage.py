@@ -17,7 +17,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parents, tokenizer_of
-from instructax.config import check_fractions, check_positive, check_range, require
+from instructax.config import (
+    ConfigError,
+    Seed,
+    check_fractions,
+    check_positive,
+    check_range,
+    require,
+)
 from instructax.data.batches import batch_row_ids, process_slice, prompt_batch
 from instructax.data.limits import DataLimits
 from instructax.data.loaders import LmData, lm_reader
@@ -62,7 +69,7 @@ class PpoConfig:
     """A run of this stage; one step is one iteration."""
 
     stage: Literal["ppo"]
-    seed: int
+    seed: Seed
     policy_parent: str  # workdir of the supervised run: first policy and KL reference
     reward_parent: str  # workdir of the reward model: rewards, and the first value network
     tokenizer: str  # path, or "bytes"
@@ -107,9 +114,9 @@ class PpoConfig:
         check_positive(self, "temperature", "clip", "tolerance")
         check_fractions(self, "discount", "lambda_", "ema_decay")
         if self.ptx_coef > 0 and not self.data.text:
-            raise ValueError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
+            raise ConfigError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
         if not (self.policy_parent and self.reward_parent):
-            raise ValueError("policy_parent and reward_parent must name finished runs")
+            raise ConfigError("policy_parent and reward_parent must name finished runs")
 
 
 def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
@@ -160,7 +167,7 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
         with log.phase("samples"):
             first = shown((rollouts, scores))
             for sample in samples_of(first[0], first[1], tokenizer):
-                log.sample(int(state.step), sample)
+                log.write_sample(int(state.step), sample)
         return state, metrics
 
     stage.run(
@@ -291,7 +298,7 @@ def reader(
         rows = batch_row_ids(index, config.batch_size, len(prompts), config.seed)
         mine = process_slice(rows, jax.process_index(), jax.process_count())
         text = None if read_text is None else read_text(index)
-        return sharding.put_rows(
+        return sharding.shard_rows(
             (prompt_batch(prompts, mine, limits.prompt_tokens), text), mesh
         )
 
