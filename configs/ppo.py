@@ -94,7 +94,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "whiten_advantages": True,  # not in the paper; as in its ancestors
             "tolerance": 0.03
             if paper
-            else 1e-4,  # nats, mean over tokens; mixed and bfloat16, or float32
+            else 1e-4,  # nats, mean over tokens; bf16_matmul and bf16, or float32
             "samples": 8 if paper else rollouts,
             "run": sizes.run(size),
         }

@@ -81,7 +81,7 @@ def model(size: str) -> ml_collections.ConfigDict:
     """
     if found := imported(size):
         return ml_collections.ConfigDict(
-            {**found["model"], "windowed": tuple(found["model"]["windowed"])}
+            {**found["model"], "window_layers": tuple(found["model"]["window_layers"])}
         )
     layers, width, heads, head_dim = {**SMALL, **GPT3}[check(size)]
     return ml_collections.ConfigDict(
@@ -103,16 +103,16 @@ def model(size: str) -> ml_collections.ConfigDict:
             "activation": "gelu",
             "biases": True,
             "qkv_biases": False,
-            "qk_norms": False,
-            "score_width": 0.0,
-            "attention_cap": 0.0,
-            "window": 0,
-            "windowed": (),
+            "qk_norm": False,
+            "query_pre_attn_scalar": 0.0,
+            "attention_softcap": 0.0,
+            "sliding_window": 0,
+            "window_layers": (),
             "parallel_residual": False,
             "post_norms": False,
-            "scaled_embedding": False,
-            "tied_head": True,
-            "logit_cap": 0.0,
+            "scale_embedding": False,
+            "tied_embeddings": True,
+            "final_logit_softcap": 0.0,
             # GPT-2's; small widths train faster from a larger one.
             "init_std": 0.02 if paper(size) else 0.05 if size == "small" else 0.1,
         }
@@ -121,12 +121,12 @@ def model(size: str) -> ml_collections.ConfigDict:
 
 def compute(size: str) -> ml_collections.ConfigDict:
     """The paper computed in 16 bits with 32-bit parameters (appendix C). float32 elsewhere;
-    CPUs that multiply bfloat16 are up to twice as fast at large sizes with "mixed"
+    CPUs that multiply bfloat16 are up to twice as fast at large sizes with "bf16_matmul"
     (`docs/performance.md`)."""
     return ml_collections.ConfigDict(
         {
-            "dtype": "bfloat16" if paper(size) else "float32",
-            "decoding": "bfloat16" if paper(size) else "float32",
+            "dtype": "bf16" if paper(size) else "float32",
+            "decoding_dtype": "bf16" if paper(size) else "float32",
             "attention": "auto",
             "remat": "full" if paper(size) or imported(size) else "none",
             "head_chunk": 64 if size in FAMILY else 128,

@@ -3,8 +3,8 @@ people's rankings, PPO-ptx.
 
 Command:   ./scripts/smollm2.sh DATA
            python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (from the stages on)
-Hardware:  two cores, a night (estimated from steps, not run whole); `DATA,hour,mixed`: an hour on two cores with AMX.
-           `mixed` multiplies in bfloat16, for processors with AMX and for GPUs; `DATA,hour` does without: longer.
+Hardware:  two cores, a night (estimated from steps, not run whole); `DATA,hour,bf16_matmul`: an hour on two cores with AMX.
+           `bf16_matmul` multiplies in bfloat16, for processors with AMX and for GPUs; `DATA,hour` does without: longer.
 Expect:    a reward model that orders held-out pairs better than their length does, and than the same network that was
            never pretrained; PPO raises its score. After `hour`, with an eighth of the comparisons, neither shows yet.
 Read it:   the table that it prints, for as many runs as are finished also with --report_only: accuracy on held-out
@@ -22,7 +22,7 @@ from instructax.config import ConfigError, require
 from instructax.evals.intervals import Estimate
 from instructax.experiment import Run, summary_of
 
-WORDS = ("hour", "mixed")
+WORDS = ("hour", "bf16_matmul")
 SIZE, BASE = "smollm2", "runs/smollm2/pretrain"
 FILES = {
     "text": ("pretrain/wikipedia*",),
@@ -138,7 +138,9 @@ def get_runs(arg: str, root: str) -> list[Run]:
         ),
     ]
     changes: dict[str, Any] = HOUR if "hour" in words else {}
-    mixed: dict[str, Any] = {"compute.dtype": "mixed"} if "mixed" in words else {}
+    mixed: dict[str, Any] = (
+        {"compute.dtype": "bf16_matmul"} if "bf16_matmul" in words else {}
+    )
     rounded: dict[str, Any] = (
         {"tolerance": 0.03} if mixed else {}
     )  # the sampler's products stay in float32

@@ -44,7 +44,7 @@ SEED = flags.DEFINE_integer(
     "seed", 0, "of tasks that sample", lower_bound=0, upper_bound=2**31 - 1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "mixed", "bfloat16"], "of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "of the computation"
 )
 
 

@@ -43,7 +43,7 @@ ROWS = flags.DEFINE_integer(
     "rows", 8, "with --input: answers that are drawn at a time", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "mixed", "bfloat16"], "of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "of the computation"
 )
 
 

@@ -33,7 +33,7 @@ QUEUE = flags.DEFINE_integer(
     "queue", 256, "answers that may wait; more are refused (429)", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "mixed", "bfloat16"], "of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "of the computation"
 )
 
 

@@ -174,7 +174,7 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (EVERY_STAGE, "data.limits.prompts_per_user", 200, "3.2"),
     (EVERY_STAGE, "data.limits.filter_pii", True, "3.2"),
     (EVERY_STAGE, "data.limits.completions", 9, "3.5: K = 4 … 9"),
-    (EVERY_STAGE, "compute.dtype", "bfloat16", "C: 16 bits with 32-bit parameters"),
+    (EVERY_STAGE, "compute.dtype", "bf16", "C: 16 bits with 32-bit parameters"),
     (BASELINE, "epochs", 16.0, "C.1"),
     (BASELINE, "batch_size", (32, 32, 8), "C.1"),
     (BASELINE, "optimizer.learning_rate", (9.65e-6, 9.65e-6, 5.03e-6), "C.1"),
@@ -268,7 +268,7 @@ def arguments_of(experiment: str, folder: Path) -> list[str]:
             path = folder / f"{pattern.replace('*', '')}.jsonl.gz"
             path.parent.mkdir(exist_ok=True)
             path.touch()
-        return [str(folder), f"{folder},hour", f"{folder},hour,mixed"]
+        return [str(folder), f"{folder},hour", f"{folder},hour,bf16_matmul"]
     return ["tiny", "micro", "family"]
 
 

@@ -89,7 +89,7 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 
 def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
     """The abstract state, with everything that an optimizer can hold."""
-    model = Transformer(FAMILIES[family](tied_head=tied), tiny_models.compute(), head)
+    model = Transformer(FAMILIES[family](tied_embeddings=tied), tiny_models.compute(), head)
     optimizer = make_optimizer(
         tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1)
     )

@@ -21,9 +21,9 @@ from tests.support import stages, tiny_models
 from instructax import sharding
 from instructax.data.tokenizer import load_tokenizer, pad_vocab, save_tokenizer
 from instructax.generation import generate
-from instructax.models import Transformer, head_kernel, init_cache, positions_of
+from instructax.models import Transformer, head_kernel, init_cache, positions_from_mask
 from instructax.models.init import abstract_params
-from instructax.models.logprobs import logits_of
+from instructax.models.logprobs import compute_logits
 from instructax.models.pretrained.gguf_file import LAYER, OTHERS
 from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.hf_folder import open_tensors, read_json
@@ -188,7 +188,7 @@ def batch_of(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def their_logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    positions = np.asarray(positions_of(jnp.asarray(mask)))
+    positions = np.asarray(positions_from_mask(jnp.asarray(mask)))
     with torch.no_grad():
         out = model(
             input_ids=torch.tensor(tokens, dtype=torch.long),
@@ -204,12 +204,12 @@ def our_logits(
     inputs = (
         jnp.asarray(tokens),
         jnp.asarray(mask, jnp.int32),
-        positions_of(jnp.asarray(mask)),
+        positions_from_mask(jnp.asarray(mask)),
     )
     kernel = head_kernel(model.config, params)
 
     def logits(hidden):
-        return logits_of(hidden, kernel, model.config.logit_cap)
+        return compute_logits(hidden, kernel, model.config.final_logit_softcap)
 
     if not cached:
         return np.asarray(
@@ -372,7 +372,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     byte-level tokenizer."""
     gguf = pytest.importorskip("gguf")
     config = tiny_models.llama_config(
-        vocab_size=260, tied_head=arch == "qwen3", qk_norms=arch == "qwen3"
+        vocab_size=260, tied_embeddings=arch == "qwen3", qk_norm=arch == "qwen3"
     )
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     params["embedding"] = params["embedding"].astype(jnp.float16).astype(jnp.float32)

@@ -38,11 +38,15 @@ HERE: dict[str, dict[str, Any]] = {
 }
 
 
-def conditions(kernel: str, **changes: Any) -> attention_kernels.Conditions:
+def conditions(kernel: str, **changes: Any) -> attention_kernels.KernelConditions:
     """Those under which `kernel` runs, but for `changes`."""
-    values = {"dtype": "bfloat16", "head_dims": [128], "lengths": [2048]}
-    neither = dict.fromkeys(("softly_capped", "windows", "branches", "side_by_side"), False)
-    return attention_kernels.Conditions(**{**values, **neither, **HERE[kernel], **changes})
+    values = {"dtype": "bf16", "head_dims": [128], "lengths": [2048]}
+    neither = dict.fromkeys(
+        ("softcap", "sliding_window", "shared_prefixes", "vmapped_runs"), False
+    )
+    return attention_kernels.KernelConditions(
+        **{**values, **neither, **HERE[kernel], **changes}
+    )
 
 
 WIDTHS = {"cudnn": "a multiple of 8 up to 128", "splash": "a multiple of 128 up to 256"}
@@ -55,7 +59,7 @@ OBSTACLES = [
     ("splash", {"version": 3.0}, "tpu 3, allowed is 4 or newer"),
     (
         "splash",
-        {"branches": True},
+        {"shared_prefixes": True},
         "texts in a row share another, allowed is each by itself",
     ),
 ]
@@ -72,7 +76,7 @@ for name in HERE:
         (
             name,
             {"dtype": "float32"},
-            "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'",
+            "config.compute.dtype = 'float32', allowed is 'bf16_matmul' or 'bf16'",
         ),
         (
             name,
@@ -80,10 +84,12 @@ for name in HERE:
             "rows of 1088 tokens, allowed is a multiple of 128",
         ),
         (name, {"lengths": []}, "only samplers run, and they have a cache"),
-        (name, {"side_by_side": True}, "several runs in one program, allowed is one"),
-        (name, {"softly_capped": True}, "model.attention_cap is set, allowed is 0"),
+        (name, {"vmapped_runs": True}, "several runs in one program, allowed is one"),
+        (name, {"softcap": True}, "model.attention_softcap is set, allowed is 0"),
     ]
-OBSTACLES.append(("splash", {"windows": True}, "model.window is set, allowed is 0"))
+OBSTACLES.append(
+    ("splash", {"sliding_window": True}, "model.sliding_window is set, allowed is 0")
+)
 
 
 @pytest.mark.parametrize(
@@ -113,17 +119,17 @@ def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_no
         (
             "cudnn",
             {
-                "dtype": "mixed",
+                "dtype": "bf16_matmul",
                 "head_dims": [64, 80],
                 "lengths": [2048, 10240],
-                "branches": True,
+                "shared_prefixes": True,
             },
         ),
         ("cudnn", {"version": 8.0}),
         ("splash", {}),
         (
             "splash",
-            {"dtype": "mixed", "head_dims": [256], "lengths": [128], "version": 4.0},
+            {"dtype": "bf16_matmul", "head_dims": [256], "lengths": [128], "version": 4.0},
         ),
     ],
 )
@@ -171,7 +177,9 @@ def test_elsewhere_there_is_no_other():
 )
 def test_devices(device, place):
     client = SimpleNamespace(platform_version=device.pop("version", ""))
-    assert attention_kernels.place_of(SimpleNamespace(**device, client=client)) == place
+    assert (
+        attention_kernels.device_platform(SimpleNamespace(**device, client=client)) == place
+    )
 
 
 def config_of(name: str, arg: str, **changes: Any) -> Any:
@@ -204,17 +212,19 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
 )
 def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
     for place, wanted in ((HERE["cudnn"], on_cuda), (HERE["splash"], on_tpu)):
-        monkeypatch.setattr(stage, "place_of", lambda _, place=place: tuple(place.values()))
+        monkeypatch.setattr(
+            stage, "device_platform", lambda _, place=place: tuple(place.values())
+        )
         config, said = stage.select_attention_kernel(config_of(name, arg))
         assert (config.compute.attention, said) == (wanted.split()[0], wanted)
 
 
 def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypatch):
-    monkeypatch.setattr(stage, "place_of", lambda _: ("cuda", 9.0))
+    monkeypatch.setattr(stage, "device_platform", lambda _: ("cuda", 9.0))
     config = config_of("ppo", "1.3b")
     for alone, why in (
         ("sampling_alone", "only samplers run"),
-        ("side_by_side", "several runs in one program"),
+        ("vmapped_runs", "several runs in one program"),
     ):
         settled, said = stage.select_attention_kernel(config, **{alone: True})
         assert settled.compute.attention == "jax" and why in said
@@ -468,7 +478,7 @@ def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
     config = tiny_models.gpt_config(
         num_heads=2, num_kv_heads=2, head_dim=128, max_length=LENGTH
     )
-    compute = tiny_models.compute(attention=attention, dtype=dtype, decoding=dtype)
+    compute = tiny_models.compute(attention=attention, dtype=dtype, decoding_dtype=dtype)
     model = Transformer(config, compute, "tokens", stages.mesh_of(1, 2, 2))
     return model, jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
@@ -481,7 +491,7 @@ def cudnn_is_here(monkeypatch):
 
 
 @pytest.mark.usefixtures("cudnn_is_here")
-@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
 @pytest.mark.parametrize("kernel", CALLS)
 def test_the_kernel_is_called_where_it_was_chosen_and_nowhere_else(kernel, dtype):
     platform, call = CALLS[kernel]
@@ -516,7 +526,7 @@ def test_the_kernel_is_called_where_it_was_chosen_and_nowhere_else(kernel, dtype
 @pytest.mark.parametrize("kernel", CALLS)
 def test_what_has_a_cache_calls_no_kernel(kernel):
     platform, call = CALLS[kernel]
-    model, params = model_of(kernel, "bfloat16")
+    model, params = model_of(kernel, "bf16")
     cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     cache = jax.eval_shape(lambda: init_cache(model.config, model.compute, 2, LENGTH))
 
@@ -527,7 +537,7 @@ def test_what_has_a_cache_calls_no_kernel(kernel):
 
 
 def test_without_cudnn_its_call_fails_and_nothing_else_runs_in_its_place():
-    model, params = model_of("cudnn", "bfloat16")
+    model, params = model_of("cudnn", "bf16")
     cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     with pytest.raises(RuntimeError, match="cuDNN is not detected"):
         jax.eval_shape(

@@ -22,7 +22,7 @@ from tests.support.tiny_models import (
 from instructax.masking import masked_mean
 from instructax.models import ModelConfig, Transformer
 from instructax.models.logprobs import (
-    logits_of,
+    compute_logits,
     loss_and_gradients,
     sequence_logprobs,
     sequence_logprobs_and_entropy,
@@ -208,7 +208,7 @@ def test_entropy_of_known_distributions():
 
 def test_scores_are_summed_in_float32():
     """256 + 1 is 256 in bfloat16, whose numbers there lie 2 apart."""
-    logits = logits_of(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]))
+    logits = compute_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]))
     assert logits.dtype == jnp.float32
     assert logits.tolist() == [[257.0]]
 

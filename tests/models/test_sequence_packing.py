@@ -12,7 +12,7 @@ from tests.support import stages, tiny_models
 from instructax.models import Transformer
 from instructax.models.scoring import (
     comparison_sequences,
-    last_columns,
+    last_token_columns,
     packed_logprobs,
     packed_outputs,
     rollout_sequences,
@@ -60,12 +60,12 @@ def test_first_fit_the_longest_first_by_hand():
         [0] * 8,
         [0] * 8,
     ]
-    np.testing.assert_array_equal(layout.texts[:, 0], wanted)
-    assert layout.used == 4 * 8
-    assert layout.shapes == ((2, 8),)
-    assert float(layout.padding()) == pytest.approx(1 - 17 / 32)
+    np.testing.assert_array_equal(layout.segment_ids[:, 0], wanted)
+    assert layout.used_tokens == 4 * 8
+    assert layout.microbatch_shapes == ((2, 8),)
+    assert float(layout.padding_fraction()) == pytest.approx(1 - 17 / 32)
     halved = placed(marked([3, 6, 2, 5, 1], 6), 8, 2, halvings=2)
-    np.testing.assert_array_equal(halved.texts[:, 0], wanted[:5])
+    np.testing.assert_array_equal(halved.segment_ids[:, 0], wanted[:5])
     assert halved.shapes == ((2, 8), (1, 8), (1, 4))
     assert halved.used == 2 * 8 + 4
     assert float(halved.padding()) == pytest.approx(1 - 17 / 20)
@@ -90,9 +90,9 @@ def test_shapes_of_parts():
 @pytest.mark.parametrize("width", [6, 7, 13, 20])
 def test_there_are_as_many_rows_as_first_fit_can_need(width, lengths):
     layout = placed(marked(lengths, 6), width, 2, halvings=1)
-    assert len(layout.texts) == -(-9 // (width // 6))
+    assert len(layout.segment_ids) == -(-9 // (width // 6))
     np.testing.assert_array_equal(
-        np.bincount(layout.texts.ravel(), minlength=10)[1:], lengths
+        np.bincount(layout.segment_ids.ravel(), minlength=10)[1:], lengths
     )
 
 
@@ -100,9 +100,9 @@ def test_tokens_stand_in_order_and_come_back():
     real = marked([4, 0, 7, 1, 7, 3], 7, seed=1)
     layout = placed(real, 10, 1)
     x = np.arange(1, 43).reshape(6, 7).astype(np.float32)
-    rows = layout.spread(jnp.asarray(x))
-    np.testing.assert_array_equal(layout.collect(rows), np.where(real, x, 0))
-    flat, texts = np.asarray(rows).ravel(), layout.texts.ravel()
+    rows = layout.scatter(jnp.asarray(x))
+    np.testing.assert_array_equal(layout.gather(rows), np.where(real, x, 0))
+    flat, texts = np.asarray(rows).ravel(), layout.segment_ids.ravel()
     for text in range(6):
         np.testing.assert_array_equal(flat[texts == text + 1], x[text][real[text]])
         cells = np.flatnonzero(texts == text + 1)
@@ -118,19 +118,24 @@ def test_no_token_is_lost_and_no_row_overflows(seed):
     width = int(rng.integers(12, 40))
     layout = placed(marked(list(lengths), 12, seed), width, int(rng.integers(1, 6)))
     np.testing.assert_array_equal(
-        np.bincount(layout.texts.ravel(), minlength=41)[1:], lengths
+        np.bincount(layout.segment_ids.ravel(), minlength=41)[1:], lengths
     )
-    fills = (layout.texts > 0).sum(axis=(1, 2))
+    fills = (layout.segment_ids > 0).sum(axis=(1, 2))
     rows = np.count_nonzero(fills)
     assert not fills[rows:].any()
     assert (fills[: rows - 1] > width // 2).all()
-    assert layout.used == -(-rows // layout.shapes[0][0]) * layout.shapes[0][0] * width
+    assert (
+        layout.used_tokens
+        == -(-rows // layout.microbatch_shapes[0][0])
+        * layout.microbatch_shapes[0][0]
+        * width
+    )
 
 
 def test_nothing_at_all_uses_no_part():
     layout = placed(np.zeros((3, 4), bool), 4, 2)
-    assert layout.used == 0
-    assert np.isfinite(layout.padding())
+    assert layout.used_tokens == 0
+    assert np.isfinite(layout.padding_fraction())
 
 
 def test_a_sequence_wider_than_a_row_is_refused():
@@ -163,9 +168,9 @@ def by_rows(function, batch: LmBatch, width: int, halvings: int):
         lambda _, part: (None, function(part)), None, pack(batch, layout), layout
     )
     return (
-        layout.collect(packed),
+        layout.gather(packed),
         jnp.where(batch.segments != 0, function(batch), 0.0),
-        layout.used,
+        layout.used_tokens,
     )
 
 
@@ -197,7 +202,7 @@ def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
     )(batch)
     assert used < 8 * width
     scores = np.take_along_axis(
-        np.asarray(packed), np.asarray(last_columns(comparisons.mask, 6)), axis=1
+        np.asarray(packed), np.asarray(last_token_columns(comparisons.mask, 6)), axis=1
     )
     for prompt in range(8):
         start = comparisons.prompts.tokens[prompt][comparisons.prompts.mask[prompt]]
@@ -246,9 +251,9 @@ def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(
         compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
         layout = plan_packing(real, width=9, compute=compute, mesh=mesh)
         totals, doubled = scan_packed_rows(
-            step, (jnp.int32(0),) * 3, (layout.spread(x), layout.texts), layout
+            step, (jnp.int32(0),) * 3, (layout.scatter(x), layout.segment_ids), layout
         )
-        return totals, layout.collect(doubled), layout.padding()
+        return totals, layout.gather(doubled), layout.padding_fraction()
 
     (cells, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
     assert (tokens, total) == (real.sum(), x[real].sum())
@@ -269,8 +274,8 @@ def test_under_vmap_the_runs_end_together():
             mesh=MESH,
         )
         step = lambda count, part: (count + part.size, 2 * part)  # noqa: E731
-        cells, doubled = scan_packed_rows(step, jnp.int32(0), layout.texts, layout)
-        return cells, layout.collect(doubled)
+        cells, doubled = scan_packed_rows(step, jnp.int32(0), layout.segment_ids, layout)
+        return cells, layout.gather(doubled)
 
     cells, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))
     assert cells.tolist() == [18, 18]

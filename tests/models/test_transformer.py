@@ -35,7 +35,7 @@ from instructax.models import (
     head_kernel,
     init_cache,
     parameter_count,
-    positions_of,
+    positions_from_mask,
 )
 from instructax.models.attention import (
     QUERY_BLOCK,
@@ -58,12 +58,16 @@ OTHERS = {
     "neox": neox_config(),
     "qwen": qwen_config(),
     "gemma": gemma_config(),
-    "windows everywhere": gpt_config(window=4, windowed=(0, 1)),
+    "windows everywhere": gpt_config(sliding_window=4, window_layers=(0, 1)),
     "a window in the last layer": llama_config(
-        window=5,
-        windowed=(1,),
+        sliding_window=5,
+        window_layers=(1,),
         rotary_scaling=RotaryScaling(
-            kind="linear", factor=2.5, low_turns=0.0, high_turns=1.0, original_length=1
+            kind="linear",
+            factor=2.5,
+            low_freq_factor=0.0,
+            high_freq_factor=1.0,
+            original_max_length=1,
         ),
     ),
 }
@@ -119,9 +123,13 @@ def rows(
     [
         *FAMILIES.values(),
         *OTHERS.values(),
-        gpt_config(num_kv_heads=1, tied_head=False, norm="rmsnorm", biases=False),
+        gpt_config(num_kv_heads=1, tied_embeddings=False, norm="rmsnorm", biases=False),
         llama_config(
-            num_layers=3, num_kv_heads=4, biases=True, norm="layernorm", tied_head=True
+            num_layers=3,
+            num_kv_heads=4,
+            biases=True,
+            norm="layernorm",
+            tied_embeddings=True,
         ),
     ],
     ids=[*FAMILIES, *OTHERS, "gpt-mixed", "llama-mixed"],
@@ -233,7 +241,7 @@ def test_positions_count_the_real_tokens():
     mask = jnp.array(
         [[False, False, True, True, False], [True, True, True, False, True], [False] * 5]
     )
-    assert positions_of(mask).tolist() == [
+    assert positions_from_mask(mask).tolist() == [
         [0, 0, 0, 1, 1],
         [0, 1, 2, 2, 3],
         [0, 0, 0, 0, 0],
@@ -316,7 +324,7 @@ def test_recomputation_is_done_where_asked(family):
     )  # three projections, two activations', out, up (and gate)
 
 
-@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
 @pytest.mark.parametrize("head", ["tokens", "scalar"])
 def test_sixteen_bits_stay_close(network, head, dtype):
     inputs = rows([(0, texts(COLUMNS)[0])])
@@ -333,7 +341,7 @@ def test_sixteen_bits_stay_close(network, head, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
 def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
     """To the bit, so that a sampler may cast once; what is not multiplied stays as it is."""
     model = Transformer(network.config, compute(dtype=dtype), "tokens")
@@ -350,7 +358,9 @@ def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
         np.asarray(hidden, np.float32), np.asarray(wanted, np.float32)
     )
     head = head_kernel(network.config, cast)
-    if dtype == "mixed":  # a tied head is the embedding, which is looked up in float32
+    if (
+        dtype == "bf16_matmul"
+    ):  # a tied head is the embedding, which is looked up in float32
         head = head.astype(jnp.bfloat16)
     np.testing.assert_array_equal(head, kernel.astype(jnp.bfloat16))
     kept = {
@@ -359,7 +369,7 @@ def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
         if leaf.dtype == jnp.float32
     }
     assert kept <= {"scale", "bias"} | (
-        {"embedding", "positions"} if dtype == "mixed" else set()
+        {"embedding", "positions"} if dtype == "bf16_matmul" else set()
     )
 
 
@@ -537,25 +547,29 @@ def test_refused_architectures():
             r"^model.qkv_biases = True is for model.biases = False",
         ),
         (
-            {"window": 4},
-            r"^model.window = 4 and model.windowed = \(\): set both, or 0 and \(\) for none$",
+            {"sliding_window": 4},
+            r"^model.sliding_window = 4 and model.window_layers = \(\): set both, or 0 and \(\) for none$",
         ),
         (
-            {"window": 4, "windowed": (1, 0)},
-            r"^model.windowed = \(1, 0\) must be rising numbers from 0 to 1$",
+            {"sliding_window": 4, "window_layers": (1, 0)},
+            r"^model.window_layers = \(1, 0\) must be rising numbers from 0 to 1$",
         ),
         (
-            {"window": 4, "windowed": (2,)},
-            r"^model.windowed = \(2,\) must be rising numbers from 0 to 1$",
+            {"sliding_window": 4, "window_layers": (2,)},
+            r"^model.window_layers = \(2,\) must be rising numbers from 0 to 1$",
         ),
-        ({"logit_cap": -1.0}, r"^logit_cap = -1.0 must be at least 0$"),
+        ({"final_logit_softcap": -1.0}, r"^final_logit_softcap = -1.0 must be at least 0$"),
     ):
         with pytest.raises(ValueError, match=message):
             llama_config(**wrong)
     with pytest.raises(
         ValueError,
-        match=r"^rotary_scaling.high_turns = 1.0 must be above rotary_scaling.low_turns = 4",
+        match=r"^rotary_scaling.high_freq_factor = 1.0 must be above rotary_scaling.low_freq_factor = 4",
     ):
         RotaryScaling(
-            kind="llama3", factor=8.0, low_turns=4.0, high_turns=1.0, original_length=8
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=4.0,
+            high_freq_factor=1.0,
+            original_max_length=8,
         )

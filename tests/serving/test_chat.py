@@ -18,7 +18,7 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 
 COMPUTE = ComputeConfig(
     dtype="float32",
-    decoding="float32",
+    decoding_dtype="float32",
     attention="jax",
     remat="none",
     head_chunk=8,

@@ -32,7 +32,7 @@ def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
         mesh=mesh,
         model=tiny_models.gpt_config(),
         reward_model=tiny_models.llama_config(num_layers=1),
-        compute=tiny_models.compute(decoding="bfloat16"),
+        compute=tiny_models.compute(decoding_dtype="bf16"),
         optimizer=tiny_models.optimizer_config(clip_norm=1.0),
         value_optimizer=tiny_models.optimizer_config(),
         batch_size=batch_size,
@@ -66,7 +66,7 @@ def test_memory_is_what_real_arrays_take(sizes):
     rows, limits = 8 // (sizes[0] * sizes[1]), config.data.limits
     slots, sampler = (
         min(rows, config.compute.slots),
-        dataclasses.replace(config.compute, dtype="bfloat16"),
+        dataclasses.replace(config.compute, dtype="bf16"),
     )
     prompts = jax.tree.leaves(init_cache(config.model, sampler, rows, limits.prompt_tokens))
     cache = jax.tree.leaves(init_cache(config.model, sampler, slots, 12))

@@ -37,7 +37,7 @@ def folder_of(
 ) -> tuple[Path, ModelConfig, Params]:
     """A Llama folder with the chain's tokenizer, whose 512 ids are fewer than its rows."""
     config = tiny_models.llama_config(
-        vocab_size=vocab_size, max_length=96, tied_head=True, head_dim=4
+        vocab_size=vocab_size, max_length=96, tied_embeddings=True, head_dim=4
     )
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     family, raw = write_config(config)

@@ -333,7 +333,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
 
 
 def test_an_untied_unembedding_is_dropped(chain, tmp_path):
-    config = stages.config_of(chain, "reward", {"model.tied_head": False})
+    config = stages.config_of(chain, "reward", {"model.tied_embeddings": False})
     model = ModelConfig(**config["model"])
     policy = Transformer(model, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(policy)

@@ -34,12 +34,15 @@ def angle(index: int, width: int, config: ModelConfig) -> float:
     if scaling is None:
         return frequency
     wavelength = 2 * math.pi / frequency
-    if scaling.kind == "linear" or wavelength > scaling.original_length / scaling.low_turns:
+    if (
+        scaling.kind == "linear"
+        or wavelength > scaling.original_max_length / scaling.low_freq_factor
+    ):
         return frequency / scaling.factor
-    if wavelength < scaling.original_length / scaling.high_turns:
+    if wavelength < scaling.original_max_length / scaling.high_freq_factor:
         return frequency
-    smooth = scaling.original_length / wavelength - scaling.low_turns
-    smooth /= scaling.high_turns - scaling.low_turns
+    smooth = scaling.original_max_length / wavelength - scaling.low_freq_factor
+    smooth /= scaling.high_freq_factor - scaling.low_freq_factor
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
@@ -65,7 +68,7 @@ def attention(
     queries, keys, values = (
         [linear(row, parameters[name]) for row in x] for name in ("query", "key", "value")
     )
-    if config.qk_norms:
+    if config.qk_norm:
         queries = [
             np.array([norm(head, parameters["query_norm"], config) for head in row])
             for row in queries
@@ -80,15 +83,19 @@ def attention(
         for head in range(config.num_heads):
             shared = head // (config.num_heads // config.num_kv_heads)
             query = queries[t][head]
-            first = max(0, t + 1 - config.window) if layer in config.windowed else 0
+            first = (
+                max(0, t + 1 - config.sliding_window)
+                if layer in config.window_layers
+                else 0
+            )
             seen = [keys[s][shared] for s in range(first, t + 1)]
             if config.positions == "rotary":
                 query = rotate(query, t, config)
                 seen = [rotate(key, s, config) for s, key in enumerate(seen, start=first)]
             scores = np.array([query @ key for key in seen]) / math.sqrt(
-                config.score_width or config.head_dim
+                config.query_pre_attn_scalar or config.head_dim
             )
-            weights = np.exp(capped(scores, config.attention_cap))
+            weights = np.exp(capped(scores, config.attention_softcap))
             for s, weight in enumerate(weights / weights.sum(), start=first):
                 mixed[head] += weight * values[s][shared]
         outputs.append(linear(mixed, parameters["out"]))
@@ -134,7 +141,7 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
     """f64[T, D], after the final norm."""
     top = float64({name: child for name, child in params.items() if name != "blocks"})
     x = [top["embedding"][token] for token in tokens]
-    if config.scaled_embedding:
+    if config.scale_embedding:
         x = [math.sqrt(config.embed_dim) * row for row in x]
     if config.positions == "learned":
         x = [row + top["positions"][t] for t, row in enumerate(x)]
@@ -157,10 +164,10 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
 
 def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
     """f64[T, V]: row t scores the token after tokens[t]."""
-    kernel = params["embedding"] if config.tied_head else params["head"]["kernel"]
+    kernel = params["embedding"] if config.tied_embeddings else params["head"]["kernel"]
     return capped(
         hidden_states(config, params, tokens) @ np.asarray(kernel, np.float64).T,
-        config.logit_cap,
+        config.final_logit_softcap,
     )
 
 

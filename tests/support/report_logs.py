@@ -63,7 +63,7 @@ MODEL = {
     "mlp_dim": 64,
     "max_length": 64,
     "positions": "rotary",
-    "tied_head": True,
+    "tied_embeddings": True,
     "vocab_size": 128,
     "embed_dim": 16,
 }

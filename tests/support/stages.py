@@ -295,7 +295,10 @@ def _outputs(model: Transformer, params: Any, tokens: jax.Array) -> jax.Array:
     )[0]
     if model.head == "scalar":
         return outputs
-    logits, cap = outputs @ head_kernel(model.config, params).T, model.config.logit_cap
+    logits, cap = (
+        outputs @ head_kernel(model.config, params).T,
+        model.config.final_logit_softcap,
+    )
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 

@@ -41,16 +41,16 @@ def gpt_config(**changes: Any) -> ModelConfig:
         "activation": "gelu",
         "biases": True,
         "qkv_biases": False,
-        "qk_norms": False,
-        "score_width": 0.0,
-        "attention_cap": 0.0,
-        "window": 0,
-        "windowed": (),
+        "qk_norm": False,
+        "query_pre_attn_scalar": 0.0,
+        "attention_softcap": 0.0,
+        "sliding_window": 0,
+        "window_layers": (),
         "parallel_residual": False,
         "post_norms": False,
-        "scaled_embedding": False,
-        "tied_head": True,
-        "logit_cap": 0.0,
+        "scale_embedding": False,
+        "tied_embeddings": True,
+        "final_logit_softcap": 0.0,
         "init_std": 0.2,
     }
     return ModelConfig(**{**values, **changes})
@@ -66,7 +66,7 @@ def llama_config(**changes: Any) -> ModelConfig:
         "rotary_base": 100.0,
         "activation": "swiglu",
         "biases": False,
-        "tied_head": False,
+        "tied_embeddings": False,
     }
     return gpt_config(**{**family, **changes})
 
@@ -79,7 +79,7 @@ def neox_config(**changes: Any) -> ModelConfig:
         "rotary_fraction": 0.5,
         "activation": "gelu_exact",
         "parallel_residual": True,
-        "tied_head": False,
+        "tied_embeddings": False,
     }
     return gpt_config(**{**family, **changes})
 
@@ -88,9 +88,13 @@ def qwen_config(**changes: Any) -> ModelConfig:
     """Qwen's two ways in one: biases of query, key and value, and norms of query and key;
     stretched positions."""
     scaling = RotaryScaling(
-        kind="llama3", factor=4.0, low_turns=1.0, high_turns=3.0, original_length=16
+        kind="llama3",
+        factor=4.0,
+        low_freq_factor=1.0,
+        high_freq_factor=3.0,
+        original_max_length=16,
     )
-    family = {"qkv_biases": True, "qk_norms": True, "rotary_scaling": scaling}
+    family = {"qkv_biases": True, "qk_norm": True, "rotary_scaling": scaling}
     return llama_config(**{**family, **changes})
 
 
@@ -99,14 +103,14 @@ def gemma_config(**changes: Any) -> ModelConfig:
     two layers."""
     family: dict[str, Any] = {
         "activation": "geglu",
-        "score_width": 9.0,
-        "attention_cap": 2.0,
-        "window": 3,
-        "windowed": (0,),
+        "query_pre_attn_scalar": 9.0,
+        "attention_softcap": 2.0,
+        "sliding_window": 3,
+        "window_layers": (0,),
         "post_norms": True,
-        "scaled_embedding": True,
-        "tied_head": True,
-        "logit_cap": 1.5,
+        "scale_embedding": True,
+        "tied_embeddings": True,
+        "final_logit_softcap": 1.5,
     }
     return llama_config(**{**family, **changes})
 
@@ -115,7 +119,7 @@ def compute(**changes: Any) -> ComputeConfig:
     """float32, nothing recomputed, and a chunk that divides few lengths."""
     values: dict[str, Any] = {
         "dtype": "float32",
-        "decoding": "float32",
+        "decoding_dtype": "float32",
         "attention": "jax",
         "remat": "none",
         "head_chunk": 4,

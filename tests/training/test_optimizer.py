@@ -95,7 +95,7 @@ def test_decay_takes_matrices_alone():
 
 
 @pytest.mark.parametrize(
-    "config", [tiny_models.gpt_config(tied_head=False), tiny_models.llama_config()]
+    "config", [tiny_models.gpt_config(tied_embeddings=False), tiny_models.llama_config()]
 )
 def test_what_decays_in_a_network(config):
     """Whatever is a table or a product; biases and norms, also where the stack of layers

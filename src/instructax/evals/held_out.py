@@ -21,10 +21,10 @@ from instructax.losses import next_token_loss, ordered_pairs
 from instructax.masking import token_count
 from instructax.models import Transformer
 from instructax.models.scoring import (
-    at_last_token,
     comparison_sequences,
     packed_logprobs,
     packed_outputs,
+    select_last_token,
 )
 from instructax.models.sequence_packing import map_packed_rows
 from instructax.runtime.preemption import check_stop_requested
@@ -108,7 +108,7 @@ class HeldOut:
             outputs = map_packed_rows(
                 partial(packed_outputs, scorer, params), rows, scorer, mesh, width=width
             )
-            scores, lengths = at_last_token(outputs, batch), jnp.sum(batch.mask, axis=2)
+            scores, lengths = select_last_token(outputs, batch), jnp.sum(batch.mask, axis=2)
             pairs = ordered_pairs(batch.ranks, batch.valid)
             return (
                 pairs,

@@ -33,10 +33,10 @@ from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import Transformer
 from instructax.models.scoring import (
-    at_last_token,
     packed_logprobs,
     packed_outputs,
     rollout_sequences,
+    select_last_token,
 )
 from instructax.models.sequence_packing import map_packed_rows
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
@@ -124,7 +124,7 @@ class PolicyEvaluator:
                 cut, kept = truncate_at_stops(sampled, line_breaks, tokenizer.eos_id)
             prompts = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), prompts)
             cut = dataclasses.replace(cut, prompts=prompts)
-            scores = at_last_token(
+            scores = select_last_token(
                 packed(partial(packed_outputs, scorer, reward_params), cut), cut
             )
             drawn = _Sampled(sampled=sampled, rollouts=cut, kept=kept, scores=scores)

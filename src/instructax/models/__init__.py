@@ -1,7 +1,11 @@
 """One decoder-only transformer for all families of models; the only folder that imports
 flax."""
 
-from instructax.models.attention import BRANCHES, attention_mask, positions_of
+from instructax.models.attention import (
+    SEGMENTS_PER_PREFIX,
+    attention_mask,
+    positions_from_mask,
+)
 from instructax.models.config import (
     ComputeConfig,
     ModelConfig,
@@ -15,12 +19,12 @@ from instructax.models.transformer import (
     Transformer,
     cast_matrices,
     head_kernel,
-    layers_of,
     parameter_count,
+    unstack_layers,
 )
 
 __all__ = [
-    "BRANCHES",
+    "SEGMENTS_PER_PREFIX",
     "Block",
     "Cache",
     "ComputeConfig",
@@ -35,10 +39,10 @@ __all__ = [
     "decoding_config",
     "head_kernel",
     "init_cache",
-    "layers_of",
+    "unstack_layers",
     "merge_lora",
     "merge_trees",
     "parameter_count",
-    "positions_of",
+    "positions_from_mask",
     "trainable",
 ]

@@ -7,7 +7,7 @@ from instructax.models.config import ModelConfig
 from instructax.models.ops import product, soft_capped, softmax_mean
 from instructax.types import Array
 
-BRANCHES = 1024  # segments 1 … BRANCHES see segment −1 as well, the next BRANCHES see −2, …: responses to one prompt
+SEGMENTS_PER_PREFIX = 1024  # segments 1 … SEGMENTS_PER_PREFIX see segment −1 as well, the next SEGMENTS_PER_PREFIX see −2, …: responses to one prompt
 MASKED = (
     -1e30
 )  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
@@ -17,7 +17,7 @@ QUERY_BLOCK, QUERY_BLOCKS = (
 )  # queries that attend together, at least, and into how many blocks at most
 
 
-def positions_of(mask: Array) -> Array:
+def positions_from_mask(mask: Array) -> Array:
     """Position of each real token among the real tokens of its row: b[B, T] → i32[B, T]; 0
     before the first."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
@@ -39,7 +39,9 @@ def attention_mask(
     )[:, None, :]
     later = (query_of > queries) & (query_of < query_segments.shape[1])
     stems = jnp.where(
-        query_segments > 0, -((query_segments - 1) // BRANCHES) - 1, query_segments
+        query_segments > 0,
+        -((query_segments - 1) // SEGMENTS_PER_PREFIX) - 1,
+        query_segments,
     )
     keys = key_segments[:, None, :]
     seen = (keys == query_segments[:, :, None]) | (keys == stems[:, :, None])
@@ -47,7 +49,7 @@ def attention_mask(
 
 
 def window_mask(query_positions: Array, key_positions: Array, window: int) -> Array:
-    """Which keys are among the last `window` up to each query, itself included: i32[B, T],
+    """Which keys are among the last `sliding_window` up to each query, itself included: i32[B, T],
     i32[B, S] → b[B, T, S]."""
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 
@@ -62,9 +64,12 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_length * frequencies / (2 * np.pi)
+    turns = scaling.original_max_length * frequencies / (2 * np.pi)
     kept = np.clip(
-        (turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns), 0, 1
+        (turns - scaling.low_freq_factor)
+        / (scaling.high_freq_factor - scaling.low_freq_factor),
+        0,
+        1,
     )
     return frequencies * (kept + (1 - kept) / scaling.factor)
 

@@ -34,7 +34,7 @@ BLOCK = 512  # the most queries, and keys, of one step of splash: MaxText's defa
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conditions:
+class KernelConditions:
     """Where a run computes, and what its networks attend within."""
 
     platform: str  # cpu, cuda, rocm or tpu
@@ -42,10 +42,12 @@ class Conditions:
     dtype: str  # config.compute.dtype
     head_dims: Sequence[int]  # of all networks of the run
     lengths: Sequence[int]  # of the rows that are run without a cache
-    softly_capped: bool  # whether a network caps its scores
-    windows: bool  # whether a network has windows
-    branches: bool  # whether texts in a row share another one: responses their prompt
-    side_by_side: bool  # whether one program holds several runs, by `vmap`
+    softcap: bool  # whether a network caps its scores
+    sliding_window: bool  # whether a network has windows
+    shared_prefixes: (
+        bool  # whether texts in a row share another one: responses their prompt
+    )
+    vmapped_runs: bool  # whether one program holds several runs, by `vmap`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ KERNEL_SUPPORT = {
 }
 
 
-def obstacle(kernel: str, given: Conditions) -> str:
+def obstacle(kernel: str, given: KernelConditions) -> str:
     """What keeps `kernel` from running, and what is allowed; "" if nothing does."""
     limits = KERNEL_SUPPORT[kernel]
     width = next(
@@ -86,7 +88,7 @@ def obstacle(kernel: str, given: Conditions) -> str:
         (not given.lengths, "only samplers run, and they have a cache"),
         (
             given.dtype == "float32",
-            "config.compute.dtype = 'float32', allowed is 'mixed' or 'bfloat16'",
+            "config.compute.dtype = 'float32', allowed is 'bf16_matmul' or 'bf16'",
         ),
         (
             width is not None,
@@ -96,18 +98,21 @@ def obstacle(kernel: str, given: Conditions) -> str:
             length is not None,
             f"rows of {length} tokens, allowed is a multiple of {ROW_TOKENS}",
         ),
-        (given.softly_capped, "model.attention_cap is set, allowed is 0"),
-        (given.windows and kernel == "splash", "model.window is set, allowed is 0"),
-        (given.side_by_side, "several runs in one program, allowed is one"),
+        (given.softcap, "model.attention_softcap is set, allowed is 0"),
         (
-            kernel == "splash" and given.branches,
+            given.sliding_window and kernel == "splash",
+            "model.sliding_window is set, allowed is 0",
+        ),
+        (given.vmapped_runs, "several runs in one program, allowed is one"),
+        (
+            kernel == "splash" and given.shared_prefixes,
             "texts in a row share another, allowed is each by itself",
         ),
     )
     return next((text for holds, text in obstacles if holds), "")
 
 
-def select_kernel(asked: str, given: Conditions) -> tuple[str, str]:
+def select_kernel(asked: str, given: KernelConditions) -> tuple[str, str]:
     """(jax, cudnn or splash; why) for `config.compute.attention`.
 
     "auto" takes the platform's own kernel unless something keeps it from running. Raises
@@ -139,8 +144,8 @@ def select_kernel(asked: str, given: Conditions) -> tuple[str, str]:
     return asked, "as asked"
 
 
-def place_of(device: Any) -> tuple[str, float]:
-    """(platform, version) of `Conditions`."""
+def device_platform(device: Any) -> tuple[str, float]:
+    """(platform, version) of `KernelConditions`."""
     if device.platform == "tpu":  # "TPU v5 lite", "TPU7x"
         generation = re.search(r"\d+", device.device_kind)
         return "tpu", float(generation[0]) if generation else 0.0

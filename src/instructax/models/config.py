@@ -4,7 +4,7 @@ it."""
 import dataclasses
 from typing import Literal
 
-from instructax.config import ConfigError, check_range
+from instructax.config import check_range
 
 LAYERS = 10_000  # a network has fewer: a list of them is made even to estimate it
 
@@ -14,25 +14,31 @@ class RotaryScaling:
     """How rotary positions are stretched over longer texts than the first ones.
 
     "linear" divides all frequencies by `factor` (Chen et al., 2023). "llama3" divides those
-    that turn fewer than `low_turns` times over `original_length`, leaves those that turn
-    more than `high_turns` times, and passes smoothly from the one to the other (Llama 3.1);
+    that turn fewer than `low_freq_factor` times over `original_max_length`, leaves those that turn
+    more than `high_freq_factor` times, and passes smoothly from the one to the other (Llama 3.1);
     "linear" reads neither of the three.
     """
 
     kind: Literal["linear", "llama3"]
     factor: float
-    low_turns: float
-    high_turns: float
-    original_length: int  # tokens
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int  # tokens
 
     def __post_init__(self):
         check_range(
-            self, {"factor": 1, "low_turns": 0, "high_turns": 0, "original_length": 1}
+            self,
+            {
+                "factor": 1,
+                "low_freq_factor": 0,
+                "high_freq_factor": 0,
+                "original_max_length": 1,
+            },
         )
-        if self.high_turns <= self.low_turns:
-            raise ConfigError(
-                f"rotary_scaling.high_turns = {self.high_turns} must be above "
-                f"rotary_scaling.low_turns = {self.low_turns}"
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rotary_scaling.high_freq_factor = {self.high_freq_factor} must be above "
+                f"rotary_scaling.low_freq_factor = {self.low_freq_factor}"
             )
 
 
@@ -59,16 +65,18 @@ class ModelConfig:
     ]  # gelu and geglu in the tanh form
     biases: bool  # of all matrices of the layers
     qkv_biases: bool  # of those to query, key and value alone
-    qk_norms: bool  # a norm on each head's query and key
-    score_width: float  # attention divides scores by its square root; 0 = head_dim
-    attention_cap: float  # c: scores become c · tanh(score / c); 0 = they stay
-    window: int  # tokens that layers in `windowed` see, the token itself included; 0 = all before it
-    windowed: tuple[int, ...]  # layers, from 0
+    qk_norm: bool  # a norm on each head's query and key
+    query_pre_attn_scalar: (
+        float  # attention divides scores by its square root; 0 = head_dim
+    )
+    attention_softcap: float  # c: scores become c · tanh(score / c); 0 = they stay
+    sliding_window: int  # tokens that layers in `window_layers` see, the token itself included; 0 = all before it
+    window_layers: tuple[int, ...]  # layers, from 0
     parallel_residual: bool  # attention and MLP both read the layer's input
     post_norms: bool  # norms behind attention and MLP, besides those before them
-    scaled_embedding: bool  # by √width
-    tied_head: bool
-    logit_cap: float  # as attention_cap, of the scores of the vocabulary
+    scale_embedding: bool  # by √width
+    tied_embeddings: bool
+    final_logit_softcap: float  # as attention_softcap, of the scores of the vocabulary
     init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
 
     def __post_init__(self):
@@ -86,10 +94,10 @@ class ModelConfig:
             (
                 "norm_epsilon",
                 "init_std",
-                "score_width",
-                "attention_cap",
-                "logit_cap",
-                "window",
+                "query_pre_attn_scalar",
+                "attention_softcap",
+                "final_logit_softcap",
+                "sliding_window",
             ),
             0,
         )
@@ -99,11 +107,11 @@ class ModelConfig:
             {"num_layers": LAYERS},
         )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
+            raise ValueError(
                 f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}"
             )
         if not 0 < self.rotary_fraction <= 1:
-            raise ConfigError(
+            raise ValueError(
                 f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1"
             )
         if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
@@ -112,22 +120,22 @@ class ModelConfig:
                 if self.rotary_fraction < 1
                 else ""
             )
-            raise ConfigError(
+            raise ValueError(
                 f"model.head_dim = {self.head_dim}{share} must be even for rotary positions"
             )
         if self.biases and self.qkv_biases:
-            raise ConfigError(
+            raise ValueError(
                 "model.qkv_biases = True is for model.biases = False: all matrices have biases already"
             )
-        if list(self.windowed) != sorted(
-            {layer for layer in self.windowed if 0 <= layer < self.num_layers}
+        if list(self.window_layers) != sorted(
+            {layer for layer in self.window_layers if 0 <= layer < self.num_layers}
         ):
-            raise ConfigError(
-                f"model.windowed = {self.windowed} must be rising numbers from 0 to {self.num_layers - 1}"
+            raise ValueError(
+                f"model.window_layers = {self.window_layers} must be rising numbers from 0 to {self.num_layers - 1}"
             )
-        if bool(self.window) != bool(self.windowed):
-            raise ConfigError(
-                f"model.window = {self.window} and model.windowed = {self.windowed}: set both, or 0 and () for none"
+        if bool(self.sliding_window) != bool(self.window_layers):
+            raise ValueError(
+                f"model.sliding_window = {self.sliding_window} and model.window_layers = {self.window_layers}: set both, or 0 and () for none"
             )
 
     @property
@@ -146,10 +154,10 @@ class ComputeConfig:
     """How a run computes; free to differ between stages that share parameters."""
 
     dtype: Literal[
-        "float32", "mixed", "bfloat16"
-    ]  # mixed: float32, and the matmul_dtype of products rounded to bfloat16
-    decoding: Literal[
-        "float32", "mixed", "bfloat16"
+        "float32", "bf16_matmul", "bf16"
+    ]  # bf16_matmul: float32, and the matmul_dtype of products rounded to bfloat16
+    decoding_dtype: Literal[
+        "float32", "bf16_matmul", "bf16"
     ]  # the same of the sampler, which is bound by other things
     attention: Literal[
         "auto", "jax", "cudnn", "splash"
@@ -179,7 +187,7 @@ class ComputeConfig:
     def activations(self) -> str:
         """The dtype of all that is computed but for norms, softmax and heads, which work in
         float32."""
-        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return "bfloat16" if self.dtype == "bf16" else "float32"
 
     @property
     def matmul_dtype(self) -> str:
@@ -189,4 +197,4 @@ class ComputeConfig:
 
 def decoding_config(compute: ComputeConfig) -> ComputeConfig:
     """How the sampler of a run computes."""
-    return dataclasses.replace(compute, dtype=compute.decoding)
+    return dataclasses.replace(compute, dtype=compute.decoding_dtype)

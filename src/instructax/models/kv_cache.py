@@ -34,7 +34,7 @@ def init_cache(
         keys=blank,
         values=blank,
         segments=columns,
-        positions=columns if config.window else None,
+        positions=columns if config.sliding_window else None,
         filled=jnp.int32(0),
     )
 

@@ -111,7 +111,7 @@ class Attention(nn.Module):
         query = linear((c.num_heads, c.head_dim), 1, c.init_std, name="query")(x)
         key = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="value")(x)
-        if c.qk_norms:
+        if c.qk_norm:
             query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
         if c.positions == "rotary":
             frequencies = rotary_frequencies(c)
@@ -119,9 +119,9 @@ class Attention(nn.Module):
                 rotate(query, positions, frequencies),
                 rotate(key, positions, frequencies),
             )
-        if c.score_width:
+        if c.query_pre_attn_scalar:
             query = query * jnp.asarray(
-                np.sqrt(c.head_dim / c.score_width), query.dtype
+                np.sqrt(c.head_dim / c.query_pre_attn_scalar), query.dtype
             )  # `attend` divides by √d
         query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
         if past is not None:

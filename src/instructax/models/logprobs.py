@@ -22,7 +22,7 @@ from instructax.types import Array
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
-def logits_of(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
+def compute_logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
     """Scores over the vocabulary: dtype[..., D], f32[V, D] → f32[..., V], soft-capped with
     a `cap` above 0. The kernel is rounded to the dtype of the hidden states, sums are
     float32."""
@@ -44,7 +44,7 @@ def sequence_logprobs(
     cap: float = 0.0,
 ) -> Array:
     """log softmax(logits / temperature) at the targets where `mask`, else 0; `cap` is that
-    of `logits_of`.
+    of `compute_logits`.
 
     `hidden` dtype[B, T, D], `kernel` f32[V, D], `targets` i32[B, T], `mask` b[B, T] →
     f32[B, T]. Differentiable.
@@ -91,7 +91,7 @@ def top_logprobs(
 ) -> tuple[Array, Array]:
     """The `count` likeliest tokens at each position, the likeliest first: dtype[B, T, D],
     f32[V, D] → (log-probabilities f32[B, T, count], ids i32[B, T, count]); `cap` is that of
-    `logits_of`."""
+    `compute_logits`."""
     batch, length, width = hidden.shape
     chunk = min(chunk, length)
     slices = (
@@ -102,7 +102,7 @@ def top_logprobs(
 
     def likeliest(part: Array) -> Any:
         return jax.lax.top_k(
-            jax.nn.log_softmax(logits_of(part, kernel, cap), axis=-1), count
+            jax.nn.log_softmax(compute_logits(part, kernel, cap), axis=-1), count
         )
 
     found = jax.lax.map(likeliest, slices)
@@ -174,19 +174,21 @@ def loss_and_gradients(
 
 
 def _logprobs(hidden, kernel, targets, *, temperature, cap):
-    logits = logits_of(hidden, kernel, cap) / temperature
+    logits = compute_logits(hidden, kernel, cap) / temperature
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _logprobs_and_entropy(hidden, kernel, targets, *, temperature, cap):
-    logprobs = jax.nn.log_softmax(logits_of(hidden, kernel, cap) / temperature, axis=-1)
+    logprobs = jax.nn.log_softmax(
+        compute_logits(hidden, kernel, cap) / temperature, axis=-1
+    )
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
 def _logprobs_and_greedy(hidden, kernel, targets, *, cap):
-    logits = logits_of(hidden, kernel, cap)
+    logits = compute_logits(hidden, kernel, cap)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     greedy = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return chosen - jax.nn.logsumexp(logits, axis=-1), greedy

@@ -16,7 +16,7 @@ from instructax.models import (
     Transformer,
     head_kernel,
     merge_trees,
-    positions_of,
+    positions_from_mask,
     trainable,
 )
 from instructax.models.logprobs import (
@@ -36,7 +36,7 @@ def rollout_sequences(rollouts: Rollouts) -> LmBatch:
     return LmBatch(
         tokens=jnp.concatenate([rollouts.prompts.tokens, rollouts.responses], axis=1),
         segments=real.astype(jnp.int32),
-        positions=positions_of(real),
+        positions=positions_from_mask(real),
         loss_mask=jnp.concatenate(
             [jnp.zeros_like(rollouts.prompts.mask), rollouts.mask], axis=1
         ),
@@ -67,13 +67,13 @@ def comparison_sequences(comparisons: Comparisons) -> LmBatch:
             -prompts.mask.astype(jnp.int32), jnp.where(mask, numbers[None, :, None], 0)
         ),
         positions=joined(
-            positions_of(prompts.mask), jnp.broadcast_to(positions, mask.shape)
+            positions_from_mask(prompts.mask), jnp.broadcast_to(positions, mask.shape)
         ),
         loss_mask=joined(jnp.zeros_like(prompts.mask), mask),
     )
 
 
-def last_columns(mask: Array, prompt_columns: int) -> Array:
+def last_token_columns(mask: Array, prompt_columns: int) -> Array:
     """Where in the rows above the last token of each response stands, or of its prompt if
     it has none: b[B, K, R] → i32[B, K]."""
     lengths = jnp.sum(mask, axis=2, dtype=jnp.int32)
@@ -108,7 +108,7 @@ def packed_logprobs(
     `temperature`, else 0: LmBatch [B, T] → f32[B, T]. Nothing predicts column 0, and no
     loss mask marks it."""
     inputs = _hidden_before(model, params, batch, None)
-    chunk, cap = model.compute.head_chunk, model.config.logit_cap
+    chunk, cap = model.compute.head_chunk, model.config.final_logit_softcap
     return _shift_right(
         sequence_logprobs(*inputs, temperature=temperature, chunk=chunk, cap=cap)
     )
@@ -120,7 +120,7 @@ def packed_logprobs_and_entropy(
     """As `packed_logprobs`, and the policy's entropy in nats before each of these tokens,
     else 0; both f32[B, T]."""
     inputs = _hidden_before(model, params, batch, None)
-    chunk, cap = model.compute.head_chunk, model.config.logit_cap
+    chunk, cap = model.compute.head_chunk, model.config.final_logit_softcap
     logprobs, entropy = sequence_logprobs_and_entropy(
         *inputs, temperature=temperature, chunk=chunk, cap=cap
     )
@@ -163,7 +163,7 @@ def packed_loss_and_gradients(
         jax.tree.map(lambda x: x[:, 1:], extras),
         temperature=temperature,
         chunk=model.compute.head_chunk,
-        cap=model.config.logit_cap,
+        cap=model.config.final_logit_softcap,
     )
     return loss, metrics, pull(tuple(by_outputs))[0]
 
@@ -215,17 +215,17 @@ def sequence_scores(
         if isinstance(responses, Rollouts)
         else comparison_sequences(responses)
     )
-    return at_last_token(packed_outputs(model, params, rows), responses)
+    return select_last_token(packed_outputs(model, params, rows), responses)
 
 
-def at_last_token(outputs: Array, responses: Comparisons | Rollouts) -> Array:
+def select_last_token(outputs: Array, responses: Comparisons | Rollouts) -> Array:
     """Of outputs [B, P + R] or [B, P + K · R] of the rows of `responses`, those at their
     last real tokens."""
     prompt_columns = responses.prompts.tokens.shape[1]
     if isinstance(responses, Comparisons):
         return jnp.take_along_axis(
-            outputs, last_columns(responses.mask, prompt_columns), axis=1
+            outputs, last_token_columns(responses.mask, prompt_columns), axis=1
         )
     return jnp.take_along_axis(
-        outputs, last_columns(responses.mask[:, None], prompt_columns), axis=1
+        outputs, last_token_columns(responses.mask[:, None], prompt_columns), axis=1
     )[:, 0]

@@ -1,11 +1,14 @@
-"""Sequences side by side in rows, laid out inside a compiled program, so that padding is
-hardly computed.
+"""Packs sequences into rows inside a compiled program, so that little padding is computed.
 
-What a sampler or a data reader returns is padded to the longest length that there can be.
-Here its real tokens are put into rows of one width. How many rows are in use is data, while
-shapes are not: rows are worked through part by part, in loops that end with the last row in
-use. A part has `compute.microbatch_rows` rows; what is left at the end goes into smaller
-ones, each half as large as the one before, down to a piece of a row.
+Samplers and data readers return sequences padded to the longest possible length. Here their
+real tokens are packed into rows of one width. How many rows are in use depends on the data,
+but shapes must not, so a loop processes one microbatch at a time and ends after the last row
+in use.
+
+A reader may skip the tail splits: with `compute.tail_splits` = 0 every microbatch has
+`compute.microbatch_rows` rows. They exist because the last, partly empty microbatch of every
+batch took a tenth of a step; each split halves the shape for what is left, at the price of
+one more program to compile.
 """
 
 import dataclasses
@@ -17,68 +20,86 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructax import sharding
-from instructax.models import BRANCHES, ComputeConfig, Transformer
+from instructax.models import SEGMENTS_PER_PREFIX, ComputeConfig, Transformer
 from instructax.models.attention_kernels import ROW_TOKENS
 from instructax.models.ops import max_over_batch
 from instructax.types import Array, LmBatch, pytree
 
+# Packed rows are a multiple of this many tokens, a size that matrix products run well at.
+WIDTH_MULTIPLE = 64
+
 
 @pytree
 class PackedLayout:
-    """Where N sequences of up to L tokens stand: in lines of rows of width W, one row for
-    each device that shares rows.
+    """Where N sequences of up to L tokens lie in packed rows of width W.
 
-    Only the last line in use can be less than half full: of that one a part may take the
-    first columns alone.
+    Packed arrays are [rows, shards, W]: row r of shard s belongs to the s-th of the devices
+    that rows are split over. Only the last row in use can be less than half full; a
+    microbatch may take the first columns of that row alone.
     """
 
-    cells: Array  # i32[N, L], the place of each token among all cells of all lines; their number = not a token
-    texts: Array  # i32[lines, ways, W], the number from 1 of the sequence that a cell belongs to; 0 = padding
-    used: Array  # i32[], cells that a device runs, the first ones
-    shapes: tuple[tuple[int, int], ...] = dataclasses.field(
+    # i32[N, L], index of each token in the flattened packed array; its size = no token
+    token_index: Array
+    # i32[rows, shards, W], 1-based number of the sequence of each token; 0 = padding
+    segment_ids: Array
+    # i32[], tokens that each device computes, padding included
+    used_tokens: Array
+    # (rows, columns) of the microbatches on one device, the largest first
+    microbatch_shapes: tuple[tuple[int, int], ...] = dataclasses.field(
         metadata={"static": True}
-    )  # `microbatch_shapes`, for one device
+    )
 
-    def spread(self, x: Array) -> Array:
-        """[N, L] → [lines, ways, W], zero where there is padding."""
-        flat = jnp.zeros((self.texts.size,), x.dtype)
-        return flat.at[self.cells].set(x, mode="drop").reshape(self.texts.shape)
+    def scatter(self, x: Array) -> Array:
+        """Packs an array: [N, L] → [rows, shards, W], zero at padding."""
+        flat = jnp.zeros((self.segment_ids.size,), x.dtype)
+        return flat.at[self.token_index].set(x, mode="drop").reshape(self.segment_ids.shape)
 
-    def collect(self, y: Array) -> Array:
-        """[lines, ways, W] → [N, L], the other way of `spread`; zero where there is no
-        token."""
-        return y.reshape(-1).at[self.cells].get(mode="fill", fill_value=0)
+    def gather(self, y: Array) -> Array:
+        """The inverse of `scatter`: [rows, shards, W] → [N, L], zero where no token is."""
+        return y.reshape(-1).at[self.token_index].get(mode="fill", fill_value=0)
 
-    def part(self, rows: Any, line: Array | int, shape: tuple[int, int]) -> Any:
-        """So many lines and columns from `line` on: a tree of [lines, ways, W, ...] → [rows
-        of the part, columns, ...].
+    def take_microbatch(
+        self, packed: Any, row: Array | int, microbatch_shape: tuple[int, int]
+    ) -> Any:
+        """One microbatch of a tree of packed arrays.
 
-        A device's rows stand together, so that rows are split over devices as those of any
-        batch.
+        Args:
+          packed: tree of [rows, shards, W, ...].
+          row: the first row of the microbatch.
+          microbatch_shape: its rows on one device, and its columns.
+
+        Returns:
+          A tree of [shards · rows, columns, ...]. The rows of a device are contiguous, so
+          they are split over devices as the rows of any batch are.
         """
-        (lines, columns), ways = shape, self.texts.shape[1]
+        rows, columns = microbatch_shape
+        shards = self.segment_ids.shape[1]
 
-        def cut(x: Array) -> Array:
-            start = (line, *(0,) * (x.ndim - 1))
-            found = jax.lax.dynamic_slice(x, start, (lines, ways, columns, *x.shape[3:]))
-            return found.swapaxes(0, 1).reshape(ways * lines, columns, *x.shape[3:])
+        def take(x: Array) -> Array:
+            start = (row, *(0,) * (x.ndim - 1))
+            taken = jax.lax.dynamic_slice(x, start, (rows, shards, columns, *x.shape[3:]))
+            return taken.swapaxes(0, 1).reshape(shards * rows, columns, *x.shape[3:])
 
-        return jax.tree.map(cut, rows)
+        return jax.tree.map(take, packed)
 
-    def put(self, stacked: Any, part: Any, line: Array, shape: tuple[int, int]) -> Any:
-        """`stacked` with a part in its place, the other way of `part`."""
-        (lines, columns), ways = shape, self.texts.shape[1]
+    def put_microbatch(
+        self, packed: Any, microbatch: Any, row: Array, microbatch_shape: tuple[int, int]
+    ) -> Any:
+        """`packed` with a microbatch written to it, the inverse of `take_microbatch`."""
+        rows, columns = microbatch_shape
+        shards = self.segment_ids.shape[1]
 
-        def written(all_: Array, x: Array) -> Array:
-            x = x.reshape(ways, lines, columns, *x.shape[2:]).swapaxes(0, 1)
-            return jax.lax.dynamic_update_slice(all_, x, (line, *(0,) * (all_.ndim - 1)))
+        def put(x: Array, part: Array) -> Array:
+            part = part.reshape(shards, rows, columns, *part.shape[2:]).swapaxes(0, 1)
+            return jax.lax.dynamic_update_slice(x, part, (row, *(0,) * (x.ndim - 1)))
 
-        return jax.tree.map(written, stacked, part)
+        return jax.tree.map(put, packed, microbatch)
 
-    def padding(self) -> Array:
-        """Share of the cells that are run that hold no token: f32[]."""
-        cells = self.used * self.texts.shape[1]
-        return 1.0 - jnp.sum(self.texts > 0, dtype=jnp.float32) / jnp.maximum(cells, 1)
+    def padding_fraction(self) -> Array:
+        """Fraction of the computed tokens that are padding: f32[]."""
+        computed = self.used_tokens * self.segment_ids.shape[1]
+        real = jnp.sum(self.segment_ids > 0, dtype=jnp.float32)
+        return 1.0 - real / jnp.maximum(computed, 1)
 
 
 def plan_packing(
@@ -89,100 +110,116 @@ def plan_packing(
     mesh: Mesh | None,
     longest: int | None = None,
 ) -> PackedLayout:
-    """Puts the marked tokens of N sequences, `real` b[N, L], into rows of `width`, in order
-    and without a gap.
+    """Assigns sequences to packed rows: first fit, the longest first.
 
-    First fit, the longest first: each sequence goes to the first row with room. `longest` ≤
-    `width` is the most tokens that a sequence has, by default L; a longer one would be
-    lost. `mesh` None: on one device.
+    Args:
+      real: b[N, L], the real tokens of N sequences. Their order is kept and gaps are closed.
+      width: tokens per packed row.
+      compute: microbatch rows and tail splits.
+      mesh: the devices that share rows; None packs for one device.
+      longest: the most tokens of a sequence, by default L; at most `width`. Longer
+        sequences would be lost.
+
+    Returns:
+      The layout. Its number of rows holds any N sequences of `longest` tokens.
     """
     count, columns = real.shape
     longest = columns if longest is None else longest
     if longest > width:
         raise ValueError(f"sequences of up to {longest} tokens do not fit rows of {width}")
     lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
-    ways = 1 if mesh is None else sharding.num_row_shards(mesh)
-    # A row takes so many of any sequences, before another is begun.
-    lines = -(-count // (width // longest * ways))
+    shards = 1 if mesh is None else sharding.row_ways(mesh)
+
+    # First fit opens a row only if no open row has room for `longest` tokens, so every row
+    # but the last takes at least width // longest sequences.
+    rows = -(-count // (width // longest * shards))
     shapes = microbatch_shapes(
-        min(compute.microbatch_rows, lines), compute.tail_splits, width
+        min(compute.microbatch_rows, rows), compute.tail_splits, width
     )
-    lines = -(-lines // shapes[-1][0]) * shapes[-1][0]
+    smallest = shapes[-1][0]
+    rows = -(-rows // smallest) * smallest
 
     def place(free: Array, length: Array) -> tuple[Array, Array]:
-        row = jnp.argmax(free >= length)
+        row = jnp.argmax(free >= length)  # the first row with room
         return free.at[row].add(-length), (row + 1) * width - free[row]
 
     order = jnp.argsort(-lengths, stable=True)
-    free, starts = jax.lax.scan(
-        place, jnp.full((lines * ways,), width, jnp.int32), lengths[order]
-    )
+    empty_rows = jnp.full((rows * shards,), width, jnp.int32)
+    free, starts = jax.lax.scan(place, empty_rows, lengths[order])
     starts = jnp.zeros_like(starts).at[order].set(starts)
-    within = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    cells = jnp.where(real, starts[:, None] + within, lines * ways * width)
-    filled = width - jnp.min(free.reshape(lines, ways), axis=1)
-    blank = PackedLayout(
-        cells=cells,
-        texts=jnp.zeros((lines, ways, width), jnp.int32),
-        used=_used(filled, width, shapes),
-        shapes=shapes,
-    )
-    texts = blank.spread(
-        jnp.broadcast_to(jnp.arange(1, count + 1, dtype=jnp.int32)[:, None], real.shape)
-    )
-    return dataclasses.replace(
-        blank, texts=texts if mesh is None else sharding.constrain_rows(texts, mesh, axis=1)
+
+    offset = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # [N, L], within the sequence
+    token_index = jnp.where(real, starts[:, None] + offset, rows * shards * width)
+    filled = width - jnp.min(
+        free.reshape(rows, shards), axis=1
+    )  # [rows], the fullest shard
+    layout = PackedLayout(
+        token_index=token_index,
+        segment_ids=jnp.zeros((rows, shards, width), jnp.int32),
+        used_tokens=_used_tokens(filled, width, shapes),
+        microbatch_shapes=shapes,
     )
 
+    numbers = jnp.arange(1, count + 1, dtype=jnp.int32)[:, None]
+    segment_ids = layout.scatter(jnp.broadcast_to(numbers, real.shape))
+    if mesh is not None:
+        segment_ids = sharding.constrain_rows(segment_ids, mesh, axis=1)
+    return dataclasses.replace(layout, segment_ids=segment_ids)
 
-def microbatch_shapes(rows: int, halvings: int, width: int) -> tuple[tuple[int, int], ...]:
-    """(rows, columns) of the parts, the largest first: `rows` rows of `width`, halved again
-    and again, first to one row and then to pieces of it, of two columns at least.
 
-    From an odd number of rows it is one row at once: the rows of a part are a multiple of
-    the next one's, or what the larger parts leave over could be too few for a smaller one.
+def microbatch_shapes(rows: int, splits: int, width: int) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of the microbatches, the largest first.
+
+    `rows` rows of `width` are halved `splits` times, first down to one row, then to pieces
+    of a row of at least two columns. An odd number of rows becomes one row at once: each
+    shape's rows must be a multiple of the next one's, or the larger microbatches could
+    leave a remainder that is too small for the smaller ones.
     """
     shapes = [(rows, width)]
-    for _ in range(halvings):
-        lines, columns = shapes[-1]
-        if lines > 1:
-            shapes.append((lines // 2 if lines % 2 == 0 else 1, columns))
+    for _ in range(splits):
+        rows, columns = shapes[-1]
+        if rows > 1:
+            shapes.append((rows // 2 if rows % 2 == 0 else 1, columns))
         elif columns > 3:
             shapes.append((1, columns // 2))
     return tuple(shapes)
 
 
 def packed_width(lengths: Iterable[int], most: int, compute: ComputeConfig) -> int:
-    """W of rows that hold texts of `lengths`, none above `most`: a multiple of 64, which
-    computers multiply well, or so wide that an attention kernel takes each piece of a row.
-    """
-    unit = 64 if compute.attention == "jax" else ROW_TOKENS << compute.tail_splits
+    """Width of packed rows: the longest of `lengths`, rounded up to 64 or to what an
+    attention kernel takes after all tail splits, and capped at `most`."""
+    unit = WIDTH_MULTIPLE
+    if compute.attention != "jax":
+        unit = ROW_TOKENS << compute.tail_splits
     return min(-(-max(lengths, default=0) // unit) * unit, most)
 
 
-def _used(filled: Array, width: int, shapes: tuple[tuple[int, int], ...]) -> Array:
-    """Cells of a device that are run: `filled` i32[lines] has the cells of each line that
-    hold tokens, the lines in use first. The last line is run at the least width that there
-    is for it."""
-    lines, whole = jnp.sum(filled > 0, dtype=jnp.int32), shapes[-1][0]
-    widths = jnp.array(
-        [width, *(columns for count, columns in shapes if count == 1)], jnp.int32
-    )
-    last = jnp.min(jnp.where(widths >= filled[lines - 1], widths, width))
-    return jnp.where(lines > 0, (-(-lines // whole) * whole - 1) * width + last, 0)
+def _used_tokens(filled: Array, width: int, shapes: tuple[tuple[int, int], ...]) -> Array:
+    """Tokens that one device computes: `filled` i32[rows] has the tokens in each row, the
+    rows in use first. The last row is computed at the smallest width that holds it."""
+    rows = jnp.sum(filled > 0, dtype=jnp.int32)
+    smallest = shapes[-1][0]
+    narrow = [columns for count, columns in shapes if count == 1]
+    widths = jnp.array([width, *narrow], jnp.int32)
+    last = jnp.min(jnp.where(widths >= filled[rows - 1], widths, width))
+    whole_rows = -(-rows // smallest) * smallest - 1
+    return jnp.where(rows > 0, whole_rows * width + last, 0)
 
 
 def pack(batch: LmBatch, layout: PackedLayout) -> LmBatch:
-    """Rows [N, L], each of up to BRANCHES texts or of one prompt with its responses, as the
-    layout has them: [lines, ways, W]."""
-    texts, segments = layout.texts, layout.spread(batch.segments)
+    """Packs the sequences of a batch [N, L] into rows: LmBatch [rows, shards, W].
+
+    Each sequence has up to SEGMENTS_PER_PREFIX segments, or one prompt (segment −1) with
+    its responses. Segments are renumbered, so that those of one row differ.
+    """
+    numbers = layout.segment_ids
+    segments = layout.scatter(batch.segments)
+    unique = (numbers - 1) * SEGMENTS_PER_PREFIX + segments
     return LmBatch(
-        tokens=layout.spread(batch.tokens),
-        segments=jnp.where(
-            segments > 0, (texts - 1) * BRANCHES + segments, -texts * (segments < 0)
-        ),
-        positions=layout.spread(batch.positions),
-        loss_mask=layout.spread(batch.loss_mask),
+        tokens=layout.scatter(batch.tokens),
+        segments=jnp.where(segments > 0, unique, -numbers * (segments < 0)),
+        positions=layout.scatter(batch.positions),
+        loss_mask=layout.scatter(batch.loss_mask),
     )
 
 
@@ -195,16 +232,23 @@ def pack_and_map(
     mesh: Mesh,
     longest: int | None = None,
 ) -> tuple[Any, PackedLayout]:
-    """(`function` of rows [rows, W] of packed texts, read back to the rows of `batch` [N,
-    L]; the layout): what a network makes of tokens, without most of the padding and a part
-    at a time."""
+    """Applies a per-token function to a batch without most of its padding.
+
+    Args:
+      function: LmBatch [rows, W] of a microbatch → tree of [rows, W].
+      batch: LmBatch [N, L].
+      width, compute, mesh, longest: as in `plan_packing`.
+
+    Returns:
+      The function's results, a tree of [N, L], and the layout.
+    """
     layout = plan_packing(
         batch.segments != 0, width=width, compute=compute, mesh=mesh, longest=longest
     )
-    _, outs = scan_packed_rows(
+    _, packed = scan_packed_rows(
         lambda _, part: (None, function(part)), None, pack(batch, layout), layout
     )
-    return jax.tree.map(layout.collect, outs), layout
+    return jax.tree.map(layout.gather, packed), layout
 
 
 def map_packed_rows(
@@ -215,48 +259,64 @@ def map_packed_rows(
     *,
     width: int = 0,
 ) -> Array:
-    """`function` of the rows of `batch` [B, T], packed into rows of `width`, by default T,
-    as many at a time as `model` has in memory: f[B, T]. No row has more than `width`
-    tokens."""
+    """`pack_and_map` with the microbatches of `model.compute`: LmBatch [B, T] → f[B, T].
+
+    `width` is that of the packed rows, by default T. No sequence may have more tokens.
+    """
     columns = batch.tokens.shape[1]
     width = width or columns
-    packing = {
-        "width": width,
-        "longest": min(width, columns),
-        "compute": model.compute,
-        "mesh": mesh,
-    }
-    return pack_and_map(function, batch, **packing)[0]
+    outputs, _ = pack_and_map(
+        function,
+        batch,
+        width=width,
+        compute=model.compute,
+        mesh=mesh,
+        longest=min(width, columns),
+    )
+    return outputs
 
 
 def scan_packed_rows(
-    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, layout: PackedLayout
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    packed: Any,
+    layout: PackedLayout,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` of `step(carry, part) -> (carry, out)` over the parts in use of a tree
-    of [lines, ways, W, ...].
+    """`jax.lax.scan` over the microbatches in use.
 
-    A part and its `out` are of [rows, columns, ...]; what comes out is [lines, ways, W,
-    ...], zero where it is not in use. It has no gradient: take it inside `step`. Under
-    `vmap` all go on to the last line that any has in use.
+    Differentiate inside `step`: the loop itself has no gradient. Under `vmap` all runs
+    continue to the last row that any of them uses.
+
+    Args:
+      step: (carry, microbatch) → (carry, out), both trees of [rows, columns, ...].
+      carry: the initial carry.
+      packed: tree of [rows, shards, W, ...].
+      layout: the layout that it was packed by.
+
+    Returns:
+      The last carry, and the outs as a tree of [rows, shards, W, ...], zero where not used.
     """
-    example = layout.part(rows, 0, layout.shapes[0])
-    outs = jax.eval_shape(lambda: step(carry, example)[1])
-    blank = jax.tree.map(
-        lambda out: jnp.zeros((*layout.texts.shape, *out.shape[2:]), out.dtype), outs
-    )
-    state, done, used = (carry, blank), jnp.int32(0), max_over_batch(layout.used)
-    for shape in layout.shapes:
+    width = layout.segment_ids.shape[2]
+    example = layout.take_microbatch(packed, 0, layout.microbatch_shapes[0])
+    out_shapes = jax.eval_shape(lambda: step(carry, example)[1])
 
-        def one(
+    def blank(out: Any) -> Array:
+        return jnp.zeros((*layout.segment_ids.shape, *out.shape[2:]), out.dtype)
+
+    state = (carry, jax.tree.map(blank, out_shapes))
+    done = jnp.int32(0)  # tokens of each device that have been computed
+    used = max_over_batch(layout.used_tokens)
+    for shape in layout.microbatch_shapes:
+
+        def body(
             index: Array, state: tuple[Any, Any], shape: Any = shape, done: Array = done
         ) -> tuple[Any, Any]:
-            line = done // layout.texts.shape[2] + index * shape[0]
-            carry, out = step(state[0], layout.part(rows, line, shape))
-            return carry, layout.put(state[1], out, line, shape)
+            row = done // width + index * shape[0]
+            carry, out = step(state[0], layout.take_microbatch(packed, row, shape))
+            return carry, layout.put_microbatch(state[1], out, row, shape)
 
-        count = (used - done) // (shape[0] * shape[1])
-        state, done = (
-            jax.lax.fori_loop(0, count, one, state),
-            done + count * shape[0] * shape[1],
-        )
+        tokens = shape[0] * shape[1]
+        count = (used - done) // tokens
+        state = jax.lax.fori_loop(0, count, body, state)
+        done = done + count * tokens
     return state

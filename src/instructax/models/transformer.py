@@ -7,7 +7,7 @@ work in float32. The layers' parameters are stacked on a leading axis: training 
 it, decoding unrolls it (a scan there halves the speed).
 
 Departure from GPT-3, whose every second layer attends to a band: in our configs all layers
-attend to all that is before (`ModelConfig.windowed` could say otherwise).
+attend to all that is before (`ModelConfig.window_layers` could say otherwise).
 """
 
 from collections.abc import Callable
@@ -58,9 +58,9 @@ class Transformer(nn.Module):
         outputs f32[B, T], cache).
 
         Segments are 0 (padding), n > 0 (a text that sees itself, and the segment −⌈n /
-        BRANCHES⌉ if its row has one) or negative (what several texts share). With a cache
+        SEGMENTS_PER_PREFIX⌉ if its row has one) or negative (what several texts share). With a cache
         the T columns are written to it, and see what it holds. `layers`, for calls with a
-        cache, are the parameters of `layers_of`, where a loop would take them apart again
+        cache, are the parameters of `unstack_layers`, where a loop would take them apart again
         and again.
         """
         c = self.config
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
             jnp.float32,
         )
         x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activations)
-        if c.scaled_embedding:
+        if c.scale_embedding:
             x = x * jnp.asarray(np.sqrt(c.embed_dim), x.dtype)
         if c.positions == "learned":
             table = self.param(
@@ -93,14 +93,20 @@ class Transformer(nn.Module):
                 "jax" if self.is_initializing() else self.compute.attention
             )  # one token is enough for shapes
             attend_rows, mask = kernel_of_rows(kernel, segments, self.mesh)
-            if c.attention_cap:  # which "jax" alone is chosen for
-                attend_rows = partial(attend_rows, cap=c.attention_cap)
+            if c.attention_softcap:  # which "jax" alone is chosen for
+                attend_rows = partial(attend_rows, cap=c.attention_softcap)
             x = scan_blocks(
                 blocks, x, mask, positions, c, self.compute, dropout, attend_rows
             )
         else:
             x, cache = unroll_blocks(
-                layers or layers_of(blocks), x, segments, positions, c, self.compute, cache
+                layers or unstack_layers(blocks),
+                x,
+                segments,
+                positions,
+                c,
+                self.compute,
+                cache,
             )
         x = Norm(c, name="final_norm")(x)
         if self.head == "scalar":
@@ -109,7 +115,7 @@ class Transformer(nn.Module):
                 x.astype(jnp.float32)
             )
             return outputs, cache
-        if not c.tied_head:
+        if not c.tied_embeddings:
             self.param("head", init_head, c)
         return x.astype(self.compute.matmul_dtype), cache
 
@@ -122,7 +128,7 @@ def init_head(key: Array, config: ModelConfig) -> Params:
 
 def head_kernel(config: ModelConfig, params: Params) -> Array:
     """The matrix f32[V, D] that turns hidden states into logits."""
-    return params["embedding"] if config.tied_head else params["head"]["kernel"]
+    return params["embedding"] if config.tied_embeddings else params["head"]["kernel"]
 
 
 def init_blocks(key: Array, config: ModelConfig) -> Params:
@@ -190,10 +196,10 @@ def masks_of_layers(
 ) -> Callable[[int | Array], Array]:
     """What the queries see in each layer: a function from the layer's index to b[B, T, S],
     `mask` itself or what a window leaves of it."""
-    if key_positions is None or not config.window:
+    if key_positions is None or not config.sliding_window:
         return lambda _: mask
-    near = mask & window_mask(query_positions, key_positions, config.window)
-    windowed = np.isin(np.arange(config.num_layers), config.windowed)
+    near = mask & window_mask(query_positions, key_positions, config.sliding_window)
+    windowed = np.isin(np.arange(config.num_layers), config.window_layers)
 
     def choose(index: int | Array) -> Array:
         if isinstance(index, int) or windowed.all():
@@ -203,7 +209,7 @@ def masks_of_layers(
     return choose
 
 
-def layers_of(blocks: Params) -> tuple[Params, ...]:
+def unstack_layers(blocks: Params) -> tuple[Params, ...]:
     """The parameters of each layer, from the stacked ones of all."""
     count = jax.tree.leaves(blocks)[0].shape[0]
     return tuple(
@@ -238,7 +244,7 @@ def unroll_blocks(
 ) -> tuple[Array, Cache]:
     """All layers one after the other, each with its own cache arrays."""
     column = cache.filled
-    attend_cached = partial(attend, cap=config.attention_cap)
+    attend_cached = partial(attend, cap=config.attention_softcap)
     seen = written(cache.segments, segments, column, 1)
     mask = attention_mask(segments, seen, column)
     columns = (

@@ -114,7 +114,7 @@ def parameters_of(model: Record) -> int:
         * width
         * model["mlp_dim"]
     )
-    embeddings = width * model["vocab_size"] * (1 if model["tied_head"] else 2)
+    embeddings = width * model["vocab_size"] * (1 if model["tied_embeddings"] else 2)
     positions = width * model["max_length"] * (model["positions"] == "learned")
     return embeddings + positions + model["num_layers"] * (attention + mlp)
 

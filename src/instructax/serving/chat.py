@@ -78,7 +78,12 @@ def open_served(path: str | Path, *, dtype: Any, rows: int) -> Policy:
         "compaction_steps": 0,
     }
     compute = ComputeConfig(
-        dtype=dtype, decoding=dtype, attention="jax", remat="none", head_chunk=64, **parts
+        dtype=dtype,
+        decoding_dtype=dtype,
+        attention="jax",
+        remat="none",
+        head_chunk=64,
+        **parts,
     )
     model, params, tokenizer = open_policy(path, compute)
     template = load_template(open_parent(path, "--workdir").workdir, tokenizer)

@@ -262,7 +262,7 @@ def _score(
         {"params": params}, tokens[:, :-1], real.astype(jnp.int32), positions
     )
     hidden, kernel = materialized(hidden), head_kernel(model.config, params)
-    how = {"chunk": model.compute.head_chunk, "cap": model.config.logit_cap}
+    how = {"chunk": model.compute.head_chunk, "cap": model.config.final_logit_softcap}
     mask = real & (columns >= firsts[:, None])
     logprobs, greedy = sequence_logprobs_and_greedy(
         hidden, kernel, tokens[:, 1:], mask, **how

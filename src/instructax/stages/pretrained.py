@@ -33,7 +33,7 @@ from instructax.models import (
     parameter_count,
 )
 from instructax.models.init import abstract_params
-from instructax.models.logprobs import logits_of
+from instructax.models.logprobs import compute_logits
 from instructax.models.pretrained import hf_configs, hf_folder
 from instructax.models.pretrained import load as reading
 from instructax.models.pretrained import save as writing
@@ -69,7 +69,7 @@ CLASSES = {
 # Reads and compares; nothing is trained.
 COMPUTE = ComputeConfig(
     dtype="float32",
-    decoding="float32",
+    decoding_dtype="float32",
     attention="jax",
     remat="none",
     head_chunk=16,
@@ -329,7 +329,9 @@ def verified(path: Path, model: Transformer, params: Params, dtype: str) -> str:
         )[0]
         if model.head == "scalar":
             return found
-        return logits_of(found, head_kernel(config, params), config.logit_cap)
+        return compute_logits(
+            found, head_kernel(config, params), config.final_logit_softcap
+        )
 
     ours, theirs = np.asarray(outputs(params)), np.asarray(outputs(read))
     what, worst = (

@@ -48,10 +48,10 @@ from instructax.models import (
 )
 from instructax.models.init import abstract_params
 from instructax.models.scoring import (
-    at_last_token,
     comparison_sequences,
-    last_columns,
+    last_token_columns,
     packed_outputs,
+    select_last_token,
 )
 from instructax.models.sequence_packing import (
     map_packed_rows,
@@ -112,7 +112,9 @@ def update(
         rows.segments != 0, width=width, longest=width, compute=compute, mesh=program.mesh
     )
     ends = jnp.take_along_axis(
-        layout.cells, last_columns(batch.mask, batch.prompts.tokens.shape[1]), axis=1
+        layout.token_index,
+        last_token_columns(batch.mask, batch.prompts.tokens.shape[1]),
+        axis=1,
     )
     prompts, pairs = _counts(batch, batch.valid)
 
@@ -122,7 +124,7 @@ def update(
         def at_the_ends(x: Array) -> Array:
             """Of x [rows, columns] what stands at the end of each response, zero if that is
             in another part: [B, K]."""
-            spread = jnp.zeros((layout.texts.size,), x.dtype).at[cells].set(x)
+            spread = jnp.zeros((layout.segment_ids.size,), x.dtype).at[cells].set(x)
             return spread.at[ends].get(mode="fill", fill_value=0)
 
         valid = batch.valid & at_the_ends(rows.segments != 0)
@@ -144,7 +146,9 @@ def update(
             "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy,
         }
 
-    numbers = jnp.arange(layout.texts.size, dtype=jnp.int32).reshape(layout.texts.shape)
+    numbers = jnp.arange(layout.segment_ids.size, dtype=jnp.int32).reshape(
+        layout.segment_ids.shape
+    )
     gradients, metrics = accumulate_packed(share_of, (pack(rows, layout), numbers), layout)
     rate = learning_rate_at(
         state.step,
@@ -163,7 +167,7 @@ def update(
         "grad_norm": norm,
         "skipped": skipped(norm),
         "tokens": token_count(rows.segments != 0),
-        "padding": layout.padding(),
+        "padding": layout.padding_fraction(),
     }
 
 
@@ -200,7 +204,7 @@ def held_out_ranking(
         width=width,
     )
     loss, accuracy = pairwise_ranking_loss(
-        at_last_token(outputs, batch), batch.ranks, batch.valid
+        select_last_token(outputs, batch), batch.ranks, batch.valid
     )
     return loss * prompts, prompts, accuracy * pairs, pairs
 

@@ -82,9 +82,9 @@ def accumulate_packed(
       rows: a pytree of [lines, ways, W] arrays.
       layout: the layout of `rows`.
     """
-    first = layout.part(rows, 0, layout.shapes[0])
-    everything = (len(layout.texts), layout.texts.shape[2])
-    if layout.shapes == (everything,):  # a single microbatch needs no loop
+    first = layout.take_microbatch(rows, 0, layout.microbatch_shapes[0])
+    everything = (len(layout.segment_ids), layout.segment_ids.shape[2])
+    if layout.microbatch_shapes == (everything,):  # a single microbatch needs no loop
         return weighted_gradients_of(first)
 
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:

@@ -27,7 +27,11 @@ from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer, save_tokenizer
 from instructax.models import LoraConfig, ModelConfig
-from instructax.models.attention_kernels import Conditions, place_of, select_kernel
+from instructax.models.attention_kernels import (
+    KernelConditions,
+    device_platform,
+    select_kernel,
+)
 from instructax.runtime import goodput
 from instructax.runtime.files import write_json
 from instructax.runtime.goodput import GoodputLog
@@ -240,21 +244,21 @@ def select_attention_kernel(
     `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several
     runs share a program. Raises ConfigError if the config names a kernel that cannot run.
     """
-    platform, version = place_of(jax.devices()[0])
+    platform, version = device_platform(jax.devices()[0])
     lengths, branches = ((), False) if sampling_alone else row_lengths(config)
     networks = [
         getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)
     ]
-    given = Conditions(
+    given = KernelConditions(
         platform=platform,
         version=version,
         dtype=config.compute.dtype,
         head_dims=[network.head_dim for network in networks],
         lengths=lengths,
-        softly_capped=any(network.attention_cap > 0 for network in networks),
-        windows=any(network.window > 0 for network in networks),
-        branches=branches,
-        side_by_side=side_by_side,
+        softcap=any(network.attention_softcap > 0 for network in networks),
+        sliding_window=any(network.sliding_window > 0 for network in networks),
+        shared_prefixes=branches,
+        vmapped_runs=side_by_side,
     )
     kernel, reason = select_kernel(config.compute.attention, given)
     compute = dataclasses.replace(config.compute, attention=kernel)

@@ -137,11 +137,11 @@ MODELS = {
     "gpt2": tiny_models.gpt_config(head_dim=4),
     "gpt_neox": tiny_models.neox_config(head_dim=4),
     "llama": tiny_models.llama_config(),
-    "mistral": tiny_models.llama_config(window=5, windowed=(0, 1)),
+    "mistral": tiny_models.llama_config(sliding_window=5, window_layers=(0, 1)),
     "qwen2": tiny_models.llama_config(qkv_biases=True, head_dim=4),
-    "qwen3": tiny_models.llama_config(qk_norms=True, tied_head=True),
+    "qwen3": tiny_models.llama_config(qk_norm=True, tied_embeddings=True),
     "gemma": tiny_models.llama_config(
-        activation="geglu", scaled_embedding=True, tied_head=True
+        activation="geglu", scale_embedding=True, tied_embeddings=True
     ),
     "gemma2": tiny_models.gemma_config(),
 }
@@ -243,7 +243,7 @@ def test_memory_beside_the_parameters(tmp_path):
         num_heads=4,
         num_kv_heads=4,
         head_dim=16,
-        tied_head=True,
+        tied_embeddings=True,
     )
     written(tmp_path, config)
     largest = 256 * 8192 * 4
@@ -453,7 +453,11 @@ def test_the_smallest_family_that_expresses_a_model():
         name: name for name in MODELS
     }
     scaling = RotaryScaling(
-        kind="llama3", factor=8.0, low_turns=1.0, high_turns=4.0, original_length=32
+        kind="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_length=32,
     )
     assert (
         read_config(write_config(tiny_models.llama_config(rotary_scaling=scaling))[1])[

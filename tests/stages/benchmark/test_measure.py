@@ -38,7 +38,7 @@ def test_operations_by_hand():
     )
     # In windows of two the five tokens see 1, 2, 2, 2 and 2 keys: 1.8, or 1.6 counted as
     # the 2.5 of all are.
-    windowed = tiny_models.gpt_config(window=2, windowed=(0,))
+    windowed = tiny_models.gpt_config(sliding_window=2, window_layers=(0,))
     wanted = 10 * (4 * layer + 4 * 24 * (1.6 + 2.5)) + 2 * 4 * 23 * 16
     assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(
         wanted, rel=1e-12
@@ -49,7 +49,7 @@ def test_operations_of_responses_that_share_a_prompt_and_of_adapters_alone():
     """In a window of three the eight tokens after six see three each, however long the text
     is."""
     config = config_of("reward2,M")
-    near = dataclasses.replace(config.model, window=3, windowed=(0,))
+    near = dataclasses.replace(config.model, sliding_window=3, window_layers=(0,))
     config = dataclasses.replace(config, model=near)
     asked = workloads.forward_operations(near, 6, 6, 0)
     block = 4 * 16 * 16 + 2 * 16 * 32
@@ -181,7 +181,7 @@ def test_a_stage_that_does_not_fit_is_one_line():
         measured("sft,S", accumulate=3)
 
 
-@pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_head": False}])
+@pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_embeddings": False}])
 def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
     config = config_of("ppo,S")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))

@@ -339,14 +339,14 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "dtype", ["mixed", pytest.param("bfloat16", marks=pytest.mark.slow)]
+    "dtype", ["bf16_matmul", pytest.param("bf16", marks=pytest.mark.slow)]
 )
 def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
     """Sampler, scorer and update round alike, so that the invariants hold; the figures are
     near those of float32."""
     half = {
         "compute.dtype": dtype,
-        "compute.decoding": dtype,
+        "compute.decoding_dtype": dtype,
         "steps": 1,
         "tolerance": 0.03,
     }

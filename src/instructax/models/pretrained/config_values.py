@@ -48,9 +48,9 @@ def rotary_of(raw: Raw, fraction: float) -> dict[str, Any]:
     scaling = RotaryScaling(
         kind="linear" if kind == "linear" else "llama3",
         factor=float(given.get("factor", 1.0)),
-        low_turns=float(given.get("low_freq_factor", 1.0)),
-        high_turns=float(given.get("high_freq_factor", 4.0)),
-        original_length=int(given.get("original_max_position_embeddings", length)),
+        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
+        original_max_length=int(given.get("original_max_position_embeddings", length)),
     )
     scaled = None if kind == "default" else scaling
     return {
@@ -69,9 +69,9 @@ def rotary_raw(c: ModelConfig) -> dict[str, Any]:
         given |= {"rope_type": c.rotary_scaling.kind, "factor": c.rotary_scaling.factor}
         if c.rotary_scaling.kind == "llama3":
             given |= {
-                "low_freq_factor": c.rotary_scaling.low_turns,
-                "high_freq_factor": c.rotary_scaling.high_turns,
-                "original_max_position_embeddings": c.rotary_scaling.original_length,
+                "low_freq_factor": c.rotary_scaling.low_freq_factor,
+                "high_freq_factor": c.rotary_scaling.high_freq_factor,
+                "original_max_position_embeddings": c.rotary_scaling.original_max_length,
             }
     return given
 
@@ -81,15 +81,15 @@ NEUTRAL = {
     "rotary_fraction": 1.0,
     "rotary_scaling": None,
     "qkv_biases": False,
-    "qk_norms": False,
-    "score_width": 0.0,
-    "attention_cap": 0.0,
-    "window": 0,
-    "windowed": (),
+    "qk_norm": False,
+    "query_pre_attn_scalar": 0.0,
+    "attention_softcap": 0.0,
+    "sliding_window": 0,
+    "window_layers": (),
     "parallel_residual": False,
     "post_norms": False,
-    "scaled_embedding": False,
-    "logit_cap": 0.0,
+    "scale_embedding": False,
+    "final_logit_softcap": 0.0,
 }
 
 
@@ -116,6 +116,6 @@ def sizes_raw(c: ModelConfig) -> dict[str, Any]:
         "hidden_size": c.embed_dim,
         "num_attention_heads": c.num_heads,
         "intermediate_size": c.mlp_dim,
-        "tie_word_embeddings": c.tied_head,
+        "tie_word_embeddings": c.tied_embeddings,
         "initializer_range": c.init_std,
     }

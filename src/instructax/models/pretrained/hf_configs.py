@@ -55,7 +55,7 @@ def _read_gpt2(raw: Raw) -> ModelConfig:
         positions="learned",
         activation=ACTIVATIONS[raw.get("activation_function", "gelu_new")],
         biases=True,
-        tied_head=raw.get("tie_word_embeddings", True),
+        tied_embeddings=raw.get("tie_word_embeddings", True),
         init_std=raw.get("initializer_range", 0.02),
     )
 
@@ -71,7 +71,7 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
         "n_inner": c.mlp_dim,
         "layer_norm_epsilon": c.norm_epsilon,
         "activation_function": "gelu" if c.activation == "gelu_exact" else "gelu_new",
-        "tie_word_embeddings": c.tied_head,
+        "tie_word_embeddings": c.tied_embeddings,
         "initializer_range": c.init_std,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     }
@@ -100,7 +100,7 @@ def _read_neox(raw: Raw) -> ModelConfig:
         activation=ACTIVATIONS[raw.get("hidden_act", "gelu")],
         biases=True,
         parallel_residual=raw.get("use_parallel_residual", True),
-        tied_head=raw.get("tie_word_embeddings", False),
+        tied_embeddings=raw.get("tie_word_embeddings", False),
         init_std=raw.get("initializer_range", 0.02),
     )
 

@@ -40,7 +40,7 @@ def _windows(raw: Raw, family: str, layers: int) -> dict[str, Any]:
         near = list(range(0, layers, 2))
     else:
         near = list(range(raw.get("max_window_layers", 28), layers))
-    return {"window": width, "windowed": tuple(near)} if near else {}
+    return {"sliding_window": width, "window_layers": tuple(near)} if near else {}
 
 
 def read_llama(raw: Raw) -> ModelConfig:
@@ -80,9 +80,9 @@ def read_llama(raw: Raw) -> ModelConfig:
     if family == "gemma2":
         score = raw.get("query_pre_attn_scalar", 256)
         values = {
-            "score_width": 0.0 if score == head_dim else float(score),
-            "attention_cap": float(raw.get("attn_logit_softcapping", 50.0) or 0.0),
-            "logit_cap": float(raw.get("final_logit_softcapping", 30.0) or 0.0),
+            "query_pre_attn_scalar": 0.0 if score == head_dim else float(score),
+            "attention_softcap": float(raw.get("attn_logit_softcapping", 50.0) or 0.0),
+            "final_logit_softcap": float(raw.get("final_logit_softcapping", 30.0) or 0.0),
             "post_norms": True,
         }
     return model_of(
@@ -101,9 +101,9 @@ def read_llama(raw: Raw) -> ModelConfig:
         activation="geglu" if gemma else "swiglu",
         biases=biases,
         qkv_biases=family == "qwen2",
-        qk_norms=family == "qwen3",
-        scaled_embedding=gemma,
-        tied_head=raw.get("tie_word_embeddings", family in TIED),
+        qk_norm=family == "qwen3",
+        scale_embedding=gemma,
+        tied_embeddings=raw.get("tie_word_embeddings", family in TIED),
         init_std=raw.get("initializer_range", 0.02),
         **_windows(raw, family, layers),
         **values,
@@ -132,24 +132,27 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
         if family == "llama":
             raw |= {"attention_bias": c.biases, "mlp_bias": c.biases}
         if family == "mistral":
-            raw |= {"sliding_window": c.window or None}
+            raw |= {"sliding_window": c.sliding_window or None}
         kinds = [
-            "sliding_attention" if i in c.windowed else "full_attention"
+            "sliding_attention" if i in c.window_layers else "full_attention"
             for i in range(c.num_layers)
         ]
         if family in ("qwen2", "qwen3"):
-            first = min(c.windowed, default=c.num_layers)
-            raw |= {"use_sliding_window": c.window > 0, "sliding_window": c.window or None}
+            first = min(c.window_layers, default=c.num_layers)
+            raw |= {
+                "use_sliding_window": c.sliding_window > 0,
+                "sliding_window": c.sliding_window or None,
+            }
             raw |= {"max_window_layers": first, "layer_types": kinds}
         if family == "gemma2":
             raw |= {
                 "hidden_activation": act,
-                "sliding_window": c.window
+                "sliding_window": c.sliding_window
                 or 4096,  # which no layer reads if none is windowed
                 "layer_types": kinds,
-                "query_pre_attn_scalar": int(c.score_width or c.head_dim),
-                "attn_logit_softcapping": c.attention_cap or None,
-                "final_logit_softcapping": c.logit_cap or None,
+                "query_pre_attn_scalar": int(c.query_pre_attn_scalar or c.head_dim),
+                "attn_logit_softcapping": c.attention_softcap or None,
+                "final_logit_softcapping": c.final_logit_softcap or None,
             }
         return raw
 

@@ -41,8 +41,9 @@ def measure(
         f"config.stage = {config.stage!r} samples nothing: leave out --sampling_alone, --ending and --side_by_side",
     )
     require(
-        not ending or (config.model.norm, config.model.tied_head) == ("layernorm", True),
-        "--ending needs config.model.norm = 'layernorm' and config.model.tied_head = True",
+        not ending
+        or (config.model.norm, config.model.tied_embeddings) == ("layernorm", True),
+        "--ending needs config.model.norm = 'layernorm' and config.model.tied_embeddings = True",
     )
     programs = {"sampling_alone": sampling_alone, "side_by_side": side_by_side > 0}
     config, attention = stage.select_attention_kernel(config, **programs)
@@ -88,7 +89,7 @@ def measure(
         "devices": mesh.size,
         "device": jax.devices()[0].device_kind,
         "dtype": config.compute.dtype,
-        "decoding": config.compute.decoding,
+        "decoding": config.compute.decoding_dtype,
         "attention": attention,
         "seconds": statistics.median(seconds),
         "seconds_best": min(seconds),

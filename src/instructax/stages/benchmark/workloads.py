@@ -90,11 +90,11 @@ def forward_operations(
         * (2 * config.num_heads + 2 * config.num_kv_heads)
     )
     block += config.embed_dim * config.mlp_dim * (3 if config.gated else 2)
-    near = min(config.window, length)
+    near = min(config.sliding_window, length)
     # A window of w lets the tokens of a text of T see w − w² / 2T of them on average, the
     # whole text T / 2.
-    seen = (config.num_layers - len(config.windowed)) * length / 2 + len(
-        config.windowed
+    seen = (config.num_layers - len(config.window_layers)) * length / 2 + len(
+        config.window_layers
     ) * (near - near**2 / (2 * max(length, 1)))
     attention = 4 * config.num_heads * config.head_dim * seen
     return (

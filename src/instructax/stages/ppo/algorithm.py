@@ -25,13 +25,13 @@ from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masking import masked_mean, token_count
 from instructax.models import Transformer, merge_lora, merge_trees, trainable
 from instructax.models.scoring import (
-    at_last_token,
     packed_logprobs,
     packed_logprobs_and_entropy,
     packed_loss_and_gradients,
     packed_outputs,
     packed_values,
     rollout_sequences,
+    select_last_token,
 )
 from instructax.models.sequence_packing import (
     PackedLayout,
@@ -171,7 +171,7 @@ def score(
         rollouts=rollouts,
         ref_logprobs=ref_logprobs[:, start:],
         values=values[:, start:],
-        scores=at_last_token(outputs, rollouts),
+        scores=select_last_token(outputs, rollouts),
     )
     logprobs, entropy = (
         (x[:, start:] for x in own) if own else (rollouts.logprobs, -rollouts.logprobs)
@@ -191,7 +191,7 @@ def score(
     figures["prefill_padding"] = prefill_padding(
         program.policy, rollouts.prompts, sharding.num_row_shards(program.mesh)
     )
-    return experience, scored, figures | {"padding": layout.padding()}
+    return experience, scored, figures | {"padding": layout.padding_fraction()}
 
 
 @pytree
@@ -214,7 +214,7 @@ def packed(program: PpoProgram, experience: Experience) -> Minibatch:
     start = experience.rollouts.prompts.tokens.shape[1]
     names = ("old_logprobs", "values", "advantages", "returns")
     arrays = {
-        name: layout.spread(jnp.pad(getattr(experience, name), ((0, 0), (start, 0))))
+        name: layout.scatter(jnp.pad(getattr(experience, name), ((0, 0), (start, 0))))
         for name in names
     }
     return Minibatch(rows=pack(batch, layout), layout=layout, **arrays)
@@ -280,7 +280,7 @@ def update(
         norms = optax.tree.norm(policy_gradients), optax.tree.norm(value_gradients)
         metrics["policy_grad_norm"], metrics["value_grad_norm"] = norms
         metrics |= {
-            "update_padding": minibatch.layout.padding(),
+            "update_padding": minibatch.layout.padding_fraction(),
             "skipped": skipped(*norms),
         }
         return PpoState(policy=policy, value=value, ema=ema), metrics

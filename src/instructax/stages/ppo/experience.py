@@ -121,14 +121,14 @@ def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) ->
         raise InvariantError(
             f"log-probabilities as sampled and as scored differ by {gap:.3g} (tolerance {tolerance:g}): look for "
             "another temperature, dropout, positions, masks or dtype in one of the two; if config.compute.dtype or "
-            "config.compute.decoding has 16 bits, config.tolerance = 0.03 allows for their rounding"
+            "config.compute.decoding_dtype has 16 bits, config.tolerance = 0.03 allows for their rounding"
         )
     gap = float(metrics["ref_gap"])
     if first and not gap <= tolerance:
         raise InvariantError(
             f"before the first update the log-probabilities of policy and reference differ by {gap:.3g} (tolerance "
             f"{tolerance:g}): they are not the same parameters, so look at policy_parent and its step, or, with "
-            "old_logprobs = 'sampler', config.compute.decoding is not config.compute.dtype"
+            "old_logprobs = 'sampler', config.compute.decoding_dtype is not config.compute.dtype"
         )
 
 
