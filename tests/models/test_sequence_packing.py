@@ -66,8 +66,8 @@ def test_first_fit_the_longest_first_by_hand():
     assert float(layout.padding_fraction()) == pytest.approx(1 - 17 / 32)
     halved = placed(marked([3, 6, 2, 5, 1], 6), 8, 2, halvings=2)
     np.testing.assert_array_equal(halved.segment_ids[:, 0], wanted[:5])
-    assert halved.shapes == ((2, 8), (1, 8), (1, 4))
-    assert halved.used == 2 * 8 + 4
+    assert halved.microbatch_shapes == ((2, 8), (1, 8), (1, 4))
+    assert halved.used_tokens == 2 * 8 + 4
     assert float(halved.padding()) == pytest.approx(1 - 17 / 20)
 
 
