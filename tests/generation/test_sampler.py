@@ -318,12 +318,12 @@ def cast_shapes_in_loops(jaxpr: Any, inside: bool = False) -> set[tuple[int, ...
     return found
 
 
-@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bf16_matmul", "bfloat16"])
 def test_matrices_are_cast_before_the_loop_and_not_for_every_token(
     policy, dtype, monkeypatch
 ):
     """A decoding step reads all matrices; in bfloat16 they have half the bytes."""
-    model = Transformer(policy.config, compute(decoding=dtype), "tokens")
+    model = Transformer(policy.config, compute(decoding_dtype=dtype), "tokens")
     prompts, keys = prompts_and_keys()
     blocks = jax.tree_util.tree_leaves_with_path(policy.params["blocks"])
     matrices = {leaf.shape[1:] for path, leaf in blocks if path[-1].key == "kernel"}
@@ -346,8 +346,8 @@ def test_the_decoding_dtype_sets_the_rounding(policy):
     """Of the first token, and of later ones, whose keys and values come from the cache."""
     prompts, keys = prompts_and_keys()
     exact = policy.sample(prompts, keys, 1.0)
-    for dtype in ("mixed", "bfloat16"):
-        model = Transformer(policy.config, compute(decoding=dtype), "tokens")
+    for dtype in ("bf16_matmul", "bfloat16"):
+        model = Transformer(policy.config, compute(decoding_dtype=dtype), "tokens")
         sample = partial(generate, model, length=LENGTH, temperature=1.0, eos_id=EOS)
         rounded = jax.jit(sample)(policy.params, prompts, keys)
         # While all tokens so far agree, the distributions agree but for rounding.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from instructax.generation.prefill import PrefilledPrompts
 from instructax.generation.token_sampling import sample_token
-from instructax.models import Cache, Transformer, init_cache, positions_of
-from instructax.models.logprobs import logits_of
+from instructax.models import Cache, Transformer, init_cache, positions_from_mask
+from instructax.models.logprobs import compute_logits
 from instructax.models.ops import any_over_batch
 from instructax.types import Array, Params, Prompts, pytree
 
@@ -210,7 +210,7 @@ class Decoder:
         )
         positions = slots.cache.positions
         if positions is not None:
-            positions = put(positions, positions_of(visible))
+            positions = put(positions, positions_from_mask(visible))
         cache = Cache(
             keys=copy_prompt(slots.cache.keys, prefilled.keys),
             values=copy_prompt(slots.cache.values, prefilled.values),
@@ -240,7 +240,9 @@ class Decoder:
         num_samples = len(batch.keys)
         sample = jnp.minimum(slots.sample_index, num_samples - 1)
         keys = jax.vmap(jax.random.fold_in)(batch.keys[sample], slots.num_tokens)
-        logits = logits_of(slots.hidden, network.head, network.model.config.logit_cap)
+        logits = compute_logits(
+            slots.hidden, network.head, network.model.config.final_logit_softcap
+        )
         tokens, logprobs = sample_token(logits, keys, batch.temperature[sample])
 
         # The token that ends a response belongs to it.

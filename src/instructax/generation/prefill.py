@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.models import Transformer, init_cache, positions_of
+from instructax.models import Transformer, init_cache, positions_from_mask
 from instructax.models.sequence_packing import PackedLayout, plan_packing, scan_packed_rows
 from instructax.types import Array, Params, Prompts, pytree
 
@@ -86,9 +86,9 @@ def prefill(model: Transformer, params: Params, prompts: Prompts) -> PrefilledPr
         return None, (hidden, keys, values)
 
     packed_inputs = (
-        layout.spread(prompts.tokens),
-        layout.texts,
-        layout.spread(positions_of(prompts.mask)),
+        layout.scatter(prompts.tokens),
+        layout.segment_ids,
+        layout.scatter(positions_from_mask(prompts.mask)),
     )
     _, packed_outputs = scan_packed_rows(run_rows, None, packed_inputs, layout)
 
@@ -97,14 +97,14 @@ def prefill(model: Transformer, params: Params, prompts: Prompts) -> PrefilledPr
 
     # Prompts are left-padded, so the last column holds the last token. An empty prompt has
     # no place of its own; the clamps only keep its indices in range.
-    last = jnp.minimum(layout.cells[:, -1], layout.texts.size - 1)
+    last = jnp.minimum(layout.token_index[:, -1], layout.segment_ids.size - 1)
     first = jnp.maximum(last - jnp.sum(prompts.mask, axis=1, dtype=jnp.int32) + 1, 0)
     row, first_column = jnp.divmod(first, hidden.shape[1])
     return PrefilledPrompts(
         hidden=hidden.reshape(-1, hidden.shape[-1])[last],
         keys=keys,
         values=values,
-        segment_ids=layout.texts[:, 0],
+        segment_ids=layout.segment_ids[:, 0],
         row=row,
         first_column=first_column,
     )

@@ -22,7 +22,7 @@ from instructax.models import (
     cast_matrices,
     decoding_config,
     head_kernel,
-    layers_of,
+    unstack_layers,
 )
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
@@ -190,7 +190,7 @@ def _decoding_network(model: Transformer, params: Params) -> DecodingNetwork:
     head = head_kernel(model.config, params).astype(model.compute.matmul_dtype)
     params = cast_matrices(params, model.compute)
     return DecodingNetwork(
-        model=model, params=params, head=head, layers=layers_of(params["blocks"])
+        model=model, params=params, head=head, layers=unstack_layers(params["blocks"])
     )
 
 
