@@ -71,7 +71,7 @@ def padding(batches: Sequence[np.ndarray], width: int, config: ComputeConfig) ->
         real = jnp.arange(width)[None] < lengths[:, None]
         return plan_packing(
             real, width=width, compute=config, mesh=stages.mesh_of()
-        ).padding()
+        ).padding_fraction()
 
     return float(jnp.mean(jax.jit(jax.vmap(of_batch))(jnp.asarray(np.array(batches)))))
 

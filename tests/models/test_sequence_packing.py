@@ -68,7 +68,7 @@ def test_first_fit_the_longest_first_by_hand():
     np.testing.assert_array_equal(halved.segment_ids[:, 0], wanted[:5])
     assert halved.microbatch_shapes == ((2, 8), (1, 8), (1, 4))
     assert halved.used_tokens == 2 * 8 + 4
-    assert float(halved.padding()) == pytest.approx(1 - 17 / 20)
+    assert float(halved.padding_fraction()) == pytest.approx(1 - 17 / 20)
 
 
 def test_shapes_of_parts():

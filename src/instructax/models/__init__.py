@@ -39,10 +39,10 @@ __all__ = [
     "decoding_config",
     "head_kernel",
     "init_cache",
-    "unstack_layers",
     "merge_lora",
     "merge_trees",
     "parameter_count",
     "positions_from_mask",
     "trainable",
+    "unstack_layers",
 ]
