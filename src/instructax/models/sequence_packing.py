@@ -128,7 +128,7 @@ def plan_packing(
     if longest > width:
         raise ValueError(f"sequences of up to {longest} tokens do not fit rows of {width}")
     lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
-    shards = 1 if mesh is None else sharding.row_ways(mesh)
+    shards = 1 if mesh is None else sharding.num_row_shards(mesh)
 
     # First fit opens a row only if no open row has room for `longest` tokens, so every row
     # but the last takes at least width // longest sequences.
