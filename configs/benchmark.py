@@ -10,16 +10,16 @@ are full, one text each, and every token is trained.
 
 import ml_collections
 
-from configs import ppo, pretrain, reward
+from configs import ppo, pretrain, reward_model
 from instructax.config import ConfigError
 
 ARCHITECTURES = {"S": (6, 384, 6, 64, 8192), "M": (12, 768, 12, 64, 50257)}
 STAGES = {
     "sft": pretrain,
     "ppo": ppo,
-    "reward": reward,
-    "reward4": reward,
-    "reward2": reward,
+    "reward": reward_model,
+    "reward4": reward_model,
+    "reward2": reward_model,
 }
 
 

@@ -41,13 +41,12 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     folder = f"runs/{size}"
     return ml_collections.ConfigDict(
         {
-            "stage": "supervised",
+            "stage": "pretrain",
             "seed": 0,
             "parent": "",
             "tokenizer": sizes.tokenizer(size),
             "model": sizes.model(size),
             "compute": sizes.compute(size),
-            "lora": sizes.lora(size),
             "mesh": sizes.mesh(size),
             "optimizer": sizes.adam(
                 rate,
@@ -58,10 +57,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
                 weight_decay=0.1,  # GPT-3's
             ),
             "data": {
-                "demonstrations": (),
                 "text": sizes.files(size, "text"),
-                "text_fraction": 1.0,
-                "chat": False,
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },

@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         mesh.fsdp = 8  # devices that share rows: no more than the batch has
     return ml_collections.ConfigDict(
         {
-            "stage": "supervised",
+            "stage": "sft",
             "seed": 0,
             "parent": f"{folder}/pretrain",
             "tokenizer": sizes.tokenizer(size),

@@ -45,9 +45,11 @@ def imported(size: str) -> dict[str, Any]:
     """What `scripts/import_hf.py` says of the model in runs/SIZE/pretrain; {} if it put
     none there."""
     manifest = pathlib.Path(f"runs/{size}/pretrain/manifest.json")
-    found = (
-        json.loads(manifest.read_text()) if size not in SIZES and manifest.is_file() else {}
-    )
+    if size in SIZES or not manifest.is_file():
+        return {}
+    from instructax.checkpoints.manifest import upgrade_manifest  # imports jax
+
+    found = upgrade_manifest(json.loads(manifest.read_text()))
     return found if found.get("stage") == "pretrained" else {}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from configs import sizes
 
 from instructax.config import require
-from instructax.experiment import Run
+from instructax.experiment import RunSpec
 from instructax.report import write
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 
@@ -46,7 +46,7 @@ OVERFIT_STEPS, OVERFIT_EVERY = (
 )  # of SFT that goes on; an epoch has about 520 steps
 
 
-def get_runs(arg: str, root: str) -> list[Run]:
+def get_runs(arg: str, root: str) -> list[RunSpec]:
     """The runs in order; `arg` is a size of the world or `family`, or either with a seed,
     `micro,1`; `root` is the experiment's workdir."""
     members, _, seed = arg.partition(",")
@@ -61,11 +61,12 @@ def get_runs(arg: str, root: str) -> list[Run]:
     )
     runs = family(root) if members == "family" else alone(members, root)
     return [
-        Run(run.name, run.config, {**run.overrides, "seed": int(seed or 0)}) for run in runs
+        RunSpec(run.name, run.config, {**run.overrides, "seed": int(seed or 0)})
+        for run in runs
     ]
 
 
-def alone(size: str, root: str) -> list[Run]:
+def alone(size: str, root: str) -> list[RunSpec]:
     """One size, with a reward model of its own size."""
     return [
         *world(size),
@@ -78,7 +79,7 @@ def alone(size: str, root: str) -> list[Run]:
     ]
 
 
-def family(root: str) -> list[Run]:
+def family(root: str) -> list[RunSpec]:
     """Three sizes, one reward model, and the side claims."""
     folders = {size: f"{size}/" for size in sizes.FAMILY}
     share = {folder: len(folders) for folder in folders.values()}
@@ -108,21 +109,21 @@ def files(root: str, *kinds: str) -> dict[str, tuple[str, ...]]:
     return {f"data.{kind}": (f"{root}/world/{kind}.jsonl.gz",) for kind in kinds}
 
 
-def world(size: str) -> list[Run]:
+def world(size: str) -> list[RunSpec]:
     """The world that all sizes live in."""
-    return [Run("world", f"configs/world.py:{size}", {})]
+    return [RunSpec("world", f"configs/world.py:{size}", {})]
 
 
-def supervised(size: str, folder: str, root: str) -> list[Run]:
+def supervised(size: str, folder: str, root: str) -> list[RunSpec]:
     """GPT, and the policy that PPO starts from."""
     parent = {"parent": f"{root}/{folder}pretrain"}
     return [
-        Run(
+        RunSpec(
             f"{folder}pretrain",
             f"configs/pretrain.py:{size}",
             common(root) | files(root, "text"),
         ),
-        Run(
+        RunSpec(
             f"{folder}sft",
             f"configs/sft.py:{size}",
             common(root) | files(root, "text", "demonstrations") | parent,
@@ -130,13 +131,13 @@ def supervised(size: str, folder: str, root: str) -> list[Run]:
     ]
 
 
-def tuned(size: str, folder: str, root: str) -> Run:
+def tuned(size: str, folder: str, root: str) -> RunSpec:
     """GPT tuned on public tasks, as FLAN and T0 are, with the values of SFT."""
     overrides = {
         "parent": f"{root}/{folder}pretrain",
         "data.demonstrations": (f"{root}/world/public.jsonl.gz",),
     }
-    return Run(
+    return RunSpec(
         f"{folder}flan",
         f"configs/sft.py:{size}",
         common(root) | files(root, "text") | overrides,
@@ -151,7 +152,7 @@ def judged(
     answers: dict[str, int],
     suffix: str,
     **changes: Any,
-) -> list[Run]:
+) -> list[RunSpec]:
     """Comparisons of what the policies in the folders of `share` answer, and the reward
     model, of `size` and from the SFT policy in `folder`, that learns from them."""
     asked = tuple(
@@ -160,14 +161,14 @@ def judged(
         for run, count in answers.items()
     )
     return [
-        Run(
+        RunSpec(
             f"collect{suffix}",
             f"configs/collect.py:{size}",
             {"world": f"{root}/world", "policies": asked, **changes},
         ),
-        Run(
+        RunSpec(
             f"reward{suffix}",
-            f"configs/reward.py:{size}",
+            f"configs/reward_model.py:{size}",
             {
                 **common(root),
                 **files(root, "demonstrations"),
@@ -180,20 +181,20 @@ def judged(
 
 def rewarded(
     size: str, scorer: str, folder: str, root: str, name: str, reward: str, **changes: Any
-) -> Run:
+) -> RunSpec:
     """PPO-ptx, or with changes something else, against the reward model in the folder
     `reward`."""
     parents = {"policy_parent": f"{root}/{folder}sft", "reward_parent": f"{root}/{reward}"}
     overrides = common(root) | files(root, "prompts", "text") | parents | changes
-    return Run(f"{folder}{name}", f"configs/ppo.py:{size},{scorer}", overrides)
+    return RunSpec(f"{folder}{name}", f"configs/ppo.py:{size},{scorer}", overrides)
 
 
-def early(size: str, scorer: str, folder: str, root: str) -> Run:
+def early(size: str, scorer: str, folder: str, root: str) -> RunSpec:
     """The PPO policy whose answers are compared with those of SFT."""
     return rewarded(size, scorer, folder, root, "ppo-early", "reward-early", ptx_coef=0.0)
 
 
-def aligned(size: str, scorer: str, folder: str, root: str) -> list[Run]:
+def aligned(size: str, scorer: str, folder: str, root: str) -> list[RunSpec]:
     """PPO and PPO-ptx."""
     return [
         rewarded(size, scorer, folder, root, "ppo", "reward", ptx_coef=0.0),
@@ -208,12 +209,12 @@ def measured(
     root: str,
     policies: tuple[tuple[str, str, str], ...],
     suffix: str = "",
-) -> list[Run]:
+) -> list[RunSpec]:
     """All policies of a size side by side: on held-out prompts, on those sent to GPT, and
     on the public tasks."""
     places = tuple((name, f"{root}/{folder}{run}", how) for name, run, how in policies)
     return [
-        Run(
+        RunSpec(
             f"{folder}evaluate{suffix}",
             f"configs/evaluate.py:{size},{scorer}",
             {
@@ -227,7 +228,7 @@ def measured(
                 ),
             },
         ),
-        Run(
+        RunSpec(
             f"{folder}evaluate-gpt{suffix}",
             f"configs/evaluate.py:{size},{scorer}",
             {
@@ -241,9 +242,9 @@ def measured(
                 "data.demonstrations": (),
             },
         ),
-        Run(
+        RunSpec(
             f"{folder}tasks{suffix}",
-            f"configs/tasks.py:{size}",
+            f"configs/public_tasks.py:{size}",
             {
                 "tokenizer": f"{root}/world/tokenizer.json",
                 "world": f"{root}/world",
@@ -258,7 +259,7 @@ def measured(
     ]
 
 
-def overfitted(size: str, folder: str, root: str) -> list[Run]:
+def overfitted(size: str, folder: str, root: str) -> list[RunSpec]:
     """The SFT baseline of the paper's appendix C.1, many epochs long, and the reward
     model's score on its way."""
     run = f"{folder}sft-overfit"
@@ -278,7 +279,7 @@ def overfitted(size: str, folder: str, root: str) -> list[Run]:
         *((f"step {step}", f"sft-overfit@{step}", "plain") for step in steps),
     )
     return [
-        Run(
+        RunSpec(
             run,
             f"configs/sft.py:{size},baseline",
             common(root) | files(root, "demonstrations") | overrides,

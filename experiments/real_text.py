@@ -19,7 +19,7 @@ from typing import Any
 
 from instructax.config import ConfigError
 from instructax.evals.intervals import Estimate
-from instructax.experiment import Run, metrics_of, summary_of
+from instructax.experiment import RunSpec, metrics_of, summary_of
 
 SIZE = "small"
 FILES = {
@@ -53,7 +53,7 @@ def files_of(folder: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def get_runs(folder: str, root: str) -> list[Run]:
+def get_runs(folder: str, root: str) -> list[RunSpec]:
     """The runs in order; `folder` holds the data, `root` is the experiment's workdir."""
     files = files_of(folder)
     text, demonstrations = (
@@ -68,19 +68,21 @@ def get_runs(folder: str, root: str) -> list[Run]:
     parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
     policies = tuple((name, f"{root}/{run}", "plain") for name, run in POLICIES.items())
     return [
-        Run("pretrain", f"configs/pretrain.py:{SIZE}", {**common, **text}),
-        Run(
+        RunSpec("pretrain", f"configs/pretrain.py:{SIZE}", {**common, **text}),
+        RunSpec(
             "sft",
             f"configs/sft.py:{SIZE}",
             {**common, **text, **demonstrations, "parent": f"{root}/pretrain"},
         ),
-        Run(
+        RunSpec(
             "reward",
-            f"configs/reward.py:{SIZE}",
+            f"configs/reward_model.py:{SIZE}",
             {**common, **comparisons, **demonstrations, "parent": f"{root}/sft"},
         ),
-        Run("ppo-ptx", f"configs/ppo.py:{SIZE}", {**common, **parents, **prompts, **text}),
-        Run(
+        RunSpec(
+            "ppo-ptx", f"configs/ppo.py:{SIZE}", {**common, **parents, **prompts, **text}
+        ),
+        RunSpec(
             "evaluate",
             f"configs/evaluate.py:{SIZE}",
             {

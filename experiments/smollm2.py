@@ -20,7 +20,7 @@ from typing import Any
 from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, require
 from instructax.evals.intervals import Estimate
-from instructax.experiment import Run, summary_of
+from instructax.experiment import RunSpec, summary_of
 
 WORDS = ("hour", "bf16_matmul")
 SIZE, BASE = "smollm2", "runs/smollm2/pretrain"
@@ -67,7 +67,7 @@ HOUR = {
 RANKINGS = {"from SmolLM2": "ranking", "from scratch": "ranking-scratch"}
 
 
-def get_runs(arg: str, root: str) -> list[Run]:
+def get_runs(arg: str, root: str) -> list[RunSpec]:
     """The runs in order; `arg` is the folder of the data and words of WORDS; `root` is the
     experiment's workdir."""
     folder, *words = arg.split(",")
@@ -106,13 +106,17 @@ def get_runs(arg: str, root: str) -> list[Run]:
     }
     every = [
         ("sft", "sft", {**common, **text, "data.demonstrations": files["demonstrations"]}),
-        ("reward", "reward", {**common, **comparisons, **zero, "parent": f"{root}/sft"}),
+        (
+            "reward",
+            "reward_model",
+            {**common, **comparisons, **zero, "parent": f"{root}/sft"},
+        ),
         (
             "ranking",
             "evaluate",
             {**alone, "data.comparisons": groups, "reward_parent": f"{root}/reward"},
         ),
-        ("scratch", "reward", {**common, **comparisons, **zero, **SCRATCH}),
+        ("scratch", "reward_model", {**common, **comparisons, **zero, **SCRATCH}),
         (
             "ranking-scratch",
             "evaluate",
@@ -145,7 +149,7 @@ def get_runs(arg: str, root: str) -> list[Run]:
         {"tolerance": 0.03} if mixed else {}
     )  # the sampler's products stay in float32
     return [
-        Run(
+        RunSpec(
             name,
             f"configs/{stage}.py:{SIZE}",
             {

@@ -57,14 +57,12 @@ def main(argv: list[str]) -> int:
     cli.enable_compilation_cache()
 
     def run() -> None:
-        from instructax import experiment
-        from instructax.config import construct
+        from instructax.stages import build_config
         from instructax.stages.benchmark import measure as benchmark
 
-        config = CONFIG.value.to_dict()
-        built = construct(experiment.stage_of(config)[0], config)
+        config = build_config(CONFIG.value.to_dict())
         record = benchmark.measure(
-            built,
+            config,
             steps=STEPS.value,
             ending=ENDING.value,
             sampling_alone=SAMPLING.value,

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     if DRY_RUN.value:
         return cli.guarded(
             lambda: print(
-                experiment.values_of(config), experiment.dry_run(config), sep="\n"
+                experiment.config_lines(config), experiment.dry_run(config), sep="\n"
             )
         )
 

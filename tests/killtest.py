@@ -32,7 +32,7 @@ from instructax.checkpoints.checkpoint import committed_steps, read_arrays
 from instructax.checkpoints.checksums import has_checksums
 from instructax.checkpoints.parents import is_finished
 from instructax.config import require
-from instructax.experiment import Run, metrics_of
+from instructax.experiment import RunSpec, metrics_of
 from instructax.runtime.files import write_json
 from instructax.runtime.heartbeat import last_beat
 
@@ -94,7 +94,7 @@ class Commands:
         runs = experiment.load_file(EXPERIMENT).get_runs(SIZE, str(root))
         self.runs = {run.name: self._changed(run) for run in runs if run.name in READS}
 
-    def _changed(self, run: Run) -> Run:
+    def _changed(self, run: RunSpec) -> RunSpec:
         changes = KEEPING | STAGES[run.name] if run.name in STAGES else {}
         if (
             run.name == "reward"

@@ -251,7 +251,7 @@ WRONG_WORKS = [
     ((*WORK, "stray"), "unknown argument 'stray'; give --config"),
     (
         ("--config", "configs/benchmark.py:sft,S", "--ending=0.1"),
-        "config.stage = 'supervised' samples nothing",
+        "config.stage = 'pretrain' samples nothing",
     ),
     (("--config", "configs/world.py:tiny"), "config.stage = 'world' trains nothing"),
     (
@@ -341,14 +341,14 @@ def test_a_mistake_in_an_experiment_command_is_one_line(tmp_path):
 
 
 EXPERIMENT = """
-from instructax.experiment import Run, summary_of
+from instructax.experiment import RunSpec, summary_of
 
 LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
 LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
 LINES = {f"lines.{name}": size for name, size in LINES.items()}
 
 def get_runs(size, root):
-    return [Run(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]
+    return [RunSpec(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]
 
 def report(root):
     print("report:", *(summary_of(root / name)["stage"] for name in ("a", "b")))
@@ -368,7 +368,7 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
     said = "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 comparisons, 20 prompts, 5 gpt_prompts, 5 public"
     for number, name in enumerate("ab"):
         lines.remove(
-            f"world of seed {number} in {root / name}: {said}; learning its tokenizer"
+            f"world of seed {number} in {root / name}: {said}; training its tokenizer"
         )
     assert lines == [
         "[1/2] a: configs/world.py:tiny",
@@ -384,7 +384,7 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
         "[1/2] a: configs/world.py:tiny",
         f"{root}/a is finished; nothing to do",
         "[2/2] b: configs/world.py:tiny",
-        f"world of seed 1 in {root}/b: {said}; learning its tokenizer",
+        f"world of seed 1 in {root}/b: {said}; training its tokenizer",
         "report: world world",
     ]
     assert [(root / name / "text.jsonl.gz").read_bytes() for name in ("a", "b")] == texts

@@ -17,25 +17,23 @@ from configs import sizes
 from tests.support import tiny_models
 
 import instructax
-from instructax.config import ConfigError, construct
+from instructax.config import ConfigError
 from instructax.data.limits import DataLimits
-from instructax.experiment import Run, load_config, load_file, stage_of
+from instructax.experiment import RunSpec, load_config, load_file
 from instructax.models import ModelConfig, Transformer, parameter_count
 from instructax.models.init import init_params
 from instructax.sharding import MeshConfig
-from instructax.simulation.files import WorldConfig
+from instructax.stages import MODULES, build_config, load_stage
 from instructax.stages import memory as estimate
-from instructax.stages.ppo.stage import check as check_ppo
-from instructax.training import run as stage
 from instructax.training.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path(instructax.__file__).parent
-MODELS = ("pretrain", "sft", "reward", "ppo", "evaluate")
+MODELS = ("pretrain", "sft", "reward_model", "ppo", "evaluate")
 IN_WORLDS = (
     "world",
     "collect",
-    "tasks",
+    "public_tasks",
 )  # configs of the sizes that live in the embedded world
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
 ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
@@ -50,7 +48,7 @@ def values_of(name: str, arg: str) -> dict[str, Any]:
 
 @functools.cache
 def built(name: str, arg: str) -> Any:
-    return construct(stage_of(values_of(name, arg))[0], values_of(name, arg))
+    return build_config(values_of(name, arg))
 
 
 def test_every_file_is_tested():
@@ -118,7 +116,9 @@ def test_the_papers_sizes_have_their_parameters(size):
     ("name", "size"), [(n, s) for n, s in ARGUMENTS if n not in (*IN_WORLDS, "evaluate")]
 )
 def test_every_model_divides_by_its_mesh(name, size):
-    assert all(held >= 0 for held in estimate.memory(built(name, size)).values())
+    config = built(name, size)
+    mesh = estimate.abstract_mesh(config.mesh)
+    assert all(held >= 0 for held in load_stage(name).memory(config, mesh).values())
 
 
 # Devices that the configs' docstrings speak of.
@@ -128,7 +128,7 @@ HARDWARE = {
     ("sft", "1.3b,baseline"): 8,
     ("sft", "175b"): 64,
     ("sft", "175b,baseline"): 64,
-    ("reward", "6b"): 8,
+    ("reward_model", "6b"): 8,
     ("ppo", "1.3b"): 16,
     ("ppo", "175b"): 256,
 }
@@ -148,17 +148,12 @@ def test_every_batch_divides_by_its_mesh(name, arg):
     data, rest = divmod(devices_of(name, arg), config.mesh.fsdp * config.mesh.tensor)
     assert rest == 0
     mesh: Any = estimate.abstract_mesh(dataclasses.replace(config.mesh, data=data))
-    if name == "ppo":
-        check_ppo(config, mesh)
-    else:
-        stage.check_rows(
-            "batch_size", config.batch_size, getattr(config, "accumulate", 1), mesh
-        )
+    load_stage(name).validate(config, mesh)
 
 
 PAPER = ("1.3b", "6b", "175b")
 EVERY_STAGE = [
-    (name, size) for name in ("pretrain", "sft", "reward", "ppo") for size in PAPER
+    (name, size) for name in ("pretrain", "sft", "reward_model", "ppo") for size in PAPER
 ]
 PPO = [("ppo", size) for size in PAPER]
 SFT = [("sft", size) for size in PAPER]
@@ -188,11 +183,11 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (SFT, "optimizer.learning_rate", (5e-6, 1.04e-5, 2.45e-6), "C.3"),
     (SFT, "data.text_fraction", 0.1, "C.3"),
     (SFT, "dropout", 0.0, "C.1 alone has it"),
-    ([("reward", "6b")], "epochs", 1.0, "C.2"),
-    ([("reward", "6b")], "batch_size", 64, "C.2"),
-    ([("reward", "6b")], "optimizer.learning_rate", 9e-6, "C.2"),
-    ([("reward", "6b")], "optimizer.schedule", "cosine", "C.2"),
-    ([("reward", "6b")], "optimizer.final_fraction", 0.1, "C.2"),
+    ([("reward_model", "6b")], "epochs", 1.0, "C.2"),
+    ([("reward_model", "6b")], "batch_size", 64, "C.2"),
+    ([("reward_model", "6b")], "optimizer.learning_rate", 9e-6, "C.2"),
+    ([("reward_model", "6b")], "optimizer.schedule", "cosine", "C.2"),
+    ([("reward_model", "6b")], "optimizer.final_fraction", 0.1, "C.2"),
     (PPO, "steps", 500, "C.4: 256k episodes of 512"),
     (PPO, "batch_size", 512, "C.4"),
     (PPO, "minibatches", 8, "C.4: of 64"),
@@ -209,7 +204,12 @@ PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (PPO, "clip", 0.2, "C.4"),
     (PPO, "discount", 1.0, "C.4"),
     (PPO, "ema_decay", 0.992, "C.4"),
-    (PPO, "reward_model", values_of("reward", "6b")["model"], "C.2: 6B for all policies"),
+    (
+        PPO,
+        "reward_model",
+        values_of("reward_model", "6b")["model"],
+        "C.2: 6B for all policies",
+    ),
     (PPO, "reward_parent", "runs/6b/reward", "C.2"),
     (SFT, "model.num_layers", (24, 32, 96), "GPT-3"),
     (SFT, "model.embed_dim", (2048, 4096, 12288), "GPT-3"),
@@ -320,7 +320,7 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
         done: dict[str, Any] = dict(bases)
         for run in runs:
             values = load_config(run)
-            config = construct(stage_of(values)[0], values)
+            config = build_config(values)
             for path, model in parents_of(config).items():
                 assert path in done, (
                     f"{run.name} starts from {path}, which no run before it makes"
@@ -353,15 +353,15 @@ def test_a_seed_that_is_no_number_is_one_line():
 def test_a_run_that_cannot_be_is_a_config_error(config, overrides, named, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=named):
-        load_config(Run("x", config, overrides))
+        load_config(RunSpec("x", config, overrides))
 
 
 def test_an_unknown_stage_is_a_config_error():
     with pytest.raises(
         ConfigError,
-        match=r"^config\.stage = 'rlhf' must be one of world, collect, supervised, reward",
+        match=r"^config\.stage = 'rlhf' must be one of world, collect, pretrain, sft, reward_model",
     ):
-        stage_of({"stage": "rlhf"})
+        build_config({"stage": "rlhf"})
 
 
 # Every field is read.
@@ -377,17 +377,19 @@ def groups_of(cls: type) -> set[type]:
 
 
 def names_read(sources: dict[str, str], own_classes: set[str]) -> set[str]:
-    """Attributes that `sources` read, but for what a config class reads of itself to check
-    it."""
+    """Attributes that `sources` read, except where a config class checks itself."""
     names: set[str] = set()
 
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.ClassDef) and node.name in own_classes:
+    def visit(node: ast.AST, within: str = "") -> None:
+        if isinstance(node, ast.ClassDef):
+            within = node.name
+        checks_itself = isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
+        if checks_itself and within in own_classes:
             return
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             names.add(node.attr)
         for child in ast.iter_child_nodes(node):
-            visit(child)
+            visit(child, within)
 
     for source in sources.values():
         visit(ast.parse(source))
@@ -395,24 +397,21 @@ def names_read(sources: dict[str, str], own_classes: set[str]) -> set[str]:
 
 
 def dead_fields(groups: set[type]) -> set[str]:
+    """The fields of config classes that nothing in the library reads."""
     sources = {str(path): path.read_text() for path in SOURCES.rglob("*.py")}
     read = names_read(sources, {group.__name__ for group in groups})
-    return {
-        f"{group.__name__}.{field.name}"
-        for group in groups
-        for field in dataclasses.fields(group)
-    } - {f"{group.__name__}.{name}" for group in groups for name in read}
+    dead: set[str] = set()
+    for group in groups:
+        for field in dataclasses.fields(group):
+            if field.name not in read:
+                dead.add(f"{group.__qualname__.split('.')[-1]}.{field.name}")
+    return dead
 
 
 def test_every_field_is_read():
-    stages = {
-        stage_of({"stage": name})[0]
-        for name in ("world", "collect", "supervised", "reward", "ppo", "evaluate", "tasks")
-    }
+    stages = {load_stage(name).Config for name in MODULES}
     groups = set[type]().union(*map(groups_of, stages))
-    assert {DataLimits, RunConfig, ModelConfig, MeshConfig, WorldConfig} <= groups and len(
-        groups
-    ) == 19
+    assert {DataLimits, RunConfig, ModelConfig, MeshConfig} <= groups and len(groups) == 21
     assert dead_fields(groups) == set()
 
 

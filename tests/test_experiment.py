@@ -13,8 +13,9 @@ from tests.support import stages
 
 from instructax import experiment
 from instructax.config import ConfigError
-from instructax.experiment import Run, load_config, load_file, run_experiment, run_stage
+from instructax.experiment import RunSpec, load_config, load_file, run_experiment, run_stage
 from instructax.simulation.write import prompts_of
+from instructax.stages import load_stage
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +28,9 @@ def at_the_root(monkeypatch):
 
 
 def test_overrides_reach_their_values_and_only_them():
-    plain = load_config(Run("a", "configs/ppo.py:tiny", {}))
+    plain = load_config(RunSpec("a", "configs/ppo.py:tiny", {}))
     changed = load_config(
-        Run("a", "configs/ppo.py:tiny", {"kl_coef": 0.5, "optimizer.warmup_steps": 3})
+        RunSpec("a", "configs/ppo.py:tiny", {"kl_coef": 0.5, "optimizer.warmup_steps": 3})
     )
     assert changed["kl_coef"] == 0.5
     assert changed["optimizer"]["warmup_steps"] == 3
@@ -53,7 +54,7 @@ def test_overrides_reach_their_values_and_only_them():
 )
 def test_a_config_that_cannot_be_loaded_is_one_line(config, overrides, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load_config(Run("a", config, overrides))
+        load_config(RunSpec("a", config, overrides))
     assert "\n" not in str(error.value)
 
 
@@ -79,20 +80,20 @@ def test_configs_and_experiments_are_told_apart(tmp_path):
     with pytest.raises(
         ConfigError, match=r"experiments/alignment.py is not a config: it needs get_config"
     ):
-        load_config(Run("a", "experiments/alignment.py:tiny", {}))
+        load_config(RunSpec("a", "experiments/alignment.py:tiny", {}))
 
 
 def test_what_is_not_a_config_is_refused(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"config.stage = 'distill' must be one of world, collect, supervised, reward",
+        match=r"config.stage = 'distill' must be one of world, collect, pretrain, sft, reward_model",
     ):
         run_stage({"stage": "distill"}, tmp_path / "run")
     with pytest.raises(
         ConfigError, match=r"config.temperature = 'hot' must be of type float"
     ):
         run_stage(
-            {**load_config(Run("a", "configs/ppo.py:tiny", {})), "temperature": "hot"},
+            {**load_config(RunSpec("a", "configs/ppo.py:tiny", {})), "temperature": "hot"},
             tmp_path / "run",
         )
     assert not (
@@ -102,27 +103,27 @@ def test_what_is_not_a_config_is_refused(tmp_path):
 
 def test_a_dry_run_reads_nothing():
     assert "nothing is trained" in experiment.dry_run(
-        load_config(Run("a", "configs/world.py:tiny", {}))
+        load_config(RunSpec("a", "configs/world.py:tiny", {}))
     )
     eight = {"mesh.data": 8, "batch_size": 16}
     report = experiment.dry_run(
-        load_config(Run("a", "configs/ppo.py:tiny", {**eight, "ptx_rows": 8}))
+        load_config(RunSpec("a", "configs/ppo.py:tiny", {**eight, "ptx_rows": 8}))
     )
     assert "GiB" in report or "MiB" in report or "KiB" in report
     with pytest.raises(
         ConfigError, match="ptx_rows = 2 rows must be a positive multiple of 8"
     ):
-        experiment.dry_run(load_config(Run("a", "configs/ppo.py:tiny", eight)))
+        experiment.dry_run(load_config(RunSpec("a", "configs/ppo.py:tiny", eight)))
 
 
 TOY = '''
 """Two worlds, the second made of another seed."""
 
-from instructax.experiment import Run, summary_of
+from instructax.experiment import RunSpec, summary_of
 
 
 def get_runs(size, root):
-    return [Run(name, f"configs/world.py:{size}", {"seed": seed}) for name, seed in (("first", 1), ("second", 2))]
+    return [RunSpec(name, f"configs/world.py:{size}", {"seed": seed}) for name, seed in (("first", 1), ("second", 2))]
 
 
 def report(root):
@@ -262,9 +263,9 @@ SHORT = {
 def test_a_stage_that_there_is_not_is_one_short_line(stage):
     with pytest.raises(
         ConfigError,
-        match=r"^config\.stage = .{2,210} must be one of world, collect, supervised",
+        match=r"^config\.stage = .{2,210} must be one of world, collect, pretrain",
     ):
-        experiment.stage_of({"stage": stage})
+        load_stage(stage)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -278,7 +279,7 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
         name: stages.config_of(chain, name, overrides) for name, overrides in short.items()
     }
     groups = set[Any]().union(
-        *(groups_of(experiment.stage_of(config)[0]) for config in configs.values())
+        *(groups_of(load_stage(config["stage"]).Config) for config in configs.values())
     )
     prompts_of.cache_clear()  # else another test may have drawn this world's already
     read = {group: watched(monkeypatch, group) for group in groups}

@@ -1,8 +1,7 @@
-"""Runs and their order: load a config, run its stage, run a list of them and resume where
-it stopped."""
+"""Runs and experiments: load a config, run its stage, and run a list of configs in order,
+resuming where it stopped."""
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import sys
@@ -12,32 +11,34 @@ from typing import Any
 
 from instructax.checkpoints.manifest import flatten
 from instructax.checkpoints.parents import is_finished
-from instructax.config import ConfigError, construct, format_value, require
+from instructax.config import ConfigError, format_value, require
 from instructax.runtime.redaction import redact
 from instructax.runtime.workdir_lock import lock_workdir
-from instructax.stages import memory
-from instructax.training import run as stage
+from instructax.stages import build_config, load_stage
+from instructax.stages.memory import abstract_mesh, memory_report
+from instructax.training.run import open_run
+from instructax.training.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One run of an experiment."""
+class RunSpec:
+    """One run of an experiment, before it is set up."""
 
     name: str  # its folder under the experiment's workdir
     config: str  # file and argument: "configs/ppo.py:micro"
-    overrides: Mapping[str, Any]  # dotted name → value
+    overrides: Mapping[str, Any]  # dotted name -> value
 
 
 def load_file(path: str | Path) -> Any:
-    """The Python file `path` as a module; a config or an experiment is code, and is run."""
+    """The Python file `path` as a module. Configs and experiments are code, and are run."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
+    # Config files import each other from the working directory. It comes last, so that
+    # installed packages win.
     root = str(Path.cwd())
     if root not in sys.path:
-        sys.path.append(
-            root
-        )  # files of configs/ import each other; what is installed comes first
+        sys.path.append(root)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -46,9 +47,11 @@ def load_file(path: str | Path) -> Any:
     return module
 
 
-def load_config(run: Run) -> dict[str, Any]:
-    """The config of `run`, its overrides applied: a nested dict. Raises ConfigError for an
-    unknown name or type."""
+def load_config(run: RunSpec) -> dict[str, Any]:
+    """The config of `run` with its overrides, as a nested dict.
+
+    Raises ConfigError for an unknown name or a wrong type.
+    """
     path, _, arg = run.config.partition(":")
     module = load_file(path)
     require(
@@ -56,94 +59,84 @@ def load_config(run: Run) -> dict[str, Any]:
     )
     try:
         config = module.get_config(arg)
-        config.lock()  # else a misspelt override would be a value of its own
+        # Without the lock, a misspelled override would become a new field.
+        config.lock()
         config.update_from_flattened_dict(dict(run.overrides))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(
-            f"{run.config} with {format_value(dict(run.overrides))}: {_without_config(error)}"
-        ) from None
+        overrides = format_value(dict(run.overrides))
+        raise ConfigError(f"{run.config} with {overrides}: {_one_line(error)}") from None
     return config.to_dict()
 
 
-def _without_config(error: Exception) -> str:
-    """What ml_collections says of an override, but for the whole config, which it adds
-    where a name is unknown."""
-    first, *others = str(error.args[0] if error.args else error).splitlines() or [""]
-    hint = others[-1:] if others and others[-1].startswith("Did you mean") else []
-    return " ".join([first.partition(" Other fields present")[0], *hint])
+def _one_line(error: Exception) -> str:
+    """An ml_collections error without the dump of the whole config that it appends to
+    unknown names."""
+    lines = str(error.args[0] if error.args else error).splitlines() or [""]
+    message = lines[0].partition(" Other fields present")[0]
+    if len(lines) > 1 and lines[-1].startswith("Did you mean"):
+        message = f"{message} {lines[-1]}"
+    return message
 
 
-def stage_of(config: Mapping[str, Any]) -> tuple[type, Any]:
-    """(config dataclass, module) of the stage that `config` names; imports that stage
-    alone."""
-    modules = {
-        "world": ("simulation.files", "WorldConfig"),
-        "collect": ("stages.collect", "CollectConfig"),
-        "supervised": ("stages.sft", "SupervisedConfig"),
-        "reward": ("stages.reward_model", "RewardConfig"),
-        "ppo": ("stages.ppo.stage", "PpoConfig"),
-        "evaluate": ("stages.evaluate", "EvaluateConfig"),
-        "tasks": ("stages.public_tasks", "TasksConfig"),
-    }
-    name = config.get("stage")
-    if name not in tuple(modules):  # by equality: not all that a config can hold has a hash
-        raise ConfigError(
-            f"config.stage = {format_value(name)} must be one of {', '.join(modules)}"
-        )
-    module = importlib.import_module(f"instructax.{modules[name][0]}")
-    return getattr(module, modules[name][1]), module
+def run_stage(values: Mapping[str, Any], workdir: Path) -> bool:
+    """Runs a stage to its end, from the start or from its newest checkpoint.
 
+    Args:
+      values: config of the run, a nested dict; `values["stage"]` names the stage.
+      workdir: folder of the run.
 
-def run_stage(config: Mapping[str, Any], workdir: Path) -> bool:
-    """Runs one stage to its end, from the start or from where it stopped; False if there
-    was nothing left to do.
-
-    Raises ConfigError (a ValueError) for a value that cannot be used, training.Interrupted
-    when asked to stop.
+    Returns:
+      False if the run had finished before. Raises ConfigError (a ValueError) for a value
+      that cannot be used, and `training.loop.Interrupted` when asked to stop.
     """
-    cls, module = stage_of(config)
-    built = construct(cls, config)
+    config = build_config(values)
+    stage = load_stage(config.stage)
     if is_finished(workdir):
-        stage.claim(workdir, config)
+        claim(workdir, values)
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
     with lock_workdir(workdir):
-        stage.claim(workdir, config)
-        module.train(built, workdir, config)
+        claim(workdir, values)
+        stage.train(open_run(stage, config, workdir, values))
     return True
 
 
-def values_of(config: Mapping[str, Any]) -> str:
-    """A line for each value of a config, as the command line names it."""
-    return "\n".join(
-        f"config.{name} = {value}" for name, value in flatten(redact(config)).items()
-    )
+def config_lines(config: Mapping[str, Any]) -> str:
+    """One line per value of a config, in the form of the command line."""
+    lines = []
+    for name, value in flatten(redact(config)).items():
+        lines.append(f"config.{name} = {value}")
+    return "\n".join(lines)
 
 
-def dry_run(config: Mapping[str, Any]) -> str:
-    """Checks the config of a stage and says what it would hold on each device; reads no
+def dry_run(values: Mapping[str, Any]) -> str:
+    """Checks a config and reports the memory that its run needs on each device; reads no
     data."""
-    cls, module = stage_of(config)
-    built = construct(cls, config)
-    if hasattr(module, "check"):
-        module.check(built, memory.abstract_mesh(built.mesh))
-    return memory.report(built) if hasattr(built, "run") else "nothing is trained"
+    config = build_config(values)
+    stage = load_stage(config.stage)
+    mesh = abstract_mesh(config.mesh) if hasattr(config, "mesh") else None
+    stage.validate(config, mesh)
+    return memory_report(config, stage.memory(config, mesh))
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError where no figure can be drawn; asked before what the figures are of
-    is computed."""
+    """Raises ConfigError if no figure can be drawn, before hours are spent on its data."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "figures are drawn by matplotlib, which is not installed: pip install 'instructax[plots]'"
+            "figures need matplotlib, which is not installed: pip install 'instructax[plots]'"
         ) from None
 
 
 def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
-    """Runs the experiment `spec` (FILE:SIZE) in order under `root`, finished runs passed
-    over, and reports."""
+    """Runs an experiment in order, passing over finished runs, and writes its report.
+
+    Args:
+      spec: FILE:SIZE of the experiment.
+      root: its workdir; each run gets a folder in it.
+      report_only: whether to write the report of finished runs and run nothing.
+    """
     path, _, size = spec.partition(":")
     experiment = load_file(path)
     require(
@@ -152,9 +145,10 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
     )
     require_matplotlib()
     runs = experiment.get_runs(size, str(root))
-    for number, run in enumerate([] if report_only else runs, start=1):
-        print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)
-        run_stage(load_config(run), root / run.name)
+    if not report_only:
+        for number, run in enumerate(runs, start=1):
+            print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)
+            run_stage(load_config(run), root / run.name)
     experiment.report(root)
 
 

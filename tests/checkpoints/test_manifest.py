@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,17 +15,18 @@ from instructax.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from instructax.training.run import RunManifestInputs
+from instructax.training.run import Run
 
 
 def write(workdir, **changes):
     values = {
-        "stage": "reward",
+        "stage": "reward_model",
         "config": {
             "seed": 1,
             "optimizer": {"betas": (0.9, 0.95), "learning_rate": np.float64(1e-5)},
         },
-        "model": {"width": 64},
+        "model": {"embed_dim": 64},
+        "head": "scalar",
         "tokenizer_hash": "a" * 64,
         "tokenizer_path": "runs/bytes",
         "data_hashes": {"comparisons": "c" * 64},
@@ -41,12 +41,12 @@ def test_what_is_written_is_read(tmp_path):
     written = write(tmp_path / "new" / "run")
     manifest = read_manifest(tmp_path / "new" / "run")
     assert manifest == written
-    assert manifest["stage"] == "reward" and manifest["tokenizer"] == {
+    assert manifest["stage"] == "reward_model" and manifest["tokenizer"] == {
         "hash": "a" * 64,
         "path": "runs/bytes",
     }
     assert manifest["config"]["optimizer"] == {"betas": [0.9, 0.95], "learning_rate": 1e-5}
-    assert manifest["model"] == {"width": 64} and manifest["data"] == {
+    assert manifest["model"] == {"embed_dim": 64} and manifest["data"] == {
         "comparisons": "c" * 64
     }
     assert manifest["parents"] == {
@@ -68,16 +68,14 @@ def test_a_resumed_run_writes_the_same_bytes(tmp_path):
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert (
-        write(tmp_path)["stage"] == "reward" and not (tmp_path / "manifest.json").exists()
+        write(tmp_path)["stage"] == "reward_model"
+        and not (tmp_path / "manifest.json").exists()
     )
 
 
 def test_only_the_first_process_writes_what_a_run_was_made_of(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    tokenizer: Any = None  # not looked at
-    RunManifestInputs(
-        config=None, given={}, tokenizer=tokenizer, data={}, parents={}
-    ).write(tmp_path)
+    Run(config=None, given={}, workdir=tmp_path).write_manifest()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +102,7 @@ def test_errors_of_reading(tmp_path):
     for content in (
         "[]",
         json.dumps(
-            {"stage": "reward", "config": {}, "model": {}, "data": {}, "parents": {}}
+            {"stage": "reward_model", "config": {}, "model": {}, "data": {}, "parents": {}}
         ),
     ):
         (tmp_path / "manifest.json").write_text(content)

@@ -13,7 +13,7 @@ import pytest
 from tests.support import stages
 
 from instructax.config import ConfigError
-from instructax.experiment import Run, dry_run, load_config, run_stage
+from instructax.experiment import RunSpec, dry_run, load_config, run_stage
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def tried(name: str, overrides: dict[str, Any]) -> str:
     """The line that refuses a tiny config with `overrides`."""
     with pytest.raises(ConfigError) as error:
         dry_run(
-            load_config(Run(name, str(ROOT / "configs" / f"{name}.py:tiny"), overrides))
+            load_config(RunSpec(name, str(ROOT / "configs" / f"{name}.py:tiny"), overrides))
         )
     line = str(error.value)
     assert "\n" not in line and len(line) < 600
@@ -137,7 +137,7 @@ PPO = [
     ({"kl_ceof": 0.1}, 'Did you mean "kl_coef" instead of "kl_ceof"?'),
     (
         {"stage": "alchemy"},
-        "config.stage = 'alchemy' must be one of world, collect, supervised, reward, ppo",
+        "config.stage = 'alchemy' must be one of world, collect, pretrain, sft, reward_model, ppo",
     ),
 ]
 SFT = [
@@ -210,7 +210,7 @@ def test_a_workdir_of_another_stage_is_named_as_one(chain, tmp_path):
     with pytest.raises(ConfigError) as error:
         run_stage(stages.config_of(chain, "reward", {}), workdir)
     assert str(error.value) == (
-        f"{workdir} holds a run with another config (stage: 'supervised' (stored) != 'reward' (given)); "
+        f"{workdir} holds a run with another config (stage: 'sft' (stored) != 'reward_model' (given)); "
         "give the stored values again or choose another --workdir"
     )
 

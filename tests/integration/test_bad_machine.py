@@ -84,7 +84,7 @@ def skipped():
 
 
 def manifest():
-    write_manifest(folder, stage="x", config={str(i): 0 for i in range(999)}, model={}, tokenizer_hash="0",
+    write_manifest(folder, stage="x", config={str(i): 0 for i in range(999)}, model={}, head=None, tokenizer_hash="0",
                    tokenizer_path="x", data_hashes={}, parents={})
 
 

@@ -12,9 +12,11 @@ from tests.support import stages, tiny_models
 
 from instructax import sharding
 from instructax.models import ModelConfig, Transformer
-from instructax.stages import reward_model, sft
+from instructax.stages import reward_model
 from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
+from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
+from instructax.training.settings import OptimizerSettings
 from instructax.training.state import abstract_state, layouts, start_from
 from instructax.types import PpoState
 
@@ -59,7 +61,7 @@ def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[
 def supervised_run(
     shape: tuple[int, int, int], config: ModelConfig = GPT
 ) -> dict[str, Any]:
-    program = sft.SupervisedProgram(
+    program = supervised.SupervisedProgram(
         model=Transformer(config, tiny_models.compute(), "tokens"),
         optimizer=make_optimizer(OPTIMIZER),
         schedule=OPTIMIZER,
@@ -68,17 +70,18 @@ def supervised_run(
         accumulate=2,
         drops=True,
     )
-    settings = sft.SupervisedSettings(
-        seed=jnp.int32(0), learning_rate=jnp.float32(0.01), dropout=jnp.float32(0.2)
-    )
+    settings = stages.supervised_settings(learning_rate=0.01, dropout=0.2)
     return two_updates(
-        sft.update, program, settings, [stages.packed_rows(16, 14, seed) for seed in (0, 1)]
+        supervised.supervised_update,
+        program,
+        settings,
+        [stages.packed_rows(16, 14, seed) for seed in (0, 1)],
     )
 
 
 @cache
 def reward_run(shape: tuple[int, int, int], config: ModelConfig = LLAMA) -> dict[str, Any]:
-    program = reward_model.RewardProgram(
+    program = reward_model.RewardModelProgram(
         model=Transformer(config, tiny_models.compute(), "scalar"),
         optimizer=make_optimizer(OPTIMIZER),
         schedule=OPTIMIZER,
@@ -86,10 +89,12 @@ def reward_run(shape: tuple[int, int, int], config: ModelConfig = LLAMA) -> dict
         total_steps=10,
         row_tokens=6 + 4 * 5,
     )
-    settings = reward_model.RewardModelSettings(learning_rate=jnp.float32(0.01))
+    settings = reward_model.RewardModelSettings(
+        optimizer=OptimizerSettings(learning_rate=jnp.float32(0.01))
+    )
     answers = (3, 1, 4, 2, 4, 2, 3, 4)
     return two_updates(
-        reward_model.update,
+        reward_model.update_reward_model,
         program,
         settings,
         [stages.comparisons(answers, 5, seed) for seed in (0, 1)],

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from instructax import cli
 from instructax.checkpoints.manifest import read_manifest
-from instructax.config import ConfigError, construct
+from instructax.config import ConfigError
 from instructax.data import filters
 from instructax.data.schema import (
     Comparison,
@@ -38,8 +38,9 @@ from instructax.data.schema import (
     read_jsonl,
 )
 from instructax.data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_bpe
-from instructax.experiment import Run, load_config, stage_of
+from instructax.experiment import RunSpec, load_config
 from instructax.runtime.metric_log import rewind
+from instructax.stages import MODULES, build_config, load_stage
 from instructax.stages import memory as estimate
 
 CASES = {"quick": 40, "fuzz": 14_000}  # of each property: the one place to change it
@@ -267,7 +268,7 @@ def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
 
 # Configs.
 
-CONFIGS = ("world", "collect", "pretrain", "sft", "reward", "ppo", "evaluate", "tasks")
+CONFIGS = tuple(MODULES)
 VALUES = st.one_of(
     JSON,
     st.binary(max_size=8),
@@ -280,7 +281,7 @@ VALUES = st.one_of(
 
 
 def tiny(name: str) -> dict[str, Any]:
-    return load_config(Run(name, str(ROOT / "configs" / f"{name}.py:tiny"), {}))
+    return load_config(RunSpec(name, str(ROOT / "configs" / f"{name}.py:tiny"), {}))
 
 
 def names_of(config: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -331,10 +332,9 @@ def numbers_of(value: Any) -> Iterator[float]:
 @of_all(changed())
 def config_values(config: dict[str, Any]) -> None:
     def build() -> Any:
-        cls, module = stage_of(config)
-        built = construct(cls, config)
-        if hasattr(module, "check"):
-            module.check(built, estimate.abstract_mesh(built.mesh))
+        built = build_config(config)
+        mesh = estimate.abstract_mesh(built.mesh) if hasattr(built, "mesh") else None
+        load_stage(built.stage).validate(built, mesh)
         return built
 
     built = refused(ConfigError, build)
@@ -398,7 +398,7 @@ def command_lines(name: str, data: Any, text: str) -> None:
             assert written.startswith("error: ") and written.count("\n") == 1, written
             return
     config: Any = holder.value.to_dict()
-    refused(ConfigError, lambda: construct(stage_of(config)[0], config))
+    refused(ConfigError, lambda: build_config(config))
 
 
 @of_all(JSON)

@@ -324,7 +324,10 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     params = tiny_models.random_params(model)
     params["scalar_head"]["bias"] = jnp.float32(0.77)
     run = stages.fabricated(tmp_path / "run", config, params, str(tmp_path))
-    manifest = json.loads((run / "manifest.json").read_text()) | {"stage": "reward"}
+    manifest = json.loads((run / "manifest.json").read_text()) | {
+        "stage": "reward_model",
+        "head": "scalar",
+    }
     tokenizer = pad_vocab(load_tokenizer(str(tmp_path)), 37)
     manifest["tokenizer"]["hash"] = tokenizer.hash
     (run / "manifest.json").write_text(json.dumps(manifest))

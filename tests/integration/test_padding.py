@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from configs import ppo as ppo_config
-from configs import reward as reward_config
+from configs import reward_model as reward_config
 from configs import sizes
 from tests.support import stages, tiny_models
 

@@ -13,8 +13,8 @@ from tests.support import stages, tiny_models
 
 from instructax.experiment import run_stage
 from instructax.models import Transformer
-from instructax.stages import sft as supervised
 from instructax.stages.ppo import algorithm
+from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.state import abstract_state
 
@@ -142,12 +142,10 @@ def supervised_program(model):
 
 def supervised_hlo(model) -> str:
     program = supervised_program(model)
-    settings = supervised.SupervisedSettings(
-        seed=jnp.int32(0), learning_rate=jnp.float32(1.0), dropout=jnp.float32(0.0)
-    )
+    settings = stages.supervised_settings(learning_rate=1.0, dropout=0.0)
     state = abstract_state(model, program.optimizer, MESH)
     return (
-        jax.jit(partial(supervised.update, program))
+        jax.jit(partial(supervised.supervised_update, program))
         .lower(state, TEXT, settings)
         .compile()
         .as_text()

@@ -349,8 +349,8 @@ def test_manifests_lead_back_to_the_first_run(chain):
     manifest = json.loads((chain / "ppo-ptx" / "manifest.json").read_text())
     assert manifest["stage"] == "ppo"
     assert {name: parent["stage"] for name, parent in manifest["parents"].items()} == {
-        "policy_parent": "supervised",
-        "reward_parent": "reward",
+        "policy_parent": "sft",
+        "reward_parent": "reward_model",
     }
     for parent in manifest["parents"].values():
         theirs = json.loads(stages.Path(parent["workdir"], "manifest.json").read_text())

@@ -16,12 +16,12 @@ from instructax import cli
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
 from instructax.config import ConfigError, require
-from instructax.experiment import run_stage, values_of
+from instructax.experiment import config_lines, run_stage
 from instructax.models.pretrained import hf_folder
 from instructax.runtime.files import write_json
 from instructax.runtime.metric_log import MetricLog
 from instructax.runtime.workdir_lock import lock_workdir
-from instructax.training import run as stage
+from instructax.training.workdir import claim
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,18 +288,19 @@ def test_no_dump_shows_a_secret(tmp_path, capsys):
         "source": "https://me:hunter2@host/x",
         "pad_token_id": 3,
     }
-    stage.claim(tmp_path, config)
+    claim(tmp_path, config)
     write_manifest(
         tmp_path,
         stage="world",
         config=config,
         model={},
+        head=None,
         tokenizer_hash="0",
         tokenizer_path="https://me:hunter2@host/t",
         data_hashes={},
         parents={},
     )
-    print(values_of(config))
+    print(config_lines(config))
     assert (
         cli.guarded(
             lambda: require(False, f"config.source = {config['source']!r} is nowhere")
@@ -316,9 +317,9 @@ def test_no_dump_shows_a_secret(tmp_path, capsys):
         json.loads((tmp_path / "manifest.json").read_text())["config"]["pad_token_id"] == 3
     )
     (tmp_path / "summary.json").write_text("{}")
-    stage.claim(tmp_path, config)  # the same config again is the same
+    claim(tmp_path, config)  # the same config again is the same
     with pytest.raises(ConfigError) as error:
-        stage.claim(tmp_path, {**config, "pad_token_id": 4})
+        claim(tmp_path, {**config, "pad_token_id": 4})
     assert "pad_token_id: 3 (stored) != 4 (given)" in str(
         error.value
     ) and "hunter2" not in str(error.value)

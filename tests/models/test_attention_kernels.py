@@ -20,13 +20,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from tests.support import stages, tiny_models
 
-from instructax.config import ConfigError, construct
-from instructax.experiment import dry_run, run_stage, stage_of
+from instructax.config import ConfigError
+from instructax.experiment import dry_run, run_stage
 from instructax.models import Transformer, attention_kernels, init_cache, transformer
 from instructax.models.attention import attention_mask
 from instructax.models.init import init_params
-from instructax.stages import evaluate, reward_model
-from instructax.training import run as stage
+from instructax.stages import build_config, evaluate, load_stage, reward_model
+from instructax.training import attention as selection
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
@@ -185,7 +185,7 @@ def test_devices(device, place):
 def config_of(name: str, arg: str, **changes: Any) -> Any:
     values = importlib.import_module(f"configs.{name}").get_config(arg)
     values.update_from_flattened_dict(changes)
-    return construct(stage_of(values.to_dict())[0], values.to_dict())
+    return build_config(values.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,12 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
             f"jax (auto: no splash: head_dim = 64, allowed is {WIDTHS['splash']})",
         ),
         ("ppo", "175b", "cudnn (auto: cuda)", "splash (auto: tpu)"),
-        ("reward", "6b", "cudnn (auto: cuda)", f"jax (auto: no splash: {OBSTACLES[6][2]})"),
+        (
+            "reward_model",
+            "6b",
+            "cudnn (auto: cuda)",
+            f"jax (auto: no splash: {OBSTACLES[6][2]})",
+        ),
         (
             "evaluate",
             "1.3b",
@@ -213,26 +218,31 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
 def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
     for place, wanted in ((HERE["cudnn"], on_cuda), (HERE["splash"], on_tpu)):
         monkeypatch.setattr(
-            stage, "device_platform", lambda _, place=place: tuple(place.values())
+            selection, "device_platform", lambda _, place=place: tuple(place.values())
         )
-        config, said = stage.select_attention_kernel(config_of(name, arg))
+        config = config_of(name, arg)
+        rows = load_stage(name).row_lengths(config)
+        config, said = selection.select_attention_kernel(config, rows)
         assert (config.compute.attention, said) == (wanted.split()[0], wanted)
 
 
 def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypatch):
-    monkeypatch.setattr(stage, "device_platform", lambda _: ("cuda", 9.0))
+    monkeypatch.setattr(selection, "device_platform", lambda _: ("cuda", 9.0))
     config = config_of("ppo", "1.3b")
-    for alone, why in (
-        ("sampling_alone", "only samplers run"),
-        ("vmapped_runs", "several runs in one program"),
+    rows = load_stage("ppo").row_lengths(config)
+    for lengths, side_by_side, why in (
+        (selection.NO_ROWS, False, "only samplers run"),
+        (rows, True, "several runs in one program"),
     ):
-        settled, said = stage.select_attention_kernel(config, **{alone: True})
+        settled, said = selection.select_attention_kernel(
+            config, lengths, side_by_side=side_by_side
+        )
         assert settled.compute.attention == "jax" and why in said
         asked = dataclasses.replace(
             config, compute=dataclasses.replace(config.compute, attention="cudnn")
         )
         with pytest.raises(ConfigError, match=why):
-            stage.select_attention_kernel(asked, **{alone: True})
+            selection.select_attention_kernel(asked, lengths, side_by_side=side_by_side)
 
 
 # The rows of the stages.
@@ -266,14 +276,14 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
         reward_model,
         evaluate,
     ):  # rows as wide as can be, not as the longest comparison
-        monkeypatch.setattr(stage_module, "width_of", lambda _, most, __: most)
+        monkeypatch.setattr(stage_module, "packed_width", lambda _, most, __: most)
     if name == "tasks":
         policies = (("SFT", str(chain / "sft")),)
         paths = {
             "world": str(chain / "world"),
             "tokenizer": str(chain / "world" / "tokenizer.json"),
         }
-        config = config_of("tasks", "tiny", policies=policies, **paths)
+        config = config_of("public_tasks", "tiny", policies=policies, **paths)
         given = dataclasses.asdict(config)
     else:
         given = stages.config_of(
@@ -281,10 +291,10 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
             name,
             {"steps": 1, "epochs": 0.0} if name in ("pretrain", "sft", "reward") else {},
         )
-        config = construct(stage_of(given)[0], given)
+        config = build_config(given)
     run_stage(given, tmp_path / "run")
     jax.effects_barrier()
-    lengths, branches = stage.row_lengths(config)
+    lengths, branches = load_stage(config.stage).row_lengths(config)
     assert seen == set(lengths)
     assert any(branched) == branches
     lines = [

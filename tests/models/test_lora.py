@@ -11,8 +11,8 @@ from tests.support import stages, tiny_models
 from instructax import sharding
 from instructax.checkpoints.checkpoint import load_params
 from instructax.checkpoints.parents import open_parent
-from instructax.config import ConfigError, construct
-from instructax.experiment import metrics_of, run_stage, stage_of
+from instructax.config import ConfigError
+from instructax.experiment import metrics_of, run_stage
 from instructax.losses import next_token_loss
 from instructax.models import (
     LoraConfig,
@@ -25,6 +25,7 @@ from instructax.models import (
 from instructax.models.init import abstract_params
 from instructax.models.scoring import packed_loss_and_gradients, token_logprobs
 from instructax.serving import chat
+from instructax.stages import build_config
 from instructax.stages.ppo import algorithm
 from instructax.training import loop
 from instructax.training.optimizer import apply_gradients, make_optimizer, moving_average
@@ -270,7 +271,7 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
 
     # Whoever starts from the run sees plain weights.
     head = "scalar" if name == "reward" else "tokens"
-    built = construct(stage_of(config)[0], config)
+    built = build_config(config)
     model = Transformer(built.model, tiny_models.compute(), head)
     found = open_parent(tmp_path / "straight", "parent").load(
         abstract_params(model, stages.mesh_of())
@@ -291,8 +292,8 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
 def open_shapes(workdir):
     """Zeros in the shapes that a run without adapters has stored."""
     run = open_parent(workdir, "parent")
-    model = construct(stage_of(run.manifest["config"])[0], dict(run.manifest["config"]))
-    head = "scalar" if run.manifest["stage"] == "reward" else "tokens"
+    model = build_config(run.manifest["config"])
+    head = "scalar" if run.manifest["stage"] == "reward_model" else "tokens"
     return abstract_params(
         Transformer(model.model, tiny_models.compute(), head), stages.mesh_of()
     )

@@ -76,7 +76,7 @@ def test_a_step_that_was_kept_is_named(chain):
 def test_what_is_no_policy_is_refused(chain, tmp_path):
     with pytest.raises(
         ConfigError,
-        match="stage 'reward'; only supervised, ppo, pretrained runs answer prompts",
+        match="the stage 'reward_model' with a scalar head; only runs with a tokens head answer",
     ):
         chat.open_policy(chain / "reward", COMPUTE)
     copy = tmp_path / "sft"

@@ -54,7 +54,7 @@ def test_both_groups_rank_the_same_answers(chain):
         len(a["completions"]) for a in ours
     )
     assert {parent["stage"] for parent in figures["parents"].values()} == {
-        "supervised",
+        "sft",
         "ppo",
     }
 

@@ -29,9 +29,7 @@ POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 @cache
 def parts(chain):
     """(config, tokenizer, prepared data) of the chain's comparison."""
-    config = stages.construct_settled(
-        evaluate.EvaluateConfig, stages.config_of(chain, "evaluate", {})
-    )
+    config = stages.config_with_kernel(stages.config_of(chain, "evaluate", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, evaluate.read_data(config, tokenizer)
 

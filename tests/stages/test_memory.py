@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from configs import ppo as ppo_config
-from configs import reward as reward_config
+from configs import reward_model as reward_config
 from configs import sft as sft_config
 from tests.support import tiny_models
 
 from instructax import sharding
-from instructax.config import ConfigError, construct
-from instructax.experiment import stage_of
+from instructax.config import ConfigError
 from instructax.models import LoraConfig, Transformer, init_cache
 from instructax.sharding import MeshConfig, make_mesh
+from instructax.stages import build_config, load_stage
 from instructax.stages import memory as estimate
 from instructax.training.optimizer import make_optimizer
 from instructax.training.state import abstract_state
@@ -38,6 +38,16 @@ def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
         batch_size=batch_size,
         data=SimpleNamespace(limits=SimpleNamespace(prompt_tokens=5, response_tokens=7)),
     )
+
+
+def memory_of(config) -> dict[str, int]:
+    """Bytes per device of a config, on its mesh without devices."""
+    mesh = estimate.abstract_mesh(config.mesh)
+    return load_stage(config.stage).memory(config, mesh)
+
+
+def report_of(config) -> str:
+    return estimate.memory_report(config, memory_of(config))
 
 
 def held_by_first_device(tree) -> int:
@@ -70,7 +80,7 @@ def test_memory_is_what_real_arrays_take(sizes):
     )
     prompts = jax.tree.leaves(init_cache(config.model, sampler, rows, limits.prompt_tokens))
     cache = jax.tree.leaves(init_cache(config.model, sampler, slots, 12))
-    assert estimate.memory(config) == {
+    assert memory_of(config) == {
         "policy": held_by_first_device(policy.params),
         "optimizer of the policy": held_by_first_device(policy.opt_state),
         "value network": held_by_first_device(value.params),
@@ -86,22 +96,22 @@ def test_memory_is_what_real_arrays_take(sizes):
 def test_rows_that_do_not_divide_are_rounded_up():
     mesh = MeshConfig(data=1, fsdp=2, tensor=1)
     nine, ten = (
-        estimate.memory(small_ppo(mesh, rows))["cache of the prompts"] for rows in (9, 10)
+        memory_of(small_ppo(mesh, rows))["cache of the prompts"] for rows in (9, 10)
     )
-    assert nine == ten > estimate.memory(small_ppo(mesh, 8))["cache of the prompts"]
+    assert nine == ten > memory_of(small_ppo(mesh, 8))["cache of the prompts"]
 
 
 def built(module, arg: str):
     values = module.get_config(arg).to_dict()
-    return construct(stage_of(values)[0], values)
+    return build_config(values)
 
 
 def test_the_other_stages_hold_one_model():
-    assert list(estimate.memory(built(sft_config, "tiny"))) == [
+    assert list(memory_of(built(sft_config, "tiny"))) == [
         "model",
         "optimizer of the model",
     ]
-    assert list(estimate.memory(built(reward_config, "tiny"))) == [
+    assert list(memory_of(built(reward_config, "tiny"))) == [
         "reward model",
         "optimizer of the reward model",
     ]
@@ -115,10 +125,7 @@ def test_175b_fits_where_it_should():
     weighs a 26th. Norms and the biases on the residual stream, 1% of a device's part, are
     whole on every device.
     """
-    held = {
-        name: size / GIB
-        for name, size in estimate.memory(built(ppo_config, "175b")).items()
-    }
+    held = {name: size / GIB for name, size in memory_of(built(ppo_config, "175b")).items()}
     assert (
         held["policy"]
         == held["averaged policy"]
@@ -133,10 +140,7 @@ def test_175b_fits_where_it_should():
         16 * 2048 * 96 * 2 * 12 * 128 * 2 / GIB, rel=0.01
     )
     assert sum(held.values()) < 80
-    sft = {
-        name: size / GIB
-        for name, size in estimate.memory(built(sft_config, "175b")).items()
-    }
+    sft = {name: size / GIB for name, size in memory_of(built(sft_config, "175b")).items()}
     assert sft == {
         "model": pytest.approx(10.2, rel=0.02),
         "optimizer of the model": pytest.approx(20.4, rel=0.02),
@@ -144,7 +148,7 @@ def test_175b_fits_where_it_should():
 
 
 def test_report():
-    lines = estimate.report(built(ppo_config, "175b")).splitlines()
+    lines = report_of(built(ppo_config, "175b")).splitlines()
     assert lines[0].startswith("model: 174,6") and lines[0].endswith(" parameters")
     assert lines[1].startswith("reward_model: 6,6") and lines[1].endswith(" parameters")
     assert (
@@ -152,12 +156,12 @@ def test_report():
         == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple (config.mesh.data = -1)"
     )
     assert lines[3].split() == ["policy", "2.571", "GiB", "per", "device"]
-    total = sum(estimate.memory(built(ppo_config, "175b")).values()) / GIB
+    total = sum(memory_of(built(ppo_config, "175b")).values()) / GIB
     assert lines[-1].split()[:3] == ["held", "throughout", f"{total:.3f}"]
 
 
 def test_report_of_one_model():
-    lines = estimate.report(built(reward_config, "tiny")).splitlines()
+    lines = report_of(built(reward_config, "tiny")).splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["model", "mesh"]
     assert len(lines) == 5
 
@@ -175,7 +179,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_any_device_is_n
         built(ppo_config, "tiny"), mesh=MeshConfig(data=1, fsdp=64, tensor=1)
     )
     with pytest.raises(ValueError, match=r"does not divide by mesh axes .* = 64"):
-        estimate.memory(config)
+        memory_of(config)
 
 
 def test_every_way_to_share_rows_counts():

@@ -17,13 +17,13 @@ from tests.support import stages, tiny_models
 
 from instructax.checkpoints.manifest import read_manifest
 from instructax.checkpoints.parents import open_parent
-from instructax.config import ConfigError, construct
+from instructax.config import ConfigError
 from instructax.data.tokenizer import load_tokenizer
-from instructax.experiment import stage_of
 from instructax.models import ModelConfig, Transformer
 from instructax.models.pretrained import save
 from instructax.models.pretrained.hf_configs import write_config
 from instructax.serving import chat
+from instructax.stages import build_config
 from instructax.stages import pretrained as interchange
 from instructax.types import Params
 
@@ -89,7 +89,7 @@ def test_an_import_is_a_run_that_answers(imported):
 def test_an_import_is_a_size_of_every_stage(imported):
     for name in ("sft", "reward", "ppo", "evaluate"):
         values = importlib.import_module(f"configs.{name}").get_config("llama").to_dict()
-        built = construct(stage_of(values)[0], values)
+        built = build_config(values)
         assert built.model == imported[0]
         assert built.tokenizer == "runs/llama/pretrain/tokenizer.json"
         assert (

@@ -13,13 +13,12 @@ from instructax import experiment
 from instructax.checkpoints.checkpoint import load_params
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.evals.text_metrics import bleu, first_line, token_f1
-from instructax.experiment import Run, run_stage, samples_of, summary_of
+from instructax.experiment import RunSpec, run_stage, samples_of, summary_of
 from instructax.models import Transformer
 from instructax.models.init import abstract_params
 from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
 from instructax.simulation.task_metrics import rude, truthful
 from instructax.simulation.world import draw_world
-from instructax.stages import public_tasks
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -36,7 +35,7 @@ def config_of(chain, **overrides: Any) -> dict[str, Any]:
         "tokenizer": str(chain / "world" / "tokenizer.json"),
     }
     return experiment.load_config(
-        Run("tasks", "configs/tasks.py:tiny", {**own, **overrides})
+        RunSpec("tasks", "configs/public_tasks.py:tiny", {**own, **overrides})
     )
 
 
@@ -53,7 +52,7 @@ def measured(chain, tmp_path_factory):
 @cache
 def network(chain, run: str):
     """(model, parameters, tokenizer) of a finished run."""
-    config = stages.construct_settled(public_tasks.TasksConfig, config_of(chain))
+    config = stages.config_with_kernel(config_of(chain))
     model = Transformer(config.model, config.compute, "tokens")
     shapes = abstract_params(model, stages.mesh_of())
     return (

@@ -23,6 +23,7 @@ from instructax.experiment import metrics_of, summary_of
 from instructax.models import ModelConfig, Transformer
 from instructax.models.init import init_params
 from instructax.stages import reward_model
+from instructax.training.settings import OptimizerSettings
 from instructax.training.state import abstract_state, new_state
 from instructax.types import Comparisons
 
@@ -51,7 +52,7 @@ ANSWERS = (
 )  # of each prompt; the first prompt's are all tied, the second has no pair
 
 
-def program(**changes) -> reward_model.RewardProgram:
+def program(**changes) -> reward_model.RewardModelProgram:
     values = {
         "model": MODEL,
         "optimizer": GRADIENT,
@@ -60,18 +61,19 @@ def program(**changes) -> reward_model.RewardProgram:
         "total_steps": 10,
         "row_tokens": 6 + 4 * 5,
     }
-    return reward_model.RewardProgram(**{**values, **changes})
+    return reward_model.RewardModelProgram(**{**values, **changes})
 
 
 @cache
 def compiled(program):
-    return jax.jit(partial(reward_model.update, program))
+    return jax.jit(partial(reward_model.update_reward_model, program))
 
 
 def run_update(program, batch):
     """(gradients, metrics, state) of one update from fixed parameters."""
     params = tiny_models.random_params(program.model)
-    settings = reward_model.RewardModelSettings(learning_rate=jnp.float32(1.0))
+    optimizer = OptimizerSettings(learning_rate=jnp.float32(1.0))
+    settings = reward_model.RewardModelSettings(optimizer=optimizer)
     state, metrics = compiled(program)(
         new_state(params, program.optimizer), batch, settings
     )
@@ -260,9 +262,7 @@ def test_demonstration_scores_are_those_at_each_documents_end():
 def reward_parts(chain, step: int | None = None):
     """(config, model, tokenizer, the model's parameters at the last or a kept step) of the
     chain's reward run."""
-    config = stages.construct_settled(
-        reward_model.RewardConfig, stages.config_of(chain, "reward", {})
-    )
+    config = stages.config_with_kernel(stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = abstract_state(model, GRADIENT, stages.mesh_of()).params
     return (
@@ -388,7 +388,7 @@ def test_held_out_figures_are_those_of_the_plain_computation(chain):
         ({"compute.microbatch_rows": 0}, "microbatch_rows = 0 must be at least 1"),
         (
             {"model.embed_dim": 64},
-            "model of config.parent = .* is another: .*embed_dim: 32 .stored. != 64 .given.",
+            "config.parent = .* has another model: .*embed_dim: 32 .stored. != 64 .given.",
         ),
         ({"steps": 2}, "steps = 2 and config.epochs = 1.0: set one"),
     ],

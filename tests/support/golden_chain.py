@@ -36,7 +36,7 @@ ROUNDED: dict[str, str] = {}
 
 def extra_runs(root: str) -> list[Any]:
     """Variants of stages that the experiment lacks."""
-    from instructax.experiment import Run
+    from instructax.experiment import RunSpec
 
     data = {"tokenizer": f"{root}/world/tokenizer.json", "data.folder": f"{root}/rows"}
     text = {"data.text": (f"{root}/world/text.jsonl.gz",)}
@@ -54,9 +54,9 @@ def extra_runs(root: str) -> list[Any]:
     )
     sampled = data | text | prompts | parents | {"old_logprobs": "sampler", "steps": 2}
     return [
-        Run("sft-baseline", "configs/sft.py:tiny,baseline", baseline),
-        Run("sft-lora", "configs/sft.py:tiny", adapters),
-        Run("ppo-sampled", "configs/ppo.py:tiny", sampled),
+        RunSpec("sft-baseline", "configs/sft.py:tiny,baseline", baseline),
+        RunSpec("sft-lora", "configs/sft.py:tiny", adapters),
+        RunSpec("ppo-sampled", "configs/ppo.py:tiny", sampled),
     ]
 
 

@@ -24,18 +24,20 @@ from tests.support import tiny_models
 from instructax import experiment, sharding
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
-from instructax.config import construct
 from instructax.data.tokenizer import load_tokenizer
-from instructax.experiment import Run
+from instructax.experiment import RunSpec
 from instructax.models import ModelConfig, Transformer, head_kernel
 from instructax.runtime.files import write_json
 from instructax.sharding import MeshConfig
+from instructax.stages import build_config, load_stage
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo.experience import AdvantageSettings
 from instructax.training import loop
-from instructax.training import run as stage
+from instructax.training.attention import select_attention_kernel
 from instructax.training.optimizer import make_optimizer
+from instructax.training.settings import OptimizerSettings
 from instructax.training.state import new_state, start_from
+from instructax.training.supervised import SupervisedSettings
 from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 
 CHAIN = "experiments/alignment.py"
@@ -57,13 +59,14 @@ def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any
         for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
         if run.name == name
     )
-    return experiment.load_config(Run(name, run.config, {**run.overrides, **overrides}))
+    return experiment.load_config(RunSpec(name, run.config, {**run.overrides, **overrides}))
 
 
-def construct_settled(cls: type, values: dict[str, Any]) -> Any:
-    """The config as its stage goes on with it: with the attention kernel that it takes
-    here."""
-    return stage.select_attention_kernel(construct(cls, values))[0]
+def config_with_kernel(values: dict[str, Any]) -> Any:
+    """The Config that a stage trains with: its attention kernel is selected."""
+    config = build_config(values)
+    lengths = load_stage(config.stage).row_lengths(config)
+    return select_attention_kernel(config, lengths)[0]
 
 
 class Watch:
@@ -122,9 +125,10 @@ def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: s
     checkpoints.close()
     write_manifest(
         workdir,
-        stage="supervised",
+        stage="sft",
         config={},
         model=vars(model),
+        head="tokens",
         tokenizer_hash=load_tokenizer(tokenizer_path).hash,
         tokenizer_path=tokenizer_path,
         data_hashes={},
@@ -178,6 +182,17 @@ def comparisons(answers: Sequence[int], columns: int, seed: int = 0) -> Comparis
         ranks=ranks,
         valid=valid,
         labeler=np.zeros(shape[0], np.int32),
+    )
+
+
+def supervised_settings(
+    *, learning_rate: float = 1.0, dropout: float = 0.0, seed: int = 0
+) -> SupervisedSettings:
+    """Settings as arrays."""
+    return SupervisedSettings(
+        seed=jnp.int32(seed),
+        optimizer=OptimizerSettings(learning_rate=jnp.float32(learning_rate)),
+        dropout=jnp.float32(dropout),
     )
 
 

@@ -1,9 +1,12 @@
-"""What made a run: `workdir/manifest.json` with its stage, config, model, tokenizer, data,
-parents and versions.
+"""The manifest of a run: `workdir/manifest.json` names its stage, config, model and head,
+tokenizer, data, parents and library versions.
 
-Parents are the runs whose parameters this one started from, so the manifests of a chain of
-stages lead back to its first data. A manifest holds nothing of the run's own time or
-progress: a resumed run writes the same one.
+A workdir explains itself: readers need the manifest alone, never the stage's code. Parents
+are the runs whose parameters this one started from, so the manifests of a chain of stages
+lead back to its first data. A manifest holds nothing about time or progress, so a resumed
+run writes the same bytes.
+
+Workdirs of earlier versions are read through the rename tables at the end of this file.
 """
 
 import hashlib
@@ -21,7 +24,16 @@ from instructax.runtime.files import to_jsonable, write_json
 from instructax.runtime.redaction import redact
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-FIELDS = ("stage", "config", "model", "tokenizer", "data", "parents", "versions")
+FIELDS = (
+    "stage",
+    "config",
+    "model",
+    "head",
+    "tokenizer",
+    "data",
+    "parents",
+    "versions",
+)
 
 
 def write_manifest(
@@ -30,19 +42,28 @@ def write_manifest(
     stage: str,
     config: Mapping[str, Any],
     model: Mapping[str, Any],
+    head: str | None,
     tokenizer_hash: str,
     tokenizer_path: str,
     data_hashes: Mapping[str, str],
     parents: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Writes `manifest.json`, atomically and by process 0 alone, and returns what it holds.
+    """Writes `manifest.json` atomically, on process 0 only.
 
     Args:
+      workdir: folder of the run; created if it does not exist.
+      stage: name of the stage.
       config: the whole config of the run, nested.
-      model: the fields of its ModelConfig.
-      tokenizer_path: where the tokenizer came from, for people; its hash is what is compared.
-      data_hashes: name of a data set → its hash.
-      parents: field of the config that names a run → its workdir, stage, step and manifest hash; {} for a first stage.
+      model: fields of the ModelConfig of the saved network.
+      head: head of the saved network, "tokens" or "scalar"; None if the run saves none.
+      tokenizer_hash: what later stages compare.
+      tokenizer_path: where the tokenizer came from, for human readers.
+      data_hashes: name of a data set -> its hash.
+      parents: config field that names a parent -> its workdir, stage, step and hashes; {}
+        for a first stage.
+
+    Returns:
+      The content of the manifest.
     """
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     manifest = to_jsonable(
@@ -51,6 +72,7 @@ def write_manifest(
                 "stage": stage,
                 "config": config,
                 "model": model,
+                "head": head,
                 "tokenizer": {"hash": tokenizer_hash, "path": tokenizer_path},
                 "data": data_hashes,
                 "parents": parents,
@@ -65,55 +87,67 @@ def write_manifest(
 
 
 def read_manifest(workdir: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote to `workdir`. Raises ValueError if it is absent,
-    unreadable or incomplete."""
+    """The manifest of the run in `workdir`, in the names of this version.
+
+    Raises ValueError if the file is absent, unreadable or incomplete.
+    """
     path = Path(workdir) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no {path}: {workdir} is not the workdir of a run; run that stage first, or correct it"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}): restore a copy of it") from None
-    missing = [
-        field for field in FIELDS if not isinstance(manifest, dict) or field not in manifest
-    ]
+    manifest = upgrade_manifest(_load(path))
+    missing = [field for field in FIELDS if field not in manifest]
     if missing:
         raise ConfigError(
-            f"{path} lacks {', '.join(missing)}: it was not written by this program; restore a copy of it"
+            f"{path} lacks {', '.join(missing)}: it was not written by this program; "
+            "restore a copy of it"
         )
     return manifest
 
 
+def stored_manifest_hash(workdir: Path) -> str:
+    """Hash of the manifest as it is stored: it stays the same when names change in a later
+    version."""
+    return manifest_hash(_load(Path(workdir) / "manifest.json"))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no {path}: {path.parent} is not the workdir of a run; run that stage first, "
+            "or correct the path"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}): restore a copy of it") from None
+    return content if isinstance(content, dict) else {}
+
+
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 of the manifest as JSON with sorted keys: 64 hexadecimal digits."""
-    return hashlib.sha256(
-        json.dumps(to_jsonable(manifest), sort_keys=True, allow_nan=False).encode()
-    ).hexdigest()
+    """sha256 of the manifest as JSON with sorted keys, 64 hexadecimal digits."""
+    text = json.dumps(to_jsonable(manifest), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_parent(
     parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_path: str
 ) -> None:
-    """Raises ValueError if the run with the manifest `parent` has another tokenizer than
-    this one."""
+    """Raises ValueError if the run with the manifest `parent` has another tokenizer."""
     theirs = parent["tokenizer"]
     if theirs["hash"] != tokenizer_hash:
         raise ConfigError(
-            f"the parent ({parent['stage']}) has the tokenizer {theirs['hash']} of {theirs['path']}, this run has "
-            f"{tokenizer_hash} of {tokenizer_path}: token ids would mean other text; set the tokenizer of the config"
+            f"the parent ({parent['stage']}) has the tokenizer {theirs['hash']} of "
+            f"{theirs['path']}, this run has {tokenizer_hash} of {tokenizer_path}: token ids "
+            "would mean other text; set config.tokenizer to the parent's"
         )
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line for each value that differs, such as `optimizer.learning_rate: 1e-05
-    (stored) != 2e-05 (given)`.
+    (stored) != 2e-05 (given)`, sorted by dotted name.
 
-    Compares what JSON keeps, so that a tuple equals the list it is stored as. Lines are
-    sorted by dotted name.
+    Compares what JSON keeps, so a tuple equals the list that it is stored as.
     """
-    stored, given = flatten(to_jsonable(old)), flatten(to_jsonable(new))
+    stored = flatten(to_jsonable(old))
+    given = flatten(to_jsonable(new))
     return [
         f"{name}: {stored.get(name, 'absent')} (stored) != {given.get(name, 'absent')} (given)"
         for name in sorted(stored | given)
@@ -122,11 +156,125 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted name → repr of the leaf: 1 and 1.0 and True differ, as they do in a config. An
-    empty dict is a leaf."""
+    """Dotted name -> repr of the leaf, so that 1, 1.0 and True differ, as they do in a
+    config. An empty dict is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: repr(tree)}
-    found: dict[str, str] = {}
+    leaves: dict[str, str] = {}
     for key, value in tree.items():
-        found |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return found
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return leaves
+
+
+# Names of earlier versions. Rows are only added: workdirs outlive the version that wrote
+# them. Applying the tables twice changes nothing.
+
+_MODEL_FIELDS = {
+    "layers": "num_layers",
+    "width": "embed_dim",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_width": "head_dim",
+    "mlp_width": "mlp_dim",
+    "qk_norms": "qk_norm",
+    "score_width": "query_pre_attn_scalar",
+    "attention_cap": "attention_softcap",
+    "window": "sliding_window",
+    "windowed": "window_layers",
+    "scaled_embedding": "scale_embedding",
+    "tied_head": "tied_embeddings",
+    "logit_cap": "final_logit_softcap",
+}
+_DTYPES = {"mixed": "bf16_matmul", "bfloat16": "bf16"}
+
+# Group of the config ("" is its top level) -> old field -> new field.
+RENAMED_FIELDS: dict[str, dict[str, str]] = {
+    "model": _MODEL_FIELDS,
+    "reward_model": _MODEL_FIELDS,
+    "rotary_scaling": {
+        "low_turns": "low_freq_factor",
+        "high_turns": "high_freq_factor",
+        "original_length": "original_max_length",
+    },
+    "compute": {
+        "decoding": "decoding_dtype",
+        "part_rows": "microbatch_rows",
+        "part_halvings": "tail_splits",
+        "slot_halvings": "compaction_steps",
+    },
+}
+# Group -> field, in its new name -> old value -> new value. `supervised` became two stages.
+RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "": {
+        "stage": {"reward": "reward_model", "tasks": "public_tasks"},
+        "old_logprobs": {"scorer": "recomputed", "sampler": "sampled"},
+    },
+    "compute": {"dtype": _DTYPES, "decoding_dtype": _DTYPES},
+}
+# Group of a pretraining config -> fields that pretraining no longer has.
+PRETRAIN_DROPPED = {"": ("lora",), "data": ("demonstrations", "text_fraction", "chat")}
+# Head of the network that a run saves, for manifests that do not say it.
+HEADS = {
+    "pretrain": "tokens",
+    "sft": "tokens",
+    "ppo": "tokens",
+    "pretrained": "tokens",
+    "reward_model": "scalar",
+}
+
+
+def upgrade_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """`manifest` in the names of this version; one of this version is returned unchanged."""
+    upgraded = dict(manifest)
+    config = upgrade_config(_group(upgraded.get("config")))
+    if "config" in upgraded:
+        upgraded["config"] = config
+    if "model" in upgraded:
+        upgraded["model"] = _renamed(_group(upgraded["model"]), "model")
+    if "stage" in upgraded:
+        # The stage of an old run is named by its config; imported models have another one.
+        upgraded["stage"] = config.get("stage", upgraded["stage"])
+        upgraded.setdefault("head", HEADS.get(str(upgraded["stage"])))
+    return upgraded
+
+
+def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested config of a run, as in `config.json`, in the names of this version."""
+    upgraded = _renamed(config, "")
+    if upgraded.get("stage") != "supervised":
+        return upgraded
+
+    # The stage `supervised` trained on demonstrations, on text, or on both.
+    data = _group(upgraded.get("data"))
+    lora = _group(upgraded.get("lora"))
+    if data.get("demonstrations") or lora.get("rank"):
+        upgraded["stage"] = "sft"
+        return upgraded
+    upgraded["stage"] = "pretrain"
+    for name in PRETRAIN_DROPPED[""]:
+        upgraded.pop(name, None)
+    if "data" in upgraded:
+        kept = {k: v for k, v in data.items() if k not in PRETRAIN_DROPPED["data"]}
+        upgraded["data"] = kept
+    return upgraded
+
+
+def _renamed(group: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The group `name` of a config and all groups inside it, in the new names."""
+    fields = RENAMED_FIELDS.get(name, {})
+    values = RENAMED_VALUES.get(name, {})
+    upgraded: dict[str, Any] = {}
+    for key, value in group.items():
+        field = fields.get(key, key)
+        if isinstance(value, Mapping):
+            upgraded[field] = _renamed(value, key)
+        elif isinstance(value, str):
+            upgraded[field] = values.get(field, {}).get(value, value)
+        else:
+            upgraded[field] = value
+    return upgraded
+
+
+def _group(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a group of values, else an empty one: files may hold anything."""
+    return value if isinstance(value, Mapping) else {}

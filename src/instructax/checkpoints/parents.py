@@ -1,8 +1,8 @@
-"""The runs that a run starts from: found by path, and refused unless they are finished and
-of the same kind.
+"""Parents: finished runs that another run starts from.
 
-A path is WORKDIR, for the last step of that run, or WORKDIR@STEP or WORKDIR@best, for
-another step that it kept.
+They are found by path, and refused unless they are finished, use the same tokenizer and
+have the expected architecture and head. A path is WORKDIR for the last step of that run, or
+WORKDIR@STEP or WORKDIR@best for another step that it kept.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from instructax.checkpoints.checkpoint import (
 from instructax.checkpoints.manifest import (
     check_parent,
     config_difference,
-    manifest_hash,
     read_manifest,
+    stored_manifest_hash,
 )
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,123 +31,145 @@ from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora
 from instructax.types import Params
 
 Head = Literal["tokens", "scalar"]
-STAGES = {
-    "tokens": ("supervised", "ppo", "pretrained"),
-    "scalar": ("reward",),
-}  # whose runs have a network with this head
 
 
-def is_finished(workdir: Path) -> bool:
-    """Whether the run in `workdir` has come to its end."""
-    return (workdir / "summary.json").exists()
+@dataclasses.dataclass(frozen=True)
+class ExpectedParent:
+    """A run that a config names, and the network that it must have saved."""
 
-
-def tokenizer_of(path: str, model: ModelConfig) -> Tokenizer:
-    """The tokenizer at `path`; raises ConfigError unless the model's vocabulary is its own."""
-    tokenizer = load_tokenizer(path)
-    require(
-        tokenizer.size == model.vocab_size,
-        f"config.model.vocab_size = {model.vocab_size}, but the tokenizer {path} has {tokenizer.size} ids; "
-        "set config.model.vocab_size to that",
-    )
-    return tokenizer
+    path: str  # "" = none
+    model: ModelConfig
+    head: Head
 
 
 @dataclasses.dataclass(frozen=True)
 class Parent:
-    """A finished run whose parameters another one starts from."""
+    """A finished run whose parameters another run starts from."""
 
     workdir: Path
     step: int
     manifest: Mapping[str, Any]
 
-    def load(self, wanted: Params) -> Params:
-        """Its exported parameters, straight into the shapes and layouts of `wanted`; what
-        adapters of the run have learned is in the kernels."""
+    def load(self, abstract: Params) -> Params:
+        """Its saved parameters, read directly into the shapes and shardings of `abstract`.
+
+        LoRA factors are merged into the kernels.
+        """
         values = self.manifest["config"].get("lora")
         if not values or not values["rank"]:
-            return load_params(self.workdir, wanted, step=self.step)
-        lora, mesh = (
-            construct(LoraConfig, values, "lora"),
-            jax.tree.leaves(wanted)[0].sharding.mesh,
-        )
+            return load_params(self.workdir, abstract, step=self.step)
+        lora = construct(LoraConfig, values, "lora")
+        mesh = jax.tree.leaves(abstract)[0].sharding.mesh
         shapes = jax.eval_shape(
-            lambda params: add_lora(params, lora, jax.random.key(0)), wanted
+            lambda params: add_lora(params, lora, jax.random.key(0)), abstract
         )
         stored = load_params(
             self.workdir, sharding.abstract_arrays(shapes, mesh), step=self.step
         )
-        layouts = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return jax.jit(merge_lora, out_shardings=layouts)(stored)
 
     def lineage(self) -> dict[str, Any]:
-        """What the child's manifest says of it."""
+        """The entry for this run in the manifest of its child."""
         return {
             "workdir": str(self.workdir),
             "stage": self.manifest["stage"],
             "step": self.step,
-            "manifest_hash": manifest_hash(self.manifest),
+            "manifest_hash": stored_manifest_hash(self.workdir),
             "files_hash": files_hash(self.workdir, self.step),
         }
 
 
+def is_finished(workdir: Path) -> bool:
+    """Whether the run in `workdir` has finished: its summary is written last."""
+    return (workdir / "summary.json").exists()
+
+
+def tokenizer_of(path: str, model: ModelConfig) -> Tokenizer:
+    """The tokenizer at `path`. Raises ConfigError unless the model has the same vocabulary
+    size."""
+    tokenizer = load_tokenizer(path)
+    require(
+        tokenizer.size == model.vocab_size,
+        f"config.model.vocab_size = {model.vocab_size}, but the tokenizer {path} has "
+        f"{tokenizer.size} ids; set config.model.vocab_size to that",
+    )
+    return tokenizer
+
+
 def open_parent(path: str | Path, named: str) -> Parent:
-    """The finished run at `path`; `named` is what the user calls it. Raises ConfigError or
-    ValueError."""
+    """The finished run at `path`; `named` is what the user calls it in errors.
+
+    Raises ConfigError or ValueError.
+    """
     path = str(path)
     folder, _, suffix = path.rpartition("@")
+    # A folder whose own name ends like a step is taken as it is.
     if not (suffix == "best" or suffix.isdecimal()) or Path(path).exists():
         folder, suffix = path, ""
     workdir = Path(folder)
+
     require(
         is_finished(workdir),
         f"{named} = {path!r} is not a finished run: train it first, or change the path",
     )
-    trained = (workdir / "manifest.json").exists()
+    manifest = None
+    if (workdir / "manifest.json").exists():
+        manifest = read_manifest(workdir)
     require(
-        trained,
-        f"{named} = {path!r} is a run that trained no network: give one of a stage that does",
+        manifest is not None and manifest["head"] is not None,
+        f"{named} = {path!r} is a run that trained no network: name a run of a stage that "
+        "does",
     )
-    manifest, steps = read_manifest(workdir), committed_steps(workdir)
+    assert manifest is not None
+    steps = committed_steps(workdir)
     require(
         bool(steps), f"{named} = {path!r} has no checkpoint: delete it and train it again"
     )
+
     step = best_step(workdir) if suffix == "best" else int(suffix or steps[-1])
-    require(
-        step in steps,
-        f"{named} = {path!r}: it kept the steps {', '.join(map(str, steps))}"
-        + (", and its run.best_metric named none as the best" if step is None else ""),
-    )
+    kept = f"{named} = {path!r}: it kept the steps {', '.join(map(str, steps))}"
+    require(step is not None, f"{kept}, and its run.best_metric named none as the best")
+    require(step in steps, kept)
     return Parent(workdir, int(step or 0), manifest)
 
 
 def open_parents(
-    paths: Mapping[str, str],
-    models: Mapping[str, tuple[ModelConfig, Head]],
-    tokenizer: Tokenizer,
-    tokenizer_path: str,
+    expected: Mapping[str, ExpectedParent], tokenizer: Tokenizer, tokenizer_path: str
 ) -> dict[str, Parent]:
-    """The runs to start from, by config field, those with an empty path left out.
+    """Opens the runs that a config starts from.
 
-    Each must be finished, of this tokenizer, and of the architecture and head in `models`.
-    Raises ConfigError or ValueError.
+    Args:
+      expected: config field -> the parent that it names; empty paths are left out.
+      tokenizer: the tokenizer of this run; each parent must have the same.
+      tokenizer_path: its path, for errors.
+
+    Returns:
+      Config field -> parent. Raises ConfigError or ValueError for a parent that is not
+      finished, or has another tokenizer, head or architecture.
     """
-    parents = {
-        name: open_parent(path, f"config.{name}") for name, path in paths.items() if path
-    }
+    # All paths are resolved first: a missing run is the commonest mistake.
+    parents: dict[str, Parent] = {}
+    for name, wanted in expected.items():
+        if wanted.path:
+            parents[name] = open_parent(wanted.path, f"config.{name}")
     for name, parent in parents.items():
         check_parent(
             parent.manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path
         )
-        model, head = models[name]
-        found = parent.manifest["stage"]
-        require(
-            found in STAGES[head],
-            f"config.{name} = {paths[name]!r} is a run of stage {found!r}; it must be of {' or '.join(STAGES[head])}",
-        )
-        difference = config_difference(parent.manifest["model"], dataclasses.asdict(model))
-        require(
-            not difference,
-            f"the model of config.{name} = {paths[name]!r} is another: {'; '.join(difference)}",
-        )
+        _check_model(name, parent, expected[name])
     return parents
+
+
+def _check_model(name: str, parent: Parent, wanted: ExpectedParent) -> None:
+    manifest = parent.manifest
+    require(
+        manifest["head"] == wanted.head,
+        f"config.{name} = {wanted.path!r} is a run of the stage {manifest['stage']!r} with a "
+        f"{manifest['head']} head; it must have a {wanted.head} head",
+    )
+    difference = config_difference(manifest["model"], dataclasses.asdict(wanted.model))
+    require(
+        not difference,
+        f"config.{name} = {wanted.path!r} has another model: {'; '.join(difference)}",
+    )

@@ -69,7 +69,9 @@ def prefill_padding(model: Transformer, prompts: Prompts, groups: int) -> Array:
     mean over groups: f32[]."""
     # [M, P] → [groups, M / groups, P]
     grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), prompts)
-    paddings = jax.vmap(lambda prompts: prompt_layout(model, prompts).padding_fraction())(grouped)
+    paddings = jax.vmap(lambda prompts: prompt_layout(model, prompts).padding_fraction())(
+        grouped
+    )
     return jnp.mean(paddings)
 
 

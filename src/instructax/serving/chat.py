@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from instructax import sharding
-from instructax.checkpoints.parents import STAGES, open_parent
+from instructax.checkpoints.parents import open_parent
 from instructax.config import ConfigError, construct, require
 from instructax.data.chat_template import (
     ChatTemplate,
@@ -38,8 +38,9 @@ def open_policy(
     run = open_parent(path, "--workdir")
     manifest = run.manifest
     require(
-        manifest["stage"] in STAGES["tokens"],
-        f"{path} holds a run of stage {manifest['stage']!r}; only {', '.join(STAGES['tokens'])} runs answer prompts",
+        manifest["head"] == "tokens",
+        f"{path} holds a run of the stage {manifest['stage']!r} with a {manifest['head']} head; "
+        "only runs with a tokens head answer prompts",
     )
     model = Transformer(
         construct(ModelConfig, manifest["model"], "model"), compute, "tokens"

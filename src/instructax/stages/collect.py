@@ -32,14 +32,15 @@ from instructax.simulation.labelers import draw_labelers
 from instructax.simulation.lexicon import generator, pick
 from instructax.simulation.prompts import LABELER_COUNT, SimulatedPrompt
 from instructax.simulation.write import RESPONSES, comparison, write_lines
-from instructax.training import run as stage
+from instructax.training.attention import NO_ROWS, RowLengths
+from instructax.training.run import Run
 
 Policy = tuple[Transformer, Any, Tokenizer]  # network, parameters, tokenizer
 FILES = {"comparisons": "labeler", "held_out": "held-out"}  # file → group of labelers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CollectConfig:
+class Config:
     """What is compared and by whom."""
 
     stage: Literal["collect"]
@@ -65,14 +66,29 @@ class CollectConfig:
             )
 
 
-def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Writes the two files into `workdir`; all of it is done again if it was interrupted.
-    The policies answer on the first device."""
+def validate(config: Config, mesh: Any) -> None:
+    """Raises ConfigError if several processes share the run: there is no mesh."""
     require(
         jax.process_count() == 1,
         "stage collect runs on one process: leave out --coordinator and --processes",
     )
-    config = stage.with_attention_kernel(config)
+
+
+def row_lengths(config: Config) -> RowLengths:
+    """No rows: policies only sample, through a cache."""
+    return NO_ROWS
+
+
+def memory(config: Config, mesh: Any) -> dict[str, int]:
+    """Nothing stays on a device."""
+    return {}
+
+
+def train(run: Run) -> None:
+    """Writes the two files into the workdir; an interrupted run starts over. The policies
+    answer on the first device."""
+    config: Config = run.config
+    workdir = run.workdir
     asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
     parents = [
         open_parent(path, f"config.policies.{i}")
@@ -80,7 +96,7 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
     ]
     policies = [open_policy(path, config.compute) for path, _ in config.policies]
     for model, _, _ in policies:
-        check_lengths(config, model.config)
+        check_policy_length(config, model.config)
     compared = draw_compared(
         sampled(config, policies, asked), generator(config.seed, f"compared {config.round}")
     )
@@ -98,7 +114,7 @@ def train(config: CollectConfig, workdir: Path, given: Mapping[str, Any]) -> Non
     )
 
 
-def check_lengths(config: CollectConfig, model: ModelConfig) -> None:
+def check_policy_length(config: Config, model: ModelConfig) -> None:
     """Raises ConfigError unless a prompt with its answer fits the positions of a policy."""
     length = config.prompt_tokens + config.response_tokens
     require(
@@ -109,7 +125,7 @@ def check_lengths(config: CollectConfig, model: ModelConfig) -> None:
 
 
 def sampled(
-    config: CollectConfig, policies: list[Policy], asked: list[SimulatedPrompt]
+    config: Config, policies: list[Policy], asked: list[SimulatedPrompt]
 ) -> list[list[str]]:
     """What all policies answer to each prompt."""
     answers: list[list[str]] = [[] for _ in asked]
@@ -123,7 +139,7 @@ def sampled(
 
 
 def sample_answers(
-    config: CollectConfig,
+    config: Config,
     policy: Policy,
     count: int,
     number: int,
@@ -180,7 +196,7 @@ def draw_compared(
 
 
 def rankings(
-    config: CollectConfig,
+    config: Config,
     group: str,
     asked: list[SimulatedPrompt],
     compared: Mapping[int, list[str]],

@@ -9,17 +9,15 @@ reward model's score and the KL from the reference, its figures to `summary.json
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from instructax import sharding
-from instructax.checkpoints.parents import Head, Parent, open_parents, tokenizer_of
+from instructax.checkpoints.parents import ExpectedParent, Head, Parent
 from instructax.config import ConfigError, Seed, check_range, format_value, require_distinct
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_comparisons, prepare_prompts, prepare_text
@@ -35,7 +33,9 @@ from instructax.models.init import abstract_params
 from instructax.models.sequence_packing import packed_width
 from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
-from instructax.training import run as stage
+from instructax.training.attention import RowLengths, split_lengths
+from instructax.training.checks import check_lengths, check_rows
+from instructax.training.run import Run
 from instructax.types import Params
 
 
@@ -56,8 +56,10 @@ class EvaluateData:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class Config:
     """A comparison of policies."""
+
+    head: ClassVar[Head | None] = None
 
     stage: Literal["evaluate"]
     seed: Seed
@@ -117,33 +119,72 @@ class EvaluateConfig:
                 "data.prompts, reward_parent and the workdir of every policy must be given"
             )
 
+    def parents(self) -> dict[str, ExpectedParent]:
+        """The policies, and the reward model that scores them."""
+        expected: dict[str, ExpectedParent] = {}
+        for name, path, _ in self.policies:
+            expected[f"policies.{name}"] = ExpectedParent(path, self.model, "tokens")
+        expected["reward_parent"] = ExpectedParent(
+            self.reward_parent, self.reward_model, "scalar"
+        )
+        return expected
 
-def check(config: EvaluateConfig, mesh: Mesh | AbstractMesh) -> None:
+    def prepare_data(
+        self, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+    ) -> dict[str, PreparedData]:
+        """Prompts, and text and comparisons where there are files of them."""
+        data = self.data
+        folder = Path(data.folder)
+        prompts = [Path(path) for path in data.prompts]
+        prepared = {
+            "prompts": prepare_prompts(
+                prompts, tokenizer, data.limits, folder, prompt_format
+            )
+        }
+        if data.text:
+            text = [Path(path) for path in data.text]
+            prepared["text"] = prepare_text(text, tokenizer, data.limits, folder)
+        for name, paths in data.comparisons:
+            files = [Path(path) for path in paths]
+            prepared[f"comparisons.{name}"] = prepare_comparisons(
+                files, tokenizer, data.limits, folder, prompt_format
+            )
+        return prepared
+
+
+def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
-    stage.check_rows("batch_size", config.batch_size, 1, mesh)
-    stage.check_lengths(config.data.limits, config.model)
-    stage.check_lengths(config.data.limits, config.reward_model)
+    check_rows("batch_size", config.batch_size, 1, mesh)
+    check_lengths(config.data.limits, config.model)
+    check_lengths(config.data.limits, config.reward_model)
 
 
-def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Runs the comparison in `workdir`; all of it is done again if it was interrupted."""
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
-    config = stage.with_attention_kernel(config)
-    tokenizer = tokenizer_of(config.tokenizer, config.model)
-    paths = {f"policies.{name}": path for name, path, _ in config.policies}
-    paths["reward_parent"] = config.reward_parent
-    models: dict[str, tuple[ModelConfig, Head]] = dict.fromkeys(
-        paths, (config.model, "tokens")
-    )
-    models["reward_parent"] = (config.reward_model, "scalar")
-    parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(
-        config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
-    )
-    stage.RunManifestInputs(
-        config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
-    ).write(workdir)
+def row_lengths(config: Config) -> RowLengths:
+    """Pieces of packed text, of prompts with their responses, and of comparisons, whose
+    responses share a prompt."""
+    limits = config.data.limits
+    packed = limits.sequence_tokens
+    pair = max(packed, limits.prompt_tokens + limits.response_tokens)
+    widths = [packed, pair]
+    if any(how == "few-shot" for _, _, how in config.policies):
+        # Examples before a prompt fill the context.
+        widths.append(max(pair, config.model.max_length))
+    if config.data.comparisons:
+        widths.append(limits.comparison_tokens)
+    return split_lengths(config.compute, *widths), bool(config.data.comparisons)
+
+
+def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Nothing is trained."""
+    return {}
+
+
+def train(run: Run) -> None:
+    """Runs the comparison; an interrupted run starts over."""
+    config: Config = run.config
+    mesh, tokenizer = run.mesh, run.tokenizer
+    parents, data, workdir = run.parents, run.data, run.workdir
+    run.write_manifest()
     load = partial(_load, config, mesh)
     ref_params = load(parents[f"policies.{config.reference}"], "tokens")
     reward_params = load(parents["reward_parent"], "scalar")
@@ -213,7 +254,7 @@ def train(config: EvaluateConfig, workdir: Path, given: Mapping[str, Any]) -> No
         log.write_summary(figures)
 
 
-def read_examples(config: EvaluateConfig) -> list[Demonstration]:
+def read_examples(config: Config) -> list[Demonstration]:
     """The demonstrations that worked examples are taken from."""
     return list(
         read_jsonl([Path(path) for path in config.data.demonstrations], Demonstration)
@@ -221,7 +262,7 @@ def read_examples(config: EvaluateConfig) -> list[Demonstration]:
 
 
 def _load(
-    config: EvaluateConfig,
+    config: Config,
     mesh: jax.sharding.Mesh,
     parent: Parent,
     head: Literal["tokens", "scalar"],
@@ -230,31 +271,6 @@ def _load(
         config.model if head == "tokens" else config.reward_model, config.compute, head
     )
     return parent.load(abstract_params(model, mesh))
-
-
-def read_data(
-    config: EvaluateConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
-) -> dict[str, PreparedData]:
-    """What there are files of, prepared."""
-    limits, folder = config.data.limits, Path(config.data.folder)
-
-    def prepared(
-        prepare: Callable[..., PreparedData], files: Iterable[str]
-    ) -> PreparedData:
-        return prepare([Path(file) for file in files], tokenizer, limits, folder)
-
-    data = {
-        "prompts": prepared(
-            partial(prepare_prompts, prompt_format=prompt_format), config.data.prompts
-        )
-    }
-    if config.data.text:
-        data["text"] = prepared(prepare_text, config.data.text)
-    for name, files in config.data.comparisons:
-        data[f"comparisons.{name}"] = prepared(
-            partial(prepare_comparisons, prompt_format=prompt_format), files
-        )
-    return data
 
 
 def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:

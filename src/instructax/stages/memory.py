@@ -1,5 +1,8 @@
-"""What a run will hold on each device, from shapes alone: no data is read, nothing is
-allocated."""
+"""Device memory of a run from shapes alone: nothing is read and nothing is allocated.
+
+Each stage adds up its own arrays in `memory(config, mesh)`; here is what they share, and
+the report of a dry run.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from instructax import sharding
+from instructax.checkpoints.parents import Head
 from instructax.config import require
 from instructax.models import (
     ComputeConfig,
@@ -20,112 +24,118 @@ from instructax.models import (
 )
 from instructax.models.init import abstract_params
 from instructax.sharding import MeshConfig
-from instructax.training.optimizer import make_optimizer
-from instructax.training.state import abstract_state, adapter_initializer
+from instructax.training.optimizer import OptimizerConfig, make_optimizer
+from instructax.training.state import abstract_state, adapter_initializer, no_adapters
 
 GIB = 2**30
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The mesh without devices; `data = -1` counts as 1: copies change nothing of what a
-    device holds but its rows."""
+    """The mesh without devices.
+
+    `data = -1` counts as 1: more copies of the model leave each device only fewer rows.
+    """
     require(
         config.fsdp > 0 and config.tensor > 0 and (config.data > 0 or config.data == -1),
-        f"config.mesh = {config.data} × {config.fsdp} × {config.tensor}: axes must be positive (data may be -1)",
+        f"config.mesh = {config.data} × {config.fsdp} × {config.tensor}: axes must be "
+        "positive (data may be -1)",
     )
     shape = (max(config.data, 1), config.fsdp, config.tensor)
     return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of the largest piece of each leaf of an abstract tree."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+    """Bytes of the largest shard of each leaf of an abstract tree."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        total += int(np.prod(shard)) * leaf.dtype.itemsize
+    return total
 
 
-def memory(config: Any) -> dict[str, int]:
-    """Bytes that stay on one device throughout the run, by what they are; `config` is the
-    config of any stage."""
-    mesh: Any = abstract_mesh(config.mesh)
-
-    def plain(model: ModelConfig, head: Any) -> Any:
-        return abstract_params(Transformer(model, config.compute, head), mesh)
-
-    def state(model: ModelConfig, head: Any, optimizer: Any) -> Any:
-        network = Transformer(model, config.compute, head)
-        return abstract_state(
-            network, make_optimizer(optimizer), mesh, adapter_initializer(config)
-        )
-
-    if config.stage == "supervised":
-        return _state_bytes("model", state(config.model, "tokens", config.optimizer))
-    if config.stage == "reward":
-        return _state_bytes("reward model", state(config.model, "scalar", config.optimizer))
-    policy = state(config.model, "tokens", config.optimizer)
-    value = state(config.reward_model, "scalar", config.value_optimizer)
-    row_ways = sharding.num_row_shards(mesh)
-    rows = -(-config.batch_size // row_ways)
-    slots = min(config.compute.slots, rows)
-    head_ways = (
-        mesh.size // row_ways
-    )  # devices with the same rows have other heads of the cache
-    prompt_tokens = config.data.limits.prompt_tokens
-    length = prompt_tokens + config.data.limits.response_tokens
-    return {
-        **_state_bytes("policy", policy),
-        **_state_bytes("value network", value),
-        "averaged policy": bytes_per_device(policy.params),
-        "reference policy": bytes_per_device(plain(config.model, "tokens")),
-        "reward model": bytes_per_device(plain(config.reward_model, "scalar")),
-        "cache of the prompts": _cache_bytes(
-            config.model, config.compute, rows, prompt_tokens
-        )
-        // head_ways,
-        "cache of the sampler": _cache_bytes(config.model, config.compute, slots, length)
-        // head_ways,
-    }
+def parameter_bytes(
+    model: ModelConfig, compute: ComputeConfig, head: Head, mesh: Any
+) -> int:
+    """Bytes per device of the parameters of a network that is not trained."""
+    network = Transformer(model, compute, head)
+    return bytes_per_device(abstract_params(network, mesh))
 
 
-def _state_bytes(name: str, state: Any) -> dict[str, int]:
+def training_bytes(
+    name: str,
+    config: Any,
+    model: ModelConfig,
+    head: Head,
+    optimizer: OptimizerConfig,
+    mesh: Any,
+) -> dict[str, int]:
+    """Bytes per device of a network that is trained, and of its optimizer.
+
+    Args:
+      name: what the report calls the network.
+      config: Config of the stage; its `compute` and, if it has one, `lora` are used.
+      model: architecture of the network.
+      head: its head.
+      optimizer: its optimizer.
+      mesh: the mesh, with or without devices.
+
+    Returns:
+      `name` -> bytes of the parameters, "optimizer of the `name`" -> bytes of its state.
+    """
+    network = Transformer(model, config.compute, head)
+    add_adapters = adapter_initializer(config) if hasattr(config, "lora") else no_adapters
+    state = abstract_state(network, make_optimizer(optimizer), mesh, add_adapters)
     return {
         name: bytes_per_device(state.params),
         f"optimizer of the {name}": bytes_per_device(state.opt_state),
     }
 
 
-def _cache_bytes(model: ModelConfig, compute: ComputeConfig, rows: int, length: int) -> int:
+def cache_bytes(
+    model: ModelConfig, compute: ComputeConfig, rows: int, length: int, mesh: Any
+) -> int:
+    """Bytes per device of a KV cache for `rows` rows of `length` tokens on that device."""
     cache = jax.eval_shape(
         lambda: init_cache(model, decoding_config(compute), rows, length)
     )
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    total = 0
+    for leaf in jax.tree.leaves(cache):
+        total += int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+    # Devices with the same rows hold different heads of the cache.
+    head_ways = mesh.size // sharding.num_row_shards(mesh)
+    return total // head_ways
 
 
-def report(config: Any) -> str:
-    """Parameters and memory per device, as lines to print."""
-    models: Mapping[str, tuple[ModelConfig, Any]] = {
-        "model": (config.model, "scalar" if config.stage == "reward" else "tokens"),
-        **(
-            {"reward_model": (config.reward_model, "scalar")}
-            if config.stage == "ppo"
-            else {}
-        ),
-    }
-    lines: list[str] = []
+def memory_report(config: Any, held: Mapping[str, int]) -> str:
+    """Parameters, mesh and memory per device, as lines to print.
+
+    Args:
+      config: Config of a stage.
+      held: what the stage's `memory` returns.
+    """
+    if not held:
+        return "nothing is trained"
     mesh: Any = abstract_mesh(config.mesh)
-    for name, (model, head) in models.items():
-        shapes = abstract_params(Transformer(model, config.compute, head), mesh)
-        lines.append(f"{name}: {parameter_count(shapes):,} parameters")
+    lines = [_parameter_line("model", config.model, config.head, config.compute, mesh)]
+    if hasattr(config, "reward_model"):
+        scalar = (config.reward_model, "scalar", config.compute, mesh)
+        lines.append(_parameter_line("reward_model", *scalar))
+
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     more = ", or a multiple (config.mesh.data = -1)" if config.mesh.data == -1 else ""
+    lines.append(f"mesh: {axes} = {mesh.size} devices{more}")
+
+    for name, size in held.items():
+        lines.append(f"{name:<32}{size / GIB:10.3f} GiB per device")
+    total = sum(held.values()) / GIB
     lines.append(
-        "mesh: "
-        + " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-        + f" = {mesh.size} devices{more}"
-    )
-    held = memory(config)
-    lines += [f"{name:<32}{size / GIB:10.3f} GiB per device" for name, size in held.items()]
-    lines.append(
-        f"{'held throughout':<32}{sum(held.values()) / GIB:10.3f} GiB per device; gradients and activations on top"
+        f"{'held throughout':<32}{total:10.3f} GiB per device; gradients and activations on top"
     )
     return "\n".join(lines)
+
+
+def _parameter_line(
+    name: str, model: ModelConfig, head: Head, compute: ComputeConfig, mesh: Any
+) -> str:
+    shapes = abstract_params(Transformer(model, compute, head), mesh)
+    return f"{name}: {parameter_count(shapes):,} parameters"

@@ -22,7 +22,7 @@ import instructax
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
-from instructax.checkpoints.parents import STAGES, Head, is_finished, open_parent
+from instructax.checkpoints.parents import Head, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, pad_vocab, save_tokenizer
 from instructax.models import (
@@ -41,7 +41,7 @@ from instructax.models.pretrained.gguf_file import GgufFile
 from instructax.runtime.files import write_json
 from instructax.runtime.workdir_lock import lock_workdir
 from instructax.sharding import MeshConfig
-from instructax.training import run as stage
+from instructax.training.workdir import claim
 from instructax.types import Params, TrainState
 
 # Files of a model that are kept beside an import, and go into exports of it: what they say
@@ -91,7 +91,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     """
     given = {"stage": "pretrained", "source": source}
     if is_finished(workdir):
-        stage.claim(workdir, given)
+        claim(workdir, given)
         return f"{workdir} is finished; nothing to do"
     path = hf_folder.located(source)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,7 +116,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     abstract = abstract_params(Transformer(config, COMPUTE, "tokens"), mesh)
     params = reading.read_params(tensors, family, config, abstract)
     with lock_workdir(workdir):
-        stage.claim(workdir, given)
+        claim(workdir, given)
         checkpoints = Checkpoints(
             workdir, save_every=1, keep=1, best_metric="", exported="params"
         )
@@ -131,6 +131,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
             stage="pretrained",
             config=given,
             model=dataclasses.asdict(config),
+            head="tokens",
             tokenizer_hash=tokenizer.hash,
             tokenizer_path=str(path),
             data_hashes=_hashes(path),
@@ -183,7 +184,7 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
         f"--to={to} is not empty: take another folder",
     )
     run = open_parent(checkpoint, "--checkpoint")
-    head: Head = "scalar" if run.manifest["stage"] in STAGES["scalar"] else "tokens"
+    head: Head = run.manifest["head"]
     config = construct(ModelConfig, run.manifest["model"], "model")
     family, raw = hf_configs.write_config(config)
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))

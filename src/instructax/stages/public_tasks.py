@@ -7,16 +7,17 @@ opens the answer, as it does after a prompt of a customer. Generated answers go 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from instructax import sharding
-from instructax.checkpoints.parents import open_parents, tokenizer_of
+from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import ConfigError, Seed, check_range, require, require_distinct
+from instructax.data.prompt_format import PromptFormat
+from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.completions import Completer
 from instructax.models import ComputeConfig, ModelConfig, Transformer
@@ -27,15 +28,19 @@ from instructax.simulation.files import world_of
 from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
 from instructax.simulation.task_metrics import Figure, choice_figure, text_figures
 from instructax.simulation.world import World, draw_world
-from instructax.training import run as stage
+from instructax.training.attention import RowLengths, split_lengths
+from instructax.training.checks import check_rows
+from instructax.training.run import Run
 from instructax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TasksConfig:
+class Config:
     """Policies to be measured."""
 
-    stage: Literal["tasks"]
+    head: ClassVar[Head | None] = None
+
+    stage: Literal["public_tasks"]
     seed: Seed  # of the items and their worked examples
     policies: tuple[tuple[str, str], ...]  # (name, workdir)
     world: str  # workdir of the world
@@ -58,6 +63,19 @@ class TasksConfig:
             )
         require_distinct("policies", [name for name, _ in self.policies])
 
+    def parents(self) -> dict[str, ExpectedParent]:
+        """The policies."""
+        expected: dict[str, ExpectedParent] = {}
+        for name, path in self.policies:
+            expected[f"policies.{name}"] = ExpectedParent(path, self.model, "tokens")
+        return expected
+
+    def prepare_data(
+        self, tokenizer: Tokenizer, prompt_format: PromptFormat
+    ) -> dict[str, PreparedData]:
+        """No data sets: the world generates the items."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
@@ -69,9 +87,9 @@ class Sheet:
     contexts: Sequence[str]
 
 
-def check(config: TasksConfig, mesh: Mesh | AbstractMesh) -> None:
+def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
-    stage.check_rows("batch_size", config.batch_size, 1, mesh)
+    check_rows("batch_size", config.batch_size, 1, mesh)
     length = config.context_tokens + config.answer_tokens
     require(
         length <= config.model.max_length
@@ -81,21 +99,25 @@ def check(config: TasksConfig, mesh: Mesh | AbstractMesh) -> None:
     )
 
 
-def train(config: TasksConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Measures the policies in `workdir`; all of it is done again if it was interrupted."""
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
-    config = stage.with_attention_kernel(config)
-    tokenizer = tokenizer_of(config.tokenizer, config.model)
-    paths = {f"policies.{name}": path for name, path in config.policies}
-    parents = open_parents(
-        paths, dict.fromkeys(paths, (config.model, "tokens")), tokenizer, config.tokenizer
-    )
+def row_lengths(config: Config) -> RowLengths:
+    """Pieces of a context with an answer."""
+    length = config.context_tokens + config.answer_tokens
+    return split_lengths(config.compute, length), False
+
+
+def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Nothing is trained."""
+    return {}
+
+
+def train(run: Run) -> None:
+    """Measures the policies; an interrupted run starts over."""
+    config: Config = run.config
+    mesh, tokenizer, parents = run.mesh, run.tokenizer, run.parents
+    workdir = run.workdir
     seed, _ = world_of(Path(config.world))
     sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
-    stage.RunManifestInputs(
-        config=config, given=given, tokenizer=tokenizer, data={}, parents=parents
-    ).write(workdir)
+    run.write_manifest()
     model = Transformer(config.model, config.compute, "tokens", mesh)
     lengths = {
         "context_tokens": config.context_tokens,

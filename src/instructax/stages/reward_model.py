@@ -15,10 +15,10 @@ rows would have, for 0.56 times the tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import rng, sharding
-from instructax.checkpoints.parents import open_parents, tokenizer_of
+from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import Seed, check_range
 from instructax.data.batches import Source, batch_row_ids, process_slice
 from instructax.data.limits import DataLimits
@@ -61,8 +61,15 @@ from instructax.models.sequence_packing import (
 )
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
-from instructax.training import run as stage
+from instructax.stages.memory import training_bytes
 from instructax.training.accumulation import accumulate_packed, scale_tree
+from instructax.training.attention import RowLengths, split_lengths
+from instructax.training.checks import (
+    check_lengths,
+    check_lora,
+    check_rows,
+    count_steps,
+)
 from instructax.training.optimizer import (
     OptimizerConfig,
     apply_gradients,
@@ -70,7 +77,8 @@ from instructax.training.optimizer import (
     make_optimizer,
     skipped,
 )
-from instructax.training.run import RunConfig
+from instructax.training.run import Run, RunConfig
+from instructax.training.settings import OptimizerSettings, settings_from
 from instructax.training.state import (
     abstract_state,
     adapter_initializer,
@@ -84,11 +92,11 @@ from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, py
 class RewardModelSettings:
     """What a sweep varies."""
 
-    learning_rate: Array  # f32[], the peak
+    optimizer: OptimizerSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardProgram:
+class RewardModelProgram:
     """What is compiled in."""
 
     model: Transformer
@@ -99,8 +107,8 @@ class RewardProgram:
     row_tokens: int  # W of the rows that prompts with their responses are packed into; none is longer
 
 
-def update(
-    program: RewardProgram,
+def update_reward_model(
+    program: RewardModelProgram,
     state: TrainState,
     batch: Comparisons,
     settings: RewardModelSettings,
@@ -152,7 +160,7 @@ def update(
     gradients, metrics = accumulate_packed(share_of, (pack(rows, layout), numbers), layout)
     rate = learning_rate_at(
         state.step,
-        peak=settings.learning_rate,
+        peak=settings.optimizer.learning_rate,
         config=program.schedule,
         total_steps=program.total_steps,
     )
@@ -222,7 +230,7 @@ def demonstration_scores(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardData:
+class RewardModelData:
     """Files of comparisons, and the demonstrations that score 0 on average."""
 
     comparisons: tuple[str, ...]
@@ -233,10 +241,12 @@ class RewardData:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig:
-    """A run of this stage."""
+class Config:
+    """A run of reward-model training."""
 
-    stage: Literal["reward"]
+    head: ClassVar[Head] = "scalar"
+
+    stage: Literal["reward_model"]
     seed: Seed
     parent: str  # workdir of the run whose trunk it starts from
     tokenizer: str  # path, or "bytes"
@@ -245,50 +255,77 @@ class RewardConfig:
     lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
-    data: RewardData
+    data: RewardModelData
     batch_size: int  # prompts
-    epochs: float  # more than one overfits (paper, C.2); 0 = `steps` counts
-    steps: int  # 0 = `epochs` counts
+    epochs: float  # more than one overfits (paper, C.2); 0 = use `steps`
+    steps: int  # 0 = use `epochs`
     run: RunConfig
 
     def __post_init__(self):
         check_range(self, {"batch_size": 1, "epochs": 0, "steps": 0})
 
+    def parents(self) -> dict[str, ExpectedParent]:
+        """The policy whose trunk it starts from."""
+        return {"parent": ExpectedParent(self.parent, self.model, "tokens")}
 
-def check(config: RewardConfig, mesh: Mesh | AbstractMesh) -> None:
+    def prepare_data(
+        self, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+    ) -> dict[str, PreparedData]:
+        """Comparisons, and the demonstrations that score 0 on average."""
+        data = self.data
+        folder = Path(data.folder)
+        comparisons = [Path(path) for path in data.comparisons]
+        demonstrations = [Path(path) for path in data.demonstrations]
+        return {
+            "comparisons": prepare_comparisons(
+                comparisons, tokenizer, data.limits, folder, prompt_format
+            ),
+            "demonstrations": prepare_demonstrations(
+                demonstrations, tokenizer, data.limits, folder, prompt_format
+            ),
+        }
+
+
+def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
-    stage.check_rows("batch_size", config.batch_size, 1, mesh)
-    stage.check_lengths(config.data.limits, config.model)
-    stage.check_adapters(config.lora, config.model, config.parent)
+    check_rows("batch_size", config.batch_size, 1, mesh)
+    check_lengths(config.data.limits, config.model)
+    check_lora(config.lora, config.model, config.parent)
 
 
-def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
-    config = stage.with_attention_kernel(config)
-    tokenizer = tokenizer_of(config.tokenizer, config.model)
-    parents = open_parents(
-        {"parent": config.parent},
-        {"parent": (config.model, "tokens")},
-        tokenizer,
-        config.tokenizer,
+def row_lengths(config: Config) -> RowLengths:
+    """Pieces of the widest rows of comparisons, whose responses share a prompt, and whole
+    rows of demonstrations."""
+    limits = config.data.limits
+    comparisons = split_lengths(config.compute, limits.comparison_tokens)
+    return (*comparisons, limits.sequence_tokens), True
+
+
+def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes per device of the model and its optimizer."""
+    return training_bytes(
+        "reward model", config, config.model, "scalar", config.optimizer, mesh
     )
-    data = read_data(
-        config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
-    )
-    train_rows = data["comparisons"].sources["train"]
-    total_steps = stage.steps_of(
+
+
+def train(run: Run) -> None:
+    """Trains the reward model on comparisons, from the parent's trunk."""
+    config: Config = run.config
+    mesh = run.mesh
+    comparisons = run.data["comparisons"]
+    train_rows = comparisons.sources["train"]
+    total_steps = count_steps(
         steps=config.steps,
         epochs=config.epochs,
         rows=len(train_rows),
         rows_per_step=config.batch_size,
     )
-    longest = data["comparisons"].report.longest.values()
+    longest = comparisons.report.longest.values()
     row_tokens = packed_width(longest, config.data.limits.comparison_tokens, config.compute)
+
     model = Transformer(config.model, config.compute, "scalar", mesh)
     optimizer = make_optimizer(config.optimizer)
-    program = RewardProgram(
+    program = RewardModelProgram(
         model=model,
         optimizer=optimizer,
         schedule=config.optimizer,
@@ -296,67 +333,44 @@ def train(config: RewardConfig, workdir: Path, given: Mapping[str, Any]) -> None
         total_steps=total_steps,
         row_tokens=row_tokens,
     )
-    settings = RewardModelSettings(
-        learning_rate=jnp.float32(config.optimizer.learning_rate)
-    )
-    adapt = adapter_initializer(config)
-    abstract = abstract_state(model, optimizer, mesh, adapt)
-    step = compile_update(partial(update, program), abstract, mesh)
+    settings = settings_from(RewardModelSettings, config)
+    add_adapters = adapter_initializer(config)
+    abstract = abstract_state(model, optimizer, mesh, add_adapters)
+    update = compile_update(partial(update_reward_model, program), abstract, mesh)
     ranking = ranking_figures(
-        model, mesh, config, data["comparisons"].sources["validation"], row_tokens
+        model, mesh, config, comparisons.sources["validation"], row_tokens
     )
-    normalize = normalizer(model, mesh, config, data["demonstrations"].sources["train"])
+    demonstrations = run.data["demonstrations"].sources["train"]
+    normalize = normalizer(model, mesh, config, demonstrations)
 
     def start() -> TrainState:
         key = rng.step_key(config.seed, "init", 0)
-        fresh = init_state(model, optimizer, key, mesh, adapt)
-        if "parent" not in parents:
+        fresh = init_state(model, optimizer, key, mesh, add_adapters)
+        if "parent" not in run.parents:
             return fresh
         policy = Transformer(config.model, config.compute, "tokens")
-        loaded = parents["parent"].load(abstract_params(policy, mesh))
+        loaded = run.parents["parent"].load(abstract_params(policy, mesh))
         # The unembedding is left behind (paper, section 3.5), unless it is the input
         # embedding as well.
         trunk = {name: leaf for name, leaf in loaded.items() if name in fresh.params}
         return dataclasses.replace(fresh, params=merge_trees(trunk, fresh.params))
 
-    stage.run(
-        workdir,
-        stage.RunManifestInputs(
-            config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
-        ),
+    def prepare_save(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, params=normalize(state.params))
+
+    run.fit(
         abstract=abstract,
         start=start,
         exported="params",
         total_steps=total_steps,
-        update=lambda state, batch, _: step(state, batch, settings),
-        batches=reader(config, train_rows, mesh),
+        update=lambda state, batch, _: update(state, batch, settings),
+        read_batch=reader(config, train_rows, mesh),
         evaluate=lambda state: ranking(state.params),
-        at_save=lambda state: dataclasses.replace(state, params=normalize(state.params)),
+        prepare_save=prepare_save,
     )
 
 
-def read_data(
-    config: RewardConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
-) -> dict[str, PreparedData]:
-    """Comparisons, and the demonstrations that score 0 on average."""
-    limits, folder = config.data.limits, Path(config.data.folder)
-    files = {
-        name: [Path(path) for path in getattr(config.data, name)]
-        for name in ("comparisons", "demonstrations")
-    }
-    return {
-        "comparisons": prepare_comparisons(
-            files["comparisons"], tokenizer, limits, folder, prompt_format
-        ),
-        "demonstrations": prepare_demonstrations(
-            files["demonstrations"], tokenizer, limits, folder, prompt_format
-        ),
-    }
-
-
-def reader(
-    config: RewardConfig, source: Source, mesh: Mesh
-) -> Callable[[int], Comparisons]:
+def reader(config: Config, source: Source, mesh: Mesh) -> Callable[[int], Comparisons]:
     """Batch `index` of the comparisons, on the mesh."""
 
     def read(index: int) -> Comparisons:
@@ -370,7 +384,7 @@ def reader(
 def ranking_figures(
     model: Transformer,
     mesh: jax.sharding.Mesh,
-    config: RewardConfig,
+    config: Config,
     source: Source,
     row_tokens: int,
 ) -> Callable[[Params], dict[str, float]]:
@@ -400,7 +414,7 @@ def ranking_figures(
 
 
 def normalizer(
-    model: Transformer, mesh: jax.sharding.Mesh, config: RewardConfig, source: Source
+    model: Transformer, mesh: jax.sharding.Mesh, config: Config, source: Source
 ) -> Callable[[Params], Params]:
     """A function that sets the bias so that the demonstrations of `source` score 0 on
     average (paper, section 3.5)."""

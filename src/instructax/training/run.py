@@ -1,39 +1,32 @@
-"""What every stage does around its loop: claim the folder, check the parent, open the log,
-resume, finish."""
+"""A run of a stage: what is set up before its training loop, and what surrounds the loop.
+
+`open_run` builds the mesh, attention kernel, tokenizer, parents and data of every stage;
+`Run.fit` restores the newest checkpoint, trains to the end and writes the summary.
+"""
 
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
-from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
+from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import config_difference, read_manifest, write_manifest
-from instructax.checkpoints.parents import Parent, is_finished
-from instructax.config import INT_LIMIT, ConfigError, check_range, require
+from instructax.checkpoints.parents import Parent, open_parents, tokenizer_of
+from instructax.config import ConfigError, check_range, require
 from instructax.data.chat_template import (
     chat_prompt_format,
     copy_template,
     load_template,
 )
-from instructax.data.limits import DataLimits
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer, save_tokenizer
-from instructax.models import LoraConfig, ModelConfig
-from instructax.models.attention_kernels import (
-    KernelConditions,
-    device_platform,
-    select_kernel,
-)
 from instructax.runtime import goodput
-from instructax.runtime.files import write_json
 from instructax.runtime.goodput import GoodputLog
 from instructax.runtime.heartbeat import Heartbeat
 from instructax.runtime.metric_log import MetricLog
@@ -41,23 +34,24 @@ from instructax.runtime.nonfinite import NonFiniteGuard
 from instructax.runtime.redaction import redact
 from instructax.runtime.watchdog import Watchdog
 from instructax.training import loop
+from instructax.training.attention import with_attention_kernel
+from instructax.training.checks import uses_chat
+from instructax.training.workdir import fixed_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How a run is kept; nothing here changes what is learned."""
+    """How a run is logged, evaluated and saved; nothing here changes what is learned."""
 
     log_every: int  # steps between console lines
-    evaluate_every: int  # steps between evaluations on held-out data; 0 = only at the end
-    evaluate_batches: int  # the most batches of one evaluation
+    evaluate_every: int  # steps between evaluations on validation data; 0 = only at the end
+    evaluate_batches: int  # at most this many batches per evaluation
     save_every: int  # steps between checkpoints
-    keep: int  # newest checkpoints that stay
-    best_metric: str  # held-out figure whose best checkpoint stays as well, the lowest of a loss; "" = none
+    keep: int  # newest checkpoints that are kept
+    best_metric: str  # the checkpoint with its best value is kept as well; "" = none
     tensorboard: bool
-    most_skipped: (
-        int  # updates in a row that may be skipped for gradients that are not finite
-    )
-    watchdog_seconds: float  # the longest that a phase of a step may take, compiling included; 0 = no limit
+    most_skipped: int  # updates in a row that may be skipped for non-finite gradients
+    watchdog_seconds: float  # limit for each phase of a step, with compiling; 0 = none
 
     def __post_init__(self):
         least = {
@@ -66,333 +60,153 @@ class RunConfig:
             "evaluate_batches": 1,
             "save_every": 1,
             "keep": 1,
+            "most_skipped": 0,
+            "watchdog_seconds": 0,
         }
-        check_range(self, least | {"most_skipped": 0, "watchdog_seconds": 0})
+        check_range(self, least)
         if self.save_every % self.log_every:
             raise ConfigError(
-                f"save_every = {self.save_every} must be a multiple of log_every = {self.log_every}: "
-                "a resumed run would have a gap in its log"
+                f"save_every = {self.save_every} must be a multiple of log_every = "
+                f"{self.log_every}: a resumed run would have a gap in its log"
             )
-
-
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the folder `workdir` this config's own.
-
-    Raises ConfigError, with the differences, if it holds a run of another config. The
-    groups `run` and `mesh` may change, since they decide how a run is kept and where it is
-    computed, not what.
-    """
-    path, config = workdir / "config.json", redact(config)
-    if path.exists() and (is_finished(workdir) or committed_steps(workdir)):
-        try:
-            stored = json.loads(path.read_bytes())
-            require(isinstance(stored, dict), "it is no group of values")
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error}): restore a copy, or choose another --workdir"
-            ) from None
-        difference = config_difference(_decisive(stored), _decisive(config))
-        if stored.get("stage") != config.get("stage"):  # then hardly a name is the same
-            difference = [line for line in difference if line.startswith("stage: ")]
-        require(
-            not difference,
-            f"{workdir} holds a run with another config ({'; '.join(difference)}); "
-            "give the stored values again or choose another --workdir",
-        )
-    if jax.process_index() == 0 and not is_finished(workdir):
-        write_json(path, config)
-
-
-def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("run", "mesh")}
-
-
-def check_lengths(limits: DataLimits, model: ModelConfig) -> None:
-    """Raises ConfigError unless packed rows, and a prompt with its response, fit the
-    model's positions, and there are the two splits that every stage reads."""
-    names = [name for name, _ in limits.splits]
-    require(
-        {"train", "validation"} <= set(names),
-        f"config.data.limits.splits has the names {names}: train and validation must be among them",
-    )
-    pair = limits.prompt_tokens + limits.response_tokens
-    for name, length in (
-        ("sequence_tokens", limits.sequence_tokens),
-        ("prompt_tokens + response_tokens", pair),
-    ):
-        require(
-            length <= model.max_length,
-            f"config.data.limits.{name} = {length} is above config.model.max_length = {model.max_length}: lower it",
-        )
-
-
-def check_adapters(lora: LoraConfig, model: ModelConfig, parent: str) -> None:
-    """Raises ConfigError for adapters wider than what they adapt, or of a network that
-    nobody has trained."""
-    require(
-        lora.rank <= model.embed_dim,
-        f"config.lora.rank = {lora.rank} is above config.model.embed_dim = {model.embed_dim}: lower it, or 0 trains everything",
-    )
-    require(
-        lora.rank == 0 or bool(parent),
-        f"config.lora.rank = {lora.rank}, but there is no parent whose weights could stay: give one, or rank 0",
-    )
-
-
-def prompt_format_of(
-    chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer
-) -> PromptFormat:
-    """How the prompts of a run are worded: by the chat template of its parents if it is to
-    `chat`, else plainly.
-
-    Raises ConfigError if a parent has none, or another than the rest.
-    """
-    if not chat:
-        return PLAIN_FORMAT
-    found = {
-        name: load_template(parent.workdir, tokenizer) for name, parent in parents.items()
-    }
-    require(
-        bool(found),
-        "config.data.chat = True, but there is no parent that has a chat template: give one, or False",
-    )
-    first, expected = next(iter(found.items()))
-    for name, template in found.items():
-        require(
-            template is not None and template == expected,
-            f"config.data.chat = True, but config.{name} = {str(parents[name].workdir)!r} has "
-            + (
-                "no chat template"
-                if template is None
-                else f"another chat template than config.{first}"
-            )
-            + ": train all of them with it, or none",
-        )
-    return PLAIN_FORMAT if expected is None else chat_prompt_format(expected, tokenizer)
-
-
-def steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: float) -> int:
-    """Length of a run in steps, given by exactly one of `steps` and `epochs` (the other is
-    0)."""
-    require(
-        min(steps, epochs) == 0 < max(steps, epochs),
-        f"config.steps = {steps} and config.epochs = {epochs}: set one, the other to 0",
-    )
-    found = steps or math.ceil(epochs * rows / rows_per_step)
-    require(
-        found < INT_LIMIT,
-        f"config.epochs = {epochs} are {found:.3g} steps of {rows} rows: lower it",
-    )
-    return found
-
-
-def check_rows(name: str, rows: int, pieces: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError unless `rows` divide into `pieces`, each spread evenly over the
-    mesh."""
-    ways = pieces * sharding.num_row_shards(mesh)
-    require(
-        rows > 0 and rows % ways == 0,
-        f"config.{name} = {rows} rows must be a positive multiple of {ways} = {pieces} parts × "
-        f"{sharding.num_row_shards(mesh)} devices that share rows; change it or config.mesh",
-    )
-
-
-def row_lengths(config: Any) -> tuple[tuple[int, ...], bool]:
-    """(lengths of the rows that the networks of a stage run without a cache, whether texts
-    in them share another).
-
-    Of the rows of comparisons it is the longest there can be; the others are pieces of rows
-    (`rows.part_shapes`) too.
-    """
-
-    def pieces(*widths: int) -> tuple[int, ...]:
-        return tuple(
-            sorted(
-                {
-                    width >> i
-                    for width in widths
-                    for i in range(config.compute.tail_splits + 1)
-                }
-            )
-        )
-
-    if config.stage == "collect":
-        return (), False
-    if config.stage == "tasks":
-        return pieces(config.context_tokens + config.answer_tokens), False
-    limits = config.data.limits
-    packed, pair = limits.sequence_tokens, limits.prompt_tokens + limits.response_tokens
-    if config.stage == "reward":
-        return (*pieces(limits.comparison_tokens), packed), True
-    if config.stage == "evaluate":
-        asked = [
-            config.model.max_length for _, _, how in config.policies if how == "few-shot"
-        ]
-        ranked = [limits.comparison_tokens] if config.data.comparisons else []
-        return pieces(packed, max(packed, pair), max(packed, pair, *asked), *ranked), bool(
-            ranked
-        )
-    return pieces(packed) if config.stage == "ppo" else (packed,), False
-
-
-def select_attention_kernel(
-    config: Any, *, sampling_alone: bool = False, side_by_side: bool = False
-) -> Any:
-    """(the config of a stage with the kernel that its networks take as `compute.attention`,
-    that kernel and why).
-
-    `sampling_alone`: of the stage's programs only the sampler runs; `side_by_side`: several
-    runs share a program. Raises ConfigError if the config names a kernel that cannot run.
-    """
-    platform, version = device_platform(jax.devices()[0])
-    lengths, branches = ((), False) if sampling_alone else row_lengths(config)
-    networks = [
-        getattr(config, name) for name in ("model", "reward_model") if hasattr(config, name)
-    ]
-    given = KernelConditions(
-        platform=platform,
-        version=version,
-        dtype=config.compute.dtype,
-        head_dims=[network.head_dim for network in networks],
-        lengths=lengths,
-        softcap=any(network.attention_softcap > 0 for network in networks),
-        sliding_window=any(network.sliding_window > 0 for network in networks),
-        shared_prefixes=branches,
-        vmapped_runs=side_by_side,
-    )
-    kernel, reason = select_kernel(config.compute.attention, given)
-    compute = dataclasses.replace(config.compute, attention=kernel)
-    return dataclasses.replace(config, compute=compute), f"{kernel} ({reason})"
-
-
-def with_attention_kernel(config: Any) -> Any:
-    """The config with its attention kernel chosen, which is said on the console."""
-    config, attention = select_attention_kernel(config)
-    if jax.process_index() == 0:
-        print(f"attention: {attention}", flush=True)
-    return config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunManifestInputs:
-    """What a run's manifest says: where all that it computes comes from."""
+class Run:
+    """A run of a stage, set up; `train(run)` of the stage gets it."""
 
-    config: Any  # the stage's dataclass
-    given: Mapping[str, Any]  # the same as it was given
-    tokenizer: Tokenizer
-    data: Mapping[str, PreparedData]
-    parents: Mapping[str, Parent]
+    config: Any  # the stage's Config, with its attention kernel selected
+    given: Mapping[str, Any]  # the config as it was given; the manifest records it
+    workdir: Path
+    # Empty in stages that run no network on a mesh.
+    mesh: Any = None  # Mesh
+    tokenizer: Any = None  # Tokenizer
+    parents: Mapping[str, Parent] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, PreparedData] = dataclasses.field(default_factory=dict)
 
-    def origins(self) -> dict[str, dict[str, Any]]:
-        """The hashes of the data, and what the parents are, by name."""
-        return {
-            "data": {name: prepared.report.hash for name, prepared in self.data.items()},
-            "parents": {name: parent.lineage() for name, parent in self.parents.items()},
-        }
-
-    def check(self, workdir: Path) -> None:
-        """Raises ConfigError if config, data or parents have changed since the manifest in
-        `workdir` was written."""
-        manifest = read_manifest(workdir)
-        origins = redact({**self.origins(), "config": _decisive(self.given)})
-        stored = {name: manifest[name] for name in origins}
-        difference = config_difference(
-            {**stored, "config": _decisive(stored["config"])}, origins
-        )
-        require(
-            not difference,
-            f"{workdir} was begun from other inputs ({'; '.join(difference)}); restore them or take another --workdir",
-        )
-
-    def write(self, workdir: Path) -> None:
-        """Writes `manifest.json`, and `tokenizer.json`, so that the run can be moved; the
-        first process does."""
+    def write_manifest(self) -> None:
+        """Writes `manifest.json`, and beside it the tokenizer and the chat template, so that
+        the workdir can be moved. Process 0 only."""
         if jax.process_index() > 0:
             return
-        save_tokenizer(self.tokenizer, str(workdir / "tokenizer.json"))
-        if getattr(getattr(self.config, "data", None), "chat", False) and self.parents:
-            copy_template(next(iter(self.parents.values())).workdir, workdir)
-        origins = self.origins()
+        config = self.config
+        save_tokenizer(self.tokenizer, str(self.workdir / "tokenizer.json"))
+        if uses_chat(config) and self.parents:
+            first = next(iter(self.parents.values()))
+            copy_template(first.workdir, self.workdir)
+        inputs = self._inputs()
         write_manifest(
-            workdir,
-            stage=self.config.stage,
+            self.workdir,
+            stage=config.stage,
             config=dict(self.given),
-            model=dataclasses.asdict(self.config.model),
+            model=dataclasses.asdict(config.model),
+            head=config.head,
             tokenizer_hash=self.tokenizer.hash,
-            tokenizer_path=self.config.tokenizer,
-            data_hashes=origins["data"],
-            parents=origins["parents"],
+            tokenizer_path=config.tokenizer,
+            data_hashes=inputs["data"],
+            parents=inputs["parents"],
         )
 
-
-def run(
-    workdir: Path,
-    record: RunManifestInputs,
-    *,
-    abstract: Any,
-    start: Callable[[], Any],
-    exported: str,
-    total_steps: int,
-    update: Callable[[Any, Any, MetricLog], tuple[Any, dict[str, Any]]],
-    batches: Callable[[int], Any],
-    evaluate: Callable[[Any], dict[str, Any]],
-    at_save: Callable[[Any], Any] = lambda state: state,
-) -> None:
-    """Restores the newest step or starts anew, trains to the end with `loop.fit`, and
-    records the end.
-
-    `abstract` is the state's shapes and layouts, `start()` makes it, `exported` names the
-    field that later stages read. `update(state, batch, log)`, `batches`, `evaluate` and
-    `at_save` are those of `fit`. The figures of the last step go to `summary.json`.
-    """
-    config: RunConfig = record.config.run
-    process = jax.process_index()
-    watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
-    with (
-        contextlib.closing(Heartbeat(workdir / f"heartbeat-{process}.json")) as heartbeat,
-        contextlib.closing(
-            GoodputLog(workdir / "goodput.jsonl", writes=process == 0)
-        ) as ledger,
-    ):
-
-        def beat(name: str) -> None:
-            for listener in (watchdog, heartbeat, ledger):
-                listener.beat(name)
-
-        beat("restore")
-        keeping = {
-            "save_every": config.save_every,
-            "keep": config.keep,
-            "best_metric": config.best_metric,
+    def check_manifest(self) -> None:
+        """Raises ConfigError if the config, data or parents have changed since the manifest
+        was written."""
+        manifest = read_manifest(self.workdir)
+        inputs = redact({**self._inputs(), "config": fixed_values(self.given)})
+        stored = {
+            "data": manifest["data"],
+            "parents": manifest["parents"],
+            "config": fixed_values(manifest["config"]),
         }
-        checkpoints = Checkpoints(workdir, **keeping, exported=exported)
-        restored = checkpoints.restore(abstract)
-        state, step = restored if restored else (start(), 0)
-        if restored:
-            record.check(workdir)
-        record.write(workdir)
-        beat("start")
-        ledger.begin(step)
-        logging = {
-            "log_every": config.log_every,
-            "tensorboard": config.tensorboard,
-            "console": True,
-        }
-        logging |= {
-            "beat": beat,
-            "written": ledger.write,
-            "recorded": checkpoints.unevaluated is None,
-        }
-        log = MetricLog(workdir, total_steps=total_steps, start_step=step, **logging)
-        with watchdog, log:
+        difference = config_difference(stored, inputs)
+        require(
+            not difference,
+            f"{self.workdir} was started from other inputs ({'; '.join(difference)}); "
+            "restore them or choose another --workdir",
+        )
+
+    def _inputs(self) -> dict[str, dict[str, Any]]:
+        """Hashes of the data, and the identity of each parent, by name."""
+        data: dict[str, Any] = {}
+        for name, prepared in self.data.items():
+            data[name] = prepared.report.hash
+        parents: dict[str, Any] = {}
+        for name, parent in self.parents.items():
+            parents[name] = parent.lineage()
+        return {"data": data, "parents": parents}
+
+    def fit(
+        self,
+        *,
+        abstract: Any,
+        start: Callable[[], Any],
+        exported: str,
+        total_steps: int,
+        update: Callable[[Any, Any, MetricLog], tuple[Any, dict[str, Any]]],
+        read_batch: Callable[[int], Any],
+        evaluate: Callable[[Any], dict[str, Any]],
+        prepare_save: Callable[[Any], Any] = lambda state: state,
+    ) -> None:
+        """Restores the newest checkpoint or starts anew, trains to the end, and writes the
+        metrics of the last step to `summary.json`.
+
+        Args:
+          abstract: shapes and shardings of the state.
+          start: makes the state of step 0.
+          exported: field of the state that later stages read.
+          total_steps: the step at which the run ends.
+          update: `update(state, batch, log) -> (state, metrics)`.
+          read_batch: batch of a step, a function of the step alone.
+          evaluate: metrics of a state on validation data.
+          prepare_save: changes a state before it is saved, as in `loop.LoopCallbacks`.
+        """
+        config: RunConfig = self.config.run
+        workdir = self.workdir
+        process = jax.process_index()
+        with contextlib.ExitStack() as stack:
+            # Whoever watches the run from outside hears of each phase as it begins.
+            watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
+            heartbeat = Heartbeat(workdir / f"heartbeat-{process}.json")
+            stack.enter_context(contextlib.closing(heartbeat))
+            ledger = GoodputLog(workdir / "goodput.jsonl", writes=process == 0)
+            stack.enter_context(contextlib.closing(ledger))
+
+            def beat(name: str) -> None:
+                for listener in (watchdog, heartbeat, ledger):
+                    listener.beat(name)
+
+            beat("restore")
+            checkpoints = self._checkpoints(exported)
+            restored = checkpoints.restore(abstract)
+            if restored:
+                state, step = restored
+                self.check_manifest()
+            else:
+                state, step = start(), 0
+            self.write_manifest()
+            beat("start")
+            ledger.begin(step)
+
+            log = MetricLog(
+                workdir,
+                total_steps=total_steps,
+                start_step=step,
+                log_every=config.log_every,
+                tensorboard=config.tensorboard,
+                console=True,
+                beat=beat,
+                written=ledger.write,
+                recorded=checkpoints.unevaluated is None,
+            )
+            stack.enter_context(watchdog)
+            stack.enter_context(log)
             try:
                 loop.fit(
                     state,
                     loop.LoopCallbacks(
-                        read_batch=batches,
+                        read_batch=read_batch,
                         update=lambda state, batch: update(state, batch, log),
                         evaluate=evaluate,
-                        prepare_save=at_save,
+                        prepare_save=prepare_save,
                     ),
                     loop.LoopOutputs(
                         checkpoints=checkpoints,
@@ -407,20 +221,92 @@ def run(
             finally:
                 checkpoints.close()
             log.flush()
-            # From the file: a run that was killed after its last save has nothing left to
-            # compute.
             beat("finish")
-            log.write_summary(
-                {"stage": record.config.stage, **last_line(workdir / "metrics.jsonl")}
-            )
-    if process == 0:
-        print(
-            goodput.format_totals(goodput.read_totals(workdir / "goodput.jsonl")),
-            flush=True,
+            # From the file: a run that was killed after its last save computes nothing more.
+            last = _last_record(workdir / "metrics.jsonl")
+            log.write_summary({"stage": self.config.stage, **last})
+        if process == 0:
+            totals = goodput.read_totals(workdir / "goodput.jsonl")
+            print(goodput.format_totals(totals), flush=True)
+
+    def _checkpoints(self, exported: str) -> Checkpoints:
+        config: RunConfig = self.config.run
+        return Checkpoints(
+            self.workdir,
+            save_every=config.save_every,
+            keep=config.keep,
+            best_metric=config.best_metric,
+            exported=exported,
         )
 
 
-def last_line(path: Path) -> dict[str, Any]:
+def open_run(stage: Any, config: Any, workdir: Path, given: Mapping[str, Any]) -> Run:
+    """Sets up a run: mesh, attention kernel, tokenizer, parents and data.
+
+    Args:
+      stage: module of the stage.
+      config: its Config, which states the parents, data and head of the run.
+      workdir: folder of the run, claimed for this config.
+      given: the config as it was given, nested.
+
+    Returns:
+      The run. Raises ConfigError or ValueError for inputs that cannot be used.
+    """
+    mesh = sharding.make_mesh(config.mesh) if hasattr(config, "mesh") else None
+    stage.validate(config, mesh)
+    if hasattr(config, "compute"):
+        config = with_attention_kernel(config, stage.row_lengths(config))
+    if mesh is None:
+        return Run(config=config, given=given, workdir=workdir)
+
+    tokenizer = tokenizer_of(config.tokenizer, config.model)
+    parents = open_parents(config.parents(), tokenizer, config.tokenizer)
+    prompt_format = select_prompt_format(uses_chat(config), parents, tokenizer)
+    return Run(
+        config=config,
+        given=given,
+        workdir=workdir,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        parents=parents,
+        data=config.prepare_data(tokenizer, prompt_format),
+    )
+
+
+def select_prompt_format(
+    chat: bool, parents: Mapping[str, Parent], tokenizer: Tokenizer
+) -> PromptFormat:
+    """The chat template of the parents if `chat`, else the plain format.
+
+    Raises ConfigError if a parent has no template, or another one than the first parent.
+    """
+    if not chat:
+        return PLAIN_FORMAT
+    templates = {}
+    for name, parent in parents.items():
+        templates[name] = load_template(parent.workdir, tokenizer)
+    require(
+        bool(templates),
+        "config.data.chat = True, but there is no parent that has a chat template: name "
+        "one, or set it to False",
+    )
+    first, expected = next(iter(templates.items()))
+    for name, template in templates.items():
+        problem = ""
+        if template is None:
+            problem = "no chat template"
+        elif template != expected:
+            problem = f"another chat template than config.{first}"
+        require(
+            not problem,
+            f"config.data.chat = True, but config.{name} = {str(parents[name].workdir)!r} "
+            f"has {problem}: train all of them with it, or none",
+        )
+    assert expected is not None
+    return chat_prompt_format(expected, tokenizer)
+
+
+def _last_record(path: Path) -> dict[str, Any]:
     """The last record of a file of JSON lines, {} if there is none."""
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1]) if lines else {}

@@ -13,9 +13,8 @@ from configs import benchmark as works
 from tests.support import tiny_models
 
 from instructax import sharding
-from instructax.config import construct
-from instructax.experiment import stage_of
 from instructax.models import LoraConfig
+from instructax.stages import build_config
 from instructax.stages.benchmark import measure as benchmark
 from instructax.stages.benchmark import workloads
 
@@ -81,7 +80,7 @@ def config_of(arg: str) -> Any:
             )
     values.data.limits.update(sequence_tokens=24, prompt_tokens=6, response_tokens=8)
     values.mesh.data = 1
-    return construct(stage_of(values.to_dict())[0], values.to_dict())
+    return build_config(values.to_dict())
 
 
 def measured(arg: str, **changes: Any) -> dict[str, Any]:
@@ -159,13 +158,13 @@ def test_ptx_runs_its_text():
 def test_a_stage_that_does_not_fit_is_one_line():
     with pytest.raises(
         ValueError,
-        match=r"config\.stage = 'supervised' samples nothing: leave out --sampling_alone",
+        match=r"config\.stage = 'pretrain' samples nothing: leave out --sampling_alone",
     ):
         measured("sft,S", sampling_alone=True)
     evaluation = SimpleNamespace(stage="evaluate")
     with pytest.raises(
         ValueError,
-        match=r"config\.stage = 'evaluate' trains nothing: give one of supervised, reward",
+        match=r"config\.stage = 'evaluate' trains nothing: give one of pretrain, sft, reward_model",
     ):
         benchmark.measure(
             evaluation,

@@ -12,9 +12,9 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.models.scoring import sequence_scores, token_values
-from instructax.stages import sft
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
+from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.state import init_state, start_from
 from instructax.types import LmBatch, PpoState, Rollouts
@@ -530,7 +530,7 @@ def pretrained():
     """A policy that has learned to count."""
     config = tiny_models.optimizer_config(learning_rate=1e-2)
     optimizer = make_optimizer(config)
-    program = sft.SupervisedProgram(
+    program = supervised.SupervisedProgram(
         model=PROGRAM.policy,
         optimizer=optimizer,
         schedule=config,
@@ -539,10 +539,8 @@ def pretrained():
         accumulate=1,
         drops=False,
     )
-    settings = sft.SupervisedSettings(
-        seed=jnp.int32(0), learning_rate=jnp.float32(1e-2), dropout=jnp.float32(0.0)
-    )
-    update = jax.jit(partial(sft.update, program))
+    settings = stages.supervised_settings(learning_rate=1e-2, dropout=0.0)
+    update = jax.jit(partial(supervised.supervised_update, program))
     state = init_state(program.model, optimizer, jax.random.key(0), MESH)
     for step in range(80):
         state, metrics = update(state, counting_text(16, step), settings)

@@ -16,7 +16,7 @@ from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.experience import InvariantError
-from instructax.stages.ppo.stage import Iteration, PpoConfig, abstract_ppo_state
+from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
 from instructax.training.state import abstract_state
 from instructax.types import Rollouts
 
@@ -199,10 +199,10 @@ def test_samples_are_rollouts_as_text():
 
 def ppo_parts(chain, name="ppo-ptx", **overrides):
     """(config, program, prepared data) of a PPO run of the chain."""
-    config = stages.construct_settled(PpoConfig, stages.config_of(chain, name, overrides))
+    config = stages.config_with_kernel(stages.config_of(chain, name, overrides))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     program = ppo_train.program_of(config, stages.mesh_of(), tokenizer.eos_id)
-    return config, program, ppo_train.read_data(config, tokenizer)
+    return config, program, config.prepare_data(tokenizer)
 
 
 def test_every_value_of_the_config_reaches_its_place(chain):
@@ -397,7 +397,7 @@ def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
         ({"samples": -3}, "config: samples = -3 must be at least 0"),
         (
             {"reward_parent": "SFT"},
-            "config.reward_parent = .* is a run of stage 'supervised'; it must be of reward",
+            "config.reward_parent = .* is a run of the stage 'sft' with a tokens head; it must have a scalar head",
         ),
         (
             {"data.limits.splits": (("train", 1.0),)},

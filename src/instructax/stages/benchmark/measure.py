@@ -16,9 +16,10 @@ import jax.numpy as jnp
 
 from instructax.config import require
 from instructax.models import decoding_config
+from instructax.stages import load_stage
 from instructax.stages.benchmark.workloads import ppo_work, sampling_work, untimed, work_of
 from instructax.stages.memory import GIB
-from instructax.training import run as stage
+from instructax.training.attention import NO_ROWS, select_attention_kernel
 
 
 def measure(
@@ -45,8 +46,10 @@ def measure(
         or (config.model.norm, config.model.tied_embeddings) == ("layernorm", True),
         "--ending needs config.model.norm = 'layernorm' and config.model.tied_embeddings = True",
     )
-    programs = {"sampling_alone": sampling_alone, "side_by_side": side_by_side > 0}
-    config, attention = stage.select_attention_kernel(config, **programs)
+    lengths = NO_ROWS if sampling_alone else load_stage(config.stage).row_lengths(config)
+    config, attention = select_attention_kernel(
+        config, lengths, side_by_side=side_by_side > 0
+    )
     compute = decoding_config(config.compute) if sampling_alone else config.compute
     if sampling_alone or side_by_side:
         make = sampling_work if sampling_alone else partial(ppo_work, runs=side_by_side)

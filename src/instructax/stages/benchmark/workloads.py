@@ -21,17 +21,23 @@ from instructax import sharding
 from instructax.config import require
 from instructax.generation import prefill_padding
 from instructax.models import ModelConfig, Transformer
+from instructax.stages import pretrain, sft
 from instructax.stages import reward_model as reward
-from instructax.stages import sft
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo import stage as ppo_train
 from instructax.training.optimizer import make_optimizer
+from instructax.training.settings import settings_from
 from instructax.training.state import (
     abstract_state,
     adapter_initializer,
     compile_update,
     init_state,
     start_from,
+)
+from instructax.training.supervised import (
+    SupervisedSettings,
+    supervised_program,
+    supervised_update,
 )
 from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
 
@@ -59,9 +65,10 @@ def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
     mesh). Raises ConfigError if the stage trains nothing, or the config's values do not fit
     each other or the mesh."""
     stages = {
-        "supervised": (sft.check, supervised_work),
-        "reward": (reward.check, reward_work),
-        "ppo": (ppo_train.check, ppo_work),
+        "pretrain": (pretrain.validate, supervised_work),
+        "sft": (sft.validate, supervised_work),
+        "reward_model": (reward.validate, reward_work),
+        "ppo": (ppo_train.validate, ppo_work),
     }
     require(
         config.stage in stages,
@@ -76,7 +83,7 @@ def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
 def passes(config: Any) -> int:
     """Forward passes that the operations of a forward and a backward pass are: gradients by
     inputs and by what is trained are one each."""
-    return 2 if config.lora.rank else 3
+    return 2 if hasattr(config, "lora") and config.lora.rank else 3
 
 
 def forward_operations(
@@ -114,28 +121,15 @@ def _filled(shape: tuple[int, ...], value: Any) -> Any:
 
 
 def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = (
-        Transformer(config.model, config.compute, "tokens", mesh),
-        make_optimizer(config.optimizer),
+    model = Transformer(config.model, config.compute, "tokens", mesh)
+    program = supervised_program(config, model, mesh, 1000)
+    settings = settings_from(SupervisedSettings, config)
+    adapt = (
+        adapter_initializer(config) if hasattr(config, "lora") else lambda params: params
     )
-    program = sft.SupervisedProgram(
-        model=model,
-        optimizer=optimizer,
-        schedule=config.optimizer,
-        mesh=mesh,
-        total_steps=1000,
-        accumulate=config.accumulate,
-        drops=config.dropout > 0,
-    )
-    settings = sft.SupervisedSettings(
-        seed=jnp.int32(config.seed),
-        learning_rate=jnp.float32(config.optimizer.learning_rate),
-        dropout=jnp.float32(config.dropout),
-    )
-    adapt = adapter_initializer(config)
-    abstract = abstract_state(model, optimizer, mesh, adapt)
-    step = compile_update(partial(sft.update, program), abstract, mesh)
-    state = [init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
+    abstract = abstract_state(model, program.optimizer, mesh, adapt)
+    step = compile_update(partial(supervised_update, program), abstract, mesh)
+    state = [init_state(model, program.optimizer, jax.random.key(0), mesh, adapt)]
     length = config.data.limits.sequence_tokens
     batch = sharding.shard_rows(_text(config, config.batch_size), mesh)
 
@@ -158,7 +152,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         make_optimizer(config.optimizer),
     )
     limits, rows = config.data.limits, config.batch_size
-    program = reward.RewardProgram(
+    program = reward.RewardModelProgram(
         model=model,
         optimizer=optimizer,
         schedule=config.optimizer,
@@ -166,12 +160,10 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         total_steps=1000,
         row_tokens=limits.comparison_tokens,
     )
-    settings = reward.RewardModelSettings(
-        learning_rate=jnp.float32(config.optimizer.learning_rate)
-    )
+    settings = settings_from(reward.RewardModelSettings, config)
     adapt = adapter_initializer(config)
     abstract = abstract_state(model, optimizer, mesh, adapt)
-    step = compile_update(partial(reward.update, program), abstract, mesh)
+    step = compile_update(partial(reward.update_reward_model, program), abstract, mesh)
     state = [init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
     shape = (rows, limits.completions, limits.response_tokens)
     ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
-from instructax.checkpoints.parents import open_parents, tokenizer_of
+from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import (
     ConfigError,
     Seed,
@@ -37,12 +37,14 @@ from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transforme
 from instructax.models.init import abstract_params
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
+from instructax.stages.memory import cache_bytes, parameter_bytes, training_bytes
 from instructax.stages.ppo import algorithm as ppo
 from instructax.stages.ppo.experience import AdvantageSettings, check_rollouts, check_update
-from instructax.training import run as stage
 from instructax.training.accumulation import microbatch_count
+from instructax.training.attention import RowLengths, split_lengths
+from instructax.training.checks import check_lengths, check_lora, check_rows
 from instructax.training.optimizer import OptimizerConfig, make_optimizer
-from instructax.training.run import RunConfig
+from instructax.training.run import Run, RunConfig
 from instructax.training.state import (
     AddAdapters,
     abstract_state,
@@ -65,8 +67,10 @@ class PpoData:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoConfig:
+class Config:
     """A run of this stage; one step is one iteration."""
+
+    head: ClassVar[Head] = "tokens"
 
     stage: Literal["ppo"]
     seed: Seed
@@ -118,22 +122,38 @@ class PpoConfig:
         if not (self.policy_parent and self.reward_parent):
             raise ConfigError("policy_parent and reward_parent must name finished runs")
 
+    def parents(self) -> dict[str, ExpectedParent]:
+        """The policy to start from, and the reward model."""
+        return {
+            "policy_parent": ExpectedParent(self.policy_parent, self.model, "tokens"),
+            "reward_parent": ExpectedParent(
+                self.reward_parent, self.reward_model, "scalar"
+            ),
+        }
 
-def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
-    """Runs the stage in `workdir`; `given` is the config as it was given, for the record."""
-    mesh = sharding.make_mesh(config.mesh)
-    check(config, mesh)
-    config = stage.with_attention_kernel(config)
-    tokenizer = tokenizer_of(config.tokenizer, config.model)
-    paths = {"policy_parent": config.policy_parent, "reward_parent": config.reward_parent}
-    models: Any = {
-        "policy_parent": (config.model, "tokens"),
-        "reward_parent": (config.reward_model, "scalar"),
-    }
-    parents = open_parents(paths, models, tokenizer, config.tokenizer)
-    data = read_data(
-        config, tokenizer, stage.prompt_format_of(config.data.chat, parents, tokenizer)
-    )
+    def prepare_data(
+        self, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+    ) -> dict[str, PreparedData]:
+        """Prompts, and text where there are files of it."""
+        data = self.data
+        folder = Path(data.folder)
+        prompts = [Path(path) for path in data.prompts]
+        prepared = {
+            "prompts": prepare_prompts(
+                prompts, tokenizer, data.limits, folder, prompt_format
+            )
+        }
+        if data.text:
+            text = [Path(path) for path in data.text]
+            prepared["text"] = prepare_text(text, tokenizer, data.limits, folder)
+        return prepared
+
+
+def train(run: Run) -> None:
+    """Trains policy and value network."""
+    config: Config = run.config
+    mesh, tokenizer = run.mesh, run.tokenizer
+    parents, data = run.parents, run.data
     program = program_of(config, mesh, tokenizer.eos_id)
     settings = settings_of(config)
     adapt = adapter_initializer(config, 0), adapter_initializer(config, 1)
@@ -170,28 +190,24 @@ def train(config: PpoConfig, workdir: Path, given: Mapping[str, Any]) -> None:
                 log.write_sample(int(state.step), sample)
         return state, metrics
 
-    stage.run(
-        workdir,
-        stage.RunManifestInputs(
-            config=config, given=given, tokenizer=tokenizer, data=data, parents=parents
-        ),
+    run.fit(
         abstract=abstract,
         start=start,
         exported="ema",
         total_steps=config.steps,
         update=update,
-        batches=reader(config, data, mesh),
+        read_batch=reader(config, data, mesh),
         evaluate=lambda state: text_losses(state.ema),
     )
 
 
-def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
+def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
-    stage.check_lengths(config.data.limits, config.model)
-    stage.check_lengths(config.data.limits, config.reward_model)
-    stage.check_adapters(config.lora, config.model, config.policy_parent)
-    stage.check_adapters(config.lora, config.reward_model, config.reward_parent)
-    stage.check_rows("batch_size", config.batch_size, config.minibatches, mesh)
+    check_lengths(config.data.limits, config.model)
+    check_lengths(config.data.limits, config.reward_model)
+    check_lora(config.lora, config.model, config.policy_parent)
+    check_lora(config.lora, config.reward_model, config.reward_parent)
+    check_rows("batch_size", config.batch_size, config.minibatches, mesh)
     limits = config.data.limits
     require(
         limits.prompt_tokens + limits.response_tokens <= limits.sequence_tokens,
@@ -200,27 +216,46 @@ def check(config: PpoConfig, mesh: Mesh | AbstractMesh) -> None:
     )
     if config.ptx_coef > 0:
         parts = microbatch_count(config.ptx_rows, config.compute.microbatch_rows, mesh)
-        stage.check_rows("ptx_rows", config.ptx_rows, parts, mesh)
+        check_rows("ptx_rows", config.ptx_rows, parts, mesh)
 
 
-def read_data(
-    config: PpoConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
-) -> dict[str, PreparedData]:
-    """Prompts, and text where there are files of it."""
-    folder, files = Path(config.data.folder), [Path(path) for path in config.data.prompts]
-    data = {
-        "prompts": prepare_prompts(
-            files, tokenizer, config.data.limits, folder, prompt_format
-        )
+def row_lengths(config: Config) -> RowLengths:
+    """Pieces of the packed rows that networks score and train on."""
+    return split_lengths(config.compute, config.data.limits.sequence_tokens), False
+
+
+def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes per device of the four networks, two optimizers and the sampler's caches."""
+    compute = config.compute
+    limits = config.data.limits
+    policy = training_bytes(
+        "policy", config, config.model, "tokens", config.optimizer, mesh
+    )
+    value = training_bytes(
+        "value network",
+        config,
+        config.reward_model,
+        "scalar",
+        config.value_optimizer,
+        mesh,
+    )
+    rows = -(-config.batch_size // sharding.num_row_shards(mesh))
+    slots = min(compute.slots, rows)
+    length = limits.prompt_tokens + limits.response_tokens
+    return {
+        **policy,
+        **value,
+        "averaged policy": policy["policy"],
+        "reference policy": parameter_bytes(config.model, compute, "tokens", mesh),
+        "reward model": parameter_bytes(config.reward_model, compute, "scalar", mesh),
+        "cache of the prompts": cache_bytes(
+            config.model, compute, rows, limits.prompt_tokens, mesh
+        ),
+        "cache of the sampler": cache_bytes(config.model, compute, slots, length, mesh),
     }
-    if config.data.text:
-        data["text"] = prepare_text(
-            [Path(p) for p in config.data.text], tokenizer, config.data.limits, folder
-        )
-    return data
 
 
-def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.PpoProgram:
+def program_of(config: Config, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.PpoProgram:
     """What is compiled in."""
     return ppo.PpoProgram(
         policy=Transformer(config.model, config.compute, "tokens", mesh),
@@ -243,7 +278,7 @@ def program_of(config: PpoConfig, mesh: jax.sharding.Mesh, eos_id: int) -> ppo.P
     )
 
 
-def settings_of(config: PpoConfig) -> ppo.PpoSettings:
+def settings_of(config: Config) -> ppo.PpoSettings:
     """What a sweep varies, as arrays."""
     return ppo.PpoSettings(
         seed=jnp.int32(config.seed),
@@ -276,7 +311,7 @@ def abstract_ppo_state(program: ppo.PpoProgram, *adapt: AddAdapters) -> PpoState
 
 
 def reader(
-    config: PpoConfig, data: Mapping[str, PreparedData], mesh: jax.sharding.Mesh
+    config: Config, data: Mapping[str, PreparedData], mesh: jax.sharding.Mesh
 ) -> Callable[[int], Any]:
     """The batch of an iteration: prompts, and the text rows of its optimizer steps (None
     for PPO without them)."""

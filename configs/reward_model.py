@@ -1,7 +1,7 @@
 """The reward model on K-wise rankings (paper, section 3.5 and C.2). All policies of the
 paper share one of 6B.
 
-Command:   python scripts/train.py --config configs/reward.py:micro --workdir runs/micro/reward
+Command:   python scripts/train.py --config configs/reward_model.py:micro --workdir runs/micro/reward
 Hardware:  micro: two cores, about a minute; 6b: 8 accelerators.
 Expect:    micro: held_out_accuracy near 0.71; the paper: 0.724 ± 0.004 on its own labelers (section 4.1).
 """
@@ -16,7 +16,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     folder = f"runs/{sizes.check(size)}"
     return ml_collections.ConfigDict(
         {
-            "stage": "reward",
+            "stage": "reward_model",
             "seed": 0,
             "parent": f"{folder}/sft",
             "tokenizer": sizes.tokenizer(size),

@@ -1,7 +1,7 @@
 """Finished policies on the world's public tasks, which no labeler judges: the paper's table
 14 and its alignment tax.
 
-Command:   python scripts/train.py --config configs/tasks.py:micro --workdir runs/micro/tasks
+Command:   python scripts/train.py --config configs/public_tasks.py:micro --workdir runs/micro/tasks
 Hardware:  micro: two cores, half a minute.
 Expect:    micro: GPT knows `book`, `translation` and `sentiment` by heart, and fine-tuning costs part of it; fine-tuned
            policies are less toxic when asked to be kind, and more when asked to be rude, GPT hardly. What guesses
@@ -26,7 +26,7 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
     context, answer = (192, 48) if size == "tiny" else (102, 26)
     return ml_collections.ConfigDict(
         {
-            "stage": "tasks",
+            "stage": "public_tasks",
             "seed": 0,
             "policies": (
                 ("GPT", f"{folder}/pretrain"),

@@ -1,0 +1,128 @@
+"""Pretraining on text: the base model, "GPT" in the paper's figures.
+
+The paper starts from GPT-3. Pretraining is part of this pipeline so that every claim can be
+tested from random parameters on.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from jax.sharding import AbstractMesh, Mesh
+
+from instructax.checkpoints.parents import ExpectedParent, Head
+from instructax.config import ConfigError, Seed, check_range
+from instructax.data.limits import DataLimits
+from instructax.data.loaders import LmData, lm_reader
+from instructax.data.prepare import prepare_text
+from instructax.data.prompt_format import PromptFormat
+from instructax.data.storage import PreparedData
+from instructax.data.tokenizer import Tokenizer
+from instructax.evals.held_out import held_out_losses
+from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.sharding import MeshConfig
+from instructax.stages.memory import training_bytes
+from instructax.training.attention import RowLengths, split_lengths
+from instructax.training.checks import check_lengths, check_rows, count_steps
+from instructax.training.optimizer import OptimizerConfig
+from instructax.training.run import Run, RunConfig
+from instructax.training.supervised import train_supervised
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainData:
+    """Files of text."""
+
+    text: tuple[str, ...]
+    limits: DataLimits
+    folder: str  # where prepared rows are kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run of pretraining."""
+
+    head: ClassVar[Head] = "tokens"
+
+    stage: Literal["pretrain"]
+    seed: Seed
+    parent: str  # workdir of the run to start from; "" = fresh parameters
+    tokenizer: str  # path, or "bytes"
+    model: ModelConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig
+    data: PretrainData
+    batch_size: int  # packed rows
+    accumulate: int  # microbatches, in memory one after the other
+    dropout: float  # residual
+    epochs: float  # over the text; 0 = use `steps`
+    steps: int  # 0 = use `epochs`
+    run: RunConfig
+
+    def __post_init__(self):
+        counts = {"batch_size": 1, "accumulate": 1, "dropout": 0, "epochs": 0, "steps": 0}
+        check_range(self, counts, {"dropout": 1})
+        if not self.data.text:
+            raise ConfigError("data.text must name one file or more")
+
+    def parents(self) -> dict[str, ExpectedParent]:
+        """The run to start from."""
+        return {"parent": ExpectedParent(self.parent, self.model, "tokens")}
+
+    def prepare_data(
+        self, tokenizer: Tokenizer, prompt_format: PromptFormat
+    ) -> dict[str, PreparedData]:
+        """Packed rows of text, which has no prompts to format."""
+        data = self.data
+        files = [Path(path) for path in data.text]
+        return {"text": prepare_text(files, tokenizer, data.limits, Path(data.folder))}
+
+
+def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError for values that do not fit each other or the mesh."""
+    check_rows("batch_size", config.batch_size, config.accumulate, mesh)
+    check_lengths(config.data.limits, config.model)
+
+
+def row_lengths(config: Config) -> RowLengths:
+    """Training runs whole rows, evaluation also pieces of them."""
+    return split_lengths(config.compute, config.data.limits.sequence_tokens), False
+
+
+def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes per device of the model and its optimizer."""
+    return training_bytes("model", config, config.model, "tokens", config.optimizer, mesh)
+
+
+def train(run: Run) -> None:
+    """Trains the model on text."""
+    config: Config = run.config
+    model = Transformer(config.model, config.compute, "tokens", run.mesh)
+    rows = run.data["text"].sources
+    # Batches of text alone.
+    files = LmData(
+        demonstrations=(),
+        text=config.data.text,
+        text_fraction=1.0,
+        chat=False,
+        limits=config.data.limits,
+        folder=config.data.folder,
+    )
+    read_batch = lm_reader(
+        files, run.data, "train", batch_size=config.batch_size, seed=config.seed
+    )
+    total_steps = count_steps(
+        steps=config.steps,
+        epochs=config.epochs,
+        rows=len(rows["train"]),
+        rows_per_step=config.batch_size,
+    )
+    validation = {"text": rows["validation"]}
+    train_supervised(
+        run,
+        model,
+        total_steps=total_steps,
+        read_batch=read_batch,
+        evaluate=held_out_losses(model, run.mesh, config, validation),
+    )

@@ -1,0 +1,87 @@
+"""The simulated world as a run: its data files and the tokenizer trained on them.
+
+It stands in for the paper's API prompts and labelers; everything it writes is a function of
+the seed.
+"""
+
+import dataclasses
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from instructax.config import Seed
+from instructax.data.tokenizer import save_tokenizer, train_bpe
+from instructax.runtime.distributed import all_hosts
+from instructax.runtime.files import write_json
+from instructax.simulation.write import Sizes, write_world
+from instructax.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A world to write."""
+
+    stage: Literal["world"]
+    seed: Seed
+    vocab_size: int  # of the tokenizer trained on the world's text
+    lines: Sizes  # records in each file
+
+
+def validate(config: Config, mesh: Any) -> None:
+    """Does nothing: `construct` has checked every value, and there is no mesh."""
+
+
+def row_lengths(config: Config) -> tuple[tuple[int, ...], bool]:
+    """No rows: no network runs."""
+    return (), False
+
+
+def memory(config: Config, mesh: Any) -> dict[str, int]:
+    """Nothing stays on a device."""
+    return {}
+
+
+def train(run: Run) -> None:
+    """Writes the six files and `tokenizer.json` on the first process; the others wait."""
+    if jax.process_index() == 0:
+        _write_files(run.config, run.workdir)
+    all_hosts(True)
+
+
+def _write_files(config: Config, workdir: Path) -> None:
+    # Files move into the workdir only when all of them are complete.
+    staging = workdir / "world"
+    shutil.rmtree(staging, ignore_errors=True)
+    write_world(staging, seed=config.seed, sizes=config.lines)
+    for file in staging.iterdir():
+        file.replace(workdir / file.name)
+    staging.rmdir()
+
+    counts = dataclasses.asdict(config.lines)
+    described = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(
+        f"world of seed {config.seed} in {workdir}: {described}; training its tokenizer",
+        flush=True,
+    )
+
+    texts = _fields(workdir / "text.jsonl.gz", ("text",))
+    texts += _fields(workdir / "demonstrations.jsonl.gz", ("prompt", "completion"))
+    tokenizer = train_bpe(texts, config.vocab_size)
+    save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
+    # The summary marks the run as finished, so it comes last.
+    summary = {"stage": config.stage, "vocab_size": tokenizer.size}
+    write_json(workdir / "summary.json", summary)
+
+
+def _fields(path: Path, names: tuple[str, ...]) -> list[str]:
+    """The named fields of every record, in order."""
+    texts: list[str] = []
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            record = json.loads(line)
+            texts.extend(record[name] for name in names)
+    return texts
