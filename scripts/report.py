@@ -2,9 +2,9 @@
 """Writes the report of finished experiments: python scripts/report.py runs/micro
 --out=runs/micro/report
 
-One page, `index.html`, with the paper's figures, its claims and samples, and the figures as
-PNG and SVG beside it. Several folders are seeds of one experiment. It reads logs alone, no
-checkpoint. Exit codes as those of train.py.
+The report is one page, `index.html`, with the paper's figures, claims and samples; the
+figures lie beside it as PNG and SVG files. Several folders are seeds of one experiment.
+Only logs are read, no checkpoints. Exit codes are those of train.py.
 """
 
 import pathlib
@@ -14,20 +14,19 @@ from absl import app, flags
 
 from instructax import cli
 
-OUT = flags.DEFINE_string(
-    "out", None, "folder that the page and its figures are written into"
-)
+OUT = flags.DEFINE_string("out", None, "folder for the page and its figures")
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, calls the library and returns the exit code."""
     if len(argv) < 2 or not OUT.value:
         print(
             "error: give the folders of finished experiments and --out=FOLDER",
             file=sys.stderr,
         )
         return 2
-    roots, out = [pathlib.Path(path) for path in argv[1:]], pathlib.Path(OUT.value)
+    roots = [pathlib.Path(path) for path in argv[1:]]
+    out = pathlib.Path(OUT.value)
 
     def write() -> None:
         from instructax import report

@@ -1,285 +1,181 @@
-"""The report of an experiment: what its logs hold, a page that stands alone, mistakes in
-one line."""
+"""The page: it needs nothing else, escapes all text, and is reproducible."""
 
 import dataclasses
 import html.parser
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tests.support import report_logs
 
-from instructax import cli, report
-from instructax.report.browser import browser, embedded, samples_of
-from instructax.report.claims import CLAIMS, findings_of, overall
-from instructax.report.judging import TRUTH, asked_about, best_of_kl, curve_of, read
-from instructax.report.page import check_seeds
-from instructax.report.results import (
-    estimate_of,
-    in_words,
-    load,
-    overfitting_of,
-    parameters_of,
-    public_figures,
+from instructax import report
+from instructax.config import ConfigError
+from instructax.report.claims import CLAIMS, check_claim, overall_verdict
+from instructax.report.judging import judge_experiment
+from instructax.report.page import PageContent, check_seeds, render
+from instructax.report.results import load_experiment
+from instructax.report.samples import page_samples
+from instructax.report.tables import (
+    Table,
+    agreement_table,
+    label_noise_table,
+    policy_table,
 )
-from instructax.report.tables import agreement_table, html_table, noise_table, table_of
 
 pytest_plugins = ("tests.support.report_fixtures",)
 
-INF = math.inf
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_the_logs_hold(family, reading):
-    assert reading.names == ["micro", "milli", "centi"]
-    assert list(reading.experiment.sizes[0].samples) == list(report_logs.QUALITY)
-    assert parameters_of(report_logs.MODEL) == 16 * 128 + 2 * (4 * 16 * 16 + 2 * 16 * 64)
-    assert [in_words(n) for n in (160_000, 124_439_808, 1_300_000_000)] == [
-        "0.16M",
-        "124M",
-        "1.3B",
-    ]
-    losses, scores = overfitting_of(reading.experiment.sizes[1])
-    assert list(losses) == list(scores) == [100, 200, 300, 400]
-    assert overfitting_of(reading.experiment.sizes[0]) == ({}, {})
-    curve = curve_of(reading.experiment, reading.experiment.sizes[0], "ppo")
-    np.testing.assert_allclose(curve.distance[:3], np.sqrt([0.0, 0.3, 0.6]))
-    assert curve_of(reading.experiment, reading.experiment.sizes[0], "flan") is None
-    assert best_of_kl(16) == pytest.approx(1.83509, abs=1e-5)
-
-
-def test_null_is_a_bound_that_is_not_there():
-    found = estimate_of({"value": None, "low": None, "high": None, "count": 0})
-    assert math.isnan(found.value) and (found.low, found.high) == (-INF, INF)
-
-
-def test_bleu_counts_to_one_hundred_and_is_drawn_as_a_share():
-    record = report_logs.estimate(40.0, 2.0)
-    figures = public_figures(
-        {
-            "policies": {
-                "GPT": {"translation": {"few-shot": record}, "book": {"few-shot": record}}
-            }
-        }
+def content_of(samples, table):
+    """Returns the content of a page with nothing but samples and a table."""
+    return PageContent(
+        title="<i>title</i>",
+        claims=[],
+        policy_tables=[table],
+        figures=[],
+        public_tasks_tables=[],
+        reward_figures=[],
+        agreement=Table((), []),
+        label_noise=Table((), []),
+        samples=samples,
     )
-    assert figures["GPT"]["translation"]["few-shot"].estimate.value == pytest.approx(0.4)
-    assert figures["GPT"]["book"]["few-shot"].estimate.value == 40.0
 
 
-def test_a_size_of_few_policies_is_read(tmp_path, capsys):
-    root = report_logs.write_one_size(tmp_path / "few")
+def embedded_samples(page_text):
+    """Returns the samples that a page's script reads."""
+    found = re.search(r'id="samples-data">(.*?)</script>', page_text, re.DOTALL)
+    return json.loads(found.group(1))
+
+
+def test_an_experiment_of_one_size_has_a_page(tmp_path, capsys):
+    root = report_logs.write_one_size(tmp_path / "one-size")
     path = report.write([root], tmp_path / "out")
-    assert (
-        "GPT" in capsys.readouterr().out
-        and (tmp_path / "out" / "figure-1.png").stat().st_size > 10_000
-    )
-    reading = read(load(root))
-    assert [row[:2] for row in table_of(reading)][:2] == [
-        ("0.0082M", "GPT"),
-        ("0.0082M", "SFT"),
-    ]
-    c1 = findings_of(CLAIMS[0], [reading])
-    assert [finding.what for finding in c1] == [
+    assert "GPT" in capsys.readouterr().out
+    assert (tmp_path / "out" / "figure-1.png").stat().st_size > 10_000
+
+    judged = judge_experiment(load_experiment(root))
+    rows = [row[:2] for row in policy_table(judged).rows]
+    assert rows[:2] == [("0.0082M", "GPT"), ("0.0082M", "SFT")]
+    quantities = [finding.quantity for finding in check_claim(CLAIMS[0], [judged])]
+    assert quantities == [
         "0.0082M: SFT − GPT",
         "0.0082M: PPO − SFT",
         "0.0082M: GPT prompted",
     ]
+    assert overall_verdict(check_claim(CLAIMS[14], [judged])) == "no data"
+
     text = path.read_text()
-    assert text.count("<td>no data</td><td>–</td>") == 2  # of reward models
+    assert text.count("<td>no data</td><td>–</td>") == 2  # the reward models
     assert "Prompts of the GPT-3 distribution: no data." in text
-    assert overall(findings_of(CLAIMS[14], [reading])) == "no data"
 
 
-def test_the_tables_of_the_reward_model(reading):
-    rows = re.findall(r"<tr><td>(.*?)</td></tr>", agreement_table([reading]))
-    assert [row.split("</td><td>")[-1] for row in rows] == [
-        "0.726 ± 0.015",
-        "0.773 ± 0.013",
-        "–",
+def test_tables_of_the_reward_model(judged):
+    agreement = agreement_table([judged])
+    assert [row[-1] for row in agreement.rows] == ["0.726 ± 0.015", "0.773 ± 0.013", "–"]
+    label_noise = label_noise_table([judged])
+    assert [row[2:] for row in label_noise.rows] == [
+        ("as usual", "0.720", "480"),
+        ("none", "0.810", "480"),
     ]
-    rows = re.findall(r"<tr><td>(.*?)</td></tr>", noise_table([reading]))
-    assert [row.split("</td><td>")[2:] for row in rows] == [
-        ["as they are", "0.720", "480"],
-        ["who never waver", "0.810", "480"],
-    ]
-    alone = [dataclasses.replace(size, samples={}) for size in reading.experiment.sizes]
-    nothing = dataclasses.replace(
-        reading, experiment=dataclasses.replace(reading.experiment, prompts=[], sizes=alone)
-    )
-    assert agreement_table([nothing]).count("<td>0</td><td>no data</td>") == 3
 
 
-class Outside(html.parser.HTMLParser):
-    """Collects what a page would fetch, and the scripts it holds."""
+def test_without_responses_there_is_no_agreement(judged):
+    sizes = [dataclasses.replace(size, samples={}) for size in judged.results.sizes]
+    results = dataclasses.replace(judged.results, prompts=[], sizes=sizes)
+    agreement = agreement_table([dataclasses.replace(judged, results=results)])
+    assert [row[2:4] for row in agreement.rows] == [("0", "no data")] * 3
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects everything that a browser would fetch, and counts scripts."""
 
     def __init__(self):
         super().__init__()
-        self.fetched, self.scripts = [], 0
+        self.fetched = []
+        self.num_scripts = 0
 
     def handle_starttag(self, tag, attrs):
-        self.scripts += tag == "script"
-        self.fetched += [
-            value
-            for name, value in attrs
-            if name in ("src", "href") and not value.startswith(("data:", "#"))
-        ]
-        self.fetched += [tag] if tag in ("link", "iframe", "object") else []
+        if tag == "script":
+            self.num_scripts += 1
+        if tag in ("link", "iframe", "object"):
+            self.fetched.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and not value.startswith(("data:", "#")):
+                self.fetched.append(value)
 
 
-def test_the_page_stands_alone(page):
-    text, outside = page.read_text(), Outside()
-    outside.feed(text)
-    assert outside.fetched == []
-    assert outside.scripts == 2 and "@import" not in text and "url(" not in text
-    figures = sorted(path.stem for path in page.parent.glob("*.png"))
-    assert figures == sorted(path.stem for path in page.parent.glob("*.svg"))
-    assert len(figures) == text.count("<figure id=") == 10
+def test_the_page_needs_no_other_file(page):
+    text = page.read_text()
+    parser = PageParser()
+    parser.feed(text)
+    assert parser.fetched == []
+    assert parser.num_scripts == 2
+    assert "@import" not in text
+    assert "url(" not in text
     assert "prefers-color-scheme: dark" in text
 
 
-def test_what_a_response_says_cannot_leave_its_place(reading):
+def test_every_figure_is_on_the_page_and_in_two_files(page):
+    names = sorted(path.stem for path in page.parent.glob("*.png"))
+    assert names == sorted(path.stem for path in page.parent.glob("*.svg"))
+    assert len(names) == page.read_text().count("<figure id=") == 10
+
+
+def test_a_response_cannot_leave_its_place_in_the_page(judged):
     evil = "</script><script>alert(1)</script><!--"
-    size = reading.experiment.sizes[0]
-    records = [
-        dict(record, response=evil, pieces=[evil], token_kl=[0.0])
-        for record in size.samples["PPO"]
-    ]
-    changed = dataclasses.replace(size, samples={**size.samples, "PPO": records})
-    experiment = dataclasses.replace(
-        reading.experiment, sizes=[changed, *reading.experiment.sizes[1:]]
-    )
-    shown = browser([dataclasses.replace(reading, experiment=experiment)])
-    assert shown.count("</script>") == 2 and "<!--" not in shown
-    data = re.search(r'id="samples">(.*?)</script>', shown, re.DOTALL).group(1)
-    assert evil in {answer[4][0] for answer in json.loads(data)[0]["prompts"][0]["answers"]}
-    assert html_table(("<a>",), [("<b>&",)]).count("&lt;") == 2
-    assert json.loads(embedded({"a": "<"})) == {"a": "<"}
+    size = judged.results.sizes[0]
+    records = []
+    for record in size.samples["PPO"]:
+        records.append(dict(record, response=evil, pieces=[evil], token_kl=[0.0]))
+    evil_size = dataclasses.replace(size, samples={**size.samples, "PPO": records})
+    sizes = [evil_size, *judged.results.sizes[1:]]
+    results = dataclasses.replace(judged.results, sizes=sizes)
+    samples = page_samples([dataclasses.replace(judged, results=results)])
+
+    text = render(content_of(samples, Table((), [])))
+    assert text.count("</script>") == 2
+    assert "<!--" not in text
+    first_prompt = embedded_samples(text)["runs"][0]["prompts"][0]
+    pieces = {response["pieces"][0] for response in first_prompt["responses"]}
+    assert evil in pieces
 
 
-def test_samples_have_all_policies_and_few_enough_prompts(reading):
-    data = samples_of(reading, 3)
-    assert (
-        len(data["prompts"]) == 3
-        and len(data["columns"]) == len(data["prompts"][0]["answers"]) == 21
-    )
-    column, _, utility, faults, pieces, kl = data["prompts"][0]["answers"][0]
-    answers = reading.answers[tuple(data["columns"][column])]
-    assert utility == round(answers.opinions[TRUTH][0], 2) and len(pieces) == len(kl)
-    assert ("fails the task" in faults) == (not answers.flags["attempts"][0])
+def test_tables_and_titles_are_escaped():
+    samples = {"fullColorNats": 3.0, "text": "<&'\">"}
+    text = render(content_of(samples, Table(("<a>",), [('<b>&"',)], title="<u>")))
+    assert "<th>&lt;a&gt;</th>" in text
+    assert "<td>&lt;b&gt;&amp;&#34;</td>" in text
+    assert "<h3>&lt;u&gt;</h3>" in text
+    assert "<title>instructax: &lt;i&gt;title&lt;/i&gt;</title>" in text
+    assert embedded_samples(text) == samples
 
 
-def test_a_sample_is_accused_of_what_its_prompt_asks_for_alone(reading):
-    experiment, data = (
-        reading.experiment,
-        samples_of(reading, len(reading.experiment.prompts)),
-    )
-    accused = {"constraint": "breaks the constraint", "hallucinates": "hallucinates"}
-    for flag, words in accused.items():
-        speaks = [
-            any(words in answer[3] for answer in prompt["answers"])
-            for prompt in data["prompts"]
-        ]
-        asked = asked_about(experiment, flag)
-        assert 0 < sum(speaks) <= asked.sum() < len(asked)
-        assert not any(np.array(speaks) & ~asked)
-
-
-def test_several_seeds_of_the_same_logs_give_the_same_page(tmp_path, family):
-    one, other = (
-        report_logs.write_one_size(tmp_path / name, seed)
-        for seed, name in enumerate(("one", "other"))
-    )
+def test_the_same_logs_give_the_same_page(tmp_path):
+    roots = []
+    for seed, name in enumerate(("first", "second")):
+        roots.append(report_logs.write_one_size(tmp_path / name, seed))
+    pages = []
     for name in ("a", "b"):
-        report.write([one, other], tmp_path / name)
-    assert (tmp_path / "a" / "index.html").read_bytes() == (
-        tmp_path / "b" / "index.html"
-    ).read_bytes()
-    assert (tmp_path / "a" / "figure-4-1.png").exists() and "other" in (
-        tmp_path / "a" / "index.html"
-    ).read_text()
-    with pytest.raises(
-        ValueError, match=r"one has the sizes .* give seeds of one experiment"
-    ):
-        check_seeds([load(family), load(one)])
-    with pytest.raises(ValueError, match=r"the seeds are \[0, 0\]: give each once"):
-        check_seeds([load(one), load(one)])
+        pages.append(report.write(roots, tmp_path / name).read_bytes())
+    assert pages[0] == pages[1]
+    assert (tmp_path / "a" / "figure-4-1.png").exists()
+    assert "second" in pages[0].decode()
 
 
-def break_prompt(root):
-    path = root / "micro" / "evaluate" / "samples.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+def test_seeds_must_be_different_seeds_of_one_experiment(tmp_path, family):
+    one_size = load_experiment(report_logs.write_one_size(tmp_path / "one-size"))
+    message = r"one-size has the sizes .* give seeds of one experiment"
+    with pytest.raises(ConfigError, match=message):
+        check_seeds([load_experiment(family), one_size])
+    with pytest.raises(ConfigError, match=r"the seeds are \[0, 0\]: give each seed once"):
+        check_seeds([one_size, one_size])
 
 
-def break_world(root):
-    report_logs.write_world(root, seed=7)
-
-
-def break_lines(root):
-    report_logs.write_json(
-        root / "world" / "config.json", {"seed": 0, "lines": {"prompts": 3}}
-    )
-
-
-def break_reference(root, run="evaluate"):
-    path = root / "centi" / run / "samples.jsonl"
-    path.write_text(path.read_text().replace('"policy": "SFT"', '"policy": "sft"'))
-
-
-def cut_line(root):
-    path = root / "milli" / "evaluate" / "samples.jsonl"
-    path.write_text(path.read_text()[:-9])
-
-
-def break_gpt_reference(root):
-    break_reference(root, "evaluate-gpt")
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (break_prompt, "micro/evaluate: GPT answered other prompts"),
-        (break_world, "centi/evaluate is of another world"),
-        (break_lines, "of another version of this project"),
-        (break_reference, "has no policy SFT"),
-        (
-            cut_line,
-            "milli/evaluate/samples.jsonl, line 21, is no JSON: run the stage again",
-        ),
-        (break_gpt_reference, "centi/evaluate-gpt has no policy SFT"),
-        (lambda root: (root / "world" / "config.json").unlink(), "holds no world"),
-        (
-            lambda root: [path.unlink() for path in root.glob("*/evaluate/summary.json")],
-            "holds no finished run",
-        ),
-    ],
-)
-def test_logs_that_cannot_be_reported_are_one_line_and_code_2(
-    tmp_path, capsys, fault, message
-):
-    root = report_logs.write_family(tmp_path / "family", count=3)
-    fault(root)
-    assert cli.guarded(lambda: report.write([root], tmp_path / "out")) == cli.USER
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_ppo_on_other_prompts_is_one_line(tmp_path, capsys):
-    root = report_logs.write_family(tmp_path / "family", count=3)
-    path = root / "micro" / "ppo" / "samples.jsonl"
-    path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Elsewhere: ', 1))
-    assert cli.guarded(lambda: report.write([root], tmp_path / "out")) == cli.USER
-    error = capsys.readouterr().err
-    assert "micro/ppo is of another world" in error and error.count("\n") == 1
-    assert not (tmp_path / "out" / "index.html").exists()
-
-
-def test_the_command_wants_folders_and_out():
+def test_the_command_needs_folders_and_out():
     done = subprocess.run(
         [sys.executable, "scripts/report.py", "runs"],
         cwd=ROOT,
@@ -287,4 +183,6 @@ def test_the_command_wants_folders_and_out():
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--out" in done.stderr

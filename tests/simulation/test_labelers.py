@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tests.support.small_world import TASKS, drawn
 
-from instructax.report.agreement import PAIRS, agreements_on
-from instructax.report.judging import HELD_OUT, LABELER
+from instructax.report.agreement import LABELER_PAIRS, measure_agreement
+from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
 from instructax.simulation import labelers
 from instructax.simulation.judge import judge
 from instructax.simulation.labelers import (
@@ -73,21 +73,24 @@ def test_an_opinion_is_truth_plus_tastes_plus_noise():
 
 
 def agreements(crews: dict[str, list[Labeler]], seed: int) -> list[float]:
-    """Of each of PAIRS the share of pairs of responses by writers that two labelers order
+    """Of each of LABELER_PAIRS the share of pairs of responses by writers that two labelers order
     alike."""
     rng = generator(seed, "agreement")
     asked = [
         (task, draw_responses(task, int(rng.integers(4, 10)), rng))
         for task in drawn(700, seed)
     ]
-    found = agreements_on(asked, crews, rng)
-    return [found[name][0].value for name in PAIRS]
+    found = measure_agreement(asked, crews, rng)
+    return [found[name].share.value for name in LABELER_PAIRS]
 
 
 def test_labelers_agree_as_the_papers_do():
     """Section 3.4: 72.6 ± 1.5 % among training labelers, 77.3 ± 1.3 % among held-out ones."""
     crews = [
-        {group: draw_labelers(seed, group, 12) for group in (LABELER, HELD_OUT)}
+        {
+            group: draw_labelers(seed, group, 12)
+            for group in (TRAINING_GROUP, HELD_OUT_GROUP)
+        }
         for seed in range(4)
     ]
     training, held_out, _ = np.mean(

@@ -1,8 +1,7 @@
-"""The report of finished experiments in the embedded world: one page with the paper's
-figures, claims and samples.
+"""The report of finished experiments in the simulated world.
 
-It is made from run logs and the world alone; what the labelers say is simulated, and the
-same for the same logs.
+It is one HTML page with the paper's figures, claims and samples. It depends only on run
+logs and on the world, whose labelers are simulated: the same logs give the same page.
 """
 
 from pathlib import Path
@@ -11,24 +10,48 @@ from instructax.config import ConfigError
 
 
 def write(roots: list[Path], out: Path) -> Path:
-    """Writes `index.html` and its figures, as PNG and SVG, into `out`, and prints the table
-    of policies; returns the page's path. Several `roots` are seeds of one experiment.
-    Raises ValueError for a folder without finished runs."""
+    """Writes the report of one experiment, and prints its table of policies.
+
+    Args:
+      roots: The folders of the experiment, one for each seed.
+      out: The folder for `index.html` and its figures, as PNG and SVG files.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ConfigError: If a folder has no finished runs, or if the folders are not seeds of the
+        same experiment.
+    """
     from instructax.experiment import require_matplotlib
     from instructax.report import page
-    from instructax.report.judging import read
-    from instructax.report.results import load
-    from instructax.report.tables import console_table
+    from instructax.report.judging import judge_experiment
+    from instructax.report.results import load_experiment
+    from instructax.report.tables import console_text, policy_table
 
     require_matplotlib()
+    _require_jinja2()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give the folder that the page is written into")
-    experiments = [load(root) for root in roots]
-    page.check_seeds(experiments)
-    readings = [read(experiment) for experiment in experiments]
+
+    results = [load_experiment(root) for root in roots]
+    page.check_seeds(results)
+    experiments = [judge_experiment(experiment) for experiment in results]
+
     out.mkdir(parents=True, exist_ok=True)
     path = out / "index.html"
-    path.write_text(page.build(readings, out), encoding="utf-8")
-    for reading in readings:
-        print(console_table(reading))
+    path.write_text(page.build(experiments, out), encoding="utf-8")
+    for judged in experiments:
+        print(console_text(policy_table(judged)))
     return path
+
+
+def _require_jinja2() -> None:
+    """Raises ConfigError if jinja2 is not installed."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "the page is rendered by jinja2, which is not installed: "
+            "pip install 'instructax[plots]'"
+        ) from None

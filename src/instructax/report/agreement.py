@@ -1,88 +1,109 @@
-"""How often two labelers order the same responses alike (the paper's section 3.4), among
-what policies answered."""
+"""Agreement of two labelers on the responses of the evaluated policies (section 3.4)."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
 from instructax.evals.intervals import Estimate, ratio_estimate
-from instructax.report.judging import HELD_OUT, LABELER
-from instructax.report.results import Experiment, response_of
+from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
+from instructax.report.results import ExperimentResults, response_text
 from instructax.simulation.labelers import Labeler, draw_labelers, rank
 from instructax.simulation.lexicon import generator
 from instructax.simulation.prompts import LABELER_COUNT
 from instructax.simulation.tasks import Task
 
-PAIRS = {
-    "training labelers": (LABELER, LABELER),
-    "held-out labelers": (HELD_OUT, HELD_OUT),
-    "a training and a held-out labeler": (LABELER, HELD_OUT),
-}  # the groups of the two labelers
-Asked = tuple[Task, list[str]]  # a task and different responses to it
-Agreement = tuple[
-    Estimate, int
-]  # share ordered alike, and the pairs that both labelers order
+# The groups of the first and of the second labeler.
+LABELER_PAIRS = {
+    "training labelers": (TRAINING_GROUP, TRAINING_GROUP),
+    "held-out labelers": (HELD_OUT_GROUP, HELD_OUT_GROUP),
+    "a training and a held-out labeler": (TRAINING_GROUP, HELD_OUT_GROUP),
+}
+
+TaskResponses = tuple[Task, list[str]]  # a task and distinct responses to it
 
 
-def agreements(experiment: Experiment) -> dict[str, Agreement]:
-    """The agreement of each of PAIRS on the evaluated responses; the same each time for the
-    same logs."""
-    crews = {
-        group: draw_labelers(experiment.seed, group, LABELER_COUNT)
-        for group in (LABELER, HELD_OUT)
-    }
-    return agreements_on(
-        responses_of(experiment), crews, generator(experiment.seed, "report agreement")
-    )
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How often two labelers give the same order to a pair of responses."""
+
+    share: Estimate  # of the pairs that both labelers order strictly
+    pairs: int  # the number of those pairs
 
 
-def responses_of(experiment: Experiment) -> list[Asked]:
-    """What all policies of the largest size answered to each prompt; what several of them
-    said stands once."""
-    policies = experiment.sizes[-1].samples.values()
-    return [
-        (
-            experiment.tasks[prompt],
-            list(dict.fromkeys(response_of(record).strip() for record in records)),
-        )
-        for prompt, *records in zip(experiment.prompts, *policies, strict=True)
-    ]
+def labeler_agreement(results: ExperimentResults) -> dict[str, Agreement]:
+    """Measures the agreement of LABELER_PAIRS on the evaluated responses.
 
-
-def agreements_on(
-    asked: list[Asked], crews: Mapping[str, list[Labeler]], rng: np.random.Generator
-) -> dict[str, Agreement]:
-    """Of each of PAIRS the share of the pairs of responses that both labelers order
-    strictly which they order alike.
-
-    Two labelers of each group, drawn anew for each prompt, rank its responses; intervals
-    are over prompts.
+    The same results always give the same agreement.
     """
-    counts: dict[str, list[tuple[int, int]]] = {name: [] for name in PAIRS}
-    for task, responses in asked:
-        ranks = {
-            group: [
-                rank(crew[i], task, responses, rng) for i in rng.permutation(len(crew))[:2]
-            ]
-            for group, crew in crews.items()
-        }
-        for name, (first, second) in PAIRS.items():
-            counts[name].append(alike(ranks[first][0], ranks[second][1]))
-    found = {
-        name: np.array(pairs, float).reshape(-1, 2).T for name, pairs in counts.items()
+    labelers = {
+        group: draw_labelers(results.seed, group, LABELER_COUNT)
+        for group in (TRAINING_GROUP, HELD_OUT_GROUP)
     }
-    return {
-        name: (ratio_estimate(same, both), int(both.sum()))
-        for name, (same, both) in found.items()
-    }
+    rng = generator(results.seed, "report agreement")
+    return measure_agreement(distinct_responses(results), labelers, rng)
 
 
-def alike(first: list[int], second: list[int]) -> tuple[int, int]:
-    """(pairs that both ranks order alike, pairs that neither leaves as a tie)."""
-    strict = [
-        (first[i] < first[j]) == (second[i] < second[j])
-        for i, j in itertools.combinations(range(len(first)), 2)
-        if first[i] != first[j] and second[i] != second[j]
-    ]
-    return sum(strict), len(strict)
+def distinct_responses(results: ExperimentResults) -> list[TaskResponses]:
+    """Returns the distinct responses to each prompt by the policies of the largest size."""
+    policies = results.sizes[-1].samples.values()
+    all_responses = []
+    for prompt, *records in zip(results.prompts, *policies, strict=True):
+        texts = [response_text(record).strip() for record in records]
+        distinct = list(dict.fromkeys(texts))  # in the order of the policies
+        all_responses.append((results.tasks[prompt], distinct))
+    return all_responses
+
+
+def measure_agreement(
+    task_responses: list[TaskResponses],
+    labelers: Mapping[str, list[Labeler]],
+    rng: np.random.Generator,
+) -> dict[str, Agreement]:
+    """Measures how often two labelers agree, for each of LABELER_PAIRS.
+
+    Args:
+      task_responses: Tasks with the responses that labelers rank.
+      labelers: Group → its labelers, at least two.
+      rng: Draws two labelers of each group for each task, and their noise.
+
+    Returns:
+      Name in LABELER_PAIRS → agreement; intervals are over tasks.
+    """
+    # Per task: (pairs that both order alike, pairs that both order strictly).
+    counts: dict[str, list[tuple[int, int]]] = {name: [] for name in LABELER_PAIRS}
+    for task, responses in task_responses:
+        ranks = {}
+        for group, members in labelers.items():
+            drawn = rng.permutation(len(members))[:2]
+            ranks[group] = [rank(members[i], task, responses, rng) for i in drawn]
+        for name, (first_group, second_group) in LABELER_PAIRS.items():
+            # Within a group these are two different labelers.
+            counts[name].append(
+                count_agreements(ranks[first_group][0], ranks[second_group][1])
+            )
+
+    agreements = {}
+    for name, per_task in counts.items():
+        alike, strict = np.array(per_task, float).reshape(-1, 2).T
+        agreements[name] = Agreement(ratio_estimate(alike, strict), int(strict.sum()))
+    return agreements
+
+
+def count_agreements(first: list[int], second: list[int]) -> tuple[int, int]:
+    """Compares two rankings of the same responses, pair by pair.
+
+    Returns:
+      The number of pairs that both rankings order alike, and the number of pairs that
+      neither ranking leaves as a tie.
+    """
+    alike = 0
+    strict = 0
+    for i, j in itertools.combinations(range(len(first)), 2):
+        if first[i] == first[j] or second[i] == second[j]:
+            continue
+        strict += 1
+        if (first[i] < first[j]) == (second[i] < second[j]):
+            alike += 1
+    return alike, strict

@@ -1,7 +1,6 @@
-"""How all figures of a report are drawn: one colour for each policy, 95% intervals as bars,
-one legend below.
+"""Shared style of plots: one color per policy, error bars for 95% intervals, one legend.
 
-matplotlib (the extra `plots`) is imported when a figure is drawn.
+matplotlib (the extra `plots`) is imported only when a figure is drawn.
 """
 
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from instructax.evals.intervals import Estimate
 
-COLOURS = {
+COLORS = {
     "GPT": "#7f7f7f",
     "GPT prompted": "#8c564b",
     "SFT": "#1f77b4",
@@ -20,36 +19,62 @@ COLOURS = {
     "PPO-ptx": "#2ca02c",
     "FLAN/T0": "#9467bd",
 }
-PAD = 0.1  # inches around each of the axes, so that none ends at the figure's edge
-SPREAD = 0.13  # between policies that stand beside each other, in units of the axis
+# Inches around each of the axes, so that no label is cut off at the edge of the figure.
+PADDING = 0.1
+# Distance between neighboring policies at the same x, in units of the axis.
+DODGE = 0.13
+# Inches in the legend: the marker with its margins, and one character.
+MARKER_WIDTH = 0.6
+CHARACTER_WIDTH = 0.075
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    # The same figure gives the same SVG file.
+    "svg.hashsalt": "instructax",
+}
 
 
 def subplots(
-    rows: int, columns: int, width: float, height: float, **rest: Any
+    rows: int, columns: int, width: float, height: float, **options: Any
 ) -> tuple[Any, np.ndarray]:
-    """A figure of `rows` × `columns` axes of so many inches each."""
+    """Creates a figure with `rows` × `columns` axes.
+
+    Args:
+      rows: Number of rows.
+      columns: Number of columns.
+      width: Width of each of the axes, in inches.
+      height: Height of each of the axes, in inches.
+      **options: Passed on to `matplotlib.pyplot.subplots`.
+
+    Returns:
+      The figure and its axes [rows, columns].
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "instructax", "axes.titlesize": 10, "axes.grid": True}
-    )
-    matplotlib.rcParams.update({"grid.alpha": 0.3, "grid.linewidth": 0.6})
+    matplotlib.rcParams.update(STYLE)
     import matplotlib.pyplot as plt
 
-    size = (width * columns, height * rows)
     figure, axes = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, **rest
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        layout="constrained",
+        squeeze=False,
+        **options,
     )
-    figure.set_layout_engine("constrained", w_pad=PAD, h_pad=PAD)
+    figure.set_layout_engine("constrained", w_pad=PADDING, h_pad=PADDING)
     return figure, axes
 
 
-def save(figure: Any, folder: Path, name: str) -> None:
-    """Writes NAME.png and NAME.svg, the same bytes for the same figure, and closes it."""
+def save_figure(figure: Any, folder: Path, name: str) -> None:
+    """Writes NAME.png and NAME.svg, byte for byte reproducible, and closes the figure."""
     import matplotlib.pyplot as plt
 
     figure.savefig(folder / f"{name}.png", dpi=120)
@@ -57,47 +82,73 @@ def save(figure: Any, folder: Path, name: str) -> None:
     plt.close(figure)
 
 
-def legend(figure: Any) -> None:
-    """One legend below all axes, each name once, policies first and in their order."""
-    found = {}
+def add_legend(figure: Any) -> None:
+    """Adds one legend below all axes: each label once, policies first, in their order."""
+    handles: dict[str, Any] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    policies = list(COLOURS)
-    labels = sorted(
-        found,
-        key=lambda label: policies.index(label) if label in policies else len(policies),
+            handles.setdefault(label, handle)
+
+    policies = list(COLORS)
+
+    def place(label: str) -> int:
+        return policies.index(label) if label in policies else len(policies)
+
+    labels = sorted(handles, key=place)
+    longest = max(map(len, labels), default=0)
+    entry_width = MARKER_WIDTH + CHARACTER_WIDTH * longest
+    num_columns = max(1, min(len(labels), int(figure.get_figwidth() / entry_width)))
+    figure.legend(
+        [handles[label] for label in labels],
+        labels,
+        ncols=num_columns,
+        frameon=False,
+        loc="outside lower center",
     )
-    widest = 0.6 + 0.075 * max(
-        map(len, labels), default=0
-    )  # inches: the marker, its margins, a letter
-    columns = max(1, min(len(found), int(figure.get_figwidth() / widest)))
-    options = {"ncols": columns, "frameon": False, "loc": "outside lower center"}
-    figure.legend([found[label] for label in labels], labels, **options)
 
 
-def point(axis: Any, x: float, estimate: Estimate, policy: str, **style: Any) -> None:
-    """A point with its interval, which is left out if it has no end."""
-    half = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+def draw_point(axis: Any, x: float, estimate: Estimate, policy: str, **style: Any) -> None:
+    """Draws an estimate at `x`, with its interval if that is finite.
+
+    `style` overrides options of matplotlib's `errorbar`.
+    """
     options = {
         "fmt": "o",
         "ms": 5,
         "capsize": 2,
-        "color": COLOURS.get(policy, "black"),
+        "color": COLORS.get(policy, "black"),
         "label": policy,
-    } | style
+    }
+    axis.errorbar(x, estimate.value, yerr=_error_bar(estimate), **(options | style))
+
+
+def draw_horizontal_point(axis: Any, estimate: Estimate, y: float, policy: str) -> None:
+    """Draws an estimate along the x axis at the height `y`."""
     axis.errorbar(
-        x, estimate.value, yerr=half if np.isfinite(half).all() else None, **options
+        estimate.value,
+        y,
+        xerr=_error_bar(estimate),
+        fmt="o",
+        ms=4,
+        capsize=2,
+        color=COLORS[policy],
+        label=policy,
     )
 
 
-def shift(place: int, count: int) -> float:
-    return SPREAD * (place - (count - 1) / 2)
+def _error_bar(estimate: Estimate) -> list[list[float]] | None:
+    """Returns the lengths below and above the value; None if an end is not finite."""
+    lengths = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+    return lengths if np.isfinite(lengths).all() else None
 
 
-def across(axis: Any, estimate: Estimate, y: float, policy: str) -> None:
-    half = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-    options = {"fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[policy], "label": policy}
-    axis.errorbar(
-        estimate.value, y, xerr=half if np.isfinite(half).all() else None, **options
+def dodge(place: int, count: int) -> float:
+    """Returns the offset of the marker at `place` among `count` markers at the same x."""
+    return DODGE * (place - (count - 1) / 2)
+
+
+def rotate_labels(axis: Any, labels: list[str]) -> None:
+    """Labels the x axis at 0, 1, … with slanted text."""
+    axis.set_xticks(
+        range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor"
     )

@@ -1,9 +1,10 @@
-"""What the world and its simulated labelers say of the responses: arrays over the prompts,
-paired between policies.
+"""Judgements of all responses by the world and its simulated labelers.
 
-Departure from the paper: a prompt's labeler forms one opinion of each different response,
-whoever gave it, and prefers by those opinions, where the paper's labelers are shown one
-pair at a time. Equal responses are thus at ½ exactly.
+Judgements are arrays over the prompts, so that policies can be compared prompt by prompt.
+
+Departure from the paper: the labeler of a prompt forms one opinion of each distinct
+response, whichever policies gave it, and preferences follow from these opinions. The
+paper's labelers are shown one pair at a time. Equal responses therefore tie exactly.
 """
 
 import dataclasses
@@ -11,264 +12,200 @@ import itertools
 
 import numpy as np
 
-from instructax.evals.intervals import (
-    Estimate,
-    mean_estimate,
-    share_difference,
-    share_estimate,
-)
-from instructax.report.results import (
-    Experiment,
-    Record,
-    Size,
-    check_prompts,
-    read_lines,
-    response_of,
-)
+from instructax.evals.intervals import Estimate, mean_estimate, share_estimate
+from instructax.report.logs import JsonObject
+from instructax.report.results import ExperimentResults, response_text
 from instructax.simulation.judge import Judgement, judge
 from instructax.simulation.labelers import GROUPS, TIE, draw_labelers, grade
 from instructax.simulation.lexicon import generator
 from instructax.simulation.prompts import LABELER_COUNT
-from instructax.simulation.task_metrics import Figure
 from instructax.simulation.tasks import Task
 
-TRUTH, LABELER, HELD_OUT = (
-    "true utility",
-    "labeler",
-    "held-out",
-)  # by whom a win rate is; the latter two are GROUPS
-FLAGS = (
-    "attempts",
-    "constraint",
-    "hallucinates",
-    "appropriate",
-    "truthful",
-)  # of Judgement
+# Who judges: the world itself, or one of the labelers' GROUPS.
+TRUE_UTILITY = "true utility"
+TRAINING_GROUP = "labeler"
+HELD_OUT_GROUP = "held-out"
+
+# Yes-no questions of the paper's table 3, as named in `Judgement`.
+FLAGS = ("attempts", "constraint", "hallucinates", "appropriate", "truthful")
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """One policy's responses, judged; every array is over the prompts."""
+class JudgedResponses:
+    """Judgements of the responses of one policy; n is the number of prompts."""
 
-    scores: np.ndarray  # f[n], the reward model's
-    kl: np.ndarray  # f[n], log(π / π_ref) of the response
-    flags: dict[str, np.ndarray]  # name in FLAGS → b[n], as training labelers set them
-    opinions: dict[
-        str, np.ndarray
-    ]  # TRUTH, LABELER, HELD_OUT → f[n], how good the response is
-    likert: dict[str, np.ndarray]  # LABELER, HELD_OUT → f[n], grades from 1 to 7
+    scores: np.ndarray  # f[n], of the reward model
+    kl: np.ndarray  # f[n], log(π / π_SFT) of the whole response
+    flags: dict[str, np.ndarray]  # one of FLAGS → b[n], as set by the training labelers
+    opinions: dict[str, np.ndarray]  # TRUE_UTILITY or group → f[n], how good it is
+    likert: dict[str, np.ndarray]  # group → f[n], grades from 1 to 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """An experiment and what is said of its responses."""
+class JudgedExperiment:
+    """An experiment and the judgements of its responses."""
 
-    experiment: Experiment
-    answers: dict[tuple[str, str], Judged]  # (size, policy) →
-    gpt: "Reading | None" = None  # the same on prompts of the GPT-3 distribution
+    results: ExperimentResults
+    responses: dict[tuple[str, str], JudgedResponses]  # keyed by (size, policy)
+    # The same sizes, evaluated on prompts of the GPT-3 distribution.
+    on_gpt_prompts: "JudgedExperiment | None" = None
 
     @property
-    def names(self) -> list[str]:
+    def size_names(self) -> list[str]:
         """The sizes, from the smallest to the largest."""
-        return [size.name for size in self.experiment.sizes]
+        return [size.name for size in self.results.sizes]
 
-    def wins(
-        self, size: str, policy: str, by: str, than: tuple[str, str] | None = None
+    def win_scores(
+        self, size: str, policy: str, by: str, baseline: tuple[str, str] | None = None
     ) -> np.ndarray | None:
-        """Whether each response is better than that of `than`, by default the largest SFT:
-        f[n] of 0, ½ (a tie) and 1; None without such a policy."""
-        ours, theirs = (
-            self.answers.get((size, policy)),
-            self.answers.get(than or (self.names[-1], "SFT")),
-        )
+        """Compares the responses of a policy with those of a baseline, prompt by prompt.
+
+        Args:
+          size: Model size of the policy.
+          policy: One of POLICIES.
+          by: Who judges: TRUE_UTILITY, TRAINING_GROUP or HELD_OUT_GROUP.
+          baseline: Size and policy to compare with; by default SFT of the largest size.
+
+        Returns:
+          f[n] with 1 for a win, ½ for a tie and 0 for a loss; None if either was not
+          evaluated.
+        """
+        ours = self.responses.get((size, policy))
+        theirs = self.responses.get(baseline or (self.size_names[-1], "SFT"))
         if ours is None or theirs is None:
             return None
-        return preferences(
-            ours.opinions[by], theirs.opinions[by], tie=0.0 if by == TRUTH else TIE
-        )
+        tie = 0.0 if by == TRUE_UTILITY else TIE
+        return compare_utilities(ours.opinions[by], theirs.opinions[by], tie)
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A PPO run, iteration by iteration."""
+def compare_utilities(ours: np.ndarray, theirs: np.ndarray, tie: float) -> np.ndarray:
+    """Returns 1 where `ours` f[n] is better than `theirs` f[n], ½ for a tie, else 0.
 
-    distance: np.ndarray  # f[t], √KL from the SFT policy
-    utility: np.ndarray  # f[t], mean true utility of the iteration's samples
-    scores: np.ndarray  # f[t], mean score
-
-
-def preferences(ours: np.ndarray, theirs: np.ndarray, tie: float) -> np.ndarray:
-    """1 where `ours` f[n] is better than `theirs` f[n], ½ where they are equal or less than
-    `tie` apart, else 0."""
+    Utilities tie if they are equal or less than `tie` apart.
+    """
     gap = ours - theirs
-    return np.where((gap == 0) | (np.abs(gap) < tie), 0.5, (gap > 0).astype(float))
+    is_tie = (gap == 0) | (np.abs(gap) < tie)
+    return np.where(is_tie, 0.5, (gap > 0).astype(float))
 
 
-def wins_estimate(reading: Reading, size: str, policy: str, by: str) -> Estimate | None:
-    """The win rate against the largest SFT."""
-    wins = reading.wins(size, policy, by)
-    return None if wins is None else mean_estimate(wins)
+def win_rate_estimate(
+    judged: JudgedExperiment, size: str, policy: str, by: str
+) -> Estimate | None:
+    """Returns the win rate against SFT of the largest size."""
+    scores = judged.win_scores(size, policy, by)
+    return None if scores is None else mean_estimate(scores)
 
 
-def likert_estimate(reading: Reading, size: str, policy: str, by: str) -> Estimate | None:
-    """The mean grade of a group of labelers."""
-    answers = reading.answers.get((size, policy))
-    return None if answers is None else mean_estimate(answers.likert[by])
+def likert_estimate(
+    judged: JudgedExperiment, size: str, policy: str, by: str
+) -> Estimate | None:
+    """Returns the mean grade that a group of labelers gives."""
+    responses = judged.responses.get((size, policy))
+    return None if responses is None else mean_estimate(responses.likert[by])
 
 
-def asked_about(experiment: Experiment, flag: str) -> np.ndarray:
-    """The prompts that a flag says something of: b[n]."""
-    tasks = [experiment.tasks[prompt] for prompt in experiment.prompts]
-    asked = {
-        "constraint": [task.constrained for task in tasks],
-        "hallucinates": [task.closed for task in tasks],
-    }
-    return np.array(asked.get(flag, [True] * len(tasks)))
+def applicable_prompts(results: ExperimentResults, flag: str) -> np.ndarray:
+    """Returns a mask b[n] of the prompts to which a flag applies.
+
+    Constraints apply to prompts that state one, hallucinations to closed tasks, all other
+    flags to every prompt.
+    """
+    tasks = [results.tasks[prompt] for prompt in results.prompts]
+    if flag == "constraint":
+        return np.array([task.constrained for task in tasks])
+    if flag == "hallucinates":
+        return np.array([task.closed for task in tasks])
+    return np.ones(len(tasks), bool)
 
 
-def flag_estimate(reading: Reading, policy: str, flag: str) -> Estimate | None:
-    """Share of the prompts that `flag` speaks of for which it is set, sizes pooled; prompts
-    are the units."""
+def flag_estimate(judged: JudgedExperiment, policy: str, flag: str) -> Estimate | None:
+    """Returns the share of applicable prompts for which `flag` is set, pooled over sizes.
+
+    The interval takes prompts as the independent units: each contributes its mean over
+    sizes.
+    """
     per_size = [
-        answers.flags[flag]
-        for (_, name), answers in reading.answers.items()
+        responses.flags[flag]
+        for (_, name), responses in judged.responses.items()
         if name == policy
     ]
     if not per_size:
         return None
-    return share_estimate(np.mean(per_size, axis=0)[asked_about(reading.experiment, flag)])
+    pooled = np.mean(per_size, axis=0)  # f[n]
+    return share_estimate(pooled[applicable_prompts(judged.results, flag)])
 
 
-def mean_of(estimates: list[Estimate]) -> Estimate:
-    """The mean of independent estimates; its interval reaches as far to each side as theirs
-    in quadrature, by their number."""
-    n, value = len(estimates), sum(x.value for x in estimates) / len(estimates)
-    below, above = (
-        np.sqrt(
-            np.sum(
-                [((x.value - x.low) ** 2, (x.high - x.value) ** 2) for x in estimates],
-                axis=0,
-            )
+def judge_experiment(results: ExperimentResults) -> JudgedExperiment:
+    """Judges every response; the same results always give the same judgements."""
+    on_gpt_prompts = None
+    if results.on_gpt_prompts is not None:
+        on_gpt_prompts = JudgedExperiment(
+            results.on_gpt_prompts, _judge_policies(results.on_gpt_prompts)
         )
-        / n
-    )
-    return Estimate(
-        float(value),
-        float(value - below),
-        float(value + above),
-        sum(x.count for x in estimates),
-    )
+    return JudgedExperiment(results, _judge_policies(results), on_gpt_prompts)
 
 
-def minus(ours: Estimate | None, theirs: Estimate | None) -> Estimate | None:
-    """The difference of independent estimates; None if either is missing. To each side its
-    interval reaches as far as theirs in quadrature: below by what ours may be less and
-    theirs more (Newcombe, 1998)."""
-    if ours is None or theirs is None:
-        return None
-    value = ours.value - theirs.value
-    below = np.hypot(ours.value - ours.low, theirs.high - theirs.value)
-    above = np.hypot(ours.high - ours.value, theirs.value - theirs.low)
-    return Estimate(
-        value, float(value - below), float(value + above), min(ours.count, theirs.count)
-    )
+def _judge_policies(results: ExperimentResults) -> dict[tuple[str, str], JudgedResponses]:
+    tasks = [results.tasks[prompt] for prompt in results.prompts]
+    judged = {}
+    for size in results.sizes:
+        for policy, records in size.samples.items():
+            judged[size.name, policy] = judge_responses(tasks, records, results.seed)
+    return judged
 
 
-def change(ours: Figure | None, theirs: Figure | None) -> Estimate | None:
-    """The difference of two figures of a public task, paired by item where both are means
-    over the same items; None if either is missing."""
-    if ours is None or theirs is None:
-        return None
-    x, y = ours.values, theirs.values
-    if x is None or y is None:
-        return minus(ours.estimate, theirs.estimate)
-    return share_difference(x, y) if x.dtype == bool else mean_estimate(x - y)
+def judge_responses(
+    tasks: list[Task], records: list[JsonObject], seed: int
+) -> JudgedResponses:
+    """Judges the responses of one policy.
 
+    In each group, prompt i is judged by labeler i modulo the number of labelers. A
+    labeler's noise is a function of the seed, the prompt and the response.
 
-def read(experiment: Experiment) -> Reading:
-    """Judges every response; the same experiment is always judged the same."""
-    gpt = Reading(experiment.gpt, _judged(experiment.gpt)) if experiment.gpt else None
-    return Reading(experiment, _judged(experiment), gpt)
+    Args:
+      tasks: The task behind each prompt.
+      records: The policy's sample for each prompt.
+      seed: The seed of the world, from which the labelers are drawn.
+    """
+    texts = [response_text(record) for record in records]
+    judgements = [judge(task, text) for task, text in zip(tasks, texts, strict=True)]
+    opinions = {TRUE_UTILITY: true_utilities(tasks, judgements)}
+    likert = {}
+    answers = []  # of the training labelers, to all yes-no questions
 
-
-def _judged(experiment: Experiment) -> dict[tuple[str, str], Judged]:
-    """(size, policy) → its responses, judged."""
-    tasks = [experiment.tasks[prompt] for prompt in experiment.prompts]
-    return {
-        (size.name, policy): answers_of(tasks, records, experiment.seed)
-        for size in experiment.sizes
-        for policy, records in size.samples.items()
-    }
-
-
-def answers_of(tasks: list[Task], records: list[Record], seed: int) -> Judged:
-    """One policy's responses, judged: prompt i by labeler i modulo their number, in each
-    group. What a labeler's noise adds is a function of the prompt and the response."""
-    texts = [response_of(record) for record in records]
-    found = [judge(task, text) for task, text in zip(tasks, texts, strict=True)]
-    opinions, likert = {TRUTH: utilities(tasks, found)}, {}
-    flags = []
-    for group in (LABELER, HELD_OUT):
-        said = []
-        crew = itertools.cycle(draw_labelers(seed, group, LABELER_COUNT))
-        for labeler, task, text, judgement in zip(crew, tasks, texts, found, strict=False):
+    for group in (TRAINING_GROUP, HELD_OUT_GROUP):
+        utilities = []
+        grades = []
+        labelers = itertools.cycle(draw_labelers(seed, group, LABELER_COUNT))
+        for labeler, task, text, judgement in zip(
+            labelers, tasks, texts, judgements, strict=False
+        ):
             rng = generator(seed, f"report {group} {task.prompt} {text}")
-            liked = labeler.opinion(task, text, rng)
-            said.append((liked, grade(liked)))
-            if group == LABELER:
-                flags.append(labeler.flags(judgement, rng))
-        opinions[group], likert[group] = np.array(said, float).reshape(-1, 2).T
-    return Judged(
+            utility = labeler.opinion(task, text, rng)
+            utilities.append(utility)
+            grades.append(grade(utility))
+            if group == TRAINING_GROUP:
+                answers.append(labeler.flags(judgement, rng))
+        opinions[group] = np.array(utilities, float)
+        likert[group] = np.array(grades, float)
+
+    return JudgedResponses(
         scores=np.array([record["score"] for record in records], float),
         kl=np.array([record["kl"] for record in records], float),
-        flags={flag: np.array([answers[flag] for answers in flags]) for flag in FLAGS},
+        flags={flag: np.array([answer[flag] for answer in answers]) for flag in FLAGS},
         opinions=opinions,
         likert=likert,
     )
 
 
-def utilities(tasks: list[Task], found: list[Judgement]) -> np.ndarray:
-    """The true utility at the caution of the training labelers: f[n]."""
-    caution = GROUPS[LABELER].caution
-    return np.array(
-        [
-            judgement.utility(task.harmful, caution)
-            for task, judgement in zip(tasks, found, strict=True)
-        ]
-    )
+def true_utilities(tasks: list[Task], judgements: list[Judgement]) -> np.ndarray:
+    """Returns the true utility of each response, f[n].
 
-
-def best_of_kl(n: int) -> float:
-    """The most that the best of n samples can be away from the policy that drew them, in
-    nats."""
-    return float(np.log(n) - (n - 1) / n)
-
-
-def curve_of(experiment: Experiment, size: Size, folder: str) -> Curve | None:
-    """The finished PPO run in `folder` of a size; None without one."""
-    if not (size.folder / folder / "summary.json").exists():
-        return None
-    samples = read_lines(size.folder / folder / "samples.jsonl")
-    prompts = [record["prompt"].strip() for record in samples]
-    check_prompts(experiment.tasks, prompts, size.folder / folder)
-    tasks = [experiment.tasks[prompt] for prompt in prompts]
-    utility = utilities(
-        tasks,
-        [judge(t, response_of(record)) for t, record in zip(tasks, samples, strict=True)],
-    )
-    steps = np.array([record["step"] for record in samples])
-    sampled = set(steps.tolist())
-    lines = [
-        line
-        for line in read_lines(size.folder / folder / "metrics.jsonl")
-        if line["step"] in sampled
-        and line.get("kl") is not None
-        and line.get("scores") is not None
+    Harmlessness is weighed against helpfulness as the training labelers do on average.
+    """
+    caution = GROUPS[TRAINING_GROUP].caution
+    utilities = [
+        judgement.utility(task.harmful, caution)
+        for task, judgement in zip(tasks, judgements, strict=True)
     ]
-    if not lines:
-        return None
-    return Curve(
-        distance=np.sqrt([max(line["kl"], 0.0) for line in lines]),
-        utility=np.array([utility[steps == line["step"]].mean() for line in lines]),
-        scores=np.array([line["scores"] for line in lines]),
-    )
+    return np.array(utilities)

@@ -1,293 +1,277 @@
-"""The logs of finished experiments in the embedded world, as they lie on disk: no model is
-loaded."""
+"""Results of finished experiments in the simulated world.
+
+Everything is read from run folders: configs, summaries and logs. No model is loaded.
+"""
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from instructax.config import ConfigError
 from instructax.data.tokenizer import END_OF_TEXT
-from instructax.evals.intervals import Estimate
+from instructax.report.logs import JsonObject, logged_estimate, read_json, read_json_lines
 from instructax.simulation.files import tasks_of
 from instructax.simulation.public_tasks import TASKS
 from instructax.simulation.task_metrics import Figure
 from instructax.simulation.tasks import Task
 
 BEST_OF = "best-of-n"
-POLICIES = (
-    "GPT",
-    "GPT prompted",
-    "SFT",
-    BEST_OF,
-    "PPO",
-    "PPO-ptx",
-    "FLAN/T0",
-)  # in the order of tables and legends
-REWARD_RUNS = ("reward", "reward-quiet")  # the second learnt from labelers who never waver
-# The sets of comparisons that a reward model is measured on.
-LABELERS, HELD_OUT_LABELERS = "labelers", "held-out labelers"
 
-SHARES = (
-    "accuracy",
-    "truthful",
-    "toxicity",
-)  # metrics of public tasks that are true or false of an item
+# In the order of tables and legends.
+POLICIES = ("GPT", "GPT prompted", "SFT", BEST_OF, "PPO", "PPO-ptx", "FLAN/T0")
 
-Record = Mapping[str, Any]
-Public = dict[str, dict[str, dict[str, Figure]]]  # policy → task → condition → figure
+# The second reward model is trained on labels without noise.
+REWARD_RUNS = ("reward", "reward-quiet")
+
+# The comparison sets on which an evaluation measures the reward model.
+LABELERS = "labelers"
+HELD_OUT_LABELERS = "held-out labelers"
+
+# Metrics of public tasks that are either true or false for each item.
+BINARY_METRICS = ("accuracy", "truthful", "toxicity")
+
+# Policy → task → condition → metric.
+PublicResults = dict[str, dict[str, dict[str, Figure]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class SizeResults:
     """What the runs of one model size logged."""
 
     name: str
     folder: Path
-    parameters: int
-    best_of: int  # n of best-of-n; 0 if the evaluation has none
-    samples: dict[
-        str, list[Record]
-    ]  # policy → its responses, in the order of `Experiment.prompts`; {} if not run
-    reward_model: dict[str, Record]  # set of comparisons → "accuracy", "calibration", …
-    public: Public  # {} if the public tasks were not run
+    num_parameters: int
+    best_of: int  # n of best-of-n; 0 if the evaluation has no such policy
+    # Policy → its samples, in the order of `ExperimentResults.prompts`; {} if not run.
+    samples: dict[str, list[JsonObject]]
+    reward_model: dict[str, JsonObject]  # comparison set → "accuracy", "calibration", …
+    public_tasks: PublicResults  # {} if the public tasks were not run
+
+    def public_metric(self, policy: str, task: str, condition: str) -> Figure | None:
+        """Returns the metric of a public task, or None if it was not logged."""
+        return self.public_tasks.get(policy, {}).get(task, {}).get(condition)
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class ExperimentResults:
     """One seed of an experiment."""
 
     name: str
     seed: int  # of the world
-    tasks: dict[str, Task]  # by prompt without white space at its ends
-    prompts: list[str]  # that every policy of every size answered
-    sizes: list[Size]  # from the smallest to the largest
-    reward_runs: Mapping[
-        str, Record
-    ]  # run of a reward model → its last figures; {} if it was not run
-    gpt: "Experiment | None" = None  # the same sizes on prompts of the GPT-3 distribution
+    tasks: dict[str, Task]  # keyed by the prompt, stripped of surrounding white space
+    prompts: list[str]  # every policy of every size responds to these
+    sizes: list[SizeResults]  # from the smallest to the largest
+    reward_runs: Mapping[str, JsonObject]  # reward model run → its summary; {} if not run
+    # The same sizes, evaluated on prompts of the GPT-3 distribution.
+    on_gpt_prompts: "ExperimentResults | None" = None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; {} if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def load_experiment(root: Path) -> ExperimentResults:
+    """Reads the experiment in the folder `root`.
 
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The object on each line of `path`; [] if there is no such file. Raises ValueError for
-    a line that is none."""
-    objects = []
-    for number, line in enumerate(
-        path.read_text().splitlines() if path.exists() else [], start=1
-    ):
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ConfigError(
-                f"{path}, line {number}, is no JSON: run the stage again"
-            ) from None
-    return objects
-
-
-def estimate_of(record: Record, scale: float = 1.0) -> Estimate:
-    """A logged estimate times `scale`; null stands for a mean of nothing, or an infinite
-    bound."""
-    defaults = {"value": math.nan, "low": -math.inf, "high": math.inf}
-    value, low, high = (
-        scale * (default if record[k] is None else record[k])
-        for k, default in defaults.items()
-    )
-    return Estimate(value, low, high, record["count"])
-
-
-def parameters_of(model: Record) -> int:
-    """Numbers in the embeddings and matrices of a model's config; biases and norms are left
-    out."""
-    width, head = model["embed_dim"], model["head_dim"]
-    attention = 2 * width * head * (model["num_heads"] + model["num_kv_heads"])
-    mlp = (
-        (2 if model["activation"] in ("gelu", "gelu_exact") else 3)
-        * width
-        * model["mlp_dim"]
-    )
-    embeddings = width * model["vocab_size"] * (1 if model["tied_embeddings"] else 2)
-    positions = width * model["max_length"] * (model["positions"] == "learned")
-    return embeddings + positions + model["num_layers"] * (attention + mlp)
-
-
-def in_words(parameters: int) -> str:
-    """A number of parameters, short: 0.2M, 1.3B."""
-    if parameters >= 1e9:
-        return f"{parameters / 1e9:.3g}B"
-    return f"{parameters / 1e6:.3g}M" if parameters >= 1e8 else f"{parameters / 1e6:.2g}M"
-
-
-def load(root: Path) -> Experiment:
-    """The experiment in the folder `root`. Raises ValueError where the report would have
-    nothing to stand on."""
-    evaluations = sorted(
-        (*root.glob("evaluate/summary.json"), *root.glob("*/evaluate/summary.json"))
-    )
+    Raises ConfigError if there is no finished evaluation, if the world is missing or has
+    changed, or if policies were evaluated on different prompts.
+    """
+    # An experiment of one size has its runs in `root`, else each size has a folder there.
+    evaluations = [
+        *root.glob("evaluate/summary.json"),
+        *root.glob("*/evaluate/summary.json"),
+    ]
     if not evaluations:
         raise ConfigError(
-            f"{root} holds no finished run: evaluate/summary.json is neither in it nor in a size's folder"
+            f"{root} contains no finished evaluation: evaluate/summary.json is neither in "
+            "it nor in the folder of a size"
         )
-    if not (root / "world" / "config.json").exists():
+    tasks = _load_tasks(root)
+    seed = read_json(root / "world" / "config.json")["seed"]
+
+    sizes = []
+    for path in sorted(evaluations):
+        sizes.append(_load_size(path.parent.parent, root))
+    sizes.sort(key=lambda size: size.num_parameters)
+
+    prompts, evaluated = _with_samples(sizes, "evaluate", tasks)
+    experiment = ExperimentResults(
+        name=root.resolve().name,
+        seed=seed,
+        tasks=tasks,
+        prompts=prompts,
+        sizes=evaluated,
+        reward_runs={run: read_json(root / run / "summary.json") for run in REWARD_RUNS},
+    )
+
+    # The largest size has the SFT policy that all others are compared with.
+    if not (sizes[-1].folder / "evaluate-gpt" / "summary.json").exists():
+        return experiment
+    prompts, evaluated = _with_samples(sizes, "evaluate-gpt", tasks)
+    on_gpt_prompts = dataclasses.replace(
+        experiment,
+        name=f"{experiment.name}, GPT-3 prompts",
+        prompts=prompts,
+        sizes=evaluated,
+    )
+    return dataclasses.replace(experiment, on_gpt_prompts=on_gpt_prompts)
+
+
+def _load_tasks(root: Path) -> dict[str, Task]:
+    world = root / "world"
+    if not (world / "config.json").exists():
         raise ConfigError(
-            f"{root} holds no world: a report needs what its prompts ask for, {root}/world"
+            f"{root} contains no world: the report needs the tasks behind the prompts, "
+            f"which {world} defines"
         )
     try:
-        tasks = tasks_of(root / "world")
+        return tasks_of(world)
     except ConfigError:
         raise ConfigError(
-            f"{root}/world/config.json is of another version of this project: write the world again"
+            f"{world}/config.json was written by another version of this project: "
+            "generate the world again"
         ) from None
-    sizes = sorted(
-        (_load_size(path.parent.parent, root) for path in evaluations),
-        key=lambda size: size.parameters,
-    )
-    seed, name = read_json(root / "world" / "config.json")["seed"], root.resolve().name
-    reward_runs = {run: read_json(root / run / "summary.json") for run in REWARD_RUNS}
-    experiment = Experiment(
-        name, seed, tasks, *_answered(sizes, "evaluate", tasks), reward_runs
-    )
-    if not (
-        sizes[-1].folder / "evaluate-gpt" / "summary.json"
-    ).exists():  # the baseline of all others
-        return experiment
-    prompts, sizes = _answered(sizes, "evaluate-gpt", tasks)
-    other = dataclasses.replace(
-        experiment, name=f"{name}, GPT-3 prompts", prompts=prompts, sizes=sizes
-    )
-    return dataclasses.replace(experiment, gpt=other)
 
 
-def _load_size(folder: Path, root: Path) -> Size:
-    config, summary = (
-        read_json(folder / "evaluate" / f"{name}.json") for name in ("config", "summary")
-    )
-    parameters = parameters_of(config["model"])
-    return Size(
-        name=in_words(parameters) if folder == root else folder.name,
+def _load_size(folder: Path, root: Path) -> SizeResults:
+    """Reads what is known of a size before its samples are matched with prompts."""
+    config = read_json(folder / "evaluate" / "config.json")
+    summary = read_json(folder / "evaluate" / "summary.json")
+    num_parameters = count_parameters(config["model"])
+    # An experiment of one size has no folder that is named after it.
+    name = format_parameter_count(num_parameters) if folder == root else folder.name
+    return SizeResults(
+        name=name,
         folder=folder,
-        parameters=parameters,
+        num_parameters=num_parameters,
         best_of=config.get("best_of", 0),
         samples={},
         reward_model=summary.get("reward_model", {}),
-        public=public_figures(read_json(folder / "tasks" / "summary.json")),
+        public_tasks=public_results(read_json(folder / "tasks" / "summary.json")),
     )
 
 
-def _answered(
-    sizes: list[Size], run: str, tasks: Mapping[str, Task]
-) -> tuple[list[str], list[Size]]:
-    """The prompts of the evaluation `run`, and the sizes with what their policies answered."""
-    samples, folder = (
-        [_samples_of(size.folder / run) for size in sizes],
-        sizes[-1].folder / run,
-    )
+def count_parameters(model: JsonObject) -> int:
+    """Counts the parameters in the embeddings and matrices of a model config.
+
+    Biases and norms are left out.
+    """
+    embed_dim = model["embed_dim"]
+    num_heads = model["num_heads"] + model["num_kv_heads"]
+    attention = 2 * embed_dim * model["head_dim"] * num_heads  # query, output; key, value
+
+    # Gated activations have a third matrix.
+    num_matrices = 2 if model["activation"] in ("gelu", "gelu_exact") else 3
+    mlp = num_matrices * embed_dim * model["mlp_dim"]
+
+    num_tables = 1 if model["tied_embeddings"] else 2
+    embeddings = num_tables * embed_dim * model["vocab_size"]
+    if model["positions"] == "learned":
+        embeddings += embed_dim * model["max_length"]
+    return embeddings + model["num_layers"] * (attention + mlp)
+
+
+def format_parameter_count(count: int) -> str:
+    """Returns a short form of a number of parameters: 0.16M, 124M, 1.3B."""
+    if count >= 1e9:
+        return f"{count / 1e9:.3g}B"
+    if count >= 1e8:
+        return f"{count / 1e6:.3g}M"
+    return f"{count / 1e6:.2g}M"
+
+
+def _with_samples(
+    sizes: list[SizeResults], run: str, tasks: Mapping[str, Task]
+) -> tuple[list[str], list[SizeResults]]:
+    """Returns the prompts of the evaluation `run`, and `sizes` with their samples."""
+    samples = [_load_samples(size.folder / run) for size in sizes]
+    folder = sizes[-1].folder / run
     if "SFT" not in samples[-1]:
         raise ConfigError(f"{folder} has no policy SFT, which all others are compared with")
+
     prompts = [record["prompt"].strip() for record in samples[-1]["SFT"]]
     check_prompts(tasks, prompts, folder)
-    return prompts, [
-        dataclasses.replace(size, samples=_in_order(size.folder / run, found, prompts))
-        for size, found in zip(sizes, samples, strict=True)
-    ]
+
+    evaluated = []
+    for size, by_policy in zip(sizes, samples, strict=True):
+        ordered = _in_order(size.folder / run, by_policy, prompts)
+        evaluated.append(dataclasses.replace(size, samples=ordered))
+    return prompts, evaluated
 
 
 def check_prompts(tasks: Mapping[str, Task], prompts: list[str], folder: Path) -> None:
-    """Raises ValueError if the run in `folder` has a prompt that is not the world's."""
-    unknown = [prompt for prompt in prompts if prompt not in tasks]
-    if unknown:
-        raise ConfigError(
-            f"the world does not have the prompt {unknown[0]!r}: {folder} is of another world"
-        )
+    """Raises ConfigError if the run in `folder` has a prompt that is not from the world."""
+    for prompt in prompts:
+        if prompt not in tasks:
+            raise ConfigError(
+                f"the world does not have the prompt {prompt!r}: {folder} belongs to a "
+                "different world"
+            )
 
 
-def _samples_of(folder: Path) -> dict[str, list[Record]]:
-    """Policy → its responses in the finished evaluation in `folder`; {} without one."""
-    samples: dict[str, list[Record]] = {}
-    for record in (
-        read_lines(folder / "samples.jsonl") if (folder / "summary.json").exists() else []
-    ):
+def _load_samples(folder: Path) -> dict[str, list[JsonObject]]:
+    """Returns policy → samples of the evaluation in `folder`; {} if it has not finished."""
+    samples: dict[str, list[JsonObject]] = {}
+    if not (folder / "summary.json").exists():
+        return samples
+    for record in read_json_lines(folder / "samples.jsonl"):
         samples.setdefault(record["policy"], []).append(record)
     return samples
 
 
 def _in_order(
-    folder: Path, samples: dict[str, list[Record]], prompts: list[str]
-) -> dict[str, list[Record]]:
-    """Policies in the order of POLICIES, responses in that of `prompts`."""
+    folder: Path, samples: dict[str, list[JsonObject]], prompts: list[str]
+) -> dict[str, list[JsonObject]]:
+    """Orders policies like POLICIES, unknown ones last, and samples like `prompts`."""
+
+    def place(policy: str) -> int:
+        return POLICIES.index(policy) if policy in POLICIES else len(POLICIES)
+
     ordered = {}
-    for policy in sorted(
-        samples,
-        key=lambda name: POLICIES.index(name) if name in POLICIES else len(POLICIES),
-    ):
+    for policy in sorted(samples, key=place):
         by_prompt = {record["prompt"].strip(): record for record in samples[policy]}
         if by_prompt.keys() != set(prompts):
             raise ConfigError(
-                f"{folder}: {policy} answered other prompts than the largest size's SFT; "
-                "evaluate all sizes on the same prompts"
+                f"{folder}: {policy} was evaluated on other prompts than SFT of the "
+                "largest size; evaluate all sizes on the same prompts"
             )
         ordered[policy] = [by_prompt[prompt] for prompt in prompts]
     return ordered
 
 
-def public_figure(task: str, record: Record) -> Figure:
-    """A logged figure of a public task; BLEU, which counts to 100, as a share like all
-    others."""
-    metric = TASKS[task].metric
-    values = (
-        np.array(record["values"], bool if metric in SHARES else float)
-        if "values" in record
-        else None
-    )
-    return Figure(estimate_of(record, 0.01 if metric == "bleu" else 1.0), values)
-
-
-def public_figures(summary: Record) -> Public:
-    """The figures of all policies on the public tasks."""
-    return {
-        policy: {
-            task: {
-                condition: public_figure(task, record)
+def public_results(summary: JsonObject) -> PublicResults:
+    """Parses the summary of a public tasks run."""
+    results: PublicResults = {}
+    for policy, tasks in summary.get("policies", {}).items():
+        results[policy] = {}
+        for task, conditions in tasks.items():
+            results[policy][task] = {
+                condition: _public_metric(task, record)
                 for condition, record in conditions.items()
             }
-            for task, conditions in tasks.items()
-        }
-        for policy, tasks in summary.get("policies", {}).items()
-    }
+    return results
 
 
-def response_of(record: Record) -> str:
-    """The response without the end token."""
+def _public_metric(task: str, record: JsonObject) -> Figure:
+    """Parses one metric of a public task; BLEU is scaled to 0 … 1 like all others."""
+    metric = TASKS[task].metric
+    scale = 0.01 if metric == "bleu" else 1.0
+    values = None
+    if "values" in record:
+        dtype = bool if metric in BINARY_METRICS else float
+        values = np.array(record["values"], dtype)
+    return Figure(logged_estimate(record, scale), values)
+
+
+def few_shot_tasks(sizes: list[SizeResults]) -> list[str]:
+    """Returns the public tasks with few-shot results, except measures of truthfulness."""
+    logged: set[str] = set()
+    for size in sizes:
+        for tasks in size.public_tasks.values():
+            logged.update(task for task in tasks if "few-shot" in tasks[task])
+    return [
+        name for name, task in TASKS.items() if name in logged and task.metric != "truthful"
+    ]
+
+
+def response_text(record: JsonObject) -> str:
+    """Returns the response of a sample without its end-of-text token."""
     return record["response"].removesuffix(END_OF_TEXT)
-
-
-def overfitting_of(size: Size) -> tuple[dict[int, float], dict[int, np.ndarray]]:
-    """Of an SFT run that goes on: step → validation loss, and kept step → score of each
-    response f[n], the same prompts at every step; both {} unless it and its evaluation are
-    finished."""
-    if not all(
-        (size.folder / run / "summary.json").exists()
-        for run in ("sft-overfit", "evaluate-overfit")
-    ):
-        return {}, {}
-    lines = read_lines(size.folder / "sft-overfit" / "metrics.jsonl")
-    losses = {
-        line["step"]: line["demonstrations_loss"]
-        for line in lines
-        if "demonstrations_loss" in line
-    }
-    scores: dict[int, list[float]] = {}
-    for record in read_lines(size.folder / "evaluate-overfit" / "samples.jsonl"):
-        if record["policy"].startswith("step "):
-            scores.setdefault(int(record["policy"].removeprefix("step ")), []).append(
-                record["score"]
-            )
-    return losses, {step: np.array(scores[step]) for step in sorted(scores)}

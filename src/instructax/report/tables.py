@@ -1,134 +1,135 @@
-"""The tables of a report: rows of text, in aligned columns or as HTML."""
+"""The tables of a report: rows of text, for the console and for the page."""
 
-from html import escape
+import dataclasses
 
 from instructax.evals.intervals import mean_estimate
-from instructax.report import paper
-from instructax.report.agreement import agreements
+from instructax.report import paper_values
+from instructax.report.agreement import labeler_agreement
+from instructax.report.claims import Finding
 from instructax.report.judging import (
-    HELD_OUT,
-    LABELER,
-    TRUTH,
-    Reading,
-    best_of_kl,
-    wins_estimate,
+    HELD_OUT_GROUP,
+    TRAINING_GROUP,
+    TRUE_UTILITY,
+    JudgedExperiment,
+    win_rate_estimate,
 )
-from instructax.report.results import BEST_OF, REWARD_RUNS, Size
+from instructax.report.results import BEST_OF, REWARD_RUNS, SizeResults
+from instructax.report.training_curves import best_of_n_kl
 from instructax.simulation.public_tasks import TASKS
 
 NO_DATA = "no data"
-WAVERING = dict(
-    zip(REWARD_RUNS, ("as they are", "who never waver"), strict=True)
-)  # run → its labelers
-HEADS = (
-    "size",
-    "policy",
-    "true utility",
-    "win rate (labelers)",
-    "win rate (held-out)",
-    "win rate (truth)",
-    "score",
-    "KL",
-)
-Row = tuple[str, ...]
+EMPTY = "–"  # a cell that has no value
+
+# The labels that each of REWARD_RUNS is trained and measured on.
+LABEL_NOISE = dict(zip(REWARD_RUNS, ("as usual", "none"), strict=True))
 
 
-def table_of(reading: Reading) -> list[Row]:
-    """A row of figures for each size and policy, below HEADS."""
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Column titles and rows of text."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    title: str = ""
+
+
+def policy_table(judged: JudgedExperiment) -> Table:
+    """Lists the metrics of each policy at each size."""
+    best_of = {size.name: size.best_of for size in judged.results.sizes}
     rows = []
-    for (size, policy), answers in reading.answers.items():
-        wins = [
-            wins_estimate(reading, size, policy, by) for by in (LABELER, HELD_OUT, TRUTH)
-        ]
+    for (size, policy), responses in judged.responses.items():
         estimates = [
-            mean_estimate(answers.opinions[TRUTH]),
-            *wins,
-            mean_estimate(answers.scores),
+            mean_estimate(responses.opinions[TRUE_UTILITY]),
+            win_rate_estimate(judged, size, policy, TRAINING_GROUP),
+            win_rate_estimate(judged, size, policy, HELD_OUT_GROUP),
+            win_rate_estimate(judged, size, policy, TRUE_UTILITY),
+            mean_estimate(responses.scores),
         ]
-        n = next(one.best_of for one in reading.experiment.sizes if one.name == size)
-        kl = f"≤ {best_of_kl(n):.2f}" if policy == BEST_OF else f"{answers.kl.mean():.2f}"
+        # The KL of best-of-n is only known to be below a bound.
+        if policy == BEST_OF:
+            kl = f"≤ {best_of_n_kl(best_of[size]):.2f}"
+        else:
+            kl = f"{responses.kl.mean():.2f}"
         rows.append((size, policy, *map(str, estimates), kl))
-    return rows
-
-
-def console_table(reading: Reading) -> str:
-    """The table in aligned columns; 95% intervals in brackets."""
-    rows = [HEADS, *table_of(reading)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+    columns = (
+        "size",
+        "policy",
+        "true utility",
+        "win rate (labelers)",
+        "win rate (held-out)",
+        "win rate (truth)",
+        "score",
+        "KL",
     )
+    return Table(columns, rows, title=judged.results.name)
 
 
-def html_table(heads: Row, rows: list[Row]) -> str:
-    """A table; cells are text."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def console_text(table: Table) -> str:
+    """Formats a table in aligned columns."""
+    widths = []
+    for column in zip(table.columns, *table.rows, strict=True):
+        widths.append(max(map(len, column)))
+
+    rule = tuple("-" * width for width in widths)
+    lines = []
+    for row in (table.columns, rule, *table.rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
-def public_table(sizes: list[Size]) -> str:
-    """Every figure of every public task."""
-    rows = [
-        (
-            size.name,
-            f"{task} ({TASKS[task].counterpart})",
-            TASKS[task].metric,
-            condition,
-            policy,
-            str(figure.estimate),
-        )
-        for size in sizes
-        for policy, tasks in size.public.items()
-        for task, conditions in tasks.items()
-        for condition, figure in conditions.items()
-    ]
-    if not rows:
-        return ""
-    heads = ("size", "task", "metric", "condition", "policy", "figure [95%]")
-    return f"<details><summary>All figures of the public tasks</summary>{html_table(heads, rows)}</details>"
-
-
-def agreement_table(readings: list[Reading]) -> str:
-    """How often two labelers agree, run by run, and the paper's."""
+def findings_table(findings: list[Finding]) -> Table:
+    """Lists the measurements behind a claim."""
     rows = []
-    for reading in readings:
-        for name, (estimate, pairs) in agreements(reading.experiment).items():
-            value, half = paper.AGREEMENT.get(name, (None, None))
-            theirs = f"{value:.3f} ± {half:.3f}" if value else "–"
-            rows.append(
-                (
-                    reading.experiment.name,
-                    name,
-                    str(pairs),
-                    str(estimate) if pairs else NO_DATA,
-                    theirs,
-                )
-            )
-    return html_table(
-        ("run", "two labelers", "pairs", "ordered alike [95%]", "the paper"), rows
-    )
+    for finding in findings:
+        measured = str(finding.estimate) if finding.estimate else EMPTY
+        rows.append((finding.run, finding.quantity, measured, finding.verdict))
+    return Table(("run", "quantity", "measured [95%]", "verdict"), rows)
 
 
-def noise_table(readings: list[Reading]) -> str:
-    """Held-out accuracy of the reward models of labelers as they are and of labelers
-    without noise, run by run."""
+def public_tasks_table(sizes: list[SizeResults]) -> Table:
+    """Lists every metric of every public task."""
     rows = []
-    for reading in readings:
-        for run, labelers in WAVERING.items():
-            last = reading.experiment.reward_runs[run]
-            accuracy, pairs = last.get("held_out_accuracy"), last.get("held_out_pairs")
-            shown = (
-                (NO_DATA, "–")
-                if accuracy is None or not pairs
-                else (f"{accuracy:.3f}", f"{pairs:.0f}")
-            )
-            rows.append((reading.experiment.name, run, labelers, *shown))
-    return html_table(
-        ("run", "reward model", "labelers", "held-out accuracy", "pairs"), rows
-    )
+    for size in sizes:
+        for policy, tasks in size.public_tasks.items():
+            for task, conditions in tasks.items():
+                title = f"{task} ({TASKS[task].counterpart})"
+                name = TASKS[task].metric
+                for condition, metric in conditions.items():
+                    value = str(metric.estimate)
+                    rows.append((size.name, title, name, condition, policy, value))
+    columns = ("size", "task", "metric", "condition", "policy", "value [95%]")
+    return Table(columns, rows)
+
+
+def agreement_table(experiments: list[JudgedExperiment]) -> Table:
+    """Lists how often two labelers agree in each run, and in the paper."""
+    rows = []
+    for judged in experiments:
+        for name, agreement in labeler_agreement(judged.results).items():
+            published = EMPTY
+            if name in paper_values.AGREEMENT:
+                value, half_width = paper_values.AGREEMENT[name]
+                published = f"{value:.3f} ± {half_width:.3f}"
+            measured = str(agreement.share) if agreement.pairs else NO_DATA
+            pairs = str(agreement.pairs)
+            rows.append((judged.results.name, name, pairs, measured, published))
+    columns = ("run", "two labelers", "pairs", "same order [95%]", "the paper")
+    return Table(columns, rows)
+
+
+def label_noise_table(experiments: list[JudgedExperiment]) -> Table:
+    """Lists validation accuracies of reward models with and without label noise."""
+    rows = []
+    for judged in experiments:
+        for run, noise in LABEL_NOISE.items():
+            summary = judged.results.reward_runs[run]
+            accuracy = summary.get("held_out_accuracy")
+            pairs = summary.get("held_out_pairs")
+            if accuracy is None or not pairs:
+                cells = (NO_DATA, EMPTY)
+            else:
+                cells = (f"{accuracy:.3f}", f"{pairs:.0f}")
+            rows.append((judged.results.name, run, noise, *cells))
+    columns = ("run", "reward model", "label noise", "validation accuracy", "pairs")
+    return Table(columns, rows)

@@ -1,0 +1,56 @@
+"""Readers of the JSON files that runs write."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instructax.config import ConfigError
+from instructax.evals.intervals import Estimate
+
+JsonObject = Mapping[str, Any]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in `path`, or {} if the file does not exist."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the object on each line of `path`, or [] if the file does not exist.
+
+    Raises ConfigError with the line number if a line is not valid JSON.
+    """
+    if not path.exists():
+        return []
+
+    objects = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            message = f"{path}, line {number}, is not valid JSON: run the stage again"
+            raise ConfigError(message) from None
+    return objects
+
+
+def logged_estimate(record: JsonObject, scale: float = 1.0) -> Estimate:
+    """Returns the estimate in a log record, multiplied by `scale`.
+
+    JSON has no NaN and no infinity: a null value is the mean of nothing, and a null bound
+    is infinite.
+    """
+
+    def number(key: str, if_null: float) -> float:
+        logged = record[key]
+        return scale * (if_null if logged is None else logged)
+
+    return Estimate(
+        value=number("value", math.nan),
+        low=number("low", -math.inf),
+        high=number("high", math.inf),
+        count=record["count"],
+    )
