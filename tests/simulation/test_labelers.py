@@ -73,8 +73,8 @@ def test_an_opinion_is_truth_plus_tastes_plus_noise():
 
 
 def agreements(crews: dict[str, list[Labeler]], seed: int) -> list[float]:
-    """Of each of LABELER_PAIRS the share of pairs of responses by writers that two labelers order
-    alike."""
+    """Of each of LABELER_PAIRS the share of pairs of responses by writers that two labelers
+    order alike."""
     rng = generator(seed, "agreement")
     asked = [
         (task, draw_responses(task, int(rng.integers(4, 10)), rng))
