@@ -1,74 +1,107 @@
-"""Work to measure: sft, reward (nine responses to a prompt), reward4, reward2 and ppo, each
-at S and at M.
+"""Workloads to measure: sft, ppo, and the reward model with K = 9, 4 or 2 responses.
 
 Command:   python scripts/benchmark.py --config configs/benchmark.py:ppo,S
 
-S: 6 layers of 384, 8,192 words (14M parameters); M: 12 of 768, 50,257 words (124M): the
-shapes that peers were measured at. float32; random parameters and tokens. The rows of sft
-are full, one text each, and every token is trained.
+S has 6 layers of 384 and 8,192 tokens of vocabulary (14M parameters); M has 12 layers of 768
+and 50,257 (124M): the shapes at which other libraries were measured. float32, random
+parameters and tokens. The rows of sft are full, one document each, and every token is trained.
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import ppo, pretrain, reward_model
+
 from instructax.config import ConfigError
 
-ARCHITECTURES = {"S": (6, 384, 6, 64, 8192), "M": (12, 768, 12, 64, 50257)}
-STAGES = {
-    "sft": pretrain,
-    "ppo": ppo,
-    "reward": reward_model,
-    "reward4": reward_model,
-    "reward2": reward_model,
+
+class Shape(NamedTuple):
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    vocab_size: int
+    sft_rows: int  # batch size of sft
+
+
+SHAPES = {
+    "S": Shape(6, 384, 6, 64, 8192, sft_rows=8),
+    "M": Shape(12, 768, 12, 64, 50257, sft_rows=4),
+}
+
+
+def sft_config(shape: Shape) -> ml_collections.ConfigDict:
+    """Full rows of 256 tokens; the program is that of pretraining and SFT."""
+    config = pretrain.get_config("small")
+    config.batch_size = shape.sft_rows
+    config.data.limits.sequence_tokens = 256
+    config.compute.head_chunk = 64
+    return config
+
+
+def reward_config(_: Shape, completions: int) -> ml_collections.ConfigDict:
+    """One prompt of 256 tokens with K responses of 32."""
+    config = reward_model.get_config("small")
+    limits = config.data.limits
+    limits.completions = completions
+    limits.prompt_tokens = 256
+    limits.response_tokens = 32
+    config.batch_size = 1
+    config.compute.microbatch_rows = 1
+    config.compute.tail_splits = 0
+    return config
+
+
+def ppo_config(_: Shape) -> ml_collections.ConfigDict:
+    """32 rollouts of 64 prompt and 64 response tokens, in 4 minibatches, without ptx."""
+    config = ppo.get_config("small")
+    limits = config.data.limits
+    limits.prompt_tokens = 64
+    limits.response_tokens = 64
+    limits.sequence_tokens = 256
+    config.batch_size = 32
+    config.minibatches = 4
+    config.ptx_coef = 0.0
+    compute = config.compute
+    compute.head_chunk = 128
+    compute.slots = 32
+    compute.compaction_steps = 3
+    compute.microbatch_rows = 4  # a minibatch of full-length responses
+    compute.tail_splits = 0
+    return config
+
+
+WORKLOADS = {
+    "sft": sft_config,
+    "reward_model": partial(reward_config, completions=9),
+    "reward_model4": partial(reward_config, completions=4),
+    "reward_model2": partial(reward_config, completions=2),
+    "ppo": ppo_config,
 }
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """A run of one stage, `arg` STAGE,SIZE."""
+    """A run of one stage; `arg` is WORKLOAD,SIZE."""
     name, _, size = arg.partition(",")
-    if name not in STAGES or size not in ARCHITECTURES:
+    if name not in WORKLOADS or size not in SHAPES:
         raise ConfigError(
-            f"benchmark {arg!r} must be one of {', '.join(STAGES)} and one of S, M: ppo,S"
+            f"benchmark {arg!r} must be one of {', '.join(WORKLOADS)} and one of "
+            f"{', '.join(SHAPES)}: ppo,S"
         )
-    config = STAGES[name].get_config("small")
-    layers, width, heads, head_dim, vocabulary = ARCHITECTURES[size]
+    shape = SHAPES[size]
+    config = WORKLOADS[name](shape)
     model = config.model
-    (
-        model.num_layers,
-        model.embed_dim,
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
-    ) = layers, width, heads, heads, head_dim
-    model.mlp_dim, model.vocab_size, model.max_length, model.init_std = (
-        4 * width,
-        vocabulary,
-        1024,
-        0.02,
-    )
-    limits = config.data.limits
-    if name == "sft":
-        config.batch_size, limits.sequence_tokens = (8 if size == "S" else 4), 256
-        config.compute.head_chunk = 64
-    elif name.startswith("reward"):
-        limits.completions = int(name.removeprefix("reward") or 9)
-        limits.prompt_tokens, limits.response_tokens = 256, 32
-        config.batch_size, config.compute.microbatch_rows, config.compute.tail_splits = (
-            1,
-            1,
-            0,
-        )
-    else:
-        limits.prompt_tokens, limits.response_tokens, limits.sequence_tokens = 64, 64, 256
-        config.batch_size, config.minibatches, config.ptx_coef = 32, 4, 0.0
-        config.compute.head_chunk, config.compute.slots, config.compute.compaction_steps = (
-            128,
-            32,
-            3,
-        )
-        config.compute.microbatch_rows, config.compute.tail_splits = (
-            4,
-            0,
-        )  # a minibatch of full length
+    model.num_layers = shape.num_layers
+    model.embed_dim = shape.embed_dim
+    model.num_heads = shape.num_heads
+    model.num_kv_heads = shape.num_heads
+    model.head_dim = shape.head_dim
+    model.mlp_dim = 4 * shape.embed_dim
+    model.vocab_size = shape.vocab_size
+    model.max_length = 1024
+    model.init_std = 0.02
+    if "reward_model" in config:
         config.reward_model = model
     return config

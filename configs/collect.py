@@ -1,24 +1,40 @@
-"""Comparisons of what policies answer, ranked by the embedded world's labelers (paper,
-sections 3.2 and 3.4).
+"""Comparisons of responses, ranked by simulated labelers (paper, sections 3.2 and 3.4).
 
-Command:   python scripts/train.py --config configs/collect.py:micro --workdir runs/micro/collect
+Command:   python scripts/train.py --config configs/collect.py:micro \
+               --workdir runs/micro/collect
 Hardware:  micro: two cores, half a minute.
-Expect:    comparisons.jsonl.gz by the labelers a reward model learns from, held_out.jsonl.gz by others.
+Expect:    comparisons.jsonl.gz from the labelers that a reward model learns from, and
+           held_out.jsonl.gz from the held-out labelers.
 """
+
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import sizes
-from instructax.config import ConfigError
+
+
+class Row(NamedTuple):
+    spare_tokens: int  # by which sampled responses are shorter than those of the data
+    batch_size: int
+
+
+# A response is tokenized again when it is read as data, with an end token. The text of a `tiny`
+# policy then has more tokens than it sampled.
+# fmt: off
+ROWS = {
+    #                spare batch
+    "simulated": Row( 1,   256),
+    "tiny":      Row(12,    16),
+}
+# fmt: on
 
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
-    """Comparisons of answers by SFT, now and then by the pretrained model."""
-    if size not in sizes.WORLDS:
-        raise ConfigError(
-            f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: only the embedded world has labelers"
-        )
-    folder, limits = f"runs/{size}", sizes.limits(size).to_dict()
+    """Comparisons of nine responses: eight by SFT, one by the pretrained model."""
+    values = sizes.row(ROWS, sizes.check_simulated(size))
+    folder = f"runs/{size}"
+    lengths = sizes.row(sizes.DATA, size)
     return ml_collections.ConfigDict(
         {
             "stage": "collect",
@@ -26,13 +42,11 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "world": f"{folder}/world",
             "policies": ((f"{folder}/sft", 8), (f"{folder}/pretrain", 1)),
             "compute": sizes.compute(size),
-            "prompts": 100000,
-            "prompt_tokens": limits["prompt_tokens"],
-            # The data bring the end token; what a tiny policy babbles is read again as more
-            # tokens than it wrote.
-            "response_tokens": 12 if size == "tiny" else limits["response_tokens"] - 1,
-            "batch_size": 16 if size == "tiny" else 256,
-            "noise": 1.0,
+            "prompts": 100000,  # at most
+            "prompt_tokens": lengths.prompt_tokens,
+            "response_tokens": lengths.response_tokens - values.spare_tokens,
+            "batch_size": values.batch_size,
+            "noise": 1.0,  # factor of the labelers' noise
             "round": 1,
         }
     )

@@ -1,45 +1,69 @@
-"""Finished policies side by side on held-out data: scores, win rate, KL, text loss; the
-reward model's accuracy.
+"""Evaluation of finished policies on validation data: scores, win rates, KL and text loss;
+and ranking accuracy of the reward model.
 
-Command:   python scripts/train.py --config configs/evaluate.py:micro --workdir runs/micro/evaluate
+Command:   python scripts/train.py --config configs/evaluate.py:micro \
+               --workdir runs/micro/evaluate
 Hardware:  micro: two cores, half a minute.
 Expect:    micro: the score rises from GPT to SFT to PPO.
 """
+
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import sizes
 
 
-def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """A comparison of GPT, SFT, PPO and PPO-ptx, plain and by the two ways that train
-    nothing more.
+class Row(NamedTuple):
+    batch_size: int
+    prompts: int  # at most
+    best_of: int  # responses per prompt for best-of-n
+    shots: int  # examples in a few-shot prompt
+    prefixes: int  # few-shot prompts that are tried
 
-    `arg` is SIZE, or SIZE,SCORER for a reward model of another size.
+
+# fmt: off
+ROWS = {
+    #                batch prompts best of shots prefixes
+    "gpt3":      Row(64,   600,    16,     3,    8),
+    "imported":  Row(64,   600,    16,     3,    8),
+    "smollm2":   Row(64,   600,    16,     3,    8),
+    "small":     Row(32,   256,    16,     3,    8),
+    "simulated": Row(64,   600,    16,     3,    8),
+    "tiny":      Row( 8,    16,     4,     1,    2),
+}
+# fmt: on
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """A comparison of GPT, SFT, PPO and PPO-ptx, and of few-shot GPT and best-of-n SFT.
+
+    `arg` is SIZE, or SIZE,REWARD_SIZE for a reward model of another size.
     """
-    size, scorer = sizes.policy_and_scorer(arg)
+    size, reward_size = sizes.policy_and_reward_sizes(arg)
+    values = sizes.row(ROWS, size)
     folder = f"runs/{size}"
+    policies = [
+        ("GPT", f"{folder}/pretrain", "plain"),
+        ("GPT prompted", f"{folder}/pretrain", "few-shot"),
+        ("SFT", f"{folder}/sft", "plain"),
+        ("best-of-n", f"{folder}/sft", "best-of"),
+        ("PPO", f"{folder}/ppo", "plain"),
+        ("PPO-ptx", f"{folder}/ppo-ptx", "plain"),
+    ]
+    if sizes.chat(size):
+        # Few-shot prompts are plain text, which a chat template does not accept.
+        del policies[1]
     return ml_collections.ConfigDict(
         {
             "stage": "evaluate",
             "seed": 0,
-            "policies": (
-                ("GPT", f"{folder}/pretrain", "plain"),
-                *(
-                    ()
-                    if size in sizes.RECIPES
-                    else (("GPT prompted", f"{folder}/pretrain", "few-shot"),)
-                ),
-                ("SFT", f"{folder}/sft", "plain"),
-                ("best-of-n", f"{folder}/sft", "best-of"),
-                ("PPO", f"{folder}/ppo", "plain"),
-                ("PPO-ptx", f"{folder}/ppo-ptx", "plain"),
-            ),
+            "policies": tuple(policies),
             "reference": "SFT",
-            "reward_parent": f"runs/{scorer}/reward",
+            "reward_parent": f"runs/{reward_size}/reward",
             "tokenizer": sizes.tokenizer(size),
             "model": sizes.model(size),
-            "reward_model": sizes.model(scorer),
+            "reward_model": sizes.model(reward_size),
             "compute": sizes.compute(size),
             "mesh": sizes.mesh(size),
             "data": {
@@ -47,16 +71,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "text": sizes.files(size, "text"),
                 "comparisons": (("labelers", sizes.files(size, "comparisons")),),
                 "demonstrations": sizes.files(size, "demonstrations"),
-                "chat": size in sizes.RECIPES,
+                "chat": sizes.chat(size),
                 "limits": sizes.limits(size),
                 "folder": f"{folder}/rows",
             },
-            "batch_size": {"tiny": 8, "small": 32}.get(size, 64),
-            "prompts": {"tiny": 16, "small": 256}.get(size, 600),
+            "batch_size": values.batch_size,
+            "prompts": values.prompts,
             "batches": 32,
             "temperature": 1.0,
-            "best_of": 4 if size == "tiny" else 16,
-            "shots": 1 if size == "tiny" else 3,
-            "prefixes": 2 if size == "tiny" else 8,
+            "best_of": values.best_of,
+            "shots": values.shots,
+            "prefixes": values.prefixes,
         }
     )

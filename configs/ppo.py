@@ -1,101 +1,126 @@
 """PPO and PPO-ptx (paper, section 3.5, Eq. 2 and C.4).
 
 Command:   python scripts/train.py --config configs/ppo.py:micro --workdir runs/micro/ppo-ptx
-           python scripts/train.py --config configs/ppo.py:micro --config.ptx_coef=0.0 --workdir runs/micro/ppo
-Hardware:  micro: two cores, half a minute; 1.3b with a 6b reward model: 16 accelerators; 175b: 256.
-Expect:    micro: scores rise from 0 to between 0.5 and 0.9, by the seed, while kl stays near 1 nat.
-
-The learning rates are those that the paper's figure 38 shows to be best with ptx (the text
-names none). Without ptx the paper's runs diverge above 8.05e-6; its best were 3.74e-6,
-2.55e-6 and 2.55e-6.
+           python scripts/train.py --config configs/ppo.py:micro --workdir runs/micro/ppo \
+               --config.ptx_coef=0.0
+Hardware:  micro: two cores, half a minute; 1.3b with a 6b reward model: 16 accelerators;
+           175b: 256.
+Expect:    micro: scores rise from 0 to between 0.5 and 0.9, depending on the seed, while kl
+           stays near 1 nat.
 """
+
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import sizes
 
 
+class Row(NamedTuple):
+    learning_rate: float  # peak, of the policy
+    value_learning_rate: float  # peak (C.4)
+    batch_size: int  # rollouts per iteration (C.4)
+    minibatches: int  # optimizer steps per iteration (C.4: minibatches of 64 rollouts)
+    ptx_rows: int  # pretraining rows per optimizer step (C.4: 8 per rollout)
+    steps: int  # iterations (C.4: 256k episodes)
+    kl_coef: float  # C.4; in units of the score, whose scale differs by reward model
+    ptx_coef: float  # C.4; of a loss per token, so small sizes use another scale
+    ema_decay: float  # C.4, for 4000 optimizer steps; short runs need a faster average
+    tolerance: float  # nats per token between sampled and recomputed logprobs
+    samples: int  # rollouts per iteration that are written to samples.jsonl
+
+
+# The policy's learning rates are the best with ptx in the paper's figure 38; the text names
+# none. Without ptx the paper's runs diverge above 8.05e-6, and its best rates were 3.74e-6
+# (1.3b), 2.55e-6 (6b) and 2.55e-6 (175b).
+# fmt: off
+ROWS = {
+    #                rate     value rollouts mini ptx steps kl    ptx   ema   tolerance samples
+    "gpt3":      Row(1.18e-5, 9e-6, 512,    8,   512, 500, 0.02, 27.8, 0.992, 0.03,     8),
+    "175b":      Row(2.55e-6, 5e-6, 512,    8,   512, 500, 0.02, 27.8, 0.992, 0.03,     8),
+    "imported":  Row(1.18e-5, 9e-6, 512,    8,   512, 500, 0.2,   1.0, 0.95,  1e-4,   512),
+    "smollm2":   Row(3e-5,    5e-5,  32,    4,     2, 100, 0.2,   1.0, 0.95,  1e-4,    32),
+    "small":     Row(3e-5,    5e-5,  64,    4,     8,  40, 0.2,   1.0, 0.95,  1e-4,    64),
+    "simulated": Row(3e-4,    5e-4, 128,    4,     8,  40, 0.2,   1.0, 0.95,  1e-4,   128),
+    "tiny":      Row(1e-3,    1e-3,   8,    2,     2,   4, 0.2,   1.0, 0.95,  1e-4,     8),
+}
+# fmt: on
+
+# The size whose mesh is used: that of the larger of policy and reward model.
+MESH_SIZES = {
+    "gpt3": "6b",
+    "175b": "175b",
+    "imported": "small",
+    "smollm2": "small",
+    "small": "small",
+    "simulated": "micro",
+    "tiny": "tiny",
+}
+
+
+class Lengths(NamedTuple):
+    sequence_tokens: int
+    prompt_tokens: int
+    response_tokens: int
+
+
+# Shorter than the lengths of the other stages where sampling takes most of the time.
+LENGTHS = {"smollm2": Lengths(sequence_tokens=512, prompt_tokens=256, response_tokens=128)}
+
+
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """A run of PPO-ptx; with ptx_coef 0, of PPO. `arg` is SIZE, or SIZE,SCORER for a reward
-    model of another size."""
-    size, scorer = sizes.policy_and_scorer(arg)
-    folder = f"runs/{size}"
-    paper = sizes.paper(size)
-    rollouts, minibatches, ptx_rows, steps = {
-        "tiny": (8, 2, 2, 4),
-        **dict.fromkeys(sizes.FAMILY, (128, 4, 8, 40)),
-        "small": (64, 4, 8, 40),
-        "smollm2": (32, 4, 2, 100),
-    }.get(
-        size,
-        (512, 8, 512, 500),  # 256k episodes, 8 pretraining rows for each (C.4)
-    )
-    rate = {
-        "tiny": 1e-3,
-        **dict.fromkeys(sizes.FAMILY, 3e-4),
-        "small": 3e-5,
-        "smollm2": 3e-5,
-        "175b": 2.55e-6,
-    }.get(size, 1.18e-5)
-    value_rate = {
-        "tiny": 1e-3,
-        **dict.fromkeys(sizes.FAMILY, 5e-4),
-        "small": 5e-5,
-        "smollm2": 5e-5,
-        "175b": 5e-6,
-    }.get(size, 9e-6)  # C.4
+    """A run of PPO-ptx, or of PPO if ptx_coef is 0.
+
+    `arg` is SIZE, or SIZE,REWARD_SIZE for a reward model of another size.
+    """
+    size, reward_size = sizes.policy_and_reward_sizes(arg)
+    values = sizes.row(ROWS, size)
     limits = sizes.limits(size)
-    if size in sizes.RECIPES:  # what is sampled costs most
-        limits.sequence_tokens, limits.prompt_tokens, limits.response_tokens = 512, 256, 128
-    warmup = {"warmup_steps": 10, "warmup_from": 0.1}  # iterations, of the peak, C.4
+    if size in LENGTHS:
+        limits.update(LENGTHS[size]._asdict())
+    # Warm-up over the first 10 iterations, from a tenth of the peak (C.4).
+    warmup = {"warmup_steps": 10, "warmup_from": 0.1}
     return ml_collections.ConfigDict(
         {
             "stage": "ppo",
             "seed": 0,
-            "policy_parent": f"{folder}/sft",
-            "reward_parent": f"runs/{scorer}/reward",
+            "policy_parent": f"runs/{size}/sft",
+            "reward_parent": f"runs/{reward_size}/reward",
             "tokenizer": sizes.tokenizer(size),
             "model": sizes.model(size),
-            "reward_model": sizes.model(scorer),
+            "reward_model": sizes.model(reward_size),
             "compute": sizes.compute(size),
             "lora": sizes.lora(size),
-            "mesh": sizes.mesh("6b" if paper and size != "175b" else size),
-            "optimizer": sizes.adam(rate, **warmup),
-            "value_optimizer": sizes.adam(value_rate, **warmup),
+            "mesh": sizes.mesh(sizes.row(MESH_SIZES, size)),
+            "optimizer": sizes.adam(values.learning_rate, **warmup),
+            "value_optimizer": sizes.adam(values.value_learning_rate, **warmup),
             "data": {
                 "prompts": sizes.files(size, "prompts"),
                 "text": sizes.files(size, "text"),
-                "chat": size in sizes.RECIPES,
+                "chat": sizes.chat(size),
                 "limits": limits,
-                "folder": f"{folder}/rows",
+                "folder": f"runs/{size}/rows",
             },
-            "steps": steps,  # iterations
-            "batch_size": rollouts,
-            "minibatches": minibatches,
+            "steps": values.steps,
+            "batch_size": values.batch_size,
+            "minibatches": values.minibatches,
             "inner_epochs": 1,  # C.4
-            "old_logprobs": "scorer",  # "sampler" saves a forward pass; its rounding is then in the ratio
-            "ptx_rows": ptx_rows,  # per optimizer step
+            # "sampler" saves a forward pass, but its rounding errors enter the ratio.
+            "old_logprobs": "scorer",
+            "ptx_rows": values.ptx_rows,
             "temperature": 1.0,  # C.4
-            "kl_coef": 0.02
-            if paper
-            else 0.2,  # C.4; its unit is the scale of the scores, which each reward model has its own of
-            "ptx_coef": 27.8
-            if paper
-            else 1.0,  # C.4; a mean per token here, so small sizes need another scale
+            "kl_coef": values.kl_coef,
+            "ptx_coef": values.ptx_coef,
             "clip": 0.2,  # C.4
             "value_clip": 0.2,  # not in the paper; as in its ancestors
             "discount": 1.0,  # C.4
             "lambda_": 0.95,  # not in the paper; as in its ancestors
-            "ema_decay": 0.992
-            if paper
-            else 0.95,  # C.4; a run of 4000 optimizer steps; the small sizes take few
-            "no_eos_penalty": 1.0,  # not in the paper; its ancestors score such responses -1
+            "ema_decay": values.ema_decay,
+            "no_eos_penalty": 1.0,  # not in the paper
             "whiten_rewards": False,
             "whiten_advantages": True,  # not in the paper; as in its ancestors
-            "tolerance": 0.03
-            if paper
-            else 1e-4,  # nats, mean over tokens; bf16_matmul and bf16, or float32
-            "samples": 8 if paper else rollouts,
+            "tolerance": values.tolerance,
+            "samples": values.samples,
             "run": sizes.run(size),
         }
     )

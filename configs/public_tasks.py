@@ -1,29 +1,44 @@
-"""Finished policies on the world's public tasks, which no labeler judges: the paper's table
-14 and its alignment tax.
+"""Finished policies on the public tasks of the simulated world, which no labeler judges:
+the paper's table 14 and its alignment tax.
 
-Command:   python scripts/train.py --config configs/public_tasks.py:micro --workdir runs/micro/tasks
+Command:   python scripts/train.py --config configs/public_tasks.py:micro \
+               --workdir runs/micro/tasks
 Hardware:  micro: two cores, half a minute.
-Expect:    micro: GPT knows `book`, `translation` and `sentiment` by heart, and fine-tuning costs part of it; fine-tuned
-           policies are less toxic when asked to be kind, and more when asked to be rude, GPT hardly. What guesses
-           reach stands at the head of `instructax.simulation.public_tasks`.
+Expect:    micro: GPT knows `book`, `translation` and `sentiment` by heart, and fine-tuning
+           costs part of that. Fine-tuned policies are less toxic when asked to be kind and
+           more toxic when asked to be rude; GPT hardly reacts. What guessing reaches is stated
+           in `instructax.simulation.public_tasks`.
 """
+
+from typing import NamedTuple
 
 import ml_collections
 
 from configs import sizes
-from instructax.config import ConfigError
+
+
+class Row(NamedTuple):
+    items: int  # per task
+    context_tokens: int
+    answer_tokens: int
+    batch_size: int
+
+
+# The tokenizer of `tiny` splits the same texts into more tokens than fit its models' training
+# length; rotary positions extend beyond it.
+# fmt: off
+ROWS = {
+    #                items context answer batch
+    "simulated": Row(200,  102,    26,    200),
+    "tiny":      Row(  8,  192,    48,      8),
+}
+# fmt: on
 
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
-    """GPT, SFT, PPO and PPO-ptx on all tasks, in the sizes that live in the embedded world."""
-    if size not in sizes.WORLDS:
-        raise ConfigError(
-            f"size {size!r} must be one of {', '.join(sizes.WORLDS)}: the paper's sizes have no embedded world"
-        )
+    """GPT, SFT, PPO and PPO-ptx on all tasks, at a size with a simulated world."""
+    values = sizes.row(ROWS, sizes.check_simulated(size))
     folder = f"runs/{size}"
-    # The tiny tokenizer cuts the same texts into more pieces, and rotary positions go on
-    # beyond the model's length.
-    context, answer = (192, 48) if size == "tiny" else (102, 26)
     return ml_collections.ConfigDict(
         {
             "stage": "public_tasks",
@@ -39,9 +54,9 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "model": sizes.model(size),
             "compute": sizes.compute(size),
             "mesh": sizes.mesh(size),
-            "items": 8 if size == "tiny" else 200,
-            "context_tokens": context,
-            "answer_tokens": answer,
-            "batch_size": 8 if size == "tiny" else 200,
+            "items": values.items,
+            "context_tokens": values.context_tokens,
+            "answer_tokens": values.answer_tokens,
+            "batch_size": values.batch_size,
         }
     )

@@ -1,82 +1,103 @@
-"""Supervised fine-tuning (paper, section 3.5, C.1 and C.3).
+"""Supervised fine-tuning, SFT (paper, section 3.5, C.1 and C.3).
 
 Command:   python scripts/train.py --config configs/sft.py:micro --workdir runs/micro/sft
-           python scripts/train.py --config configs/sft.py:6b,baseline --workdir runs/6b/sft-baseline
+           python scripts/train.py --config configs/sft.py:6b,baseline \
+               --workdir runs/6b/sft-baseline
 Hardware:  micro: two cores, a quarter of a minute; 1.3b: 8 accelerators; 175b: 64.
 Expect:    micro: demonstrations_loss 0.78 to 0.84 nats per token.
 
-`SIZE` alone gives the policy that PPO starts from and is held to: 2 epochs, 10% of
+`SIZE` gives the policy that PPO starts from, which is also its KL reference: 2 epochs, 10%
 pretraining text, no dropout (C.3). `SIZE,baseline` gives the SFT baseline: 16 epochs, no
 text, residual dropout 0.2 (C.1).
 """
 
+from typing import NamedTuple
+
 import ml_collections
 
 from configs import sizes
+
 from instructax.config import ConfigError
 
-# Peak learning rates: (PPO initialisation C.3, SFT baseline C.1); sizes that the paper
-# lacks take 1.3b's.
-PAPER_RATES = {
-    "1.3b": (5e-6, 9.65e-6),
-    "6b": (1.04e-5, 9.65e-6),
-    "175b": (2.45e-6, 5.03e-6),
+
+class Row(NamedTuple):
+    learning_rate: float  # peak, of the policy that PPO starts from (C.3)
+    baseline_learning_rate: float  # peak, of the SFT baseline (C.1)
+    batch_size: int  # packed rows (C.1)
+    accumulate: int  # batches per optimizer step
+
+
+# Adapters (smollm2) need larger learning rates than whole matrices.
+# fmt: off
+ROWS = {
+    #                rate     baseline  rows accumulate
+    "gpt3":      Row(5e-6,    9.65e-6,  32,  1),
+    "6b":        Row(1.04e-5, 9.65e-6,  32,  1),
+    "175b":      Row(2.45e-6, 5.03e-6,   8,  1),
+    "imported":  Row(5e-6,    9.65e-6,  32,  1),
+    "smollm2":   Row(2e-4,    2e-4,     16,  4),
+    "small":     Row(3e-4,    3e-4,     16,  1),
+    "simulated": Row(2e-3,    2e-3,      4,  1),
+    "tiny":      Row(1e-3,    1e-3,      8,  1),
 }
-# Of adapters, which want more than whole matrices do.
-RECIPE_RATES = dict.fromkeys(sizes.RECIPES, (2e-4, 2e-4))
-SMALL_RATES = {
-    "tiny": (1e-3, 1e-3),
-    **dict.fromkeys(sizes.FAMILY, (2e-3, 2e-3)),
-    "small": (3e-4, 3e-4),
+# fmt: on
+
+
+class Variant(NamedTuple):
+    text_fraction: float  # share of the rows that are pretraining text
+    dropout: float  # residual
+    epochs: float
+
+
+VARIANTS = {
+    "": Variant(text_fraction=0.1, dropout=0.0, epochs=2.0),  # C.3
+    "baseline": Variant(text_fraction=0.0, dropout=0.2, epochs=16.0),  # C.1
 }
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """A run of supervised fine-tuning; `arg` is SIZE or SIZE,baseline."""
-    size, _, variant = arg.partition(",")
-    if variant not in ("", "baseline"):
+    size, _, name = arg.partition(",")
+    if name not in VARIANTS:
         raise ConfigError(
-            f"variant {variant!r} must be absent or 'baseline': configs/sft.py:SIZE or SIZE,baseline"
+            f"variant {name!r} must be absent or 'baseline': "
+            "configs/sft.py:SIZE or SIZE,baseline"
         )
-    baseline = variant == "baseline"
-    rates = {**SMALL_RATES, **RECIPE_RATES, **PAPER_RATES}.get(
-        sizes.check(size), PAPER_RATES["1.3b"]
-    )
-    folder, mesh = f"runs/{size}", sizes.mesh(size)
-    if size == "175b":
-        mesh.fsdp = 8  # devices that share rows: no more than the batch has
+    values = sizes.row(ROWS, size)
+    variant = VARIANTS[name]
+    learning_rate = values.learning_rate
+    text = sizes.files(size, "text")
+    if name == "baseline":
+        learning_rate = values.baseline_learning_rate
+        text = ()
     return ml_collections.ConfigDict(
         {
             "stage": "sft",
             "seed": 0,
-            "parent": f"{folder}/pretrain",
+            "parent": f"runs/{size}/pretrain",
             "tokenizer": sizes.tokenizer(size),
             "model": sizes.model(size),
             "compute": sizes.compute(size),
             "lora": sizes.lora(size),
-            "mesh": mesh,
+            "mesh": sizes.mesh(size, rows=values.batch_size),
             "optimizer": sizes.adam(
-                rates[baseline], schedule="cosine", final_fraction=0.1
-            ),  # no warm-up, C.1
+                learning_rate,
+                schedule="cosine",  # no warm-up (C.1)
+                final_fraction=0.1,
+            ),
             "data": {
                 "demonstrations": sizes.files(size, "demonstrations"),
-                "text": () if baseline else sizes.files(size, "text"),
-                "text_fraction": 0.0 if baseline else 0.1,  # C.3
-                "chat": size in sizes.RECIPES,
+                "text": text,
+                "text_fraction": variant.text_fraction,
+                "chat": sizes.chat(size),
                 "limits": sizes.limits(size),
-                "folder": f"{folder}/rows",
+                "folder": f"runs/{size}/rows",
             },
-            "batch_size": {
-                "tiny": 8,
-                **dict.fromkeys(sizes.FAMILY, 4),
-                "small": 16,
-                "smollm2": 16,
-                "175b": 8,
-            }.get(size, 32),  # packed rows, C.1
-            "accumulate": 4 if size in sizes.RECIPES else 1,
-            "dropout": 0.2 if baseline else 0.0,  # C.1
-            "epochs": 16.0 if baseline else 2.0,  # C.1, C.3
-            "steps": 0,
+            "batch_size": values.batch_size,
+            "accumulate": values.accumulate,
+            "dropout": variant.dropout,
+            "epochs": variant.epochs,
+            "steps": 0,  # `epochs` counts
             "run": sizes.run(size),
         }
     )

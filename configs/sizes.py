@@ -1,105 +1,292 @@
-"""Architectures by size, and the values that all stages of a size share.
+"""Model sizes, and the values that all stages of a size share.
 
-`tiny` (seconds, for tests) and the family `micro`, `milli`, `centi` (minutes on two cores;
-in place of the paper's 1.3b, 6b and 175b) live in the embedded world; `small` is for real
-text on a laptop; the others have GPT-3's shapes (Brown et al., 2020, table 2.1), which the
-paper used: 1.3b, 6b and 175b (appendix C). The table prints 24 heads of 128 for 1.3b, which
-would make 1.5b of a width of 2048: 16 make 1.3b. A model that `scripts/import_hf.py` has
-put into runs/NAME/pretrain is a size of its own, NAME; its stages have the values of the
-paper's 1.3b, but for the recipe `smollm2`.
+Every table has one row per group of sizes; a row named after a size wins over the row of
+its group. The paper's values come first. Groups:
+
+gpt3       GPT-3's shapes `125m` to `175b` (Brown et al., 2020, table 2.1). The paper uses
+           1.3b, 6b and 175b; the other sizes take the values of its 1.3b.
+imported   a model that `scripts/import_hf.py` has written to runs/NAME/pretrain; NAME is its
+           size. Most of its values are the paper's for 1.3b.
+smollm2    the import that `experiments/smollm2.py` trains with LoRA on two cores.
+small      real text on a laptop.
+simulated  `micro`, `milli` and `centi`: minutes on two cores in the simulated world, in place
+           of the paper's 1.3b, 6b and 175b.
+tiny       seconds, for tests, in the simulated world.
 """
 
 import json
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
 
 from instructax.config import ConfigError
 
-# name: (layers, width, heads, head_dim)
-GPT3 = {
-    "125m": (12, 768, 12, 64),
-    "350m": (24, 1024, 16, 64),
-    "760m": (24, 1536, 16, 96),
-    "1.3b": (24, 2048, 16, 128),
-    "2.7b": (32, 2560, 32, 80),
-    "6b": (32, 4096, 32, 128),
-    "175b": (96, 12288, 96, 128),
+T = TypeVar("T")
+
+GROUPS = {
+    "125m": "gpt3",
+    "350m": "gpt3",
+    "760m": "gpt3",
+    "1.3b": "gpt3",
+    "2.7b": "gpt3",
+    "6b": "gpt3",
+    "175b": "gpt3",
+    "small": "small",
+    "micro": "simulated",
+    "milli": "simulated",
+    "centi": "simulated",
+    "tiny": "tiny",
 }
-FAMILY = {"micro": (2, 96, 3, 32), "milli": (2, 128, 4, 32), "centi": (3, 192, 6, 32)}
-SMALL = {"tiny": (2, 32, 2, 16), **FAMILY, "small": (6, 192, 6, 32)}
-WORLDS = ("tiny", *FAMILY)  # the sizes that live in the embedded world
-SIZES = (*SMALL, *GPT3)
-RECIPES = (
-    "smollm2",
-)  # imports with values of their own, for a night on two cores: `experiments/smollm2.py`
-
-# Ids of the tokenizers trained for them; GPT-2's: 50257.
-VOCABULARY = {"tiny": 512, **dict.fromkeys(FAMILY, 1024), "small": 8192}
-CONTEXT = {"tiny": 96, **dict.fromkeys(FAMILY, 128), "small": 256}  # tokens; GPT-3's: 2048
+SIZES = tuple(GROUPS)
+SIMULATED = ("tiny", "micro", "milli", "centi")  # sizes with a simulated world
+FAMILY = ("micro", "milli", "centi")
+RECIPES = ("smollm2",)  # imported models with rows of their own
 
 
-def imported(size: str) -> dict[str, Any]:
-    """What `scripts/import_hf.py` says of the model in runs/SIZE/pretrain; {} if it put
-    none there."""
-    manifest = pathlib.Path(f"runs/{size}/pretrain/manifest.json")
-    if size in SIZES or not manifest.is_file():
-        return {}
-    from instructax.checkpoints.manifest import upgrade_manifest  # imports jax
+class Shape(NamedTuple):
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    head_dim: int
 
-    found = upgrade_manifest(json.loads(manifest.read_text()))
-    return found if found.get("stage") == "pretrained" else {}
+
+# Brown et al., table 2.1. For 1.3b the table prints 24 heads of 128, which would need a width
+# of 3072 instead of 2048; 16 heads give 1.3b parameters.
+SHAPES = {
+    "125m": Shape(12, 768, 12, 64),
+    "350m": Shape(24, 1024, 16, 64),
+    "760m": Shape(24, 1536, 16, 96),
+    "1.3b": Shape(24, 2048, 16, 128),
+    "2.7b": Shape(32, 2560, 32, 80),
+    "6b": Shape(32, 4096, 32, 128),
+    "175b": Shape(96, 12288, 96, 128),
+    "small": Shape(6, 192, 6, 32),
+    "micro": Shape(2, 96, 3, 32),
+    "milli": Shape(2, 128, 4, 32),
+    "centi": Shape(3, 192, 6, 32),
+    "tiny": Shape(2, 32, 2, 16),
+}
+
+
+class ModelRow(NamedTuple):
+    vocab_size: int  # GPT-2's BPE has 50257 tokens; the other tokenizers are trained
+    max_length: int  # tokens; 2048 in the paper (appendix C)
+    positions: str  # learned in GPT-3
+    rotary_base: float  # used by rotary positions only
+    init_std: float  # 0.02 in GPT-2; narrow models train faster from a larger value
+
+
+# With learned positions, models as small as the simulated ones take several times as long to
+# learn to copy from the prompt as with rotary positions of short wavelengths.
+# fmt: off
+MODELS = {
+    #            vocab   length  positions  base     init
+    "gpt3":      ModelRow(50257, 2048, "learned", 10000.0, 0.02),
+    "small":     ModelRow( 8192,  256, "learned", 10000.0, 0.05),
+    "simulated": ModelRow( 1024,  128, "rotary",    200.0, 0.1),
+    "tiny":      ModelRow(  512,   96, "rotary",    200.0, 0.1),
+}
+# fmt: on
+
+
+class ComputeRow(NamedTuple):
+    dtype: str  # the paper: 16-bit activations, 32-bit parameters (appendix C)
+    decoding_dtype: str  # dtype of the sampler
+    remat: str
+    head_chunk: int  # positions whose logits exist at a time
+    microbatch_rows: int  # packed rows per microbatch and device
+    tail_splits: int  # how often the last, partly filled microbatch is halved
+    slots: int  # decode slots per device
+    compaction_steps: int  # how often the sampler halves its slots once no prompt is left
+
+
+# CPUs with bfloat16 instructions are up to twice as fast with dtype "bf16_matmul"
+# (docs/performance.md). Halving pays off only where a step takes longer than compiling it.
+# fmt: off
+COMPUTE = {
+    #                      dtype      decoding   remat   chunk rows splits slots compactions
+    "gpt3":      ComputeRow("bf16",    "bf16",    "full", 128,  1,   1,     32,   0),
+    "imported":  ComputeRow("float32", "float32", "full", 128,  1,   1,     32,   0),
+    "smollm2":   ComputeRow("float32", "float32", "full", 128,  1,   1,     32,   2),
+    "small":     ComputeRow("float32", "float32", "none", 128,  2,   2,     32,   2),
+    "simulated": ComputeRow("float32", "float32", "none",  64,  4,   0,     64,   0),
+    "tiny":      ComputeRow("float32", "float32", "none", 128,  2,   0,      2,   0),
+}
+# fmt: on
+
+
+class DataRow(NamedTuple):
+    sequence_tokens: int  # of a packed row; 2048 in the paper (appendix C)
+    prompt_tokens: int  # the paper: prompts and responses of up to 1k tokens (appendix C)
+    response_tokens: int
+    completions: int  # largest K of a ranking; 9 in the paper (section 3.5)
+    prefix_characters: int | None  # one prompt per common prefix of this length; None: all
+    filter_pii: bool  # drop texts with personal data (section 3.2)
+    chat: bool  # format prompts with the chat template of the imported model
+
+
+# The prompts of the simulated world share prefixes on purpose.
+# fmt: off
+DATA = {
+    #                sequence prompt response K prefix  pii    chat
+    "gpt3":      DataRow(2048, 1024, 1024,    9, 200,  True,  False),
+    "imported":  DataRow(2048, 1024, 1024,    9, 200,  True,  False),
+    "smollm2":   DataRow(1024,  768,  256,    5, 200,  True,  True),
+    "small":     DataRow( 256,  128,   96,    4, 200,  True,  False),
+    "simulated": DataRow( 128,   38,   22,    9, None, False, False),
+    "tiny":      DataRow(  64,   24,   24,    9, None, False, False),
+}
+# fmt: on
+
+# GPT-2's encoder.json and vocab.bpe for GPT-3's sizes; otherwise a tokenizer.json.
+TOKENIZERS = {
+    "gpt3": "data/gpt2",
+    "imported": "runs/{size}/pretrain/tokenizer.json",
+    "smollm2": "runs/{size}/pretrain/tokenizer.json",
+    "small": "data/tokenizer.json",
+    "simulated": "runs/{size}/world/tokenizer.json",
+    "tiny": "runs/{size}/world/tokenizer.json",
+}
+FILES = {
+    "gpt3": "data/{kind}.jsonl.gz",
+    "imported": "data/{kind}.jsonl.gz",
+    "smollm2": "data/{kind}.jsonl.gz",
+    "small": "data/{kind}.jsonl.gz",
+    "simulated": "runs/{size}/world/{kind}.jsonl.gz",
+    "tiny": "runs/{size}/world/{kind}.jsonl.gz",
+}
+
+
+class MeshRow(NamedTuple):
+    fsdp: int
+    tensor: int
+
+
+# What fits: 175b needs 32 × 8 shards, 6b needs 8. The other sizes are replicated.
+MESHES = {
+    "gpt3": MeshRow(fsdp=1, tensor=1),
+    "6b": MeshRow(fsdp=8, tensor=1),
+    "175b": MeshRow(fsdp=32, tensor=8),
+    "imported": MeshRow(fsdp=1, tensor=1),
+    "smollm2": MeshRow(fsdp=1, tensor=1),
+    "small": MeshRow(fsdp=1, tensor=1),
+    "simulated": MeshRow(fsdp=1, tensor=1),
+    "tiny": MeshRow(fsdp=1, tensor=1),
+}
+
+# Rank of the low-rank adapters; 0 trains all parameters, as the paper does.
+LORA_RANKS = {
+    "gpt3": 0,
+    "imported": 0,
+    "smollm2": 16,
+    "small": 0,
+    "simulated": 0,
+    "tiny": 0,
+}
+
+
+class RunRow(NamedTuple):
+    log_every: int  # steps
+    evaluate_every: int  # steps
+    evaluate_batches: int
+    save_every: int  # steps
+    watchdog_seconds: float  # compiling the largest models takes minutes
+
+
+# fmt: off
+RUNS = {
+    #                  log evaluate batches save  watchdog
+    "gpt3":      RunRow( 1,   50,    32,      50, 7200.0),
+    "imported":  RunRow( 1,   50,    32,      50, 1800.0),
+    "smollm2":   RunRow( 1,  100,     8,      25, 1800.0),
+    "small":     RunRow(10,  100,    16,     100, 1800.0),
+    "simulated": RunRow(20, 1000,    32,    1000, 1800.0),
+    "tiny":      RunRow( 2,    4,    32,       4, 1800.0),
+}
+# fmt: on
+
+
+def row(table: Mapping[str, T], size: str) -> T:
+    """Returns the row of `size`: its own, or that of its group."""
+    if check(size) in table:
+        return table[size]
+    return table[GROUPS.get(size, "imported")]
 
 
 def check(size: str) -> str:
-    """Returns `size`; raises ValueError if there is none of that name."""
-    if size not in SIZES and not imported(size):
+    """Returns `size`. Raises ConfigError if there is no such size."""
+    if size not in GROUPS and imported_manifest(size) is None:
         raise ConfigError(
-            f"size {size!r} must be one of {', '.join(SIZES)}, or the NAME of a model that scripts/import_hf.py has put "
-            "into runs/NAME/pretrain: give it as configs/STAGE.py:SIZE"
+            f"size {size!r} must be one of {', '.join(SIZES)}, or the NAME of a model that "
+            "scripts/import_hf.py has written to runs/NAME/pretrain: "
+            "configs/STAGE.py:SIZE"
         )
     return size
 
 
-def policy_and_scorer(arg: str) -> tuple[str, str]:
-    """Sizes of policy and reward model: SIZE,SCORER, or SIZE with 6b for the paper's sizes
-    (C.2), else the same."""
-    size, _, scorer = arg.partition(",")
-    return check(size), check(scorer or ("6b" if paper(size) else size))
+def check_simulated(size: str) -> str:
+    """Returns `size`. Raises ConfigError if it has no simulated world."""
+    if size not in SIMULATED:
+        raise ConfigError(
+            f"size {size!r} must be one of {', '.join(SIMULATED)}: only these sizes have a "
+            "simulated world"
+        )
+    return size
 
 
-def paper(size: str) -> bool:
-    """Whether `size` has one of GPT-3's shapes."""
-    return check(size) in GPT3
+def policy_and_reward_sizes(arg: str) -> tuple[str, str]:
+    """Returns the sizes of policy and reward model from `SIZE` or `SIZE,REWARD_SIZE`.
+
+    The reward model of GPT-3's sizes is 6b unless it is named (paper, C.2); otherwise it has the
+    size of the policy.
+    """
+    size, _, reward_size = arg.partition(",")
+    if not reward_size:
+        reward_size = "6b" if is_gpt3(size) else size
+    return check(size), check(reward_size)
+
+
+def is_gpt3(size: str) -> bool:
+    """Whether `size` is one of GPT-3's shapes."""
+    return check(size) in GROUPS and GROUPS[size] == "gpt3"
+
+
+def imported_manifest(size: str) -> dict[str, Any] | None:
+    """The manifest that `scripts/import_hf.py` wrote to runs/SIZE/pretrain, or None."""
+    path = pathlib.Path(f"runs/{size}/pretrain/manifest.json")
+    if size in GROUPS or not path.is_file():
+        return None
+    from instructax.checkpoints.manifest import upgrade_manifest  # imports jax
+
+    manifest = upgrade_manifest(json.loads(path.read_text()))
+    return manifest if manifest.get("stage") == "pretrained" else None
 
 
 def model(size: str) -> ml_collections.ConfigDict:
-    """The architecture: GPT-3's.
-
-    The world's models have rotary positions of short wavelengths: with learned ones, models
-    as small as these take several times as long to find out how to copy from their prompt.
-    """
-    if found := imported(size):
-        return ml_collections.ConfigDict(
-            {**found["model"], "window_layers": tuple(found["model"]["window_layers"])}
-        )
-    layers, width, heads, head_dim = {**SMALL, **GPT3}[check(size)]
+    """The architecture: GPT-3's, or that of the imported model."""
+    manifest = imported_manifest(size)
+    if manifest is not None:
+        values = {**manifest["model"], "window_layers": tuple(manifest["model"]["window_layers"])}
+        return ml_collections.ConfigDict(values)
+    shape = SHAPES[check(size)]
+    values = row(MODELS, size)
     return ml_collections.ConfigDict(
         {
-            "vocab_size": VOCABULARY.get(size, 50257),
-            "max_length": CONTEXT.get(size, 2048),
-            "num_layers": layers,
-            "embed_dim": width,
-            "num_heads": heads,
-            "num_kv_heads": heads,
-            "head_dim": head_dim,
-            "mlp_dim": 4 * width,
+            "vocab_size": values.vocab_size,
+            "max_length": values.max_length,
+            "num_layers": shape.num_layers,
+            "embed_dim": shape.embed_dim,
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_heads,
+            "head_dim": shape.head_dim,
+            "mlp_dim": 4 * shape.embed_dim,
             "norm": "layernorm",
             "norm_epsilon": 1e-5,
-            "positions": "rotary" if size in WORLDS else "learned",
-            "rotary_base": 200.0 if size in WORLDS else 10000.0,
+            "positions": values.positions,
+            "rotary_base": values.rotary_base,
             "rotary_fraction": 1.0,
             "rotary_scaling": None,
             "activation": "gelu",
@@ -115,87 +302,69 @@ def model(size: str) -> ml_collections.ConfigDict:
             "scale_embedding": False,
             "tied_embeddings": True,
             "final_logit_softcap": 0.0,
-            # GPT-2's; small widths train faster from a larger one.
-            "init_std": 0.02 if paper(size) else 0.05 if size == "small" else 0.1,
+            "init_std": values.init_std,
         }
     )
 
 
 def compute(size: str) -> ml_collections.ConfigDict:
-    """The paper computed in 16 bits with 32-bit parameters (appendix C). float32 elsewhere;
-    CPUs that multiply bfloat16 are up to twice as fast at large sizes with "bf16_matmul"
-    (`docs/performance.md`)."""
-    return ml_collections.ConfigDict(
-        {
-            "dtype": "bf16" if paper(size) else "float32",
-            "decoding_dtype": "bf16" if paper(size) else "float32",
-            "attention": "auto",
-            "remat": "full" if paper(size) or imported(size) else "none",
-            "head_chunk": 64 if size in FAMILY else 128,
-            # As many as fit at the paper's sizes; at the others as many as are fastest.
-            "microbatch_rows": 1
-            if paper(size) or imported(size)
-            else 4
-            if size in FAMILY
-            else 2,
-            # Down to half a row, but where a run takes little longer than compiling.
-            "tail_splits": 1
-            if paper(size) or imported(size)
-            else 2
-            if size == "small"
-            else 0,
-            "slots": 2 if size == "tiny" else 64 if size in FAMILY else 32,
-            "compaction_steps": 2 if size == "small" or size in RECIPES else 0,
-        }
-    )
+    """Precision, rematerialization, microbatches and decode slots."""
+    values = row(COMPUTE, size)
+    return ml_collections.ConfigDict({"attention": "auto", **values._asdict()})
 
 
 def lora(size: str) -> ml_collections.ConfigDict:
-    """Low-rank adapters: none but in the recipes, where they leave hardly any optimizer
-    state."""
-    return ml_collections.ConfigDict({"rank": 16 if size in RECIPES else 0, "alpha": 32.0})
+    """Low-rank adapters, which leave hardly any optimizer state."""
+    return ml_collections.ConfigDict({"rank": row(LORA_RANKS, size), "alpha": 32.0})
 
 
-def mesh(size: str) -> ml_collections.ConfigDict:
-    """Devices: 175b in 32 × 8 pieces, 6b in 8; the others are copied to all there are."""
-    fsdp, tensor = {"175b": (32, 8), "6b": (8, 1)}.get(size, (1, 1))
-    return ml_collections.ConfigDict({"data": -1, "fsdp": fsdp, "tensor": tensor})
+def mesh(size: str, rows: int | None = None) -> ml_collections.ConfigDict:
+    """Devices; `data` takes the rest. At most `rows` devices share the rows of a batch."""
+    values = row(MESHES, size)
+    fsdp = values.fsdp
+    if rows is not None:
+        fsdp = min(fsdp, rows)
+    return ml_collections.ConfigDict({"data": -1, "fsdp": fsdp, "tensor": values.tensor})
 
 
 def tokenizer(size: str) -> str:
-    """GPT-2's BPE files for the paper's sizes, an imported model's own, else a trained one."""
-    if size in WORLDS:
-        return f"runs/{size}/world/tokenizer.json"
-    if imported(size):
-        return f"runs/{size}/pretrain/tokenizer.json"
-    return "data/gpt2" if paper(size) else "data/tokenizer.json"
+    """Path of the tokenizer."""
+    return row(TOKENIZERS, size).format(size=size)
+
+
+def files(size: str, kind: str) -> tuple[str, ...]:
+    """The data files of one kind: text, demonstrations, comparisons or prompts."""
+    return (row(FILES, size).format(size=size, kind=kind),)
+
+
+def chat(size: str) -> bool:
+    """Whether prompts are formatted with the chat template of the imported model."""
+    return row(DATA, size).chat
 
 
 def limits(size: str) -> ml_collections.ConfigDict:
-    """Lengths in tokens and the paper's prompt hygiene (sections 3.2 and A.2, appendix C)."""
-    lengths = {
-        "tiny": (64, 24, 24),
-        **dict.fromkeys(FAMILY, (128, 38, 22)),
-        "small": (256, 128, 96),
-    }
-    sequence, prompt, response = lengths.get(size, (2048, 1024, 1024))
-    if size in RECIPES:
-        sequence, prompt, response = 1024, 768, 256
-    elif found := imported(size):
-        sequence = min(2048, found["model"]["max_length"])
-        prompt = response = sequence // 2
+    """Lengths in tokens, and the paper's filters of prompts (3.2, A.2 and appendix C)."""
+    values = row(DATA, size)
+    sequence = min(values.sequence_tokens, model(size).max_length)
+    prompt = values.prompt_tokens
+    response = values.response_tokens
+    if prompt + response > sequence:
+        # An imported model with a shorter context: half for prompts, half for responses.
+        prompt = sequence // 2
+        response = sequence // 2
+    # A placeholder lets the command line set an integer where the value is None.
+    prefix = values.prefix_characters
+    if prefix is None:
+        prefix = config_dict.placeholder(int)
     return ml_collections.ConfigDict(
         {
             "sequence_tokens": sequence,
             "prompt_tokens": prompt,
             "response_tokens": response,
-            "completions": {"small": 4, "smollm2": 5}.get(
-                size, 9
-            ),  # K; short contexts fit few
-            # The world's prompts repeat on purpose.
-            "prefix_characters": config_dict.placeholder(int) if size in WORLDS else 200,
-            "prompts_per_user": 200,
-            "filter_pii": size not in WORLDS,
+            "completions": values.completions,
+            "prefix_characters": prefix,
+            "prompts_per_user": 200,  # section 3.2
+            "filter_pii": values.filter_pii,
             "splits": (("train", 0.9), ("validation", 0.1)),
             "split_seed": 0,
         }
@@ -203,16 +372,15 @@ def limits(size: str) -> ml_collections.ConfigDict:
 
 
 def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigDict:
-    """Adam as the paper has it (appendix C), at a constant rate; what it leaves open is
-    neutral unless changed."""
+    """Adam as in the paper (appendix C), at a constant rate unless `changes` say otherwise."""
     values = {
         "learning_rate": learning_rate,
         "schedule": "constant",
         "warmup_steps": 0,
         "warmup_from": 1.0,
         "final_fraction": 1.0,
-        "beta1": 0.9,  # C
-        "beta2": 0.95,  # C
+        "beta1": 0.9,  # appendix C
+        "beta2": 0.95,  # appendix C
         "epsilon": 1e-8,  # not in the paper
         "weight_decay": 0.0,  # not in the paper
         "clip_norm": 1.0,  # not in the paper
@@ -220,35 +388,15 @@ def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigD
     return ml_collections.ConfigDict({**values, **changes})
 
 
-def files(size: str, kind: str) -> tuple[str, ...]:
-    """Where a size's data lie: in the world of its size, or in the user's own folder
-    `data`."""
-    return (
-        f"runs/{size}/world/{kind}.jsonl.gz" if size in WORLDS else f"data/{kind}.jsonl.gz",
-    )
-
-
 def run(size: str) -> ml_collections.ConfigDict:
-    """How often to print, evaluate and save, in steps."""
-    log, evaluate, save = {
-        "tiny": (2, 4, 4),
-        "small": (10, 100, 100),
-        "smollm2": (1, 100, 25),
-    }.get(size, (1, 50, 50))
-    if size in FAMILY:
-        log, evaluate, save = 20, 1000, 1000
+    """How often a run logs, evaluates and saves."""
+    values = row(RUNS, size)
     return ml_collections.ConfigDict(
         {
-            "log_every": log,
-            "evaluate_every": evaluate,
-            "evaluate_batches": {"small": 16, "smollm2": 8}.get(size, 32),
-            "save_every": save,
+            **values._asdict(),
             "keep": 2,
             "best_metric": "",
             "tensorboard": False,
             "most_skipped": 3,
-            "watchdog_seconds": 7200.0
-            if paper(size)
-            else 1800.0,  # compiling the largest takes minutes
         }
     )
