@@ -2,9 +2,10 @@
 
 Command:   python scripts/benchmark.py --config configs/benchmark.py:ppo,S
 
-S has 6 layers of 384 and 8,192 tokens of vocabulary (14M parameters); M has 12 layers of 768
-and 50,257 (124M): the shapes at which other libraries were measured. float32, random
-parameters and tokens. The rows of sft are full, one document each, and every token is trained.
+S has 6 layers of 384 and 8,192 tokens of vocabulary (14M parameters); M has 12 layers of
+768 and 50,257 (124M): the shapes at which other libraries were measured. float32, random
+parameters and tokens. The rows of sft are full, one document each, and every token is
+trained.
 """
 
 from functools import partial

@@ -19,8 +19,8 @@ class Row(NamedTuple):
     batch_size: int
 
 
-# A response is tokenized again when it is read as data, with an end token. The text of a `tiny`
-# policy then has more tokens than it sampled.
+# A response is tokenized again when it is read as data, with an end token. The text of a
+# `tiny` policy then has more tokens than it sampled.
 # fmt: off
 ROWS = {
     #                spare batch

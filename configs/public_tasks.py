@@ -6,8 +6,8 @@ Command:   python scripts/train.py --config configs/public_tasks.py:micro \
 Hardware:  micro: two cores, half a minute.
 Expect:    micro: GPT knows `book`, `translation` and `sentiment` by heart, and fine-tuning
            costs part of that. Fine-tuned policies are less toxic when asked to be kind and
-           more toxic when asked to be rude; GPT hardly reacts. What guessing reaches is stated
-           in `instructax.simulation.public_tasks`.
+           more toxic when asked to be rude; GPT hardly reacts.
+           `instructax.simulation.public_tasks` states what guessing reaches.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,8 @@ class Row(NamedTuple):
     batch_size: int
 
 
-# The tokenizer of `tiny` splits the same texts into more tokens than fit its models' training
-# length; rotary positions extend beyond it.
+# The tokenizer of `tiny` splits the same texts into more tokens than its models were trained
+# on; rotary positions extend beyond that length.
 # fmt: off
 ROWS = {
     #                items context answer batch

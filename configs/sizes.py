@@ -5,12 +5,12 @@ its group. The paper's values come first. Groups:
 
 gpt3       GPT-3's shapes `125m` to `175b` (Brown et al., 2020, table 2.1). The paper uses
            1.3b, 6b and 175b; the other sizes take the values of its 1.3b.
-imported   a model that `scripts/import_hf.py` has written to runs/NAME/pretrain; NAME is its
-           size. Most of its values are the paper's for 1.3b.
+imported   a model that `scripts/import_hf.py` has written to runs/NAME/pretrain; NAME is
+           its size. Most of its values are the paper's for 1.3b.
 smollm2    the import that `experiments/smollm2.py` trains with LoRA on two cores.
 small      real text on a laptop.
-simulated  `micro`, `milli` and `centi`: minutes on two cores in the simulated world, in place
-           of the paper's 1.3b, 6b and 175b.
+simulated  `micro`, `milli` and `centi`: minutes on two cores in the simulated world, in
+           place of the paper's 1.3b, 6b and 175b.
 tiny       seconds, for tests, in the simulated world.
 """
 
@@ -53,8 +53,8 @@ class Shape(NamedTuple):
     head_dim: int
 
 
-# Brown et al., table 2.1. For 1.3b the table prints 24 heads of 128, which would need a width
-# of 3072 instead of 2048; 16 heads give 1.3b parameters.
+# Brown et al., table 2.1. For 1.3b the table prints 24 heads of 128, which would need a
+# width of 3072 instead of 2048; 16 heads give 1.3b parameters.
 SHAPES = {
     "125m": Shape(12, 768, 12, 64),
     "350m": Shape(24, 1024, 16, 64),
@@ -79,8 +79,8 @@ class ModelRow(NamedTuple):
     init_std: float  # 0.02 in GPT-2; narrow models train faster from a larger value
 
 
-# With learned positions, models as small as the simulated ones take several times as long to
-# learn to copy from the prompt as with rotary positions of short wavelengths.
+# With learned positions, models as small as the simulated ones take several times as long
+# to learn to copy from the prompt as with rotary positions of short wavelengths.
 # fmt: off
 MODELS = {
     #            vocab   length  positions  base     init
@@ -240,8 +240,8 @@ def check_simulated(size: str) -> str:
 def policy_and_reward_sizes(arg: str) -> tuple[str, str]:
     """Returns the sizes of policy and reward model from `SIZE` or `SIZE,REWARD_SIZE`.
 
-    The reward model of GPT-3's sizes is 6b unless it is named (paper, C.2); otherwise it has the
-    size of the policy.
+    The reward model of GPT-3's sizes is 6b unless it is named (paper, C.2); otherwise it has
+    the size of the policy.
     """
     size, _, reward_size = arg.partition(",")
     if not reward_size:
@@ -372,7 +372,7 @@ def limits(size: str) -> ml_collections.ConfigDict:
 
 
 def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigDict:
-    """Adam as in the paper (appendix C), at a constant rate unless `changes` say otherwise."""
+    """Adam as in the paper (appendix C); the rate is constant unless `changes` say more."""
     values = {
         "learning_rate": learning_rate,
         "schedule": "constant",

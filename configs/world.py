@@ -1,10 +1,11 @@
 """The simulated world: text, demonstrations, comparisons and prompts with a known true
 utility, and their tokenizer.
 
-Command:   python scripts/train.py --config configs/world.py:micro --workdir runs/micro/world
+Command:   python scripts/train.py --config configs/world.py:micro \
+               --workdir runs/micro/world
 Hardware:  one core, seconds.
-Expect:    six .jsonl.gz files and tokenizer.json in the workdir; the same seed gives the same
-           bytes.
+Expect:    six .jsonl.gz files and tokenizer.json in the workdir; the same seed gives the
+           same bytes.
 """
 
 from typing import NamedTuple
