@@ -36,7 +36,7 @@ class Row(NamedTuple):
 # (1.3b), 2.55e-6 (6b) and 2.55e-6 (175b).
 # fmt: off
 ROWS = {
-    #                rate     value rollouts mini ptx steps kl    ptx   ema  tolerance samples
+    #                rate     value rollouts mini ptx steps kl   ptx  ema  tolerance samples
     "gpt3":      Row(1.18e-5, 9e-6, 512,    8,   512, 500, 0.02, 27.8, 0.992, 0.03,     8),
     "175b":      Row(2.55e-6, 5e-6, 512,    8,   512, 500, 0.02, 27.8, 0.992, 0.03,     8),
     "imported":  Row(1.18e-5, 9e-6, 512,    8,   512, 500, 0.2,   1.0, 0.95,  1e-4,   512),

@@ -24,8 +24,8 @@ class Row(NamedTuple):
     batch_size: int
 
 
-# The tokenizer of `tiny` splits the same texts into more tokens than its models were trained
-# on; rotary positions extend beyond that length.
+# The tokenizer of `tiny` splits the same texts into more tokens than its models' training
+# length; rotary positions extend beyond it.
 # fmt: off
 ROWS = {
     #                items context answer batch

@@ -240,8 +240,8 @@ def check_simulated(size: str) -> str:
 def policy_and_reward_sizes(arg: str) -> tuple[str, str]:
     """Returns the sizes of policy and reward model from `SIZE` or `SIZE,REWARD_SIZE`.
 
-    The reward model of GPT-3's sizes is 6b unless it is named (paper, C.2); otherwise it has
-    the size of the policy.
+    Unless it is named, the reward model of GPT-3's sizes is 6b (paper, C.2); that of other
+    sizes has the size of the policy.
     """
     size, _, reward_size = arg.partition(",")
     if not reward_size:
