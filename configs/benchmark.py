@@ -14,7 +14,6 @@ from typing import NamedTuple
 import ml_collections
 
 from configs import ppo, pretrain, reward_model
-
 from instructax.config import ConfigError
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import ml_collections
 
 from configs import sizes
-
 from instructax.config import ConfigError
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import ml_collections
 
 from configs import sizes
-
 from instructax.config import ConfigError
 
 

@@ -238,7 +238,7 @@ def check_simulated(size: str) -> str:
 
 
 def policy_and_reward_sizes(arg: str) -> tuple[str, str]:
-    """Returns the sizes of policy and reward model from `SIZE` or `SIZE,REWARD_SIZE`.
+    """Sizes of policy and reward model, from `SIZE` or `SIZE,REWARD_SIZE`.
 
     Unless it is named, the reward model of GPT-3's sizes is 6b (paper, C.2); that of other
     sizes has the size of the policy.
@@ -269,7 +269,10 @@ def model(size: str) -> ml_collections.ConfigDict:
     """The architecture: GPT-3's, or that of the imported model."""
     manifest = imported_manifest(size)
     if manifest is not None:
-        values = {**manifest["model"], "window_layers": tuple(manifest["model"]["window_layers"])}
+        values = {
+            **manifest["model"],
+            "window_layers": tuple(manifest["model"]["window_layers"]),
+        }
         return ml_collections.ConfigDict(values)
     shape = SHAPES[check(size)]
     values = row(MODELS, size)

@@ -50,7 +50,7 @@ def get_runs(arg: str, root: str) -> list[RunSpec]:
     """The runs in order; `arg` is a size of the world or `family`, or either with a seed,
     `micro,1`; `root` is the experiment's workdir."""
     members, _, seed = arg.partition(",")
-    allowed = (*sizes.WORLDS, "family")
+    allowed = (*sizes.SIMULATED, "family")
     require(
         members in allowed,
         f"size {members!r} must be one of {', '.join(allowed)}: experiments/alignment.py:SIZE",

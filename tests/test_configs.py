@@ -37,7 +37,7 @@ IN_WORLDS = (
 )  # configs of the sizes that live in the embedded world
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
 ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
-    (name, size) for name in IN_WORLDS for size in sizes.WORLDS
+    (name, size) for name in IN_WORLDS for size in sizes.SIMULATED
 ]
 
 

@@ -166,7 +166,7 @@ def test_the_papers_shapes(size):
         config, construct(ComputeConfig, sizes.compute(size).to_dict()), "tokens"
     )
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    layers, width, heads, head_dim = sizes.GPT3[size]
+    layers, width, heads, head_dim = sizes.SHAPES[size]
     inner = heads * head_dim
     assert parameter_count(shapes) == PARAMETERS[size]
     assert PARAMETERS[size] == (50257 + 2048) * width + 2 * width + layers * (

@@ -47,7 +47,7 @@ def test_operations_by_hand():
 def test_operations_of_responses_that_share_a_prompt_and_of_adapters_alone():
     """In a window of three the eight tokens after six see three each, however long the text
     is."""
-    config = config_of("reward2,M")
+    config = config_of("reward_model2,M")
     near = dataclasses.replace(config.model, sliding_window=3, window_layers=(0,))
     config = dataclasses.replace(config, model=near)
     asked = workloads.forward_operations(near, 6, 6, 0)
@@ -103,8 +103,8 @@ def measured(arg: str, **changes: Any) -> dict[str, Any]:
     ("arg", "tokens", "padding"),
     [
         ("sft,S", 8 * 24, {"padding": 0.0}),
-        ("reward,S", 6 + 9 * 8, {"padding": 0.0}),
-        ("reward2,M", 6 + 2 * 8, {"padding": 0.0}),
+        ("reward_model,S", 6 + 9 * 8, {"padding": 0.0}),
+        ("reward_model2,M", 6 + 2 * 8, {"padding": 0.0}),
         # One to a row of 24; two prompts to a row.
         (
             "ppo,S",
