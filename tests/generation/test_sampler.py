@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from tests.support import reference_model
+from tests.support.scoring import token_logprobs
 from tests.support.tiny_models import (
     compute,
     gemma_config,
@@ -23,7 +24,6 @@ from tests.support.tiny_models import (
 
 from instructax.generation import generate, sampler
 from instructax.models import ModelConfig, Transformer
-from instructax.models.scoring import token_logprobs
 from instructax.types import Array, Params, Prompts, Rollouts
 
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}

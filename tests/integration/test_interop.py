@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tests.support import stages, tiny_models
+from tests.support.scoring import sequence_scores
 
 from instructax import sharding
 from instructax.data.tokenizer import load_tokenizer, pad_vocab, save_tokenizer
@@ -29,7 +30,6 @@ from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.hf_folder import open_tensors, read_json
 from instructax.models.pretrained.load import read_params
 from instructax.models.pretrained.save import tensors_of
-from instructax.models.scoring import sequence_scores
 from instructax.serving import chat
 from instructax.sharding import MeshConfig
 from instructax.stages import pretrained as interchange

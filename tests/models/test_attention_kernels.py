@@ -60,7 +60,7 @@ OBSTACLES = [
     (
         "splash",
         {"shared_prefixes": True},
-        "texts in a row share another, allowed is each by itself",
+        "responses share a prompt in one row, allowed is one sequence per segment",
     ),
 ]
 for name, width in (("cudnn", 20), ("cudnn", 136), ("splash", 64), ("splash", 384)):
@@ -104,7 +104,7 @@ def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_no
     assert str(error.value) == (
         f"config.compute.attention = '{kernel}' cannot run: {why}; change that, or give 'jax' or 'auto'"
     )
-    assert attention_kernels.select_kernel("jax", given) == ("jax", "as asked")
+    assert attention_kernels.select_kernel("jax", given) == ("jax", "as requested")
     if given.platform == HERE[kernel]["platform"]:
         assert attention_kernels.select_kernel("auto", given) == (
             "jax",
@@ -135,7 +135,7 @@ def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_no
 )
 def test_a_kernel_that_can_run_is_taken(kernel, changes):
     given = conditions(kernel, **changes)
-    assert attention_kernels.select_kernel(kernel, given) == (kernel, "as asked")
+    assert attention_kernels.select_kernel(kernel, given) == (kernel, "as requested")
     assert attention_kernels.select_kernel("auto", given) == (
         kernel,
         f"auto: {given.platform}",
@@ -261,7 +261,7 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
     """And branch only where it was told so; the kernel is said once, before anything else."""
     seen: set[int] = set()
     branched = [False]
-    kernel_of_rows = transformer.kernel_of_rows
+    packed_attention = transformer.packed_attention
 
     def watched(kernel: str, segments: jax.Array, mesh: Any) -> Any:
         if segments.shape != (1, 1):  # parameters are initialised with one token
@@ -269,9 +269,9 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
             jax.debug.callback(
                 lambda branches: branched.append(bool(branches)), jnp.any(segments < 0)
             )
-        return kernel_of_rows(kernel, segments, mesh)
+        return packed_attention(kernel, segments, mesh)
 
-    monkeypatch.setattr(transformer, "kernel_of_rows", watched)
+    monkeypatch.setattr(transformer, "packed_attention", watched)
     for stage_module in (
         reward_model,
         evaluate,
@@ -337,15 +337,15 @@ def stand_ins(monkeypatch):
     queries, and of keys."""
     monkeypatch.setattr(
         attention_kernels,
-        "with_cudnn",
-        partial(attention_kernels.with_cudnn, implementation="xla"),
+        "attend_with_cudnn",
+        partial(attention_kernels.attend_with_cudnn, implementation="xla"),
     )
     monkeypatch.setattr(
         attention_kernels,
-        "with_splash",
-        partial(attention_kernels.with_splash, interpret=True),
+        "attend_with_splash",
+        partial(attention_kernels.attend_with_splash, interpret=True),
     )
-    monkeypatch.setattr(attention_kernels, "BLOCK", LENGTH // 2)
+    monkeypatch.setattr(attention_kernels, "MAX_BLOCK", LENGTH // 2)
 
 
 def inputs(heads: int, num_kv_heads: int) -> list[jax.Array]:
@@ -362,7 +362,7 @@ def output_and_gradients(
     mesh: Any = None,
 ) -> Any:
     """What real queries get, and the gradients of a weighted sum of it."""
-    attend, mask = attention_kernels.kernel_of_rows(
+    attend, mask = attention_kernels.packed_attention(
         kernel, jnp.asarray(rows, jnp.int32), mesh
     )
     real = jnp.asarray(rows != 0)[:, None, :, None]
@@ -564,7 +564,7 @@ def test_a_network_whose_kernel_was_not_chosen_is_refused():
     cells = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(
         ValueError,
-        match=r"^compute\.attention = 'auto' must be chosen before a network runs",
+        match=r"^compute\.attention = 'auto' must be resolved by select_kernel before a network runs",
     ):
         jax.eval_shape(
             lambda params: model.apply({"params": params}, cells, cells, cells), params

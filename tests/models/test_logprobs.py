@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.support.programs import vocabulary_buffers
+from tests.support.scoring import token_logprobs
 from tests.support.stages import assert_trees_close
 from tests.support.tiny_models import (
     compute,
@@ -27,7 +28,7 @@ from instructax.models.logprobs import (
     sequence_logprobs,
     sequence_logprobs_and_entropy,
 )
-from instructax.models.scoring import packed_logprobs, token_logprobs
+from instructax.models.scoring import packed_logprobs
 from instructax.types import Array, LmBatch, Params, Rollouts
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 7, 5, 11

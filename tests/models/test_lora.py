@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.scoring import token_logprobs
 
 from instructax import sharding
 from instructax.checkpoints.checkpoint import load_params
@@ -23,7 +24,7 @@ from instructax.models import (
     trainable,
 )
 from instructax.models.init import abstract_params
-from instructax.models.scoring import packed_loss_and_gradients, token_logprobs
+from instructax.models.scoring import packed_loss_and_gradients
 from instructax.serving import chat
 from instructax.stages import build_config
 from instructax.stages.ppo import algorithm

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructax.models.ops import gelu, materialized, normalized, product, softmax_mean
+from instructax.models.ops import einsum, gelu, materialize, normalize, softmax_weighted_sum
 
 
 def normal(seed: int, *shape: int):
@@ -19,7 +19,7 @@ def plain_normalized(x, centred, epsilon):
 
 
 def pulled_back(function, *args):
-    """The output, and the gradients of its product with fixed random numbers."""
+    """The output, and the gradients of its einsum with fixed random numbers."""
     y, pull = jax.vjp(function, *args)
     return y, *pull(normal(9, *y.shape))
 
@@ -38,7 +38,7 @@ def arrays(axes):
 @pytest.mark.parametrize("axes", PRODUCTS)
 def test_products_and_their_gradients(axes):
     ours = jax.jit(
-        lambda *args: pulled_back(lambda x, y: product(axes, x, y, "float32"), *args)
+        lambda *args: pulled_back(lambda x, y: einsum(axes, x, y, "float32"), *args)
     )(*arrays(axes))
     theirs = pulled_back(lambda x, y: jnp.einsum(axes, x, y), *arrays(axes))
     assert [y.shape for y in ours] == [y.shape for y in theirs]
@@ -57,7 +57,7 @@ def test_what_is_multiplied_is_rounded_and_nothing_else(axes):
     order."""
     x, y = arrays(axes)
     ours = jax.jit(
-        lambda *args: pulled_back(lambda x, y: product(axes, x, y, "bfloat16"), *args)
+        lambda *args: pulled_back(lambda x, y: einsum(axes, x, y, "bfloat16"), *args)
     )(x, y)
     result, pull = jax.vjp(lambda x, y: jnp.einsum(axes, x, y), rounded(x), rounded(y))
     theirs = result, *pull(rounded(normal(9, *result.shape)))
@@ -86,7 +86,7 @@ def test_a_gelu_and_its_gradient():
 @pytest.mark.parametrize("epsilon", [1e-5, 0.5])
 def test_norms_and_their_gradients(centred, epsilon):
     x = normal(0, 3, 4, 7)
-    ours = pulled_back(lambda x: normalized(x, centred, epsilon), x)
+    ours = pulled_back(lambda x: normalize(x, centred, epsilon), x)
     theirs = pulled_back(lambda x: plain_normalized(x, centred, epsilon), x)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs
@@ -99,7 +99,9 @@ def test_a_mean_under_a_softmax_and_its_gradients(matmul_dtype, apart):
     scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
     scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
     ours = jax.jit(
-        lambda *args: pulled_back(lambda s, v: softmax_mean(s, v, matmul_dtype), *args)
+        lambda *args: pulled_back(
+            lambda s, v: softmax_weighted_sum(s, v, matmul_dtype), *args
+        )
     )(scores, values)
     theirs = pulled_back(lambda s, v: jax.nn.softmax(s, axis=-1) @ v, scores, values)
     jax.tree.map(
@@ -116,7 +118,7 @@ def test_a_mean_of_two_values_by_hand():
     """Weights 1/4 and 3/4 of 2 and 6: 5. With 1 for its gradient, w (dw − Σ w dw): 1/4 (2 −
     5) and 3/4 (6 − 5)."""
     scores, values = jnp.log(jnp.array([[[[1.0, 3.0]]]])), jnp.array([[[[2.0], [6.0]]]])
-    mean, pull = jax.vjp(lambda s, v: softmax_mean(s, v, "float32"), scores, values)
+    mean, pull = jax.vjp(lambda s, v: softmax_weighted_sum(s, v, "float32"), scores, values)
     np.testing.assert_allclose(mean, [[[[5.0]]]], rtol=1e-6)
     of_scores, of_values = pull(jnp.ones_like(mean))
     np.testing.assert_allclose(of_scores, [[[[-0.75, 0.75]]]], rtol=1e-6)
@@ -126,14 +128,14 @@ def test_a_mean_of_two_values_by_hand():
 def test_a_norm_of_two_numbers_by_hand():
     """1, 3: mean 2, deviations ∓1, variance 1: ∓1 / √(1 + 3) at ε = 3; without the mean 1 /
     √(5 + 4) and 3 / 3."""
-    np.testing.assert_allclose(normalized(jnp.array([1.0, 3.0]), True, 3.0), [-0.5, 0.5])
-    np.testing.assert_allclose(normalized(jnp.array([1.0, 3.0]), False, 4.0), [1 / 3, 1.0])
+    np.testing.assert_allclose(normalize(jnp.array([1.0, 3.0]), True, 3.0), [-0.5, 0.5])
+    np.testing.assert_allclose(normalize(jnp.array([1.0, 3.0]), False, 4.0), [1 / 3, 1.0])
 
 
 def test_gradients_in_sixteen_bits_stay_in_sixteen_bits():
     args = normal(0, 2, 4).astype(jnp.bfloat16), normal(1, 4, 5).astype(jnp.bfloat16)
     of_x, of_kernel = jax.grad(
-        lambda x, y: product("ad,df->af", x, y, "bfloat16").astype(jnp.float32).sum(),
+        lambda x, y: einsum("ad,df->af", x, y, "bfloat16").astype(jnp.float32).sum(),
         argnums=(0, 1),
     )(*args)
     assert of_x.dtype == of_kernel.dtype == jnp.bfloat16
@@ -145,7 +147,7 @@ def test_several_runs_side_by_side():
     def of_kernel(kernel):
         return jax.grad(
             lambda k: (
-                normalized(product("ad,df->af", x, k, "float32"), True, 1e-5) ** 3
+                normalize(einsum("ad,df->af", x, k, "float32"), True, 1e-5) ** 3
             ).sum()
         )(kernel)
 
@@ -158,7 +160,7 @@ def test_several_runs_side_by_side():
 @pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
 def test_only_cpus_have_a_barrier(platform, barriers):
     lowered = (
-        jax.jit(lambda x: materialized(x) + 1)
+        jax.jit(lambda x: materialize(x) + 1)
         .trace(jnp.ones(3))
         .lower(lowering_platforms=(platform,))
     )
@@ -171,7 +173,7 @@ def test_only_cpus_have_a_barrier(platform, barriers):
 def test_sixteen_bits_come_out_of_a_product_in_sixteen_bits_but_on_cpus(platform, sums):
     """Else what devices exchange, and what is kept of products, would take twice the bytes."""
     x, y = (a.astype(jnp.bfloat16) for a in arrays("ad,df->af"))
-    traced = jax.jit(lambda x, y: product("ad,df->af", x, y, "bfloat16")).trace(x, y)
+    traced = jax.jit(lambda x, y: einsum("ad,df->af", x, y, "bfloat16")).trace(x, y)
     (line,) = [
         line
         for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines()

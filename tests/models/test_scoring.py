@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.support import reference_model
+from tests.support.scoring import sequence_scores, token_logprobs, token_values
 from tests.support.tiny_models import (
     VOCAB_SIZE,
     compute,
@@ -22,9 +23,6 @@ from instructax.models.scoring import (
     packed_logprobs,
     packed_logprobs_and_entropy,
     rollout_sequences,
-    sequence_scores,
-    token_logprobs,
-    token_values,
 )
 from instructax.types import Array, Comparisons, LmBatch, Params, Prompts, Rollouts
 

@@ -38,15 +38,15 @@ from instructax.models import (
     positions_from_mask,
 )
 from instructax.models.attention import (
-    QUERY_BLOCK,
-    QUERY_BLOCKS,
+    MAX_QUERY_BLOCKS,
+    MIN_QUERY_BLOCK,
     attend,
     attend_causally,
     attention_mask,
 )
 from instructax.models.init import init_params
-from instructax.models.layers import drop
-from instructax.models.transformer import UNROLLED, scan_blocks
+from instructax.models.layers import apply_dropout
+from instructax.models.transformer import SCAN_UNROLL, scan_blocks
 from instructax.types import Params
 
 COLUMNS = 12
@@ -297,7 +297,7 @@ def test_recomputation_changes_no_gradient():
 
 
 def test_more_layers_than_a_step_of_the_scan_has():
-    config = dataclasses.replace(FAMILIES["gpt"], num_layers=UNROLLED + 1)
+    config = dataclasses.replace(FAMILIES["gpt"], num_layers=SCAN_UNROLL + 1)
     params = random_params(Transformer(config, compute(), "tokens"))
     several, one = (
         jax.jit(text_gradients(remat, config), compiler_options=QUICK)(params)
@@ -375,7 +375,12 @@ def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
 
 @pytest.mark.parametrize(
     "length",
-    [QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK, QUERY_BLOCKS * QUERY_BLOCK + 3],
+    [
+        MIN_QUERY_BLOCK,
+        MIN_QUERY_BLOCK + 1,
+        2 * MIN_QUERY_BLOCK,
+        MAX_QUERY_BLOCKS * MIN_QUERY_BLOCK + 3,
+    ],
 )
 def test_blocks_of_queries_attend_as_all_at_once(length):
     """Values and gradients, with grouped queries, for packed texts and for responses that
@@ -406,21 +411,21 @@ def test_blocks_of_queries_attend_as_all_at_once(length):
 
 def test_dropout_keeps_the_mean_and_rate_zero_keeps_all():
     x = jnp.ones((200, 500))
-    dropped = drop(
+    dropped = apply_dropout(
         x, Dropout(rate=jnp.float32(0.2), keys=jax.random.split(jax.random.key(0), 200)), 0
     )
     np.testing.assert_allclose(np.unique(dropped), [0.0, 1.25], rtol=1e-6)
     # 10⁵ cells: the mean's standard deviation is √(0.2 / 0.8 / 10⁵) = 0.0016.
     assert abs(float(dropped.mean()) - 1.0) < 0.006
     assert (
-        drop(
+        apply_dropout(
             x,
             Dropout(rate=jnp.float32(0.0), keys=jax.random.split(jax.random.key(0), 200)),
             0,
         )
         == x
     ).all()
-    assert drop(x, None, 0) is x
+    assert apply_dropout(x, None, 0) is x
 
 
 def test_dropout_differs_by_layer_branch_and_key():
@@ -544,19 +549,19 @@ def test_refused_architectures():
         ),
         (
             {"biases": True, "qkv_biases": True},
-            r"^model.qkv_biases = True is for model.biases = False",
+            r"^model.qkv_biases = True requires model.biases = False",
         ),
         (
             {"sliding_window": 4},
-            r"^model.sliding_window = 4 and model.window_layers = \(\): set both, or 0 and \(\) for none$",
+            r"^model.sliding_window = 4 and model.window_layers = \(\): set both, or 0 and \(\) for no window$",
         ),
         (
             {"sliding_window": 4, "window_layers": (1, 0)},
-            r"^model.window_layers = \(1, 0\) must be rising numbers from 0 to 1$",
+            r"^model.window_layers = \(1, 0\) must be increasing indices from 0 to 1$",
         ),
         (
             {"sliding_window": 4, "window_layers": (2,)},
-            r"^model.window_layers = \(2,\) must be rising numbers from 0 to 1$",
+            r"^model.window_layers = \(2,\) must be increasing indices from 0 to 1$",
         ),
         ({"final_logit_softcap": -1.0}, r"^final_logit_softcap = -1.0 must be at least 0$"),
     ):

@@ -1,5 +1,4 @@
-"""One decoder-only transformer for all families of models; the only folder that imports
-flax."""
+"""One decoder-only transformer for all model families; the only package that imports flax."""
 
 from instructax.models.attention import (
     SEGMENTS_PER_PREFIX,

@@ -1,132 +1,163 @@
-"""Who sees whom, and what is made of it: masks, positions and attention, on arrays alone."""
+"""Attention masks, positions and dot-product attention, as functions of arrays.
+
+A token carries a segment id. Segment 0 is padding; equal segments of a row attend to each
+other causally. Several responses can share one prompt: the prompt has a negative segment,
+and the responses, segments of their own, attend to it but not to each other.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 
 from instructax.models.config import ModelConfig
-from instructax.models.ops import product, soft_capped, softmax_mean
+from instructax.models.ops import einsum, softcap, softmax_weighted_sum
 from instructax.types import Array
 
-SEGMENTS_PER_PREFIX = 1024  # segments 1 … SEGMENTS_PER_PREFIX see segment −1 as well, the next SEGMENTS_PER_PREFIX see −2, …: responses to one prompt
-MASKED = (
-    -1e30
-)  # finite: a padded query, which sees nothing, still gets a finite (and unused) output
-QUERY_BLOCK, QUERY_BLOCKS = (
-    128,
-    8,
-)  # queries that attend together, at least, and into how many blocks at most
+# Segments 1 … 1024 also attend to segment −1, the next 1024 to segment −2, and so on.
+SEGMENTS_PER_PREFIX = 1024
+# Finite, so that a padded query, which sees no key, gets a finite (and unused) output.
+MASKED_SCORE = -1e30
+# Causal attention is computed in blocks of at least this many queries…
+MIN_QUERY_BLOCK = 128
+# … and in at most this many blocks, to bound compile time.
+MAX_QUERY_BLOCKS = 8
 
 
 def positions_from_mask(mask: Array) -> Array:
-    """Position of each real token among the real tokens of its row: b[B, T] → i32[B, T]; 0
-    before the first."""
+    """Index of each real token among the real tokens of its row: b[B, T] → i32[B, T].
+
+    Padding before the first real token gets position 0.
+    """
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def attention_mask(
     query_segments: Array, key_segments: Array, first_column: Array | int
 ) -> Array:
-    """Which keys each query sees: those of its own segment, and of the one that it branches
-    off, but for the keys of later queries. All other columns of a cache hold what came
-    before, wherever they lie.
+    """Which keys each query sees: those of its own segment and of its shared prefix, except
+    the keys of later queries.
 
-    i32[B, T], i32[B, S], column of the first query's key i32[] or i32[B] → b[B, T, S]
+    Columns that no query of this call writes belong to earlier calls, so they count as
+    past wherever they are in the cache.
+
+    Args:
+      query_segments: i32[B, T].
+      key_segments: i32[B, S], the segments in the cache after the queries' own are written.
+      first_column: i32[] or i32[B], column of the first query's key.
+
+    Returns:
+      b[B, T, S].
     """
-    queries = jnp.arange(query_segments.shape[1])[None, :, None]
-    # The query whose key stands in a column, if it is one's.
-    query_of = (
-        jnp.arange(key_segments.shape[1])[None, :] - jnp.reshape(first_column, (-1, 1))
-    )[:, None, :]
-    later = (query_of > queries) & (query_of < query_segments.shape[1])
-    stems = jnp.where(
-        query_segments > 0,
-        -((query_segments - 1) // SEGMENTS_PER_PREFIX) - 1,
-        query_segments,
-    )
+    queries = jnp.arange(query_segments.shape[1])[None, :, None]  # [1, T, 1]
+    columns = jnp.arange(key_segments.shape[1])[None, :]
+    # Index of the query that wrote each column, if one of this call did: [1 or B, 1, S].
+    writer = (columns - jnp.reshape(first_column, (-1, 1)))[:, None, :]
+    future = (writer > queries) & (writer < query_segments.shape[1])
+
+    prefix = -((query_segments - 1) // SEGMENTS_PER_PREFIX) - 1
+    prefix = jnp.where(query_segments > 0, prefix, query_segments)
     keys = key_segments[:, None, :]
-    seen = (keys == query_segments[:, :, None]) | (keys == stems[:, :, None])
-    return ~later & seen & (keys != 0)
+    same = (keys == query_segments[:, :, None]) | (keys == prefix[:, :, None])
+    return ~future & same & (keys != 0)
 
 
 def window_mask(query_positions: Array, key_positions: Array, window: int) -> Array:
-    """Which keys are among the last `sliding_window` up to each query, itself included: i32[B, T],
-    i32[B, S] → b[B, T, S]."""
+    """Which keys are among the last `window` tokens up to each query, itself included:
+    i32[B, T], i32[B, S] → b[B, T, S]."""
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians that each pair of components turns from one position to the next,
-    f64[rotary_width / 2]."""
-    half = config.rotary_width // 2
+    """Radians that each pair of components rotates per position: f64[rotary_dim / 2]."""
+    half = config.rotary_dim // 2
     frequencies = config.rotary_base ** (-np.arange(half) / half)
     scaling = config.rotary_scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+
+    # Llama 3.1: high frequencies are kept, low ones scaled, interpolated in between.
     turns = scaling.original_max_length * frequencies / (2 * np.pi)
-    kept = np.clip(
-        (turns - scaling.low_freq_factor)
-        / (scaling.high_freq_factor - scaling.low_freq_factor),
-        0,
-        1,
-    )
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
-    """Rotary positions (Su et al., 2021), halves convention, on the first 2 ·
-    len(frequencies) components: x dtype[B, T, H, d], positions i32[B, T] → as x."""
-    width = 2 * len(frequencies)
-    if width < x.shape[-1]:
-        return jnp.concatenate(
-            [rotate(x[..., :width], positions, frequencies), x[..., width:]], axis=-1
-        )
-    turns = jnp.asarray(frequencies, jnp.float32)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * turns[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+def apply_rotary(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+    """Applies rotary position embeddings (Su et al., 2021), halves convention.
+
+    Args:
+      x: dtype[B, T, H, d].
+      positions: i32[B, T].
+      frequencies: f64[n]; the first 2n components of each head are rotated.
+
+    Returns:
+      An array like `x`.
+    """
+    rotary_dim = 2 * len(frequencies)
+    if rotary_dim < x.shape[-1]:
+        rotated = apply_rotary(x[..., :rotary_dim], positions, frequencies)
+        return jnp.concatenate([rotated, x[..., rotary_dim:]], axis=-1)
+
+    per_position = jnp.asarray(frequencies, jnp.float32)
+    # [B, T, 1, n], the same for all heads
+    angles = (
+        positions.astype(jnp.float32)[:, :, None, None] * per_position[None, None, None]
+    )
+    cos = jnp.cos(angles)
+    sin = jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
+    rotated = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    )
+    return rotated.astype(x.dtype)
 
 
 def attend(
     query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str, cap: float = 0.0
 ) -> Array:
-    """The mean of the values that each query sees, weighted by softmax(query · key / √d),
-    the scores soft-capped first.
+    """Scaled dot-product attention with grouped queries.
 
-    query dtype[B, heads, T, d], key and value dtype[B, num_kv_heads, S, d], mask b[B, T, S]
-    → dtype[B, heads, T, d]. What is multiplied is rounded to the dtype `matmul_dtype`; sums
-    and softmax are float32.
+    Operands of the products are rounded to `matmul_dtype`; sums and softmax are float32.
+
+    Args:
+      query: dtype[B, heads, T, d].
+      key, value: dtype[B, kv_heads, S, d].
+      mask: b[B, T, S], True where a query sees a key.
+      matmul_dtype: dtype of the operands.
+      cap: soft cap of the scaled scores; 0 = off.
+
+    Returns:
+      dtype[B, heads, T, d].
     """
-    (batch, heads, length, width), dtype = query.shape, query.dtype
-    sharing = heads // key.shape[1]
-    # The queries that share a key stand one below the other: [B, num_kv_heads, T, d] on
-    # both sides of the product is the one layout that XLA:CPU multiplies fast, also in the
-    # backward pass.
-    query = query.reshape(batch, -1, sharing * length, width)
-    scores = product("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, matmul_dtype)
-    seen = jnp.tile(mask, (1, sharing, 1))[:, None]
-    scores = jnp.where(seen, soft_capped(scores / np.sqrt(width), cap), MASKED)
-    return (
-        softmax_mean(scores, value, matmul_dtype)
-        .astype(dtype)
-        .reshape(batch, heads, length, width)
-    )
+    batch, heads, length, head_dim = query.shape
+    dtype = query.dtype
+    group = heads // key.shape[1]  # query heads that share a key head
+
+    # Stack the queries that share a key: with [B, kv_heads, group · T, d] against
+    # [B, kv_heads, S, d], the one layout that XLA:CPU multiplies fast, forward and backward.
+    query = query.reshape(batch, -1, group * length, head_dim)
+    scores = einsum("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, matmul_dtype)
+    scores = softcap(scores / np.sqrt(head_dim), cap)
+
+    visible = jnp.tile(mask, (1, group, 1))[:, None]  # [B, 1, group · T, S]
+    scores = jnp.where(visible, scores, MASKED_SCORE)
+    output = softmax_weighted_sum(scores, value, matmul_dtype)
+    return output.astype(dtype).reshape(batch, heads, length, head_dim)
 
 
 def attend_causally(
     query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str, cap: float = 0.0
 ) -> Array:
-    """As `attend` where S = T and no query sees a later key: what comes after a block of
-    queries is not computed."""
+    """`attend` for S = T and a causal mask, computed in blocks of queries, so that most
+    keys after a query are never multiplied."""
     length = query.shape[2]
-    block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
-    starts, ends = range(0, length, block), (*range(block, length, block), length)
-    parts = [
-        attend(
+    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    outputs = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        output = attend(
             query[:, :, start:end],
             key[:, :, :end],
             value[:, :, :end],
@@ -134,6 +165,5 @@ def attend_causally(
             matmul_dtype,
             cap,
         )
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return jnp.concatenate(parts, axis=2)
+        outputs.append(output)
+    return jnp.concatenate(outputs, axis=2)

@@ -1,16 +1,17 @@
-"""The kernels that attend within whole rows: which of them a run takes, and how each is
-called.
+"""Attention kernels for rows without a cache: which one a run uses, and how each is called.
 
-"jax" is `attention.attend_causally`: products and a mask, anywhere. "cudnn" is cuDNN's
-fused attention as JAX calls it: the mask goes in as a bias of two bytes for each query and
-key of a row, once for all heads, and the backward pass writes its gradient, of the same
-size, which nobody reads. "splash" is Pallas' kernel for TPUs: it reads segments, and no
-array of queries × keys is made. What goes through a cache is attended to by
-`attention.attend` whatever the kernel.
+Experimental: "cudnn" and "splash" have been tested against the reference with XLA's and
+Pallas' emulation only. They have never run on an accelerator.
 
-Splash lets a query see a key if both have the same number. Branches need more: if two
-responses see the keys of their prompt, all three have one number, and the second response
-sees the first.
+"jax" is `attention.attend_causally`: matrix products and a mask, on every platform. "cudnn"
+is cuDNN's fused attention as JAX calls it. The mask is passed as a bias of two bytes per
+query and key, shared by all heads, and the backward pass writes its unused gradient of the
+same size. "splash" is Pallas' kernel for TPUs; it reads segments and builds no array of
+queries × keys. Calls with a cache always use `attention.attend`.
+
+Splash lets a query see a key if their segments are equal. Shared prefixes cannot be
+expressed so: two responses that see their prompt's keys would have its segment, and the
+second response would see the first.
 """
 
 import dataclasses
@@ -29,61 +30,63 @@ from instructax.config import require
 from instructax.models.attention import attend_causally, attention_mask
 from instructax.types import Array
 
-ROW_TOKENS = 128  # rows are multiples: splash's blocks; cuDNN's gradients were NaN at 64 more (pytorch#196678)
-BLOCK = 512  # the most queries, and keys, of one step of splash: MaxText's default
+# Row lengths are a multiple of this: splash's smallest block. With 64 more tokens cuDNN's
+# gradients were NaN (pytorch#196678).
+ROW_TOKENS = 128
+# Queries, and keys, of one step of splash, at most: MaxText's default.
+MAX_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConditions:
-    """Where a run computes, and what its networks attend within."""
+    """What decides whether a kernel can run: the device, and what the networks compute."""
 
     platform: str  # cpu, cuda, rocm or tpu
     version: float  # compute capability of a CUDA device, generation of a TPU; else 0
     dtype: str  # config.compute.dtype
     head_dims: Sequence[int]  # of all networks of the run
-    lengths: Sequence[int]  # of the rows that are run without a cache
-    softcap: bool  # whether a network caps its scores
-    sliding_window: bool  # whether a network has windows
-    shared_prefixes: (
-        bool  # whether texts in a row share another one: responses their prompt
-    )
-    vmapped_runs: bool  # whether one program holds several runs, by `vmap`
+    lengths: Sequence[int]  # of the rows that run without a cache
+    softcap: bool  # a network caps its attention scores
+    sliding_window: bool  # a network has sliding windows
+    shared_prefixes: bool  # segments of a row share another one, as responses their prompt
+    vmapped_runs: bool  # one program holds several runs, by `vmap`
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelSupport:
-    """Where a kernel is known to run."""
+    """The hardware and head dims that a kernel is known to support."""
 
     platform: str
-    oldest: float  # version
+    min_version: float
     head_dims: range
 
 
 KERNEL_SUPPORT = {
-    # JAX's checks (jax._src.cudnn.fused_attention_stablehlo), which allow 256 from compute
-    # capability 9.0 on.
+    # JAX's own checks (jax._src.cudnn.fused_attention_stablehlo), which also allow a head
+    # dim of 256 from compute capability 9.0 on.
     "cudnn": KernelSupport("cuda", 8.0, range(8, 129, 8)),
-    # What its own tests run (tests/pallas/tpu_splash_attention_kernel_test.py of JAX).
+    # What JAX's tests run (tests/pallas/tpu_splash_attention_kernel_test.py).
     "splash": KernelSupport("tpu", 4, range(128, 257, 128)),
 }
 
 
 def obstacle(kernel: str, given: KernelConditions) -> str:
-    """What keeps `kernel` from running, and what is allowed; "" if nothing does."""
-    limits = KERNEL_SUPPORT[kernel]
-    width = next(
-        (width for width in given.head_dims if width not in limits.head_dims), None
-    )
-    length = next((length for length in given.lengths if length % ROW_TOKENS), None)
-    steps, widest = limits.head_dims.step, limits.head_dims[-1]
+    """The first reason why `kernel` cannot run, with what is allowed; "" if it can."""
+    support = KERNEL_SUPPORT[kernel]
+    bad_dim = next((dim for dim in given.head_dims if dim not in support.head_dims), None)
+    bad_length = next((n for n in given.lengths if n % ROW_TOKENS), None)
+    step = support.head_dims.step
+    largest = support.head_dims[-1]
+    is_splash = kernel == "splash"
     obstacles = (
         (
-            given.platform != limits.platform,
-            f"platform {given.platform}, allowed is {limits.platform}",
+            given.platform != support.platform,
+            f"platform {given.platform}, allowed is {support.platform}",
         ),
         (
-            given.version < limits.oldest,
-            f"{given.platform} {given.version:g}, allowed is {limits.oldest:g} or newer",
+            given.version < support.min_version,
+            f"{given.platform} {given.version:g}, allowed is {support.min_version:g} or "
+            "newer",
         ),
         (not given.lengths, "only samplers run, and they have a cache"),
         (
@@ -91,102 +94,102 @@ def obstacle(kernel: str, given: KernelConditions) -> str:
             "config.compute.dtype = 'float32', allowed is 'bf16_matmul' or 'bf16'",
         ),
         (
-            width is not None,
-            f"head_dim = {width}, allowed is a multiple of {steps} up to {widest}",
+            bad_dim is not None,
+            f"head_dim = {bad_dim}, allowed is a multiple of {step} up to {largest}",
         ),
         (
-            length is not None,
-            f"rows of {length} tokens, allowed is a multiple of {ROW_TOKENS}",
+            bad_length is not None,
+            f"rows of {bad_length} tokens, allowed is a multiple of {ROW_TOKENS}",
         ),
         (given.softcap, "model.attention_softcap is set, allowed is 0"),
         (
-            given.sliding_window and kernel == "splash",
+            given.sliding_window and is_splash,
             "model.sliding_window is set, allowed is 0",
         ),
         (given.vmapped_runs, "several runs in one program, allowed is one"),
         (
-            kernel == "splash" and given.shared_prefixes,
-            "texts in a row share another, allowed is each by itself",
+            given.shared_prefixes and is_splash,
+            "responses share a prompt in one row, allowed is one sequence per segment",
         ),
     )
-    return next((text for holds, text in obstacles if holds), "")
+    return next((reason for applies, reason in obstacles if applies), "")
 
 
-def select_kernel(asked: str, given: KernelConditions) -> tuple[str, str]:
-    """(jax, cudnn or splash; why) for `config.compute.attention`.
+def select_kernel(requested: str, given: KernelConditions) -> tuple[str, str]:
+    """Resolves `config.compute.attention` to (jax, cudnn or splash; the reason).
 
-    "auto" takes the platform's own kernel unless something keeps it from running. Raises
-    ConfigError if something keeps a kernel from it that is asked for by name.
+    "auto" takes the platform's own kernel unless something prevents it. Raises ConfigError
+    if a kernel that is requested by name cannot run.
     """
-    if asked == "auto":
-        own = next(
-            (
-                kernel
-                for kernel, limits in KERNEL_SUPPORT.items()
-                if limits.platform == given.platform
-            ),
-            None,
-        )
-        if own is None:
+    if requested == "auto":
+        native = None
+        for kernel, support in KERNEL_SUPPORT.items():
+            if support.platform == given.platform:
+                native = kernel
+        if native is None:
             return "jax", f"auto: {given.platform} has no other"
-        hindered = obstacle(own, given)
-        return (
-            ("jax", f"auto: no {own}: {hindered}")
-            if hindered
-            else (own, f"auto: {given.platform}")
-        )
-    hindered = obstacle(asked, given) if asked in KERNEL_SUPPORT else ""
-    named = f"config.compute.attention = {asked!r}"
+        reason = obstacle(native, given)
+        if reason:
+            return "jax", f"auto: no {native}: {reason}"
+        return native, f"auto: {given.platform}"
+
+    reason = obstacle(requested, given) if requested in KERNEL_SUPPORT else ""
     require(
-        not hindered,
-        f"{named} cannot run: {hindered}; change that, or give 'jax' or 'auto'",
+        not reason,
+        f"config.compute.attention = {requested!r} cannot run: {reason}; change that, or "
+        "give 'jax' or 'auto'",
     )
-    return asked, "as asked"
+    return requested, "as requested"
 
 
 def device_platform(device: Any) -> tuple[str, float]:
-    """(platform, version) of `KernelConditions`."""
-    if device.platform == "tpu":  # "TPU v5 lite", "TPU7x"
+    """The platform and version of `KernelConditions`."""
+    if device.platform == "tpu":  # device kinds are "TPU v5 lite", "TPU7x"
         generation = re.search(r"\d+", device.device_kind)
         return "tpu", float(generation[0]) if generation else 0.0
     if device.platform != "gpu":
         return device.platform, 0.0
-    return (
-        ("cuda", float(device.compute_capability))
-        if "cuda" in device.client.platform_version
-        else ("rocm", 0.0)
-    )
+    if "cuda" in device.client.platform_version:
+        return "cuda", float(device.compute_capability)
+    return "rocm", 0.0
 
 
-def kernel_of_rows(
+def packed_attention(
     name: str, segments: Array, mesh: Any
 ) -> tuple[Callable[..., Array], Array]:
-    """(a function as `attend_causally`, what it takes for a mask) for rows of `segments`
-    i32[B, T].
+    """The attention function of a kernel, and its mask, for rows without a cache.
 
-    The kernels run on each device's own rows and heads: compilers cannot split splash, and
-    cuDNN's call fails where they split mask and queries in two ways. Raises ValueError
-    unless `name` is what `select_kernel` returns.
+    Kernels run on each device's own rows and heads: compilers cannot partition splash, and
+    cuDNN's call fails if mask and queries are partitioned differently.
+
+    Args:
+      name: a result of `select_kernel`; others raise ValueError.
+      segments: i32[B, T].
+      mesh: the mesh of the run; None for one device.
+
+    Returns:
+      A function like `attend_causally`, and the array that it takes as its mask.
     """
     if name == "jax":
         return attend_causally, attention_mask(segments, segments, 0)
     if name not in KERNEL_SUPPORT:
         raise ValueError(
-            f"compute.attention = {name!r} must be chosen before a network runs: stage.settled"
+            f"compute.attention = {name!r} must be resolved by select_kernel before a "
+            "network runs"
         )
-    kernel = with_splash if name == "splash" else with_cudnn
+    kernel = attend_with_splash if name == "splash" else attend_with_cudnn
 
     def attend(
         query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str
     ) -> Array:
-        return sharding.shard_map_attention(
-            partial(kernel, matmul_dtype=matmul_dtype), mesh
-        )(query, key, value, mask)
+        local = partial(kernel, matmul_dtype=matmul_dtype)
+        return sharding.shard_map_attention(local, mesh)(query, key, value, mask)
 
-    return attend, segments if name == "splash" else attention_mask(segments, segments, 0)
+    mask = segments if name == "splash" else attention_mask(segments, segments, 0)
+    return attend, mask
 
 
-def with_cudnn(
+def attend_with_cudnn(
     query: Array,
     key: Array,
     value: Array,
@@ -195,17 +198,26 @@ def with_cudnn(
     *,
     implementation: Any = "cudnn",
 ) -> Array:
-    """As `attend_causally`; weights and outputs are rounded to `matmul_dtype` too.
-    `implementation`: "xla" makes the same call without cuDNN."""
-    rounded = (x.swapaxes(1, 2).astype(matmul_dtype) for x in (query, key, value))
-    # Given that the mask is causal, cuDNN leaves out what comes later.
-    mixed = jax.nn.dot_product_attention(
-        *rounded, mask=mask[:, None], is_causal=True, implementation=implementation
+    """`attend_causally` by cuDNN. Weights and outputs are rounded to `matmul_dtype` too.
+
+    `implementation` = "xla" makes the same call without cuDNN, for tests.
+    """
+    # cuDNN takes [B, T, heads, head_dim].
+    query_rows = query.swapaxes(1, 2).astype(matmul_dtype)
+    key_rows = key.swapaxes(1, 2).astype(matmul_dtype)
+    value_rows = value.swapaxes(1, 2).astype(matmul_dtype)
+    output = jax.nn.dot_product_attention(
+        query_rows,
+        key_rows,
+        value_rows,
+        mask=mask[:, None],
+        is_causal=True,  # implied by the mask; lets cuDNN skip later keys
+        implementation=implementation,
     )
-    return mixed.swapaxes(1, 2).astype(query.dtype)
+    return output.swapaxes(1, 2).astype(query.dtype)
 
 
-def with_splash(
+def attend_with_splash(
     query: Array,
     key: Array,
     value: Array,
@@ -214,28 +226,34 @@ def with_splash(
     *,
     interpret: bool = False,
 ) -> Array:
-    """As `with_cudnn`, for rows without branches and with their segments in place of the
-    mask; padding sees padding."""
-    from jax.experimental.pallas.ops.tpu import (
-        splash_attention as splash,
-    )  # a second to import
+    """`attend_causally` by Pallas' splash attention, for rows without shared prefixes.
 
-    _, heads, length, width = query.shape
-    names = (
-        "block_q",
-        "block_kv",
-        "block_q_dkv",
-        "block_kv_dkv",
-        "block_q_dq",
-        "block_kv_dq",
+    Takes segments i32[B, T] in place of the mask; padding attends to padding. `interpret`
+    emulates the kernel, for tests.
+    """
+    # Imported here because it takes a second.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, heads, length, head_dim = query.shape
+    block = math.gcd(length, MAX_BLOCK)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
     )
-    blocks = splash.BlockSizes(**dict.fromkeys(names, math.gcd(length, BLOCK)))
     causal = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     attend: Any = splash.make_splash_mha(
         causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    scaled = (query.astype(jnp.float32) / np.sqrt(width)).astype(matmul_dtype)
-    ids = splash.SegmentIds(segments, segments)
-    return jax.vmap(attend)(
-        scaled, key.astype(matmul_dtype), value.astype(matmul_dtype), ids
-    ).astype(query.dtype)
+    # Splash does not scale the scores.
+    scaled = (query.astype(jnp.float32) / np.sqrt(head_dim)).astype(matmul_dtype)
+    output = jax.vmap(attend)(
+        scaled,
+        key.astype(matmul_dtype),
+        value.astype(matmul_dtype),
+        splash.SegmentIds(segments, segments),
+    )
+    return output.astype(query.dtype)

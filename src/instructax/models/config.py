@@ -1,42 +1,40 @@
-"""The two groups of values that make a network: its architecture, and how a run computes
-it."""
+"""The two configs of a network: its architecture, and how a run computes it."""
 
 import dataclasses
 from typing import Literal
 
-from instructax.config import check_range
+from instructax.config import ConfigError, check_range
 
-LAYERS = 10_000  # a network has fewer: a list of them is made even to estimate it
+# Exclusive bound: a list of the layers is built even to estimate a network's memory.
+MAX_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """How rotary positions are stretched over longer texts than the first ones.
+    """Scaling of rotary positions to longer sequences than those of pretraining.
 
-    "linear" divides all frequencies by `factor` (Chen et al., 2023). "llama3" divides those
-    that turn fewer than `low_freq_factor` times over `original_max_length`, leaves those that turn
-    more than `high_freq_factor` times, and passes smoothly from the one to the other (Llama 3.1);
-    "linear" reads neither of the three.
+    "linear" divides all frequencies by `factor` (Chen et al., 2023) and reads no other
+    field. "llama3" (Llama 3.1) compares how often a frequency turns over
+    `original_max_length` tokens: below `low_freq_factor` turns it is divided by `factor`,
+    above `high_freq_factor` turns it is unchanged, and between the two it is interpolated.
     """
 
     kind: Literal["linear", "llama3"]
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
+    low_freq_factor: float  # turns
+    high_freq_factor: float  # turns
     original_max_length: int  # tokens
 
     def __post_init__(self):
-        check_range(
-            self,
-            {
-                "factor": 1,
-                "low_freq_factor": 0,
-                "high_freq_factor": 0,
-                "original_max_length": 1,
-            },
-        )
+        least = {
+            "factor": 1,
+            "low_freq_factor": 0,
+            "high_freq_factor": 0,
+            "original_max_length": 1,
+        }
+        check_range(self, least)
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
+            raise ConfigError(
                 f"rotary_scaling.high_freq_factor = {self.high_freq_factor} must be above "
                 f"rotary_scaling.low_freq_factor = {self.low_freq_factor}"
             )
@@ -44,157 +42,159 @@ class RotaryScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture; it travels with the parameters from stage to stage."""
+    """The architecture. It is stored with the parameters and passed from stage to stage."""
 
     vocab_size: int
-    max_length: int  # longest sequence, and the rows of a learned position table
+    max_length: int  # tokens; also the size of a learned position table
     num_layers: int
     embed_dim: int
     num_heads: int
-    num_kv_heads: int  # < heads: grouped queries
+    num_kv_heads: int  # < num_heads: grouped-query attention
     head_dim: int
     mlp_dim: int
     norm: Literal["layernorm", "rmsnorm"]
     norm_epsilon: float
     positions: Literal["learned", "rotary"]
-    rotary_base: float  # wavelengths of rotary positions run from 2π to 2π · base; unused by learned ones
-    rotary_fraction: float  # of each head's width, the first part, that has rotary positions; the rest has none
+    rotary_base: float  # wavelengths run from 2π to 2π · base
+    rotary_fraction: float  # of head_dim, the leading components that are rotated
     rotary_scaling: RotaryScaling | None
-    activation: Literal[
-        "gelu", "gelu_exact", "swiglu", "geglu"
-    ]  # gelu and geglu in the tanh form
-    biases: bool  # of all matrices of the layers
-    qkv_biases: bool  # of those to query, key and value alone
-    qk_norm: bool  # a norm on each head's query and key
-    query_pre_attn_scalar: (
-        float  # attention divides scores by its square root; 0 = head_dim
-    )
-    attention_softcap: float  # c: scores become c · tanh(score / c); 0 = they stay
-    sliding_window: int  # tokens that layers in `window_layers` see, the token itself included; 0 = all before it
-    window_layers: tuple[int, ...]  # layers, from 0
+    # "gelu" and "geglu" use the tanh approximation.
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"]
+    biases: bool  # on all linear maps of the layers
+    qkv_biases: bool  # on query, key and value only
+    qk_norm: bool  # a norm on the query and key of each head
+    query_pre_attn_scalar: float  # scores are divided by its root; 0 = head_dim
+    attention_softcap: float  # c: score → c · tanh(score / c); 0 = off
+    sliding_window: int  # tokens seen by `window_layers`, itself included; 0 = off
+    window_layers: tuple[int, ...]  # indices of the layers with a sliding window
     parallel_residual: bool  # attention and MLP both read the layer's input
-    post_norms: bool  # norms behind attention and MLP, besides those before them
-    scale_embedding: bool  # by √width
-    tied_embeddings: bool
-    final_logit_softcap: float  # as attention_softcap, of the scores of the vocabulary
-    init_std: float  # of every matrix; those that write into the residual stream get it divided by √(2 · layers)
+    post_norms: bool  # norms after attention and MLP, besides those before them
+    scale_embedding: bool  # multiply embeddings by √embed_dim
+    tied_embeddings: bool  # the output head is the embedding table
+    final_logit_softcap: float  # as attention_softcap, on the logits
+    init_std: float  # of all matrices; output projections divide it by √(2 · num_layers)
 
     def __post_init__(self):
-        sizes = (
-            "vocab_size",
-            "max_length",
-            "num_layers",
-            "embed_dim",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_dim",
-        )
-        least = dict.fromkeys(
-            (
-                "norm_epsilon",
-                "init_std",
-                "query_pre_attn_scalar",
-                "attention_softcap",
-                "final_logit_softcap",
-                "sliding_window",
-            ),
-            0,
-        )
-        check_range(
-            self,
-            dict.fromkeys(sizes, 1) | least | {"rotary_base": 1},
-            {"num_layers": LAYERS},
-        )
+        least = {
+            "vocab_size": 1,
+            "max_length": 1,
+            "num_layers": 1,
+            "embed_dim": 1,
+            "num_heads": 1,
+            "num_kv_heads": 1,
+            "head_dim": 1,
+            "mlp_dim": 1,
+            "norm_epsilon": 0,
+            "init_std": 0,
+            "query_pre_attn_scalar": 0,
+            "attention_softcap": 0,
+            "final_logit_softcap": 0,
+            "sliding_window": 0,
+            "rotary_base": 1,
+        }
+        check_range(self, least, {"num_layers": MAX_LAYERS})
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads = {self.num_heads} must be a multiple of model.num_kv_heads = {self.num_kv_heads}"
-            )
-        if not 0 < self.rotary_fraction <= 1:
-            raise ValueError(
-                f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at most 1"
-            )
-        if self.positions == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
-            share = (
-                f" × model.rotary_fraction = {self.rotary_fraction}"
-                if self.rotary_fraction < 1
-                else ""
-            )
-            raise ValueError(
-                f"model.head_dim = {self.head_dim}{share} must be even for rotary positions"
+            raise ConfigError(
+                f"model.num_heads = {self.num_heads} must be a multiple of "
+                f"model.num_kv_heads = {self.num_kv_heads}"
             )
         if self.biases and self.qkv_biases:
-            raise ValueError(
-                "model.qkv_biases = True is for model.biases = False: all matrices have biases already"
+            raise ConfigError(
+                "model.qkv_biases = True requires model.biases = False: all linear maps "
+                "have biases already"
             )
-        if list(self.window_layers) != sorted(
-            {layer for layer in self.window_layers if 0 <= layer < self.num_layers}
-        ):
-            raise ValueError(
-                f"model.window_layers = {self.window_layers} must be rising numbers from 0 to {self.num_layers - 1}"
+        self._check_rotary()
+        self._check_windows()
+
+    def _check_rotary(self) -> None:
+        if not 0 < self.rotary_fraction <= 1:
+            raise ConfigError(
+                f"model.rotary_fraction = {self.rotary_fraction} must be above 0 and at "
+                "most 1"
+            )
+        # Components are rotated in pairs.
+        paired = self.rotary_dim > 0 and self.rotary_dim % 2 == 0
+        if self.positions == "rotary" and not paired:
+            fraction = ""
+            if self.rotary_fraction < 1:
+                fraction = f" × model.rotary_fraction = {self.rotary_fraction}"
+            raise ConfigError(
+                f"model.head_dim = {self.head_dim}{fraction} must be even for rotary "
+                "positions"
+            )
+
+    def _check_windows(self) -> None:
+        valid = {layer for layer in self.window_layers if 0 <= layer < self.num_layers}
+        if list(self.window_layers) != sorted(valid):
+            raise ConfigError(
+                f"model.window_layers = {self.window_layers} must be increasing indices "
+                f"from 0 to {self.num_layers - 1}"
             )
         if bool(self.sliding_window) != bool(self.window_layers):
-            raise ValueError(
-                f"model.sliding_window = {self.sliding_window} and model.window_layers = {self.window_layers}: set both, or 0 and () for none"
+            raise ConfigError(
+                f"model.sliding_window = {self.sliding_window} and model.window_layers = "
+                f"{self.window_layers}: set both, or 0 and () for no window"
             )
 
     @property
-    def rotary_width(self) -> int:
-        """Components of each head that rotary positions turn."""
+    def rotary_dim(self) -> int:
+        """Components of each head that rotary positions rotate."""
         return int(self.head_dim * self.rotary_fraction)
 
     @property
-    def gated(self) -> bool:
-        """Whether the MLP has a third matrix, for its gate."""
+    def gated_mlp(self) -> bool:
+        """Whether the MLP has a gate, a third matrix."""
         return self.activation in ("swiglu", "geglu")
+
+
+ComputeDtype = Literal["float32", "bf16_matmul", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How a run computes; free to differ between stages that share parameters."""
+    """How a run computes. Stages that share parameters may differ in it.
 
-    dtype: Literal[
-        "float32", "bf16_matmul", "bf16"
-    ]  # bf16_matmul: float32, and the matmul_dtype of products rounded to bfloat16
-    decoding_dtype: Literal[
-        "float32", "bf16_matmul", "bf16"
-    ]  # the same of the sampler, which is bound by other things
-    attention: Literal[
-        "auto", "jax", "cudnn", "splash"
-    ]  # kernel of whole rows; "auto": the fastest that surely runs
-    remat: Literal[
-        "none", "dots", "full"
-    ]  # kept for the backward pass: all, matrix products only, layer inputs only
-    head_chunk: int  # sequence positions whose vocabulary-wide scores exist at one time
-    microbatch_rows: int  # packed rows that a device has in memory at a time, where what is packed is of many lengths
-    tail_splits: int  # of a part, for what is left at the end: each halves the padding, and is one more to compile
-    slots: int  # responses that a device samples at a time
-    compaction_steps: int  # of the slots, for the last responses: steps of half the cost, and one more to compile
+    Parameters are float32 in all cases. "float32" computes in float32. "bf16_matmul" keeps
+    activations in float32 and rounds the operands of matrix products to bfloat16. "bf16"
+    also keeps activations in bfloat16, which the field calls mixed precision.
+    """
+
+    dtype: ComputeDtype
+    decoding_dtype: ComputeDtype  # of the sampler, which is bound by memory bandwidth
+    # "auto" picks the platform's fused kernel where it is known to run. The fused kernels
+    # are experimental: they have never run on an accelerator.
+    attention: Literal["auto", "jax", "cudnn", "splash"]
+    # Saved for the backward pass: everything, matrix products only, or layer inputs only.
+    remat: Literal["none", "dots", "full"]
+    head_chunk: int  # positions per row whose logits exist at one time
+    microbatch_rows: int  # packed rows per device in memory at one time
+    tail_splits: (
+        int  # halvings of the microbatch for the last rows; each compiles a program
+    )
+    slots: int  # responses that a device samples at one time
+    compaction_steps: int  # halvings of the slots for the last responses; likewise
 
     def __post_init__(self):
-        check_range(
-            self,
-            {
-                "head_chunk": 1,
-                "microbatch_rows": 1,
-                "tail_splits": 0,
-                "slots": 1,
-                "compaction_steps": 0,
-            },
-        )
+        least = {
+            "head_chunk": 1,
+            "microbatch_rows": 1,
+            "tail_splits": 0,
+            "slots": 1,
+            "compaction_steps": 0,
+        }
+        check_range(self, least)
 
     @property
-    def activations(self) -> str:
-        """The dtype of all that is computed but for norms, softmax and heads, which work in
-        float32."""
+    def activation_dtype(self) -> str:
+        """Dtype of activations. Norms, softmax and heads always compute in float32."""
         return "bfloat16" if self.dtype == "bf16" else "float32"
 
     @property
     def matmul_dtype(self) -> str:
-        """The dtype that matrix products multiply in; they sum in float32."""
+        """Dtype of the operands of matrix products, which accumulate in float32."""
         return "float32" if self.dtype == "float32" else "bfloat16"
 
 
 def decoding_config(compute: ComputeConfig) -> ComputeConfig:
-    """How the sampler of a run computes."""
+    """The config of the sampler: `decoding_dtype` becomes its dtype."""
     return dataclasses.replace(compute, dtype=compute.decoding_dtype)

@@ -1,5 +1,4 @@
-"""What a layer is made of: linear maps, norms, attention and MLP, and the block that joins
-them."""
+"""Layers of the transformer: linear maps, norms, attention, MLP and the residual block."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,21 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax.models import lora
-from instructax.models.attention import rotary_frequencies, rotate
+from instructax.models.attention import apply_rotary, rotary_frequencies
 from instructax.models.config import ModelConfig
-from instructax.models.kv_cache import written
-from instructax.models.ops import gelu, normalized, product
+from instructax.models.kv_cache import write_columns
+from instructax.models.ops import einsum, gelu, normalize
 from instructax.types import Array, pytree
 
 
 def _add_bias(x: Array, bias: Array) -> Array:
-    return x + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - bias.ndim)))
+    # Explicit leading axes: rank promotion is an error in our tests.
+    leading = tuple(range(x.ndim - bias.ndim))
+    return x + jnp.expand_dims(bias.astype(x.dtype), leading)
 
 
 class Linear(nn.Module):
-    """x · kernel (+ bias) over the last `contracted` axes of x, both rounded to the dtype
-    `matmul_dtype`: dtype[..., contracted axes] → dtype[..., *features]. Where there are
-    adapters beside the kernel, what they add."""
+    """x · kernel (+ bias), contracting the last `contracted` axes of x:
+    dtype[..., contracted axes] → dtype[..., *features].
+
+    Operands are rounded to `matmul_dtype`. If the parameters hold a LoRA adapter beside
+    the kernel, its output is added.
+    """
 
     features: tuple[int, ...]
     contracted: int
@@ -36,30 +40,25 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
-        rows, summed, features = (
-            "abc"[: x.ndim - self.contracted],
-            "xy"[: self.contracted],
-            "fgh"[: len(self.features)],
+
+        # Axis names for einsum: leading axes, contracted axes, features.
+        lead = "abc"[: x.ndim - self.contracted]
+        summed = "xy"[: self.contracted]
+        out = "fgh"[: len(self.features)]
+        y = einsum(
+            f"{lead}{summed},{summed}{out}->{lead}{out}", x, kernel, self.matmul_dtype
         )
-        y = product(
-            f"{rows}{summed},{summed}{features}->{rows}{features}",
-            x,
-            kernel,
-            self.matmul_dtype,
-        )
+
         if self.has_variable("params", lora.A):
-            a, b, scale = (
-                self.get_variable("params", name) for name in (lora.A, lora.B, lora.SCALE)
-            )
-            low = product(f"{rows}{summed},{summed}r->{rows}r", x, a, self.matmul_dtype)
-            change = product(
-                f"{rows}r,r{features}->{rows}{features}", low, b, self.matmul_dtype
-            )
-            y = y + change * scale.astype(y.dtype)
+            a = self.get_variable("params", lora.A)
+            b = self.get_variable("params", lora.B)
+            scale = self.get_variable("params", lora.SCALE)
+            low_rank = einsum(f"{lead}{summed},{summed}r->{lead}r", x, a, self.matmul_dtype)
+            delta = einsum(f"{lead}r,r{out}->{lead}{out}", low_rank, b, self.matmul_dtype)
+            y = y + delta * scale.astype(y.dtype)
         if self.bias:
-            y = _add_bias(
-                y, self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-            )
+            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+            y = _add_bias(y, bias)
         return y
 
 
@@ -70,31 +69,27 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width, centred = x.shape[-1], self.config.norm == "layernorm"
-        y = normalized(x.astype(jnp.float32), centred, self.config.norm_epsilon)
-        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        features = x.shape[-1]
+        center = self.config.norm == "layernorm"
+        y = normalize(x.astype(jnp.float32), center, self.config.norm_epsilon)
+
+        scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
         y = y * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
-        if centred:
-            y = _add_bias(
-                y, self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
-            )
+        if center:
+            bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+            y = _add_bias(y, bias)
         return y.astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; returns its keys and values for the
-    cache.
+    """Causal self-attention with grouped queries.
 
-    x dtype[B, T, D], mask b[B, T, S] or what `attend` takes for it, positions i32[B, T],
-    past (keys and values dtype[B, num_kv_heads, S, head_dim], the columns to write at,
-    i32[] or i32[B]) or None, where S = T → (dtype[B, T, D], (keys, values)).
+    `attend` is `attention.attend` (with the soft cap bound) or a kernel like it.
     """
 
     config: ModelConfig
     matmul_dtype: str
-    attend: Callable[
-        ..., Array
-    ]  # `attention.attend` with its cap, or one that does as it does
+    attend: Callable[..., Array]
 
     @nn.compact
     def __call__(
@@ -104,39 +99,55 @@ class Attention(nn.Module):
         positions: Array,
         past: tuple[Array, Array, Array] | None,
     ):
+        """Attends, and returns the keys and values for the cache.
+
+        Args:
+          x: dtype[B, T, D].
+          mask: b[B, T, S], or what `attend` takes instead.
+          positions: i32[B, T].
+          past: cached keys and values dtype[B, num_kv_heads, S, head_dim] and the column
+            to write at, i32[] or i32[B]; None without a cache, where S = T.
+
+        Returns:
+          (dtype[B, T, D], (keys, values)).
+        """
         c = self.config
         linear = partial(
             Linear, bias=c.biases or c.qkv_biases, matmul_dtype=self.matmul_dtype
         )
+        # [B, T, heads, head_dim]
         query = linear((c.num_heads, c.head_dim), 1, c.init_std, name="query")(x)
         key = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="value")(x)
         if c.qk_norm:
-            query, key = Norm(c, name="query_norm")(query), Norm(c, name="key_norm")(key)
+            query = Norm(c, name="query_norm")(query)
+            key = Norm(c, name="key_norm")(key)
         if c.positions == "rotary":
             frequencies = rotary_frequencies(c)
-            query, key = (
-                rotate(query, positions, frequencies),
-                rotate(key, positions, frequencies),
-            )
+            query = apply_rotary(query, positions, frequencies)
+            key = apply_rotary(key, positions, frequencies)
         if c.query_pre_attn_scalar:
-            query = query * jnp.asarray(
-                np.sqrt(c.head_dim / c.query_pre_attn_scalar), query.dtype
-            )  # `attend` divides by √d
-        query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))
+            # `attend` divides by √head_dim; this makes it √query_pre_attn_scalar.
+            scale = np.sqrt(c.head_dim / c.query_pre_attn_scalar)
+            query = query * jnp.asarray(scale, query.dtype)
+
+        # [B, heads, T, head_dim], the layout of the cache
+        query = query.swapaxes(1, 2)
+        key = key.swapaxes(1, 2)
+        value = value.swapaxes(1, 2)
         if past is not None:
             past_keys, past_values, column = past
-            key = written(past_keys, key.astype(past_keys.dtype), column, 2)
-            value = written(past_values, value.astype(past_values.dtype), column, 2)
-        mixed = self.attend(query, key, value, mask, self.matmul_dtype).swapaxes(1, 2)
+            key = write_columns(past_keys, key.astype(past_keys.dtype), column, 2)
+            value = write_columns(past_values, value.astype(past_values.dtype), column, 2)
+
+        output = self.attend(query, key, value, mask, self.matmul_dtype).swapaxes(1, 2)
         residual_std = c.init_std / np.sqrt(2 * c.num_layers)
-        out = linear((c.embed_dim,), 2, residual_std, bias=c.biases, name="out")
-        return out(mixed), (key, value)
+        project = linear((c.embed_dim,), 2, residual_std, bias=c.biases, name="out")
+        return project(output), (key, value)
 
 
 class Mlp(nn.Module):
-    """GELU, or with a gate SwiGLU or GEGLU (Shazeer, 2020): dtype[B, T, D] → dtype[B, T,
-    D]."""
+    """GELU, or gated SwiGLU or GEGLU (Shazeer, 2020): dtype[B, T, D] → dtype[B, T, D]."""
 
     config: ModelConfig
     matmul_dtype: str
@@ -145,15 +156,14 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         linear = partial(Linear, bias=c.biases, matmul_dtype=self.matmul_dtype)
-        y = linear((c.mlp_dim,), 1, c.init_std, name="up")(x)
-        if c.gated:
+        y = linear((c.mlp_dim,), 1, c.init_std, name="up")(x)  # [B, T, F]
+        if c.gated_mlp:
             gate = linear((c.mlp_dim,), 1, c.init_std, name="gate")(x)
             y = y * (jax.nn.silu(gate) if c.activation == "swiglu" else gelu(gate))
         else:
             y = gelu(y, c.activation == "gelu")
-        return linear(
-            (c.embed_dim,), 1, c.init_std / np.sqrt(2 * c.num_layers), name="down"
-        )(y)
+        residual_std = c.init_std / np.sqrt(2 * c.num_layers)
+        return linear((c.embed_dim,), 1, residual_std, name="down")(y)
 
 
 @pytree
@@ -162,27 +172,32 @@ class Dropout:
     none elsewhere)."""
 
     rate: Array  # f32[]
-    keys: Array  # key[B], one for each row: what is dropped in a row does not depend on the rows beside it
+    keys: Array  # key[B]; one per row, so a row's dropout does not depend on its neighbors
 
 
-def drop(x: Array, dropout: Dropout | None, branch: int) -> Array:
-    """Zeroes each cell with probability `rate` and scales the others by 1 / (1 − rate)."""
+def apply_dropout(x: Array, dropout: Dropout | None, branch: int) -> Array:
+    """Zeroes each element with probability `rate` and scales the others by 1 / (1 − rate).
+
+    `branch` distinguishes the draws of one layer: 0 for attention, 1 for the MLP.
+    """
     if dropout is None:
         return x
     keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, branch)
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:]))(
-        keys
-    )
-    return jnp.where(kept, x / (1.0 - dropout.rate).astype(x.dtype), jnp.zeros((), x.dtype))
+
+    def keep_mask(key: Array) -> Array:
+        return jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:])
+
+    kept = jax.vmap(keep_mask)(keys)
+    scaled = x / (1.0 - dropout.rate).astype(x.dtype)
+    return jnp.where(kept, scaled, jnp.zeros((), x.dtype))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches (residual
-    dropout).
+    """x + attention(norm(x)), then x + mlp(norm(x)), with residual dropout on both branches.
 
-    A parallel residual is x + attention(norm(x)) + mlp(norm(x)) with norms of their own
-    (GPT-NeoX). Post-norms stand at the end of both branches (Gemma 2). Arguments and
-    results as those of `Attention`.
+    With a parallel residual it is x + attention(norm(x)) + mlp(norm(x)), each branch with
+    its own norm (GPT-NeoX). Post-norms end both branches (Gemma 2). Arguments and results
+    are those of `Attention`.
     """
 
     config: ModelConfig
@@ -196,13 +211,16 @@ class Block(nn.Module):
         c = self.config
         attention = Attention(c, self.matmul_dtype, self.attend, name="attention")
         mlp = Mlp(c, self.matmul_dtype, name="mlp")
-        attended, present = attention(
-            Norm(c, name="attention_norm")(x), mask, positions, past
-        )
+
+        attention_input = Norm(c, name="attention_norm")(x)
+        attended, present = attention(attention_input, mask, positions, past)
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)
-        read, x = x, x + drop(attended, dropout, 0)
-        y = mlp(Norm(c, name="mlp_norm")(read if c.parallel_residual else x))
+        layer_input = x
+        x = x + apply_dropout(attended, dropout, 0)
+
+        mlp_input = layer_input if c.parallel_residual else x
+        y = mlp(Norm(c, name="mlp_norm")(mlp_input))
         if c.post_norms:
             y = Norm(c, name="mlp_post_norm")(y)
-        return x + drop(y, dropout, 1), present
+        return x + apply_dropout(y, dropout, 1), present

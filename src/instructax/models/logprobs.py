@@ -1,10 +1,16 @@
-"""From hidden states to log-probabilities of tokens, and to the gradients of losses on
-them, a few positions at a time.
+"""Log-probabilities of tokens from hidden states, and gradients of losses on them, computed
+in chunks of a few positions.
 
-Scores over the whole vocabulary exist for `chunk` positions of each row only: no buffer of
-shape [B, T, V] is ever made. The positions that are asked for come first, and chunks
-without any are passed over: what a loss does not see, such as a prompt, costs nothing here.
-A loss and its gradients come out of the same pass, so that no score is computed twice.
+Logits exist for `chunk` positions of each row only, forward and backward: no [B, T, V] array
+is ever made. Masked-in positions are sorted to the front, and chunks without any are
+skipped, so positions outside the loss mask, such as prompts, cost nothing. A loss and its
+gradients come from one pass, so logits are computed once.
+
+How the chunking works, for rows of T = 6 positions, chunk = 2 and a mask 0 0 1 0 1 1:
+
+    order     2 4 5 0 1 3          masked-in positions first, both groups in order
+    chunks    [2 4] [5 0] [1 3]    3 chunks
+    used      2                    the last chunk has no masked-in position in any row
 """
 
 from collections.abc import Callable
@@ -14,23 +20,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.models.ops import max_over_batch, product, soft_capped
+from instructax.models.ops import einsum, max_over_batch, softcap
 from instructax.types import Array
 
-# (logprobs f32[B, c], mask b[B, c], extras [B, c] each) → (loss, metrics): means over the
-# mask, all f32[].
+# A loss on one chunk: (logprobs f32[B, c], mask b[B, c], extras, a tree of [B, c]) →
+# (loss f32[], metrics f32[] each), all means over the mask.
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
 def compute_logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
-    """Scores over the vocabulary: dtype[..., D], f32[V, D] → f32[..., V], soft-capped with
-    a `cap` above 0. The kernel is rounded to the dtype of the hidden states, sums are
-    float32."""
-    rows = "abc"[: hidden.ndim - 1]
-    logits = product(
-        f"{rows}d,vd->{rows}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name
+    """Logits: hidden dtype[..., D], kernel f32[V, D] → f32[..., V].
+
+    The kernel is rounded to the dtype of the hidden states; sums are float32. `cap` is the
+    final soft cap; 0 = off.
+    """
+    lead = "abc"[: hidden.ndim - 1]
+    logits = einsum(
+        f"{lead}d,vd->{lead}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name
     )
-    return soft_capped(logits, cap)
+    return softcap(logits, cap)
 
 
 def sequence_logprobs(
@@ -43,20 +51,22 @@ def sequence_logprobs(
     chunk: int,
     cap: float = 0.0,
 ) -> Array:
-    """log softmax(logits / temperature) at the targets where `mask`, else 0; `cap` is that
-    of `compute_logits`.
+    """log softmax(logits / temperature) at the targets; differentiable.
 
-    `hidden` dtype[B, T, D], `kernel` f32[V, D], `targets` i32[B, T], `mask` b[B, T] →
-    f32[B, T]. Differentiable.
+    Args:
+      hidden: dtype[B, T, D].
+      kernel: f32[V, D].
+      targets: i32[B, T].
+      mask: b[B, T], the positions to compute.
+      temperature: divides the logits.
+      chunk: positions per row whose logits exist at one time.
+      cap: as in `compute_logits`.
+
+    Returns:
+      f32[B, T], zero where masked out.
     """
-    return _by_chunks(
-        partial(_logprobs, temperature=temperature, cap=cap),
-        hidden,
-        kernel,
-        targets,
-        mask,
-        chunk,
-    )
+    function = partial(_logprobs, temperature=temperature, cap=cap)
+    return _map_chunks(function, hidden, kernel, targets, mask, chunk)
 
 
 def sequence_logprobs_and_entropy(
@@ -69,47 +79,50 @@ def sequence_logprobs_and_entropy(
     chunk: int,
     cap: float = 0.0,
 ) -> tuple[Array, Array]:
-    """As `sequence_logprobs`, and the entropy in nats of the distribution at each position:
-    (f32[B, T], f32[B, T])."""
+    """`sequence_logprobs`, and the entropy in nats of each position's distribution: both
+    f32[B, T], zero where masked out."""
     function = partial(_logprobs_and_entropy, temperature=temperature, cap=cap)
-    return _by_chunks(function, hidden, kernel, targets, mask, chunk)
+    return _map_chunks(function, hidden, kernel, targets, mask, chunk)
 
 
 def sequence_logprobs_and_greedy(
     hidden: Array, kernel: Array, targets: Array, mask: Array, *, chunk: int, cap: float
 ) -> tuple[Array, Array]:
-    """As `sequence_logprobs` at temperature 1, and whether each target is the likeliest
-    token, the first of equals: (f32[B, T], b[B, T]), False where masked."""
-    logprobs, greedy = _by_chunks(
-        partial(_logprobs_and_greedy, cap=cap), hidden, kernel, targets, mask, chunk
-    )
+    """`sequence_logprobs` at temperature 1, and whether each target is the argmax (the
+    first one of ties): f32[B, T], b[B, T], zero and False where masked out."""
+    function = partial(_logprobs_and_greedy, cap=cap)
+    logprobs, greedy = _map_chunks(function, hidden, kernel, targets, mask, chunk)
     return logprobs, greedy > 0
 
 
 def top_logprobs(
     hidden: Array, kernel: Array, *, count: int, chunk: int, cap: float
 ) -> tuple[Array, Array]:
-    """The `count` likeliest tokens at each position, the likeliest first: dtype[B, T, D],
-    f32[V, D] → (log-probabilities f32[B, T, count], ids i32[B, T, count]); `cap` is that of
-    `compute_logits`."""
-    batch, length, width = hidden.shape
+    """The `count` most likely tokens at each position, the most likely first.
+
+    Args:
+      hidden: dtype[B, T, D].
+      kernel: f32[V, D].
+      count: tokens per position.
+      chunk, cap: as in `sequence_logprobs`.
+
+    Returns:
+      Log-probabilities f32[B, T, count] and token ids i32[B, T, count].
+    """
+    batch, length, features = hidden.shape
     chunk = min(chunk, length)
-    slices = (
-        jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
-        .reshape(batch, -1, chunk, width)
-        .swapaxes(0, 1)
-    )
+    padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
+    chunks = padded.reshape(batch, -1, chunk, features).swapaxes(0, 1)
 
-    def likeliest(part: Array) -> Any:
-        return jax.lax.top_k(
-            jax.nn.log_softmax(compute_logits(part, kernel, cap), axis=-1), count
-        )
+    def top(hidden: Array) -> Any:
+        logits = compute_logits(hidden, kernel, cap)
+        return jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
 
-    found = jax.lax.map(likeliest, slices)
-    return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(batch, -1, count)[:, :length],
-        (found[0], found[1]),
-    )
+    def to_rows(x: Array) -> Array:  # [chunks, B, chunk, count] → [B, T, count]
+        return x.swapaxes(0, 1).reshape(batch, -1, count)[:, :length]
+
+    logprobs, ids = jax.lax.map(top, chunks)
+    return to_rows(logprobs), to_rows(ids)
 
 
 def loss_and_gradients(
@@ -124,53 +137,57 @@ def loss_and_gradients(
     chunk: int,
     cap: float = 0.0,
 ) -> tuple[Array, dict[str, Array], Array, Array]:
-    """A mean over the masked tokens of what depends on each token's own log-probability,
-    and its gradients.
+    """A loss that is a mean over masked-in tokens of a function of each token's own
+    log-probability, and its gradients, in one pass over the chunks.
 
-    Arrays as in `sequence_logprobs`; `extras` is a tree of [B, T] that `loss_of` reads
-    beside the log-probabilities. Returns (loss, metrics, by hidden dtype[B, T, D], by
-    kernel f32[V, D]).
+    Args:
+      loss_of: the loss and metrics of one chunk.
+      hidden, kernel, targets, mask, temperature, chunk, cap: as in `sequence_logprobs`.
+      extras: tree of [B, T] that `loss_of` gets beside the log-probabilities.
+
+    Returns:
+      (loss f32[], metrics, gradient of hidden dtype[B, T, D], gradient of kernel f32[V, D]).
     """
-    slices, back, used = _chunks((hidden, targets, mask, extras), mask, chunk)
+    chunks, to_rows, used = _split_chunks((hidden, targets, mask, extras), mask, chunk)
     total = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
-    def share_of_loss(
+    def weighted_loss(
         hidden: Array, kernel: Array, targets: Array, mask: Array, extras: Any
-    ):
-        loss, metrics = loss_of(
-            _logprobs(hidden, kernel, targets, temperature=temperature, cap=cap),
-            mask,
-            extras,
-        )
+    ) -> tuple[Array, dict[str, Array]]:
+        logprobs = _logprobs(hidden, kernel, targets, temperature=temperature, cap=cap)
+        loss, metrics = loss_of(logprobs, mask, extras)
+        # The chunk's share of the tokens turns its means into terms of the batch's means.
         share = jnp.sum(mask, dtype=jnp.float32) / total
-        return share * loss, {"loss": share * loss} | {
-            name: share * x for name, x in metrics.items()
-        }
+        weighted = {name: share * value for name, value in metrics.items()}
+        return share * loss, {"loss": share * loss} | weighted
 
-    gradients_of = jax.grad(share_of_loss, argnums=(0, 1), has_aux=True)
+    gradients_of = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
 
-    def part(index: Array) -> Any:
+    def take(index: Array) -> Any:
         return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), slices
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks
         )
 
-    def add(index: Array, sums: Any) -> Any:
-        hidden, *rest = part(index)
-        (by_hidden, by_kernel), figures = gradients_of(hidden, kernel, *rest)
-        by_slices, others = sums
-        by_slices = jax.lax.dynamic_update_index_in_dim(by_slices, by_hidden, index, 0)
-        return by_slices, jax.tree.map(jnp.add, others, (by_kernel, figures))
+    def gradients_at(index: Array) -> Any:
+        hidden, *rest = take(index)
+        return gradients_of(hidden, kernel, *rest)
 
-    figures = jax.eval_shape(
-        lambda: gradients_of(part(jnp.int32(0))[0], kernel, *part(jnp.int32(0))[1:])[1]
-    )
-    blank = (
-        jnp.zeros_like(slices[0]),
-        (jnp.zeros_like(kernel), jax.tree.map(lambda x: jnp.zeros((), x.dtype), figures)),
-    )
-    by_slices, (by_kernel, figures) = jax.lax.fori_loop(0, used, add, blank)
-    loss = figures.pop("loss")
-    return loss, figures, back(by_slices), by_kernel
+    def add(index: Array, state: Any) -> Any:
+        (hidden_gradient, kernel_gradient), metrics = gradients_at(index)
+        hidden_gradients, sums = state
+        hidden_gradients = jax.lax.dynamic_update_index_in_dim(
+            hidden_gradients, hidden_gradient, index, 0
+        )
+        sums = jax.tree.map(jnp.add, sums, (kernel_gradient, metrics))
+        return hidden_gradients, sums
+
+    _, metric_shapes = jax.eval_shape(lambda: gradients_at(jnp.int32(0)))
+    no_metrics = jax.tree.map(lambda x: jnp.zeros((), x.dtype), metric_shapes)
+    start = (jnp.zeros_like(chunks[0]), (jnp.zeros_like(kernel), no_metrics))
+    hidden_gradients, sums = jax.lax.fori_loop(0, used, add, start)
+    kernel_gradient, metrics = sums
+    loss = metrics.pop("loss")
+    return loss, metrics, to_rows(hidden_gradients), kernel_gradient
 
 
 def _logprobs(hidden, kernel, targets, *, temperature, cap):
@@ -180,9 +197,8 @@ def _logprobs(hidden, kernel, targets, *, temperature, cap):
 
 
 def _logprobs_and_entropy(hidden, kernel, targets, *, temperature, cap):
-    logprobs = jax.nn.log_softmax(
-        compute_logits(hidden, kernel, cap) / temperature, axis=-1
-    )
+    logits = compute_logits(hidden, kernel, cap) / temperature
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
@@ -194,55 +210,61 @@ def _logprobs_and_greedy(hidden, kernel, targets, *, cap):
     return chosen - jax.nn.logsumexp(logits, axis=-1), greedy
 
 
-def _chunks(
+def _split_chunks(
     tree: Any, mask: Array, chunk: int
 ) -> tuple[Any, Callable[[Array], Array], Array]:
-    """(a tree of [B, T, …] as [slices, B, chunk, …], the masked positions of each row
-    first; the way back for an array; the number of slices that hold a masked position)."""
+    """Splits a tree of [B, T, ...] into chunks, each row's masked-in positions first.
+
+    Returns:
+      The tree as [chunks, B, chunk, ...], the inverse for one array, and the number of
+      chunks with a masked-in position, i32[].
+    """
     batch, length = mask.shape
     chunk = min(chunk, length)
     padding = -length % chunk
-    order = jnp.argsort(~mask, axis=1, stable=True)
+    order = jnp.argsort(~mask, axis=1, stable=True)  # [B, T]
     inverse = jnp.argsort(order, axis=1)
 
-    def sliced(x: Array) -> Array:
-        x = _taken(x, order)
+    def to_chunks(x: Array) -> Array:
+        x = _take_positions(x, order)
         x = jnp.pad(x, ((0, 0), (0, padding), *(((0, 0),) * (x.ndim - 2))))
         return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def back(x: Array) -> Array:
-        return _taken(
-            x.swapaxes(0, 1).reshape(batch, length + padding, *x.shape[3:])[:, :length],
-            inverse,
-        )
+    def to_rows(x: Array) -> Array:
+        x = x.swapaxes(0, 1).reshape(batch, length + padding, *x.shape[3:])
+        return _take_positions(x[:, :length], inverse)
 
-    most = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
-    return jax.tree.map(sliced, tree), back, max_over_batch(-(-most // chunk))
-
-
-def _taken(x: Array, order: Array) -> Array:
-    return jnp.take_along_axis(x, jnp.expand_dims(order, tuple(range(2, x.ndim))), axis=1)
+    longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+    used = max_over_batch(-(-longest // chunk))
+    return jax.tree.map(to_chunks, tree), to_rows, used
 
 
-def _by_chunks(
-    function, hidden: Array, kernel: Array, targets: Array, mask: Array, chunk: int
-):
-    """Applies `function(hidden, kernel, targets)` to slices of `chunk` positions and joins
-    the results to [B, T]."""
-    slices, back, used = _chunks((hidden, targets), mask, chunk)
-    outs = jax.eval_shape(lambda: function(slices[0][0], kernel, slices[1][0]))
+def _take_positions(x: Array, order: Array) -> Array:
+    """x[b, order[b, t], ...] of x [B, T, ...]."""
+    index = jnp.expand_dims(order, tuple(range(2, x.ndim)))
+    return jnp.take_along_axis(x, index, axis=1)
 
-    def nothing(_hidden: Array, _targets: Array):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outs)
+
+def _map_chunks(
+    function: Any, hidden: Array, kernel: Array, targets: Array, mask: Array, chunk: int
+) -> Any:
+    """Applies `function(hidden, kernel, targets)` chunk by chunk: a tree of f32[B, T], zero
+    where masked out."""
+    chunks, to_rows, used = _split_chunks((hidden, targets), mask, chunk)
+    out_shapes = jax.eval_shape(lambda: function(chunks[0][0], kernel, chunks[1][0]))
+
+    def compute(hidden: Array, targets: Array) -> Any:
+        return function(hidden, kernel=kernel, targets=targets)
+
+    def skip(_hidden: Array, _targets: Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shapes)
 
     def step(_, inputs):
         index, (hidden, targets) = inputs
-        wanted = partial(function, kernel=kernel)
-        return None, jax.lax.cond(
-            index < used, lambda h, t: wanted(h, targets=t), nothing, hidden, targets
-        )
+        return None, jax.lax.cond(index < used, compute, skip, hidden, targets)
 
-    # The checkpoint makes the backward pass recompute the scores instead of keeping them.
+    # Recompute the logits in the backward pass instead of saving them.
     step = jax.checkpoint(step, prevent_cse=False)
-    _, results = jax.lax.scan(step, None, (jnp.arange(slices[0].shape[0]), slices))
-    return jax.tree.map(lambda x: jnp.where(mask, back(x), 0.0), results)
+    indices = jnp.arange(chunks[0].shape[0])
+    _, outputs = jax.lax.scan(step, None, (indices, chunks))
+    return jax.tree.map(lambda x: jnp.where(mask, to_rows(x), 0.0), outputs)

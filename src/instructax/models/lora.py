@@ -1,11 +1,13 @@
-"""Low-rank adapters (LoRA, Hu et al., 2021): x · W becomes x · W + alpha / rank · (x · A) ·
-B, and A and B alone are trained, with the scalar head if there is one.
+"""Low-rank adapters (LoRA, Hu et al., 2021): x · W becomes x · W + alpha / rank · (x · A) · B.
+Only A, B and the scalar head, if there is one, are trained.
 
-A and B are leaves beside the kernel W of each linear map of the layers, with alpha / rank
-as a third leaf: a tree of parameters says of itself whether it is adapted, and how. B
-starts at 0, so that an adapted network begins as its parent, to the bit. `trainable` is
-what gradients, Adam's moments and averages are made of; `merge_lora` puts A · B into the
-kernels, for a sampler and for whoever starts from the run.
+A and B are leaves beside the kernel W of each linear map of the layers, and alpha / rank is
+a third leaf, so the parameters alone say whether and how they are adapted. B starts at
+zero: an adapted network starts bitwise equal to its parent. `trainable` selects what
+gradients, Adam moments and averages cover; `merge_lora` adds A · B to the kernels, for
+samplers and for later stages.
+
+The paper trains all parameters; adapters are our addition for small machines.
 """
 
 import dataclasses
@@ -18,17 +20,28 @@ import numpy as np
 from instructax.config import check_positive, check_range
 from instructax.types import Array, Params
 
-A, B, SCALE = "lora_a", "lora_b", "lora_scale"  # beside `kernel`
-# Each linear map of the layers, and how many axes of its kernel its product sums over.
-CONTRACTED = {"query": 1, "key": 1, "value": 1, "out": 2, "up": 1, "gate": 1, "down": 1}
+# Leaves of an adapter, beside `kernel`.
+A = "lora_a"
+B = "lora_b"
+SCALE = "lora_scale"
+# Linear map → how many axes of its kernel it contracts, after the leading layer axis.
+CONTRACTED_AXES = {
+    "query": 1,
+    "key": 1,
+    "value": 1,
+    "out": 2,
+    "up": 1,
+    "gate": 1,
+    "down": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Adapters of a run."""
+    """The adapters of a run."""
 
-    rank: int  # 0 = none, and all parameters are trained
-    alpha: float  # what adapters add is multiplied by alpha / rank
+    rank: int  # 0 = none: all parameters are trained
+    alpha: float  # an adapter's output is multiplied by alpha / rank
 
     def __post_init__(self):
         check_range(self, {"rank": 0})
@@ -36,15 +49,16 @@ class LoraConfig:
 
 
 def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
-    """`params` with adapters: A from N(0, 1 / the number of inputs), B = 0. With rank 0
-    `params` themselves."""
+    """`params` with adapters, A ~ N(0, 1 / inputs) and B = 0; unchanged for rank 0."""
     if config.rank == 0:
         return params
-    keys = dict(zip(CONTRACTED, jax.random.split(key, len(CONTRACTED)), strict=True))
+    split = jax.random.split(key, len(CONTRACTED_AXES))
+    keys = dict(zip(CONTRACTED_AXES, split, strict=True))
 
-    def added(name: str, linear: Params) -> Params:
-        kernel = linear["kernel"]
-        layers, (inputs, outputs) = kernel.shape[0], _inputs_and_outputs(name, kernel)
+    def add(name: str, linear: Params) -> Params:
+        kernel = linear["kernel"]  # [num_layers, *inputs, *outputs]
+        layers = kernel.shape[0]
+        inputs, outputs = _inputs_and_outputs(name, kernel)
         a = jax.random.normal(keys[name], (layers, *inputs, config.rank), jnp.float32)
         return {
             **linear,
@@ -53,86 +67,89 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
             SCALE: jnp.full((layers,), config.alpha / config.rank, jnp.float32),
         }
 
-    return {**params, "blocks": _with_linears(params["blocks"], added)}
+    return {**params, "blocks": _map_linears(add, params["blocks"])}
 
 
 def merge_lora(params: Params) -> Params:
-    """The parameters of the same network without adapters; those without any as they are."""
+    """The same network without adapters; parameters without adapters are unchanged."""
 
-    def summed(name: str, linear: Params) -> Params:
+    def merge(name: str, linear: Params) -> Params:
         if A not in linear:
             return linear
         kernel = linear["kernel"]
-        a, b = linear[A].reshape(len(kernel), -1, linear[A].shape[-1]), linear[B]
-        change = jnp.einsum(
-            "lir,lro->lio", a, b.reshape(*b.shape[:2], -1), precision="highest"
-        )
+        rank = linear[A].shape[-1]
+        a = linear[A].reshape(len(kernel), -1, rank)  # [layers, inputs, rank]
+        b = linear[B].reshape(len(kernel), rank, -1)  # [layers, rank, outputs]
+        delta = jnp.einsum("lir,lro->lio", a, b, precision="highest")
         scale = linear[SCALE].reshape(-1, *(1,) * (kernel.ndim - 1))
-        plain = {leaf: x for leaf, x in linear.items() if leaf not in (A, B, SCALE)}
-        return {
-            **plain,
-            "kernel": (kernel + scale * change.reshape(kernel.shape)).astype(kernel.dtype),
-        }
 
-    return (
-        {**params, "blocks": _with_linears(params["blocks"], summed)}
-        if "blocks" in params
-        else params
-    )
+        merged = {leaf: x for leaf, x in linear.items() if leaf not in (A, B, SCALE)}
+        kernel_dtype = kernel.dtype
+        kernel = kernel + scale * delta.reshape(kernel.shape)
+        merged["kernel"] = kernel.astype(kernel_dtype)
+        return merged
+
+    if "blocks" not in params:
+        return params
+    return {**params, "blocks": _map_linears(merge, params["blocks"])}
 
 
 def trainable(params: Params) -> Params:
-    """The part of a tree of parameters that is trained: of an adapted one A, B and the
-    scalar head, else all of it."""
-    if not _adapted(params):
+    """The subtree that is trained: all parameters, or A, B and the scalar head if there are
+    adapters."""
+    if not _has_lora(params):
         return params
 
-    def part(tree: Params) -> Params:
-        below = {
-            name: part(leaf) if isinstance(leaf, dict) else leaf
-            for name, leaf in tree.items()
-        }
-        return {
-            name: leaf
-            for name, leaf in below.items()
-            if (leaf if isinstance(leaf, dict) else name in (A, B))
-        }
+    def adapters(tree: Params) -> Params:
+        selected = {}
+        for name, leaf in tree.items():
+            if isinstance(leaf, dict):
+                if below := adapters(leaf):
+                    selected[name] = below
+            elif name in (A, B):
+                selected[name] = leaf
+        return selected
 
-    head = {name: leaf for name, leaf in params.items() if name == "scalar_head"}
-    return {"blocks": part(params["blocks"]), **head}
+    selected = {"blocks": adapters(params["blocks"])}
+    if "scalar_head" in params:
+        selected["scalar_head"] = params["scalar_head"]
+    return selected
 
 
 def merge_trees(part: Params, params: Params) -> Params:
-    """`params` with the leaves of `part`, which has some of theirs."""
+    """`params` with the leaves of its subtree `part` replaced."""
     if not isinstance(params, dict) or not isinstance(part, dict):
         return part
-    return {
-        name: merge_trees(part[name], leaf) if name in part else leaf
-        for name, leaf in params.items()
-    }
+    merged = dict(params)
+    for name in params:
+        if name in part:
+            merged[name] = merge_trees(part[name], params[name])
+    return merged
 
 
-def _adapted(params: Params) -> bool:
-    return isinstance(params, dict) and any(
-        A in linear for linear in params.get("blocks", {}).get("mlp", {}).values()
-    )
+def _has_lora(params: Params) -> bool:
+    if not isinstance(params, dict):
+        return False
+    mlp = params.get("blocks", {}).get("mlp", {})
+    return any(A in linear for linear in mlp.values())
 
 
 def _inputs_and_outputs(
     name: str, kernel: Array
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    border = 1 + CONTRACTED[name]
-    return kernel.shape[1:border], kernel.shape[border:]
+    """The input and output axes of a kernel [num_layers, *inputs, *outputs]."""
+    first_output = 1 + CONTRACTED_AXES[name]
+    return kernel.shape[1:first_output], kernel.shape[first_output:]
 
 
-def _with_linears(blocks: Params, change: Callable[[str, Params], Params]) -> Params:
-    """`blocks` with each linear map's leaves replaced by `change(its name, they)`."""
-    return {
-        name: {
-            part: change(part, leaves) if "kernel" in leaves else leaves
-            for part, leaves in group.items()
-        }
-        if name in ("attention", "mlp")
-        else group
-        for name, group in blocks.items()
-    }
+def _map_linears(change: Callable[[str, Params], Params], blocks: Params) -> Params:
+    """`blocks` with the leaves of each linear map replaced by `change(name, leaves)`."""
+    changed = dict(blocks)
+    for group in ("attention", "mlp"):
+        if group not in blocks:
+            continue
+        changed[group] = dict(blocks[group])
+        for name, leaves in blocks[group].items():
+            if "kernel" in leaves:  # not the norms of query and key
+                changed[group][name] = change(name, leaves)
+    return changed

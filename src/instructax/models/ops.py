@@ -1,10 +1,11 @@
-"""Operations that JAX would derive worse: backward passes of the network, and loops under
-`vmap`.
+"""Operations with hand-written gradients for XLA:CPU, and loop conditions under `vmap`.
 
-XLA:CPU fuses what computes an array into every product that reads it, and computes it again
-there: in the backward pass of a transformer, the norms and activations of all later layers.
-Here such arrays are written to memory once. The mathematics is that of the derived
-gradients; on other accelerators XLA is left alone.
+A reader may skip every backward pass here: the gradients are mathematically those that JAX
+derives, and other accelerators get the same program without the barriers. They exist
+because XLA:CPU fuses the computation of an array into every matrix product that reads it and
+repeats it there, which in the backward pass of a transformer recomputes the norms and
+activations of all later layers. `materialize` writes such arrays to memory once;
+docs/performance.md has the measurements.
 """
 
 from collections.abc import Callable
@@ -15,185 +16,205 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+# The type stubs of both lose the signature of the decorated function.
 custom_vmap: Any = jax.custom_batching.custom_vmap
-custom_vjp: Any = jax.custom_vjp  # whose stubs forget what a decorated function returns
+custom_vjp: Any = jax.custom_vjp
 
 
-def materialized(x: Array) -> Array:
-    """`x`; on CPUs XLA may not fuse what computes it with what reads it."""
-    kept: Any = jax.lax.platform_dependent(
+def materialize(x: Array) -> Array:
+    """Returns `x`; on CPUs XLA may not fuse its computation into the operations that read
+    it."""
+    result: Any = jax.lax.platform_dependent(
         x, cpu=jax.lax.optimization_barrier, default=lambda x: x
     )
-    return kept
+    return result
 
 
 @partial(custom_vjp, nondiff_argnums=(0, 3))
-def product(axes: str, x: Array, y: Array, matmul_dtype: str) -> Array:
-    """Einstein's sum of two arrays: with `axes` "td,df->tf" it is Σ_d x[t, d] · y[d, f], of
-    the dtype of x.
+def einsum(axes: str, x: Array, y: Array, matmul_dtype: str) -> Array:
+    """`jnp.einsum` of two arrays with rounded operands.
 
-    Both are rounded to the dtype `matmul_dtype`; sums are float32. Each axis is one of two
-    of the three arrays, or of all.
+    Args:
+      axes: such as "td,df->tf". Each axis occurs in exactly two of the three arrays, or in
+        all three.
+      x, y: the operands, rounded to `matmul_dtype`.
+      matmul_dtype: dtype of the operands; sums are float32.
+
+    Returns:
+      An array of the dtype of x.
     """
-    return _product_forward(axes, x, y, matmul_dtype)[0]
+    return _einsum_forward(axes, x, y, matmul_dtype)[0]
 
 
-def _product_forward(
+def _einsum_forward(
     axes: str, x: Array, y: Array, matmul_dtype: str
 ) -> tuple[Array, tuple[Array, Array]]:
     rounded = x.astype(matmul_dtype)
-    return _einsum(axes, rounded, y.astype(matmul_dtype), x.dtype), (rounded, y)
+    result = _contract(axes, rounded, y.astype(matmul_dtype), x.dtype)
+    return result, (rounded, y)
 
 
-def _product_backward(
-    axes: str, matmul_dtype: str, kept: tuple[Array, Array], gradient: Array
+def _einsum_backward(
+    axes: str, matmul_dtype: str, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    """d x = gradient · y and d y = x · gradient, each summed over the axes that it lacks."""
-    of_x, of_y, of_result = axes.replace("->", ",").split(",")
-    (x, y), dtype = kept, gradient.dtype
-    x, gradient = materialized(x), materialized(gradient.astype(matmul_dtype))
-    by_x = _einsum(f"{of_result},{of_y}->{of_x}", gradient, y.astype(matmul_dtype), dtype)
-    # Both are summed over their first axes, so that the left one has to be transposed: the
-    # smaller one.
-    (left, of_left), (right, of_right) = sorted(
-        [(x, of_x), (gradient, of_result)], key=lambda pair: pair[0].size
+    x_axes, y_axes, out_axes = axes.replace("->", ",").split(",")
+    x, y = residuals
+    dtype = gradient.dtype
+    x = materialize(x)
+    gradient = materialize(gradient.astype(matmul_dtype))
+    x_gradient = _contract(
+        f"{out_axes},{y_axes}->{x_axes}", gradient, y.astype(matmul_dtype), dtype
     )
-    by_y = _einsum(f"{of_left},{of_right}->{of_y}", left, right, dtype)
-    return by_x, by_y.astype(y.dtype)
+    # Both operands are contracted over their first axes, so the left one has to be
+    # transposed: take the smaller one.
+    if x.size <= gradient.size:
+        y_gradient = _contract(f"{x_axes},{out_axes}->{y_axes}", x, gradient, dtype)
+    else:
+        y_gradient = _contract(f"{out_axes},{x_axes}->{y_axes}", gradient, x, dtype)
+    return x_gradient, y_gradient.astype(y.dtype)
 
 
-def _einsum(axes: str, x: Array, y: Array, dtype: Any) -> Array:
-    """As `product`, of `dtype`; what is transposed for it is written to memory."""
-    of_x, of_y, of_result = axes.replace("->", ",").split(",")
-    batch = "".join(axis for axis in of_x if axis in of_y and axis in of_result)
-    summed = "".join(axis for axis in of_x if axis in of_y and axis not in of_result)
-    free = "".join(axis for axis in of_x if axis not in of_y)
-    x, of_x = _transposed(x, of_x, batch + free + summed), batch + free + summed
-    contracted = tuple(map(of_x.index, summed)), tuple(map(of_y.index, summed))
-    along = tuple(map(of_x.index, batch)), tuple(map(of_y.index, batch))
+def _contract(axes: str, x: Array, y: Array, dtype: Any) -> Array:
+    """As `einsum`, with the result in `dtype`; what is transposed is materialized."""
+    x_axes, y_axes, out_axes = axes.replace("->", ",").split(",")
+    batch = "".join(a for a in x_axes if a in y_axes and a in out_axes)
+    summed = "".join(a for a in x_axes if a in y_axes and a not in out_axes)
+    x_only = "".join(a for a in x_axes if a not in y_axes)
+    y_only = "".join(a for a in y_axes if a not in x_axes)
 
-    def into(sums: Any) -> Callable[[Array, Array], Array]:
-        return lambda x, y: jax.lax.dot_general(
-            x, y, (contracted, along), preferred_element_type=sums
-        ).astype(dtype)
+    x = _transpose(x, x_axes, batch + x_only + summed)
+    x_axes = batch + x_only + summed
+    contracted = (tuple(map(x_axes.index, summed)), tuple(map(y_axes.index, summed)))
+    batched = (tuple(map(x_axes.index, batch)), tuple(map(y_axes.index, batch)))
+
+    def dot_into(accumulator: Any) -> Callable[[Array, Array], Array]:
+        def dot(x: Array, y: Array) -> Array:
+            result = jax.lax.dot_general(
+                x, y, (contracted, batched), preferred_element_type=accumulator
+            )
+            return result.astype(dtype)
+
+        return dot
 
     result: Any
     if dtype == jnp.float32:
-        result = into(jnp.float32)(x, y)
-    else:  # sixteen bits, which XLA:CPU multiplies fast into float32 alone
+        result = dot_into(jnp.float32)(x, y)
+    else:
+        # XLA:CPU multiplies 16-bit operands fast only into float32.
         result = jax.lax.platform_dependent(
-            x, y, cpu=into(jnp.float32), default=into(dtype)
+            x, y, cpu=dot_into(jnp.float32), default=dot_into(dtype)
         )
-    return _transposed(
-        result, batch + free + "".join(axis for axis in of_y if axis not in of_x), of_result
-    )
+    return _transpose(result, batch + x_only + y_only, out_axes)
 
 
-def _transposed(x: Array, axes: str, wanted: str) -> Array:
+def _transpose(x: Array, axes: str, wanted: str) -> Array:
     if axes == wanted:
         return x
-    return materialized(jnp.transpose(materialized(x), tuple(map(axes.index, wanted))))
+    order = tuple(map(axes.index, wanted))
+    return materialize(jnp.transpose(materialize(x), order))
 
 
-product.defvjp(_product_forward, _product_backward)
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 @partial(custom_vjp, nondiff_argnums=(1, 2))
-def normalized(x: Array, centred: bool, epsilon: float) -> Array:
-    """(x − mean) / √(variance + ε) over the last axis if `centred` (LayerNorm), else x /
-    √(mean of x² + ε) (RMSNorm): f32[..., D] → f32[..., D]."""
-    return _normalized_forward(x, centred, epsilon)[0]
+def normalize(x: Array, center: bool, epsilon: float) -> Array:
+    """Normalizes the last axis: f32[..., D] → f32[..., D].
+
+    (x − mean) / √(variance + ε) if `center` (LayerNorm), else x / √(mean of x² + ε)
+    (RMSNorm).
+    """
+    return _normalize_forward(x, center, epsilon)[0]
 
 
-def _normalized_forward(
-    x: Array, centred: bool, epsilon: float
+def _normalize_forward(
+    x: Array, center: bool, epsilon: float
 ) -> tuple[Array, tuple[Array, Array]]:
-    if centred:
+    if center:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + epsilon)
     y = x * inverse
     return y, (y, inverse)
 
 
-def _normalized_backward(
-    centred: bool, epsilon: float, kept: tuple[Array, Array], gradient: Array
+def _normalize_backward(
+    center: bool, epsilon: float, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array]:
-    """(g − y · mean(g · y)), less the mean of g if centred, times 1 / √(…)."""
-    y, inverse = kept
-    of_x = gradient - y * jnp.mean(gradient * y, axis=-1, keepdims=True)
-    if centred:
-        of_x = of_x - jnp.mean(gradient, axis=-1, keepdims=True)
-    return (materialized(of_x * inverse),)
+    """(g − y · mean(g · y)), minus mean(g) if centered, times 1 / √(…)."""
+    y, inverse = residuals
+    x_gradient = gradient - y * jnp.mean(gradient * y, axis=-1, keepdims=True)
+    if center:
+        x_gradient = x_gradient - jnp.mean(gradient, axis=-1, keepdims=True)
+    return (materialize(x_gradient * inverse),)
 
 
-normalized.defvjp(_normalized_forward, _normalized_backward)
+normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 @partial(custom_vjp, nondiff_argnums=(1,))
 def gelu(x: Array, approximate: bool = True) -> Array:
-    """GELU in its tanh form, as GPT-2's, or with the exact normal distribution, as
-    GPT-NeoX's: dtype[...] → dtype[...]. Only x is kept for the backward pass."""
+    """GELU, elementwise: the tanh approximation (GPT-2) or the exact form (GPT-NeoX).
+
+    Saves only x for the backward pass.
+    """
     return jax.nn.gelu(x, approximate=approximate)
 
 
+def _gelu_forward(x: Array, approximate: bool) -> tuple[Array, Array]:
+    return gelu(x, approximate), x
+
+
 def _gelu_backward(approximate: bool, x: Array, gradient: Array) -> tuple[Array]:
-    return jax.vjp(partial(jax.nn.gelu, approximate=approximate), materialized(x))[1](
-        gradient
-    )
+    derived = partial(jax.nn.gelu, approximate=approximate)
+    return jax.vjp(derived, materialize(x))[1](gradient)
 
 
-gelu.defvjp(lambda x, approximate: (gelu(x, approximate), x), _gelu_backward)
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @partial(custom_vjp, nondiff_argnums=(2,))
-def softmax_mean(scores: Array, values: Array, matmul_dtype: str) -> Array:
-    """The mean of values, weighted by the softmax of scores: f32[B, H, Q, S], dtype[B, H,
-    S, d] → f32[B, H, Q, d].
+def softmax_weighted_sum(scores: Array, values: Array, matmul_dtype: str) -> Array:
+    """softmax(scores) · values: f32[B, H, Q, S], dtype[B, H, S, d] → f32[B, H, Q, d].
 
-    What is multiplied is rounded to the dtype `matmul_dtype`. Backward, the scores'
-    gradient is w · (dw − Σ_s w · dw), and that sum is Σ_d of outputs times their gradient
-    (Dao et al., 2022): d numbers, where there may be thousands of keys.
+    The gradient of the scores is w · (dw − Σ_s w · dw). The sum over S keys equals the sum
+    over the d components of output · gradient (Dao et al., 2022), which is much cheaper.
     """
-    return _softmax_mean_forward(scores, values, matmul_dtype)[0]
+    return _softmax_weighted_sum_forward(scores, values, matmul_dtype)[0]
 
 
-def _softmax_mean_forward(
+def _softmax_weighted_sum_forward(
     scores: Array, values: Array, matmul_dtype: str
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     weights = jax.nn.softmax(scores, axis=-1)
-    mean = product("bhqs,bhsd->bhqd", weights, values, matmul_dtype)
-    return mean, (weights, values, mean)
+    output = einsum("bhqs,bhsd->bhqd", weights, values, matmul_dtype)
+    return output, (weights, values, output)
 
 
-def _softmax_mean_backward(
-    matmul_dtype: str, kept: tuple[Array, Array, Array], gradient: Array
+def _softmax_weighted_sum_backward(
+    matmul_dtype: str, residuals: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    weights, values, mean = kept
-    pull = jax.vjp(
-        partial(product, "bhqs,bhsd->bhqd", matmul_dtype=matmul_dtype), weights, values
-    )[1]
-    of_weights, of_values = pull(gradient)
-    return weights * (
-        of_weights - jnp.sum(mean * gradient, axis=-1, keepdims=True)
-    ), of_values
+    weights, values, output = residuals
+    product = partial(einsum, "bhqs,bhsd->bhqd", matmul_dtype=matmul_dtype)
+    _, pull_back = jax.vjp(product, weights, values)
+    weight_gradient, value_gradient = pull_back(gradient)
+    correction = jnp.sum(output * gradient, axis=-1, keepdims=True)
+    return weights * (weight_gradient - correction), value_gradient
 
 
-softmax_mean.defvjp(_softmax_mean_forward, _softmax_mean_backward)
+softmax_weighted_sum.defvjp(_softmax_weighted_sum_forward, _softmax_weighted_sum_backward)
 
 
-def soft_capped(x: Array, cap: float) -> Array:
-    """cap · tanh(x / cap), which never leaves −cap … cap (Gemma Team, 2024); x itself with
-    a cap of 0."""
+def softcap(x: Array, cap: float) -> Array:
+    """cap · tanh(x / cap), within ±cap (Gemma Team, 2024); x itself if `cap` is 0."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
 @custom_vmap
 def any_over_batch(flag: Array) -> Array:
-    """`flag` b[]; under `vmap` whether it holds for any of the batch, and one answer for
-    all.
+    """Returns `flag` b[]; under `vmap`, one flag for the whole batch: whether any is True.
 
-    A loop that ends by it is one loop for the whole batch. Else `vmap` lets each go on by
-    itself: it keeps the state of those that have ended by copying all of it at every step.
+    As the condition of a while loop it makes one loop for the whole batch. A batched
+    condition would make `vmap` copy the state of all finished elements at every step.
     """
     return flag
 
@@ -205,8 +226,8 @@ def _(_size: int, _batched: list[bool], flags: Array) -> tuple[Array, bool]:
 
 @custom_vmap
 def max_over_batch(number: Array) -> Array:
-    """`number` i32[]; under `vmap` the largest of the batch, for all: a loop's end, as
-    `any_over_batch`."""
+    """Returns `number` i32[]; under `vmap`, the largest of the batch for all: a loop bound
+    like `any_over_batch`."""
     return number
 
 

@@ -1,9 +1,9 @@
-"""Scoring of what is there: log-probabilities of tokens, values before them, scores of
-responses; and the gradients of losses on log-probabilities.
+"""Scores existing token sequences: log-probabilities, values and reward scores, and the
+gradients of losses on log-probabilities.
 
-All of it is done on rows of tokens with segments and positions (`LmBatch`), packed or not;
-rollouts and comparisons are put into rows first, and nothing is ever turned into text on
-the way. The sampler is in `sampling`.
+Everything works on rows of tokens with segments and positions (`LmBatch`), packed or not.
+Rollouts and comparisons are laid out as such rows first; text never appears. The sampler is
+in `instructax.generation`.
 """
 
 from typing import Any
@@ -25,104 +25,121 @@ from instructax.models.logprobs import (
     sequence_logprobs,
     sequence_logprobs_and_entropy,
 )
-from instructax.models.ops import materialized
+from instructax.models.ops import materialize
 from instructax.types import Array, Comparisons, LmBatch, Params, Rollouts
 
 
 def rollout_sequences(rollouts: Rollouts) -> LmBatch:
-    """Prompt and response of each rollout as a row [B, P + R]; the loss mask marks the
+    """Each prompt followed by its response: LmBatch [B, P + R]. The loss mask covers the
     response."""
-    real = jnp.concatenate([rollouts.prompts.mask, rollouts.mask], axis=1)
+    prompts = rollouts.prompts
+    real = jnp.concatenate([prompts.mask, rollouts.mask], axis=1)
+    no_prompt = jnp.zeros_like(prompts.mask)
     return LmBatch(
-        tokens=jnp.concatenate([rollouts.prompts.tokens, rollouts.responses], axis=1),
+        tokens=jnp.concatenate([prompts.tokens, rollouts.responses], axis=1),
         segments=real.astype(jnp.int32),
         positions=positions_from_mask(real),
-        loss_mask=jnp.concatenate(
-            [jnp.zeros_like(rollouts.prompts.mask), rollouts.mask], axis=1
-        ),
+        loss_mask=jnp.concatenate([no_prompt, rollouts.mask], axis=1),
     )
 
 
 def comparison_sequences(comparisons: Comparisons) -> LmBatch:
-    """Each prompt once and its K responses after it as a row [B, P + K · R], the responses
-    at the positions that each would have alone and blind to each other; the loss mask marks
-    them."""
-    prompts, (batch, count, length) = comparisons.prompts, comparisons.responses.shape
-    mask = comparisons.mask & comparisons.valid[:, :, None]
-    numbers, columns = (
-        jnp.arange(1, count + 1, dtype=jnp.int32),
-        jnp.arange(length, dtype=jnp.int32),
-    )
-    positions = (
-        jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None]
-        + columns[None, None, :]
-    )
+    """Each prompt once, followed by its K responses: LmBatch [B, P + K · R].
 
-    def joined(of_prompts: Array, of_responses: Array) -> Array:
-        return jnp.concatenate([of_prompts, of_responses.reshape(batch, -1)], axis=1)
+    Each response has the positions that it would have alone, sees the prompt and does not
+    see the other responses. The loss mask covers the responses.
+    """
+    prompts = comparisons.prompts
+    batch, count, length = comparisons.responses.shape
+    mask = comparisons.mask & comparisons.valid[:, :, None]  # [B, K, R]
+
+    # Responses are segments 1 … K; the prompt is their shared prefix, segment −1.
+    numbers = jnp.arange(1, count + 1, dtype=jnp.int32)[None, :, None]
+    offsets = jnp.arange(length, dtype=jnp.int32)[None, None, :]
+    prompt_lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None]
+    positions = jnp.broadcast_to(prompt_lengths + offsets, mask.shape)
+
+    def join(prompt: Array, responses: Array) -> Array:
+        return jnp.concatenate([prompt, responses.reshape(batch, -1)], axis=1)
 
     return LmBatch(
-        tokens=joined(prompts.tokens, comparisons.responses),
-        segments=joined(
-            -prompts.mask.astype(jnp.int32), jnp.where(mask, numbers[None, :, None], 0)
-        ),
-        positions=joined(
-            positions_from_mask(prompts.mask), jnp.broadcast_to(positions, mask.shape)
-        ),
-        loss_mask=joined(jnp.zeros_like(prompts.mask), mask),
+        tokens=join(prompts.tokens, comparisons.responses),
+        segments=join(-prompts.mask.astype(jnp.int32), jnp.where(mask, numbers, 0)),
+        positions=join(positions_from_mask(prompts.mask), positions),
+        loss_mask=join(jnp.zeros_like(prompts.mask), mask),
     )
 
 
 def last_token_columns(mask: Array, prompt_columns: int) -> Array:
-    """Where in the rows above the last token of each response stands, or of its prompt if
-    it has none: b[B, K, R] → i32[B, K]."""
+    """Column of each response's last token in the rows above, or of the prompt's last token
+    if the response is empty: b[B, K, R] → i32[B, K]."""
     lengths = jnp.sum(mask, axis=2, dtype=jnp.int32)
     starts = prompt_columns + jnp.arange(mask.shape[1], dtype=jnp.int32) * mask.shape[2]
     return jnp.where(lengths > 0, starts[None, :] + lengths, prompt_columns) - 1
 
 
-def _hidden_before(
+def select_last_token(outputs: Array, responses: Comparisons | Rollouts) -> Array:
+    """The outputs at the responses' last tokens, in rows laid out as above: f32[B, P + K · R]
+    → f32[B, K] for comparisons, f32[B, P + R] → f32[B] for rollouts."""
+    prompt_columns = responses.prompts.tokens.shape[1]
+    if isinstance(responses, Comparisons):
+        columns = last_token_columns(responses.mask, prompt_columns)
+        return jnp.take_along_axis(outputs, columns, axis=1)
+    columns = last_token_columns(responses.mask[:, None], prompt_columns)
+    return jnp.take_along_axis(outputs, columns, axis=1)[:, 0]
+
+
+def _hidden_and_targets(
     model: Transformer, params: Params, batch: LmBatch, dropout: Dropout | None
-) -> tuple[Any, ...]:
-    """(hidden states [B, T − 1, D], the head's kernel, the tokens that follow and their
-    loss mask, both [B, T − 1])."""
+) -> tuple[Array, Array, Array, Array]:
+    """Hidden states [B, T − 1, D], the head's kernel, and the tokens that they predict with
+    their loss mask, both [B, T − 1]."""
     hidden, _ = model.apply(
         {"params": params}, batch.tokens, batch.segments, batch.positions, dropout=dropout
     )
-    return (
-        materialized(hidden[:, :-1]),
-        head_kernel(model.config, params),
-        batch.tokens[:, 1:],
-        batch.loss_mask[:, 1:],
-    )
+    hidden = materialize(hidden[:, :-1])
+    kernel = head_kernel(model.config, params)
+    return hidden, kernel, batch.tokens[:, 1:], batch.loss_mask[:, 1:]
 
 
 def _shift_right(x: Array) -> Array:
+    """[B, T − 1] → [B, T] with a zero in front: from predicting to predicted positions."""
     return jnp.pad(x, ((0, 0), (1, 0)))
 
 
 def packed_logprobs(
     model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float
 ) -> Array:
-    """Log-probability of each token of the loss mask given its segment so far, at
-    `temperature`, else 0: LmBatch [B, T] → f32[B, T]. Nothing predicts column 0, and no
-    loss mask marks it."""
-    inputs = _hidden_before(model, params, batch, None)
-    chunk, cap = model.compute.head_chunk, model.config.final_logit_softcap
-    return _shift_right(
-        sequence_logprobs(*inputs, temperature=temperature, chunk=chunk, cap=cap)
+    """Log-probability of each token given its segment so far, at `temperature`: LmBatch
+    [B, T] → f32[B, T], zero outside the loss mask. Nothing predicts column 0, which no loss
+    mask covers."""
+    hidden, kernel, targets, mask = _hidden_and_targets(model, params, batch, None)
+    logprobs = sequence_logprobs(
+        hidden,
+        kernel,
+        targets,
+        mask,
+        temperature=temperature,
+        chunk=model.compute.head_chunk,
+        cap=model.config.final_logit_softcap,
     )
+    return _shift_right(logprobs)
 
 
 def packed_logprobs_and_entropy(
     model: Transformer, params: Params, batch: LmBatch, *, temperature: Array | float
 ) -> tuple[Array, Array]:
-    """As `packed_logprobs`, and the policy's entropy in nats before each of these tokens,
-    else 0; both f32[B, T]."""
-    inputs = _hidden_before(model, params, batch, None)
-    chunk, cap = model.compute.head_chunk, model.config.final_logit_softcap
+    """`packed_logprobs`, and the entropy in nats of the distribution that predicts each
+    token: both f32[B, T], zero outside the loss mask."""
+    hidden, kernel, targets, mask = _hidden_and_targets(model, params, batch, None)
     logprobs, entropy = sequence_logprobs_and_entropy(
-        *inputs, temperature=temperature, chunk=chunk, cap=cap
+        hidden,
+        kernel,
+        targets,
+        mask,
+        temperature=temperature,
+        chunk=model.compute.head_chunk,
+        cap=model.config.final_logit_softcap,
     )
     return _shift_right(logprobs), _shift_right(entropy)
 
@@ -137,24 +154,32 @@ def packed_loss_and_gradients(
     temperature: Array | float,
     dropout: Dropout | None = None,
 ) -> tuple[Array, dict[str, Array], Params]:
-    """A loss that is a mean over the loss mask of packed rows, its metrics, and its
-    gradient by what is trained of the parameters.
+    """A loss that is a mean over the loss mask, and its gradient.
 
-    `loss_of` and `extras` as in `vocabulary.loss_and_gradients`, the extras [B, T] beside
-    the tokens that they belong to. Head and loss run together, chunk by chunk, between the
-    forward and the backward pass of the layers.
+    Head and loss run chunk by chunk between the forward and the backward pass of the
+    layers.
+
+    Args:
+      model, params: the network; only `trainable(params)` gets a gradient.
+      batch: LmBatch [B, T].
+      loss_of: the loss and metrics of one chunk, as in `logprobs.loss_and_gradients`.
+      extras: tree of [B, T] for `loss_of`, each value at the token it belongs to.
+      temperature: divides the logits.
+      dropout: residual dropout; None for none.
+
+    Returns:
+      (loss f32[], metrics, gradients of `trainable(params)`).
     """
 
-    def trunk(part: Params) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        hidden, kernel, *rest = _hidden_before(
-            model, merge_trees(part, params), batch, dropout
-        )
-        return (hidden, kernel), tuple(rest)
+    def forward(part: Params) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        merged = merge_trees(part, params)
+        hidden, kernel, targets, mask = _hidden_and_targets(model, merged, batch, dropout)
+        return (hidden, kernel), (targets, mask)
 
-    (hidden, kernel), pull, (targets, mask) = jax.vjp(
-        trunk, trainable(params), has_aux=True
+    (hidden, kernel), pull_back, (targets, mask) = jax.vjp(
+        forward, trainable(params), has_aux=True
     )
-    loss, metrics, *by_outputs = loss_and_gradients(
+    loss, metrics, hidden_gradient, kernel_gradient = loss_and_gradients(
         loss_of,
         hidden,
         kernel,
@@ -165,11 +190,12 @@ def packed_loss_and_gradients(
         chunk=model.compute.head_chunk,
         cap=model.config.final_logit_softcap,
     )
-    return loss, metrics, pull(tuple(by_outputs))[0]
+    (gradients,) = pull_back((hidden_gradient, kernel_gradient))
+    return loss, metrics, gradients
 
 
 def packed_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
-    """The scalar head at each token: f32[B, T]."""
+    """The scalar head at each token: LmBatch [B, T] → f32[B, T]."""
     outputs, _ = model.apply(
         {"params": params}, batch.tokens, batch.segments, batch.positions
     )
@@ -177,55 +203,7 @@ def packed_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
 
 
 def packed_values(model: Transformer, params: Params, batch: LmBatch) -> Array:
-    """The value network's estimate before each token of the loss mask, else 0: f32[B, T]."""
-    return jnp.where(
-        batch.loss_mask, _shift_right(packed_outputs(model, params, batch)[:, :-1]), 0.0
-    )
-
-
-def token_logprobs(
-    model: Transformer, params: Params, rollouts: Rollouts, *, temperature: Array | float
-) -> Array:
-    """Log-probability of each response token given all before it, at `temperature`: f32[B,
-    R], zero where masked."""
-    logprobs = packed_logprobs(
-        model, params, rollout_sequences(rollouts), temperature=temperature
-    )
-    return logprobs[:, rollouts.prompts.tokens.shape[1] :]
-
-
-def token_values(model: Transformer, params: Params, rollouts: Rollouts) -> Array:
-    """The value network's estimate before each response token: f32[B, R], zero where
-    masked."""
-    return packed_values(model, params, rollout_sequences(rollouts))[
-        :, rollouts.prompts.tokens.shape[1] :
-    ]
-
-
-def sequence_scores(
-    model: Transformer, params: Params, responses: Comparisons | Rollouts
-) -> Array:
-    """The scalar head's output at the last real token: f32[B] for Rollouts, f32[B, K] for
-    Comparisons.
-
-    A response without any real token is scored at the prompt's last token.
-    """
-    rows = (
-        rollout_sequences(responses)
-        if isinstance(responses, Rollouts)
-        else comparison_sequences(responses)
-    )
-    return select_last_token(packed_outputs(model, params, rows), responses)
-
-
-def select_last_token(outputs: Array, responses: Comparisons | Rollouts) -> Array:
-    """Of outputs [B, P + R] or [B, P + K · R] of the rows of `responses`, those at their
-    last real tokens."""
-    prompt_columns = responses.prompts.tokens.shape[1]
-    if isinstance(responses, Comparisons):
-        return jnp.take_along_axis(
-            outputs, last_token_columns(responses.mask, prompt_columns), axis=1
-        )
-    return jnp.take_along_axis(
-        outputs, last_token_columns(responses.mask[:, None], prompt_columns), axis=1
-    )[:, 0]
+    """The value model's estimate before each token: LmBatch [B, T] → f32[B, T], zero
+    outside the loss mask."""
+    outputs = packed_outputs(model, params, batch)
+    return jnp.where(batch.loss_mask, _shift_right(outputs[:, :-1]), 0.0)

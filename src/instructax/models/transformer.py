@@ -1,13 +1,13 @@
-"""One decoder-only transformer for the families of GPT-2/GPT-3, GPT-NeoX, Llama, Qwen and
-Gemma, by `ModelConfig`.
+"""A decoder-only transformer for the GPT-2/GPT-3, GPT-NeoX, Llama, Qwen and Gemma families,
+selected by `ModelConfig`.
 
-Parameters are a plain dict, the cache is an argument: the module keeps no state. Parameters
-are float32 and are cast where they are used (`ComputeConfig`); softmax, norms and heads
-work in float32. The layers' parameters are stacked on a leading axis: training scans over
-it, decoding unrolls it (a scan there halves the speed).
+Parameters are a plain dict and the cache is an argument: the module keeps no state.
+Parameters are float32 and are cast where they are used (`ComputeConfig`); softmax, norms
+and heads compute in float32. The parameters of the layers are stacked on a leading axis:
+training scans over it, decoding unrolls it (a scan there halves the speed).
 
-Departure from GPT-3, whose every second layer attends to a band: in our configs all layers
-attend to all that is before (`ModelConfig.window_layers` could say otherwise).
+Departure from GPT-3, where every second layer has a banded attention pattern: all layers of
+our configs attend to all earlier tokens (`ModelConfig.window_layers` can change that).
 """
 
 from collections.abc import Callable
@@ -21,27 +21,33 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructax.models.attention import attend, attention_mask, window_mask
-from instructax.models.attention_kernels import kernel_of_rows
+from instructax.models.attention_kernels import packed_attention
 from instructax.models.config import ComputeConfig, ModelConfig
-from instructax.models.kv_cache import Cache, written
+from instructax.models.kv_cache import Cache, write_columns
 from instructax.models.layers import Block, Dropout, Linear, Norm
 from instructax.types import Array, Params
 
-UNROLLED = 12  # the most layers in a step of the training scan
-FEW_TOKENS = 320  # fewer than these are as a rule the last of a batch, for which one layer at a time is compiled
+# Layers per step of the training scan, at most. Values saved for the backward pass are
+# copied at the end of each step, which takes XLA:CPU a tenth of a training step.
+SCAN_UNROLL = 12
+# Smaller microbatches are usually the tail of a batch, whose many shapes are compiled with
+# one layer per scan step.
+SMALL_MICROBATCH_TOKENS = 320
 
 
 class Transformer(nn.Module):
-    """The network, up to `head`: "tokens" returns hidden states (`head_kernel` turns them
-    into logits, in chunks), "scalar" returns one number per position, through a projection
-    N(0, 1 / (width + 1)) and a bias (paper, C.2)."""
+    """The network up to its head.
+
+    The head "tokens" returns hidden states, which `head_kernel` turns into logits chunk by
+    chunk. "scalar" returns one number per position, through a projection initialized with
+    N(0, 1 / (embed_dim + 1)) and a bias (paper, appendix C.2).
+    """
 
     config: ModelConfig
     compute: ComputeConfig
     head: Literal["tokens", "scalar"]
-    mesh: Mesh | None = (
-        None  # the devices that rows and heads are split over, which splash has to know
-    )
+    # The devices that rows and heads are split over; only the fused kernels need it.
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -54,74 +60,71 @@ class Transformer(nn.Module):
         dropout: Dropout | None = None,
         layers: tuple[Params, ...] | None = None,
     ) -> tuple[Array, Cache | None]:
-        """tokens, segments, positions i32[B, T] → (hidden matmul_dtype' dtype[B, T, D] |
-        outputs f32[B, T], cache).
+        """Runs the network.
 
-        Segments are 0 (padding), n > 0 (a text that sees itself, and the segment −⌈n /
-        SEGMENTS_PER_PREFIX⌉ if its row has one) or negative (what several texts share). With a cache
-        the T columns are written to it, and see what it holds. `layers`, for calls with a
-        cache, are the parameters of `unstack_layers`, where a loop would take them apart again
-        and again.
+        Args:
+          tokens: i32[B, T].
+          segments: i32[B, T]: 0 is padding, n > 0 a segment that sees itself and, if its
+            row has one, the shared prefix −⌈n / SEGMENTS_PER_PREFIX⌉; negative segments are
+            such prefixes.
+          positions: i32[B, T].
+          cache: if given, the T columns are written to it and attend to what it holds.
+          dropout: residual dropout; None for none.
+          layers: with a cache, the result of `unstack_layers`, for loops that would unstack
+            the parameters in every iteration.
+
+        Returns:
+          (outputs, cache). The outputs are hidden states [B, T, D] in the matmul dtype, or
+          f32[B, T] for the scalar head.
         """
         c = self.config
-        embedding = self.param(
-            "embedding",
-            nn.initializers.normal(c.init_std),
-            (c.vocab_size, c.embed_dim),
-            jnp.float32,
-        )
-        x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activations)
-        if c.scale_embedding:
-            x = x * jnp.asarray(np.sqrt(c.embed_dim), x.dtype)
-        if c.positions == "learned":
-            table = self.param(
-                "positions",
-                nn.initializers.normal(c.init_std),
-                (c.max_length, c.embed_dim),
-                jnp.float32,
-            )
-            x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
-        # Adapters are leaves that no fresh network has, which `param` would refuse.
-        given = self.has_variable("params", "blocks")
-        blocks = (
-            self.get_variable("params", "blocks")
-            if given
-            else self.param("blocks", init_blocks, c)
-        )
+        x = self._embed(tokens, positions)
+
+        # LoRA adapters are leaves that a new network does not have and `param` would
+        # reject, so existing parameters are read as they are.
+        if self.has_variable("params", "blocks"):
+            blocks = self.get_variable("params", "blocks")
+        else:
+            blocks = self.param("blocks", init_blocks, c)
+
         if cache is None:
-            kernel = (
-                "jax" if self.is_initializing() else self.compute.attention
-            )  # one token is enough for shapes
-            attend_rows, mask = kernel_of_rows(kernel, segments, self.mesh)
-            if c.attention_softcap:  # which "jax" alone is chosen for
+            # Initialization needs shapes only, and one token is too short for a kernel.
+            kernel = "jax" if self.is_initializing() else self.compute.attention
+            attend_rows, mask = packed_attention(kernel, segments, self.mesh)
+            if c.attention_softcap:  # supported by the "jax" kernel only
                 attend_rows = partial(attend_rows, cap=c.attention_softcap)
             x = scan_blocks(
                 blocks, x, mask, positions, c, self.compute, dropout, attend_rows
             )
         else:
-            x, cache = unroll_blocks(
-                layers or unstack_layers(blocks),
-                x,
-                segments,
-                positions,
-                c,
-                self.compute,
-                cache,
-            )
+            layers = layers or unstack_layers(blocks)
+            x, cache = unroll_blocks(layers, x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
+
         if self.head == "scalar":
             std = float(1.0 / np.sqrt(c.embed_dim + 1))
-            outputs = Linear((), 1, std, True, "float32", name="scalar_head")(
-                x.astype(jnp.float32)
-            )
-            return outputs, cache
+            head = Linear((), 1, std, True, "float32", name="scalar_head")
+            return head(x.astype(jnp.float32)), cache
         if not c.tied_embeddings:
             self.param("head", init_head, c)
         return x.astype(self.compute.matmul_dtype), cache
 
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        """Token (and learned position) embeddings: dtype[B, T, D]."""
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
+        x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activation_dtype)
+        if c.scale_embedding:
+            x = x * jnp.asarray(np.sqrt(c.embed_dim), x.dtype)
+        if c.positions == "learned":
+            table = self.param("positions", init, (c.max_length, c.embed_dim), jnp.float32)
+            x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
+        return x
+
 
 def init_head(key: Array, config: ModelConfig) -> Params:
-    """Output embedding of an untied head, f32[V, D], stored as the input embedding is."""
+    """Output embedding of an untied head, f32[V, D], laid out like the input embedding."""
     shape = (config.vocab_size, config.embed_dim)
     return {"kernel": nn.initializers.normal(config.init_std)(key, shape, jnp.float32)}
 
@@ -132,14 +135,16 @@ def head_kernel(config: ModelConfig, params: Params) -> Array:
 
 
 def init_blocks(key: Array, config: ModelConfig) -> Params:
-    """Parameters of all layers, stacked on a leading axis [layers, ...]."""
-    x, mask = jnp.zeros((1, 1, config.embed_dim)), jnp.ones((1, 1, 1), bool)
+    """Parameters of all layers, stacked on a leading axis [num_layers, ...]."""
+    x = jnp.zeros((1, 1, config.embed_dim))
+    mask = jnp.ones((1, 1, 1), bool)
+    positions = jnp.zeros((1, 1), jnp.int32)
 
-    def init(key: Array) -> Params:
+    def init_layer(key: Array) -> Params:
         block = Block(config, "float32", attend, parent=None)
-        return block.init(key, x, mask, jnp.zeros((1, 1), jnp.int32), None, None)["params"]
+        return block.init(key, x, mask, positions, None, None)["params"]
 
-    return jax.vmap(init)(jax.random.split(key, config.num_layers))
+    return jax.vmap(init_layer)(jax.random.split(key, config.num_layers))
 
 
 def scan_blocks(
@@ -152,79 +157,79 @@ def scan_blocks(
     dropout: Dropout | None,
     attend_rows: Callable[..., Array],
 ) -> Array:
-    """All layers by one scan: dtype[B, T, D] → dtype[B, T, D]. `mask` is what `attend_rows`
-    takes for one.
+    """Runs all layers in one scan: dtype[B, T, D] → dtype[B, T, D].
 
-    Without remat a step of the scan has UNROLLED layers: what is kept for the backward pass
-    is copied at the ends of each, for which XLA:CPU needs a tenth of a training step.
+    `mask` is whatever `attend_rows` takes as its mask.
     """
-    seen_by = masks_of_layers(mask, positions, positions, config)
+    mask_of_layer = layer_masks(mask, positions, positions, config)
 
     def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
         params, index = inputs
-        own = None
+        layer_dropout = None
         if dropout is not None:
-            own = Dropout(
-                rate=dropout.rate,
-                keys=jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index),
-            )
+            keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index)
+            layer_dropout = Dropout(rate=dropout.rate, keys=keys)
         block = Block(config, compute.matmul_dtype, attend_rows, parent=None)
-        return block.apply({"params": params}, x, seen_by(index), positions, None, own)[
-            0
-        ], None
-
-    remat = compute.remat
-    if remat != "none":
-        policies = jax.checkpoint_policies
-        policy = (
-            policies.nothing_saveable
-            if remat == "full"
-            else policies.dots_with_no_batch_dims_saveable
+        y, _ = block.apply(
+            {"params": params}, x, mask_of_layer(index), positions, None, layer_dropout
         )
-        # Inside a scan the loop itself keeps XLA from merging the recomputation with the
-        # forward pass.
+        return y, None
+
+    small = x.shape[0] * x.shape[1] < SMALL_MICROBATCH_TOKENS
+    unroll = 1 if small else SCAN_UNROLL
+    if compute.remat != "none":
+        # Recomputation starts from the layer inputs that each scan step saves.
+        unroll = 1
+        if compute.remat == "full":
+            policy = jax.checkpoint_policies.nothing_saveable
+        else:
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # The scan itself keeps XLA from merging the recomputation with the forward pass.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    few = x.shape[0] * x.shape[1] < FEW_TOKENS
-    unroll = (
-        UNROLLED if remat == "none" and not few else 1
-    )  # recomputation needs the ends of the steps
-    return jax.lax.scan(layer, x, (blocks, jnp.arange(config.num_layers)), unroll=unroll)[0]
+    indices = jnp.arange(config.num_layers)
+    return jax.lax.scan(layer, x, (blocks, indices), unroll=unroll)[0]
 
 
-def masks_of_layers(
+def layer_masks(
     mask: Array, query_positions: Array, key_positions: Array | None, config: ModelConfig
 ) -> Callable[[int | Array], Array]:
-    """What the queries see in each layer: a function from the layer's index to b[B, T, S],
-    `mask` itself or what a window leaves of it."""
+    """A function from a layer's index to its mask b[B, T, S]: `mask`, or its intersection
+    with the sliding window. The index is a traced array in a scan, else an int."""
     if key_positions is None or not config.sliding_window:
         return lambda _: mask
-    near = mask & window_mask(query_positions, key_positions, config.sliding_window)
-    windowed = np.isin(np.arange(config.num_layers), config.window_layers)
+    windowed_mask = mask & window_mask(
+        query_positions, key_positions, config.sliding_window
+    )
+    has_window = np.isin(np.arange(config.num_layers), config.window_layers)
 
-    def choose(index: int | Array) -> Array:
-        if isinstance(index, int) or windowed.all():
-            return near if windowed.all() or windowed[index] else mask
-        return jnp.where(jnp.asarray(windowed)[index], near, mask)
+    def mask_of_layer(index: int | Array) -> Array:
+        if has_window.all():
+            return windowed_mask
+        if isinstance(index, int):
+            return windowed_mask if has_window[index] else mask
+        return jnp.where(jnp.asarray(has_window)[index], windowed_mask, mask)
 
-    return choose
+    return mask_of_layer
 
 
 def unstack_layers(blocks: Params) -> tuple[Params, ...]:
-    """The parameters of each layer, from the stacked ones of all."""
-    count = jax.tree.leaves(blocks)[0].shape[0]
+    """The parameters of each layer, from the stacked ones."""
+    num_layers = jax.tree.leaves(blocks)[0].shape[0]
     return tuple(
-        jax.tree.map(lambda leaf, i=index: leaf[i], blocks) for index in range(count)
+        jax.tree.map(lambda leaf, i=index: leaf[i], blocks) for index in range(num_layers)
     )
 
 
 def cast_matrices(params: Params, compute: ComputeConfig) -> Params:
-    """The matrices in the dtypes that the network uses them in, as it would cast them
-    itself: a loop then reads no more bytes than it needs. Norms and biases stay as they
-    are."""
+    """Casts matrices to the dtypes that the network uses them in.
+
+    The network would cast them itself; casting first lets a decoding loop read fewer bytes.
+    Norms and biases stay float32.
+    """
     dtypes = {
         "kernel": compute.matmul_dtype,
-        "embedding": compute.activations,
-        "positions": compute.activations,
+        "embedding": compute.activation_dtype,
+        "positions": compute.activation_dtype,
     }
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -242,33 +247,36 @@ def unroll_blocks(
     compute: ComputeConfig,
     cache: Cache,
 ) -> tuple[Array, Cache]:
-    """All layers one after the other, each with its own cache arrays."""
+    """Runs all layers one after another, each with its own cache arrays:
+    dtype[B, T, D] → (dtype[B, T, D], the cache with the T columns)."""
     column = cache.filled
     attend_cached = partial(attend, cap=config.attention_softcap)
-    seen = written(cache.segments, segments, column, 1)
-    mask = attention_mask(segments, seen, column)
-    columns = (
-        None if cache.positions is None else written(cache.positions, positions, column, 1)
-    )
-    seen_by = masks_of_layers(mask, positions, columns, config)
-    keys, values = [], []
+    cached_segments = write_columns(cache.segments, segments, column, 1)
+    mask = attention_mask(segments, cached_segments, column)
+    cached_positions = cache.positions
+    if cached_positions is not None:
+        cached_positions = write_columns(cached_positions, positions, column, 1)
+    mask_of_layer = layer_masks(mask, positions, cached_positions, config)
+
+    keys = []
+    values = []
     for index, params in enumerate(layers):
         past = (cache.keys[index], cache.values[index], column)
-        x, (key, value) = Block(
-            config, compute.matmul_dtype, attend_cached, parent=None
-        ).apply({"params": params}, x, seen_by(index), positions, past, None)
+        block = Block(config, compute.matmul_dtype, attend_cached, parent=None)
+        x, (key, value) = block.apply(
+            {"params": params}, x, mask_of_layer(index), positions, past, None
+        )
         keys.append(key)
         values.append(value)
-    filled = column + segments.shape[1]
     return x, Cache(
         keys=tuple(keys),
         values=tuple(values),
-        segments=seen,
-        positions=columns,
-        filled=filled,
+        segments=cached_segments,
+        positions=cached_positions,
+        filled=column + segments.shape[1],
     )
 
 
 def parameter_count(params: Params) -> int:
-    """Number of trained numbers in a tree of arrays or shapes."""
+    """Number of parameters in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -22,7 +22,7 @@ from instructax.data.batches import left_pad
 from instructax.generation import SamplingState, advance_sampling, start_sampling
 from instructax.models import Transformer, head_kernel
 from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprobs
-from instructax.models.ops import materialized
+from instructax.models.ops import materialize
 from instructax.types import Array, Params, Prompts
 
 SHORTEST = 16  # columns of a program, at least
@@ -261,7 +261,7 @@ def _score(
     hidden, _ = model.apply(
         {"params": params}, tokens[:, :-1], real.astype(jnp.int32), positions
     )
-    hidden, kernel = materialized(hidden), head_kernel(model.config, params)
+    hidden, kernel = materialize(hidden), head_kernel(model.config, params)
     how = {"chunk": model.compute.head_chunk, "cap": model.config.final_logit_softcap}
     mask = real & (columns >= firsts[:, None])
     logprobs, greedy = sequence_logprobs_and_greedy(

@@ -96,7 +96,7 @@ def forward_operations(
         * config.head_dim
         * (2 * config.num_heads + 2 * config.num_kv_heads)
     )
-    block += config.embed_dim * config.mlp_dim * (3 if config.gated else 2)
+    block += config.embed_dim * config.mlp_dim * (3 if config.gated_mlp else 2)
     near = min(config.sliding_window, length)
     # A window of w lets the tokens of a text of T see w − w² / 2T of them on average, the
     # whole text T / 2.
