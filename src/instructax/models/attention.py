@@ -61,7 +61,7 @@ def attention_mask(
 
 
 def window_mask(query_positions: Array, key_positions: Array, window: int) -> Array:
-    """Which keys are among the last `window` tokens up to each query, itself included:
+    """Which keys are among the last `sliding_window` tokens up to each query, itself included:
     i32[B, T], i32[B, S] → b[B, T, S]."""
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.scoring import sequence_scores, token_values
 
-from instructax.models.scoring import sequence_scores, token_values
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
 from instructax.training import supervised
