@@ -176,25 +176,25 @@ _MODEL_FIELDS = {
     "kv_heads": "num_kv_heads",
     "head_width": "head_dim",
     "mlp_width": "mlp_dim",
-    "qk_norm": "qk_norm",
-    "query_pre_attn_scalar": "query_pre_attn_scalar",
-    "attention_softcap": "attention_softcap",
-    "sliding_window": "sliding_window",
-    "window_layers": "window_layers",
-    "scale_embedding": "scale_embedding",
-    "tied_embeddings": "tied_embeddings",
-    "final_logit_softcap": "final_logit_softcap",
+    "qk_norms": "qk_norm",
+    "score_width": "query_pre_attn_scalar",
+    "attention_cap": "attention_softcap",
+    "window": "sliding_window",
+    "windowed": "window_layers",
+    "scaled_embedding": "scale_embedding",
+    "tied_head": "tied_embeddings",
+    "logit_cap": "final_logit_softcap",
 }
-_DTYPES = {"bf16_matmul": "bf16_matmul", "bfloat16": "bf16"}
+_DTYPES = {"mixed": "bf16_matmul", "bfloat16": "bf16"}
 
 # Group of the config ("" is its top level) -> old field -> new field.
 RENAMED_FIELDS: dict[str, dict[str, str]] = {
     "model": _MODEL_FIELDS,
     "reward_model": _MODEL_FIELDS,
     "rotary_scaling": {
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_length": "original_max_length",
+        "low_turns": "low_freq_factor",
+        "high_turns": "high_freq_factor",
+        "original_length": "original_max_length",
     },
     "compute": {
         "decoding": "decoding_dtype",
