@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from instructax.checkpoints.restore import CheckpointMismatch
 
 from instructax import cli
-from instructax.checkpoints.checkpoint import CheckpointMismatch
 from instructax.checkpoints.checksums import NewerFormatError
 from instructax.config import ConfigError, require
 from instructax.data.schema import DataError

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from instructax.checkpoints.restore import CheckpointMismatch, load_params
+from instructax.checkpoints.steps import best_step, committed_steps
 from tests.support.saved import (
     assert_equal,
     make_ppo_state,
@@ -24,12 +26,6 @@ from tests.support.saved import (
 )
 
 from instructax.checkpoints import checkpoint
-from instructax.checkpoints.checkpoint import (
-    CheckpointMismatch,
-    best_step,
-    committed_steps,
-    load_params,
-)
 from instructax.types import TrainState
 
 

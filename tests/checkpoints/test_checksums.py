@@ -6,6 +6,8 @@ import logging
 import shutil
 
 import pytest
+from instructax.checkpoints.restore import load_params
+from instructax.checkpoints.steps import best_step, committed_steps
 from tests.support.saved import (
     assert_equal,
     flip_bit,
@@ -16,12 +18,7 @@ from tests.support.saved import (
 )
 
 from instructax.checkpoints import checkpoint
-from instructax.checkpoints.checkpoint import (
-    Checkpoints,
-    best_step,
-    committed_steps,
-    load_params,
-)
+from instructax.checkpoints.checkpoint import Checkpoints
 
 
 def test_stray_folders_are_no_steps(tmp_path):

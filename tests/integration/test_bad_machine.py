@@ -39,7 +39,8 @@ import optax
 
 from instructax import cli
 from instructax.training.state import new_state
-from instructax.checkpoints.checkpoint import Checkpoints, committed_steps
+from instructax.checkpoints.checkpoint import Checkpoints
+from instructax.checkpoints.steps import committed_steps
 from instructax.data import prepare
 from instructax.data.limits import DataLimits
 from instructax.runtime.nonfinite import NonFiniteGuard

@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from tests.support import stages
 
 from instructax import cli
 from instructax.checkpoints import checkpoint
-from instructax.checkpoints.checkpoint import best_step, committed_steps, files_hash
 from instructax.checkpoints.manifest import manifest_hash
 from instructax.config import ConfigError
 from instructax.evals import held_out

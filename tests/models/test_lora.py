@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from instructax.checkpoints.restore import load_params
 from tests.support import stages, tiny_models
 from tests.support.scoring import token_logprobs
 
 from instructax import sharding
-from instructax.checkpoints.checkpoint import load_params
 from instructax.checkpoints.parents import open_parent
 from instructax.config import ConfigError
 from instructax.experiment import metrics_of, run_stage

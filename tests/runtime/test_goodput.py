@@ -16,7 +16,7 @@ from instructax.runtime.goodput import (
     GoodputLog,
     format_totals,
     lost_seconds,
-    read_lines,
+    read_events,
     read_totals,
 )
 
@@ -35,7 +35,7 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    fake, first = Clock(), mock.patch.object(GoodputLog, "_before_ended", 0.0)
+    fake, first = Clock(), mock.patch.object(GoodputLog, "_last_closed", 0.0)
     with (
         first,
         mock.patch.object(goodput, "time", fake),
@@ -100,7 +100,7 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
         ledger.close()
     lost = [
         (line["step"], line["seconds"])
-        for line in read_lines(path)
+        for line in read_events(path)
         if line["kind"] == "lost"
     ]
     assert lost == [
@@ -109,7 +109,7 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
     ]  # steps 5 and 6 of the first process, step 5 of the second
     found = read_totals(path)
     assert found["steps"] - found["lost"] == 8
-    assert [line["step"] for line in read_lines(path) if line["kind"] == "steps"] == [
+    assert [line["step"] for line in read_events(path) if line["kind"] == "steps"] == [
         *range(1, 7),
         5,
         5,
@@ -144,7 +144,7 @@ def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
     ledger.close()
     lines = path.read_text().splitlines()
     assert lines[1] == '{"kind": "steps", "sec'
-    assert [line["kind"] for line in read_lines(path)] == ["steps", "init", "lost"]
+    assert [line["kind"] for line in read_events(path)] == ["steps", "init", "lost"]
     assert all(json.loads(line) for line in (lines[0], *lines[2:]))
 
 
@@ -171,7 +171,7 @@ def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
         '{"seconds": 1, "step": 1}',
     ]
     path.write_text("\n".join([*lines, json.dumps(whole)]) + "\n")
-    assert read_lines(path) == [whole]
+    assert read_events(path) == [whole]
     assert read_totals(path)["goodput"] == 0.0
 
 
@@ -204,7 +204,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         [sys.executable, "-c", program, str(tmp_path / "goodput.jsonl")], env=os.environ
     )
     assert done.returncode == -signal.SIGKILL
-    (line,) = read_lines(tmp_path / "goodput.jsonl")
+    (line,) = read_events(tmp_path / "goodput.jsonl")
     # The system tells when a process began to a hundredth of a second.
     assert line["kind"] == "init" and 0 < line["seconds"] < time.time() - since + 0.02
     assert since - 1 < line["process"] < time.time()

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from instructax.checkpoints.restore import load_params
 from tests.support import stages
 
 from instructax import generation, rng, sharding
-from instructax.checkpoints.checkpoint import load_params
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.data import loaders
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from instructax.checkpoints.restore import load_params
+from instructax.checkpoints.steps import committed_steps
 from tests.support import stages, tiny_models
 
 from instructax import experiment, rng
-from instructax.checkpoints.checkpoint import committed_steps, load_params
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.data import loaders
 from instructax.data.batches import batch_row_ids, lm_batch

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from instructax.checkpoints.restore import load_params
 from tests.support import stages
 
 from instructax import experiment, rng
-from instructax.checkpoints.checkpoint import load_params
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.config import ConfigError
 from instructax.data import loaders

@@ -82,7 +82,8 @@ def fingerprints(root: Path) -> dict[str, dict[str, Any]]:
 
 def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
     """Of every array of the newest checkpoint."""
-    from instructax.checkpoints.checkpoint import committed_steps, read_arrays
+    from instructax.checkpoints.restore import read_arrays
+    from instructax.checkpoints.steps import committed_steps
 
     steps = committed_steps(workdir)
     if not steps:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from instructax.checkpoints.checkpoint import best_step, committed_steps, read_arrays
 from instructax.checkpoints.checksums import (
     NewerFormatError,
     find_damage,
     read_record,
     unlisted_files,
 )
+from instructax.checkpoints.restore import read_arrays
+from instructax.checkpoints.steps import best_step, committed_steps
 from instructax.config import ConfigError, require
 from instructax.runtime.goodput import format_totals, read_totals
 

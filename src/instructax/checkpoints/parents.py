@@ -13,18 +13,14 @@ from typing import Any, Literal
 import jax
 
 from instructax import sharding
-from instructax.checkpoints.checkpoint import (
-    best_step,
-    committed_steps,
-    files_hash,
-    load_params,
-)
 from instructax.checkpoints.manifest import (
     check_parent,
     config_difference,
     read_manifest,
     stored_manifest_hash,
 )
+from instructax.checkpoints.restore import load_params
+from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
 from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora

@@ -1,4 +1,4 @@
-"""Several processes, one program: how they find each other, and what they must agree on."""
+"""Multi-process runs: how processes join, agree on decisions, and end together."""
 
 import os
 import signal
@@ -12,24 +12,31 @@ from jax.experimental import multihost_utils
 
 from instructax.config import require
 
-HEARTBEAT = 15  # seconds without a sign of a process after which the others end
+# Seconds without a heartbeat of one process after which the others end.
+HEARTBEAT_TIMEOUT = 15
 
 
 def join_processes(coordinator: str, count: int | None, index: int | None) -> None:
-    """Makes this process one of `count`; to be called before anything else asks JAX for a
-    device.
+    """Makes this process one of `count` that share the run; waits for the others.
 
-    `coordinator` is HOST:PORT of process 0, or "auto": then a TPU pod, SLURM or Open MPI
-    tells all three. Waits for the others. Raises ConfigError for values that do not fit
-    each other.
+    Must be called before anything else asks JAX for a device.
+
+    Args:
+      coordinator: HOST:PORT of process 0, or "auto" to ask the TPU pod, SLURM or Open MPI,
+        which also know the other two arguments.
+      count: the number of processes.
+      index: which of them this is, from 0.
+
+    Raises:
+      ConfigError: the values do not fit together.
     """
     if coordinator == "auto":
         require(
             count is None and index is None,
-            "--coordinator=auto finds --processes and --process itself: leave out",
+            "--coordinator=auto finds --processes and --process itself: leave them out",
         )
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
-        _forget_preemption()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+        _restore_sigterm()
         return
     host, _, port = coordinator.rpartition(":")
     require(
@@ -38,26 +45,26 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
     )
     require(
         count is not None and index is not None and 0 <= index < count,
-        f"--coordinator={coordinator} needs --processes=N and --process=0 … N − 1, and got {count} and {index}",
+        f"--coordinator={coordinator} needs --processes=N and --process=0 … N − 1, "
+        f"and got {count} and {index}",
     )
     jax.distributed.initialize(
-        coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT
+        coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
     )
-    _forget_preemption()
+    _restore_sigterm()
 
 
-def _forget_preemption() -> None:
-    """JAX takes SIGTERM for its own notice of preemption, and then it ends nothing:
-    `interruption` answers it here."""
+def _restore_sigterm() -> None:
+    """Undoes JAX's handler, which only notes a preemption; `preemption` handles SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_on_failure(call: Callable[[], int]) -> int:
-    """The exit code that `call` returns; of several processes, one that does not end with 0
-    ends here and at once.
+    """Runs `call` and returns its exit code.
 
-    JAX would let it wait for the others for five minutes, and they, in a sum over all, for
-    it.
+    In a run of several processes, a process that fails ends here and at once. JAX's own
+    shutdown would wait for the others for five minutes, while they wait for it in a
+    collective.
     """
     try:
         code = call()
@@ -74,12 +81,13 @@ def exit_on_failure(call: Callable[[], int]) -> int:
 
 
 def all_hosts(condition: bool) -> bool:
-    """Whether `condition` holds on all processes, which must all ask."""
+    """Whether `condition` holds on every process. Collective: all processes must call it."""
     if jax.process_count() == 1:
         return condition
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
+    gathered = multihost_utils.process_allgather(np.asarray(condition))
+    return bool(np.all(gathered))
 
 
 def any_host(condition: bool) -> bool:
-    """Whether `condition` holds on any process; all must ask."""
+    """Whether `condition` holds on some process. Collective: all processes must call it."""
     return not all_hosts(not condition)

@@ -1,11 +1,10 @@
-"""Where the time of a run went, over all of its processes: `goodput.jsonl`, appended to and
-never rewound.
+"""Goodput: where the time of a run went, over all of its processes.
 
-A line is {"kind", "seconds", "step", "process"}: so many seconds of one kind of work, up to
-the finished step `step`, by the process that began at the Unix time `process`. Each second
-of a process counts once, save `lost`: a process that goes on from an earlier step than its
-forerunners had come to says how many of their seconds it does again. What a killed process
-did after its last line is in no line.
+`goodput.jsonl` is only appended to and never rewound. A line is {"kind", "seconds", "step",
+"process"}: how many seconds went into one kind of work, up to the finished step `step`, by
+the process that started at the Unix time `process`. Each second of a process counts once,
+except for the kind `lost`: a restarted process records how many seconds of its predecessors'
+work it has to redo. What a killed process did after its last line is not counted.
 """
 
 import json
@@ -20,164 +19,177 @@ from typing import Any
 from instructax.runtime.files import open_no_follow
 
 KINDS = ("steps", "evaluation", "compile", "init", "restore", "save")
-REDONE = ("steps", "evaluation")  # what is done again after a kill
-PHASES = {
-    "restore": "restore",
-    "evaluate": "evaluation",
-    "save": "save",
-}  # name of a beat → kind
+
+# Work that has to be redone after a kill.
+REDONE = ("steps", "evaluation")
+
+# Event name → kind of the time that follows it.
+PHASES = {"restore": "restore", "evaluate": "evaluation", "save": "save"}
 
 
 class GoodputLog:
-    """Books the time of this process, and writes lines if it `writes`.
+    """Accounts for the time of this process.
 
-    Until the first beat all is `init`, from the start of the process on, or from the end of
-    the run before it in the same process. Then the phases of `PHASES` are what they are
-    called; the rest is `compile` before the beat "steps" and `steps` after it.
+    Until the first event all time is `init`, counted from the start of the process, or from
+    the end of the previous run in the same process. After that, time in one of `PHASES` has
+    that phase's kind. All other time is `compile` before the event "steps" and `steps` after
+    it.
+
+    Args:
+      path: the log, shared by all processes that ever work on the run.
+      writes: whether this process writes lines.
     """
 
-    _before_ended = 0.0  # Unix time at which the last ledger of this process was closed
+    # Unix time at which the last log of this process was closed.
+    _last_closed = 0.0
 
     def __init__(self, path: Path, *, writes: bool):
-        self._process, self._last = round(_process_start(), 3), time.perf_counter()
-        self._booked = {"init": time.time() - max(self._process, GoodputLog._before_ended)}
-        self._kind, self._rest, self._step = "init", "compile", 0
-        self._before = read_lines(path)
-        self._file = _opened(path) if writes else None
+        self._process = round(_process_start(), 3)
+        self._last_event = time.perf_counter()
+        init_began = max(self._process, GoodputLog._last_closed)
+        self._unwritten = {"init": time.time() - init_began}  # kind → seconds
+        self._kind = "init"  # of the time since the last event
+        self._default_kind = "compile"  # of time outside of `PHASES`
+        self._step = 0
+        self._earlier = read_events(path)
+        self._file = _open_log(path) if writes else None
 
     def beat(self, name: str) -> None:
-        """Notes that work called `name` begins or ends now."""
+        """Records that the work called `name` begins or ends now."""
         now = time.perf_counter()
-        self._booked[self._kind] = self._booked.get(self._kind, 0.0) + now - self._last
+        seconds = self._unwritten.get(self._kind, 0.0)
+        self._unwritten[self._kind] = seconds + now - self._last_event
         if name == "steps":
-            self._rest = "steps"
-        self._last, self._kind = now, PHASES.get(name, self._rest)
+            self._default_kind = "steps"
+        self._last_event = now
+        self._kind = PHASES.get(name, self._default_kind)
 
     def begin(self, step: int) -> None:
-        """Notes that the run goes on from `step`; 0 is its beginning."""
+        """Records the step that the run starts or resumes from; 0 is a new run."""
         self.write(step)
-        if lost := lost_seconds(self._before, step):
-            self._line("lost", lost)
+        if lost := lost_seconds(self._earlier, step):
+            self._write_line("lost", lost)
 
     def write(self, step: int, *, least: float = 1e-3) -> None:
-        """Writes what is booked, up to the finished step `step`, and hands it to the
-        system: a kill cannot take it. Fewer than `least` seconds wait for more."""
-        self._step = step
-        ready = {
-            kind: seconds for kind, seconds in self._booked.items() if seconds >= least
-        }
-        self._booked = {
-            kind: seconds for kind, seconds in self._booked.items() if kind not in ready
-        }
-        for kind, seconds in ready.items():
-            self._line(kind, seconds)
+        """Writes the accumulated time, and hands it to the system, so a kill cannot lose it.
 
-    def _line(self, kind: str, seconds: float) -> None:
+        Args:
+          step: the last finished step.
+          least: kinds with fewer seconds are kept for a later call.
+        """
+        self._step = step
+        for kind, seconds in list(self._unwritten.items()):
+            if seconds >= least:
+                del self._unwritten[kind]
+                self._write_line(kind, seconds)
+
+    def _write_line(self, kind: str, seconds: float) -> None:
+        if self._file is None:
+            return
         line = {
             "kind": kind,
             "seconds": round(seconds, 6),
             "step": self._step,
             "process": self._process,
         }
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
-        """Writes what is still booked; no more lines after."""
+        """Writes the remaining time and closes the log."""
         self.write(self._step, least=0.0)
-        GoodputLog._before_ended = time.time()
+        GoodputLog._last_closed = time.time()
         if self._file is not None:
             self._file.close()
 
 
 def _process_start() -> float:
-    """The Unix time at which this process began; where the system does not say, now."""
+    """The Unix time at which this process started; now, if the system does not tell."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up = float(Path("/proc/uptime").read_text().split()[0])
+        # Fields of /proc/self/stat after the command's name, which may hold spaces; the 22nd
+        # of all is the start in clock ticks after boot.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, ValueError, IndexError):
         return time.time()
-    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _opened(path: Path) -> Any:
+def _open_log(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_no_follow(path, "a")
     if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        file.write("\n")  # the half line of a killed process stays a line of its own
+        # A killed process left half a line: keep it apart from ours.
+        file.write("\n")
     return file
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ledger, [] if there is none."""
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The valid lines of a goodput log; [] if there is no file.
+
+    Lines that a kill has torn, or that are not a goodput log's, are skipped.
+    """
+    if not path.exists():
+        return []
+    events = []
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-            seconds, step, process = (
-                float(line["seconds"]),
-                int(line["step"]),
-                float(line["process"]),
-            )
-            if math.isfinite(seconds) and line["kind"] in (*KINDS, "lost"):
-                lines.append(
-                    {
-                        "kind": line["kind"],
-                        "seconds": seconds,
-                        "step": step,
-                        "process": process,
-                    }
-                )
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            OverflowError,
-            RecursionError,
-        ):  # torn by a kill, or not ours
+            event = {
+                "kind": line["kind"],
+                "seconds": float(line["seconds"]),
+                "step": int(line["step"]),
+                "process": float(line["process"]),
+            }
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
-    return lines
+        if math.isfinite(event["seconds"]) and event["kind"] in (*KINDS, "lost"):
+            events.append(event)
+    return events
 
 
-def lost_seconds(lines: Iterable[Mapping[str, Any]], step: int) -> float:
-    """The seconds that a run does again which goes on from `step`, those left out that were
-    lost before."""
-    standing: list[Mapping[str, Any]] = []
-    for line in lines:
-        if line["kind"] == "lost":
-            standing = [earlier for earlier in standing if earlier["step"] <= line["step"]]
-        elif line["kind"] in REDONE:
-            standing.append(line)
-    return sum(line["seconds"] for line in standing if line["step"] > step)
+def lost_seconds(events: Iterable[Mapping[str, Any]], step: int) -> float:
+    """Seconds of earlier work that a run resuming from `step` has to redo.
+
+    Work that was already lost to an earlier restart is not counted again.
+    """
+    kept: list[Mapping[str, Any]] = []
+    for event in events:
+        if event["kind"] == "lost":
+            kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]
+        elif event["kind"] in REDONE:
+            kept.append(event)
+    return sum(event["seconds"] for event in kept if event["step"] > step)
 
 
 def read_totals(path: Path) -> dict[str, float]:
-    """Seconds by kind, `lost` too, the number of `processes`, and `goodput`: the share of
-    all seconds that went into steps and evaluations which were not done again. {} if there
-    is no ledger."""
-    lines = read_lines(path)
-    if not lines:
+    """Sums a goodput log.
+
+    Returns:
+      Seconds of each kind and of `lost`, the number of `processes`, and `goodput`: the share
+      of all seconds that went into steps and evaluations which were not redone. {} if there
+      is no log.
+    """
+    events = read_events(path)
+    if not events:
         return {}
-    seconds = {
-        kind: sum(line["seconds"] for line in lines if line["kind"] == kind)
-        for kind in (*KINDS, "lost")
-    }
-    useful = sum(seconds[kind] for kind in REDONE) - seconds["lost"]
-    spent = sum(seconds[kind] for kind in KINDS)
-    return {
-        **seconds,
-        "processes": len({line["process"] for line in lines}),
-        "goodput": useful / spent if spent else 0.0,
-    }
+    totals = dict.fromkeys((*KINDS, "lost"), 0.0)
+    for event in events:
+        totals[event["kind"]] += event["seconds"]
+    useful = sum(totals[kind] for kind in REDONE) - totals["lost"]
+    spent = sum(totals[kind] for kind in KINDS)
+    processes = len({event["process"] for event in events})
+    goodput = useful / spent if spent else 0.0
+    return {**totals, "processes": processes, "goodput": goodput}
 
 
-def format_totals(found: Mapping[str, float]) -> str:
-    """`read_totals` as a line to read."""
-
-    def clock(kind: str) -> str:
-        return f"{kind} {timedelta(seconds=round(found[kind]))}"
-
-    processes = f"{found['processes']:.0f} process{'es' if found['processes'] > 1 else ''}"
-    kinds = ", ".join(clock(kind) for kind in (*KINDS, "lost") if found[kind])
-    return f"goodput {found['goodput']:.0%} in {processes}: {kinds}"
+def format_totals(totals: Mapping[str, float]) -> str:
+    """The result of `read_totals` as one line of text."""
+    parts = []
+    for kind in (*KINDS, "lost"):
+        if totals[kind]:
+            parts.append(f"{kind} {timedelta(seconds=round(totals[kind]))}")
+    plural = "es" if totals["processes"] > 1 else ""
+    processes = f"{totals['processes']:.0f} process{plural}"
+    return f"goodput {totals['goodput']:.0%} in {processes}: {', '.join(parts)}"

@@ -1,5 +1,4 @@
-"""What a run is at, in a file: for those who look at it from outside, and after it was
-killed."""
+"""Records the current phase of a process in a file, for reports on hung or killed runs."""
 
 import contextlib
 import json
@@ -10,35 +9,34 @@ from typing import Any
 
 from instructax.runtime.files import open_no_follow
 
-LENGTH = 128  # bytes of the file; it is written in place by one call, so a reader finds one beat or the next
+# Size of the file in bytes. It is overwritten in place by one system call, so a reader never
+# sees half a heartbeat.
+LENGTH = 128
 
 
 class Heartbeat:
-    """Keeps the last beat in the file `path`: one line of JSON with pid, phase and Unix
-    time."""
+    """Keeps the last event in the file `path`: one line of JSON with pid, phase and time."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_no_follow(path, "wb")
 
     def beat(self, name: str) -> None:
-        """Notes that work called `name` begins or ends now."""
-        line = json.dumps(
-            {"pid": os.getpid(), "phase": name, "unix": round(time.time(), 3)}
-        )
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk is the business of what must be written
-            os.pwrite(self._file.fileno(), f"{line:<{LENGTH - 1}}\n".encode(), 0)
+        """Records that the work called `name` begins or ends now."""
+        event = {"pid": os.getpid(), "phase": name, "unix": round(time.time(), 3)}
+        line = f"{json.dumps(event):<{LENGTH - 1}}\n"
+        # A full disk must not end the run here; whatever has to be written will report it.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file.fileno(), line.encode(), 0)
 
     def close(self) -> None:
-        """No more beats."""
+        """Closes the file; the last event stays in it."""
         self._file.close()
 
 
 def last_beat(path: Path) -> dict[str, Any]:
-    """The last beat in a file; {} if there was none."""
+    """The last event in a heartbeat file; {} if there is none."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # absent, or opened just now
+    except (OSError, ValueError):  # absent, or just created
         return {}

@@ -1,15 +1,14 @@
-"""What a run writes while it goes: metrics, samples, phase times and a closing summary.
+"""What a run writes while it trains: metrics, samples, phase times and a final summary.
 
 `metrics.jsonl` holds one JSON object per step and `samples.jsonl` one per sample. Both are
-appended to; a resumed run first drops the lines after the step it starts from, so each step
-stands once. All that depends on a clock is under a key `time/…`: the other keys of a
+appended to. A resumed run first drops the lines after the step it resumes from, so each step
+occurs once. Everything that depends on a clock has a key `time/…`; the other keys of a
 resumed run are bit for bit those of an uninterrupted one. JSON has no NaN: a non-finite
 metric is written as null and named in the list `nonfinite`.
 """
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import math
 import time
@@ -27,38 +26,29 @@ from instructax.runtime.files import (
     write_atomically,
     write_json,
 )
-from instructax.runtime.redaction import printable
+from instructax.runtime.metric_display import TensorboardWriter, console_line, sample_line
 
-RESERVED = ("step", "nonfinite")  # the keys that the log itself writes
-MAIN = (
-    "loss",
-    "accuracy",
-    "scores",
-    "rewards",
-    "kl",
-    "entropy",
-    "response_length",
-)  # come first on the console
-FIRST_STEP = "first_step"  # the phase of `first_step_done`
-CONSOLE_METRICS = 6  # metrics on the console line: those of `MAIN`, then the others by name
-CONSOLE_CHARACTERS = 160  # of each field of a sample on the console
+# Keys that the log itself writes.
+RESERVED = ("step", "nonfinite")
+
+# The phase that `first_step_done` records.
+FIRST_STEP = "first_step"
 
 
 def rewind(path: Path, start_step: int) -> None:
-    """Keeps the lines of a JSONL log whose step is at most `start_step`; with `start_step`
-    0 nothing is kept.
+    """Keeps the lines of a JSONL log up to `start_step`; none if `start_step` is 0.
 
-    A line that is not a JSON object with a step, such as the half line of a killed run, is
-    dropped.
+    Lines that are not JSON objects with a step are dropped, such as the half line of a
+    killed run.
     """
     if not path.exists():
         return
     with path.open(errors="replace") as old:
-        whole = (line for line in old if line.endswith("\n"))
-        write_atomically(
-            path,
-            (line for line in whole if start_step > 0 and _step_of(line) <= start_step),
+        whole_lines = (line for line in old if line.endswith("\n"))
+        kept = (
+            line for line in whole_lines if start_step > 0 and _step_of(line) <= start_step
         )
+        write_atomically(path, kept)
 
 
 def _step_of(line: str) -> float:
@@ -78,19 +68,25 @@ class _Record:
 
 
 class MetricLog:
-    """The log of one run in `workdir`; a context manager that flushes on any exit. Only
-    process 0 writes.
+    """The log of one run in `workdir`; only process 0 writes.
+
+    A context manager that flushes on any exit.
 
     Args:
-      total_steps: the run's last step, for the console line and the estimated time of arrival.
-      log_every: steps between two flushes (one device-to-host copy and one console line each).
-      start_step: finished steps of the state that the run continues from; 0 for a new run. What the files hold of later
-        steps is dropped.
-      tensorboard: also write scalars to `workdir/tensorboard`.
-      console: also print.
-      beat: called with the name of every phase when it begins and when it ends, and with "steps" by `first_step_done`.
-      written: called with the last step whose record is in the file.
-      recorded: whether `start_step` has been recorded; else it is recorded next.
+      workdir: the folder of the run.
+      total_steps: the last step of the run, for the console line and the estimated time of
+        arrival.
+      log_every: steps between two flushes, each with one device-to-host copy and one console
+        line.
+      start_step: finished steps of the state that the run resumes from; 0 for a new run.
+        Lines of later steps are dropped from the files.
+      tensorboard: whether to write scalars to `workdir/tensorboard` as well.
+      console: whether to print as well.
+      beat: called with the name of every phase when it begins and when it ends, and with
+        "steps" by `first_step_done`.
+      on_flush: called with the last step whose record is in the file.
+      start_recorded: whether `start_step` is already in the file; otherwise it is the step
+        that is recorded next.
     """
 
     def __init__(
@@ -103,42 +99,46 @@ class MetricLog:
         tensorboard: bool,
         console: bool,
         beat: Callable[[str], None] = lambda name: None,
-        written: Callable[[int], None] = lambda step: None,
-        recorded: bool = True,
+        on_flush: Callable[[int], None] = lambda step: None,
+        start_recorded: bool = True,
     ):
         if log_every < 1:
             raise ConfigError(
-                f"log_every is {log_every}; it must be at least 1: set it in the config of the run"
+                f"log_every is {log_every}; it must be at least 1: set it in the config of "
+                "the run"
             )
         self._workdir = Path(workdir)
-        self._total_steps, self._log_every = total_steps, log_every
+        self._total_steps = total_steps
+        self._log_every = log_every
         self._writes = jax.process_index() == 0
         self._console = console and self._writes
-        self._beat, self._written = beat, written
-        self._last_step = (
-            start_step - (not recorded) if start_step > 0 else -1
-        )  # a new run may record step 0
+        self._beat = beat
+        self._on_flush = on_flush
+
+        self._last_step = -1  # a new run may record step 0
+        if start_step > 0:
+            self._last_step = start_step if start_recorded else start_step - 1
         self._last_sampled = -1
         self._buffer: list[_Record] = []
         self._phases: dict[str, float] = {}
-        self._files, self._writer = contextlib.ExitStack(), None
+        self._files = contextlib.ExitStack()
+        self._tensorboard: TensorboardWriter | None = None
         if self._writes:
             self._open(start_step, tensorboard)
         self._window_start = time.perf_counter()
 
     def _open(self, start_step: int, tensorboard: bool) -> None:
         if tensorboard:
-            self._writer = _tensorboard_writer(self._workdir / "tensorboard", start_step)
-            self._files.callback(self._writer.close)
+            folder = self._workdir / "tensorboard"
+            self._tensorboard = TensorboardWriter(folder, start_step)
+            self._files.callback(self._tensorboard.close)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rewind(self._workdir / name, start_step)
-        self._metrics = self._files.enter_context(
-            open_no_follow(self._workdir / "metrics.jsonl", "a")
-        )
-        self._samples = self._files.enter_context(
-            open_no_follow(self._workdir / "samples.jsonl", "a")
-        )
+        metrics = self._workdir / "metrics.jsonl"
+        samples = self._workdir / "samples.jsonl"
+        rewind(metrics, start_step)
+        rewind(samples, start_step)
+        self._metrics = self._files.enter_context(open_no_follow(metrics, "a"))
+        self._samples = self._files.enter_context(open_no_follow(samples, "a"))
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -151,131 +151,112 @@ class MetricLog:
 
         Args:
           step: later than every step before it.
-          metrics: name → scalar or array of shape (). A name may not be one of `RESERVED`. `tokens`, if among them, is
-            the number of tokens of the step over all devices and gives `time/tokens_per_second_per_device`.
+          metrics: name → scalar or array of shape (), with no name of `RESERVED`. `tokens`,
+            if present, is the step's number of tokens over all devices and gives
+            `time/tokens_per_second_per_device`.
 
         Raises:
-          ValueError: a step recorded before, a reserved name, a metric that is not a scalar.
+          ValueError: the step was recorded before, a name is reserved, or a metric is not a
+            scalar.
         """
         if step <= self._last_step:
             raise ValueError(
-                f"step {step} follows step {self._last_step}: record each step once, in rising order"
+                f"step {step} follows step {self._last_step}: record each step once, in "
+                "rising order"
             )
         _refuse_reserved(metrics)
         for name, value in metrics.items():
             if np.shape(value) != ():
                 raise ValueError(
-                    f"metric {name!r} has shape {np.shape(value)}; only scalars can be recorded"
+                    f"metric {name!r} has shape {np.shape(value)}; only scalars can be "
+                    "recorded"
                 )
         self._last_step = step
-        phases, self._phases = self._phases, {}
+        phases = self._phases
+        self._phases = {}
         if self._writes:
             self._buffer.append(_Record(step, dict(metrics), phases, time.time()))
             if step % self._log_every == 0 or step == self._total_steps:
                 self.flush()
 
     def flush(self) -> None:
-        """Fetches and writes what `record` took since the last flush.
+        """Fetches and writes what was recorded since the last flush.
 
-        `time/step_s` and `time/tokens_per_second_per_device` are means over these steps: a
-        step's own time is unknown, since the device works behind the host. The first step,
-        most of which went into compiling, counts only where there is no other. A
-        checkpoint's step should be flushed before it is saved, as it is where `log_every`
-        divides the steps between checkpoints: else a killed and resumed run has a gap in
-        its log.
+        `time/step_s` and `time/tokens_per_second_per_device` are means over these steps: the
+        time of a single step is unknown, because the device works behind the host. The first
+        step, most of which is compilation, only counts if there is no other.
+
+        The log of a step should be flushed before its checkpoint is saved, as it is when
+        `log_every` divides `save_every`; otherwise a killed and resumed run has a gap.
         """
         if not self._buffer:
             return
-        records, self._buffer = self._buffer, []
+        records = self._buffer
+        self._buffer = []
         fetched = jax.device_get([record.metrics for record in records])
         now = time.perf_counter()
-        seconds, self._window_start = now - self._window_start, now
+        seconds = now - self._window_start
+        self._window_start = now
+
         timed = [i for i, record in enumerate(records) if FIRST_STEP not in record.phases]
         if not timed:
-            seconds, timed = records[0].phases[FIRST_STEP], [0]
-        rate = (
-            sum(float(fetched[i].get("tokens", 0)) for i in timed)
-            / seconds
-            / jax.device_count()
-        )
+            timed = [0]
+            seconds = records[0].phases[FIRST_STEP]
+        tokens = sum(float(fetched[i].get("tokens", 0)) for i in timed)
+        throughput = tokens / seconds / jax.device_count()
+
         lines = []
         for record, metrics in zip(records, fetched, strict=True):
             times = {f"time/{name}_s": value for name, value in record.phases.items()}
-            times |= {"time/unix_s": record.unix, "time/step_s": seconds / len(timed)}
+            times["time/unix_s"] = record.unix
+            times["time/step_s"] = seconds / len(timed)
             if "tokens" in metrics:
-                times["time/tokens_per_second_per_device"] = rate
-            lines.append(_line(record.step, metrics, times))
+                times["time/tokens_per_second_per_device"] = throughput
+            lines.append(_metrics_line(record.step, metrics, times))
         self._write(lines)
-        self._written(records[-1].step)
+        self._on_flush(records[-1].step)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         self._metrics.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         self._metrics.flush()
-        if self._writer is not None:
-            for line in lines:
-                scalars = {
-                    name: value
-                    for name, value in line.items()
-                    if name not in RESERVED and value is not None
-                }
-                for name, value in scalars.items():
-                    self._writer.add_scalar(
-                        name, value, line["step"], walltime=line["time/unix_s"]
-                    )
-            self._writer.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.write(lines)
         if self._console:
-            print(self._console_line(lines[-1]), flush=True)
+            print(console_line(lines[-1], self._total_steps), flush=True)
 
-    def _console_line(self, line: dict[str, Any]) -> str:
-        hidden = (*RESERVED, "tokens")
-        names = [
-            name for name in line if name not in hidden and not name.startswith("time/")
-        ]
-        names.sort(key=lambda name: (MAIN.index(name) if name in MAIN else len(MAIN), name))
-        parts = [f"step {line['step']}/{self._total_steps}"]
-        for name in names[:CONSOLE_METRICS]:
-            parts.append(
-                f"{name} {'non-finite' if line[name] is None else format(line[name], '.4g')}"
-            )
-        if (rate := line.get("time/tokens_per_second_per_device")) is not None:
-            parts.append(f"{rate:,.0f} tokens/s/device")
-        left = (self._total_steps - line["step"]) * line["time/step_s"]
-        parts.append(f"eta {datetime.timedelta(seconds=round(max(left, 0)))}")
-        return "  ".join(parts)
+    def write_sample(self, step: int, sample: Mapping[str, Any]) -> None:
+        """Appends one sample (prompt, response, score, …) at once.
 
-    def write_sample(self, step: int, record: Mapping[str, Any]) -> None:
-        """Appends one sample (prompt, response, score, …) at once; the first of a step with
-        a console line is shown."""
-        _refuse_reserved(record)
+        The first sample of a step that has a console line is printed.
+        """
+        _refuse_reserved(sample)
         if not self._writes:
             return
-        self._samples.write(
-            json.dumps({"step": step, **to_jsonable(record)}, allow_nan=False) + "\n"
-        )
+        line = {"step": step, **to_jsonable(sample)}
+        self._samples.write(json.dumps(line, allow_nan=False) + "\n")
         self._samples.flush()
         if self._console and step != self._last_sampled and step % self._log_every == 0:
-            fields = (
-                f"{name}: {printable(str(value)[:CONSOLE_CHARACTERS])}"
-                for name, value in record.items()
-            )
-            print(f"sample {step}  " + "  ".join(fields), flush=True)
+            print(sample_line(step, sample), flush=True)
         self._last_sampled = step
 
     def first_step_done(self, metrics: Mapping[str, Any]) -> None:
-        """Waits for the metrics of the first step, and notes the seconds since the log was
-        opened, most of which went into compiling: `time/first_step_s` of the next record,
-        and a line on the console."""
+        """Waits for the metrics of the first step, and records how long it took.
+
+        Most of these seconds are compilation. They become `time/first_step_s` of the next
+        record, and a line on the console.
+        """
         jax.block_until_ready(metrics)
         self._beat("steps")
         now = time.perf_counter()
-        seconds, self._window_start = now - self._window_start, now
+        seconds = now - self._window_start
+        self._window_start = now
         self._phases[FIRST_STEP] = seconds
         if self._console:
             print(f"first step after {seconds:.1f} s", flush=True)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the wall time of the block to `time/{name}_s` of the next record.
+        """Context manager: adds its wall time to `time/{name}_s` of the next record.
 
         It is the host's time: a block that only dispatches work to the device ends before
         the device does.
@@ -286,12 +267,13 @@ class MetricLog:
             yield
         finally:
             self._beat(f"the end of {name}")
-            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self._phases[name] = self._phases.get(name, 0.0) + elapsed
 
-    def write_summary(self, figures: Mapping[str, Any]) -> None:
-        """Writes the final figures of the run to `summary.json`, atomically."""
+    def write_summary(self, metrics: Mapping[str, Any]) -> None:
+        """Writes the final metrics of the run to `summary.json`, atomically."""
         if self._writes:
-            write_json(self._workdir / "summary.json", figures)
+            write_json(self._workdir / "summary.json", metrics)
 
     def close(self) -> None:
         """Flushes and closes the files. A second call does nothing."""
@@ -302,30 +284,18 @@ class MetricLog:
 def _refuse_reserved(names: Mapping[str, Any]) -> None:
     for name in RESERVED:
         if name in names:
-            raise ValueError(f"the name {name!r} is the log's own: rename that entry")
+            raise ValueError(
+                f"the name {name!r} is reserved for the log: rename that entry"
+            )
 
 
-def _line(
+def _metrics_line(
     step: int, metrics: Mapping[str, Any], times: Mapping[str, float]
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`, sorted by name, from metrics that are on the host."""
     values = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
+    line = {"step": step, **to_jsonable(values)}
     nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
-    return {
-        "step": step,
-        **to_jsonable(values),
-        **({"nonfinite": nonfinite} if nonfinite else {}),
-        **times,
-    }
-
-
-def _tensorboard_writer(directory: Path, start_step: int) -> Any:
-    """A writer that hides what an earlier, rewound run wrote after `start_step`."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "tensorboard is on, but tensorboardX is not installed: pip install 'instructax[tensorboard]', or turn "
-            "tensorboard off in the config"
-        ) from None
-    return SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0)
+    if nonfinite:
+        line["nonfinite"] = nonfinite
+    return {**line, **times}

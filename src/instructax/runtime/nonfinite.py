@@ -1,5 +1,8 @@
-"""Numbers that are none: updates that are skipped, and the end of a run that has nothing
-else left."""
+"""Non-finite gradients: keep the batch of a skipped update, and abort after too many in a row.
+
+The update itself is skipped inside the compiled program (`training.optimizer`). Neither is
+in the paper.
+"""
 
 import logging
 from pathlib import Path
@@ -14,70 +17,74 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """What was computed is no longer a number; the last checkpoint is of before."""
+    """Training produced non-finite numbers; the last checkpoint is from before."""
 
 
 class NonFiniteGuard:
-    """Notes the updates that were skipped for gradients that are not finite, each with its
-    batch, and ends a run that skips too many in a row.
+    """Watches for skipped updates, stores their batches, and ends a diverging run.
 
-    The figures of an update are looked at when the next one is under way, so that the
-    devices never wait.
+    The metrics of an update are read when the next one has been dispatched, so the devices
+    never wait for the host.
 
     Args:
-      most: how many updates in a row may be skipped.
-      folder: where the batches of the first of them go, `<step>-<process>.npz`.
+      max_skipped: how many updates in a row may be skipped.
+      folder: where the batches of skipped updates go, as `<step>-<process>.npz`.
     """
 
-    def __init__(self, most: int, folder: Path):
-        self._most, self._folder = most, folder
-        self._last: tuple[int, Any, Any] | None = None
-        self._row = 0
+    def __init__(self, max_skipped: int, folder: Path):
+        self._max_skipped = max_skipped
+        self._folder = folder
+        self._pending: tuple[int, Any, Any] | None = None  # step, batch, skipped
+        self._skipped_in_a_row = 0
 
     def observe(self, step: int, batch: Any, metrics: dict[str, Any]) -> None:
-        """Looks at the update before, and keeps this one. Raises Diverged."""
+        """Checks the previous update, and keeps this one. Raises Diverged."""
         self.check()
-        self._last = step, batch, metrics.get("skipped", 0.0)
+        self._pending = (step, batch, metrics.get("skipped", 0.0))
 
     def check(self) -> None:
-        """Looks at the last update. Raises Diverged."""
-        if self._last is None:
+        """Checks the update that was observed last. Raises Diverged."""
+        if self._pending is None:
             return
-        (step, batch, skipped), self._last = self._last, None
+        step, batch, skipped = self._pending
+        self._pending = None
         if not float(skipped):
-            self._row = 0
+            self._skipped_in_a_row = 0
             return
-        self._row += 1
+
+        self._skipped_in_a_row += 1
         path = self._folder / f"{step}-{jax.process_index()}.npz"
-        if self._row <= max(
-            self._most, 1
-        ):  # of a row too long, the last batch is not needed
+        # The batch of the update that ends the run is only kept if no other is.
+        if self._skipped_in_a_row <= max(self._max_skipped, 1):
             self._folder.mkdir(parents=True, exist_ok=True)
             with open_no_follow(path, "wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **_local_arrays(batch))
-        if self._row <= self._most:
-            logger.warning(
-                "step %d: gradients are not finite, the update is skipped; its batch: %s",
-                step,
-                path,
+        if self._skipped_in_a_row > self._max_skipped:
+            raise Diverged(
+                f"gradients were not finite in {self._skipped_in_a_row} updates in a row, "
+                f"up to step {step}; the first of their batches are in {self._folder}. "
+                "The same command repeats it from the last checkpoint; lower the learning "
+                "rate"
             )
-            return
-        raise Diverged(
-            f"gradients were not finite in {self._row} updates in a row, up to step {step}; the first of their batches "
-            f"are in {self._folder}. The same command repeats it from the last checkpoint; lower the learning rate"
+        logger.warning(
+            "step %d: gradients are not finite, the update is skipped; its batch: %s",
+            step,
+            path,
         )
 
 
 def _local_arrays(tree: Any) -> dict[str, np.ndarray]:
-    """The rows of a batch that this process has, by path."""
+    """The rows of a batch that are on this process, by path."""
 
     def local(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return np.asarray(leaf)
+        # Devices of one `tensor` group hold the same rows: keep one shard per index.
         shards = {str(shard.index): shard for shard in leaf.addressable_shards}
         return np.concatenate([np.asarray(shard.data) for shard in shards.values()])
 
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): local(x)
-        for path, x in jax.tree.leaves_with_path(tree)
-    }
+    arrays = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays[name] = local(leaf)
+    return arrays

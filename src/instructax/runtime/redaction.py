@@ -1,4 +1,7 @@
-"""What must not reach a terminal or a file: control characters, and secrets."""
+"""Keeps control characters and secrets out of terminals and files.
+
+No config has a field for a secret, but overrides, error messages and URLs can contain one.
+"""
 
 import itertools
 import re
@@ -6,85 +9,113 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "(hidden)"
-SECRETS = {
-    "secret",
-    "secrets",
-    "password",
-    "passwd",
-    "pwd",
-    "passphrase",
+
+# A name with one of these words is a secret.
+SECRET_WORDS = {
+    "apikey",
     "auth",
     "authorization",
-}
-SECRETS |= {"credential", "credentials"}
-SECRET_KEYS = {"api", "private", "access", "secret"}  # before "key", wherever it stands
-PLAIN_KEYS = {
-    "rng",
-    "prng",
-    "random",
-    "step",
-    "cache",
-    "sort",
-    "primary",
-    "foreign",
-    "query",
-}  # before a last "key"
-TEXT_TOKENS = {
-    "pad",
-    "eos",
-    "bos",
-    "unk",
-    "sep",
-    "cls",
-    "mask",
-    "stop",
-    "end",
-    "start",
-    "first",
-    "last",
-    "per",
+    "credential",
+    "credentials",
+    "passphrase",
+    "passwd",
+    "password",
+    "pwd",
+    "secret",
+    "secrets",
 }
 
+# "… key" is a secret after one of the first, and at the end of a name unless after one of
+# the second: `access_key_id` and `wandb_key`, but not `rng_key`.
+SECRET_KEYS = {"access", "api", "private", "secret"}
+HARMLESS_KEYS = {
+    "cache",
+    "foreign",
+    "primary",
+    "prng",
+    "query",
+    "random",
+    "rng",
+    "sort",
+    "step",
+}
+
+# "… token" at the end of a name is a secret, but not after one of these: `pad_token`.
+TEXT_TOKENS = {
+    "bos",
+    "cls",
+    "end",
+    "eos",
+    "first",
+    "last",
+    "mask",
+    "pad",
+    "per",
+    "sep",
+    "start",
+    "stop",
+    "unk",
+}
+
+# The words of snake_case, kebab-case and camelCase names.
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-# All start where a word does, so that a long word is looked at once; what is hidden may
-# hold an @ or an escaped quote.
+
+# The next three patterns begin where a word begins, so a long word is scanned only once.
+# The login of a URL; it may itself contain an @.
 _LOGIN = re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
+# An HTTP header, with or without a scheme such as "Bearer".
 _HEADER = re.compile(
     r"(authorization['\"]?\s*[:=]\s*['\"]?(?:[a-z]+\s+(?=[^\s'\",]))?)[^\s'\",]+",
     re.IGNORECASE,
 )
+# A name and what separates it from its value: `name=`, `'name': ` or `--name `.
 _NAME = re.compile(r"(?<![\w.-])([\w.-]+)(['\"]?\s*[:=]\s*|(?<=[\w.-])\s+)")
+
+# A value: a quoted string, which may contain escaped quotes, a bracketed group or a word.
 _VALUE = re.compile(
     r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\[[^\]]*\]|\([^)]*\)|\{[^}]*\}|[^\s,;)}\]]+"
 )
 
 
 def printable(text: str) -> str:
-    """`text` with control, formatting and surrogate characters escaped: sampled text must
-    not drive a terminal."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    """`text` with control, formatting and surrogate characters escaped.
+
+    Sampled text must not be able to control a terminal.
+    """
+    shown = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
+    return "".join(shown)
 
 
 def is_secret(name: str) -> bool:
-    """Whether what is called `name` must not be shown: hf_token and apiKey, not num_tokens,
-    tokenizer or pad_token."""
+    """Whether the value called `name` must not be shown.
+
+    True for `hf_token` and `apiKey`, False for `num_tokens`, `tokenizer` and `pad_token`.
+    """
     words = [word.lower() for word in _WORDS.findall(name)]
-    keys = any(
-        first in SECRET_KEYS and second == "key"
-        for first, second in itertools.pairwise(words)
-    )
-    keys |= len(words) > 1 and words[-1] == "key" and words[-2] not in PLAIN_KEYS
-    token = words[-1:] == ["token"] and not TEXT_TOKENS.intersection(words[-2:-1])
-    return keys or token or "apikey" in words or not SECRETS.isdisjoint(words)
+    if not SECRET_WORDS.isdisjoint(words):
+        return True
+    for before, word in itertools.pairwise(words):
+        if word == "key" and before in SECRET_KEYS:
+            return True
+    last = words[-1] if words else ""
+    before_last = words[-2] if len(words) > 1 else ""
+    if last == "key":
+        return bool(before_last) and before_last not in HARMLESS_KEYS
+    return last == "token" and before_last not in TEXT_TOKENS
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """`value` with all that `is_secret` within it replaced by `HIDDEN`, and without the
-    logins of URLs."""
-    if value in (None, "") or isinstance(value, bool):
+    """`value`, nested or not, with secrets and the logins of URLs replaced by `HIDDEN`.
+
+    Args:
+      value: of a config or manifest.
+      name: what it is called, which decides whether it is a secret.
+    """
+    if value in (None, "") or isinstance(value, bool):  # nothing to hide
         return value
     if is_secret(name):
         return HIDDEN
@@ -92,30 +123,35 @@ def redact(value: Any, name: str = "") -> Any:
         return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(redact(item) for item in value)
-    return _LOGIN.sub(rf"\1{HIDDEN}@", value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _hide_logins(value)
+    return value
 
 
 def redact_text(text: str) -> str:
-    """`text` for people, without the logins of its URLs and what stands behind the name of
-    a secret: name=value, name: value (but for "token:", which is prose), 'name': value and
-    --name value."""
+    """A message with secrets and the logins of URLs replaced by `HIDDEN`.
 
-    text = _HEADER.sub(rf"\1{HIDDEN}", _LOGIN.sub(rf"\1{HIDDEN}@", text))
-    parts, end = [], 0
-    for name in _NAME.finditer(text):
-        word, flag = name[1].lower(), name[1].startswith("--")
-        # "end token: …" is prose, and a header is hidden already.
-        done = (word == "token" and name[2].startswith(":")) or word.endswith(
-            "authorization"
-        )
-        if (
-            name.start() < end
-            or not is_secret(name[1])
-            or done
-            or (name[2].isspace() and not flag)
-        ):
+    Finds the values in name=value, name: value, 'name': value and --name value.
+    """
+    text = _HEADER.sub(rf"\1{HIDDEN}", _hide_logins(text))
+    parts = []
+    end = 0  # of the text that is already in `parts`
+    for match in _NAME.finditer(text):
+        name, separator = match[1], match[2]
+        if match.start() < end or not is_secret(name):
             continue
-        if (value := _VALUE.match(text, name.end())) and value[0] != HIDDEN:
+        if name.lower() == "token" and separator.startswith(":"):
+            continue  # prose: "end token: …"
+        if name.lower().endswith("authorization"):
+            continue  # a header, which is hidden already
+        if separator.isspace() and not name.startswith("--"):
+            continue  # prose: "a password of letters"
+        value = _VALUE.match(text, match.end())
+        if value and value[0] != HIDDEN:
             parts += [text[end : value.start()], HIDDEN]
             end = value.end()
     return "".join([*parts, text[end:]])
+
+
+def _hide_logins(text: str) -> str:
+    return _LOGIN.sub(rf"\1{HIDDEN}@", text)

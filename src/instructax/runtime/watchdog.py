@@ -1,5 +1,7 @@
-"""Ends a process that stands still: a hung collective or a stuck reader would hold its
-devices for ever."""
+"""Aborts a process that hangs.
+
+A hung collective or a blocked reader would otherwise hold its devices forever.
+"""
 
 import contextlib
 import faulthandler
@@ -13,26 +15,35 @@ from typing import Any
 
 from instructax.runtime.files import open_no_follow
 
-TICK = 5.0  # seconds after which the watchdog looks again, or less
+# Longest time between two checks, in seconds.
+MAX_TICK = 5.0
 
 
 class Watchdog:
-    """While entered, aborts the process (SIGABRT, code 134) once `seconds` have passed
-    without a `beat`; 0: never.
+    """Context manager: aborts the process after `seconds` without a `beat`.
 
-    Time in which the process itself was stopped, as by SIGSTOP or a frozen container, does
-    not count. Before it aborts, it writes to `report` what was begun last and the stacks of
-    all threads. A thread that holds Python's lock for ever holds up the watchdog too.
+    The process ends with SIGABRT, code 134, after the last event and the stacks of all
+    threads have been written to `report`. Time during which the process itself was stopped,
+    as by SIGSTOP or a frozen container, does not count. A thread that never releases
+    Python's global lock also blocks the watchdog.
+
+    Args:
+      seconds: the limit; 0 disables the watchdog.
+      report: the file for the stacks.
     """
 
     def __init__(self, seconds: float, report: Path):
-        self._seconds, self._report = seconds, report
-        self._woken, self._left = threading.Condition(), False
+        self._seconds = seconds
+        self._report = report
+        self._condition = threading.Condition()
+        self._closed = False
         self.beat("start")
 
     def beat(self, name: str) -> None:
-        """Notes that work called `name` begins or ends now."""
-        self._last = time.monotonic(), name
+        """Records that the work called `name` begins or ends now."""
+        # One tuple: the watching thread must not see the time of one event with the name of
+        # another.
+        self._last = (time.monotonic(), name)
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -41,30 +52,36 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with self._woken:
-            self._left = True
-            self._woken.notify()
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
 
     def _watch(self) -> None:
-        tick, looked = min(TICK, self._seconds / 4), time.monotonic()
-        with self._woken:
-            while not self._left:
-                self._woken.wait(tick)
+        tick = min(MAX_TICK, self._seconds / 4)
+        last_check = time.monotonic()
+        with self._condition:
+            while not self._closed:
+                self._condition.wait(tick)
                 now = time.monotonic()
-                if now - looked > 2 * tick:  # this thread stood still too
+                if now - last_check > 2 * tick:
+                    # This thread did not run either: the whole process was stopped.
                     began, name = self._last
-                    self._last = began + (now - looked - tick), name
-                looked = now
-                if (still := now - self._last[0]) >= self._seconds:
-                    self._abort(still)
+                    self._last = (began + (now - last_check - tick), name)
+                last_check = now
+                idle = now - self._last[0]
+                if idle >= self._seconds:
+                    self._abort(idle)
 
-    def _abort(self, still: float) -> None:
-        line = f"watchdog: nothing has moved for {still:.0f} s since {self._last[1]!r}; stacks: {self._report}"
+    def _abort(self, idle: float) -> None:
+        _, name = self._last
+        line = (
+            f"watchdog: nothing has moved for {idle:.0f} s since {name!r}; "
+            f"stacks: {self._report}"
+        )
         with contextlib.suppress(OSError), open_no_follow(self._report, "w") as file:
             print(line, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
         print(line, file=sys.stderr, flush=True)
-        resource.setrlimit(
-            resource.RLIMIT_CORE, (0, 0)
-        )  # a core of all parameters helps nobody
+        # A core dump would write all parameters to disk.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.abort()

@@ -1,5 +1,4 @@
-"""One run, one workdir: two commands that write to the same folder would destroy each
-other's work."""
+"""Locks a workdir: two commands that write to the same folder would destroy each other's work."""
 
 import contextlib
 import datetime
@@ -19,21 +18,24 @@ from instructax.runtime.files import open_no_follow
 
 logger = logging.getLogger(__name__)
 
-BOOT = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """While entered, `workdir` belongs to this run: process 0 holds `workdir/lock.json`,
-    which says who.
+    """Context manager: reserves `workdir`, which is created if needed, for this run.
 
-    The lock is the kernel's: it ends with the process, however that ends, so none is ever
-    stale; the file stays. A file system without locks is used with a warning. Raises
-    ConfigError, on every process, if another run holds it or if there can be no such
-    folder.
+    Process 0 holds a kernel lock on `workdir/lock.json`, which names the holder. The kernel
+    releases the lock when the process ends, however it ends, so locks are never stale; the
+    file stays. On a file system without locks there is only a warning.
+
+    Raises ConfigError, on every process, if another run holds the lock or the folder cannot
+    be used.
     """
-    with contextlib.ExitStack() as held:
-        refusal = _hold(workdir, held) if jax.process_index() == 0 else ""
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if jax.process_index() == 0:
+            refusal = _acquire(workdir, stack)
         require(
             all_hosts(not refusal),
             refusal or f"--workdir {workdir} cannot be used, as process 0 reports",
@@ -41,37 +43,43 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _hold(workdir: Path, held: contextlib.ExitStack) -> str:
-    """Takes the lock until `held` ends; "" or the reason why that cannot be."""
+def _acquire(workdir: Path, stack: contextlib.ExitStack) -> str:
+    """Takes the lock until `stack` is closed; returns "", or why it cannot be taken."""
     path = workdir / "lock.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(open_no_follow(path, "a+"))
+        # "a+": the holder's entry must survive if the lock is not available.
+        file = stack.enter_context(open_no_follow(path, "a+"))
     except OSError as error:
         return f"--workdir {workdir} cannot be used: {error}"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return f"{workdir} is in use by {_described(path)}: wait for that run, stop it, or take another --workdir"
+        return (
+            f"{workdir} is in use by {_describe_holder(path)}: wait for that run, stop it, "
+            "or take another --workdir"
+        )
     except OSError as error:
         logger.warning(
             "%s cannot be locked (%s): start no second run in this folder", path, error
         )
         return ""
+
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": BOOT_ID.read_text().strip() if BOOT_ID.exists() else "",
+        "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
     file.truncate(0)
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    boot = BOOT.read_text().strip() if BOOT.exists() else ""
-    json.dump(
-        {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot, "since": since},
-        file,
-    )
+    json.dump(holder, file)
     file.flush()
     return ""
 
 
-def _described(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it is being written
+    except (ValueError, KeyError, TypeError):  # the holder is writing it right now
         return "another process"

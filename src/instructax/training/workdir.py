@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from instructax.checkpoints.checkpoint import committed_steps
 from instructax.checkpoints.manifest import config_difference, upgrade_config
 from instructax.checkpoints.parents import is_finished
+from instructax.checkpoints.steps import committed_steps
 from instructax.config import ConfigError, require
 from instructax.runtime.files import write_json
 from instructax.runtime.redaction import redact
