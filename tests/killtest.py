@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from instructax.checkpoints.restore import read_arrays
-from instructax.checkpoints.steps import committed_steps
 
 from instructax import cli, experiment
 from instructax.checkpoints.checksums import has_checksums
 from instructax.checkpoints.parents import is_finished
+from instructax.checkpoints.restore import read_arrays
+from instructax.checkpoints.steps import committed_steps
 from instructax.config import require
 from instructax.experiment import RunSpec, metrics_of
 from instructax.runtime.files import write_json

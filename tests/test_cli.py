@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from instructax.checkpoints.restore import CheckpointMismatch
 
 from instructax import cli
 from instructax.checkpoints.checksums import NewerFormatError
+from instructax.checkpoints.restore import CheckpointMismatch
 from instructax.config import ConfigError, require
 from instructax.data.schema import DataError
 from instructax.evals.intervals import win_rate

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from instructax.checkpoints.restore import CheckpointMismatch, load_params
-from instructax.checkpoints.steps import best_step, committed_steps
 from tests.support.saved import (
     assert_equal,
     make_ppo_state,
@@ -26,6 +24,8 @@ from tests.support.saved import (
 )
 
 from instructax.checkpoints import checkpoint
+from instructax.checkpoints.restore import CheckpointMismatch, load_params
+from instructax.checkpoints.steps import best_step, committed_steps
 from instructax.types import TrainState
 
 

@@ -6,8 +6,6 @@ import logging
 import shutil
 
 import pytest
-from instructax.checkpoints.restore import load_params
-from instructax.checkpoints.steps import best_step, committed_steps
 from tests.support.saved import (
     assert_equal,
     flip_bit,
@@ -19,6 +17,8 @@ from tests.support.saved import (
 
 from instructax.checkpoints import checkpoint
 from instructax.checkpoints.checkpoint import Checkpoints
+from instructax.checkpoints.restore import load_params
+from instructax.checkpoints.steps import best_step, committed_steps
 
 
 def test_stray_folders_are_no_steps(tmp_path):
@@ -203,7 +203,7 @@ def test_a_save_that_fails_while_hashing_deletes_nothing(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "digests", full)
+        patch.setattr(checkpoint, "hash_files", full)
         checkpoints.save(2, make_train_state(2), {})
         with pytest.raises(OSError, match="No space left"):
             checkpoints.wait()
@@ -217,7 +217,7 @@ def test_a_note_outlives_a_kill_between_commit_and_hashing(tmp_path, monkeypatch
     """Else the evaluation that was given up would be forgotten, or a best step lost."""
     checkpoints = open_checkpoints(tmp_path, best_metric="loss")
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "_settle", lambda *_: None)
+        patch.setattr(Checkpoints, "_hash_and_clean_up", lambda *_: None)
         checkpoints.save(1, make_train_state(1), {"loss": 2.0})
         checkpoints.save(2, make_train_state(2), {"loss": 3.0}, evaluated=False)
         checkpoints.close()

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from instructax.checkpoints.steps import committed_steps
 from tests.runtime.test_distributed import free_address
 from tests.support import stages
 
+from instructax.checkpoints.steps import committed_steps
 from instructax.experiment import metrics_of
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

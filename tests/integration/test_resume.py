@@ -8,12 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from tests.support import stages
 
 from instructax import cli
 from instructax.checkpoints import checkpoint
 from instructax.checkpoints.manifest import manifest_hash
+from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from instructax.config import ConfigError
 from instructax.evals import held_out
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
@@ -176,17 +176,17 @@ def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(
     """The second of two is the last, which fails when nothing follows."""
     config, finished, straight = supervised_run
     config = {**config, "run": {**config["run"], "save_every": 2}}
-    calls, digests = [], checkpoint.digests
+    calls, hash_files = [], checkpoint.hash_files
 
     def full(path):
         calls.append(path)
         if len(calls) == failing:
             raise OSError("No space left on device")
-        return digests(path)
+        return hash_files(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "digests", full)
-        assert cli.guarded(lambda: run_stage(config, tmp_path / "run")) == cli.USER
+        patch.setattr(checkpoint, "hash_files", full)
+        assert cli.guarded(lambda: run_stage(config, tmp_path / "run")) == cli.USER_ERROR
     assert not (tmp_path / "run" / "summary.json").exists()
     _, last = run(config, tmp_path / "run")
     stages.assert_trees_equal(last, straight)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from instructax.checkpoints.restore import load_params
 from tests.support import stages, tiny_models
 from tests.support.scoring import token_logprobs
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parent
+from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.experiment import metrics_of, run_stage
 from instructax.losses import next_token_loss

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from instructax.checkpoints.steps import committed_steps
 from tests.support import stages
 
+from instructax.checkpoints.steps import committed_steps
 from instructax.config import ConfigError
 from instructax.experiment import metrics_of, samples_of
 from instructax.runtime import distributed

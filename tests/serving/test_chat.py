@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from instructax.checkpoints.steps import committed_steps
 
+from instructax.checkpoints.steps import committed_steps
 from instructax.config import ConfigError
 from instructax.models import ComputeConfig
 from instructax.runtime.redaction import printable

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from instructax.checkpoints.restore import load_params
 from tests.support import stages
 
 from instructax import generation, rng, sharding
 from instructax.checkpoints.parents import tokenizer_of
+from instructax.checkpoints.restore import load_params
 from instructax.data import loaders
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.evals.intervals import share_estimate

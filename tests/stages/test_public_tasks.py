@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from instructax.checkpoints.restore import load_params
 from tests.support import stages
 
 from instructax import experiment
 from instructax.checkpoints.parents import tokenizer_of
+from instructax.checkpoints.restore import load_params
 from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import RunSpec, run_stage, samples_of, summary_of
 from instructax.models import Transformer

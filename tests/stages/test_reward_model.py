@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from instructax.checkpoints.restore import load_params
-from instructax.checkpoints.steps import committed_steps
 from tests.support import stages, tiny_models
 
 from instructax import experiment, rng
 from instructax.checkpoints.parents import tokenizer_of
+from instructax.checkpoints.restore import load_params
+from instructax.checkpoints.steps import committed_steps
 from instructax.data import loaders
 from instructax.data.batches import batch_row_ids, lm_batch
 from instructax.experiment import metrics_of, summary_of

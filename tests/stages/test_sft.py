@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from instructax.checkpoints.restore import load_params
 from tests.support import stages
 
 from instructax import experiment, rng
 from instructax.checkpoints.parents import tokenizer_of
+from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.data import loaders
 from instructax.data.batches import lm_batch

@@ -1,8 +1,7 @@
-"""What a saved step holds, written beside it: `<step>.sha256.json` with the hash and the
-size of every file.
+"""The record of a saved step: `<step>.sha256.json` with the hash and size of every file.
 
-The record is written twice: before the step, without files, with what must not be lost if
-the process is killed before the step is hashed; and after it.
+The record is written twice. Before the step it is written without hashes, so that a process
+killed before hashing does not lose its other entries, and after the step with them.
 """
 
 import concurrent.futures
@@ -13,79 +12,84 @@ from typing import Any
 
 from instructax.config import ConfigError
 
-FORMAT = (
-    1  # of a record and the step beside it; raised when an older program could misread them
-)
+# Format of a step and its record. Must be raised when older programs could misread them.
+FORMAT = 1
 
+# The entries of a record and their types.
 FIELDS: dict[str, Any] = {
     "best_metric": str,
     "metric": (float, int, type(None)),
     "unevaluated": (dict, type(None)),
-    "files": (dict, type(None)),
-    "bytes": dict,
-}  # and the types that each may have
+    "files": (dict, type(None)),  # name → sha256; None if the step was not hashed
+    "bytes": dict,  # name → size
+}
+
+# What a record contains if an entry is absent.
+DEFAULTS: dict[str, Any] = {
+    "best_metric": "",
+    "metric": None,
+    "unevaluated": None,
+    "files": None,
+    "bytes": {},
+}
 
 
 class NewerFormatError(ConfigError):
-    """A step that a newer version of this program has written."""
+    """A newer version of this program has written the step."""
 
 
 def record_path(step: Path) -> Path:
-    """Where the record of the step in the folder `step` stands."""
+    """The path of the record of the step in the folder `step`."""
     return step.with_name(f"{step.name}.sha256.json")
 
 
 def read_record(step: Path) -> dict[str, Any] | None:
-    """The record of a step; None if there is none. Of one that cannot be read `files` is {}
-    and `unreadable` says why.
+    """The record of the step in the folder `step`; None if there is none.
 
-    Raises FromTheFuture.
+    If it cannot be read, `files` is {} and the additional entry `unreadable` says why.
+
+    Raises NewerFormatError.
     """
     path = record_path(step)
     if not path.exists():
         return None
-    neutral = {
-        "best_metric": "",
-        "metric": None,
-        "unevaluated": None,
-        "files": None,
-        "bytes": {},
-    }
     try:
-        record = {**neutral, **json.loads(path.read_text())}
-        form = int(record.get("format", 1))
-        wrong = [
-            name for name, kinds in FIELDS.items() if not isinstance(record[name], kinds)
-        ]
-        if wrong and form <= FORMAT:
+        record = {**DEFAULTS, **json.loads(path.read_text())}
+        version = int(record.get("format", 1))
+        wrong = [name for name in FIELDS if not isinstance(record[name], FIELDS[name])]
+        if wrong and version <= FORMAT:  # a newer format may have other types
             raise TypeError(f"{', '.join(wrong)} of another type")
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
-        return {**neutral, "files": {}, "unreadable": str(error)}
-    if form > FORMAT:
+        return {**DEFAULTS, "files": {}, "unreadable": str(error)}
+    if version > FORMAT:
         raise NewerFormatError(
-            f"{step} has format {form}, and this version reads {FORMAT}: update instructax"
+            f"{step} has format {version}, and this version reads {FORMAT}: update "
+            "instructax"
         )
     return record
 
 
-def digests(step: Path) -> dict[str, dict[str, Any]]:
-    """`files`, relative name → sha256, and `bytes`, relative name → size, of every file
-    under `step`."""
+def hash_files(step: Path) -> dict[str, dict[str, Any]]:
+    """`files`, relative name → sha256, and `bytes`, relative name → size, under `step`."""
 
-    def digest(file: Path) -> str:
+    def sha256(file: Path) -> str:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
-    files = sorted(file for file in step.rglob("*") if file.is_file())
-    names = [str(file.relative_to(step)) for file in files]
+    paths = _files_under(step)
+    # hashlib releases the global lock, so threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        hashes = dict(zip(names, threads.map(digest, files), strict=True))
+        hashes = list(threads.map(sha256, paths.values()))
     return {
-        "files": hashes,
-        "bytes": {
-            name: file.stat().st_size for name, file in zip(names, files, strict=True)
-        },
+        "files": dict(zip(paths, hashes, strict=True)),
+        "bytes": {name: path.stat().st_size for name, path in paths.items()},
     }
+
+
+def _files_under(step: Path) -> dict[str, Path]:
+    """Name relative to the folder `step` → path of each file in it, sorted by path."""
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    return {str(path.relative_to(step)): path for path in files}
 
 
 def has_checksums(step: Path) -> bool:
@@ -95,48 +99,52 @@ def has_checksums(step: Path) -> bool:
 
 
 def find_damage(step: Path) -> list[str]:
-    """One line for each file that is missing, of another size or differs from its sha256,
-    by name; [] if there is no record to compare with. Raises FromTheFuture."""
+    """Compares the files of a step with its record.
+
+    Returns:
+      One line for each file that is missing, or differs in size or sha256; [] if there is no
+      record to compare with.
+
+    Raises:
+      NewerFormatError: a newer version of this program has written the step.
+    """
     record = read_record(step)
     if record is None or record["files"] is None:
         return []
     if "unreadable" in record:
         return [f"{record_path(step)} cannot be read ({record['unreadable']})"]
-    found = digests(step)
-    return [
-        line
-        for name in record["files"]
-        if (line := _damage(step / name, name, record, found))
-    ]
+    found = hash_files(step)
+    lines = []
+    for name in record["files"]:
+        if line := _file_damage(step / name, name, record, found):
+            lines.append(line)
+    return lines
 
 
-def _damage(
+def _file_damage(
     file: Path, name: str, record: dict[str, Any], found: dict[str, dict[str, Any]]
 ) -> str:
     if name not in found["files"]:
         return f"{file} is missing"
-    have, wanted = found["bytes"][name], record["bytes"].get(name)
-    if wanted not in (None, have):  # records of older versions have no sizes
-        return f"{file} has {have} bytes instead of {wanted}"
-    return (
-        ""
-        if found["files"][name] == record["files"][name]
-        else f"{file} differs from its sha256"
-    )
+    size = found["bytes"][name]
+    expected = record["bytes"].get(name)  # records of older versions have no sizes
+    if expected is not None and size != expected:
+        return f"{file} has {size} bytes instead of {expected}"
+    if found["files"][name] != record["files"][name]:
+        return f"{file} differs from its sha256"
+    return ""
 
 
 def unlisted_files(step: Path) -> list[str]:
-    """One line for each file of a step that its record does not know: nothing reads it, but
-    somebody put it there."""
+    """One line for each file of a step that its record does not list.
+
+    Nothing reads such a file, but somebody has put it there.
+    """
     record = read_record(step)
-    known = record["files"] if record is not None else None
-    if known is None:
+    if record is None or record["files"] is None:
         return []
-    files = sorted(
-        str(file.relative_to(step)) for file in step.rglob("*") if file.is_file()
-    )
-    return [
-        f"{step / name} is not among the files that were saved"
-        for name in files
-        if name not in known
-    ]
+    lines = []
+    for name in _files_under(step):
+        if name not in record["files"]:
+            lines.append(f"{step / name} is not among the files that were saved")
+    return lines

@@ -1,5 +1,4 @@
-"""The checkpoints of a run at hand: what is there, whether it is whole, and its numbers for
-other programs."""
+"""For `scripts/checkpoint.py`: lists, verifies and exports the checkpoints of a run."""
 
 import datetime
 from pathlib import Path
@@ -19,14 +18,17 @@ from instructax.checkpoints.steps import best_step, committed_steps
 from instructax.config import ConfigError, require
 from instructax.runtime.goodput import format_totals, read_totals
 
+# Which arrays `write_arrays` writes; see its docstring.
 LEAVES = ("exported", "trained", "all")
 SUFFIXES = (".npz", ".safetensors")
 
 
 def list_checkpoints(workdir: Path) -> list[str]:
-    """A line for each folder of `checkpoints/`: step, size, files, time of saving,
-    evaluated or not, hashed or not, and whether it is the newest or the best; last the
-    goodput, if there is a ledger."""
+    """A table of the folders in `checkpoints/`, and the goodput of the run if it has a log.
+
+    Each line has the step, its size, the number of files and the time of saving, and says
+    whether it was hashed and evaluated and whether it is the newest or the best.
+    """
     root = Path(workdir) / "checkpoints"
     require(
         root.is_dir(),
@@ -35,62 +37,95 @@ def list_checkpoints(workdir: Path) -> list[str]:
     steps = committed_steps(workdir)
     try:
         best = best_step(workdir)
-    except NewerFormatError:  # said in the line of that step
+    except NewerFormatError:  # the line of that step says so
         best = None
+
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    folders.sort(key=lambda path: (_leading_number(path), path.name))
     lines = [f"{'step':>10}  {'MiB':>9}  {'files':>5}  {'saved (UTC)':<19}  state"]
-    folders = sorted(
-        (path for path in root.iterdir() if path.is_dir()),
-        key=lambda path: (_number(path), path.name),
-    )
     for path in folders:
-        files = [file for file in path.rglob("*") if file.is_file()]
-        size = sum(file.stat().st_size for file in files) / 2**20
-        saved = datetime.datetime.fromtimestamp(
-            path.stat().st_mtime, datetime.UTC
-        ).strftime("%Y-%m-%d %H:%M:%S")
-        state = (
-            _state(path)
-            if _number(path) in steps and path.name.isdecimal()
-            else ["no step: nothing reads it"]
-        )
-        state += ["newest"] * (path.name == str(steps[-1:] and steps[-1])) + ["best"] * (
-            path.name == str(best)
-        )
-        lines.append(
-            f"{path.name:>10}  {size:>9.2f}  {len(files):>5}  {saved}  {', '.join(state)}"
-        )
-    found = read_totals(Path(workdir) / "goodput.jsonl")
-    return lines + ([format_totals(found)] if found else [])
+        state = ["no step: nothing reads it"]
+        if _leading_number(path) in steps and path.name.isdecimal():
+            state = _state(path)
+            if path.name == str(steps[-1]):
+                state.append("newest")
+            if path.name == str(best):
+                state.append("best")
+        lines.append(_folder_line(path, state))
+
+    totals = read_totals(Path(workdir) / "goodput.jsonl")
+    if totals:
+        lines.append(format_totals(totals))
+    return lines
 
 
-def _number(path: Path) -> int:
+def _leading_number(path: Path) -> int:
+    """12 for `12` and `12.damaged`, -1 for other names."""
     head = path.name.partition(".")[0]
     return int(head) if head.isdecimal() else -1
 
 
+def _folder_line(path: Path, state: list[str]) -> str:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    mebibytes = sum(file.stat().st_size for file in files) / 2**20
+    modified = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+    saved = modified.strftime("%Y-%m-%d %H:%M:%S")
+    return (
+        f"{path.name:>10}  {mebibytes:>9.2f}  {len(files):>5}  {saved}  {', '.join(state)}"
+    )
+
+
 def _state(path: Path) -> list[str]:
+    """What the record of a step says about it."""
     try:
         record = read_record(path)
     except NewerFormatError as error:
         return [str(error)]
     if record is None or record["files"] is None:
         return ["not hashed"]
-    metric = (
-        []
-        if record["metric"] is None
-        else [f"{record['best_metric']} {record['metric']:.6g}"]
-    )
-    evaluated = "evaluation given up" if record["unevaluated"] is not None else "whole"
-    return ["hashes unreadable" if "unreadable" in record else "hashed", evaluated, *metric]
+    state = ["hashes unreadable" if "unreadable" in record else "hashed"]
+    state.append("evaluation given up" if record["unevaluated"] is not None else "whole")
+    if record["metric"] is not None:
+        state.append(f"{record['best_metric']} {record['metric']:.6g}")
+    return state
 
 
 def verify_checkpoints(workdir: Path, step: int | None) -> tuple[list[str], list[str]]:
-    """(what was checked, what is wrong): the files of every step, or of one, against their
-    sizes and hashes, by name.
+    """Compares the files of one step, or of all, with their sizes and hashes.
 
-    Raises ConfigError if there is nothing to check.
+    Args:
+      workdir: the folder of a run.
+      step: None means all steps.
+
+    Returns:
+      (lines on what is intact, lines on what is wrong)
+
+    Raises:
+      ConfigError: there is nothing to check.
     """
-    root = Path(workdir) / "checkpoints"
+    steps = _require_steps(workdir, step)
+    intact = []
+    wrong = []
+    for number in steps if step is None else [step]:
+        path = Path(workdir) / "checkpoints" / str(number)
+        record = read_record(path)
+        if record is None or record["files"] is None:
+            wrong.append(
+                f"{path} has no hashes: the run was killed before it wrote them; it writes "
+                "them when it goes on"
+            )
+            continue
+        problems = find_damage(path)
+        if "unreadable" not in record:
+            problems += unlisted_files(path)
+        wrong += problems
+        if not problems:
+            intact.append(f"{path}: {len(record['files'])} files are as they were saved")
+    return intact, wrong
+
+
+def _require_steps(workdir: Path, step: int | None) -> list[int]:
+    """The committed steps; raises ConfigError if there is none, or not the one wanted."""
     steps = committed_steps(workdir)
     require(
         bool(steps), f"{workdir} has no checkpoint: give the workdir of a run that trains"
@@ -99,80 +134,67 @@ def verify_checkpoints(workdir: Path, step: int | None) -> tuple[list[str], list
         step is None or step in steps,
         f"{workdir} has no step {step}, only {', '.join(map(str, steps))}",
     )
-    good, bad = [], []
-    for number in steps if step is None else [step]:
-        path = root / str(number)
-        record = read_record(path)
-        if record is None or record["files"] is None:
-            bad.append(
-                f"{path} has no hashes: the run was killed before it wrote them; it writes them when it goes on"
-            )
-            continue
-        wrong = find_damage(path) + ([] if "unreadable" in record else unlisted_files(path))
-        bad += wrong
-        good += (
-            []
-            if wrong
-            else [f"{path}: {len(record['files'])} files are as they were saved"]
-        )
-    return good, bad
+    return steps
 
 
 def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
-    """Writes arrays of a step, the newest if None, to the new file `to`, .npz or
-    .safetensors; a line that says what.
+    """Writes arrays of a step to a new file. Dtypes stay; no pickle is written.
 
-    `exported` is what later stages read, named as in the tree of parameters: of PPO the
-    average of the policy. `trained` is what the optimizer had last: of PPO the policy
-    before averaging, else the same. `all` is every array of the state, the optimizer's too.
-    Dtypes stay as they are; no pickle is written.
+    Args:
+      workdir: the folder of a run.
+      step: None means the newest.
+      to: the file, `.npz` or `.safetensors`.
+      leaves: "exported" for the parameters that later stages read (for PPO the average of
+        the policy), named as in the tree of parameters; "trained" for the parameters that
+        the optimizer updated last (for PPO the policy before averaging, otherwise the same);
+        "all" for every array of the state, including the optimizer's.
 
-    Raises ConfigError, and ValueError for a step that is damaged.
+    Returns:
+      A line that says what was written.
+
+    Raises:
+      ConfigError: a value cannot be used, or the step is damaged.
     """
     require(leaves in LEAVES, f"--leaves={leaves} must be one of {', '.join(LEAVES)}")
     require(to.suffix in SUFFIXES, f"--to={to} must end in {' or '.join(SUFFIXES)}")
     require(not to.exists(), f"--to={to} is there already: give a new file")
     require(to.parent.is_dir(), f"--to={to}: there is no folder {to.parent}")
-    steps = committed_steps(workdir)
-    require(
-        bool(steps), f"{workdir} has no checkpoint: give the workdir of a run that trains"
-    )
-    require(
-        step is None or step in steps,
-        f"{workdir} has no step {step}, only {', '.join(map(str, steps))}",
-    )
+    steps = _require_steps(workdir, step)
     number = steps[-1] if step is None else step
     stored = read_arrays(Path(workdir) / "checkpoints" / str(number))
-    arrays = {
-        name: np.asarray(value) for name, value in select_arrays(stored, leaves).items()
-    }
-    npz = to.suffix == ".npz"
+    arrays = {}
+    for name, value in select_arrays(stored, leaves).items():
+        arrays[name] = np.asarray(value)
+
+    as_npz = to.suffix == ".npz"
     require(
-        not npz or all(value.dtype.isbuiltin for value in arrays.values()),
-        f"--to={to}: .npz has no bfloat16, which arrays of step {number} are of: give a .safetensors",
+        not as_npz or all(value.dtype.isbuiltin for value in arrays.values()),
+        f"--to={to}: .npz has no bfloat16, which step {number} uses: give a .safetensors",
     )
+    # Renamed when it is complete, so that `to` never holds half a file.
     temporary = to.with_name(f"{to.name}.tmp{to.suffix}")
     temporary.unlink(missing_ok=True)
-    if npz:
+    if as_npz:
         np.savez(temporary, allow_pickle=False, **arrays)
     else:
         save_file(arrays, temporary)
     temporary.replace(to)
-    return f"{to}: {len(arrays)} arrays, {sum(x.size for x in arrays.values()):,} numbers of step {number}"
+    size = sum(value.size for value in arrays.values())
+    return f"{to}: {len(arrays)} arrays, {size:,} numbers of step {number}"
 
 
 def select_arrays(stored: dict[str, Any], leaves: str) -> dict[str, Any]:
-    """The arrays of a step that `write_arrays` writes, by the names that they get."""
+    """The arrays of a step that `write_arrays` writes, under the names it gives them."""
     if leaves == "all":
         return stored
-    trained = "state/policy/params/"
-    averaged = any(name.startswith(trained) for name in stored)
-    prefix = trained if leaves == "trained" and averaged else "params/"
-    found = {
-        name.removeprefix(prefix): value
-        for name, value in stored.items()
-        if name.startswith(prefix)
-    }
-    if not found:
+    prefix = "params/"
+    policy_prefix = "state/policy/params/"  # only in steps of PPO
+    if leaves == "trained" and any(name.startswith(policy_prefix) for name in stored):
+        prefix = policy_prefix
+    selected = {}
+    for name, value in stored.items():
+        if name.startswith(prefix):
+            selected[name.removeprefix(prefix)] = value
+    if not selected:
         raise ConfigError(f"the step has no arrays under {prefix}")
-    return found
+    return selected

@@ -6,11 +6,11 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from instructax.checkpoints.restore import load_params
 from tests.support import stages, tiny_models
 
 from instructax import sharding
 from instructax.checkpoints.parents import tokenizer_of
+from instructax.checkpoints.restore import load_params
 from instructax.data.batches import lm_batch
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
 from instructax.stages.ppo import algorithm

@@ -1,0 +1,177 @@
+"""Reads saved steps, after comparing them with their checksums.
+
+In a run of several processes, all of them must call these functions.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from instructax.checkpoints.checksums import find_damage, has_checksums
+from instructax.checkpoints.steps import ITEMS, committed_steps
+from instructax.config import ConfigError
+from instructax.runtime.distributed import all_hosts
+from instructax.types import Params
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMismatch(ConfigError):
+    """The stored leaves are not those requested; the message names the first of them."""
+
+
+def load_params(path: Path, abstract_params: Params, *, step: int | None = None) -> Params:
+    """Loads the parameters of a run, directly into the reader's mesh.
+
+    Args:
+      path: the workdir of the run.
+      abstract_params: jax.ShapeDtypeStruct leaves with shardings; the parameters are cast to
+        their dtypes.
+      step: which step to load; None means the newest.
+
+    Raises:
+      CheckpointMismatch: a leaf is missing, unexpected or has another shape.
+      ConfigError: there is no such step, or a file differs from its checksum.
+    """
+    path = Path(path).absolute()
+    steps = committed_steps(path)
+    if not steps or step not in (None, *steps):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise ConfigError(
+            f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its "
+            "workdir"
+        )
+    step_path = path / "checkpoints" / str(steps[-1] if step is None else step)
+    abstract = {"params": abstract_params}
+    _refuse_damage(step_path, abstract)
+    return load_items(step_path, abstract, cast=True)["params"]
+
+
+def read_arrays(step_path: Path) -> dict[str, jax.Array]:
+    """Reads every array of a step, as it is stored, into host memory.
+
+    Returns:
+      Name, such as `params/blocks/mlp/up/bias`, → array.
+
+    Raises:
+      ConfigError: the step is damaged or cannot be read.
+    """
+    step_path = Path(step_path).absolute()
+    _refuse_damage(step_path, ITEMS)
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    metadata = ocp.checkpointables_metadata(str(step_path)).metadata
+    stored = {item: metadata[item] for item in ITEMS}
+
+    def on_host(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+
+    abstract = jax.tree.map(on_host, stored)
+    return _leaves(ocp.load_checkpointables(str(step_path), abstract))
+
+
+def _refuse_damage(step_path: Path, items: Iterable[str]) -> None:
+    if problem := find_problem(step_path, items):
+        raise ConfigError(
+            f"checkpoint is damaged: {problem}; use another step or a copy of it"
+        )
+
+
+def find_problem(step_path: Path, items: Iterable[str]) -> str:
+    """Why the `items` of a step cannot be used; "" if they can.
+
+    Collective: the result is empty on all processes or on none.
+    """
+    return _checksum_problem(step_path) or _unreadable_item(step_path, items)
+
+
+def _checksum_problem(step_path: Path) -> str:
+    """The first difference from the checksums of a step; "" if there is none."""
+    problem = ""
+    if jax.process_index() == 0:
+        damage = find_damage(step_path)
+        if not has_checksums(step_path) and not damage:
+            logger.warning(
+                "%s has no hashes (the run was killed before it wrote them): loading it "
+                "unchecked",
+                step_path,
+            )
+        problem = damage[0] if damage else ""
+    if all_hosts(not problem):
+        return ""
+    return problem or f"{step_path}, as process 0 reports"
+
+
+def _unreadable_item(step_path: Path, items: Iterable[str]) -> str:
+    """The first item of a step that cannot be read; "" if all can.
+
+    Detects folders that look like a step but have no checksums.
+    """
+    unreadable = []
+    try:
+        stored = ocp.checkpointables_metadata(str(step_path)).metadata
+        for item in items:
+            if stored[item] is None:  # Orbax has logged the reason
+                unreadable.append(item)
+    except (OSError, ValueError, KeyError) as error:
+        unreadable = [f"({error})"]
+    if all_hosts(not unreadable):
+        return ""
+    if unreadable:
+        return f"{step_path / unreadable[0]} cannot be read"
+    return f"{step_path}, as another process reports"
+
+
+def load_items(step_path: Path, abstract: dict[str, Any], *, cast: bool) -> dict[str, Any]:
+    """Loads items of a step into the shapes and shardings of `abstract`.
+
+    Args:
+      step_path: the folder of the step.
+      abstract: item → tree of jax.ShapeDtypeStruct.
+      cast: whether floating-point leaves may be stored in another dtype.
+
+    Raises:
+      CheckpointMismatch: the stored leaves are not those of `abstract`.
+    """
+    stored = ocp.checkpointables_metadata(str(step_path)).metadata
+    for item, tree in abstract.items():
+        _check_leaves(step_path / item, _leaves(stored[item]), _leaves(tree), cast)
+    return ocp.load_checkpointables(str(step_path), abstract)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Path → leaf.
+
+    Paths are the same for a dataclass or named tuple and for the dict that Orbax stores.
+    """
+    leaves = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+    return leaves
+
+
+def _check_leaves(
+    where: Path, stored: dict[str, Any], wanted: dict[str, Any], cast: bool
+) -> None:
+    """Raises CheckpointMismatch at the first leaf that differs in dtype or shape."""
+    for name in {**stored, **wanted}:
+        have = stored.get(name)
+        want = wanted.get(name)
+        if _describe(have, any_float=cast) != _describe(want, any_float=cast):
+            raise CheckpointMismatch(
+                f"leaf {name} is {_describe(have)} in {where}, but {_describe(want)} in "
+                "this run: compare the model and the optimizer of the two configs"
+            )
+
+
+def _describe(leaf: Any, *, any_float: bool = False) -> str:
+    """Such as `float32[8, 16]`; with `any_float` all floating dtypes look the same."""
+    if leaf is None:
+        return "absent"
+    if any_float and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"floating{list(leaf.shape)}"
+    return f"{leaf.dtype}{list(leaf.shape)}"
