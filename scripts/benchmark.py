@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Measures one stage: python scripts/benchmark.py --config configs/benchmark.py:ppo,S
---config.inner_epochs=4
+"""Measures the speed of one stage.
 
-Any config of a stage that trains can be given; its data and parents are not read:
-parameters and tokens are random. Prints a table and, last, one line of JSON. Exit codes as
-those of train.py.
+python scripts/benchmark.py --config configs/benchmark.py:ppo,S --config.inner_epochs=4
+
+Any config of a stage that trains will do. Its data and parents are not read: parameters and
+tokens are random. Prints a table and, as the last line, the result as JSON. The exit codes
+are those of train.py.
 """
 
 import json
@@ -16,44 +17,53 @@ from ml_collections import config_flags
 
 from instructax import cli
 
+# Config files import each other from the root of the project.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "FILE:ARGUMENT of a config; values as --config.name=value"
+    "config",
+    None,
+    "The config file and its argument, FILE:ARGUMENT; override with --config.name=value.",
 )
 STEPS = flags.DEFINE_integer(
-    "steps", 5, "repetitions after the first, of which the median counts", lower_bound=1
+    "steps",
+    5,
+    "Number of timed repetitions after the first; their median is reported.",
+    lower_bound=1,
 )
 ENDING = flags.DEFINE_float(
     "ending",
     0.0,
-    "PPO: how likely a response ends at a token; 0: all are full",
+    "PPO: the probability that a response ends at a token; 0 fills all responses.",
     lower_bound=0.0,
     upper_bound=0.99,
 )
-SAMPLING = flags.DEFINE_bool("sampling_alone", False, "PPO: the rollout only")
-BESIDE = flags.DEFINE_integer(
+SAMPLING_ALONE = flags.DEFINE_bool(
+    "sampling_alone", False, "PPO: measure the rollout only."
+)
+SIDE_BY_SIDE = flags.DEFINE_integer(
     "side_by_side",
     0,
-    "PPO: so many runs in one program; 0: one run in its three programs",
+    "PPO: the number of runs in one program; 0 measures one run in its three programs.",
     lower_bound=0,
 )
 PROFILE = flags.DEFINE_string(
-    "profile", "", "folder for a trace of one more repetition, read by TensorBoard or xprof"
+    "profile",
+    "",
+    "Folder for a trace of one more repetition, for TensorBoard or xprof.",
 )
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, measures, and returns the exit code."""
     if len(argv) > 1 or CONFIG.value is None:
         stray = f"unknown argument {argv[1]!r}; " if len(argv) > 1 else ""
         print(
             f"error: {stray}give --config=FILE:ARGUMENT --config.name=value …",
             file=sys.stderr,
         )
-        return 2
-    logging.set_verbosity(logging.WARNING)  # jax reports each platform that it looks for
-
+        return cli.USER_ERROR
+    logging.set_verbosity(logging.WARNING)  # JAX logs every platform that it looks for
     cli.enable_compilation_cache()
 
     def run() -> None:
@@ -65,8 +75,8 @@ def main(argv: list[str]) -> int:
             config,
             steps=STEPS.value,
             ending=ENDING.value,
-            sampling_alone=SAMPLING.value,
-            side_by_side=BESIDE.value,
+            sampling_alone=SAMPLING_ALONE.value,
+            side_by_side=SIDE_BY_SIDE.value,
             profile=PROFILE.value,
         )
         print("\n".join(benchmark.table(record)))

@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""Looks at checkpoints: python scripts/checkpoint.py ls|verify|to-numpy runs/micro/ppo-ptx
+"""Lists, verifies or exports the checkpoints of a run.
 
-ls: a line for each saved step. verify: every file against its size and sha256; a damaged,
-missing or additional one is named, and the exit code is 2. to-numpy --to=params.npz (or
-.safetensors): the parameters under their names in the tree. Other exit codes are those of
-train.py.
+python scripts/checkpoint.py ls runs/micro/ppo-ptx
+python scripts/checkpoint.py verify runs/micro/ppo-ptx [--step=40]
+python scripts/checkpoint.py to-numpy runs/micro/ppo-ptx --to=params.npz
+
+ls prints one line per saved step. verify compares every file with its size and sha256,
+names each damaged, missing or unexpected one, and then exits with 2. to-numpy writes
+arrays, under their names in the tree of parameters, to a .npz or .safetensors file. The
+other exit codes are those of train.py.
 """
 
 import pathlib
@@ -18,52 +22,53 @@ from instructax.runtime.redaction import printable
 STEP = flags.DEFINE_integer(
     "step",
     None,
-    "verify: this step alone; to-numpy: this one, not the newest",
+    "verify: check only this step. to-numpy: write this step instead of the newest.",
     lower_bound=0,
 )
-TO = flags.DEFINE_string(
-    "to", None, "to-numpy: the file to write, which must not be there yet"
-)
+TO = flags.DEFINE_string("to", None, "to-numpy: the file to write; it must not exist yet.")
 LEAVES = flags.DEFINE_enum(
     "leaves",
     "exported",
     ["exported", "trained", "all"],
-    "to-numpy: what later stages read (of PPO the averaged policy), the policy before averaging, or the whole state",
+    "to-numpy: the parameters that later stages read (for PPO the averaged policy), the "
+    "policy before averaging, or the whole state.",
 )
+
+COMMANDS = ("ls", "verify", "to-numpy")
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
-    if (
-        len(argv) != 3
-        or argv[1] not in ("ls", "verify", "to-numpy")
-        or (argv[1] == "to-numpy") != bool(TO.value)
-    ):
+    """Parses the command line, runs the command, and returns the exit code."""
+    command = argv[1] if len(argv) == 3 else ""
+    if command not in COMMANDS or (command == "to-numpy") != bool(TO.value):
         print(
             "error: give ls WORKDIR, verify WORKDIR, or to-numpy WORKDIR --to=FILE",
             file=sys.stderr,
         )
-        return 2
+        return cli.USER_ERROR
     logging.set_verbosity(logging.WARNING)
-    task, workdir, wrong = argv[1], pathlib.Path(argv[2]), []
+    workdir = pathlib.Path(argv[2])
+    problems: list[str] = []
 
     def run() -> None:
         from instructax.checkpoints import inspection
 
-        if task == "ls":
-            print("\n".join(map(printable, inspection.list_checkpoints(workdir))))
-        elif task == "verify":
-            good, bad = inspection.verify_checkpoints(workdir, STEP.value)
-            wrong.extend(bad)
-            print("\n".join(map(printable, [*good, *bad])))
+        if command == "ls":
+            lines = inspection.list_checkpoints(workdir)
+        elif command == "verify":
+            intact, wrong = inspection.verify_checkpoints(workdir, STEP.value)
+            problems.extend(wrong)
+            lines = [*intact, *wrong]
         else:
-            print(
-                inspection.write_arrays(
-                    workdir, STEP.value, pathlib.Path(str(TO.value)), LEAVES.value
-                )
-            )
+            to = pathlib.Path(str(TO.value))
+            lines = [inspection.write_arrays(workdir, STEP.value, to, LEAVES.value)]
+        for line in lines:
+            print(printable(line))
 
-    return cli.guarded(run) or (2 if wrong else 0)
+    code = cli.guarded(run)
+    if code == cli.SUCCESS and problems:
+        return cli.USER_ERROR
+    return code
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Readability figures of Python files, measured with `ast`: python scripts/density.py
-[FOLDER …]
+"""Measures how readable Python files are.
 
-Prints, for the files below each folder (src/ if none is given): lines per file, line width,
-comment-only lines, tuple assignments and comprehensions per 1,000 lines, and how many
-functions have at most 50 lines. Short `__init__.py` files (under 20 lines) are left out of
-the file lengths.
+python scripts/density.py [FOLDER …]
+
+Prints, for the files below the folders (src/ if none is given): lines per file, line width,
+comment-only lines, functions of at most 50 lines, and tuple assignments and comprehensions
+per 1,000 lines. `__init__.py` files of fewer than 20 lines are left out of the file
+lengths.
 """
 
 import argparse
@@ -15,32 +16,38 @@ from pathlib import Path
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-SHORT_INIT = 20  # lines; shorter __init__ files only hold a docstring and names
-LONG_FUNCTION = 50  # lines, decorators, signature and docstring included
+
+# Shorter `__init__.py` files, in lines, contain a docstring and names only.
+SHORT_INIT = 20
+
+# Longest function that fits on one screen, in lines, including signature and docstring.
+MAX_FUNCTION = 50
 
 
 def percentile(values: Sequence[int], share: float) -> int:
-    """The smallest value with at least `share` of all values at or below it."""
+    """The smallest value that at least `share` of all values do not exceed."""
     ordered = sorted(values)
-    index = max(0, -(-int(share * 100) * len(ordered) // 100) - 1)
-    return ordered[index]
+    rank = -(-int(share * 100) * len(ordered) // 100)  # rounded up, from 1
+    return ordered[max(rank, 1) - 1]
 
 
 def is_tuple_assignment(node: ast.AST) -> bool:
-    """Whether `node` assigns several values that are written out: `a, b = x, y`, not `a, b
-    = f()`."""
+    """Whether `node` unpacks values that are written out.
+
+    True for `a, b = x, y`, False for `a, b = f()`.
+    """
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     return any(isinstance(target, ast.Tuple) for target in node.targets)
 
 
 def measure(files: Sequence[Path]) -> dict[str, str]:
-    """Name of a figure → its value, as text."""
+    """Measures Python files and returns name of a figure → its value as text."""
     file_lengths: list[int] = []
     widths: list[int] = []
     function_lengths: list[int] = []
     comments = 0
-    tuples = 0
+    tuple_assignments = 0
     comprehensions = 0
     for path in files:
         source = path.read_text()
@@ -52,31 +59,40 @@ def measure(files: Sequence[Path]) -> dict[str, str]:
                 widths.append(len(line))
             comments += line.lstrip().startswith("#")
         for node in ast.walk(ast.parse(source)):
-            tuples += is_tuple_assignment(node)
+            tuple_assignments += is_tuple_assignment(node)
             comprehensions += isinstance(node, COMPREHENSIONS)
             if isinstance(node, FUNCTIONS):
-                function_lengths.append((node.end_lineno or node.lineno) - node.lineno + 1)
+                last_line = node.end_lineno or node.lineno
+                function_lengths.append(last_line - node.lineno + 1)
+
     total = sum(file_lengths)
-    short = sum(length <= LONG_FUNCTION for length in function_lengths)
+    short_functions = sum(length <= MAX_FUNCTION for length in function_lengths)
     return {
         "files": str(len(file_lengths)),
         "lines": f"{total:,}",
         "lines per file, median / p90 / max": _spread(file_lengths),
         "function lines, median / p90 / max": _spread(function_lengths),
-        "functions of at most 50 lines": f"{100 * short / max(len(function_lengths), 1):.1f}%",
+        "functions of at most 50 lines": _per(100, short_functions, len(function_lengths))
+        + "%",
         "line width, p90": str(percentile(widths, 0.9)),
-        "comment-only lines": f"{100 * comments / max(total, 1):.1f}%",
-        "tuple assignments per 1,000 lines": f"{1000 * tuples / max(total, 1):.1f}",
-        "comprehensions per 1,000 lines": f"{1000 * comprehensions / max(total, 1):.1f}",
+        "comment-only lines": _per(100, comments, total) + "%",
+        "tuple assignments per 1,000 lines": _per(1000, tuple_assignments, total),
+        "comprehensions per 1,000 lines": _per(1000, comprehensions, total),
     }
 
 
+def _per(unit: int, count: int, total: int) -> str:
+    return f"{unit * count / max(total, 1):.1f}"
+
+
 def _spread(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
     return f"{percentile(values, 0.5)} / {percentile(values, 0.9)} / {max(values)}"
 
 
 def main() -> int:
-    """Prints the table; 2 if there is no Python file."""
+    """Prints the table; returns 2 if there is no Python file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs a whole experiment: python scripts/experiment.py experiments/alignment.py:micro
---workdir runs/micro
+"""Runs a whole experiment: its runs in order, then its table and figures.
 
-Its runs in order, then its table and figure. The head of an experiment's file says which
-sizes it takes: alignment.py takes tiny, micro, milli, centi and family, each with a seed
-after a comma if you like. The same command again goes on where it stopped. Exit codes as
-those of train.py.
+python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
+
+The docstring of an experiment's file lists its sizes: alignment.py takes tiny, micro,
+milli, centi and family, each optionally with a seed, as in micro,1. The same command
+resumes where it stopped. The exit codes are those of train.py.
 """
 
 import pathlib
@@ -15,24 +15,25 @@ from absl import app, flags, logging
 
 from instructax import cli
 
+# Experiments and configs import each other from the root of the project.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the experiment; each run gets a folder in it"
+    "workdir", None, "Folder of the experiment; each run gets a folder in it."
 )
 REPORT_ONLY = flags.DEFINE_bool(
-    "report_only", False, "draw the report of runs that are finished"
+    "report_only", False, "Only write the report, from runs that are finished."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, runs the experiment, and returns the exit code."""
     if len(argv) != 2 or not WORKDIR.value:
         print(
             "error: give FILE:SIZE of one experiment and --workdir=FOLDER", file=sys.stderr
         )
-        return 2
-    logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
+        return cli.USER_ERROR
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it touches
     cli.enable_compilation_cache()
     from instructax import experiment
 

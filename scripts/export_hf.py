@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Writes a run for transformers: python scripts/export_hf.py --checkpoint
-runs/micro/ppo-ptx --to exported --verify
+"""Exports a run to a folder that Hugging Face transformers can load.
+
+python scripts/export_hf.py --checkpoint runs/micro/ppo-ptx --to exported --verify
 
 A policy becomes an AutoModelForCausalLM, a reward model an
-AutoModelForSequenceClassification. Exit codes as those of train.py.
+AutoModelForSequenceClassification. The exit codes are those of train.py.
 """
 
 import pathlib
@@ -14,23 +15,24 @@ from absl import app, flags, logging
 from instructax import cli
 
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "a finished run, WORKDIR, WORKDIR@STEP or WORKDIR@best"
+    "checkpoint", None, "A finished run: WORKDIR, WORKDIR@STEP or WORKDIR@best."
 )
-TO = flags.DEFINE_string("to", None, "folder to write, new or empty")
+TO = flags.DEFINE_string("to", None, "Folder to write; it must be new or empty.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "of the tensors written"
+    "dtype", "float32", ["float32", "bfloat16"], "The dtype of the written tensors."
 )
 VERIFY = flags.DEFINE_bool(
-    "verify", False, "read the folder again and compare logits or scores"
+    "verify", False, "Load the written folder again and compare its logits or scores."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, exports, and returns the exit code."""
     if len(argv) > 1 or not CHECKPOINT.value or not TO.value:
         print("error: give --checkpoint=WORKDIR and --to=FOLDER", file=sys.stderr)
-        return 2
-    checkpoint, to = CHECKPOINT.value, pathlib.Path(TO.value)
+        return cli.USER_ERROR
+    checkpoint = CHECKPOINT.value
+    to = pathlib.Path(TO.value)
     logging.set_verbosity(logging.WARNING)
 
     def run() -> None:

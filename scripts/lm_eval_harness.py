@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Runs tasks of lm-evaluation-harness: python scripts/lm_eval_harness.py --workdir
-runs/micro/ppo-ptx --tasks=arc_easy,lambada
+"""Evaluates a policy on tasks of lm-evaluation-harness.
 
-Tasks are the harness's own, which it downloads, or those of the folder --include_path. Exit
-codes are train.py's.
+python scripts/lm_eval_harness.py --workdir runs/micro/ppo-ptx --tasks=arc_easy,lambada
+
+Tasks are the harness's own, which it downloads, or those in the folder --include_path. The
+exit codes are those of train.py.
 """
 
 import json
@@ -16,46 +17,52 @@ from absl import app, flags, logging
 from instructax import cli
 from instructax.config import ConfigError
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "a finished run of pretraining, SFT or PPO, or WORKDIR@STEP of one"
+    "workdir", None, "A finished run of pretraining, SFT or PPO: WORKDIR or WORKDIR@STEP."
 )
-TASKS = flags.DEFINE_list("tasks", [], "names of tasks, between commas")
+TASKS = flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.")
 INCLUDE_PATH = flags.DEFINE_string(
-    "include_path", None, "a folder of task files (YAML) of your own"
+    "include_path", None, "A folder with task files (YAML) of your own."
 )
-FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "worked examples before each question", lower_bound=0
+NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Number of few-shot examples before each question.", lower_bound=0
 )
-LIMIT = flags.DEFINE_integer("limit", None, "the most questions of a task", lower_bound=1)
-CHAT = flags.DEFINE_bool("apply_chat_template", False, "asks as in a conversation")
+LIMIT = flags.DEFINE_integer(
+    "limit", None, "The largest number of questions per task.", lower_bound=1
+)
+APPLY_CHAT_TEMPLATE = flags.DEFINE_bool(
+    "apply_chat_template", False, "Ask each question as a message of a conversation."
+)
 SYSTEM = flags.DEFINE_string(
-    "system", None, "with --apply_chat_template: what the conversation opens with"
+    "system", None, "The system message, with --apply_chat_template."
 )
 GEN_KWARGS = flags.DEFINE_string(
-    "gen_kwargs", None, "such as max_gen_toks=64, instead of the tasks' own"
+    "gen_kwargs", None, "Replaces the tasks' own settings, such as max_gen_toks=64."
 )
-OUTPUT = flags.DEFINE_string("output", None, "a file for all results, as JSON")
+OUTPUT = flags.DEFINE_string("output", None, "A JSON file for all results.")
 ROWS = flags.DEFINE_integer(
-    "rows", 8, "texts that are scored or answered at a time", lower_bound=1
+    "rows", 8, "Number of texts that are scored or answered at a time.", lower_bound=1
 )
 SEED = flags.DEFINE_integer(
-    "seed", 0, "of tasks that sample", lower_bound=0, upper_bound=2**31 - 1
+    "seed",
+    0,
+    "The seed of tasks that sample.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, evaluates, and returns the exit code."""
     if len(argv) > 1 or not WORKDIR.value or not TASKS.value:
         print(
             "error: give --workdir=FOLDER of a finished run and --tasks=NAME,NAME",
             file=sys.stderr,
         )
-        return 2
+        return cli.USER_ERROR
     logging.set_verbosity(logging.WARNING)
     cli.enable_compilation_cache()
     workdir = WORKDIR.value
@@ -63,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(workdir: str) -> None:
-    """Prints the harness's table, and writes its results."""
+    """Runs the tasks, prints the harness's table, and writes its results."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -79,25 +86,26 @@ def evaluate(workdir: str) -> None:
     unknown = [task for task in TASKS.value if task not in manager.all_tasks]
     if unknown:
         raise ConfigError(
-            f"--tasks: there is no {', '.join(unknown)} among the tasks of lm-evaluation-harness"
+            f"--tasks: there is no {', '.join(unknown)} among the tasks of "
+            "lm-evaluation-harness"
         )
     policy = open_served(workdir, dtype=DTYPE.value, rows=ROWS.value)
-    run: Any = simple_evaluate  # whose types are narrower than what it takes
-    results = run(
-        InstructaxLM(policy.engine, policy.tokenizer, policy.template, seed=SEED.value),
+    model = InstructaxLM(policy.engine, policy.tokenizer, policy.template, seed=SEED.value)
+    run_tasks: Any = simple_evaluate  # its annotations are narrower than what it accepts
+    results = run_tasks(
+        model,
         tasks=TASKS.value,
-        num_fewshot=FEWSHOT.value,
+        num_fewshot=NUM_FEWSHOT.value,
         limit=LIMIT.value,
-        apply_chat_template=CHAT.value,
+        apply_chat_template=APPLY_CHAT_TEMPLATE.value,
         system_instruction=SYSTEM.value,
         gen_kwargs=GEN_KWARGS.value,
         task_manager=manager,
     )
     print(make_table(results))
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(
-            json.dumps(results, default=str, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(results, default=str, indent=2) + "\n"
+        pathlib.Path(OUTPUT.value).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets itself up, then the whole pipeline on the embedded world, a table and a report: ./scripts/quickstart.sh
-# Another seed, which is another world, other people and other models: SEED=1 WORKDIR=runs/micro-1 ./scripts/quickstart.sh
+# Installs the project, runs the whole pipeline on simulated data, and writes a report: ./scripts/quickstart.sh
+# Another seed is another world, with other people and other models: SEED=1 WORKDIR=runs/micro-1 ./scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if (($#)); then

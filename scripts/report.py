@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Writes the report of finished experiments: python scripts/report.py runs/micro
---out=runs/micro/report
+"""Writes the report of finished experiments.
 
-The report is one page, `index.html`, with the paper's figures, claims and samples; the
-figures lie beside it as PNG and SVG files. Several folders are seeds of one experiment.
-Only logs are read, no checkpoints. Exit codes are those of train.py.
+python scripts/report.py runs/micro --out=runs/micro/report
+
+Writes one page, `index.html`, with the paper's figures, its claims and samples, and the
+figures as PNG and SVG next to it. Several folders are treated as seeds of one experiment.
+Only logs are read, no checkpoints. The exit codes are those of train.py.
 """
 
 import pathlib
@@ -14,26 +15,26 @@ from absl import app, flags
 
 from instructax import cli
 
-OUT = flags.DEFINE_string("out", None, "folder for the page and its figures")
+OUT = flags.DEFINE_string("out", None, "Folder to write the page and its figures into.")
 
 
 def main(argv: list[str]) -> int:
-    """Parses the flags, calls the library and returns the exit code."""
+    """Parses the command line, writes the report, and returns the exit code."""
     if len(argv) < 2 or not OUT.value:
         print(
             "error: give the folders of finished experiments and --out=FOLDER",
             file=sys.stderr,
         )
-        return 2
+        return cli.USER_ERROR
     roots = [pathlib.Path(path) for path in argv[1:]]
     out = pathlib.Path(OUT.value)
 
-    def write() -> None:
+    def run() -> None:
         from instructax import report
 
         print(report.write(roots, out))
 
-    return cli.guarded(write)
+    return cli.guarded(run)
 
 
 if __name__ == "__main__":

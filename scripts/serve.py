@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Serves a finished policy with OpenAI's protocol: python scripts/serve.py --workdir
-runs/micro/ppo-ptx
+"""Serves a finished policy with the OpenAI protocol.
 
-http://127.0.0.1:8000/v1 then answers /models, /completions and /chat/completions. Exit
-codes are train.py's: 130 after Ctrl-C.
+python scripts/serve.py --workdir runs/micro/ppo-ptx
+
+http://127.0.0.1:8000/v1 then answers /models, /completions and /chat/completions. Ctrl-C
+stops the server with code 130; the other exit codes are those of train.py.
 """
 
 import pathlib
@@ -14,42 +15,42 @@ from absl import app, flags, logging
 from instructax import cli
 from instructax.config import ConfigError
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "a finished run of pretraining, SFT or PPO, or WORKDIR@STEP of one"
+    "workdir", None, "A finished run of pretraining, SFT or PPO: WORKDIR or WORKDIR@STEP."
 )
 NAME = flags.DEFINE_string(
-    "name", "", "what clients call the model; by default the name of the folder"
+    "name", "", "The model name that clients use; by default the name of the folder."
 )
 HOST = flags.DEFINE_string(
-    "host", "127.0.0.1", "where to listen; anybody who can reach it may ask"
+    "host", "127.0.0.1", "Address to listen on; everybody who can reach it may ask."
 )
 PORT = flags.DEFINE_integer(
-    "port", 8000, "0 = any that is free", lower_bound=0, upper_bound=65535
+    "port", 8000, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535
 )
-ROWS = flags.DEFINE_integer("rows", 8, "answers that are drawn at a time", lower_bound=1)
+ROWS = flags.DEFINE_integer(
+    "rows", 8, "Number of answers that are sampled at a time.", lower_bound=1
+)
 QUEUE = flags.DEFINE_integer(
-    "queue", 256, "answers that may wait; more are refused (429)", lower_bound=1
+    "queue", 256, "Number of answers that may wait; more get status 429.", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, serves until Ctrl-C, and returns the exit code."""
     if len(argv) > 1 or not WORKDIR.value:
         print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
-        return 2
+        return cli.USER_ERROR
     logging.set_verbosity(logging.WARNING)
     cli.enable_compilation_cache()
     workdir = WORKDIR.value
-    return cli.guarded(lambda: serve(workdir))
+    return cli.guarded(lambda: run_server(workdir))
 
 
-def serve(workdir: str) -> None:
-    """Until Ctrl-C."""
+def run_server(workdir: str) -> None:
+    """Serves the policy in `workdir` until Ctrl-C."""
     try:
         from instructax.serving.server.app import serve
     except ModuleNotFoundError as error:

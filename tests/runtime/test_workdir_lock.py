@@ -15,7 +15,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from instructax.runtime.workdir_lock import lock_workdir
-with locked(Path(sys.argv[1])):
+with lock_workdir(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
