@@ -1,4 +1,3 @@
-"""InstructGPT's method (Ouyang et al., 2022) in JAX and Flax; each module is imported by
-its own name."""
+"""InstructGPT (Ouyang et al., 2022) in JAX and Flax; import its modules by their names."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
-"""From a score per response to an advantage per token: arrays in, float32 arrays out, zero
-where masked."""
+"""From a score per response to an advantage per token.
+
+Arrays in, float32 arrays out, zero where masked.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,22 @@ def kl_penalized_rewards(
     *,
     kl_coef: Array | float,
 ) -> Array:
-    """Reward of each token: the KL penalty everywhere, the score at the end.
+    """The reward of each token: the KL penalty everywhere, the score at the end.
 
     r_t = −kl_coef · (logprobs_t − ref_logprobs_t) + [t is the row's last real token] ·
     score
 
-    `scores` f32[B]; `logprobs`, `ref_logprobs` f32[B, R]; `mask` b[B, R] → f32[B, R].
-    Paper, Eq. 2 with γ = 0, the penalty per token as in Stiennon et al. (2020).
+    Paper, Eq. 2 with γ = 0, with the penalty per token as in Stiennon et al. (2020).
+
+    Args:
+      scores: f32[B], the reward model's score of each response.
+      logprobs: f32[B, R], log-probabilities under the policy.
+      ref_logprobs: f32[B, R], log-probabilities under the reference policy.
+      mask: b[B, R].
+      kl_coef: β of the paper.
+
+    Returns:
+      f32[B, R].
     """
     log_ratios = logprobs.astype(jnp.float32) - ref_logprobs.astype(jnp.float32)
     rewards = -kl_coef * log_ratios + jnp.where(
@@ -40,12 +51,21 @@ def generalized_advantages(
 ) -> tuple[Array, Array]:
     """Generalized advantage estimation (Schulman et al., 2016) over each row's real tokens.
 
-    δ_t = r_t + discount · v_{t+1} − v_t,  A_t = δ_t + discount · λ · A_{t+1},  returns = A
-    + v
+    δ_t = r_t + discount · v_{t+1} − v_t
+    A_t = δ_t + discount · λ · A_{t+1}
+    returns = A + v
 
-    with v = A = 0 after the last real token. `rewards`, `values` f32[B, R], `mask` b[B, R]
-    → (advantages f32[B, R], returns f32[B, R]). Nothing is whitened here. The paper uses
-    discount 1 and leaves λ open.
+    with v = A = 0 after the last real token. Nothing is whitened here.
+
+    Args:
+      rewards: f32[B, R].
+      values: f32[B, R], the estimate before each token.
+      mask: b[B, R].
+      discount: 1 in the paper.
+      lambda_: not given in the paper.
+
+    Returns:
+      (advantages f32[B, R], returns f32[B, R]).
     """
     rewards = jnp.where(mask, rewards.astype(jnp.float32), 0.0)
     values = jnp.where(mask, values.astype(jnp.float32), 0.0)
@@ -56,6 +76,7 @@ def generalized_advantages(
         advantage = delta + discount * lambda_ * advantage
         return advantage, advantage
 
+    # Time is the leading axis of a scan: [R, B].
     _, advantages = jax.lax.scan(
         backwards, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True
     )
@@ -64,7 +85,7 @@ def generalized_advantages(
 
 
 def last_real(mask: Array) -> Array:
-    """Marks each row's last real token: b[B, R] → b[B, R]; nothing in a row without one."""
+    """Marks the last real token of each row that has one: b[B, R] → b[B, R]."""
     columns = jnp.arange(mask.shape[1])
-    last = jnp.max(jnp.where(mask, columns[None, :], -1), axis=1)
+    last = jnp.max(jnp.where(mask, columns[None, :], -1), axis=1)  # -1 matches no column
     return columns[None, :] == last[:, None]

@@ -1,4 +1,4 @@
-"""What the commands share: flags, exit codes, and one line on stderr for a user's mistake."""
+"""What the commands share: flags, exit codes, one line on stderr for a user's mistake."""
 
 import os
 import re
@@ -106,8 +106,8 @@ def _location(error: BaseException) -> str:
 def enable_compilation_cache() -> None:
     """Lets JAX keep compiled programs for later processes.
 
-    Must be called before JAX is imported. A value of JAX_COMPILATION_CACHE_DIR wins, also an
-    empty one, which disables the cache. The folder can be deleted at any time.
+    Must be called before JAX is imported. A value of JAX_COMPILATION_CACHE_DIR wins, also
+    an empty one, which disables the cache. The folder can be deleted at any time.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # A program compiled for one kind of CPU does not run on another, and home folders are
@@ -143,8 +143,8 @@ def guarded(call: Callable[[], Any]) -> int:
         print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
         return INTERNAL_ERROR
     except BrokenPipeError:
-        # The reader of our output has gone, e.g. `head`. Python would print an error when it
-        # flushes stdout at exit.
+        # The reader of our output has gone, e.g. `head`. Python would print an error when
+        # it flushes stdout at exit.
         sys.stdout = None
         return SUCCESS
     except TimeoutError as error:  # before OSError, its base class

@@ -50,8 +50,8 @@ def construct(
 ) -> Config:
     """Builds a dataclass from a nested mapping.
 
-    Nested dataclasses are built from nested mappings and tuples from sequences. Integers are
-    accepted for floats.
+    Nested dataclasses are built from nested mappings and tuples from sequences. Integers
+    are accepted for floats.
 
     Args:
       cls: the dataclass to build.
@@ -177,12 +177,13 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where} = {value!r} must be a finite number")
     if hint is int and abs(value) >= INT_LIMIT:
         raise ConfigError(
-            f"{where} = {format_value(value)} must be from {1 - INT_LIMIT} to {INT_LIMIT - 1}"
+            f"{where} = {format_value(value)} must be from {1 - INT_LIMIT} to "
+            f"{INT_LIMIT - 1}"
         )
     if hint is float and value and not FLOAT_SMALLEST <= abs(value) < FLOAT_LIMIT:
         raise ConfigError(
-            f"{where} = {format_value(value)} must be 0 or have a magnitude from 1.2e-38 to "
-            "3.4e38, the range of float32"
+            f"{where} = {format_value(value)} must be 0 or have a magnitude from 1.2e-38 "
+            "to 3.4e38, the range of float32"
         )
     return float(value) if hint is float else value
 

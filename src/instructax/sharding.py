@@ -27,9 +27,9 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # axes that batch rows are sharded over
 
-# Pattern → layout, matched against the end of a leaf's path; the first match wins. Optimizer
-# moments and averages have the paths of their parameters as suffix, so they share the rule.
-# The leading axis of everything under `blocks` is the layer.
+# Pattern → layout, matched against the end of a leaf's path; the first match wins.
+# Optimizer moments and averages have the paths of their parameters as suffix, so they share
+# the rule. The leading axis of everything under `blocks` is the layer.
 #
 # Letters: L layers, D embed_dim, H heads, d head_dim, F mlp_dim, V vocabulary, T positions,
 # r LoRA rank.
@@ -60,7 +60,8 @@ LAYOUTS: tuple[tuple[str, P], ...] = (
     (r"lora_scale", P()),
     # [L, D] or [D]
     (r"norm/(scale|bias)", P()),
-    # [V, D] and [T, D]: D is sharded, because vocabularies of 257 or 50257 divide by nothing.
+    # [V, D] and [T, D]: D is sharded, because vocabularies of 257 or 50257 divide by
+    # nothing.
     (r"(params|mu|nu|ema|^)/?embedding", P(None, ("tensor", "fsdp"))),
     (r"(params|mu|nu|ema|^)/?positions", P(None, ("tensor", "fsdp"))),
     # [D]
@@ -208,7 +209,8 @@ def shard_map_attention(
     """Runs an attention kernel on each device's own rows and heads.
 
     Args:
-      function: maps query, key, value [B, H, T, d] and segments [B, T] to [B, H, T, d]; must
+      function: maps query, key, value [B, H, T, d] and segments [B, T] to [B, H, T, d];
+      must
         not mix rows or heads.
       mesh: None means a single device.
     """
@@ -226,7 +228,7 @@ def shard_map_attention(
 
 
 def abstract_arrays(tree: Any, mesh: Mesh) -> Any:
-    """The ShapeDtypeStructs of `tree` with shardings: the target of a checkpoint restore."""
+    """`tree` as ShapeDtypeStructs with shardings: the target of a checkpoint restore."""
 
     def abstract(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,10 +1,10 @@
-"""The arrays that travel between the parts: field, shape, dtype.
+"""The arrays that the parts of the program exchange: field, shape, dtype.
 
-Dims: `B` batch, `P` prompt length, `R` response length, `T` any sequence, `K` responses to
-one prompt. What files and labelers know as a completion is a response once it is tokens.
-Masks are boolean, `True` marks a real token, and they are made where the tokens are made:
-nothing finds an end by comparing ids. Prompts are padded on the left, so a response always
-starts at column `P` and every per-token array is `[B, R]`.
+Dimensions: `B` batch, `P` prompt length, `R` response length, `T` any sequence, `K`
+responses per prompt. A completion in a file is called a response once it is tokenized.
+Masks are boolean; `True` marks a real token. They are created together with the tokens: no
+code finds an end by comparing ids. Prompts are left-padded, so a response always starts at
+column `P` and every per-token array is `[B, R]`.
 """
 
 import dataclasses
@@ -21,23 +21,27 @@ Params = Any  # a nested dict of float32 arrays
     frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,)
 )
 def pytree(cls: type[Class]) -> type[Class]:
-    """Freezes `cls` and registers its fields as children of a pytree, but for those whose
-    metadata say "static"."""
+    """Class decorator: makes `cls` a frozen dataclass and registers it as a pytree.
+
+    Fields whose metadata contain "static" are not children of the pytree.
+    """
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     return jax.tree_util.register_dataclass(cls)
 
 
 @pytree
 class LmBatch:
-    """Rows of tokens, packed or not: text and demonstrations, and rollouts and comparisons
-    where they are scored."""
+    """Rows of tokens, packed or not: text, demonstrations, and what is scored."""
 
     tokens: Array  # i32[B, T]
-    segments: Array  # i32[B, T], 0 = padding, n > 0 = a text of the row, negative = a prompt that several texts share
-    positions: Array  # i32[B, T], counted from 0 within each segment; after a shared prompt, on from its end
-    loss_mask: (
-        Array  # b[B, T], the tokens that are predicted or valued (never the first of a row)
-    )
+    # i32[B, T]: 0 is padding, n > 0 a text of the row, negative a prompt that several texts
+    # share.
+    segments: Array
+    # i32[B, T], counted from 0 within each segment; a text with a shared prompt continues
+    # the prompt's positions.
+    positions: Array
+    # b[B, T], the tokens that are predicted or valued; never the first of a row.
+    loss_mask: Array
 
 
 @pytree
@@ -50,19 +54,19 @@ class Prompts:
 
 @pytree
 class Comparisons:
-    """K ranked responses to each prompt (paper, section 3.5: K = 4 … 9)."""
+    """K ranked responses per prompt (paper, section 3.5: K = 4 … 9)."""
 
     prompts: Prompts
     responses: Array  # i32[B, K, R]
     mask: Array  # b[B, K, R]
     ranks: Array  # i32[B, K], 0 is best, ties share a rank
-    valid: Array  # b[B, K], False = this prompt has fewer than K responses
+    valid: Array  # b[B, K], False where the prompt has fewer than K responses
     labeler: Array  # i32[B], -1 = unknown
 
 
 @pytree
 class Rollouts:
-    """What the sampler made."""
+    """Sampled responses."""
 
     prompts: Prompts
     responses: Array  # i32[B, R]
@@ -73,17 +77,17 @@ class Rollouts:
 
 @pytree
 class Scored:
-    """Rollouts with the three judgements of them."""
+    """Rollouts scored by the reference policy, the value model and the reward model."""
 
     rollouts: Rollouts
-    ref_logprobs: Array  # f32[B, R], log-probabilities of the reference policy
-    values: Array  # f32[B, R], the value network's estimate before each token
+    ref_logprobs: Array  # f32[B, R], log-probabilities under the reference policy
+    values: Array  # f32[B, R], the value model's estimate before each token
     scores: Array  # f32[B], the reward model's score of the whole response
 
 
 @pytree
 class Experience:
-    """What the PPO update reads."""
+    """The input of the PPO update."""
 
     rollouts: Rollouts
     old_logprobs: Array  # f32[B, R]
@@ -94,22 +98,20 @@ class Experience:
 
 @pytree
 class TrainState:
-    """All that training one network changes; `step` counts the finished calls of its
-    stage's `update`."""
+    """Everything that training one network changes."""
 
-    step: Array  # i32[]
+    step: Array  # i32[], finished calls of the stage's `update`
     params: Params
     opt_state: Any
 
 
 @pytree
 class PpoState:
-    """Policy, value network, and the moving average of the policy's parameters (paper,
-    appendix C.4)."""
+    """Everything that PPO changes."""
 
     policy: TrainState
     value: TrainState
-    ema: Params
+    ema: Params  # moving average of the policy's parameters (paper, appendix C.4)
 
     @property
     def step(self) -> Array:

@@ -4,9 +4,9 @@ A step is stored in `workdir/checkpoints/<step>` as two items: `params`, the fie
 next stage reads, and `state`, everything else, so nothing is stored twice. Orbax commits a
 step by renaming its folder, so a killed save leaves nothing that looks like a step. But its
 data files have no checksums, and a flipped bit would be loaded as a wrong number. Therefore
-`<step>.sha256.json` lies beside each committed step (see `checksums`) and is verified before
-every load. A step without hashes, which a process leaves that is killed between commit and
-hashing, is loaded with a warning and hashed then.
+`<step>.sha256.json` lies beside each committed step (see `checksums`) and is verified
+before every load. A step without hashes, which a process leaves that is killed between
+commit and hashing, is loaded with a warning and hashed then.
 
 In a run of several processes, all of them call every function and share the folder;
 process 0 alone hashes, deletes and writes JSON.
@@ -43,14 +43,14 @@ class Checkpoints:
       workdir: the folder of the run.
       save_every: steps between two saves by `maybe_save`.
       keep: how many of the newest steps are kept.
-      best_metric: name of a metric whose best step (see `best_step`) is kept as well; "" for
-        none.
+      best_metric: name of a metric whose best step (see `best_step`) is kept as well;
+        "" for none.
       exported: the field of the state that the next stage reads: "params" of TrainState,
         "ema" of PpoState.
 
     Attributes:
-      unevaluated: the metrics of a restored step whose evaluation was abandoned; None if the
-        restored step was evaluated.
+      unevaluated: the metrics of a restored step whose evaluation was abandoned; None
+        if the restored step was evaluated.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Checkpoints:
         for name, value in (("save_every", save_every), ("keep", keep)):
             if value < 1:
                 raise ConfigError(
-                    f"{name} is {value}; it must be at least 1: set it in the config of the "
-                    "run"
+                    f"{name} is {value}; it must be at least 1: set it in the config of "
+                    "the run"
                 )
         self._workdir = Path(workdir)
         self._root = Path(workdir).absolute() / "checkpoints"
@@ -129,8 +129,8 @@ class Checkpoints:
             return
         if not all_finite(state):
             raise Diverged(
-                f"the state of step {step} is not finite, nothing of it is saved: lower the "
-                "learning rate"
+                f"the state of step {step} is not finite, nothing of it is saved: lower "
+                "the learning rate"
             )
         if evaluated:
             record = {"unevaluated": None, **self._rating(step, metrics)}
@@ -162,8 +162,8 @@ class Checkpoints:
             return {"best_metric": self._best_metric, "metric": value}
         if self._best_metric:
             logger.warning(
-                "step %d cannot become the best checkpoint: best_metric %r is not among its "
-                "metrics (%s)",
+                "step %d cannot become the best checkpoint: best_metric %r is not among "
+                "its metrics (%s)",
                 step,
                 self._best_metric,
                 ", ".join(sorted(metrics)),

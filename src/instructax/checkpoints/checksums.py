@@ -102,8 +102,8 @@ def find_damage(step: Path) -> list[str]:
     """Compares the files of a step with its record.
 
     Returns:
-      One line for each file that is missing, or differs in size or sha256; [] if there is no
-      record to compare with.
+      One line for each file that is missing, or differs in size or sha256; [] if there is
+      no record to compare with.
 
     Raises:
       NewerFormatError: a newer version of this program has written the step.

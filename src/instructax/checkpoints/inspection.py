@@ -146,8 +146,8 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
       to: the file, `.npz` or `.safetensors`.
       leaves: "exported" for the parameters that later stages read (for PPO the average of
         the policy), named as in the tree of parameters; "trained" for the parameters that
-        the optimizer updated last (for PPO the policy before averaging, otherwise the same);
-        "all" for every array of the state, including the optimizer's.
+        the optimizer updated last (for PPO the policy before averaging, otherwise the
+        same); "all" for every array of the state, including the optimizer's.
 
     Returns:
       A line that says what was written.

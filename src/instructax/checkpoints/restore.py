@@ -30,8 +30,8 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
 
     Args:
       path: the workdir of the run.
-      abstract_params: jax.ShapeDtypeStruct leaves with shardings; the parameters are cast to
-        their dtypes.
+      abstract_params: jax.ShapeDtypeStruct leaves with shardings; the parameters are
+        cast to their dtypes.
       step: which step to load; None means the newest.
 
     Raises:

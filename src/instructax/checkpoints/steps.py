@@ -42,8 +42,8 @@ def files_hash(workdir: Path, step: int) -> str:
 def best_step(workdir: Path) -> int | None:
     """The step with the best value of the metric that the newest step names.
 
-    The highest value is best, but the lowest of a metric whose name ends in "loss". Of equal
-    steps the newest is returned; None if the newest step names no metric.
+    The highest value is best, but the lowest of a metric whose name ends in "loss". Of
+    equal steps the newest is returned; None if the newest step names no metric.
     """
     root = Path(workdir) / "checkpoints"
     steps = committed_steps(workdir)
@@ -70,8 +70,8 @@ def delete_old_steps(workdir: Path, newest: int, keep: int) -> None:
     """Deletes the steps before `newest` that need not be kept.
 
     The newest `keep` steps stay, and the best one. Only steps with checksums count, because
-    a step whose save was killed before hashing must not displace a verified one. Steps after
-    `newest` belong to another run, and neither count nor are deleted.
+    a step whose save was killed before hashing must not displace a verified one. Steps
+    after `newest` belong to another run, and neither count nor are deleted.
     """
     root = Path(workdir).absolute() / "checkpoints"
     steps = [step for step in committed_steps(workdir) if step <= newest]

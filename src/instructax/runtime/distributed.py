@@ -81,7 +81,7 @@ def exit_on_failure(call: Callable[[], int]) -> int:
 
 
 def all_hosts(condition: bool) -> bool:
-    """Whether `condition` holds on every process. Collective: all processes must call it."""
+    """Whether `condition` holds on all processes. Collective: all of them must call it."""
     if jax.process_count() == 1:
         return condition
     gathered = multihost_utils.process_allgather(np.asarray(condition))
@@ -89,5 +89,5 @@ def all_hosts(condition: bool) -> bool:
 
 
 def any_host(condition: bool) -> bool:
-    """Whether `condition` holds on some process. Collective: all processes must call it."""
+    """Whether `condition` holds on some process. Collective: all of them must call it."""
     return not all_hosts(not condition)

@@ -3,8 +3,9 @@
 `goodput.jsonl` is only appended to and never rewound. A line is {"kind", "seconds", "step",
 "process"}: how many seconds went into one kind of work, up to the finished step `step`, by
 the process that started at the Unix time `process`. Each second of a process counts once,
-except for the kind `lost`: a restarted process records how many seconds of its predecessors'
-work it has to redo. What a killed process did after its last line is not counted.
+except for the kind `lost`: a restarted process records how many seconds of its
+predecessors' work it has to redo. What a killed process did after its last line is not
+counted.
 """
 
 import json
@@ -32,8 +33,8 @@ class GoodputLog:
 
     Until the first event all time is `init`, counted from the start of the process, or from
     the end of the previous run in the same process. After that, time in one of `PHASES` has
-    that phase's kind. All other time is `compile` before the event "steps" and `steps` after
-    it.
+    that phase's kind. All other time is `compile` before the event "steps" and `steps`
+    after it.
 
     Args:
       path: the log, shared by all processes that ever work on the run.
@@ -71,7 +72,7 @@ class GoodputLog:
             self._write_line("lost", lost)
 
     def write(self, step: int, *, least: float = 1e-3) -> None:
-        """Writes the accumulated time, and hands it to the system, so a kill cannot lose it.
+        """Writes the accumulated time and flushes it, so that a kill cannot lose it.
 
         Args:
           step: the last finished step.
@@ -106,8 +107,8 @@ class GoodputLog:
 def _process_start() -> float:
     """The Unix time at which this process started; now, if the system does not tell."""
     try:
-        # Fields of /proc/self/stat after the command's name, which may hold spaces; the 22nd
-        # of all is the start in clock ticks after boot.
+        # Fields of /proc/self/stat after the command's name, which may hold spaces; the
+        # 22nd of all is the start in clock ticks after boot.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         ticks = int(fields[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -167,9 +168,9 @@ def read_totals(path: Path) -> dict[str, float]:
     """Sums a goodput log.
 
     Returns:
-      Seconds of each kind and of `lost`, the number of `processes`, and `goodput`: the share
-      of all seconds that went into steps and evaluations which were not redone. {} if there
-      is no log.
+      Seconds of each kind and of `lost`, the number of `processes`, and `goodput`: the
+      share of all seconds that went into steps and evaluations which were not redone. {} if
+      there is no log.
     """
     events = read_events(path)
     if not events:

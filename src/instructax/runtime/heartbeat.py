@@ -9,13 +9,13 @@ from typing import Any
 
 from instructax.runtime.files import open_no_follow
 
-# Size of the file in bytes. It is overwritten in place by one system call, so a reader never
-# sees half a heartbeat.
+# Size of the file in bytes. It is overwritten in place by one system call, so a reader
+# never sees half a heartbeat.
 LENGTH = 128
 
 
 class Heartbeat:
-    """Keeps the last event in the file `path`: one line of JSON with pid, phase and time."""
+    """Keeps the last event in a file: one line of JSON with pid, phase and Unix time."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)

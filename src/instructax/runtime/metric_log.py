@@ -1,8 +1,8 @@
 """What a run writes while it trains: metrics, samples, phase times and a final summary.
 
 `metrics.jsonl` holds one JSON object per step and `samples.jsonl` one per sample. Both are
-appended to. A resumed run first drops the lines after the step it resumes from, so each step
-occurs once. Everything that depends on a clock has a key `time/…`; the other keys of a
+appended to. A resumed run first drops the lines after the step it resumes from, so each
+step occurs once. Everything that depends on a clock has a key `time/…`; the other keys of a
 resumed run are bit for bit those of an uninterrupted one. JSON has no NaN: a non-finite
 metric is written as null and named in the list `nonfinite`.
 """
@@ -76,7 +76,8 @@ class MetricLog:
       workdir: the folder of the run.
       total_steps: the last step of the run, for the console line and the estimated time of
         arrival.
-      log_every: steps between two flushes, each with one device-to-host copy and one console
+      log_every: steps between two flushes, each with one device-to-host copy and one
+      console
         line.
       start_step: finished steps of the state that the run resumes from; 0 for a new run.
         Lines of later steps are dropped from the files.
@@ -182,9 +183,9 @@ class MetricLog:
     def flush(self) -> None:
         """Fetches and writes what was recorded since the last flush.
 
-        `time/step_s` and `time/tokens_per_second_per_device` are means over these steps: the
-        time of a single step is unknown, because the device works behind the host. The first
-        step, most of which is compilation, only counts if there is no other.
+        `time/step_s` and `time/tokens_per_second_per_device` are means over these steps:
+        the time of a single step is unknown, because the device works behind the host. The
+        first step, most of which is compilation, only counts if there is no other.
 
         The log of a step should be flushed before its checkpoint is saved, as it is when
         `log_every` divides `save_every`; otherwise a killed and resumed run has a gap.

@@ -1,4 +1,4 @@
-"""Non-finite gradients: keep the batch of a skipped update, and abort after too many in a row.
+"""Non-finite gradients: keep skipped batches, and abort after too many in a row.
 
 The update itself is skipped inside the compiled program (`training.optimizer`). Neither is
 in the paper.

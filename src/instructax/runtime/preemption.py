@@ -1,4 +1,4 @@
-"""Graceful shutdown: the first Ctrl-C or SIGTERM is noted and acted on between two programs.
+"""Graceful shutdown: the first Ctrl-C or SIGTERM is handled between two programs.
 
 A compiled program cannot be left before its end. Code that runs several of them, or one of
 them many times, calls `check_stop_requested` in between.

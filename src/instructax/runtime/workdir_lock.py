@@ -1,4 +1,4 @@
-"""Locks a workdir: two commands that write to the same folder would destroy each other's work."""
+"""Locks a workdir: two runs in the same folder would destroy each other's work."""
 
 import contextlib
 import datetime
