@@ -80,6 +80,7 @@ def parse_config(argv: list[str], config: flags.FlagHolder[Any]) -> list[str]:
 def _config_message(error: Exception) -> str:
     """The message of an error that absl or ml_collections raised for a config."""
     inner = error
+    # ml_collections wraps the KeyError of an unknown name.
     if isinstance(error, AttributeError) and error.args:
         inner = error.args[0]
     if isinstance(inner, KeyError):
@@ -99,6 +100,7 @@ def _config_message(error: Exception) -> str:
 def _location(error: BaseException) -> str:
     if isinstance(error, SyntaxError):  # its message contains the location
         return ""
+    # The innermost frame: the line of the config file, or of what it called.
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f" ({last.filename}, line {last.lineno})"
 
@@ -129,6 +131,7 @@ def guarded(call: Callable[[], Any]) -> int:
     correct. Any other ValueError is a bug in this program or a library: its traceback is
     printed. Exceptions that are not handled here propagate.
     """
+    # Imported late, so that --help answers at once.
     import jax
 
     from instructax.runtime.nonfinite import Diverged
@@ -156,6 +159,7 @@ def guarded(call: Callable[[], Any]) -> int:
         reason = error or "the system has no memory left"
         return _report(f"error: {OUT_OF_MEMORY}: {reason}", USER_ERROR)
     except jax.errors.JaxRuntimeError as error:
+        # XLA has one exception for all errors; only this one is the user's to correct.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0]
@@ -175,6 +179,7 @@ def _report(message: str, code: int) -> int:
     """Prints `message` as one line on stderr and returns `code`."""
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
+    # Redact before joining lines: values end at line breaks.
     one_line = " ".join(redact_text(message).split())
     print(printable(one_line), file=sys.stderr)
     return code

@@ -63,7 +63,9 @@ def construct(
         the allowed choices, is not finite or does not fit into 32 bits, or the dataclass
         rejects a combination of values.
     """
+    # Names first, so that a misspelled one is reported before values that look wrong.
     fields = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+    # With `Annotated`, which carries the range of integers.
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in values:
         if name not in fields:
@@ -185,6 +187,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
             f"{where} = {format_value(value)} must be 0 or have a magnitude from 1.2e-38 "
             "to 3.4e38, the range of float32"
         )
+    # An integer given for a float field.
     return float(value) if hint is float else value
 
 

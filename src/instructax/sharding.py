@@ -98,6 +98,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     if devices is None:
         _refuse_idle_gpus()
         devices = jax.devices()
+    # The axes whose size the config always states.
     fixed = config.fsdp * config.tensor
     data = config.data
     if data == -1 and fixed > 0:
@@ -123,6 +124,7 @@ def _refuse_idle_gpus() -> None:
     """
     gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
     platforms = getattr(jax.config, "jax_platforms", None) or ""
+    # An explicit JAX_PLATFORMS=cpu means that the user wants it.
     cpu_requested = "cpu" in platforms
     if gpus and jax.default_backend() == "cpu" and not cpu_requested:
         raise ConfigError(
@@ -157,6 +159,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def sharding_of(path, leaf) -> NamedSharding:
         name = leaf_path(path)
         _, spec = matching_rule(name)
+        # A spec may be shorter than the shape: the remaining axes are replicated.
         for size, axes in zip(leaf.shape, spec, strict=False):
             if axes is None:
                 continue
@@ -198,6 +201,7 @@ def shard_rows(tree: Any, mesh: Mesh) -> Any:
 
 def constrain_rows(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
     """Inside jit: keeps the axis `axis` of every array sharded as batch rows are."""
+    # None for every axis before the rows.
     spec = P(*(None,) * axis, ROW_AXES)
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)

@@ -39,7 +39,7 @@ from instructax.data.schema import (
 )
 from instructax.data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, train_bpe
 from instructax.experiment import RunSpec, load_config
-from instructax.runtime.metric_log import rewind
+from instructax.runtime.files import rewind
 from instructax.stages import MODULES, build_config, load_stage
 from instructax.stages import memory as estimate
 

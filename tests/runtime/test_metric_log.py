@@ -169,7 +169,7 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
 def test_rewinding_drops_what_is_no_log_line(tmp_path, junk):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + junk)
-    metric_log.rewind(path, 2)
+    files.rewind(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from instructax.checkpoints.checksums import FORMAT, hash_files, read_record, record_path
@@ -29,7 +28,7 @@ from instructax.checkpoints.restore import find_problem, load_items
 from instructax.checkpoints.steps import committed_steps, delete_folder, delete_old_steps
 from instructax.config import ConfigError
 from instructax.runtime.files import write_json
-from instructax.runtime.nonfinite import Diverged
+from instructax.runtime.nonfinite import Diverged, all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +98,7 @@ class Checkpoints:
 
     def maybe_save(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         """Starts a save if one is due; raises the error of a previous save that failed."""
+        # Errors of a background save must not wait for the next save.
         if self._pending is not None and self._pending[1].done():
             self.wait()
         if self.due(step):
@@ -124,9 +124,11 @@ class Checkpoints:
           Diverged: the state is not finite.
           OSError: the previous save failed.
         """
+        # At most one save in progress: the next one could need its memory.
         self.wait()
         if step == self._saved:
             return
+        # A checkpoint with NaN would make the run unrecoverable.
         if not all_finite(state):
             raise Diverged(
                 f"the state of step {step} is not finite, nothing of it is saved: lower "
@@ -143,17 +145,22 @@ class Checkpoints:
         if jax.process_index() == 0:
             write_json(record_path(path), {"format": FORMAT, **record, "files": None})
 
-        items = {
-            "params": getattr(state, self._exported),
-            "state": dataclasses.replace(state, **{self._exported: None}),
-        }
         context = ocp.Context()
         # A folder that cannot be created must fail here: otherwise Orbax's threads wait for
         # it for 20 minutes, even at exit.
         context.async_options.create_directories_asynchronously = False
         with context:
-            response = ocp.save_checkpointables_async(str(path), items, overwrite=True)
+            response = ocp.save_checkpointables_async(
+                str(path), self._items(state), overwrite=True
+            )
         self._pending = (step, self._thread.submit(self._finish, step, response, record))
+
+    def _items(self, state: Any) -> dict[str, Any]:
+        """The two items of a step; the exported field is None in the second."""
+        return {
+            "params": getattr(state, self._exported),
+            "state": dataclasses.replace(state, **{self._exported: None}),
+        }
 
     def _rating(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a step's record that `best_step` reads."""
@@ -176,6 +183,7 @@ class Checkpoints:
     def mark_evaluated(self, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of the restored step, which was `unevaluated`."""
         self.unevaluated = None
+        # The record exists: `restore` has hashed the step if need be.
         if jax.process_index() == 0 and self._saved is not None:
             path = self._root / str(self._saved)
             record = read_record(path) or {}
@@ -208,6 +216,7 @@ class Checkpoints:
         """Blocks until the save in progress is committed and hashed; raises its error."""
         if self._pending is None:
             return
+        # Forget it first: if it failed, the error is raised only once.
         step, future = self._pending
         self._pending = None
         future.result()
@@ -239,17 +248,17 @@ class Checkpoints:
           ConfigError: every step is damaged.
         """
         self.wait()
-        abstract = {
-            "params": getattr(abstract_state, self._exported),
-            "state": dataclasses.replace(abstract_state, **{self._exported: None}),
-        }
+        abstract = self._items(abstract_state)
         damaged: dict[int, str] = {}
+        # Newest first.
         for step in reversed(self.steps()):
             path = self._root / str(step)
             if problem := find_problem(path, abstract):
                 damaged[step] = problem
                 continue
+            # Exact dtypes: a resumed run must continue bit for bit.
             items = load_items(path, abstract, cast=False)
+            # Only now is it certain that a good step exists to fall back to.
             for newer, reason in damaged.items():
                 logger.warning(
                     "checkpoint %d IS DAMAGED and set aside, going on from %d: %s",
@@ -262,6 +271,7 @@ class Checkpoints:
             self._saved = step
             record = read_record(path) or self._no_rating()
             self.unevaluated = record.get("unevaluated")
+            # The process that saved it was killed before hashing.
             if not record.get("files"):
                 self._hash_and_clean_up(step, record)
             state = dataclasses.replace(items["state"], **{self._exported: items["params"]})
@@ -278,16 +288,7 @@ class Checkpoints:
             return
         path = self._root / str(step)
         target = self._root / f"{step}.damaged"
+        # An earlier damaged copy of the same step.
         shutil.rmtree(target, ignore_errors=True)
         path.rename(target)
         record_path(path).unlink(missing_ok=True)
-
-
-@jax.jit
-def all_finite(state: Any) -> jax.Array:
-    """Whether every floating-point number of the state is finite: b[]."""
-    finite = []
-    for leaf in jax.tree.leaves(state):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite.append(jnp.all(jnp.isfinite(leaf)))
-    return jnp.all(jnp.stack(finite))

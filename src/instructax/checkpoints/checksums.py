@@ -55,6 +55,7 @@ def read_record(step: Path) -> dict[str, Any] | None:
         return None
     try:
         record = {**DEFAULTS, **json.loads(path.read_text())}
+        # Records of the first version do not name their format.
         version = int(record.get("format", 1))
         wrong = [name for name in FIELDS if not isinstance(record[name], FIELDS[name])]
         if wrong and version <= FORMAT:  # a newer format may have other types
@@ -76,6 +77,7 @@ def hash_files(step: Path) -> dict[str, dict[str, Any]]:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
+    # Sorted, so that records of equal steps are equal files.
     paths = _files_under(step)
     # hashlib releases the global lock, so threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -95,6 +97,7 @@ def _files_under(step: Path) -> dict[str, Path]:
 def has_checksums(step: Path) -> bool:
     """Whether the step was hashed after it was written."""
     record = read_record(step)
+    # An unreadable record has {} here, which counts as not hashed.
     return record is not None and bool(record["files"])
 
 
@@ -113,6 +116,7 @@ def find_damage(step: Path) -> list[str]:
         return []
     if "unreadable" in record:
         return [f"{record_path(step)} cannot be read ({record['unreadable']})"]
+    # Hashes everything, also files that the record does not list; see `unlisted_files`.
     found = hash_files(step)
     lines = []
     for name in record["files"]:
@@ -124,6 +128,7 @@ def find_damage(step: Path) -> list[str]:
 def _file_damage(
     file: Path, name: str, record: dict[str, Any], found: dict[str, dict[str, Any]]
 ) -> str:
+    # The cheapest difference first: missing, size, content.
     if name not in found["files"]:
         return f"{file} is missing"
     size = found["bytes"][name]

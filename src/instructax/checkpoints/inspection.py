@@ -40,7 +40,9 @@ def list_checkpoints(workdir: Path) -> list[str]:
     except NewerFormatError:  # the line of that step says so
         best = None
 
+    # Also folders that are not steps, such as `40.damaged`: they take space.
     folders = [path for path in root.iterdir() if path.is_dir()]
+    # By step, with the leftovers of a step after it.
     folders.sort(key=lambda path: (_leading_number(path), path.name))
     lines = [f"{'step':>10}  {'MiB':>9}  {'files':>5}  {'saved (UTC)':<19}  state"]
     for path in folders:
@@ -115,6 +117,7 @@ def verify_checkpoints(workdir: Path, step: int | None) -> tuple[list[str], list
                 "them when it goes on"
             )
             continue
+        # Missing and changed files, then files that should not be there.
         problems = find_damage(path)
         if "unreadable" not in record:
             problems += unlisted_files(path)
@@ -159,6 +162,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
     require(to.suffix in SUFFIXES, f"--to={to} must end in {' or '.join(SUFFIXES)}")
     require(not to.exists(), f"--to={to} is there already: give a new file")
     require(to.parent.is_dir(), f"--to={to}: there is no folder {to.parent}")
+    # The newest by default.
     steps = _require_steps(workdir, step)
     number = steps[-1] if step is None else step
     stored = read_arrays(Path(workdir) / "checkpoints" / str(number))
@@ -167,12 +171,14 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
         arrays[name] = np.asarray(value)
 
     as_npz = to.suffix == ".npz"
+    # NumPy stores extension dtypes as raw bytes, which no reader would understand.
     require(
         not as_npz or all(value.dtype.isbuiltin for value in arrays.values()),
         f"--to={to}: .npz has no bfloat16, which step {number} uses: give a .safetensors",
     )
     # Renamed when it is complete, so that `to` never holds half a file.
     temporary = to.with_name(f"{to.name}.tmp{to.suffix}")
+    # Left by a killed process.
     temporary.unlink(missing_ok=True)
     if as_npz:
         np.savez(temporary, allow_pickle=False, **arrays)

@@ -49,6 +49,7 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
     step_path = path / "checkpoints" / str(steps[-1] if step is None else step)
     abstract = {"params": abstract_params}
     _refuse_damage(step_path, abstract)
+    # Parents may be stored in another dtype than the reader computes in.
     return load_items(step_path, abstract, cast=True)["params"]
 
 
@@ -63,7 +64,9 @@ def read_arrays(step_path: Path) -> dict[str, jax.Array]:
     """
     step_path = Path(step_path).absolute()
     _refuse_damage(step_path, ITEMS)
+    # The arrays may not fit on an accelerator, and the reader wants them in memory.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    # Shapes and dtypes only; no array is read yet.
     metadata = ocp.checkpointables_metadata(str(step_path)).metadata
     stored = {item: metadata[item] for item in ITEMS}
 
@@ -92,6 +95,7 @@ def find_problem(step_path: Path, items: Iterable[str]) -> str:
 def _checksum_problem(step_path: Path) -> str:
     """The first difference from the checksums of a step; "" if there is none."""
     problem = ""
+    # Hashing reads every byte: once is enough, and the result is shared.
     if jax.process_index() == 0:
         damage = find_damage(step_path)
         if not has_checksums(step_path) and not damage:
@@ -103,6 +107,7 @@ def _checksum_problem(step_path: Path) -> str:
         problem = damage[0] if damage else ""
     if all_hosts(not problem):
         return ""
+    # The others know that there is a problem, but not its text.
     return problem or f"{step_path}, as process 0 reports"
 
 
@@ -137,6 +142,7 @@ def load_items(step_path: Path, abstract: dict[str, Any], *, cast: bool) -> dict
     Raises:
       CheckpointMismatch: the stored leaves are not those of `abstract`.
     """
+    # Before reading: Orbax' own error would not name the leaf.
     stored = ocp.checkpointables_metadata(str(step_path)).metadata
     for item, tree in abstract.items():
         _check_leaves(step_path / item, _leaves(stored[item]), _leaves(tree), cast)
@@ -150,6 +156,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     """
     leaves = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
+        # As in `sharding.leaf_path`: `blocks/mlp/up/kernel`.
         leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
     return leaves
 
@@ -158,6 +165,7 @@ def _check_leaves(
     where: Path, stored: dict[str, Any], wanted: dict[str, Any], cast: bool
 ) -> None:
     """Raises CheckpointMismatch at the first leaf that differs in dtype or shape."""
+    # Stored leaves first, then those that are only wanted; a dict keeps the order.
     for name in {**stored, **wanted}:
         have = stored.get(name)
         want = wanted.get(name)

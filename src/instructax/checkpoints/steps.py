@@ -36,6 +36,7 @@ def files_hash(workdir: Path, step: int) -> str:
     files = record["files"] if record else None
     if not files:
         return ""
+    # Of the hashes, not of the files: these may be hundreds of gigabytes.
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -49,10 +50,12 @@ def best_step(workdir: Path) -> int | None:
     steps = committed_steps(workdir)
     if not steps:
         return None
+    # Runs may change their metric: only records of the current one can be compared.
     newest = read_record(root / str(steps[-1]))
     name = newest["best_metric"] if newest else ""
     sign = -1 if name.endswith("loss") else 1
 
+    # `>=`: the newest of equal steps wins.
     best = None
     best_value = 0.0
     for step in steps:
@@ -75,6 +78,7 @@ def delete_old_steps(workdir: Path, newest: int, keep: int) -> None:
     """
     root = Path(workdir).absolute() / "checkpoints"
     steps = [step for step in committed_steps(workdir) if step <= newest]
+    # Rising order, so the newest are at the end.
     hashed = [step for step in steps if has_checksums(root / str(step))]
     kept = {*hashed[-keep:], best_step(workdir)}
     for step in steps:

@@ -38,6 +38,7 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
         _restore_sigterm()
         return
+    # IPv6 addresses contain colons too: the port follows the last one.
     host, _, port = coordinator.rpartition(":")
     require(
         bool(host) and port.isdecimal(),
@@ -69,10 +70,12 @@ def exit_on_failure(call: Callable[[], int]) -> int:
     try:
         code = call()
     except Exception:
+        # A single process has nobody to wait for: the exception may take its usual way.
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
         code = 1
+    # `os._exit` skips Python's cleanup, and with it JAX's shutdown barrier.
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -82,6 +85,7 @@ def exit_on_failure(call: Callable[[], int]) -> int:
 
 def all_hosts(condition: bool) -> bool:
     """Whether `condition` holds on all processes. Collective: all of them must call it."""
+    # No collective for a single process: it would need a device.
     if jax.process_count() == 1:
         return condition
     gathered = multihost_utils.process_allgather(np.asarray(condition))

@@ -36,6 +36,8 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open_no_follow(temporary, "w") as file:
         file.writelines(lines)
+        # The new content must be on disk before the rename, or a crash could leave an empty
+        # file.
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -51,6 +53,7 @@ def to_jsonable(value: Any) -> Any:
         return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_jsonable(item) for item in value]
+    # Also scalars of NumPy, which `json` does not know.
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return to_jsonable(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
@@ -63,6 +66,7 @@ def write_json(path: Path, value: Any) -> None:
 
     Raises TypeError for a value that JSON cannot express; `path` then stays as it was.
     """
+    # Before the file is opened: a value that cannot be converted must not touch it.
     text = json.dumps(to_jsonable(value), indent=2, allow_nan=False)
     write_atomically(path, [text + "\n"])
 
@@ -70,3 +74,28 @@ def write_json(path: Path, value: Any) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """The value on each line of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rewind(path: Path, start_step: int) -> None:
+    """Keeps the lines of a JSONL log up to `start_step`; none if `start_step` is 0.
+
+    Lines that are not JSON objects with a step are dropped, such as the half line of a
+    killed run.
+    """
+    if not path.exists():
+        return
+    with path.open(errors="replace") as old:
+        # Generators: a log can be larger than memory.
+        whole_lines = (line for line in old if line.endswith("\n"))
+        kept = (
+            line for line in whole_lines if start_step > 0 and _step_of(line) <= start_step
+        )
+        write_atomically(path, kept)
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinity if the line has none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return math.inf

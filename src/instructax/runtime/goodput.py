@@ -57,6 +57,7 @@ class GoodputLog:
 
     def beat(self, name: str) -> None:
         """Records that the work called `name` begins or ends now."""
+        # The time since the last event belongs to the kind that it started.
         now = time.perf_counter()
         seconds = self._unwritten.get(self._kind, 0.0)
         self._unwritten[self._kind] = seconds + now - self._last_event
@@ -67,6 +68,7 @@ class GoodputLog:
 
     def begin(self, step: int) -> None:
         """Records the step that the run starts or resumes from; 0 is a new run."""
+        # Everything so far was start-up and restore.
         self.write(step)
         if lost := lost_seconds(self._earlier, step):
             self._write_line("lost", lost)
@@ -99,6 +101,7 @@ class GoodputLog:
     def close(self) -> None:
         """Writes the remaining time and closes the log."""
         self.write(self._step, least=0.0)
+        # A second run in this process (an experiment) counts its init from here.
         GoodputLog._last_closed = time.time()
         if self._file is not None:
             self._file.close()
@@ -143,6 +146,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
                 "step": int(line["step"]),
                 "process": float(line["process"]),
             }
+        # Half a line, deep nesting, or another program's file.
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue
         if math.isfinite(event["seconds"]) and event["kind"] in (*KINDS, "lost"):
@@ -155,6 +159,7 @@ def lost_seconds(events: Iterable[Mapping[str, Any]], step: int) -> float:
 
     Work that was already lost to an earlier restart is not counted again.
     """
+    # Events in the order of the log; a `lost` event cancels the later steps before it.
     kept: list[Mapping[str, Any]] = []
     for event in events:
         if event["kind"] == "lost":
@@ -178,8 +183,10 @@ def read_totals(path: Path) -> dict[str, float]:
     totals = dict.fromkeys((*KINDS, "lost"), 0.0)
     for event in events:
         totals[event["kind"]] += event["seconds"]
+    # What had to be redone was useful only once.
     useful = sum(totals[kind] for kind in REDONE) - totals["lost"]
     spent = sum(totals[kind] for kind in KINDS)
+    # The start time identifies a process.
     processes = len({event["process"] for event in events})
     goodput = useful / spent if spent else 0.0
     return {**totals, "processes": processes, "goodput": goodput}

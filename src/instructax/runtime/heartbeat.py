@@ -19,11 +19,13 @@ class Heartbeat:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered writes go through `os.pwrite`, see `beat`.
         self._file = open_no_follow(path, "wb")
 
     def beat(self, name: str) -> None:
         """Records that the work called `name` begins or ends now."""
         event = {"pid": os.getpid(), "phase": name, "unix": round(time.time(), 3)}
+        # Padded to a fixed length: a shorter event must overwrite all of a longer one.
         line = f"{json.dumps(event):<{LENGTH - 1}}\n"
         # A full disk must not end the run here; whatever has to be written will report it.
         with contextlib.suppress(OSError):

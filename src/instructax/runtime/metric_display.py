@@ -43,11 +43,13 @@ def console_line(line: Mapping[str, Any], total_steps: int) -> str:
 
     parts = [f"step {line['step']}/{total_steps}"]
     for name in names[:MAX_CONSOLE_METRICS]:
+        # JSON has no NaN: the log stores null.
         value = "non-finite" if line[name] is None else format(line[name], ".4g")
         parts.append(f"{name} {value}")
     throughput = line.get("time/tokens_per_second_per_device")
     if throughput is not None:
         parts.append(f"{throughput:,.0f} tokens/s/device")
+    # Steps take about the same time; evaluations are not counted.
     seconds_left = (total_steps - line["step"]) * line["time/step_s"]
     parts.append(f"eta {datetime.timedelta(seconds=round(max(seconds_left, 0)))}")
     return "  ".join(parts)
@@ -63,6 +65,7 @@ def sample_line(step: int, sample: Mapping[str, Any]) -> str:
     """One line for people with all fields of a sample, without control characters."""
     fields = []
     for name, value in sample.items():
+        # Cut before escaping, which can make the text several times longer.
         fields.append(f"{name}: {printable(str(value)[:MAX_FIELD])}")
     return f"sample {step}  " + "  ".join(fields)
 
@@ -82,12 +85,14 @@ class TensorboardWriter:
 
     def __init__(self, directory: Path, start_step: int):
         try:
+            # An optional dependency, imported only when it is used.
             from tensorboardX import SummaryWriter
         except ImportError:
             raise ConfigError(
                 "tensorboard is on, but tensorboardX is not installed: pip install "
                 "'instructax[tensorboard]', or turn tensorboard off in the config"
             ) from None
+        # Events from this step on are ignored.
         purge_step = start_step + 1 if start_step else 0
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 

@@ -22,8 +22,8 @@ import numpy as np
 from instructax.config import ConfigError
 from instructax.runtime.files import (
     open_no_follow,
+    rewind,
     to_jsonable,
-    write_atomically,
     write_json,
 )
 from instructax.runtime.metric_display import TensorboardWriter, console_line, sample_line
@@ -33,30 +33,6 @@ RESERVED = ("step", "nonfinite")
 
 # The phase that `first_step_done` records.
 FIRST_STEP = "first_step"
-
-
-def rewind(path: Path, start_step: int) -> None:
-    """Keeps the lines of a JSONL log up to `start_step`; none if `start_step` is 0.
-
-    Lines that are not JSON objects with a step are dropped, such as the half line of a
-    killed run.
-    """
-    if not path.exists():
-        return
-    with path.open(errors="replace") as old:
-        whole_lines = (line for line in old if line.endswith("\n"))
-        kept = (
-            line for line in whole_lines if start_step > 0 and _step_of(line) <= start_step
-        )
-        write_atomically(path, kept)
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinity if the line has none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +110,7 @@ class MetricLog:
             self._tensorboard = TensorboardWriter(folder, start_step)
             self._files.callback(self._tensorboard.close)
         self._workdir.mkdir(parents=True, exist_ok=True)
+        # Rewind before opening: rewinding replaces the file.
         metrics = self._workdir / "metrics.jsonl"
         samples = self._workdir / "samples.jsonl"
         rewind(metrics, start_step)
@@ -175,6 +152,7 @@ class MetricLog:
         self._last_step = step
         phases = self._phases
         self._phases = {}
+        # The device arrays are only referenced here; `flush` copies them.
         if self._writes:
             self._buffer.append(_Record(step, dict(metrics), phases, time.time()))
             if step % self._log_every == 0 or step == self._total_steps:
@@ -194,15 +172,18 @@ class MetricLog:
             return
         records = self._buffer
         self._buffer = []
+        # One transfer for all steps; this is the only place that waits for the device.
         fetched = jax.device_get([record.metrics for record in records])
         now = time.perf_counter()
         seconds = now - self._window_start
         self._window_start = now
 
         timed = [i for i, record in enumerate(records) if FIRST_STEP not in record.phases]
+        # Only the first step: its time since the log was opened.
         if not timed:
             timed = [0]
             seconds = records[0].phases[FIRST_STEP]
+        # Steps without `tokens`, as of an evaluation, count as 0.
         tokens = sum(float(fetched[i].get("tokens", 0)) for i in timed)
         throughput = tokens / seconds / jax.device_count()
 
@@ -236,6 +217,7 @@ class MetricLog:
         line = {"step": step, **to_jsonable(sample)}
         self._samples.write(json.dumps(line, allow_nan=False) + "\n")
         self._samples.flush()
+        # One sample per console line is enough to watch a run.
         if self._console and step != self._last_sampled and step % self._log_every == 0:
             print(sample_line(step, sample), flush=True)
         self._last_sampled = step
@@ -247,6 +229,7 @@ class MetricLog:
         record, and a line on the console.
         """
         jax.block_until_ready(metrics)
+        # From here on, time is no longer compilation; see `goodput`.
         self._beat("steps")
         now = time.perf_counter()
         seconds = now - self._window_start
@@ -267,6 +250,7 @@ class MetricLog:
         try:
             yield
         finally:
+            # Also if the block raises: the phase has ended.
             self._beat(f"the end of {name}")
             elapsed = time.perf_counter() - start
             self._phases[name] = self._phases.get(name, 0.0) + elapsed
@@ -278,6 +262,7 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes the files. A second call does nothing."""
+        # The stack closes the files even if the flush fails.
         with self._files:
             self.flush()
 
@@ -294,6 +279,7 @@ def _metrics_line(
     step: int, metrics: Mapping[str, Any], times: Mapping[str, float]
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`, sorted by name, from metrics that are on the host."""
+    # Python numbers: float32 becomes the double of the same value, so nothing is rounded.
     values = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
     line = {"step": step, **to_jsonable(values)}
     nonfinite = [name for name, value in values.items() if not math.isfinite(value)]

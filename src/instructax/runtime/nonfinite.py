@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from instructax.runtime.files import open_no_follow
@@ -18,6 +19,16 @@ logger = logging.getLogger(__name__)
 
 class Diverged(RuntimeError):
     """Training produced non-finite numbers; the last checkpoint is from before."""
+
+
+@jax.jit
+def all_finite(state: Any) -> jax.Array:
+    """Whether every floating-point number of the state is finite: b[]."""
+    finite = []
+    for leaf in jax.tree.leaves(state):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite.append(jnp.all(jnp.isfinite(leaf)))
+    return jnp.all(jnp.stack(finite))
 
 
 class NonFiniteGuard:
@@ -48,6 +59,8 @@ class NonFiniteGuard:
             return
         step, batch, skipped = self._pending
         self._pending = None
+        # Reading the value waits for the device. It is the fraction of skipped optimizer
+        # steps.
         if not float(skipped):
             self._skipped_in_a_row = 0
             return

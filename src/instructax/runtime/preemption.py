@@ -44,12 +44,14 @@ class GracefulShutdown:
         # Python's handlers only run between bytecodes. The interpreter writes the signal's
         # number to this pipe at once, so a thread can act while a compiled program runs.
         read_end, self._write_end = os.pipe()
+        # A signal handler must never block on a full pipe.
         os.set_blocking(self._write_end, False)
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A second signal.
         if self.stop_requested:
             raise KeyboardInterrupt
         self.stop_requested = True
@@ -68,8 +70,11 @@ class GracefulShutdown:
         os.close(pipe)
 
     def __exit__(self, *_: Any) -> None:
+        # First, so that the watching thread does not end a process that is already
+        # stopping.
         GracefulShutdown.current = self._outer
         signal.set_wakeup_fd(self._previous_fd)
+        # The thread's read then returns nothing, and it ends.
         os.close(self._write_end)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -81,5 +86,6 @@ def check_stop_requested() -> None:
     Does nothing outside a `GracefulShutdown`. Collective: all processes must call it.
     """
     shutdown = GracefulShutdown.current
+    # Signals reach processes at different times: agree before anyone leaves.
     if shutdown is not None and any_host(shutdown.stop_requested):
         raise StopRequested

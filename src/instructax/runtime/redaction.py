@@ -95,6 +95,7 @@ def is_secret(name: str) -> bool:
 
     True for `hf_token` and `apiKey`, False for `num_tokens`, `tokenizer` and `pad_token`.
     """
+    # `hf_token` → hf, token; `apiKey` → api, key.
     words = [word.lower() for word in _WORDS.findall(name)]
     if not SECRET_WORDS.isdisjoint(words):
         return True
@@ -133,6 +134,7 @@ def redact_text(text: str) -> str:
 
     Finds the values in name=value, name: value, 'name': value and --name value.
     """
+    # Logins first: a URL can be the value of a header.
     text = _HEADER.sub(rf"\1{HIDDEN}", _hide_logins(text))
     parts = []
     end = 0  # of the text that is already in `parts`
@@ -146,6 +148,7 @@ def redact_text(text: str) -> str:
             continue  # a header, which is hidden already
         if separator.isspace() and not name.startswith("--"):
             continue  # prose: "a password of letters"
+        # Anchored: the value must follow its name directly.
         value = _VALUE.match(text, match.end())
         if value and value[0] != HIDDEN:
             parts += [text[end : value.start()], HIDDEN]

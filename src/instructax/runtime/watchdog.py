@@ -48,6 +48,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._seconds:
             self.beat("start")
+            # A daemon: the interpreter must not wait for it at exit.
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -57,10 +58,12 @@ class Watchdog:
             self._condition.notify()
 
     def _watch(self) -> None:
+        # Often enough to abort at most a quarter too late.
         tick = min(MAX_TICK, self._seconds / 4)
         last_check = time.monotonic()
         with self._condition:
             while not self._closed:
+                # Returns early when the context is left.
                 self._condition.wait(tick)
                 now = time.monotonic()
                 if now - last_check > 2 * tick:

@@ -37,6 +37,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         if jax.process_index() == 0:
             refusal = _acquire(workdir, stack)
         require(
+            # The other processes have no lock of their own, but must stop as well.
             all_hosts(not refusal),
             refusal or f"--workdir {workdir} cannot be used, as process 0 reports",
         )
@@ -53,6 +54,7 @@ def _acquire(workdir: Path, stack: contextlib.ExitStack) -> str:
     except OSError as error:
         return f"--workdir {workdir} cannot be used: {error}"
     try:
+        # Non-blocking: a second run must fail, not wait.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return (
@@ -71,6 +73,7 @@ def _acquire(workdir: Path, stack: contextlib.ExitStack) -> str:
         "boot": BOOT_ID.read_text().strip() if BOOT_ID.exists() else "",
         "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    # The entry of an earlier holder.
     file.truncate(0)
     json.dump(holder, file)
     file.flush()
