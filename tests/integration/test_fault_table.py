@@ -23,7 +23,7 @@ def table_rows() -> list[list[str]]:
 ROWS = table_rows()
 
 
-def tests_in(name: str) -> set[str]:
+def functions_in(name: str) -> set[str]:
     """The tests in the files called `name`, wherever in tests/ they are."""
     tests = set()
     for path in (ROOT / "tests").rglob(name):
@@ -46,7 +46,7 @@ def test_every_named_test_exists():
     missing = set()
     for *_, tests in ROWS:
         for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", tests):
-            if test not in tests_in(file):
+            if test not in functions_in(file):
                 missing.add(f"{file}::{test}")
     assert missing == set()
 

@@ -194,8 +194,8 @@ class Run:
                 tensorboard=config.tensorboard,
                 console=True,
                 beat=beat,
-                written=ledger.write,
-                recorded=checkpoints.unevaluated is None,
+                on_flush=ledger.write,
+                start_recorded=checkpoints.unevaluated is None,
             )
             stack.enter_context(watchdog)
             stack.enter_context(log)
