@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     cli.enable_compilation_cache()
 
     def run() -> None:
+        # Imported here, so that --help answers without JAX.
         from instructax.stages import build_config
         from instructax.stages.benchmark import measure as benchmark
 

@@ -34,6 +34,7 @@ LEAVES = flags.DEFINE_enum(
     "policy before averaging, or the whole state.",
 )
 
+# The first argument.
 COMMANDS = ("ls", "verify", "to-numpy")
 
 
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
     problems: list[str] = []
 
     def run() -> None:
+        # Imported here, so that --help answers without JAX.
         from instructax.checkpoints import inspection
 
         if command == "ls":
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> int:
         for line in lines:
             print(printable(line))
 
+    # What the command found must be visible in its exit code.
     code = cli.guarded(run)
     if code == cli.SUCCESS and problems:
         return cli.USER_ERROR

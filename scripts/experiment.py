@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
         return cli.USER_ERROR
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it touches
     cli.enable_compilation_cache()
+    # Imported here, so that --help answers without JAX.
     from instructax import experiment
 
     root = pathlib.Path(WORKDIR.value)

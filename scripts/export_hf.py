@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
 
     def run() -> None:
+        # Imported here, so that --help answers without JAX.
         from instructax.stages import pretrained
 
         print(pretrained.export_run(checkpoint, to, dtype=DTYPE.value, verify=VERIFY.value))

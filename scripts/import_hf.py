@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it touches
 
     def run() -> None:
+        # Imported here, so that --help answers without JAX.
         from instructax.stages import pretrained
 
         message = pretrained.import_model(

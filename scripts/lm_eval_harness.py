@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
 
 def evaluate(workdir: str) -> None:
     """Runs the tasks, prints the harness's table, and writes its results."""
+    # lm_eval is an optional dependency.
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -79,6 +80,7 @@ def evaluate(workdir: str) -> None:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'instructax[lm_eval]'"
         ) from None
+    # Imported here, so that --help answers without JAX.
     from instructax.evals.lm_eval_model import InstructaxLM
     from instructax.serving.chat import open_served
 
@@ -89,6 +91,7 @@ def evaluate(workdir: str) -> None:
             f"--tasks: there is no {', '.join(unknown)} among the tasks of "
             "lm-evaluation-harness"
         )
+    # Unknown tasks are reported before the policy is loaded.
     policy = open_served(workdir, dtype=DTYPE.value, rows=ROWS.value)
     model = InstructaxLM(policy.engine, policy.tokenizer, policy.template, seed=SEED.value)
     run_tasks: Any = simple_evaluate  # its annotations are narrower than what it accepts

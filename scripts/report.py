@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     out = pathlib.Path(OUT.value)
 
     def run() -> None:
+        # Imported here, so that --help answers without JAX.
         from instructax import report
 
         print(report.write(roots, out))

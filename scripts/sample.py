@@ -81,6 +81,7 @@ def flag_mistake(argv: list[str]) -> str:
 
 def run() -> None:
     """Answers the input file, or the lines of standard input."""
+    # Imported here, so that --help answers without JAX.
     from instructax.serving import chat
 
     params = chat.SamplingParams(
@@ -107,6 +108,7 @@ def read_prompts() -> Iterator[str]:
     # Invalid UTF-8 becomes a replacement character instead of an error.
     lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
     while True:
+        # A prompt mark for people, none for pipes.
         if lines.isatty():
             print("> ", end="", flush=True)
         line = lines.readline()

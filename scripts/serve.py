@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
 
 def run_server(workdir: str) -> None:
     """Serves the policy in `workdir` until Ctrl-C."""
+    # The server needs Starlette and uvicorn, optional dependencies.
     try:
         from instructax.serving.server.app import serve
     except ModuleNotFoundError as error:

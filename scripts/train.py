@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         return cli.USER_ERROR
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it touches
     cli.enable_compilation_cache()
+    # Imported here, so that --help answers without JAX.
     from instructax import experiment
     from instructax.runtime import distributed
 
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> int:
             )
         experiment.run_stage(config, pathlib.Path(WORKDIR.value or "."))
 
+    # Outermost: a process that fails must end before it waits for the others.
     return distributed.exit_on_failure(lambda: cli.guarded(run))
 
 

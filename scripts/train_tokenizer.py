@@ -53,6 +53,7 @@ def train() -> None:
     # Imported late, so that --help answers at once.
     from instructax.data import tokenizer
 
+    # A generator: the files may be larger than memory.
     texts = (text for path in FILES.value for text in read_texts(path, FIELD.value))
     trained = tokenizer.train_bpe(texts, VOCAB_SIZE.value)
     tokenizer.save_tokenizer(trained, OUT.value)

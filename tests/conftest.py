@@ -1,9 +1,8 @@
-"""Eight fake devices, strict ranks, and warnings as errors for every test; programs that
-are soon compiled.
+"""Settings of every test: eight fake devices, strict rank promotion, fast compilation.
 
-The tests wait for the compiler, hardly for the programs: XLA does with few optimizations
-here, and what one process has compiled the others read.
-`JAX_DISABLE_MOST_OPTIMIZATIONS=false` before the command leaves them in.
+The tests spend their time in the compiler, hardly in the programs. XLA therefore optimizes
+little, and processes share what they have compiled. To test with all optimizations, set
+JAX_DISABLE_MOST_OPTIMIZATIONS=false.
 """
 
 import os
@@ -18,26 +17,32 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 def pytest_configure(config: pytest.Config) -> None:
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    if version("jaxlib").startswith("0.10."):  # later ones may not know it, and end then
+    # XLA aborts on flags that it does not know: later versions may have removed this one.
+    if version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    if CACHE not in os.environ:  # else this is a worker, or someone wants the programs kept
+
+    # If set, this is a worker of pytest-xdist, or the user wants to keep the programs.
+    if CACHE not in os.environ:
         os.environ[CACHE] = tempfile.mkdtemp(prefix="instructax-compiled-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ[CACHE], ignore_errors=True))
 
-    import jax  # which reads most of these when it is imported
+    # JAX reads most of the variables above when it is imported.
+    import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_threefry_partitionable", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the chain of runs come last, but one of them first: while one process makes
-    the chain, another has other things to do than to wait for it."""
+    """Moves the tests that need the fixture `chain` to the end, except for one at the start.
+
+    While one worker computes the chain, the others run the tests that do not need it.
+    """
     items.sort(key=lambda item: "chain" in getattr(item, "fixturenames", ()))
-    if items:  # else nothing was collected, which pytest itself reports
+    if items:
         items.insert(0, items.pop())
