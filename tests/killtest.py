@@ -1,10 +1,10 @@
-"""Does a run that is killed end as one that nothing stopped? Real commands, SIGKILL, and
-sha256 of all that they leave.
+"""Does a killed run end like an undisturbed one? Real commands, SIGKILL, and sha256 of the
+results: python -m tests.killtest --workdir runs/killtest
 
 Each stage of the tiny alignment experiment runs once undisturbed. Then the same command
-runs again in other folders, is killed at drawn places, and started again until it ends. A
-place is a phase that the heartbeat shows, a step, and a delay drawn up to the time that the
-phase takes; or a moment by the clock alone.
+runs in other folders, is killed at random places, and is restarted until it ends. A place
+is a phase that the heartbeat shows, a step, and a delay of at most the time that the phase
+takes; or just a moment by the clock.
 """
 
 import contextlib
@@ -37,10 +37,13 @@ from instructax.experiment import RunSpec, metrics_of
 from instructax.runtime.files import write_json
 from instructax.runtime.heartbeat import last_beat
 
-EXPERIMENT, SIZE = "experiments/alignment.py", "tiny"
+EXPERIMENT = "experiments/alignment.py"
+SIZE = "tiny"
+
+# How all killed runs are logged and saved.
 KEEPING = {"run.log_every": 1, "run.evaluate_every": 3, "run.save_every": 2, "run.keep": 2}
-# Stage → what is changed: steps enough to be killed between, dropout, the best step kept as
-# well.
+
+# Stage → changed values: enough steps to be killed in between, dropout, and a best step.
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"steps": 12, "run.best_metric": "text_loss"},
     "sft": {
@@ -53,7 +56,9 @@ STAGES: dict[str, dict[str, Any]] = {
     "ppo": {"steps": 8, "run.best_metric": "text_loss"},
     "ppo-ptx": {"steps": 8, "run.best_metric": "text_loss"},
 }
-READS = {  # run → the runs that it reads
+
+# Run → the runs that it reads.
+READS = {
     "world": (),
     "pretrain": ("world",),
     "sft": ("pretrain",),
@@ -67,15 +72,15 @@ UPDATES = {
     "ppo": ("rollout", "score", "ppo_update"),
     "ppo-ptx": ("rollout", "score", "ppo_update"),
 }
-KILLS_OF_A_RUN = 5
-POLL = 5e-4  # seconds
-LEAST = {
-    "save": 0.5,
-    "finish": 0.05,
-    "restore": 0.3,
-    "data": 0.01,
-}  # seconds: what goes on behind a phase counts too
-COLD = 8.0  # seconds in which compiling is killed
+
+MAX_KILLS_PER_RUN = 5
+POLL_SECONDS = 5e-4
+
+# Seconds added to the length of a phase, for the work that it leaves to the background.
+BACKGROUND_SECONDS = {"save": 0.5, "finish": 0.05, "restore": 0.3, "data": 0.01}
+
+# Seconds after the start of compilation within which a process is killed.
+COMPILE_SECONDS = 8.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +89,22 @@ class Place:
 
     phase: str
     step: int  # finished steps, at least
-    delay: float  # seconds after the phase has begun; of "init" and "clock" after the start of the process
+    delay: float  # seconds after the phase began, or after the process started
 
 
 class Commands:
     """The commands of the runs under `root`, with one cache of compiled programs."""
 
     def __init__(self, root: Path, train: Sequence[str]):
-        self.root, self._train = root, tuple(train)
+        self.root = root
+        self._train = tuple(train)
         runs = experiment.load_file(EXPERIMENT).get_runs(SIZE, str(root))
         self.runs = {run.name: self._changed(run) for run in runs if run.name in READS}
 
     def _changed(self, run: RunSpec) -> RunSpec:
         changes = KEEPING | STAGES[run.name] if run.name in STAGES else {}
-        if (
-            run.name == "reward"
-        ):  # what answers of PPO it learns from besides is of no matter here
+        if run.name == "reward":
+            # Without the comparisons of PPO's answers, whose runs are not needed here.
             changes = {
                 **changes,
                 "data.comparisons": (f"{self.root}/collect-early/comparisons.jsonl.gz",),
@@ -110,15 +115,15 @@ class Commands:
     def started(
         self, name: str, workdir: Path, *, cold: bool = False
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """The process of a run, killed at the end if it is still there; a `cold` one finds
-        nothing compiled."""
+        """Context manager: the process of a run, which is killed at the end if it is alive.
+
+        A `cold` process finds no compiled programs.
+        """
         run = self.runs[name]
-        values = (
-            f"--config.{key}={value!r}"
-            if not isinstance(value, str)
-            else f"--config.{key}={value}"
-            for key, value in run.overrides.items()
-        )
+        values = []
+        for key, value in run.overrides.items():
+            shown = value if isinstance(value, str) else repr(value)
+            values.append(f"--config.{key}={shown}")
         cache = self.root / ("cold" if cold else "compiled")
         if cold:
             shutil.rmtree(cache, ignore_errors=True)
@@ -126,7 +131,7 @@ class Commands:
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what is waited for here is the compiler
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time is compilation
         }
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with workdir.with_name(f"{workdir.name}.log").open("ab") as output:
@@ -135,7 +140,7 @@ class Commands:
                 env=environment,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a Ctrl-C is ours
+                start_new_session=True,  # Ctrl-C must only reach this program
             )
             try:
                 yield process
@@ -144,7 +149,7 @@ class Commands:
                 process.wait()
 
     def finish(self, name: str, workdir: Path) -> tuple[int, float]:
-        """(exit code, seconds) of a run that is left alone."""
+        """Runs to the end without a kill and returns (exit code, seconds)."""
         since = time.monotonic()
         with self.started(name, workdir) as process:
             return process.wait(), time.monotonic() - since
@@ -153,14 +158,17 @@ class Commands:
 def straight(
     commands: Commands, names: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Runs what is not finished yet of the undisturbed runs that `names` need; seconds of
-    each of `names`, once more compiled."""
+    """Runs the undisturbed runs that `names` need, unless they are finished.
+
+    Returns the seconds that each of `names` takes when its programs are compiled.
+    """
     for name in _needed(names):
         if not is_finished(commands.root / name):
             code, seconds = commands.finish(name, commands.root / name)
             require(
                 code == 0,
-                f"{name} without a kill ended with code {code}: see {commands.root / name}.log",
+                f"{name} without a kill ended with code {code}: "
+                f"see {commands.root / name}.log",
             )
             say(f"{name} without a kill: {seconds:.0f} s")
     times = {}
@@ -177,7 +185,7 @@ def straight(
 
 
 def _needed(names: Sequence[str]) -> list[str]:
-    """`names` and what they read, in the order of the pipeline."""
+    """`names` and the runs that they read, in the order of the pipeline."""
     needed = set(names)
     for name in reversed(READS):
         needed |= set(READS[name]) if name in needed else set()
@@ -187,17 +195,19 @@ def _needed(names: Sequence[str]) -> list[str]:
 def draw(
     name: str, random: random.Random, seconds: float, metrics: Sequence[Mapping[str, Any]]
 ) -> Iterator[Place]:
-    """Places of a stage for ever, each phase once before any comes again."""
+    """Yields places without end; every phase occurs once before one occurs again."""
     phases = (*PLACES, *UPDATES.get(name, ("update",)))
     while True:
         for phase in random.sample(phases, len(phases)):
             lasting = [
                 line[f"time/{phase}_s"] for line in metrics[1:] if f"time/{phase}_s" in line
             ]
-            longest = max(lasting, default=0.0) + LEAST.get(phase, 0.0)
-            longest = {"init": seconds / 2, "clock": seconds, "compile": COLD}.get(
-                phase, longest
-            )
+            longest = max(lasting, default=0.0) + BACKGROUND_SECONDS.get(phase, 0.0)
+            longest = {
+                "init": seconds / 2,
+                "clock": seconds,
+                "compile": COMPILE_SECONDS,
+            }.get(phase, longest)
             last = (
                 len(metrics) - 1
                 if phase == "finish"
@@ -211,7 +221,7 @@ def draw(
 
 
 def strike(process: subprocess.Popen[bytes], workdir: Path, place: Place) -> bool:
-    """Kills the process at the place; False if it ended before."""
+    """Kills the process at the place; returns False if it ended before."""
     since = time.monotonic()
     while process.poll() is None:
         if _reached(process.pid, workdir, place, time.monotonic() - since):
@@ -219,7 +229,7 @@ def strike(process: subprocess.Popen[bytes], workdir: Path, place: Place) -> boo
                 time.sleep(place.delay)
             process.kill()
             return process.wait() == -signal.SIGKILL
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
     return False
 
 
@@ -246,8 +256,9 @@ def _logged(workdir: Path) -> int:
 
 
 def found_at(workdir: Path, pid: int, place: Place) -> dict[str, Any]:
-    """Where a killed process was: what its heartbeat and its folder say."""
-    beat, root = last_beat(workdir / "heartbeat-0.json"), workdir / "checkpoints"
+    """Where a killed process was, according to its heartbeat and its folder."""
+    beat = last_beat(workdir / "heartbeat-0.json")
+    root = workdir / "checkpoints"
     steps = committed_steps(workdir)
     saving = bool(steps) and not has_checksums(root / str(steps[-1]))
     saving = (
@@ -264,9 +275,12 @@ def found_at(workdir: Path, pid: int, place: Place) -> dict[str, Any]:
 
 
 def fingerprint(workdir: Path) -> dict[str, str]:
-    """sha256 of what a finished run has left: parameters, optimizer, average, counters,
-    logs without times, summary. Missing hashes of its last step are in it too. Raises
-    ValueError for a last step that is damaged."""
+    """Group → sha256 of the results of a finished run.
+
+    The groups are parameters, optimizer, average, counters, logs without times, the
+    summary, and whether the last step was hashed. Raises ConfigError if that step is
+    damaged.
+    """
     last = workdir / "checkpoints" / str(committed_steps(workdir)[-1])
     arrays = read_arrays(last)
     averaged = any(name.startswith("state/policy/") for name in arrays)
@@ -275,15 +289,14 @@ def fingerprint(workdir: Path) -> dict[str, str]:
         digests["average"] = hashlib.sha256()
     for name, value in sorted(arrays.items()):
         parts = name.split("/")
-        group = (
-            "average"
-            if averaged and parts[0] == "params"
-            else "parameters"
-            if "params" in parts
-            else "counters"
-        )
+        group = "counters"
+        if "opt_state" in parts:
+            group = "optimizer"
+        elif averaged and parts[0] == "params":
+            group = "average"
+        elif "params" in parts:
+            group = "parameters"
         host = np.asarray(value)
-        group = "optimizer" if "opt_state" in parts else group
         digests[group].update(
             f"{name} {host.dtype} {host.shape} ".encode() + host.tobytes()
         )
@@ -304,8 +317,9 @@ def _timeless(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(workdir: Path, undisturbed: Path) -> list[str]:
-    """What of two finished runs is not the same."""
-    ours, theirs = fingerprint(workdir), fingerprint(undisturbed)
+    """The groups of `fingerprint` in which two finished runs differ."""
+    ours = fingerprint(workdir)
+    theirs = fingerprint(undisturbed)
     return [name for name in theirs if ours.get(name) != theirs[name]]
 
 
@@ -317,13 +331,15 @@ def killed_run(
     kills: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """One run, killed up to `kills` times and then left alone: where each kill fell, and
-    what differs in the end."""
+    """Kills a run up to `kills` times, lets it end, and compares its results.
+
+    Returns where each kill fell, and what differs.
+    """
     found: list[dict[str, Any]] = []
     for place in (next(places) for _ in range(kills)):
         with commands.started(name, workdir, cold=place.phase == "compile") as process:
             if not strike(process, workdir, place):
-                break  # it had come to its end; whether well, is seen next
+                break  # it ended by itself; the comparison shows whether correctly
         found.append(found_at(workdir, process.pid, place))
         say(f"killed in {_where(found[-1])}; saved: step {found[-1]['saved']}")
     code, _ = commands.finish(name, workdir)
@@ -353,12 +369,18 @@ def _where(kill: Mapping[str, Any]) -> str:
 def run(
     root: Path, train: Sequence[str], *, names: Sequence[str], kills: int, seed: int
 ) -> int:
-    """Kills each of the stages `names` at least `kills` times; the number of runs that then
-    differ.
+    """Kills each of the stages `names` at least `kills` times.
 
-    `train` is the command that trains, to which config and workdir are added. Everything is
-    under `root`, where what is finished is not run again; the table is `killtest.json`,
-    written after every run.
+    Args:
+      root: the folder of all runs; finished ones are not run again. The table is written to
+        `killtest.json` in it after every run.
+      train: the training command, to which config and workdir are added.
+      names: the stages to kill.
+      kills: the number of kills per stage.
+      seed: of the places.
+
+    Returns:
+      The number of runs that differ from the undisturbed ones.
     """
     unknown = [name for name in names if name not in STAGES]
     require(
@@ -373,19 +395,24 @@ def run(
         )
         for name in names
     }
-    left, table = dict.fromkeys(names, kills), []
+    left = dict.fromkeys(names, kills)
+    table = []
     progress = Progress(kills * len(names))
     while any(left.values()):
-        for name in (
-            name for name in names if left[name]
-        ):  # in turn: a test that is ended early has seen all stages
+        # In turn, so that a test that is stopped early has seen all stages.
+        for name in [name for name in names if left[name]]:
             workdir = root / "killed" / f"{name}-{len(table)}"
             shutil.rmtree(workdir, ignore_errors=True)
             say = partial(progress.killed, name)
             record = killed_run(
-                commands, name, workdir, places[name], min(left[name], KILLS_OF_A_RUN), say
+                commands,
+                name,
+                workdir,
+                places[name],
+                min(left[name], MAX_KILLS_PER_RUN),
+                say,
             )
-            # A run that ends wrongly by itself would do so for ever.
+            # Do not repeat a run that fails without being killed.
             left[name] = max(left[name] - len(record["kills"]), 0) if record["kills"] else 0
             table.append(record)
             _say(f"{name}: {_outcome(record)}")
@@ -397,17 +424,18 @@ def run(
 
 
 class Progress:
-    """A line for each kill, with the time that the others will take."""
+    """Prints a line for each kill, with the estimated time to the end."""
 
     def __init__(self, total: int):
         self._total, self._done, self._began = total, 0, time.monotonic()
 
     def killed(self, name: str, line: str) -> None:
-        """Notes a kill of the stage `name`; `line` says where it fell."""
+        """Counts a kill of the stage `name`; `line` says where it fell."""
         self._done += 1
         left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
         _say(
-            f"[{self._done}/{self._total}] {name} {line}; eta {timedelta(seconds=round(left))}"
+            f"[{self._done}/{self._total}] {name} {line}; "
+            f"eta {timedelta(seconds=round(left))}"
         )
 
 
@@ -420,7 +448,7 @@ def _outcome(record: Mapping[str, Any]) -> str:
 
 
 def rows(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table as lines to read: a line for each kill, a line for each stage."""
+    """The table as text: one line per kill, then one per stage."""
     lines = [f"{'stage':<10}{'run':>4}  {'killed in':<40}{'went on from':>13}  outcome"]
     for number, record in enumerate(table):
         for kill in record["kills"]:
@@ -433,31 +461,31 @@ def rows(table: Sequence[Mapping[str, Any]]) -> list[str]:
         equal = sum(not record["differing"] for record in mine)
         killed = sum(len(record["kills"]) for record in mine)
         lines.append(
-            f"{name}: {killed} kills in {len(mine)} runs, {equal} of them equal to the undisturbed one"
+            f"{name}: {killed} kills in {len(mine)} runs, {equal} of them equal to the "
+            "undisturbed one"
         )
     return lines
 
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of all runs; what is finished in it is not run again"
+    "workdir", None, "Folder of all runs; finished ones are not run again."
 )
 KILLED = flags.DEFINE_list(
-    "stages", ["pretrain", "sft", "reward", "ppo", "ppo-ptx"], "which stages are killed"
+    "stages", ["pretrain", "sft", "reward", "ppo", "ppo-ptx"], "The stages to kill."
 )
-KILLS = flags.DEFINE_integer("kills", 20, "of each stage, at least", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the places")
+KILLS = flags.DEFINE_integer("kills", 20, "The number of kills per stage.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "The seed of the places.")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the test from the command line; 1 if a run ended otherwise."""
+    """Runs the test from the command line; returns 1 if a killed run differs."""
     if len(argv) > 1 or not WORKDIR.value:
         print("error: give --workdir=FOLDER, and nothing but flags", file=sys.stderr)
         return 2
     logging.set_verbosity(logging.WARNING)
     differing: list[int] = []
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # the run under way is ended too
+    # As Ctrl-C: the current run must be ended too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def call() -> None:
         train = [sys.executable, "scripts/train.py"]

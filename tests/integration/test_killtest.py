@@ -82,7 +82,7 @@ def test_places_are_drawn_evenly_and_again_from_the_same_seed():
     assert sorted(place.phase for place in places[11:]) == sorted(phases)
     longest = {
         "rollout": 0.1,
-        "save": 0.2 + killtest.LEAST["save"],
+        "save": 0.2 + killtest.BACKGROUND_SECONDS["save"],
         "clock": 10.0,
         "init": 5.0,
     }
