@@ -1,4 +1,4 @@
-"""Which rows make a batch, and the arrays they become."""
+"""Which rows make a batch, and the arrays that they become."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from instructax.data.batches import NO_ROW
 
 
 class Rows(list):
-    """A source in memory that notes what is read."""
+    """A source in memory that records its reads."""
 
     def __init__(self, rows):
         super().__init__(rows)
@@ -26,7 +26,7 @@ def ints(*values):
 
 
 def packed(count, first):
-    """Rows of one document each: two tokens that name the row."""
+    """Rows of one document each; its two tokens identify the row."""
     return Rows(
         {
             "tokens": ints(first + i, first + i),
@@ -39,9 +39,11 @@ def packed(count, first):
 
 def philox(counter, key):
     """Philox 4x64 with ten rounds, after Salmon et al. (2011)."""
-    c, k = list(counter), list(key)
+    c = list(counter)
+    k = list(key)
     for _ in range(10):
-        low, high = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
+        low = 0xD2E7470EE14C6C93 * c[0]
+        high = 0xCA5A826395121157 * c[2]
         c = [
             (high >> 64) ^ c[1] ^ k[0],
             high % 2**64,
@@ -62,7 +64,7 @@ def test_row_order_sorts_philox_bits_and_never_changes():
     assert batches.row_order(11, 5, 10).tolist() == sorted(range(10), key=bits.__getitem__)
 
 
-def test_row_order_is_a_permutation_of_its_own():
+def test_row_orders_are_different_permutations():
     orders = [batches.row_order(seed, epoch, 50) for seed in range(3) for epoch in range(3)]
     assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 9
@@ -75,7 +77,7 @@ def test_row_order_is_a_permutation_of_its_own():
 @pytest.mark.parametrize(
     ("size", "batch_size"), [(10, 4), (10, 10), (3, 8), (1, 2), (7, 1)]
 )
-def test_the_stream_is_one_epoch_after_another(size, batch_size):
+def test_the_stream_concatenates_epochs(size, batch_size):
     rows = np.concatenate(
         [batches.batch_row_ids(i, batch_size, size, 3) for i in range(3 * size)]
     )
@@ -87,7 +89,7 @@ def test_the_stream_is_one_epoch_after_another(size, batch_size):
         assert sorted(rows[of_epoch].tolist()) == list(range(size))
 
 
-def test_no_batch_without_rows():
+def test_batches_without_rows_are_refused():
     for index, batch_size, size in ((0, 4, 0), (0, 0, 4), (-1, 4, 4)):
         places = f"{index * batch_size} .. {(index + 1) * batch_size - 1}"
         with pytest.raises(
@@ -96,7 +98,7 @@ def test_no_batch_without_rows():
             batches.batch_row_ids(index, batch_size, size, 0)
 
 
-def test_process_slices_make_the_whole_batch():
+def test_process_slices_add_up_to_the_batch():
     rows = batches.batch_row_ids(5, 12, 100, 0)
     for count in (1, 2, 3, 4, 6, 12):
         slices = [batches.process_slice(rows, index, count) for index in range(count)]
@@ -125,7 +127,7 @@ def test_evaluation_visits_each_row_once_in_batches_of_one_shape():
     assert list(batches.evaluation_rows(0, 2)) == []
 
 
-def test_lm_batch_golden():
+def test_golden_lm_batch():
     loss_mask = np.array([False, True, True, False, True])
     source = Rows(
         [{"tokens": ints(5, 6, 7, 8, 9), "lengths": ints(3, 2), "loss_mask": loss_mask}]
@@ -172,7 +174,7 @@ COMPARISON = {
 }
 
 
-def test_comparison_batch_golden():
+def test_golden_comparison_batch():
     read = {"prompt_tokens": 3, "completions": 3, "response_tokens": 4}
     batch = batches.comparison_batch(Rows([COMPARISON]), np.array([NO_ROW, 0]), **read)
     empty = [[0] * 4] * 3
@@ -221,13 +223,13 @@ def mixed(index, process_index=0, process_count=1, fraction=0.3, batch_size=8):
     return batch, demonstrations, text
 
 
-# Of the first 8, 16, 24, 32 rows ⌊3/10⌋ are text; at a tenth a batch of 4 has one now and
-# then.
+# Of the first 8, 16, 24, 32 rows ⌊3/10⌋ are text; at a tenth, every few batches of 4 have
+# one.
 @pytest.mark.parametrize(
     ("fraction", "batch_size", "ends"),
     [(0.3, 8, [0, 2, 4, 7, 9]), (0.1, 4, [0, 0, 0, 1, 1, 2, 2]), (0.1, 10, range(9))],
 )
-def test_mixed_batches_take_their_share_from_each_stream(fraction, batch_size, ends):
+def test_mixed_batches_take_their_fraction_from_each_stream(fraction, batch_size, ends):
     for index, (start, stop) in enumerate(itertools.pairwise(ends)):
         batch, _, _ = mixed(index, fraction=fraction, batch_size=batch_size)
         own = index * batch_size - start, (index + 1) * batch_size - stop
@@ -256,7 +258,7 @@ def test_each_process_reads_its_own_rows_of_the_mix(count):
     )
 
 
-def test_mixes_at_the_ends_and_impossible_ones():
+def test_mixes_of_one_source_and_invalid_fractions():
     assert (mixed(0, fraction=0)[0].tokens[:, 0] < 200).all()
     assert (mixed(0, fraction=1)[0].tokens[:, 0] >= 200).all()
     for fraction in (-0.5, 1.5):

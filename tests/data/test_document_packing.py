@@ -1,4 +1,4 @@
-"""Packing: golden rows by hand, and what no packing may change."""
+"""Packing: golden rows by hand, and what packing must not change."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def document(*tokens):
     return document_packing.Document(tokens, np.arange(len(tokens)) > 0)
 
 
-def test_text_is_cut_and_ends_once():
+def test_text_is_cut_and_gets_one_end_token():
     pieces = document_packing.text_documents(np.array([1, 2, 3, 4, 5], np.int32), EOS, 4)
     assert [piece.tokens.tolist() for piece in pieces] == [[1, 2, 3, 4], [5, 9]]
     assert [piece.loss_mask.tolist() for piece in pieces] == [
@@ -25,12 +25,13 @@ def test_text_is_cut_and_ends_once():
     assert whole.tokens.dtype == np.int32
 
 
-def test_demonstrations_train_on_completion_and_end():
-    made = document_packing.demonstration_document(
+def test_demonstrations_train_on_completion_and_end_token():
+    # Ids equal to the end token within prompt and completion are ordinary tokens.
+    result = document_packing.demonstration_document(
         np.array([1, 9]), np.array([3, 9, 4]), EOS
-    )  # end tokens as ordinary ones
-    assert made.tokens.tolist() == [1, 9, 3, 9, 4, 9]
-    assert made.loss_mask.tolist() == [False, False, True, True, True, True]
+    )
+    assert result.tokens.tolist() == [1, 9, 3, 9, 4, 9]
+    assert result.loss_mask.tolist() == [False, False, True, True, True, True]
     with pytest.raises(ValueError, match="a demonstration's prompt has no tokens"):
         document_packing.demonstration_document(np.array([], np.int32), np.array([3]), EOS)
 
@@ -57,7 +58,7 @@ def test_golden_rows_of_six():
     assert positions.tolist() == [0, 1, 2, 0, 0, 1]
 
 
-def test_only_so_many_rows_stay_open(monkeypatch):
+def test_the_number_of_open_rows_is_limited(monkeypatch):
     monkeypatch.setattr(document_packing, "OPEN_ROWS", 2)
     documents = [
         document(1, 1, 1),
@@ -67,9 +68,8 @@ def test_only_so_many_rows_stay_open(monkeypatch):
         document(5),
         document(6),
     ]
-    rows = document_packing.pack_documents(
-        documents, 4
-    )  # the third row closes the first, which still had room
+    # The third row closes the first one, which still has room.
+    rows = document_packing.pack_documents(documents, 4)
     assert [row.tokens.tolist() for row in rows] == [
         [1, 1, 1],
         [2, 2, 2, 4],
@@ -78,7 +78,7 @@ def test_only_so_many_rows_stay_open(monkeypatch):
     ]
 
 
-def test_every_document_comes_through_once_and_whole():
+def test_every_document_is_packed_once_and_whole():
     rng = np.random.default_rng(0)
     documents = [document(*([i] * int(rng.integers(1, 17)))) for i in range(500)]
     rows = document_packing.pack_documents(documents, 16)
@@ -87,21 +87,21 @@ def test_every_document_comes_through_once_and_whole():
         assert len(row.tokens) == row.lengths.sum() <= 16
         segments, positions = document_packing.segments_and_positions(row.lengths)
         for segment in range(1, len(row.lengths) + 1):
-            cells = segments == segment
-            (name,) = set(row.tokens[cells].tolist())
+            own = segments == segment
+            (name,) = set(row.tokens[own].tolist())
             assert name not in seen
-            seen[name] = int(cells.sum())
-            assert positions[cells].tolist() == list(range(seen[name]))
-            assert row.loss_mask[cells].tolist() == [False] + [True] * (seen[name] - 1)
-    assert seen == {i: len(made.tokens) for i, made in enumerate(documents)}
+            seen[name] = int(own.sum())
+            assert positions[own].tolist() == list(range(seen[name]))
+            assert row.loss_mask[own].tolist() == [False] + [True] * (seen[name] - 1)
+    assert seen == {i: len(document.tokens) for i, document in enumerate(documents)}
     tokens = sum(seen.values())
-    assert tokens / (16 * len(rows)) > 0.92  # one document a row would fill 53 %
+    assert tokens / (16 * len(rows)) > 0.92  # one document per row would fill 53%
     assert [
         row.tokens.tolist() for row in document_packing.pack_documents(documents, 16)
     ] == [row.tokens.tolist() for row in rows]
 
 
-def test_what_does_not_fit_is_an_error():
+def test_documents_that_do_not_fit_are_refused():
     for bad in (document(1, 2, 3), document()):
         with pytest.raises(
             ValueError,

@@ -1,4 +1,4 @@
-"""Filters and splits: what is kept, in which order, and that nothing straddles a split."""
+"""Filters and splits: what is kept, in which order, and that splits do not overlap."""
 
 import collections
 import hashlib
@@ -29,7 +29,7 @@ def ids(records):
     return [record.id for record in records]
 
 
-def test_shared_prefix_keeps_the_first():
+def test_the_first_prompt_with_a_shared_prefix_is_kept():
     records = [
         prompt("a", "abcdX"),
         prompt("b", "abcdY"),
@@ -42,7 +42,7 @@ def test_shared_prefix_keeps_the_first():
     assert ids(filters.drop_shared_prefix(records, 3)) == ["a"]
 
 
-def test_cap_per_user_leaves_unknown_users_alone():
+def test_cap_per_user_does_not_limit_unknown_users():
     records = [
         prompt(str(i), f"prompt {i}", user)
         for i, user in enumerate(["u", None, "u", "v", "u", None, None, "v"])
@@ -51,11 +51,11 @@ def test_cap_per_user_leaves_unknown_users_alone():
     assert ids(filters.cap_per_user(records, 1)) == ["0", "1", "3", "5", "6"]
 
 
-def test_drop_long_keeps_one_to_limit():
+def test_drop_long_keeps_one_to_limit_tokens():
     assert filters.drop_long(["", "a", "ab", "abc"], 2, len) == ["a", "ab"]
 
 
-def test_unranked_tied_and_many_completions():
+def test_comparisons_that_are_unranked_tied_or_too_large_are_dropped():
     records = [
         comparison("none", "ab", None),
         comparison("tied", "abc", (2, 2, 2)),
@@ -66,7 +66,7 @@ def test_unranked_tied_and_many_completions():
     assert ids(filters.drop_many_completions(records, 2)) == ["none"]
 
 
-def test_long_completions_leave_their_comparison():
+def test_long_completions_are_removed_from_their_comparison():
     records = [
         comparison("a", ["1", "22", "333", "4"], (3, 1, 2, 5)),
         comparison("b", ["1", "333", ""], (1, 2, 3)),
@@ -120,11 +120,11 @@ def test_personal_data_is_found(text):
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_harmless_numbers_are_not(text):
+def test_harmless_numbers_are_not_personal_data(text):
     assert not filters.has_pii(text)
 
 
-def test_pii_is_looked_for_in_every_text_of_a_record():
+def test_every_text_of_a_record_is_searched_for_personal_data():
     mail = "a@b.org"
     demonstration = Demonstration(
         id="d", prompt="p", format="plain", completion=mail, source=None, labeler=None
@@ -143,7 +143,7 @@ def test_pii_is_looked_for_in_every_text_of_a_record():
 FRACTIONS = (("train", 0.7), ("valid", 0.2), ("test", 0.1))
 
 
-def test_split_is_the_hash_as_a_number():
+def test_the_split_is_decided_by_the_hash_as_a_number():
     for i in range(200):
         key = f"user {i}"
         u = int(hashlib.sha256(f"5 {key}".encode()).hexdigest(), 16) / 2**256
@@ -151,7 +151,7 @@ def test_split_is_the_hash_as_a_number():
         assert filters.split_of(key, FRACTIONS, 5) == expected
 
 
-def test_splits_have_their_shares_and_depend_on_the_seed():
+def test_splits_have_their_fractions_and_depend_on_the_seed():
     counts = collections.Counter(
         filters.split_of(str(i), FRACTIONS, 0) for i in range(10_000)
     )
@@ -165,7 +165,7 @@ def test_splits_have_their_shares_and_depend_on_the_seed():
     assert filters.split_of("x", (("train", 0.0), ("rest", 0.0)), 0) == "rest"
 
 
-def test_no_user_and_no_prompt_straddles_the_splits():
+def test_no_user_and_no_prompt_is_in_two_splits():
     by_user = [prompt(str(i), f"prompt {i}", f"user {i % 40}") for i in range(400)]
     places = collections.defaultdict(set)
     for record in by_user:

@@ -1,5 +1,4 @@
-"""From files to rows on disk: what comes through, what names the folder, and who may use
-it."""
+"""From files to rows on disk: which records are kept, and what names the folder."""
 
 import dataclasses
 import itertools
@@ -9,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from instructax.data import batches, prepare
+from instructax.data import batches, preparation, prepare
 from instructax.data.limits import DataLimits
 from instructax.data.schema import DataError
 from instructax.data.tokenizer import load_tokenizer
@@ -32,33 +31,33 @@ HALVES = dataclasses.replace(ALL, splits=(("train", 0.5), ("valid", 0.5)))
 
 @pytest.fixture(autouse=True)
 def bare_prompts(request, monkeypatch):
-    """Prompts as they are written, so that lengths can be counted by eye; one test below
-    has them opened."""
-    if request.node.name != "test_prompts_are_opened":
-        monkeypatch.setattr(prepare, "add_separator", lambda prompt: prompt)
+    """Leaves prompts as they are written, so that lengths are easy to count; one test below
+    has separators."""
+    if request.node.name != "test_prompts_get_a_separator":
+        monkeypatch.setattr(preparation, "add_separator", lambda prompt: prompt)
 
 
-def test_prompts_are_opened(tmp_path):
-    asked = ["Who?", "Human: hi\n\nAssistant:", "Sum:\n", "end "]
+def test_prompts_get_a_separator(tmp_path):
+    texts = ["Who?", "Human: hi\n\nAssistant:", "Sum:\n", "end "]
     limits = dataclasses.replace(ALL, sequence_tokens=40, prompt_tokens=24)
-    made = prepare.prepare_prompts(
-        [prompts(tmp_path / "p.jsonl", asked)], TOKENIZER, limits, tmp_path
+    prepared = prepare.prepare_prompts(
+        [prompts(tmp_path / "p.jsonl", texts)], TOKENIZER, limits, tmp_path
     )
     expected = ["Who?\n\n", "Human: hi\n\nAssistant: ", "Sum:\n", "end "]
-    assert [text_of(row["tokens"]) for row in rows_of(made.sources["train"])] == expected
-    made = prepare.prepare_demonstrations(
+    assert [decode(row["tokens"]) for row in rows_of(prepared.sources["train"])] == expected
+    prepared = prepare.prepare_demonstrations(
         [demonstrations(tmp_path / "d.jsonl", [("Who?", "me")])],
         TOKENIZER,
         limits,
         tmp_path,
     )
-    assert text_of(rows_of(made.sources["train"])[0]["tokens"]) == "Who?\n\nme$"
-    judged = write(
+    assert decode(rows_of(prepared.sources["train"])[0]["tokens"]) == "Who?\n\nme$"
+    comparisons = write(
         tmp_path / "c.jsonl",
         [{"prompt": "Who?", "completions": ["a", "b"], "ranks": [1, 2]}],
     )
-    made = prepare.prepare_comparisons([judged], TOKENIZER, limits, tmp_path)
-    assert text_of(rows_of(made.sources["train"])[0]["prompt"]) == "Who?\n\n"
+    prepared = prepare.prepare_comparisons([comparisons], TOKENIZER, limits, tmp_path)
+    assert decode(rows_of(prepared.sources["train"])[0]["prompt"]) == "Who?\n\n"
 
 
 def write(file, records):
@@ -94,31 +93,31 @@ def rows_of(source):
     ]
 
 
-def text_of(ids):
+def decode(ids):
     return "".join("$" if i == EOS else chr(i) for i in ids)
 
 
-def test_text_rows_golden(tmp_path):
+def test_golden_text_rows(tmp_path):
     file = write(
         tmp_path / "t.jsonl",
         [{"text": "abcdefghijklmnopqr"}, {"text": "0123456789"}, {"text": "xy"}],
     )
-    made = prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
-    rows = rows_of(made.sources["train"])
-    assert [(text_of(row["tokens"]), row["lengths"]) for row in rows] == [
+    prepared = prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
+    rows = rows_of(prepared.sources["train"])
+    assert [(decode(row["tokens"]), row["lengths"]) for row in rows] == [
         ("abcdefghijklmnop", [16]),
         ("qr$0123456789$", [3, 11]),
         ("xy$", [3]),
     ]
     assert rows[1]["loss_mask"] == [False, True, True, False] + [True] * 10
-    report = made.report
+    report = prepared.report
     assert (report.records, report.dropped, report.kept) == (3, {}, {"train": 3})
     assert (report.rows, report.tokens) == ({"train": 3}, {"train": 33})
     assert report.padding == {"train": 1 - 33 / 48}
-    assert report.hash[:16] == made.folder.name.removeprefix("text-")
+    assert report.hash[:16] == prepared.folder.name.removeprefix("text-")
 
 
-def test_demonstrations_are_whole_or_dropped(tmp_path):
+def test_demonstrations_are_kept_whole_or_dropped(tmp_path):
     pairs = [
         ("ask", "tell"),
         ("p" * 9, "c"),
@@ -128,27 +127,27 @@ def test_demonstrations_are_whole_or_dropped(tmp_path):
     ]
     limits = dataclasses.replace(ALL, sequence_tokens=14)
     file = demonstrations(tmp_path / "d.jsonl", [*pairs, ("q", "r")])
-    made = prepare.prepare_demonstrations([file], TOKENIZER, limits, tmp_path / "data")
-    rows = rows_of(made.sources["train"])
-    assert [text_of(row["tokens"]) for row in rows] == [
+    prepared = prepare.prepare_demonstrations([file], TOKENIZER, limits, tmp_path / "data")
+    rows = rows_of(prepared.sources["train"])
+    assert [decode(row["tokens"]) for row in rows] == [
         "asktell$qr$",
         "ppppppppccccc$",
         "12345678" + "12345$",
     ]
     assert rows[0]["loss_mask"] == [False] * 3 + [True] * 5 + [False, True, True]
-    assert made.report.dropped == {
+    assert prepared.report.dropped == {
         "prompt_tokens": 1,
         "completion_tokens": 1,
         "sequence_tokens": 0,
     }
     short = dataclasses.replace(limits, sequence_tokens=13)
-    made = prepare.prepare_demonstrations([file], TOKENIZER, short, tmp_path / "data")
-    assert made.report.dropped == {
+    prepared = prepare.prepare_demonstrations([file], TOKENIZER, short, tmp_path / "data")
+    assert prepared.report.dropped == {
         "prompt_tokens": 1,
         "completion_tokens": 1,
         "sequence_tokens": 2,
     }
-    assert made.report.kept == {"train": 2}
+    assert prepared.report.kept == {"train": 2}
 
 
 def test_every_demonstration_trains_on_one_end_token(tmp_path):
@@ -165,8 +164,8 @@ def test_every_demonstration_trains_on_one_end_token(tmp_path):
 
 
 def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
-    """Ordinary text never has one, but an unknown word may, where its token is the end
-    token."""
+    """Ordinary text never contains it, but an unknown word becomes the end token if the
+    tokenizer has one token for both."""
     words = {
         "version": "1.0",
         "added_tokens": [],
@@ -179,9 +178,8 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    known = demonstrations(
-        tmp_path / "known.jsonl", [("a what", "b a")]
-    )  # in a prompt it is read, not trained
+    # In a prompt it is read but not trained.
+    known = demonstrations(tmp_path / "known.jsonl", [("a what", "b a")])
     (row,) = rows_of(
         prepare.prepare_demonstrations([known], tokenizer, ALL, tmp_path).sources["train"]
     )
@@ -189,47 +187,47 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
     file = demonstrations(tmp_path / "d.jsonl", [("a", "b a"), ("a", "b what")])
     with pytest.raises(
         DataError,
-        match="demonstration '1': completion: its tokens hold the end token 2 before",
+        match="demonstration '1': completion: its tokens contain the end token 2 before",
     ):
         prepare.prepare_demonstrations([file], tokenizer, ALL, tmp_path)
 
 
-def test_prompts_pass_every_rule_and_are_counted(tmp_path):
+def test_every_filter_of_prompts_counts_what_it_drops(tmp_path):
     texts = ["abcd1", "abcd2", "x1", "x2", "x3", "longer than 8", "a@b.cd"]
     users = ["u", None, "v", "v", "v", None, None]
     limits = dataclasses.replace(
         ALL, prefix_characters=4, prompts_per_user=2, filter_pii=True
     )
-    made = prepare.prepare_prompts(
+    prepared = prepare.prepare_prompts(
         [prompts(tmp_path / "p.jsonl", texts, users)], TOKENIZER, limits, tmp_path / "data"
     )
-    assert [text_of(row["tokens"]) for row in rows_of(made.sources["train"])] == [
+    assert [decode(row["tokens"]) for row in rows_of(prepared.sources["train"])] == [
         "abcd1",
         "x1",
         "x2",
     ]
     dropped = {"prefix_characters": 1, "prompts_per_user": 1, "pii": 1, "prompt_tokens": 1}
-    assert made.report.dropped == dropped
-    assert made.report.padding == {"train": 1 - 9 / 24}
+    assert prepared.report.dropped == dropped
+    assert prepared.report.padding == {"train": 1 - 9 / 24}
 
 
-def test_personal_data_is_dropped_from_train_alone(tmp_path):
+def test_personal_data_is_dropped_from_the_training_split_only(tmp_path):
     texts = [f"{i}@b.cd" for i in range(40)] + [f"plain{i}" for i in range(10)]
     file = prompts(tmp_path / "p.jsonl", texts)
     limits = dataclasses.replace(HALVES, filter_pii=True)
-    made = prepare.prepare_prompts([file], TOKENIZER, limits, tmp_path / "data")
+    prepared = prepare.prepare_prompts([file], TOKENIZER, limits, tmp_path / "data")
     train, valid = (
-        [text_of(row["tokens"]) for row in rows_of(made.sources[name])]
+        [decode(row["tokens"]) for row in rows_of(prepared.sources[name])]
         for name in ("train", "valid")
     )
     assert not any("@" in text for text in train)
-    assert sum("@" in text for text in valid) == 40 - made.report.dropped["pii"] > 5
+    assert sum("@" in text for text in valid) == 40 - prepared.report.dropped["pii"] > 5
     assert sorted(train + valid) == sorted(
         set(texts) - ({t for t in texts if "@" in t} - set(valid))
     )
 
 
-def test_splits_hold_whole_users_and_do_not_move_when_data_is_added(tmp_path):
+def test_splits_contain_whole_users_and_are_stable_when_data_is_added(tmp_path):
     texts, users = [f"p{i}" for i in range(60)], [f"user {i % 12}" for i in range(60)]
     first = prepare.prepare_prompts(
         [prompts(tmp_path / "1.jsonl", texts[:40], users[:40])], TOKENIZER, HALVES, tmp_path
@@ -240,9 +238,9 @@ def test_splits_hold_whole_users_and_do_not_move_when_data_is_added(tmp_path):
     owner = dict(zip(texts, users, strict=True))
     seen = {}
     for name in ("train", "valid"):
-        found = [text_of(row["tokens"]) for row in rows_of(more.sources[name])]
+        found = [decode(row["tokens"]) for row in rows_of(more.sources[name])]
         assert found[: len(first.sources[name])] == [
-            text_of(row["tokens"]) for row in rows_of(first.sources[name])
+            decode(row["tokens"]) for row in rows_of(first.sources[name])
         ]
         seen[name] = {owner[text] for text in found}
         assert seen[name]
@@ -250,7 +248,7 @@ def test_splits_hold_whole_users_and_do_not_move_when_data_is_added(tmp_path):
     assert sum(len(source) for source in more.sources.values()) == 60
 
 
-JUDGED = [
+COMPARISONS = [
     {"prompt": "p", "completions": ["a", "bb", "c"], "ranks": [5, 1, 5], "labeler": "zoe"},
     {
         "prompt": "p",
@@ -279,11 +277,11 @@ JUDGED = [
 ]
 
 
-def test_comparison_rows_golden(tmp_path):
-    file = write(tmp_path / "c.jsonl", JUDGED)
-    made = prepare.prepare_comparisons([file], TOKENIZER, ALL, tmp_path / "data")
+def test_golden_comparison_rows(tmp_path):
+    file = write(tmp_path / "c.jsonl", COMPARISONS)
+    prepared = prepare.prepare_comparisons([file], TOKENIZER, ALL, tmp_path / "data")
     a, b, c, e, f = (ord(letter) for letter in "abcef")
-    assert rows_of(made.sources["train"]) == [
+    assert rows_of(prepared.sources["train"]) == [
         {
             "prompt": [ord("p")],
             "responses": [a, EOS, b, b, EOS, c, EOS],
@@ -313,12 +311,12 @@ def test_comparison_rows_golden(tmp_path):
         "completions": 1,
         "tied": 1,
     }
-    assert made.report.dropped == dropped
-    assert made.report.labelers == ["ann", "tied when cut", "zoe"]
-    assert made.report.tokens == {"train": 7 + 4 + 4 + 3}
-    assert made.report.padding == {"train": 1 - 18 / (3 * (8 + 3 * 6))}
+    assert prepared.report.dropped == dropped
+    assert prepared.report.labelers == ["ann", "tied when cut", "zoe"]
+    assert prepared.report.tokens == {"train": 7 + 4 + 4 + 3}
+    assert prepared.report.padding == {"train": 1 - 18 / (3 * (8 + 3 * 6))}
     batch = batches.comparison_batch(
-        made.sources["train"],
+        prepared.sources["train"],
         np.array([2, 0]),
         prompt_tokens=8,
         completions=3,
@@ -328,22 +326,23 @@ def test_comparison_rows_golden(tmp_path):
     assert batch.valid.tolist() == [[True, True, False], [True] * 3]
 
 
-def test_many_rows_come_back_in_order(tmp_path):
+def test_many_rows_are_read_back_in_order(tmp_path):
     texts = [f"prompt{i % 97}"[:8] for i in range(300)]
     file = prompts(tmp_path / "p.jsonl", texts)
-    made = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
-    rows = batches.batch_row_ids(2, 64, len(made.sources["train"]), 0)
-    batch = batches.prompt_batch(made.sources["train"], rows, 8)
+    prepared = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
+    rows = batches.batch_row_ids(2, 64, len(prepared.sources["train"]), 0)
+    batch = batches.prompt_batch(prepared.sources["train"], rows, 8)
     found = [
-        text_of(tokens[mask]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)
+        decode(tokens[mask]) for tokens, mask in zip(batch.tokens, batch.mask, strict=True)
     ]
     assert found == [texts[row] for row in rows]
 
 
-def test_prepared_once_then_reused(tmp_path, monkeypatch):
+def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
     first = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
-    monkeypatch.setattr(prepare, "read_jsonl", None)  # a second preparation would call it
+    # A second preparation would call it.
+    monkeypatch.setattr(preparation, "read_jsonl", None)
     again = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
     assert again.report == first.report
     assert rows_of(again.sources["train"]) == rows_of(first.sources["train"])
@@ -351,7 +350,7 @@ def test_prepared_once_then_reused(tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
-def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
+def test_every_input_changes_the_hash(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
 
     def hash_of(files=(file,), tokenizer=TOKENIZER, limits=ALL):
@@ -367,7 +366,7 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     assert hash_of(files=[copy]) == hashes[0]
     copy.write_bytes(file.read_bytes().replace(b'"b"', b'"c"'))
     hashes.append(hash_of(files=[copy]))
-    monkeypatch.setattr(prepare, "ROWS_VERSION", 99)
+    monkeypatch.setattr(preparation, "ROWS_VERSION", 99)
     hashes.append(hash_of())
     texts = write(tmp_path / "t.jsonl", [{"text": "a"}])
     hashes.append(
@@ -378,15 +377,17 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
         hash_of(files=[tmp_path / "none.jsonl"])
 
 
-def test_an_empty_split_says_what_was_dropped(tmp_path):
+def test_an_empty_split_is_an_error_that_lists_what_was_dropped(tmp_path):
     file = prompts(tmp_path / "p.jsonl", ["longer than 8", "another too long"])
     with pytest.raises(ValueError, match="split 'train' of prompts is empty") as caught:
         prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
-    assert "of 2 records in 1 files, 2 came to it" in str(caught.value)
+    assert "of 2 records in 1 files, 2 reached it" in str(caught.value)
     assert "dropped by rule, in all splits: {'prompt_tokens': 2}" in str(caught.value)
     assert not (tmp_path / "data").exists()
     file.write_text("\n")
-    with pytest.raises(ValueError, match=rf"^no text in {file}: each holds no line$"):
+    with pytest.raises(
+        ValueError, match=rf"^no text in {file}: the files have no records$"
+    ):
         prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
     with pytest.raises(ValueError, match=r"^no files of text: give at least one$"):
         prepare.prepare_text([], TOKENIZER, ALL, tmp_path / "data")
@@ -395,40 +396,44 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("sequence_tokens", 1, "Limits.sequence_tokens is 1: it must be at least 2"),
-        ("prompt_tokens", 0, "Limits.prompt_tokens is 0: it must be at least 1"),
-        ("response_tokens", 1, "Limits.response_tokens is 1: it must be at least 2"),
-        ("completions", 1, "Limits.completions is 1: it must be at least 2"),
+        ("sequence_tokens", 1, "DataLimits.sequence_tokens is 1: it must be at least 2"),
+        ("prompt_tokens", 0, "DataLimits.prompt_tokens is 0: it must be at least 1"),
+        ("response_tokens", 1, "DataLimits.response_tokens is 1: it must be at least 2"),
+        ("completions", 1, "DataLimits.completions is 1: it must be at least 2"),
         (
             "prefix_characters",
             0,
-            "Limits.prefix_characters is 0: it must be at least 1, or None to keep all",
+            "DataLimits.prefix_characters is 0: it must be at least 1, or None to keep all",
         ),
         (
             "prompts_per_user",
             -1,
-            "Limits.prompts_per_user is -1: it must be at least 1, or None",
+            "DataLimits.prompts_per_user is -1: it must be at least 1, or None",
         ),
-        ("splits", (("a", 0.5), ("a", 0.5)), "Limits.splits has the names ['a', 'a']"),
-        ("splits", (("a b", 1.0),), "Limits.splits has the names ['a b']"),
+        ("splits", (("a", 0.5), ("a", 0.5)), "DataLimits.splits has the names ['a', 'a']"),
+        ("splits", (("a b", 1.0),), "DataLimits.splits has the names ['a b']"),
         (
             "splits",
             (("a", 0.5), ("b", 0.6)),
-            "Limits.splits has the shares [0.5, 0.6]: they must be above 0 and sum",
+            "DataLimits.splits has the fractions [0.5, 0.6]: they must be above 0 and sum",
         ),
-        ("splits", (("a", 1.0), ("b", 0.0)), "Limits.splits has the shares [1.0, 0.0]"),
-        ("splits", (), "Limits.splits has the shares []"),
+        (
+            "splits",
+            (("a", 1.0), ("b", 0.0)),
+            "DataLimits.splits has the fractions [1.0, 0.0]",
+        ),
+        ("splits", (), "DataLimits.splits has the fractions []"),
     ],
 )
-def test_limits_out_of_range(name, value, message):
+def test_limits_out_of_range_are_refused(name, value, message):
     with pytest.raises(ValueError) as caught:
         dataclasses.replace(ALL, **{name: value})
     assert message in str(caught.value)
 
 
-def test_personal_data_is_filtered_from_a_split_that_exists():
+def test_filtering_personal_data_needs_a_training_split():
     with pytest.raises(
         ValueError,
-        match=r'filter_pii needs a split called "train", and Limits.splits has \[.all.\]',
+        match=r'filter_pii needs a split called "train", but .*\.splits has \[.all.\]',
     ):
         dataclasses.replace(ALL, filter_pii=True, splits=(("all", 1.0),))

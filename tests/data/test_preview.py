@@ -1,5 +1,5 @@
-"""The first batch for the eye: what is trained, the end tokens, the padding; in colours on
-a terminal alone."""
+"""The preview of a batch: prompts, trained tokens, end tokens and padding, in colors on a
+terminal only."""
 
 import io
 
@@ -26,7 +26,7 @@ def batch_of(*pairs, length=40):
     (row,) = pack_documents(documents, length)
     segments, positions = segments_and_positions(row.lengths)
     room = length - len(row.tokens)
-    # Padded with the end token: what is padding is known by its place.
+    # Padded with the end token: padding is recognized by its place, not its id.
     tokens = np.pad(row.tokens, (0, room), constant_values=BYTES.eos_id)
     masks = (np.pad(x, (0, room)) for x in (segments, positions, row.loss_mask))
     segments, positions, loss_mask = masks
@@ -38,24 +38,23 @@ def batch_of(*pairs, length=40):
     )
 
 
-WANTED = """first batch, row 1 of 1: 2 texts, 19 tokens, 11 trained, 21 of padding
+EXPECTED = """first batch, row 1 of 1: 2 documents, 19 tokens, 11 trained, 21 of padding
   prompt   Hi.\\n\\n
   trained  Hel\\x1b[2Jo⟨end⟩
   prompt   a\\n\\n
   trained  b⟨end⟩
-  padding  21 cells"""
+  padding  21 tokens"""
 
 
-def test_every_part_is_named_and_no_control_character_comes_through(capsys):
+def test_every_span_is_named_and_control_characters_are_escaped(capsys):
     batch = batch_of(("Hi.\n\n", "Hel\x1b[2Jo"), ("a\n\n", "b"))
-    assert (
-        preview_text(batch, 0, BYTES.decode).plain == WANTED
-    )  # trained: eight bytes and an end, a byte and an end
+    # Trained: eight bytes and an end token, one byte and an end token.
+    assert preview_text(batch, 0, BYTES.decode).plain == EXPECTED
     print_preview(batch, BYTES.decode)
-    assert capsys.readouterr().out == f"{WANTED}\n"  # no terminal, no colours
+    assert capsys.readouterr().out == f"{EXPECTED}\n"  # not a terminal: no colors
 
 
-def test_colours_follow_the_loss_mask():
+def test_colors_follow_the_loss_mask():
     batch = batch_of(("Hi", "Yes"))
     text = preview_text(batch, 0, BYTES.decode)
     styled = {str(span.style): text.plain[span.start : span.end] for span in text.spans}
@@ -66,18 +65,19 @@ def test_colours_follow_the_loss_mask():
     assert "\x1b[" in out.getvalue()
 
 
-def test_much_is_cut():
+def test_long_spans_and_many_documents_are_cut():
     batch = batch_of(*[("a", "b")] * 5, ("x" * 500, "y"), length=600)
     plain = preview_text(batch, 0, BYTES.decode).plain
-    assert plain.count("prompt") == 3 and "… 3 more texts" in plain
+    assert plain.count("prompt") == 3 and "… 3 more documents" in plain
     long = preview_text(batch_of(("x" * 500, "y"), length=600), 0, BYTES.decode).plain
     assert "x" * 400 + "… (500 characters)" in long and "x" * 401 not in long
 
 
-def test_a_row_that_is_full_or_empty():
+def test_full_and_empty_rows():
     full = batch_of(("Hi", "Yes"), length=6)
     assert "padding  " not in preview_text(full, 0, BYTES.decode).plain
     empty = LmBatch(**{name: np.zeros_like(value) for name, value in vars(full).items()})
     assert preview_text(empty, 0, BYTES.decode).plain == (
-        "first batch, row 1 of 1: 0 texts, 0 tokens, 0 trained, 6 of padding\n  padding  6 cells"
+        "first batch, row 1 of 1: 0 documents, 0 tokens, 0 trained, 6 of padding\n"
+        "  padding  6 tokens"
     )

@@ -1,4 +1,4 @@
-"""Reading records: every kind of line, good and bad."""
+"""Reading records: every kind of line, valid and invalid."""
 
 import gzip
 import json
@@ -59,8 +59,12 @@ def test_reads_each_kind_with_its_optional_fields(tmp_path):
 
 
 def test_byte_order_mark_crlf_blank_lines_and_gzip(tmp_path):
-    lines = b'\xef\xbb\xbf{"id": "1", "text": "caf\xc3\xa9"}\r\n\r\n  \n{"id": "2", "text": "a\\u0000\\r\\nb"}\r\n'
-    plain, packed = tmp_path / "t.jsonl", tmp_path / "t.jsonl.gz"
+    lines = (
+        b'\xef\xbb\xbf{"id": "1", "text": "caf\xc3\xa9"}\r\n\r\n  \n'
+        b'{"id": "2", "text": "a\\u0000\\r\\nb"}\r\n'
+    )
+    plain = tmp_path / "t.jsonl"
+    packed = tmp_path / "t.jsonl.gz"
     plain.write_bytes(lines)
     packed.write_bytes(gzip.compress(lines))
     expected = [Text("1", "café", None), Text("2", "a\0\r\nb", None)]
@@ -225,18 +229,16 @@ def test_a_bad_line_names_its_place_field_reason_and_value(tmp_path, cls, line, 
     assert len(text) < len(str(file)) + 220
 
 
-def test_an_id_may_occur_once_in_all_files(tmp_path):
-    one, two = (
-        write(tmp_path / "1.jsonl", TEXT),
-        write(tmp_path / "2.jsonl", TEXT | {"id": "u"}, TEXT),
-    )
+def test_an_id_may_occur_only_once_in_all_files(tmp_path):
+    one = write(tmp_path / "1.jsonl", TEXT)
+    two = write(tmp_path / "2.jsonl", TEXT | {"id": "u"}, TEXT)
     with pytest.raises(DataError) as caught:
         list(read_jsonl([one, two], Text))
     assert str(caught.value) == f"{two}:2: id: already used at {one}:1 ('t')"
     assert len(list(read_jsonl([one], Text))) == 1
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read_are_named(tmp_path):
     whole = gzip.compress(
         b"".join(b'{"id": "%d", "text": "x"}\n' % i for i in range(3)), mtime=0
     )

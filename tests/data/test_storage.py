@@ -34,7 +34,7 @@ def prompts(file, count):
     return file
 
 
-def test_an_interrupted_preparation_leaves_nothing_that_is_used(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_is_never_used(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", 2)
 
     def fails(path):
@@ -47,15 +47,16 @@ def test_an_interrupted_preparation_leaves_nothing_that_is_used(tmp_path, monkey
     assert list((tmp_path / "data").iterdir()) == []
     killed = tmp_path / "data" / ".prompts-0123-half" / "prompt_rows"
     killed.mkdir(parents=True)
-    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
-    assert len(made.sources["train"]) == 2
+    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    assert len(prepared.sources["train"]) == 2
 
 
-class Counting:
-    """Rows that note when they are read."""
+class RecordingSource:
+    """Rows that record their reads."""
 
     def __init__(self, rows):
-        self.rows, self.read = rows, []
+        self.rows = rows
+        self.read = []
 
     def __len__(self):
         return len(self.rows)
@@ -65,16 +66,16 @@ class Counting:
         return [self.rows[key] for key in keys]
 
 
-def test_rows_are_read_once_and_come_in_the_order_asked_for():
-    source = Counting([{"tokens": np.arange(i)} for i in range(6)])
-    kept = storage.CachedSource(source)
+def test_cached_rows_are_read_once_and_returned_in_the_requested_order():
+    source = RecordingSource([{"tokens": np.arange(i)} for i in range(6)])
+    cached = storage.CachedSource(source)
     for keys in ([4, 1, 4], [1, 0], [0, 4]):
-        assert [len(row["tokens"]) for row in kept.__getitems__(keys)] == keys
+        assert [len(row["tokens"]) for row in cached.__getitems__(keys)] == keys
     assert source.read == list(range(6))
-    assert len(kept) == 6
+    assert len(cached) == 6
 
 
-def test_only_what_is_small_is_kept_in_memory(tmp_path, monkeypatch):
+def test_only_small_data_is_cached_in_memory(tmp_path, monkeypatch):
     prompts(tmp_path / "a.jsonl", 4)
     kinds = []
     for limit in (storage.MAX_CACHED_BYTES, 0):
@@ -90,7 +91,7 @@ def test_only_what_is_small_is_kept_in_memory(tmp_path, monkeypatch):
     assert kinds == [True, False]
 
 
-def test_a_rename_that_fails_is_not_hidden(tmp_path, monkeypatch):
+def test_a_failing_rename_is_reported(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", 1)
 
     def fails(self, target):
@@ -104,33 +105,38 @@ def test_a_rename_that_fails_is_not_hidden(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut rows", "no rows", "no report", "bad report"])
 def test_damaged_data_is_refused(tmp_path, damage):
     file = prompts(tmp_path / "p.jsonl", 2)
-    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
-    (rows,) = made.folder.rglob("*.array_record*")
+    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    (rows,) = prepared.folder.rglob("*.array_record*")
     if damage == "cut rows":
         rows.write_bytes(rows.read_bytes()[:-1])
     elif damage == "no rows":
         rows.unlink()
     elif damage == "no report":
-        (made.folder / "report.json").unlink()
+        (prepared.folder / "report.json").unlink()
     else:
-        (made.folder / "report.json").write_text("{}")
+        (prepared.folder / "report.json").write_text("{}")
     with pytest.raises(ValueError, match=r"delete .* to prepare it again") as caught:
         prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
-    assert str(made.folder) in str(caught.value)
+    assert str(prepared.folder) in str(caught.value)
 
 
-def prepare_at_once(barrier, file, data_dir, results):
+def prepare_in_process(barrier, file, data_dir, results):
     barrier.wait()
-    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, data_dir)
-    results.put((made.report.hash, len(made.sources["train"]), str(made.folder)))
+    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, data_dir)
+    results.put(
+        (prepared.report.hash, len(prepared.sources["train"]), str(prepared.folder))
+    )
 
 
-def test_processes_that_start_at_once_share_one_folder(tmp_path):
+def test_processes_that_start_together_share_one_folder(tmp_path):
     file = prompts(tmp_path / "p.jsonl", 50)
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(3), context.Queue()
+    barrier = context.Barrier(2)
+    results = context.Queue()
     arguments = (barrier, file, tmp_path / "data", results)
-    processes = [context.Process(target=prepare_at_once, args=arguments) for _ in range(3)]
+    processes = [
+        context.Process(target=prepare_in_process, args=arguments) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     found = {results.get(timeout=120) for _ in processes}
@@ -142,18 +148,20 @@ def test_processes_that_start_at_once_share_one_folder(tmp_path):
     ]
 
 
-def test_the_loser_of_a_race_keeps_the_winners_rows(tmp_path):
+def test_the_loser_of_a_race_keeps_the_rows_of_the_winner(tmp_path):
     file = prompts(tmp_path / "p.jsonl", 2)
-    made = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
-    before = {path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()}
-    late = dataclasses.replace(made.report, records=0)
+    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    before = {
+        path: path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file()
+    }
+    late = dataclasses.replace(prepared.report, records=0)
     storage.write_rows(
         storage.PromptRows,
-        made.folder,
+        prepared.folder,
         {"train": [{"tokens": np.array([1], np.int32)}]},
         late,
     )
     assert {
-        path: path.read_bytes() for path in made.folder.rglob("*") if path.is_file()
+        path: path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file()
     } == before
     assert len(list((tmp_path / "data").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Tokenizers: golden ids, round trips, and text that tries to write special tokens."""
+"""Tokenizers: golden ids, round trips, and text that tries to produce special tokens."""
 
 import gzip
 import json
@@ -28,7 +28,8 @@ TEXTS = [
 def byte_symbols() -> list[str]:
     """GPT-2's table, written as in its own source: visible bytes stand for themselves,
     others count up from 256."""
-    symbols, extra = [], 0
+    symbols = []
+    extra = 0
     for byte in range(256):
         if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
             symbols.append(chr(byte))
@@ -101,7 +102,7 @@ def trained() -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.train_bpe(TEXTS, 300)
 
 
-def test_bytes_golden():
+def test_golden_bytes():
     tokenizer = tokenizer_lib.load_tokenizer("bytes")
     ids = tokenizer.encode("Aé\n €")
     assert ids.dtype == np.int32 and ids.tolist() == [
@@ -142,9 +143,9 @@ def test_special_ids_are_spelled_out_and_end_a_broken_character():
     assert tokenizer_lib.load_tokenizer("bytes").decode(ids) == f"\ufffd{EOT}\ufffdA{EOT}"
 
 
-def test_gpt2_golden(tmp_path: Path):
-    # "Ġ" is the blank. Rank decides, not place: "l o" comes before "o w", so "low" is lo +
-    # w.
+def test_golden_gpt2(tmp_path: Path):
+    # "Ġ" is the blank. The rank of a merge decides, not its place: "l o" comes before
+    # "o w", so "low" is lo + w.
     folder = write_gpt2(tmp_path, ["l o", "o w", "lo w", "Ġ low", "e r", "n e", "Ã ©"])
     tokenizer = tokenizer_lib.load_tokenizer(str(folder))
     assert (tokenizer.size, tokenizer.eos_id) == (264, 263)
@@ -221,9 +222,9 @@ def test_lone_surrogates_are_refused(trained: tokenizer_lib.Tokenizer, text: str
             call(text)
 
 
-def test_training_merges_the_most_frequent_pair():
-    # "ab" stands 3 times, "abc" twice: the first merge is a + b, the second ab + c. The end
-    # of text is id 0.
+def test_training_merges_the_most_frequent_pair_first():
+    # "ab" occurs 3 times, "abc" twice: the first merge is a + b, the second ab + c. The end
+    # of text has id 0.
     tokenizer = tokenizer_lib.train_bpe(["abc", "abc", "ab"], 259)
     assert (tokenizer.size, tokenizer.eos_id) == (259, 0)
     assert tokenizer.encode("abcab").tolist() == [258, 257]
@@ -266,7 +267,7 @@ def test_save_and_load_keep_hash_ids_and_end_of_text(
     assert copy == trained and copy.decode(copy.encode(TEXTS[2])) == TEXTS[2]
 
 
-def test_hash_is_of_the_content(tmp_path: Path):
+def test_the_hash_depends_only_on_the_content(tmp_path: Path):
     def load(name: str, **options) -> tokenizer_lib.Tokenizer:
         vocab = {"lo": 256, "ow": 257, EOT: 258}
         tokens = [added(258, EOT, True), added(259, "<tool>", False)]
@@ -305,9 +306,9 @@ def test_hash_is_of_the_content(tmp_path: Path):
     )
 
 
-def test_text_never_makes_an_added_token(tmp_path: Path):
-    # Merges, whole words (ignore_merges) and added tokens all lead to the specials; none of
-    # these ways may stay open.
+def test_text_never_produces_an_added_token(tmp_path: Path):
+    # Merges, whole words (ignore_merges) and added tokens all lead to the special tokens;
+    # every one of these ways must be closed.
     vocab = {"<e": 256, "os>": 257, "os": 258, "<eos>": 259, "<pad>": 260, "s>": 264}
     merges = ["o s", "s >", "os >", "< e", "<e os>"]
     tokens = [
@@ -354,7 +355,7 @@ def test_text_never_makes_an_added_token(tmp_path: Path):
     )
 
 
-def test_an_added_single_character_stays_text(tmp_path: Path):
+def test_an_added_single_character_is_ordinary_text(tmp_path: Path):
     path = write_byte_level(
         tmp_path / "t.json", {}, [], [added(256, EOT, True), added(97, "a", False)]
     )
@@ -366,8 +367,8 @@ def test_an_added_single_character_stays_text(tmp_path: Path):
 
 
 def test_unigram(tmp_path: Path):
-    # The whole "</s>" would score best, as would "<unk>"; unknown characters still get the
-    # id of "<unk>".
+    # The pieces "</s>" and "<unk>" would score best. Unknown characters still get the id of
+    # "<unk>".
     vocab = [
         ["<unk>", 0.0],
         ["</s>", 0.0],
@@ -400,7 +401,7 @@ def test_unigram(tmp_path: Path):
     assert tokenizer.decode([4, 1]) == "a</s>"
 
 
-def test_word_level_unknown_word(tmp_path: Path):
+def test_unknown_word_of_a_word_level_model(tmp_path: Path):
     model = {
         "type": "WordLevel",
         "vocab": {"[UNK]": 0, "</s>": 1, "hi": 2},
@@ -436,7 +437,7 @@ def test_merges_with_a_prefix_inside_words(
     assert tokenizer.encode("ab").tolist() == ids
 
 
-def test_dropout_is_off(tmp_path: Path):
+def test_bpe_dropout_is_disabled(tmp_path: Path):
     path = write_byte_level(
         tmp_path / "t.json", {"ab": 256, EOT: 257}, ["a b"], [], dropout=0.9
     )
@@ -453,7 +454,9 @@ def test_dropout_is_off(tmp_path: Path):
         ([EOT, "<end>"], {"eos_token": "<end>"}, "<end>"),
     ],
 )
-def test_end_of_text(tmp_path: Path, names: list[str], config: dict | None, eos: str):
+def test_the_end_token_is_found(
+    tmp_path: Path, names: list[str], config: dict | None, eos: str
+):
     write_byte_level(
         tmp_path / "tokenizer.json",
         {},
@@ -470,7 +473,7 @@ def test_end_of_text(tmp_path: Path, names: list[str], config: dict | None, eos:
         )
 
 
-def test_end_of_text_not_found(tmp_path: Path):
+def test_a_missing_end_token_is_an_error(tmp_path: Path):
     path = write_byte_level(tmp_path / "t.json", {}, [], [added(256, "<end>", True)])
     with pytest.raises(
         ValueError,
@@ -522,7 +525,7 @@ VOCAB = {"a": 0, "b": 1, EOT: 2}
         ("\x80", "cannot use"),
     ],
 )
-def test_malformed_files(tmp_path: Path, text: str, reason: str):
+def test_malformed_files_are_refused(tmp_path: Path, text: str, reason: str):
     file = tmp_path / "bad.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=reason) as error:
@@ -532,7 +535,7 @@ def test_malformed_files(tmp_path: Path, text: str, reason: str):
     ) and "\n" not in str(error.value)
 
 
-def test_missing_and_incomplete_files(tmp_path: Path):
+def test_missing_and_incomplete_files_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"no tokenizer at .*nowhere"):
         tokenizer_lib.load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"FileNotFoundError: .*tokenizer\.json"):
@@ -547,13 +550,51 @@ def test_missing_and_incomplete_files(tmp_path: Path):
             tokenizer_lib.load_tokenizer(str(folder))
 
 
-def run_script(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *args], capture_output=True, text=True, check=False
+# Runs the script once for each list of arguments, in forks of one process that has paid for
+# the imports.
+SCRIPT_RUNNER = """
+import json, os, runpy, sys
+from pathlib import Path
+
+import absl.app
+import instructax.cli
+import instructax.data.tokenizer
+
+script, folder = sys.argv[1], Path(sys.argv[2])
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[3])):
+    child = os.fork()
+    if child == 0:
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(folder / f"{number}.{name}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, descriptor)
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+        sys.exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def run_script(folder: Path, argument_lists: list[list[str]]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of the script for each list of arguments."""
+    folder.mkdir()
+    arguments = [str(SCRIPT), str(folder), json.dumps(argument_lists)]
+    runner = subprocess.run(
+        [sys.executable, "-c", SCRIPT_RUNNER, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    results = []
+    for number, code in enumerate(json.loads(runner.stdout)):
+        stdout = (folder / f"{number}.stdout").read_text()
+        stderr = (folder / f"{number}.stderr").read_text()
+        results.append((code, stdout, stderr))
+    return results
 
 
-def test_script_trains_as_the_library_does(
+def test_the_script_trains_the_same_tokenizer_as_the_library(
     tmp_path: Path, trained: tokenizer_lib.Tokenizer
 ):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -561,55 +602,48 @@ def test_script_trains_as_the_library_does(
     (tmp_path / "b.txt").write_text(TEXTS[-1], encoding="utf-8")
     files = ["--files", str(tmp_path / "a.jsonl.gz"), "--files", str(tmp_path / "b.txt")]
     out = str(tmp_path / "made" / "tokenizer.json")
-    done = run_script(*files, "--field", "body", "--vocab_size", "300", "--out", out)
+    options = ["--field", "body", "--vocab_size", "300", "--out", out]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *files, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert "300 tokens" in done.stdout and tokenizer_lib.load_tokenizer(out) == trained
+    assert "300 tokens" in done.stdout
+    assert tokenizer_lib.load_tokenizer(out) == trained
 
 
-def test_script_complains_in_one_line(tmp_path: Path):
+def test_the_script_reports_errors_in_one_line(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text" * 100)[:-9])
     (tmp_path / "a.txt").write_text("some text")
     out = ["--out", str(tmp_path / "t.json")]
-    for args, reason in (
-        (
-            [*out, "--vocab_size=300", f"--files={tmp_path}/a.jsonl"],
-            "a.jsonl, line 2: .* under 'text'",
-        ),
-        (
-            [*out, "--vocab_size=300", f"--files={tmp_path}/a.txt.gz"],
-            "a.txt.gz: cannot be read",
-        ),
-        (
-            [*out, "--vocab_size=300", f"--files={tmp_path}/none.txt"],
-            "none.txt: cannot be read",
-        ),
-        (
-            [*out, "--vocab_size=300", f"--files={tmp_path}/a.csv"],
-            r"a.csv: must end in \.txt",
-        ),
-        ([*out, "--vocab_size=30", f"--files={tmp_path}/a.txt"], "at least 257"),
-        ([*out, "--vocab_size=many", f"--files={tmp_path}/a.txt"], "many"),
-        (
-            [*out, "--vocab_size=300", f"--files={tmp_path}/a.txt", "more.txt"],
-            "unexpected argument more.txt",
-        ),
-        (
-            [f"--out={tmp_path}", "--vocab_size=300", f"--files={tmp_path}/a.txt"],
-            "is a folder",
-        ),
+    size = "--vocab_size=300"
+    text = f"--files={tmp_path}/a.txt"
+    cases = [
+        ([*out, size, f"--files={tmp_path}/a.jsonl"], "a.jsonl, line 2: .* under 'text'"),
+        ([*out, size, f"--files={tmp_path}/a.txt.gz"], "a.txt.gz: cannot be read"),
+        ([*out, size, f"--files={tmp_path}/none.txt"], "none.txt: cannot be read"),
+        ([*out, size, f"--files={tmp_path}/a.csv"], r"a.csv: must end in \.txt"),
+        ([*out, "--vocab_size=30", text], "at least 257"),
+        ([*out, "--vocab_size=many", text], "many"),
+        ([*out, size, text, "more.txt"], "unexpected argument more.txt"),
+        ([f"--out={tmp_path}", size, text], "is a folder"),
         (out, "--files"),
-    ):
-        done = run_script(*args)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, (args, done.stderr)
-        assert re.search(reason, done.stderr), (reason, done.stderr)
+    ]
+    results = run_script(tmp_path / "output", [arguments for arguments, _ in cases])
+    for (arguments, reason), (code, _, stderr) in zip(cases, results, strict=True):
+        assert code == 2 and stderr.count("\n") == 1, (arguments, stderr)
+        assert re.search(reason, stderr), (reason, stderr)
     assert not (tmp_path / "t.json").exists()
 
 
 def test_help_imports_neither_jax_nor_tokenizers():
     code = (
         "import runpy, sys; sys.modules.update(jax=None, tokenizers=None, numpy=None); "
-        "path = sys.argv[1]; sys.argv = [path, '--help']; runpy.run_path(path, run_name='__main__')"
+        "path = sys.argv[1]; sys.argv = [path, '--help']; "
+        "runpy.run_path(path, run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(SCRIPT)],
@@ -620,6 +654,6 @@ def test_help_imports_neither_jax_nor_tokenizers():
     assert "--vocab_size" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_tokens_with_a_text_are_those_whose_own_text_holds_it():
+def test_tokens_containing_a_text_are_marked():
     marked = tokenizer_lib.load_tokenizer("bytes").tokens_containing("\n")
     assert marked.shape == (257,) and np.flatnonzero(marked).tolist() == [10]

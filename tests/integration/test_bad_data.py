@@ -162,7 +162,7 @@ def test_a_bad_line_ends_a_command_with_one_line_and_code_2(
 def test_a_file_without_a_record(tmp_path, kind, content):
     (tmp_path / "empty.jsonl").write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"no {kind} in .*empty\.jsonl: each holds no line"
+        ValueError, match=rf"no {kind} in .*empty\.jsonl: the files have no records"
     ):
         PREPARE[kind]([tmp_path / "empty.jsonl"], TOKENIZER, LIMITS, tmp_path)
 

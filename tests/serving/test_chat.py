@@ -159,7 +159,7 @@ def test_a_file_is_answered_line_by_line(chain, tmp_path, capsys):
         ('{"prompt": 3}', "asked.jsonl:2: prompt must be a string"),
         (
             '{"messages": []}',
-            "asked.jsonl:2: messages must be a list with one message at least",
+            "asked.jsonl:2: messages must be a list of at least one message",
         ),
     ],
 )

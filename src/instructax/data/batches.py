@@ -1,8 +1,8 @@
-"""Which rows make batch i, and the arrays of those rows.
+"""Which rows make batch i, and the padded arrays of those rows.
 
-Batch i is a function of (seed, i): the stream of samples is one random permutation of the
-rows after another, and batch i is its i-th piece. There is no state to save, and each
-process reads only the rows of its slice.
+Batch i is a function of (seed, i): the sample stream is one random permutation of all rows
+after another, and batch i is its i-th slice. There is no state to save, and each process
+reads only its own share of the rows.
 """
 
 import fractions
@@ -18,7 +18,8 @@ from instructax.config import ConfigError
 from instructax.data.document_packing import segments_and_positions
 from instructax.types import Comparisons, LmBatch, Prompts
 
-NO_ROW = -1  # in place of a row id: this row of the batch is empty, all its masks are False
+# A row id for an empty row: all its masks are False.
+NO_ROW = -1
 
 
 class Source(Protocol):
@@ -33,11 +34,10 @@ class Source(Protocol):
 
 @functools.lru_cache(maxsize=8)
 def row_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Returns the order i64[size] in which `epoch` visits the rows 0 .. size - 1;
-    read-only.
+    """The order i64[size] in which `epoch` visits rows 0 .. size - 1; read-only.
 
-    It sorts 64 raw bits per row from Philox under the key (seed, epoch): numpy promises
-    these bits for all versions, which it does not for `permutation`.
+    Sorts 64 raw bits per row from Philox with the key (seed, epoch). NumPy guarantees these
+    bits for all versions, but not those of `permutation`.
     """
     if seed < 0:
         raise ValueError(
@@ -45,53 +45,60 @@ def row_order(seed: int, epoch: int, size: int) -> np.ndarray:
         )
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     order = np.argsort(bits, kind="stable")
+    # The cache hands the same array to every caller.
     order.flags.writeable = False
     return order
 
 
 def stream_row_ids(start: int, stop: int, size: int, seed: int) -> np.ndarray:
-    """Returns the row ids i64[stop − start] at places `start` .. `stop` − 1 of the stream;
-    every epoch has each of the `size` rows once. Raises ValueError if there is no row, or
-    no such place.
+    """Row ids i64[stop - start] at places `start` .. `stop` - 1 of the sample stream, in
+    which every epoch has each of the `size` rows once.
+
+    Raises ConfigError if there are no rows or no such places.
     """
     if size < 1 or not 0 <= start < stop:
         raise ConfigError(
-            f"no places {start} .. {stop - 1} in a stream of {size} rows: need rows and 0 <= start < stop"
+            f"no places {start} .. {stop - 1} in a stream of {size} rows: "
+            "need rows and 0 <= start < stop"
         )
-    first, last = start // size, (stop - 1) // size
-    orders = [row_order(seed, epoch, size) for epoch in range(first, last + 1)]
-    return np.concatenate(orders)[start - first * size : stop - first * size]
+    first_epoch = start // size
+    last_epoch = (stop - 1) // size
+    orders = [row_order(seed, epoch, size) for epoch in range(first_epoch, last_epoch + 1)]
+    offset = first_epoch * size
+    return np.concatenate(orders)[start - offset : stop - offset]
 
 
 def batch_row_ids(index: int, batch_size: int, size: int, seed: int) -> np.ndarray:
-    """Returns the row ids i64[batch_size] of batch `index`. Raises ValueError as
-    `stream_row_ids` does."""
+    """Row ids i64[batch_size] of batch `index`. Raises ConfigError as `stream_row_ids`
+    does."""
     return stream_row_ids(index * batch_size, (index + 1) * batch_size, size, seed)
 
 
 def process_slice(values: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
-    """Returns the part of a batch's `values` [B, ...] that one process reads: entries p·B/n
-    up to (p + 1)·B/n.
+    """The part of a batch's `values` [B, ...] that belongs to one process: B / n
+    consecutive entries.
 
-    Raises ValueError if the processes cannot share the batch equally.
+    Raises ConfigError if the processes cannot share the batch equally.
     """
     if not 0 <= process_index < process_count:
         raise ValueError(
-            f"process {process_index} is not one of {process_count}: allowed are 0 .. {process_count - 1}"
+            f"process {process_index} is not one of {process_count}: "
+            f"allowed are 0 .. {process_count - 1}"
         )
     if len(values) % process_count:
         raise ConfigError(
-            f"a batch of {len(values)} rows cannot be shared by {process_count} processes: change batch_size"
+            f"a batch of {len(values)} rows cannot be shared by {process_count} processes: "
+            "change batch_size"
         )
     share = len(values) // process_count
     return values[process_index * share : (process_index + 1) * share]
 
 
 def evaluation_rows(size: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields all rows once, i64[batch_size] at a time; NO_ROW fills the last, so that no
-    shape changes.
+    """Yields all row ids once, i64[batch_size] at a time; NO_ROW fills up the last batch,
+    so that all have one shape.
 
-    The order is random but always the same: whoever reads the first rows alone reads of
+    The order is random but always the same, so that the first batches alone already sample
     every file and source.
     """
     order = row_order(0, 0, size)
@@ -101,13 +108,15 @@ def evaluation_rows(size: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
-    """Returns the packed rows `rows` [B] of `source` as an LmBatch of B × `length` (T),
-    numpy arrays."""
+    """Reads the packed rows `rows` [B] of `source` as NumPy arrays, padded to T =
+    `length`."""
     shape = (len(rows), length)
-    tokens, segments, positions = (_zeros(shape, np.int32) for _ in range(3))
+    tokens = _zeros(shape, np.int32)
+    segments = _zeros(shape, np.int32)
+    positions = _zeros(shape, np.int32)
     loss_mask = _zeros(shape, bool)
     for i, row in _fetch(source, rows):
-        n = _fits(len(row["tokens"]), length, "length")
+        n = _check_fits(len(row["tokens"]), length, "length")
         tokens[i, :n] = row["tokens"]
         segments[i, :n], positions[i, :n] = segments_and_positions(row["lengths"])
         loss_mask[i, :n] = row["loss_mask"]
@@ -117,10 +126,10 @@ def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
 
 
 def prompt_batch(source: Source, rows: np.ndarray, length: int) -> Prompts:
-    """Returns the prompts `rows` [B] of `source`, padded on the left to `length` (P), numpy
+    """Reads the prompts `rows` [B] of `source`, left-padded to P = `length`: NumPy
     arrays."""
-    fetched = _fetch(source, rows)
-    return left_pad([(i, row["tokens"]) for i, row in fetched], len(rows), length)
+    prompts = [(i, row["tokens"]) for i, row in _fetch(source, rows)]
+    return left_pad(prompts, len(rows), length)
 
 
 def comparison_batch(
@@ -131,23 +140,35 @@ def comparison_batch(
     completions: int,
     response_tokens: int,
 ) -> Comparisons:
-    """Returns the comparisons `rows` [B] of `source`, padded to P = `prompt_tokens` on the
-    left, K = `completions` and R = `response_tokens` on the right, numpy arrays. Responses
-    end with the end token. Raises ValueError if one does not fit.
+    """Reads the comparisons `rows` [B] of `source` as padded NumPy arrays.
+
+    Responses end with the end token. Raises ConfigError if a comparison does not fit.
+
+    Args:
+      source: the stored comparisons.
+      rows: i64[B], row ids; NO_ROW gives an empty comparison.
+      prompt_tokens: P; prompts are padded on the left.
+      completions: K.
+      response_tokens: R; responses are padded on the right.
     """
     fetched = _fetch(source, rows)
-    shape = (len(rows), completions, response_tokens)
-    responses, mask = _zeros(shape, np.int32), _zeros(shape, bool)
-    ranks, valid = _zeros(shape[:2], np.int32), _zeros(shape[:2], bool)
-    labeler = _zeros(shape[:1], np.int32) - 1
+    prompts = left_pad([(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens)
+    responses = _zeros((len(rows), completions, response_tokens), np.int32)
+    mask = _zeros((len(rows), completions, response_tokens), bool)
+    ranks = _zeros((len(rows), completions), np.int32)
+    valid = _zeros((len(rows), completions), bool)
+    labeler = _zeros((len(rows),), np.int32) - 1
+
     for i, row in fetched:
-        k = _fits(len(row["lengths"]), completions, "completions")
-        _fits(max(row["lengths"]), response_tokens, "response_tokens")
+        k = _check_fits(len(row["lengths"]), completions, "completions")
+        _check_fits(max(row["lengths"]), response_tokens, "response_tokens")
+        # [k, R]; the stored responses are concatenated in this order.
         mask[i, :k] = np.arange(response_tokens) < row["lengths"][:, None]
         responses[i][mask[i]] = row["responses"]
-        ranks[i, :k], valid[i, :k] = row["ranks"], True
+        ranks[i, :k] = row["ranks"]
+        valid[i, :k] = True
         labeler[i] = row["labeler"]
-    prompts = left_pad([(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens)
+
     return Comparisons(
         prompts=prompts,
         responses=responses,
@@ -170,69 +191,93 @@ def mixed_lm_batch(
     process_index: int,
     process_count: int,
 ) -> LmBatch:
-    """Returns this process's slice of batch `index` of demonstrations with a share of
-    pretraining text.
+    """Reads this process's slice of batch `index`, mixed from demonstrations and
+    pretraining text (paper, appendix C.3: 10% text for the policy that PPO starts from).
 
-    Of all rows up to the end of any batch, the share `text_fraction`, rounded down, comes
-    from `text`, the others from `demonstrations` (paper, appendix C.3: 10 % for the policy
-    that PPO starts from): where a batch is too small for a whole row of text, every few
-    batches have one. Text stands last in a batch; each source has its own stream. Raises
-    ValueError unless the fraction is in 0 .. 1.
+    Of all rows up to the end of any batch, floor(`text_fraction` × rows) come from `text`.
+    So a batch too small for a whole row of text gets one every few batches. Within a batch
+    text comes last, and each source has its own stream. Raises ValueError unless the
+    fraction is in 0 .. 1.
+
+    Args:
+      demonstrations: packed rows; unused if the fraction is 1.
+      text: packed rows; unused if the fraction is 0.
+      index: which batch.
+      batch_size: rows of the whole batch, over all processes.
+      text_fraction: fraction of rows that come from `text`.
+      length: T.
+      seed: of both streams.
+      process_index: of this process.
+      process_count: processes that share the batch.
     """
     if not 0 <= text_fraction <= 1:
         raise ValueError(f"text_fraction {text_fraction} must be in 0 .. 1")
-    share = fractions.Fraction(str(text_fraction))  # as it was typed: ten times 0.1 is 1
-    places = np.array([index * batch_size, (index + 1) * batch_size])
-    text_places = np.array([math.floor(share * int(place)) for place in places])
-    slots = process_slice(np.arange(batch_size), process_index, process_count)
-    own_rows = batch_size - (text_places[1] - text_places[0])
+    # The decimal number as it was written: ten times 0.1 is exactly 1.
+    fraction = fractions.Fraction(str(text_fraction))
+    # Where this batch starts and stops in the mixed stream and in the stream of text.
+    start = index * batch_size
+    stop = (index + 1) * batch_size
+    text_start = math.floor(fraction * start)
+    text_stop = math.floor(fraction * stop)
+
+    # The first places of the batch hold demonstrations, the others text.
+    places = process_slice(np.arange(batch_size), process_index, process_count)
+    num_demonstrations = batch_size - (text_stop - text_start)
+    demonstration_places = places[places < num_demonstrations]
+    text_places = places[places >= num_demonstrations] - num_demonstrations
+
     parts = []
-    for source, (start, stop), mine in (
-        (demonstrations, places - text_places, slots[slots < own_rows]),
-        (text, text_places, slots[slots >= own_rows] - own_rows),
-    ):
-        if len(mine):
-            parts.append(
-                lm_batch(
-                    source,
-                    stream_row_ids(int(start), int(stop), len(source), seed)[mine],
-                    length,
-                )
-            )
+    if len(demonstration_places):
+        rows = stream_row_ids(
+            start - text_start, stop - text_stop, len(demonstrations), seed
+        )
+        parts.append(lm_batch(demonstrations, rows[demonstration_places], length))
+    if len(text_places):
+        rows = stream_row_ids(text_start, text_stop, len(text), seed)
+        parts.append(lm_batch(text, rows[text_places], length))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def _fetch(source: Source, rows: np.ndarray) -> list[tuple[int, Mapping[str, Any]]]:
-    """Returns (place in the batch, row) for the rows that are not NO_ROW, all read at once."""
-    places = [i for i, row in enumerate(rows) if row != NO_ROW]
-    return list(
-        zip(places, source.__getitems__([int(rows[i]) for i in places]), strict=True)
-    )
 
 
 def left_pad(
     prompts: Sequence[tuple[int, np.ndarray]], batch_size: int, length: int
 ) -> Prompts:
-    """Returns (row, tokens) pairs as Prompts of `batch_size` × `length` (P), numpy arrays;
-    other rows are empty."""
+    """Left-pads prompts.
+
+    Args:
+      prompts: (row in the batch, tokens i32[n]) pairs; rows without one are empty.
+      batch_size: B.
+      length: P. Raises ConfigError if a prompt is longer.
+
+    Returns:
+      Prompts [B, P] of NumPy arrays.
+    """
     tokens = _zeros((batch_size, length), np.int32)
     mask = _zeros((batch_size, length), bool)
     for i, prompt in prompts:
-        start = length - _fits(len(prompt), length, "the prompts' length")
+        start = length - _check_fits(len(prompt), length, "the prompts' length")
         tokens[i, start:] = prompt
         mask[i, start:] = True
     return Prompts(tokens=tokens, mask=mask)
 
 
-def _fits(size: int, room: int, name: str) -> int:
+def _fetch(source: Source, rows: np.ndarray) -> list[tuple[int, Mapping[str, Any]]]:
+    """Reads all rows that are not NO_ROW at once, as (place in the batch, row) pairs."""
+    places = [i for i, row in enumerate(rows) if row != NO_ROW]
+    fetched = source.__getitems__([int(rows[i]) for i in places])
+    return list(zip(places, fetched, strict=True))
+
+
+def _check_fits(size: int, room: int, name: str) -> int:
+    """Returns `size`, or raises ValueError if it is above `room`."""
     if size > room:
         raise ConfigError(
-            f"a row of {size} does not fit {name} = {room}: use the value the data was prepared with"
+            f"a row of {size} does not fit {name} = {room}: "
+            "use the value the data was prepared with"
         )
     return size
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns a numpy array; typed as Any since `types` names the jax arrays that it
-    becomes on a device."""
+    """A NumPy array. It is typed as Any because `instructax.types` declares the JAX arrays
+    that it becomes on a device."""
     return np.zeros(shape, dtype)

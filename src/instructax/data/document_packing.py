@@ -1,7 +1,7 @@
-"""Documents of tokens, side by side in rows of one length.
+"""Packs tokenized documents side by side into rows of one length.
 
-The paper does not say how its text was laid out; packing wastes few cells, and `segments`
-keeps the documents of a row apart, so a packed document trains as it would alone.
+The paper does not describe its packing. Here packing leaves little padding, and segments
+keep the documents of a row apart, so a packed document trains exactly as it would alone.
 """
 
 import dataclasses
@@ -11,48 +11,56 @@ import numpy as np
 
 from instructax.config import ConfigError
 
-OPEN_ROWS = (
-    256  # rows that wait for a document that fits; more saves little padding and costs time
-)
+# Rows that wait for a document that fits. More would save little padding and cost time.
+OPEN_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Tokens that belong together."""
+    """Tokens that attend to one another."""
 
     tokens: np.ndarray  # i32[n]
-    loss_mask: np.ndarray  # b[n], whether the prediction of token t from the tokens before it is trained; [0] is False
+    # Whether the prediction of token t is trained; [0] is False.
+    loss_mask: np.ndarray  # b[n]
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-    """Documents that share a row, in order, without the padding at its end."""
+    """Documents that share a row, in order, without the padding at the end."""
 
     tokens: np.ndarray  # i32[n], n <= T
-    lengths: np.ndarray  # i32[s], tokens of each document; they sum to n
+    # Tokens of each document; they sum to n.
+    lengths: np.ndarray  # i32[s]
     loss_mask: np.ndarray  # b[n]
 
 
 def text_documents(tokens: np.ndarray, eos_id: int, length: int) -> list[Document]:
-    """Returns `tokens` i32[n] and the end token, cut into documents of `length` tokens, the
-    last one of what is left.
+    """Appends the end token to a text and cuts it into documents of at most `length`.
 
-    All but the first token of each is trained: across a cut there is nothing to predict
-    from.
+    All tokens but the first of each document are trained: across a cut there is no context
+    to predict from.
+
+    Args:
+      tokens: i32[n], the text without its end token.
+      eos_id: the end token.
+      length: tokens per document; the last one holds the rest.
     """
     ended = np.append(tokens, eos_id).astype(np.int32)
-    pieces = [ended[start : start + length] for start in range(0, len(ended), length)]
-    return [Document(piece, np.arange(len(piece)) > 0) for piece in pieces]
+    documents = []
+    for start in range(0, len(ended), length):
+        piece = ended[start : start + length]
+        documents.append(Document(piece, np.arange(len(piece)) > 0))
+    return documents
 
 
 def demonstration_document(
     prompt: np.ndarray, completion: np.ndarray, eos_id: int
 ) -> Document:
-    """Returns prompt i32[p], completion i32[c] and end token as one document, trained on
-    completion and end token.
+    """Joins prompt i32[p], completion i32[c] and the end token; completion and end token
+    are trained.
 
-    Raises ValueError if the prompt has no token, since the completion's first would then be
-    predicted from nothing.
+    Raises ConfigError for an empty prompt, because the first token of the completion would
+    then be predicted from nothing.
     """
     if len(prompt) == 0:
         raise ConfigError("a demonstration's prompt has no tokens: it needs at least 1")
@@ -61,21 +69,23 @@ def demonstration_document(
 
 
 def pack_documents(documents: Sequence[Document], length: int) -> list[PackedRow]:
-    """Puts `documents` into rows of at most `length` tokens.
+    """Packs `documents` into rows of at most `length` tokens by first fit.
 
-    First fit: each document goes, in the order given, to the oldest row with room; of more
-    than OPEN_ROWS rows the oldest is closed. Rows come in the order of their first
-    documents, and the same documents give the same rows. Raises ValueError if a document
-    has no token or more than `length`.
+    Each document goes, in the given order, into the oldest open row with room. When more
+    than OPEN_ROWS rows are open, the oldest is closed. Rows are in the order of their first
+    documents, and the same documents always give the same rows. Raises ConfigError if a
+    document is empty or longer than `length`.
     """
     rows: list[list[Document]] = []
+    # Of each open row: its index in `rows`, and the tokens that still fit.
     open_rows: list[int] = []
     room: list[int] = []
     for document in documents:
         size = len(document.tokens)
         if not 1 <= size <= length:
             raise ConfigError(
-                f"a document of {size} tokens does not fit rows of {length}: cut or drop it, or raise length"
+                f"a document of {size} tokens does not fit rows of {length}: "
+                "cut or drop it, or raise length"
             )
         place = next((i for i, free in enumerate(room) if free >= size), None)
         if place is None:
@@ -85,13 +95,16 @@ def pack_documents(documents: Sequence[Document], length: int) -> list[PackedRow
             rows.append([])
         rows[open_rows[place]].append(document)
         room[place] -= size
-        if room[place] == 0 or len(room) > OPEN_ROWS:
-            closed = place if room[place] == 0 else 0
-            del open_rows[closed], room[closed]
-    return [_row(row) for row in rows]
+
+        # Close the row if it is full, else the oldest one if too many are open.
+        if room[place] == 0:
+            del open_rows[place], room[place]
+        elif len(room) > OPEN_ROWS:
+            del open_rows[0], room[0]
+    return [_packed_row(row) for row in rows]
 
 
-def _row(documents: list[Document]) -> PackedRow:
+def _packed_row(documents: list[Document]) -> PackedRow:
     return PackedRow(
         tokens=np.concatenate([document.tokens for document in documents]),
         lengths=np.array([len(document.tokens) for document in documents], np.int32),
@@ -100,8 +113,11 @@ def _row(documents: list[Document]) -> PackedRow:
 
 
 def segments_and_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns segments i32[n] (1, 2, … by document) and positions i32[n] (from 0 in each)
-    of documents of `lengths`."""
+    """Numbers the tokens of documents of `lengths`.
+
+    Returns:
+      segments i32[n], 1, 2, … by document, and positions i32[n], from 0 in each document.
+    """
     starts = np.cumsum(lengths) - lengths
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     positions = np.arange(len(segments)) - np.repeat(starts, lengths)

@@ -1,10 +1,10 @@
-"""What is kept of the collected records, and in which split (paper, section 3.2 and
-appendix A.2).
+"""Filters and splits of the collected records (paper, section 3.2 and appendix A.2).
 
-Every filter is a function from a list to the list of what stays, in the same order; what it
-dropped is the difference of the lengths. Departures from the paper, which gives no code:
-personal data is found by the patterns below, a heuristic that misses names and addresses
-and takes some harmless numbers; users stand for the organizations of appendix A.2.
+Every filter maps a list of records to the list of those that stay, in the same order; the
+number of dropped records is the difference of the lengths. The paper publishes no code, so
+this module departs from it twice: personal data is detected by the patterns below, a
+heuristic that misses names and addresses and matches some harmless numbers; and users stand
+in for the organizations of appendix A.2.
 """
 
 import collections
@@ -18,22 +18,20 @@ from instructax.data.schema import Comparison, DataRecord, Demonstration, Prompt
 
 RecordT = TypeVar("RecordT", bound=DataRecord)
 PromptedRecord = TypeVar("PromptedRecord", Demonstration, Comparison, Prompt)
-ItemT = TypeVar("ItemT")
+Item = TypeVar("Item")
 
-SplitFractions = tuple[
-    tuple[str, float], ...
-]  # (name of the split, its share of the keys), the shares sum to 1
+# (name, fraction) of each split; the fractions sum to 1.
+SplitFractions = tuple[tuple[str, float], ...]
 
 
 def drop_shared_prefix(
     records: Sequence[PromptedRecord], length: int
 ) -> list[PromptedRecord]:
-    """Keeps the first of all records whose prompts agree in their first `length`
-    characters.
+    """Keeps the first of all records whose prompts share their first `length` characters.
 
-    A prompt of fewer characters is dropped only if an earlier one is equal to it (paper,
-    section 3.2: "heuristically deduplicate prompts by checking for prompts that share a
-    long common prefix").
+    A shorter prompt is dropped only if an earlier one equals it (paper, section 3.2:
+    "heuristically deduplicate prompts by checking for prompts that share a long common
+    prefix").
     """
     seen: set[str] = set()
     kept = []
@@ -46,8 +44,8 @@ def drop_shared_prefix(
 
 
 def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
-    """Keeps the first `limit` prompts of each user, and all whose user is unknown (paper,
-    section 3.2: 200)."""
+    """Keeps the first `limit` prompts of each user, and all prompts of unknown users
+    (paper, section 3.2: 200)."""
     seen: collections.Counter[str] = collections.Counter()
     kept = []
     for record in records:
@@ -59,42 +57,45 @@ def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 def drop_long(
-    items: Sequence[ItemT], limit: int, count_tokens: Callable[[ItemT], int]
-) -> list[ItemT]:
+    items: Sequence[Item], limit: int, count_tokens: Callable[[Item], int]
+) -> list[Item]:
     """Keeps the items of 1 to `limit` tokens (paper, appendix C: prompts and responses of
     up to 1k tokens)."""
     return [item for item in items if 1 <= count_tokens(item) <= limit]
 
 
 def drop_containing(records: Sequence[RecordT], texts: Sequence[str]) -> list[RecordT]:
-    """Keeps the records that hold none of `texts`."""
-    return [
-        record
-        for record in records
-        if not any(text in own for own in record_texts(record) for text in texts)
-    ]
+    """Keeps the records that contain none of `texts`."""
+
+    def contains(record: RecordT, text: str) -> bool:
+        return any(text in own for own in record_texts(record))
+
+    kept = []
+    for record in records:
+        if not any(contains(record, text) for text in texts):
+            kept.append(record)
+    return kept
 
 
 def drop_unranked(records: Sequence[Comparison]) -> list[Comparison]:
-    """Keeps the comparisons that have ranks; the pairs of the others go in a circle, which
+    """Keeps the comparisons that have ranks. The pairs of the others are cyclic, which
     ranks cannot express."""
     return [record for record in records if record.ranks is not None]
 
 
 def drop_tied(records: Sequence[Comparison]) -> list[Comparison]:
-    """Keeps the comparisons with at least two different ranks: the loss drops ties (paper,
-    appendix C.2)."""
+    """Keeps the comparisons with at least two different ranks, because the loss drops ties
+    (paper, appendix C.2)."""
     return [record for record in records if len(set(record.ranks or ())) > 1]
 
 
 def drop_long_completions(
     records: Sequence[Comparison], limit: int, count_tokens: Callable[[str], int]
 ) -> list[Comparison]:
-    """Takes completions of no or more than `limit` tokens out of their comparisons; keeps
-    those with two or more.
+    """Removes empty completions and those of more than `limit` tokens from comparisons.
 
-    The order of the completions that stay is as the labeler gave it. `pairs` of what is
-    returned is empty.
+    Comparisons with fewer than two completions left are dropped. The others keep the order
+    of their completions; their `pairs` become empty.
     """
     kept = []
     for record in records:
@@ -102,17 +103,17 @@ def drop_long_completions(
             raise ValueError(
                 f"comparison {record.id} has no ranks: apply drop_unranked first"
             )
-        judged = zip(record.completions, record.ranks, strict=True)
-        stays = [
-            (completion, rank)
-            for completion, rank in judged
-            if 1 <= count_tokens(completion) <= limit
-        ]
-        if len(stays) >= 2:
-            completions, ranks = zip(*stays, strict=True)
-            kept.append(
-                dataclasses.replace(record, completions=completions, ranks=ranks, pairs=())
+        completions = []
+        ranks = []
+        for completion, rank in zip(record.completions, record.ranks, strict=True):
+            if 1 <= count_tokens(completion) <= limit:
+                completions.append(completion)
+                ranks.append(rank)
+        if len(completions) >= 2:
+            shortened = dataclasses.replace(
+                record, completions=tuple(completions), ranks=tuple(ranks), pairs=()
             )
+            kept.append(shortened)
     return kept
 
 
@@ -122,48 +123,57 @@ def drop_many_completions(records: Sequence[Comparison], limit: int) -> list[Com
 
 
 def dense_ranks(ranks: Sequence[int]) -> list[int]:
-    """Numbers ranks anew from 0 for the best, without gaps, ties together: [4, 2, 2, 9]
+    """Renumbers ranks from 0 for the best, without gaps; ties share a rank: [4, 2, 2, 9]
     gives [1, 0, 0, 2]."""
-    order = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
-    return [order[rank] for rank in ranks]
+    dense_rank = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
+    return [dense_rank[rank] for rank in ranks]
 
 
 _PII = (
-    re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),  # e-mail address
+    # E-mail address.
+    re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    # IPv4 address.
     re.compile(
-        r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.])"
-    ),  # IPv4 address
-    re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"),  # US social security number
+        r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}"
+        r"(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.])"
+    ),
+    # US social security number.
+    re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])"),
+    # US phone number.
     re.compile(
         r"(?<![\w.-])(?:\+?1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])"
-    ),  # US phone number
-    re.compile(
-        r"(?<!\w)\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}(?!\w)"
-    ),  # phone number with its country code
+    ),
+    # Phone number with a country code.
+    re.compile(r"(?<!\w)\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}(?!\w)"),
 )
+# 13 to 19 digits, perhaps with blanks or hyphens between them.
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
 
 
 def has_pii(text: str) -> bool:
-    """Whether `text` seems to hold an e-mail or IPv4 address, or a phone, social security
-    or payment card number.
+    """Whether `text` seems to contain an e-mail or IPv4 address, or a phone, social
+    security or payment card number.
 
-    A card number is 13 to 19 digits whose Luhn checksum is right, as one in ten of such
-    numbers is by chance.
+    A card number has 13 to 19 digits and a valid Luhn checksum; one in ten random numbers
+    passes it too.
     """
-    return any(pattern.search(text) for pattern in _PII) or any(
-        _luhn(card) for card in _CARD.findall(text)
-    )
+    if any(pattern.search(text) for pattern in _PII):
+        return True
+    return any(_has_luhn_checksum(card) for card in _CARD.findall(text))
 
 
-def _luhn(card: str) -> bool:
-    digits = [int(digit) for digit in card if digit.isdigit()][::-1]
-    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
-    return (sum(digits[::2]) + sum(doubled)) % 10 == 0
+def _has_luhn_checksum(card: str) -> bool:
+    """Every second digit, from the right, is doubled and its digits added."""
+    digits = [int(digit) for digit in card if digit.isdigit()]
+    digits.reverse()
+    total = sum(digits[::2])
+    for digit in digits[1::2]:
+        total += sum(divmod(2 * digit, 10))
+    return total % 10 == 0
 
 
 def record_texts(record: DataRecord) -> tuple[str, ...]:
-    """Returns all texts of a record that people wrote or judged."""
+    """All texts of a record that people wrote or judged."""
     match record:
         case Demonstration():
             return (record.prompt, record.completion)
@@ -176,21 +186,17 @@ def record_texts(record: DataRecord) -> tuple[str, ...]:
 
 
 def drop_pii(records: Sequence[RecordT]) -> list[RecordT]:
-    """Keeps the records without sign of personal data; the paper applies it to the training
-    split alone."""
-    return [
-        record
-        for record in records
-        if not any(has_pii(text) for text in record_texts(record))
-    ]
+    """Keeps the records without signs of personal data. The paper filters only the training
+    split."""
+    return [record for record in records if not any(map(has_pii, record_texts(record)))]
 
 
 def split_key(record: DataRecord) -> str:
-    """Returns what decides the split: the user who sent a prompt if known, else the prompt
+    """The key that decides a record's split: the user of a prompt if known, else the prompt
     or the text itself.
 
-    So no user is in two splits, and one prompt without a user is in the same split among
-    demonstrations, comparisons and prompts.
+    No user is therefore in two splits, and a prompt without a user is in the same split
+    among demonstrations, comparisons and prompts.
     """
     if isinstance(record, Prompt) and record.user is not None:
         return f"user {record.user}"
@@ -198,17 +204,19 @@ def split_key(record: DataRecord) -> str:
 
 
 def split_of(key: str, fractions: SplitFractions, seed: int) -> str:
-    """Returns the split of `key`, a function of the arguments alone: new records move no
-    old one.
+    """The split of `key`. It depends on the arguments alone, so adding records moves no
+    other record.
 
-    u = SHA-256(seed, key) as a number in [0, 1); the split is the first whose cumulated
-    fraction exceeds u.
+    SHA-256 of seed and key, read as a number u in [0, 1), picks the first split whose
+    cumulative fraction exceeds u.
     """
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
-    u = int.from_bytes(digest[:6]) / 2**48  # 48 bits: exact in float64
+    # 48 bits are exact in float64.
+    u = int.from_bytes(digest[:6]) / 2**48
     total = 0.0
     for name, fraction in fractions:
         total += fraction
         if u < total:
             return name
-    return fractions[-1][0]  # where rounding left the sum below 1
+    # Rounding can leave the sum of the fractions slightly below 1.
+    return fractions[-1][0]

@@ -1,68 +1,84 @@
-"""The values that decide what of the data is kept, and how it is split."""
+"""Length limits, filters and splits of the prepared data."""
 
 import dataclasses
 import math
 
 from instructax.config import ConfigError, Seed
 
+# The least value of each length that leaves something to train on.
+_MINIMUMS = (
+    ("sequence_tokens", 2),
+    ("prompt_tokens", 1),
+    ("response_tokens", 2),
+    ("completions", 2),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataLimits:
-    """What is kept, and how it is split. Lengths are in tokens.
+    """What is kept of the data, and how it is split. Lengths are in tokens.
 
-    Raises ValueError at construction if a value is out of range.
+    Raises ConfigError at construction if a value is out of range.
     """
 
-    sequence_tokens: int  # T of packed rows (text, demonstrations; paper, appendix C: 2k)
-    prompt_tokens: int  # P, the longest prompt (all but text; 1k)
-    response_tokens: (
-        int  # R, the longest response, end token included (demonstrations, comparisons; 1k)
-    )
-    completions: int  # K, the most completions of a comparison (9)
-    prefix_characters: (
-        int | None
-    )  # prompts that agree so far are one (prompts, demonstrations); None: keep all
-    prompts_per_user: int | None  # prompts of one user (prompts; 200); None: keep all
-    filter_pii: bool  # drop what looks like personal data from the split called "train"
-    splits: tuple[
-        tuple[str, float], ...
-    ]  # names and shares of the splits; the shares sum to 1
-    split_seed: Seed  # another seed, other splits
+    # T, the width of packed rows of text and demonstrations (paper, appendix C: 2k).
+    sequence_tokens: int
+    # P, the longest prompt (1k).
+    prompt_tokens: int
+    # R, the longest response including its end token (1k).
+    response_tokens: int
+    # K, the most completions of a comparison (9).
+    completions: int
+    # Prompts that agree in this many leading characters count as duplicates, among prompts
+    # and demonstrations; None keeps all.
+    prefix_characters: int | None
+    # The most prompts of one user (200); None keeps all.
+    prompts_per_user: int | None
+    # Whether to drop records with personal data from the split "train".
+    filter_pii: bool
+    # (name, fraction) of each split; the fractions sum to 1.
+    splits: tuple[tuple[str, float], ...]
+    # Seeds the assignment of records to splits.
+    split_seed: Seed
 
     @property
     def comparison_tokens(self) -> int:
-        """The longest prompt with as many responses as there can be, the longest ones."""
+        """Tokens of the longest possible comparison: its prompt and all its responses."""
         return self.prompt_tokens + self.completions * self.response_tokens
 
     def __post_init__(self):
-        for name, least in (
-            ("sequence_tokens", 2),
-            ("prompt_tokens", 1),
-            ("response_tokens", 2),
-            ("completions", 2),
-        ):
+        for name, least in _MINIMUMS:
             if getattr(self, name) < least:
                 raise ConfigError(
-                    f"Limits.{name} is {getattr(self, name)}: it must be at least {least}"
+                    f"DataLimits.{name} is {getattr(self, name)}: "
+                    f"it must be at least {least}"
                 )
         for name in ("prefix_characters", "prompts_per_user"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ConfigError(
-                    f"Limits.{name} is {getattr(self, name)}: it must be at least 1, or None to keep all"
+                    f"DataLimits.{name} is {value}: "
+                    "it must be at least 1, or None to keep all"
                 )
+        self._check_splits()
+
+    def _check_splits(self) -> None:
         names = [name for name, _ in self.splits]
-        shares = [share for _, share in self.splits]
-        if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
+        fractions = [fraction for _, fraction in self.splits]
+        # Names become file names of the prepared rows.
+        if len(set(names)) < len(names) or not all(map(str.isidentifier, names)):
             raise ConfigError(
-                f"Limits.splits has the names {names}: they must differ and be of letters, digits and _"
+                f"DataLimits.splits has the names {names}: "
+                "they must differ and consist of letters, digits and _"
             )
-        if not all(share > 0 for share in shares) or not math.isclose(
-            sum(shares), 1, abs_tol=1e-9
-        ):
+        sums_to_one = math.isclose(sum(fractions), 1, abs_tol=1e-9)
+        if min(fractions, default=0) <= 0 or not sums_to_one:
             raise ConfigError(
-                f"Limits.splits has the shares {shares}: they must be above 0 and sum to 1"
+                f"DataLimits.splits has the fractions {fractions}: "
+                "they must be above 0 and sum to 1"
             )
         if self.filter_pii and "train" not in names:
             raise ConfigError(
-                f'Limits.filter_pii needs a split called "train", and Limits.splits has {names}'
+                'DataLimits.filter_pii needs a split called "train", '
+                f"but DataLimits.splits has {names}"
             )

@@ -1,10 +1,9 @@
-"""What each process reads: its share of batch i of a stream, or of held-out rows in order,
-as numpy arrays."""
+"""What each process reads: its share of the training and validation batches, as NumPy
+arrays."""
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,18 @@ from instructax.types import Comparisons, LmBatch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmData:
-    """Files of packed rows; the share of text counts rows of a batch."""
+    """Config of packed demonstrations and text."""
 
     demonstrations: tuple[str, ...]
     text: tuple[str, ...]
-    text_fraction: float  # 1: pretraining, 0: demonstrations alone, 0.1: the PPO initialisation (paper, C.3)
-    chat: bool  # whether prompts are worded by the parent's chat template
+    # Fraction of text among the rows of a batch. 1: pretraining; 0: demonstrations only;
+    # 0.1: the policy that PPO starts from (paper, C.3).
+    text_fraction: float
+    # Whether to format prompts with the parent's chat template.
+    chat: bool
     limits: DataLimits
-    folder: str  # where prepared rows are kept
+    # Where prepared rows are cached.
+    folder: str
 
     def __post_init__(self):
         check_fractions(self, "text_fraction")
@@ -47,24 +50,30 @@ def read_lm_data(
     config: LmData, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
 ) -> dict[str, PreparedData]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
+    need_demonstrations = config.text_fraction < 1
+    need_text = config.text_fraction > 0
     require(
-        bool(config.demonstrations) == (config.text_fraction < 1)
-        and (bool(config.text) or config.text_fraction == 0),
-        f"config.data.text_fraction = {config.text_fraction} does not fit {len(config.demonstrations)} files of "
-        f"config.data.demonstrations and {len(config.text)} of config.data.text: 1 is text alone, 0 demonstrations",
+        bool(config.demonstrations) == need_demonstrations
+        and (bool(config.text) or not need_text),
+        f"config.data.text_fraction = {config.text_fraction} does not fit "
+        f"{len(config.demonstrations)} files of config.data.demonstrations and "
+        f"{len(config.text)} of config.data.text: 1 is text only, 0 demonstrations only",
     )
-    prepare = {
-        "demonstrations": partial(prepare_demonstrations, prompt_format=prompt_format),
-        "text": prepare_text,
-    }
-    files = {"demonstrations": config.demonstrations, "text": config.text}
-    return {
-        name: prepare[name](
-            [Path(path) for path in paths], tokenizer, config.limits, Path(config.folder)
+    folder = Path(config.folder)
+    data = {}
+    if config.demonstrations:
+        data["demonstrations"] = prepare_demonstrations(
+            [Path(path) for path in config.demonstrations],
+            tokenizer,
+            config.limits,
+            folder,
+            prompt_format=prompt_format,
         )
-        for name, paths in files.items()
-        if paths
-    }
+    if config.text:
+        data["text"] = prepare_text(
+            [Path(path) for path in config.text], tokenizer, config.limits, folder
+        )
+    return data
 
 
 def lm_reader(
@@ -75,17 +84,20 @@ def lm_reader(
     batch_size: int,
     seed: int,
 ) -> Callable[[int], LmBatch]:
-    """Batch `step` of packed rows: this process's share of it, as numpy arrays."""
+    """A function from a step to this process's share of its packed batch."""
+    # A source without files is never read: its fraction is 0.
     nothing: Any = ()
-    sources = {
-        name: data[name].sources[split] if name in data else nothing
-        for name in ("demonstrations", "text")
-    }
+    demonstrations = nothing
+    if "demonstrations" in data:
+        demonstrations = data["demonstrations"].sources[split]
+    text = nothing
+    if "text" in data:
+        text = data["text"].sources[split]
 
     def read(step: int) -> LmBatch:
         return mixed_lm_batch(
-            sources["demonstrations"],
-            sources["text"],
+            demonstrations,
+            text,
             step,
             batch_size=batch_size,
             text_fraction=config.text_fraction,
@@ -99,7 +111,7 @@ def lm_reader(
 
 
 def validation_rows(source: Source, batch_size: int, limit: int) -> Iterator[np.ndarray]:
-    """Row ids of at most `limit` batches of held-out rows, this process's share of each."""
+    """This process's share of the row ids of at most `limit` validation batches."""
     for rows in itertools.islice(evaluation_rows(len(source), batch_size), limit):
         yield process_slice(rows, jax.process_index(), jax.process_count())
 
@@ -107,13 +119,14 @@ def validation_rows(source: Source, batch_size: int, limit: int) -> Iterator[np.
 def validation_batches(
     source: Source, batch_size: int, limit: int, length: int
 ) -> Iterator[LmBatch]:
-    """At most `limit` batches of held-out packed rows, this process's share of each."""
+    """This process's share of at most `limit` validation batches of packed rows [B, T =
+    `length`]."""
     for rows in validation_rows(source, batch_size, limit):
         yield lm_batch(source, rows, length)
 
 
 def read_comparisons(source: Source, rows: Any, limits: DataLimits) -> Comparisons:
-    """Comparisons `rows` of `source`, padded to the limits, as numpy arrays."""
+    """The comparisons `rows` of `source`, padded to `limits`."""
     return comparison_batch(
         source,
         rows,

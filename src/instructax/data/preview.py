@@ -1,8 +1,7 @@
-"""What a batch trains on, for the eye: prompts, what is trained, end tokens and padding, in
-colours on a terminal.
+"""Prints a batch as text: prompts, trained tokens, end tokens and padding, in colors.
 
-Ends are where documents end, not where an id stands; what is written of a text can drive no
-terminal.
+End tokens are located by the ends of documents, never by their id. Control characters of
+the data are escaped before they are printed.
 """
 
 import itertools
@@ -15,58 +14,63 @@ from rich.text import Text
 from instructax.runtime.redaction import printable
 from instructax.types import LmBatch
 
-STYLES = {
+# Kind of token → style of `rich`.
+PREVIEW_STYLES = {
     "prompt": "cyan",
     "trained": "bold green",
     "end": "reverse bold green",
     "padding": "dim",
 }
-CHARACTERS = 400  # of a part of a document
-DOCUMENTS = 3  # of a row
+# Longer spans of a document are cut.
+MAX_SPAN_CHARS = 400
+# Further documents of a row are only counted.
+MAX_DOCUMENTS = 3
 
 
 def preview_text(batch: LmBatch, row: int, decode: Callable[[Sequence[int]], str]) -> Text:
-    """Row `row` of a batch: a line that sums it up, and its first documents part by part."""
-    segments, trained = np.asarray(batch.segments[row]), np.asarray(batch.loss_mask[row])
-    count, cells = int(segments.max()), int((segments == 0).sum())
-    text = Text(
-        f"first batch, row {row + 1} of {len(batch.tokens)}: {count} texts, {int((segments > 0).sum())} tokens, "
-        f"{int(trained.sum())} trained, {cells} of padding"
-    )
+    """Row `row` of a batch: a summary line, then the spans of its first documents."""
     tokens = np.asarray(batch.tokens[row])
-    for number in range(1, min(count, DOCUMENTS) + 1):
-        own = segments == number
-        for kind, part in _parts(tokens[own], trained[own], decode):
-            text.append("⟨end⟩" if kind == "end" else f"\n  {kind:<8} {part}", STYLES[kind])
-    if count > DOCUMENTS:
-        text.append(f"\n  … {count - DOCUMENTS} more texts")
-    return (
-        text.append(f"\n  {'padding':<8} {cells} cells", STYLES["padding"])
-        if cells
-        else text
+    segments = np.asarray(batch.segments[row])
+    trained = np.asarray(batch.loss_mask[row])
+    num_documents = int(segments.max())
+    num_padding = int((segments == 0).sum())
+    text = Text(
+        f"first batch, row {row + 1} of {len(batch.tokens)}: {num_documents} documents, "
+        f"{int((segments > 0).sum())} tokens, {int(trained.sum())} trained, "
+        f"{num_padding} of padding"
     )
-
-
-def _parts(
-    tokens: np.ndarray, trained: np.ndarray, decode: Callable[[Sequence[int]], str]
-) -> Iterator[tuple[str, str]]:
-    """(kind, text) of the runs of tokens of one kind; the end token is the last one of a
-    document, if it is trained."""
-    last = len(tokens) - bool(trained[-1])
-    borders = [0, *(np.flatnonzero(np.diff(trained[:last])) + 1).tolist(), last]
-    for start, stop in itertools.pairwise(borders):
-        if stop > start:
-            shown = printable(decode(tokens[start:stop].tolist()))
-            cut = (
-                shown
-                if len(shown) <= CHARACTERS
-                else f"{shown[:CHARACTERS]}… ({len(shown)} characters)"
-            )
-            yield "trained" if trained[start] else "prompt", cut
-    if last < len(tokens):
-        yield "end", ""
+    for number in range(1, min(num_documents, MAX_DOCUMENTS) + 1):
+        own = segments == number
+        for kind, span in _spans(tokens[own], trained[own], decode):
+            line = "⟨end⟩" if kind == "end" else f"\n  {kind:<8} {span}"
+            text.append(line, PREVIEW_STYLES[kind])
+    if num_documents > MAX_DOCUMENTS:
+        text.append(f"\n  … {num_documents - MAX_DOCUMENTS} more documents")
+    if num_padding:
+        text.append(f"\n  {'padding':<8} {num_padding} tokens", PREVIEW_STYLES["padding"])
+    return text
 
 
 def print_preview(batch: LmBatch, decode: Callable[[Sequence[int]], str]) -> None:
-    """Prints the first row of `batch` in colours on a terminal, plainly elsewhere."""
-    Console(soft_wrap=True, highlight=False).print(preview_text(batch, 0, decode))
+    """Prints the first row of `batch`, in colors if the output is a terminal."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(preview_text(batch, 0, decode))
+
+
+def _spans(
+    tokens: np.ndarray, trained: np.ndarray, decode: Callable[[Sequence[int]], str]
+) -> Iterator[tuple[str, str]]:
+    """Yields (kind, text) of the runs of prompt and trained tokens of one document.
+
+    A trained last token is the end token, which is its own span.
+    """
+    last = len(tokens) - bool(trained[-1])
+    changes = np.flatnonzero(np.diff(trained[:last])) + 1
+    for start, stop in itertools.pairwise([0, *changes.tolist(), last]):
+        if stop > start:
+            span = printable(decode(tokens[start:stop].tolist()))
+            if len(span) > MAX_SPAN_CHARS:
+                span = f"{span[:MAX_SPAN_CHARS]}… ({len(span)} characters)"
+            yield "trained" if trained[start] else "prompt", span
+    if last < len(tokens):
+        yield "end", ""

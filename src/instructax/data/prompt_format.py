@@ -1,60 +1,69 @@
-"""How prompts and answers are worded for a model: as they are, or in the turns of a
-conversation."""
+"""How records become the text that a model reads: prompts as they are, or chat turns."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+# What starts each turn of a dialog prompt, and the role of its message.
+_ROLE_OF_PREFIX = {"Human: ": "user", "Assistant: ": "assistant"}
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """From the texts of a record to those that a model reads and writes.
+    """Maps the prompts and completions of records to the text of a model."""
 
-    `hash` tells wordings apart: prepared rows depend on it.
-    """
-
+    # Identifies the format; prepared rows depend on it. "" for plain text.
     hash: str
-    prompt: Callable[
-        [str], str
-    ]  # of a prompt that is `opened`, up to where its completion begins
-    answer: Callable[[str], str]  # of a completion, up to the end token
-    encode: (
-        Callable[[str], np.ndarray] | None
-    )  # of a worded prompt; None: as any other text
-    reserved: Sequence[
-        str
-    ]  # texts that no prompt or completion may hold, since the model reads them as its own
+    # A prompt that ends with its separator → the text up to the start of the completion.
+    prompt: Callable[[str], str]
+    # A completion → its text up to the end token.
+    answer: Callable[[str], str]
+    # A formatted prompt → token ids; None encodes it as ordinary text.
+    encode: Callable[[str], np.ndarray] | None
+    # Special tokens of the format: no prompt or completion may contain their text.
+    reserved: Sequence[str]
 
 
+# Prompts and completions as they are.
 PLAIN_FORMAT = PromptFormat(hash="", prompt=str, answer=str, encode=None, reserved=())
 
 
 def add_separator(prompt: str) -> str:
-    """The prompt up to where its completion begins.
+    """Returns the prompt up to the start of its completion.
 
-    One that ends in white space stands as it is, one that ends with a colon ("Assistant:")
-    goes on after a blank, any other after an empty line. The same wherever a prompt is
-    read, so that all stages see the same tokens.
+    Adds nothing after white space, a blank after a colon ("Assistant:"), and an empty line
+    after anything else. Every stage reads prompts through this function, so all stages see
+    the same tokens.
     """
     if not prompt or prompt[-1].isspace():
         return prompt
-    return prompt + (" " if prompt.endswith(":") else "\n\n")
+    if prompt.endswith(":"):
+        return prompt + " "
+    return prompt + "\n\n"
 
 
 def split_turns(prompt: str) -> list[Mapping[str, str]]:
-    """The messages of a prompt: those of a dialog, "\\n\\nHuman: …\\n\\nAssistant:", whose
-    last turn is open, else one of the user; white space around them is left out."""
-    names = {"Human: ": "user", "Assistant: ": "assistant"}
-    parts = [part for part in f"{prompt.rstrip()} ".split("\n\n") if part]
-    dialog = prompt.startswith("\n\nHuman: ") and prompt.rstrip().endswith("\n\nAssistant:")
-    if not dialog:
+    """Splits a prompt into chat messages, without the white space around them.
+
+    A dialog "\\n\\nHuman: …\\n\\nAssistant:", whose last turn is still to be written, gives
+    one message per turn; any other prompt is a single message of the user.
+    """
+    is_dialog = prompt.startswith("\n\nHuman: ") and prompt.rstrip().endswith(
+        "\n\nAssistant:"
+    )
+    if not is_dialog:
         return [{"role": "user", "content": prompt.strip()}]
-    found: list[dict[str, str]] = []
-    for part in parts[:-1]:
-        name = next((name for name in names if part.startswith(name)), "")
-        if name:
-            found.append({"role": names[name], "content": part.removeprefix(name)})
-        else:  # an empty line inside a turn
-            found[-1]["content"] += f"\n\n{part}"
-    return [{**turn, "content": turn["content"].strip()} for turn in found]
+
+    # The blank makes the last "Assistant:" a turn like the others; it is the one to write.
+    paragraphs = [part for part in f"{prompt.rstrip()} ".split("\n\n") if part]
+    turns: list[dict[str, str]] = []
+    for paragraph in paragraphs[:-1]:
+        for prefix, role in _ROLE_OF_PREFIX.items():
+            if paragraph.startswith(prefix):
+                turns.append({"role": role, "content": paragraph.removeprefix(prefix)})
+                break
+        else:
+            # An empty line within a turn.
+            turns[-1]["content"] += f"\n\n{paragraph}"
+    return [{**turn, "content": turn["content"].strip()} for turn in turns]

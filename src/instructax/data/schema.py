@@ -1,16 +1,16 @@
-"""Records of people's texts and judgements, read from JSON lines, every line checked.
+"""Records of people's texts and judgements, read from JSON lines and checked line by line.
 
-One JSON object a line, `.jsonl` or `.jsonl.gz`, in UTF-8. Fields by kind of record, those
-in brackets may be null or left out:
+One JSON object per line, `.jsonl` or `.jsonl.gz`, in UTF-8. Fields by kind of record; those
+in brackets may be null or absent:
 
     Demonstration  id, prompt, format, completion, [source], [labeler], [meta]
     Comparison     id, prompt, completions, ranks, [pairs], [labeler], [source], [meta]
     Prompt         id, prompt, format, [kind], [user], [source], [meta]
     Text           id, text, [source], [meta]
 
-A prompt is complete: what parts it from the response, such as a last "Assistant:", is part
-of its text. `meta` is an object with whatever the data's authors noted; it is not kept. Any
-other field is an error, so that a misspelt one is seen.
+A prompt is complete: whatever marks the start of the response, such as a last "Assistant:",
+is part of it. `meta` is an object for notes of the data's authors and is not kept. Any
+other field is an error, so that misspelled fields are noticed.
 """
 
 import dataclasses
@@ -19,13 +19,15 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from instructax.config import ConfigError
 
-MAX_LINE_BYTES = (
-    64 * 2**20
-)  # of the longest line: of one without an end, as a small gzip file may hold, no more is read
+# A small gzip file can expand to one endless line; reading stops here.
+MAX_LINE_BYTES = 64 * 2**20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Longer values are shortened in error messages.
+_MAX_SHOWN_CHARS = 60
 
 
 class DataError(ConfigError):
@@ -38,7 +40,8 @@ class Demonstration:
 
     id: str
     prompt: str
-    format: str  # "plain": the prompt is the text; "dialog": turns "\n\nHuman: …\n\nAssistant:", the last one open
+    # "plain", or "dialog" for turns "\n\nHuman: …\n\nAssistant:" with the last one open.
+    format: str
     completion: str
     source: str | None
     labeler: str | None
@@ -51,12 +54,10 @@ class Comparison:
     id: str
     prompt: str
     completions: tuple[str, ...]
-    ranks: (
-        tuple[int, ...] | None
-    )  # 1 is best, equal numbers tie; None: the pairs fit no order
-    pairs: tuple[
-        tuple[int, int, int], ...
-    ]  # (i, j, w): w = 1 i is better, -1 j is better, 0 tie
+    # 1 is best, equal numbers tie; None if the pairs fit no order.
+    ranks: tuple[int, ...] | None
+    # (i, j, w): w = 1 if i is better, -1 if j is better, 0 if they tie.
+    pairs: tuple[tuple[int, int, int], ...]
     labeler: str | None
     source: str | None
 
@@ -68,8 +69,10 @@ class Prompt:
     id: str
     prompt: str
     format: str
-    kind: str | None  # the use case (paper, table 1)
-    user: str | None  # who sent it
+    # The use case (paper, table 1).
+    kind: str | None
+    # Who sent it.
+    user: str | None
     source: str | None
 
 
@@ -87,17 +90,16 @@ RecordT = TypeVar("RecordT", Demonstration, Comparison, Prompt, Text)
 
 
 def read_jsonl(files: Sequence[Path], cls: type[RecordT]) -> Iterator[RecordT]:
-    """Yields the records of `files`, which make one set: an id may occur once in all of
-    them. Blank lines are skipped.
+    """Yields the records of `files`, skipping blank lines.
 
-    Raises DataError at the first line that cannot be used, and for a file that cannot be
-    read.
+    The files form one data set, in which an id may occur only once. Raises DataError at the
+    first bad line, and for a file that cannot be read.
     """
     places: dict[str, str] = {}
     for file in files:
         for number, line in _lines(file):
             try:
-                record = _record(line, cls)
+                record = _parse_record(line, cls)
                 if record.id in places:
                     raise _Fault("id", f"already used at {places[record.id]}", record.id)
             except _Fault as fault:
@@ -110,32 +112,34 @@ class _Fault(Exception):
     """What is wrong with a line: its text is `field: reason (value)`."""
 
     def __init__(self, field: str, reason: str, value: Any):
+        # ASCII, so that nothing in a data file can control the terminal.
         shown = ascii(value)
-        super().__init__(
-            f"{field}: {reason} ({shown if len(shown) <= 60 else shown[:60] + '...'})"
-        )
+        if len(shown) > _MAX_SHOWN_CHARS:
+            shown = shown[:_MAX_SHOWN_CHARS] + "..."
+        super().__init__(f"{field}: {reason} ({shown})")
+
+
+def _open(file: Path) -> IO[bytes]:
+    if str(file).endswith(".gz"):
+        return cast(IO[bytes], gzip.open(file, "rb"))
+    return open(file, "rb")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, line) for the lines of `file` that are not blank, without byte
-    order mark."""
+    """Yields (number from 1, line) of the non-blank lines, without a byte order mark."""
     number = 0
     try:
-        with (
-            gzip.open(file, "rb")
-            if str(file).endswith(".gz")
-            else open(file, "rb") as stream
-        ):
-            for number, line in enumerate(
-                iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1
-            ):
+        with _open(file) as stream:
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise DataError(
-                        f"{file}:{number}: line: longer than {MAX_LINE_BYTES} bytes: split the text"
+                        f"{file}:{number}: line: longer than {MAX_LINE_BYTES} bytes: "
+                        "split the text"
                     )
-                content = (
-                    line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                ).strip(b" \t\r\n")
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                content = line.strip(b" \t\r\n")
                 if content:
                     yield number, content
     except EOFError:
@@ -143,36 +147,39 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
             f"{file}:{number + 1}: file: gzip data ends too early ({file})"
         ) from None
     except (zlib.error, OSError) as error:
+        # Without a number if the file could not even be opened.
         place = f"{file}:{number + 1}: file" if number else f"{file}"
         raise DataError(f"{place}: cannot be read ({error})") from None
 
 
-def _record(line: bytes, cls: type[RecordT]) -> RecordT:
+def _parse_record(line: bytes, cls: type[RecordT]) -> RecordT:
     """Returns the record on `line`, or raises _Fault."""
-    given = _json_object(line)
+    values = _parse_object(line)
     fields = [field.name for field in dataclasses.fields(cls)]
-    for name in given:
+    for name in values:
         if name not in fields and name != "meta":
             raise _Fault(
                 name,
                 f"not a field of {cls.__name__}, which has {', '.join(fields)}, meta",
-                given[name],
+                values[name],
             )
-    if not isinstance(given.get("meta", {}), dict | None):
-        raise _Fault("meta", "not an object", given["meta"])
+    if not isinstance(values.get("meta", {}), dict | None):
+        raise _Fault("meta", "not an object", values["meta"])
     for name in fields:
-        if name not in given and name not in _OPTIONAL:
-            raise _Fault(name, "missing among the fields of this line", sorted(given))
-    record = cls(**{name: _CHECKS[name](name, given.get(name)) for name in fields})
+        if name not in values and name not in _OPTIONAL:
+            raise _Fault(name, "missing among the fields of this line", sorted(values))
+    record = cls(**{name: _CHECKS[name](name, values.get(name)) for name in fields})
     if isinstance(record, Comparison):
-        _check_judgement(record)
+        _check_ranks_and_pairs(record)
     return record
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
+def _parse_object(line: bytes) -> dict[str, Any]:
     try:
-        given = json.loads(
-            line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_a_number
+        values = json.loads(
+            line.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
         raise _Fault(
@@ -180,24 +187,26 @@ def _json_object(line: bytes) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise _Fault("line", "JSON is nested too deeply", line[:40]) from None
-    except ValueError as error:  # malformed JSON, or a number with thousands of digits
+    except ValueError as error:
+        # Malformed JSON, or a number with thousands of digits.
         raise _Fault("line", f"not JSON: {error}", line[:40]) from None
-    if not isinstance(given, dict):
-        raise _Fault("line", "not a JSON object", given)
-    return given
+    if not isinstance(values, dict):
+        raise _Fault("line", "not a JSON object", values)
+    return values
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    given = dict(pairs)
-    if len(given) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses keys that occur twice, of which `json` would keep the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Fault(
-            next(name for name in names if names.count(name) > 1), "given twice", names
-        )
-    return given
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _Fault(repeated, "given twice", names)
+    return values
 
 
-def _not_a_number(constant: str):
+def _refuse_constant(constant: str):
+    """Refuses NaN and Infinity, which Python's `json` accepts."""
     raise _Fault("line", "not JSON: a number must be finite", constant)
 
 
@@ -238,53 +247,52 @@ def _completions(name: str, value: Any) -> tuple[str, ...]:
 def _ranks(name: str, value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not all(
-        type(rank) is int and rank >= 1 for rank in value
-    ):
-        raise _Fault(name, "must be null or a list of integers, 1 for the best", value)
+    reason = "must be null or a list of integers, 1 for the best"
+    if not isinstance(value, list):
+        raise _Fault(name, reason, value)
+    for rank in value:
+        # `type`, because True is an instance of int.
+        if type(rank) is not int or rank < 1:
+            raise _Fault(name, reason, value)
     return tuple(value)
 
 
 def _pairs(name: str, value: Any) -> tuple[tuple[int, int, int], ...]:
-    if not isinstance(value, list | None):
+    if value is None:
+        return ()
+    if not isinstance(value, list):
         raise _Fault(name, "must be a list of [i, j, w]", value)
-    for pair in value or ():
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 3
-            or not all(type(number) is int for number in pair)
-        ):
+    pairs = []
+    for pair in value:
+        is_triple = isinstance(pair, list) and len(pair) == 3
+        if not is_triple or not all(type(number) is int for number in pair):
             raise _Fault(name, "must be a list of [i, j, w], three integers", pair)
-    return tuple((i, j, w) for i, j, w in value or ())
+        pairs.append(tuple(pair))
+    return tuple(pairs)
 
 
-def _check_judgement(comparison: Comparison) -> None:
-    """Raises _Fault where ranks and pairs do not fit the completions."""
-    completions = len(comparison.completions)
-    if comparison.ranks is None and not comparison.pairs:
-        raise _Fault("ranks", "null, and there are no pairs either", comparison.ranks)
-    if comparison.ranks is not None and len(comparison.ranks) != completions:
-        raise _Fault(
-            "ranks",
-            f"{len(comparison.ranks)} ranks for {completions} completions",
-            list(comparison.ranks),
-        )
-    for pair in comparison.pairs:
-        i, j, w = pair
-        if not (
-            0 <= i < completions and 0 <= j < completions and i != j and w in (-1, 0, 1)
-        ):
+def _check_ranks_and_pairs(comparison: Comparison) -> None:
+    """Raises _Fault if ranks and pairs do not fit the completions or each other."""
+    count = len(comparison.completions)
+    ranks = comparison.ranks
+    if ranks is None and not comparison.pairs:
+        raise _Fault("ranks", "null, and there are no pairs either", ranks)
+    if ranks is not None and len(ranks) != count:
+        raise _Fault("ranks", f"{len(ranks)} ranks for {count} completions", list(ranks))
+    for i, j, w in comparison.pairs:
+        in_range = 0 <= i < count and 0 <= j < count and i != j
+        if not in_range or w not in (-1, 0, 1):
             raise _Fault(
                 "pairs",
-                f"needs i and j in 0 .. {completions - 1}, i != j, and w in -1, 0, 1",
-                list(pair),
+                f"needs i and j in 0 .. {count - 1}, i != j, and w in -1, 0, 1",
+                [i, j, w],
             )
-        ranks = comparison.ranks
+        # The sign of (rank of j - rank of i): a lower rank is better.
         if ranks is not None and w != (ranks[j] > ranks[i]) - (ranks[j] < ranks[i]):
-            raise _Fault("pairs", f"contradicts ranks {list(ranks)}", list(pair))
+            raise _Fault("pairs", f"contradicts ranks {list(ranks)}", [i, j, w])
 
 
-# One name means the same in every kind of record.
+# A field name means the same in every kind of record.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "id": _text,
     "prompt": _text,

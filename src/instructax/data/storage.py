@@ -1,11 +1,11 @@
-"""Rows of token ids on disk, through tensorflow-datasets without TensorFlow.
+"""Rows of token ids on disk: tensorflow-datasets without TensorFlow.
 
-The format is `array_record`: random access, a checksum on every chunk, and no TensorFlow to
-read it (`parquet`, the other such format, loses rows). A folder is written under a private
-name and renamed when it is complete. So whatever has the final name is whole, and processes
-that start at once on one shared disk do not harm each other: the first to finish wins, the
-others read its rows. A killed process leaves a folder whose name starts with a dot, safe to
-delete.
+The file format is `array_record`: random access, a checksum on every chunk, and no
+TensorFlow to read it. (`parquet`, the other such format, loses rows.) A folder is written
+under a temporary name and renamed once it is complete. So a folder with its final name is
+whole, and processes that start at the same time on a shared disk cannot harm one another:
+the first to finish wins, and the others read its rows. A killed process leaves a folder
+whose name starts with a dot; it is safe to delete.
 """
 
 import contextlib
@@ -25,15 +25,16 @@ import tensorflow_datasets as tfds
 from instructax.config import ConfigError
 from instructax.data.batches import Source
 
-MAX_CACHED_BYTES = (
-    64 * 2**20
-)  # bytes on disk: of less, rows stay in memory once they were read
-REPORT = "report.json"
-SIZES = "sizes.json"
+# Data sets of fewer bytes on disk stay in memory once they have been read.
+MAX_CACHED_BYTES = 64 * 2**20
+REPORT_FILE = "report.json"
+# Size of every other file, which detects truncated and missing files.
+SIZES_FILE = "sizes.json"
 
-Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # by split: the features of each row
+# By split: the features of each row.
+RowsBySplit = Mapping[str, Sequence[Mapping[str, Any]]]
 
-# As bytes: int64 lists, which plain tensors become, are slow to write and to read.
+# As bytes, because plain tensors become int64 lists, which are slow to write and read.
 _ints = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
 _bools = tfds.features.Tensor(shape=(None,), dtype=np.bool_, encoding="bytes")
 
@@ -42,29 +43,41 @@ _bools = tfds.features.Tensor(shape=(None,), dtype=np.bool_, encoding="bytes")
 class PreparationReport:
     """What became of the records; saved beside the rows."""
 
-    hash: str  # sha256 of all that decides the rows
-    records: int  # read from the files
-    dropped: dict[str, int]  # rule: records that it dropped
-    kept: dict[str, int]  # split: records
-    rows: dict[str, int]  # split: rows on disk
-    tokens: dict[str, int]  # split: real tokens, end tokens included
-    longest: dict[str, int]  # split: real tokens of the longest row
-    padding: dict[str, float]  # split: share of a batch's cells that hold no token
-    labelers: list[str]  # names, by the index that rows carry
+    # SHA-256 of everything that decides the rows.
+    hash: str
+    # Records in the files.
+    records: int
+    # Filter → records it dropped.
+    dropped: dict[str, int]
+    # Split → records kept.
+    kept: dict[str, int]
+    # Split → rows on disk.
+    rows: dict[str, int]
+    # Split → real tokens, including end tokens.
+    tokens: dict[str, int]
+    # Split → real tokens of the longest row.
+    longest: dict[str, int]
+    # Split → fraction of padding in a batch.
+    padding: dict[str, float]
+    # Names, by the index that rows store.
+    labelers: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Rows that are ready to be read, and how they came about."""
+    """Rows ready to be read, and the report on their preparation."""
 
     folder: Path
-    sources: dict[str, Source]  # by split
+    # By split.
+    sources: dict[str, Source]
     report: PreparationReport
 
 
 class CachedSource:
-    """A source whose rows are all decoded when the first are asked for, and kept: one by
-    one that costs a small network a tenth of its training step."""
+    """Decodes all rows of a source at the first access and keeps them in memory.
+
+    Decoding rows one by one costs a small network a tenth of its training step.
+    """
 
     def __init__(self, source: Source):
         self._source = source
@@ -81,15 +94,18 @@ class CachedSource:
 
 
 class _Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the rows it is given, by split; row i of a source is row i of the split."""
+    """Writes the given rows, by split; row i of a source is row i of its split.
+
+    The names and versions of its subclasses are part of the path on disk.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     FEATURES: ClassVar[dict[str, Any]]
-    # Where checksums of downloads lie: nowhere, and the search for it imports a package
-    # that is not installed.
+    # Where tfds looks for checksums of downloads. There are none, and the search imports a
+    # package that is not installed.
     code_path: ClassVar[Any] = None
 
-    def __init__(self, rows: Rows, data_dir: Path):
+    def __init__(self, rows: RowsBySplit, data_dir: Path):
         self._rows = rows
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
@@ -121,9 +137,11 @@ class PromptRows(_Rows):
 
 
 class ComparisonRows(_Rows):
-    """Comparisons: prompt i32[n]; the responses, each with its end token, joined to i32[m];
+    """Comparisons.
+
+    prompt i32[n]; responses i32[m], all responses with their end tokens, concatenated;
     lengths i32[K] of the responses; ranks i32[K], 0 is best; labeler i32[], an index into
-    the report's names, -1 = unknown.
+    the report's names, or -1 if unknown.
     """
 
     FEATURES: ClassVar = {
@@ -136,34 +154,36 @@ class ComparisonRows(_Rows):
 
 
 def write_rows(
-    builder: type[_Rows], folder: Path, rows: Rows, report: PreparationReport
+    builder: type[_Rows], folder: Path, rows: RowsBySplit, report: PreparationReport
 ) -> None:
-    """Writes `rows`, by split, and `report` to `folder`; does nothing if another process
-    made it meanwhile.
+    """Writes `rows` and `report` to `folder`; does nothing if another process creates the
+    folder first.
 
-    Raises OSError if the disk does not take them; nothing is left behind then.
+    Raises OSError if the disk refuses the files; nothing is left behind then.
     """
     private = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     private.mkdir(parents=True)
     try:
         tfds.disable_progress_bar()
         try:
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # it announces downloads that there are none of
+            # Silences the download messages of tfds.
+            with contextlib.redirect_stdout(io.StringIO()):
                 builder(rows, private).download_and_prepare()
-        except RuntimeError as error:  # of array_record's writer, when the disk refuses
+        except RuntimeError as error:
+            # From the writer of array_record, when the disk refuses.
             raise OSError(
                 f"{folder} cannot be written: {str(error).splitlines()[0]}"
             ) from error
         shutil.rmtree(private / "downloads", ignore_errors=True)
-        (private / REPORT).write_text(
-            json.dumps(dataclasses.asdict(report), indent=1) + "\n"
-        )
-        (private / SIZES).write_text(json.dumps(_sizes(private)) + "\n")
+
+        report_json = json.dumps(dataclasses.asdict(report), indent=1)
+        (private / REPORT_FILE).write_text(report_json + "\n")
+        # Last, so that it lists the report too.
+        (private / SIZES_FILE).write_text(json.dumps(_sizes(private)) + "\n")
         try:
             private.rename(folder)
         except OSError:
+            # Renaming onto a folder with files fails: another process was faster.
             if not folder.exists():
                 raise
     finally:
@@ -171,22 +191,27 @@ def write_rows(
 
 
 def read_rows(builder: type[_Rows], folder: Path) -> PreparedData:
-    """Opens what `write_rows` wrote. Raises ValueError if files of `folder` are missing or
-    not of the size written."""
+    """Opens what `write_rows` wrote.
+
+    Raises ConfigError if files of `folder` are missing or do not have the size that was
+    written.
+    """
     try:
-        sizes = json.loads((folder / SIZES).read_text())
-        report = PreparationReport(**json.loads((folder / REPORT).read_text()))
+        sizes = json.loads((folder / SIZES_FILE).read_text())
+        report = PreparationReport(**json.loads((folder / REPORT_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"cannot use the prepared data in {folder} ({error}): delete it to prepare it again"
+            f"cannot use the prepared data in {folder} ({error}): "
+            "delete it to prepare it again"
         ) from error
-    found = _sizes(folder)
+    actual_sizes = _sizes(folder)
     for name, size in sizes.items():
-        if found.get(name) != size:
+        if actual_sizes.get(name) != size:
             raise ConfigError(
-                f"{folder / name} has {found.get(name, 'no')} bytes where {size} were written: "
-                f"delete {folder} to prepare it again"
+                f"{folder / name} has {actual_sizes.get(name, 'no')} bytes "
+                f"where {size} were written: delete {folder} to prepare it again"
             )
+
     stored: Any = tfds.builder_from_directory(
         str(folder / builder.name / str(builder.VERSION))
     )
@@ -197,7 +222,9 @@ def read_rows(builder: type[_Rows], folder: Path) -> PreparedData:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    files = (
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SIZES
-    )
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    """Bytes of every file below `folder`, except the list of sizes itself."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SIZES_FILE:
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
