@@ -77,7 +77,7 @@ def test_row_orders_are_different_permutations():
 @pytest.mark.parametrize(
     ("size", "batch_size"), [(10, 4), (10, 10), (3, 8), (1, 2), (7, 1)]
 )
-def test_the_stream_concatenates_epochs(size, batch_size):
+def test_the_stream_is_one_epoch_after_another(size, batch_size):
     rows = np.concatenate(
         [batches.batch_row_ids(i, batch_size, size, 3) for i in range(3 * size)]
     )
@@ -98,7 +98,7 @@ def test_batches_without_rows_are_refused():
             batches.batch_row_ids(index, batch_size, size, 0)
 
 
-def test_process_slices_add_up_to_the_batch():
+def test_process_slices_make_the_whole_batch():
     rows = batches.batch_row_ids(5, 12, 100, 0)
     for count in (1, 2, 3, 4, 6, 12):
         slices = [batches.process_slice(rows, index, count) for index in range(count)]

@@ -198,7 +198,7 @@ def test_a_template_with_another_end_token_is_refused(tmp_path):
         render_demonstration("a", "b", make_template("{{ messages|length }}", tokenizer))
 
 
-def test_a_template_runs_in_a_sandbox_with_hugging_face_names(chatml):
+def test_a_template_runs_in_a_sandbox_with_the_usual_names(chatml):
     tokenizer, _ = chatml
 
     def rendered(source):
@@ -276,7 +276,7 @@ def test_invalid_conversations_are_refused(messages, message):
         check_messages(messages, "x")
 
 
-TOO_MANY_STEPS = "more than 1000000 loop iterations and calls"
+TOO_MANY_STEPS = "its loops and calls exceed 1000000 steps"
 TOO_LONG = "makes a text of more than 1000000 characters"
 ATTACKS = {
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": (

@@ -165,7 +165,7 @@ def test_splits_have_their_fractions_and_depend_on_the_seed():
     assert filters.split_of("x", (("train", 0.0), ("rest", 0.0)), 0) == "rest"
 
 
-def test_no_user_and_no_prompt_is_in_two_splits():
+def test_no_user_and_no_prompt_straddles_the_splits():
     by_user = [prompt(str(i), f"prompt {i}", f"user {i % 40}") for i in range(400)]
     places = collections.defaultdict(set)
     for record in by_user:

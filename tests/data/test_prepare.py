@@ -350,7 +350,7 @@ def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
-def test_every_input_changes_the_hash(tmp_path, monkeypatch):
+def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
 
     def hash_of(files=(file,), tokenizer=TOKENIZER, limits=ALL):
@@ -377,7 +377,7 @@ def test_every_input_changes_the_hash(tmp_path, monkeypatch):
         hash_of(files=[tmp_path / "none.jsonl"])
 
 
-def test_an_empty_split_is_an_error_that_lists_what_was_dropped(tmp_path):
+def test_an_empty_split_says_what_was_dropped(tmp_path):
     file = prompts(tmp_path / "p.jsonl", ["longer than 8", "another too long"])
     with pytest.raises(ValueError, match="split 'train' of prompts is empty") as caught:
         prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")

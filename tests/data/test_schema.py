@@ -229,7 +229,7 @@ def test_a_bad_line_names_its_place_field_reason_and_value(tmp_path, cls, line, 
     assert len(text) < len(str(file)) + 220
 
 
-def test_an_id_may_occur_only_once_in_all_files(tmp_path):
+def test_an_id_may_occur_once_in_all_files(tmp_path):
     one = write(tmp_path / "1.jsonl", TEXT)
     two = write(tmp_path / "2.jsonl", TEXT | {"id": "u"}, TEXT)
     with pytest.raises(DataError) as caught:
@@ -238,7 +238,7 @@ def test_an_id_may_occur_only_once_in_all_files(tmp_path):
     assert len(list(read_jsonl([one], Text))) == 1
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_files_that_cannot_be_read(tmp_path):
     whole = gzip.compress(
         b"".join(b'{"id": "%d", "text": "x"}\n' % i for i in range(3)), mtime=0
     )

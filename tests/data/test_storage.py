@@ -128,7 +128,7 @@ def prepare_in_process(barrier, file, data_dir, results):
     )
 
 
-def test_processes_that_start_together_share_one_folder(tmp_path):
+def test_processes_that_start_at_once_share_one_folder(tmp_path):
     file = prompts(tmp_path / "p.jsonl", 50)
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(2)

@@ -306,7 +306,7 @@ def test_the_hash_depends_only_on_the_content(tmp_path: Path):
     )
 
 
-def test_text_never_produces_an_added_token(tmp_path: Path):
+def test_text_never_makes_an_added_token(tmp_path: Path):
     # Merges, whole words (ignore_merges) and added tokens all lead to the special tokens;
     # every one of these ways must be closed.
     vocab = {"<e": 256, "os>": 257, "os": 258, "<eos>": 259, "<pad>": 260, "s>": 264}
@@ -525,7 +525,7 @@ VOCAB = {"a": 0, "b": 1, EOT: 2}
         ("\x80", "cannot use"),
     ],
 )
-def test_malformed_files_are_refused(tmp_path: Path, text: str, reason: str):
+def test_malformed_files(tmp_path: Path, text: str, reason: str):
     file = tmp_path / "bad.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=reason) as error:

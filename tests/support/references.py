@@ -1,8 +1,8 @@
 """Slow, plain references for the losses, the advantages and the masked statistics: loops
-over Python floats, no JAX.
+over Python floats, without JAX.
 
-They are written from the definitions, not from the library: sums where the library scans,
-lists of the real numbers where the library masks. A masked cell is never read, so it may
+They follow the definitions, not the library: they sum where the library scans, and use
+lists of the real values where the library masks. A masked entry is never read, so it may
 hold anything.
 """
 
@@ -13,20 +13,22 @@ import numpy as np
 
 
 def ragged_mask(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """b[rows, columns]: right-padded rows of random length, the first one full, the last
-    one empty, none else empty."""
+    """b[rows, columns]: right-padded rows of random length, the first one full, and only
+    the last one empty."""
     lengths = rng.integers(1, columns + 1, size=rows)
-    lengths[0], lengths[-1] = columns, 0
+    lengths[0] = columns
+    lengths[-1] = 0
     return np.arange(columns)[None, :] < lengths[:, None]
 
 
 def gradient(
     function: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-5
 ) -> np.ndarray:
-    """Central differences of a scalar function at each cell of x, in float64."""
+    """Central differences of a scalar function at each entry of x, in float64."""
     result = np.zeros(x.shape)
     for index in np.ndindex(x.shape):
-        above, below = x.astype(np.float64), x.astype(np.float64)
+        above = x.astype(np.float64)
+        below = x.astype(np.float64)
         above[index] += step
         below[index] -= step
         result[index] = (function(above) - function(below)) / (2 * step)
@@ -38,12 +40,12 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def real(mask: np.ndarray, *arrays: np.ndarray) -> list[tuple[float, ...]]:
-    """One tuple of floats per real cell, in reading order."""
-    return [
-        tuple(float(array[index]) for array in arrays)
-        for index in np.ndindex(mask.shape)
-        if mask[index]
-    ]
+    """One tuple of floats per unmasked entry, in reading order."""
+    entries = []
+    for index in np.ndindex(mask.shape):
+        if mask[index]:
+            entries.append(tuple(float(array[index]) for array in arrays))
+    return entries
 
 
 def masked_mean(x: np.ndarray, mask: np.ndarray) -> float:
@@ -54,12 +56,11 @@ def whiten(x: np.ndarray, mask: np.ndarray, *, shift_mean: bool) -> np.ndarray:
     numbers = [value for (value,) in real(mask, x)]
     center = mean(numbers)
     scale = 1 / math.sqrt(mean([(number - center) ** 2 for number in numbers]) + 1e-8)
+    offset = 0.0 if shift_mean else center
     result = np.zeros(mask.shape)
     for index in np.ndindex(mask.shape):
         if mask[index]:
-            result[index] = (float(x[index]) - center) * scale + (
-                0.0 if shift_mean else center
-            )
+            result[index] = (float(x[index]) - center) * scale + offset
     return result
 
 
@@ -70,25 +71,25 @@ def next_token_loss(logprobs: np.ndarray, loss_mask: np.ndarray) -> float:
 def pairwise_ranking_loss(
     scores: np.ndarray, ranks: np.ndarray, valid: np.ndarray
 ) -> tuple[float, float]:
-    losses_of_prompts, correct = [], []
+    prompt_losses = []
+    correct = []
     for row in range(len(scores)):
-        answers = [
-            (float(scores[row, k]), int(ranks[row, k]))
-            for k in range(scores.shape[1])
-            if valid[row, k]
-        ]
-        pairs = [
-            (better, worse)
-            for better, high in answers
-            for worse, low in answers
-            if high < low
-        ]
+        # (score, rank) of the responses to this prompt.
+        responses = []
+        for k in range(scores.shape[1]):
+            if valid[row, k]:
+                responses.append((float(scores[row, k]), int(ranks[row, k])))
+        # Scores (better, worse) of the strictly ordered pairs.
+        pairs = []
+        for better, better_rank in responses:
+            for worse, worse_rank in responses:
+                if better_rank < worse_rank:
+                    pairs.append((better, worse))
         correct += [float(better > worse) for better, worse in pairs]
         if pairs:
-            losses_of_prompts.append(
-                mean([math.log(1 + math.exp(worse - better)) for better, worse in pairs])
-            )
-    return mean(losses_of_prompts), mean(correct)
+            losses = [math.log(1 + math.exp(worse - better)) for better, worse in pairs]
+            prompt_losses.append(mean(losses))
+    return mean(prompt_losses), mean(correct)
 
 
 def clipped_policy_loss(
@@ -99,13 +100,13 @@ def clipped_policy_loss(
     *,
     clip: float,
 ) -> tuple[float, float]:
+    # (unclipped, clipped) of each token.
     terms = []
     for logprob, old_logprob, advantage in real(mask, logprobs, old_logprobs, advantages):
         ratio = math.exp(logprob - old_logprob)
         terms.append((-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip)))
-    return mean([max(pair) for pair in terms]), mean(
-        [float(second > first) for first, second in terms]
-    )
+    loss = mean([max(pair) for pair in terms])
+    return loss, mean([float(clipped > unclipped) for unclipped, clipped in terms])
 
 
 def clipped_value_loss(
@@ -116,15 +117,15 @@ def clipped_value_loss(
     *,
     clip: float | None,
 ) -> tuple[float, float]:
+    # (unclipped, clipped) of each token.
     terms = []
     for value, old_value, target in real(mask, values, old_values, returns):
-        near = (
-            value if clip is None else min(max(value, old_value - clip), old_value + clip)
-        )
+        near = value
+        if clip is not None:
+            near = min(max(value, old_value - clip), old_value + clip)
         terms.append(((value - target) ** 2, (near - target) ** 2))
-    return mean([max(pair) for pair in terms]) / 2, mean(
-        [float(second > first) for first, second in terms]
-    )
+    loss = mean([max(pair) for pair in terms]) / 2
+    return loss, mean([float(clipped > unclipped) for unclipped, clipped in terms])
 
 
 def kl_penalized_rewards(
@@ -137,11 +138,10 @@ def kl_penalized_rewards(
 ) -> np.ndarray:
     rewards = np.zeros(mask.shape)
     for row, real_tokens in enumerate(mask):
-        columns = [column for column, is_real in enumerate(real_tokens) if is_real]
+        columns = np.flatnonzero(real_tokens).tolist()
         for column in columns:
-            rewards[row, column] = -kl_coef * (
-                float(logprobs[row, column]) - float(ref_logprobs[row, column])
-            )
+            log_ratio = float(logprobs[row, column]) - float(ref_logprobs[row, column])
+            rewards[row, column] = -kl_coef * log_ratio
         if columns:
             rewards[row, columns[-1]] += float(scores[row])
     return rewards
@@ -155,16 +155,16 @@ def generalized_advantages(
     discount: float,
     lambda_: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sum A_t = Σ_k (discount·λ)^k δ_{t+k} over the real tokens of the row, which stand
-    together; no recursion."""
-    advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+    """A_t = Σ_k (discount·λ)^k δ_{t+k} over the real tokens of a row, without recursion."""
+    advantages = np.zeros(mask.shape)
+    returns = np.zeros(mask.shape)
     for row, real_tokens in enumerate(mask):
-        columns = [column for column, is_real in enumerate(real_tokens) if is_real]
+        columns = np.flatnonzero(real_tokens).tolist()
+        # The value after the last real token is 0.
         value = [float(values[row, column]) for column in columns] + [0.0]
-        deltas = [
-            float(rewards[row, columns[t]]) + discount * value[t + 1] - value[t]
-            for t in range(len(columns))
-        ]
+        deltas = []
+        for t, column in enumerate(columns):
+            deltas.append(float(rewards[row, column]) + discount * value[t + 1] - value[t])
         for t, column in enumerate(columns):
             advantages[row, column] = sum(
                 (discount * lambda_) ** k * delta for k, delta in enumerate(deltas[t:])

@@ -43,6 +43,7 @@ def row_order(seed: int, epoch: int, size: int) -> np.ndarray:
         raise ValueError(
             f"seed {seed} is negative: the order of the rows needs a seed of 0 or more"
         )
+    # One 64-bit word per row; sorting the words gives the permutation.
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(size)
     order = np.argsort(bits, kind="stable")
     # The cache hands the same array to every caller.
@@ -63,6 +64,7 @@ def stream_row_ids(start: int, stop: int, size: int, seed: int) -> np.ndarray:
         )
     first_epoch = start // size
     last_epoch = (stop - 1) // size
+    # The stream restricted to the epochs that these places touch.
     orders = [row_order(seed, epoch, size) for epoch in range(first_epoch, last_epoch + 1)]
     offset = first_epoch * size
     return np.concatenate(orders)[start - offset : stop - offset]
@@ -90,6 +92,7 @@ def process_slice(values: np.ndarray, process_index: int, process_count: int) ->
             f"a batch of {len(values)} rows cannot be shared by {process_count} processes: "
             "change batch_size"
         )
+    # Consecutive rows: the devices of a process hold consecutive rows of the batch.
     share = len(values) // process_count
     return values[process_index * share : (process_index + 1) * share]
 
@@ -101,6 +104,7 @@ def evaluation_rows(size: int, batch_size: int) -> Iterator[np.ndarray]:
     The order is random but always the same, so that the first batches alone already sample
     every file and source.
     """
+    # A fixed seed: every evaluation of every run reads the same rows first.
     order = row_order(0, 0, size)
     for start in range(0, size, batch_size):
         rows = order[start : start + batch_size]
@@ -110,6 +114,7 @@ def evaluation_rows(size: int, batch_size: int) -> Iterator[np.ndarray]:
 def lm_batch(source: Source, rows: np.ndarray, length: int) -> LmBatch:
     """Reads the packed rows `rows` [B] of `source` as NumPy arrays, padded to T =
     `length`."""
+    # Padding is token 0 in segment 0, and its loss mask is False.
     shape = (len(rows), length)
     tokens = _zeros(shape, np.int32)
     segments = _zeros(shape, np.int32)
@@ -153,6 +158,7 @@ def comparison_batch(
     """
     fetched = _fetch(source, rows)
     prompts = left_pad([(i, row["prompt"]) for i, row in fetched], len(rows), prompt_tokens)
+    # Padding is token 0, rank 0 and mask False; an unknown labeler is -1.
     responses = _zeros((len(rows), completions, response_tokens), np.int32)
     mask = _zeros((len(rows), completions, response_tokens), bool)
     ranks = _zeros((len(rows), completions), np.int32)
@@ -235,6 +241,7 @@ def mixed_lm_batch(
     if len(text_places):
         rows = stream_row_ids(text_start, text_stop, len(text), seed)
         parts.append(lm_batch(text, rows[text_places], length))
+    # [rows of demonstrations, T] and [rows of text, T] → [B / processes, T]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
@@ -254,6 +261,7 @@ def left_pad(
     tokens = _zeros((batch_size, length), np.int32)
     mask = _zeros((batch_size, length), bool)
     for i, prompt in prompts:
+        # Right-aligned: a response then starts at column P in every row.
         start = length - _check_fits(len(prompt), length, "the prompts' length")
         tokens[i, start:] = prompt
         mask[i, start:] = True
@@ -262,13 +270,14 @@ def left_pad(
 
 def _fetch(source: Source, rows: np.ndarray) -> list[tuple[int, Mapping[str, Any]]]:
     """Reads all rows that are not NO_ROW at once, as (place in the batch, row) pairs."""
+    # One call for all rows: the source can read them together.
     places = [i for i, row in enumerate(rows) if row != NO_ROW]
     fetched = source.__getitems__([int(rows[i]) for i in places])
     return list(zip(places, fetched, strict=True))
 
 
 def _check_fits(size: int, room: int, name: str) -> int:
-    """Returns `size`, or raises ValueError if it is above `room`."""
+    """Returns `size`, or raises ConfigError if it is above `room`."""
     if size > room:
         raise ConfigError(
             f"a row of {size} does not fit {name} = {room}: "

@@ -59,10 +59,11 @@ def load_template(workdir: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template of the run in `workdir`, or None if it has none.
 
     It is `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`. Raises
-    ValueError if it cannot be used.
+    ConfigError if it cannot be used.
     """
     for name in TEMPLATE_FOLDERS:
         folder = workdir / name
+        # An imported model may have a config, a template file, or both.
         config: dict[str, Any] = {}
         if (folder / CONFIG_FILE).exists():
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -117,6 +118,7 @@ def make_template(
       tokenizer: the model's tokenizer.
       bos_token: "" for none; None takes the first of BOS_CANDIDATES that the tokenizer has.
     """
+    # The tokenizer itself never encodes special tokens; its file still lists them.
     content = json.loads(tokenizer.content)
     eos_token = content["model"]["eos_token"]
     special_tokens = []
@@ -180,6 +182,7 @@ def render_demonstration(
             "the chat template writes an answered prompt differently from an unanswered "
             f"one: {whole}"
         )
+    # What follows the prompt: the answer, the end token, and white space at most.
     answered, end, rest = whole[len(before) :].partition(template.eos_token)
     others = [token for token in template.special_tokens if token in answered]
     if others or rest.strip() or not end:
@@ -198,6 +201,8 @@ def chat_prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFo
 
     Raises ConfigError if the template ends an answer with a different token.
     """
+    # The text around an answer is the same for every answer, so one rendering with a
+    # mark in the place of the answer is enough.
     answered = render_demonstration("a", ANSWER_MARK, template)[1]
     if ANSWER_MARK not in answered:
         raise ConfigError(
@@ -230,6 +235,7 @@ def encode_rendered(
     special tokens become their ids."""
     if template is None:
         return tokenizer.encode(text)
+    # A template writes its own special tokens, so the backend must add none.
     backend = _backend_with_special_tokens(tokenizer)
     return np.asarray(backend.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -247,6 +253,7 @@ def turn_end_mask(tokenizer: Tokenizer, template: ChatTemplate | None) -> np.nda
 
     Some models end a turn with one token and a text with another.
     """
+    # Without a template only the tokenizer's end token ends an answer.
     mask = np.zeros((tokenizer.size,), bool)
     if template is None:
         return mask
@@ -265,8 +272,8 @@ def turn_end_mask(tokenizer: Tokenizer, template: ChatTemplate | None) -> np.nda
 
 
 def check_messages(messages: Any, where: str) -> None:
-    """Raises ConfigError unless `messages` is a list of objects with a role of `ROLES` and a
-    text; `where` names it in the message."""
+    """Raises ConfigError unless `messages` is a list of objects with a role of `ROLES` and
+    a text; `where` names it in the message."""
     if not isinstance(messages, list | tuple) or not messages:
         raise ConfigError(f"{where} must be a list of at least one message")
     for index, message in enumerate(messages):
@@ -296,7 +303,9 @@ def _render_plain(messages: Sequence[Message], add_generation_prompt: bool) -> s
     system = "".join(
         message["content"] for message in messages if message["role"] == "system"
     )
+    # System messages come first, whatever their place in the conversation.
     turns = [message for message in messages if message["role"] != "system"]
+    # A single question is a plain prompt, as in the training data.
     if not system and len(turns) == 1 and turns[0]["role"] == "user":
         content = turns[0]["content"]
         return add_separator(content) if add_generation_prompt else content

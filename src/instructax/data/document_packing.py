@@ -45,6 +45,7 @@ def text_documents(tokens: np.ndarray, eos_id: int, length: int) -> list[Documen
       eos_id: the end token.
       length: tokens per document; the last one holds the rest.
     """
+    # The end token may land in a document of its own.
     ended = np.append(tokens, eos_id).astype(np.int32)
     documents = []
     for start in range(0, len(ended), length):
@@ -64,6 +65,7 @@ def demonstration_document(
     """
     if len(prompt) == 0:
         raise ConfigError("a demonstration's prompt has no tokens: it needs at least 1")
+    # [p + c + 1]
     tokens = np.concatenate([prompt, completion, [eos_id]]).astype(np.int32)
     return Document(tokens, np.arange(len(tokens)) >= len(prompt))
 
@@ -87,6 +89,7 @@ def pack_documents(documents: Sequence[Document], length: int) -> list[PackedRow
                 f"a document of {size} tokens does not fit rows of {length}: "
                 "cut or drop it, or raise length"
             )
+        # First fit: the oldest open row with enough room.
         place = next((i for i, free in enumerate(room) if free >= size), None)
         if place is None:
             place = len(room)
@@ -105,10 +108,17 @@ def pack_documents(documents: Sequence[Document], length: int) -> list[PackedRow
 
 
 def _packed_row(documents: list[Document]) -> PackedRow:
+    tokens = []
+    lengths = []
+    loss_masks = []
+    for document in documents:
+        tokens.append(document.tokens)
+        lengths.append(len(document.tokens))
+        loss_masks.append(document.loss_mask)
     return PackedRow(
-        tokens=np.concatenate([document.tokens for document in documents]),
-        lengths=np.array([len(document.tokens) for document in documents], np.int32),
-        loss_mask=np.concatenate([document.loss_mask for document in documents]),
+        tokens=np.concatenate(tokens),
+        lengths=np.array(lengths, np.int32),
+        loss_mask=np.concatenate(loss_masks),
     )
 
 
@@ -118,6 +128,7 @@ def segments_and_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     Returns:
       segments i32[n], 1, 2, … by document, and positions i32[n], from 0 in each document.
     """
+    # The first column of each document.
     starts = np.cumsum(lengths) - lengths
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     positions = np.arange(len(segments)) - np.repeat(starts, lengths)

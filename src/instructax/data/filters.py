@@ -33,6 +33,7 @@ def drop_shared_prefix(
     "heuristically deduplicate prompts by checking for prompts that share a long common
     prefix").
     """
+    # Prefixes of the records kept so far.
     seen: set[str] = set()
     kept = []
     for record in records:
@@ -49,6 +50,7 @@ def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
     seen: collections.Counter[str] = collections.Counter()
     kept = []
     for record in records:
+        # Unknown users may be many people, so they have no limit.
         if record.user is not None:
             seen[record.user] += 1
         if record.user is None or seen[record.user] <= limit:
@@ -125,6 +127,7 @@ def drop_many_completions(records: Sequence[Comparison], limit: int) -> list[Com
 def dense_ranks(ranks: Sequence[int]) -> list[int]:
     """Renumbers ranks from 0 for the best, without gaps; ties share a rank: [4, 2, 2, 9]
     gives [1, 0, 0, 2]."""
+    # Rank → its place among the different ranks.
     dense_rank = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
     return [dense_rank[rank] for rank in ranks]
 
@@ -159,11 +162,12 @@ def has_pii(text: str) -> bool:
     """
     if any(pattern.search(text) for pattern in _PII):
         return True
-    return any(_has_luhn_checksum(card) for card in _CARD.findall(text))
+    return any(map(_has_luhn_checksum, _CARD.findall(text)))
 
 
 def _has_luhn_checksum(card: str) -> bool:
     """Every second digit, from the right, is doubled and its digits added."""
+    # The checksum counts from the right.
     digits = [int(digit) for digit in card if digit.isdigit()]
     digits.reverse()
     total = sum(digits[::2])
@@ -198,6 +202,7 @@ def split_key(record: DataRecord) -> str:
     No user is therefore in two splits, and a prompt without a user is in the same split
     among demonstrations, comparisons and prompts.
     """
+    # The prefixes keep a user's name apart from an equal text.
     if isinstance(record, Prompt) and record.user is not None:
         return f"user {record.user}"
     return f"text {record_texts(record)[0]}"
@@ -213,6 +218,7 @@ def split_of(key: str, fractions: SplitFractions, seed: int) -> str:
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     # 48 bits are exact in float64.
     u = int.from_bytes(digest[:6]) / 2**48
+    # Cumulative fractions, in the order of the splits.
     total = 0.0
     for name, fraction in fractions:
         total += fraction

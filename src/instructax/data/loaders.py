@@ -59,11 +59,12 @@ def read_lm_data(
         f"{len(config.demonstrations)} files of config.data.demonstrations and "
         f"{len(config.text)} of config.data.text: 1 is text only, 0 demonstrations only",
     )
+    # Sources with the same files and settings share their prepared rows.
     folder = Path(config.folder)
     data = {}
     if config.demonstrations:
         data["demonstrations"] = prepare_demonstrations(
-            [Path(path) for path in config.demonstrations],
+            list(map(Path, config.demonstrations)),
             tokenizer,
             config.limits,
             folder,
@@ -71,7 +72,7 @@ def read_lm_data(
         )
     if config.text:
         data["text"] = prepare_text(
-            [Path(path) for path in config.text], tokenizer, config.limits, folder
+            list(map(Path, config.text)), tokenizer, config.limits, folder
         )
     return data
 
@@ -112,6 +113,7 @@ def lm_reader(
 
 def validation_rows(source: Source, batch_size: int, limit: int) -> Iterator[np.ndarray]:
     """This process's share of the row ids of at most `limit` validation batches."""
+    # Every process takes its slice of every batch, so all do the same number of steps.
     for rows in itertools.islice(evaluation_rows(len(source), batch_size), limit):
         yield process_slice(rows, jax.process_index(), jax.process_count())
 

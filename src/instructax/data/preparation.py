@@ -62,6 +62,7 @@ def run_recipe(
 ) -> PreparedData:
     """Opens the rows of `recipe` for these inputs, preparing them if no process has done so
     yet."""
+    # The hash names the folder, so changed inputs never meet old rows.
     content_hash = _content_hash(recipe.kind, files, tokenizer, limits, prompt_format)
     folder = data_dir / f"{recipe.kind}-{content_hash[:16]}"
     if not folder.exists():
@@ -87,7 +88,9 @@ def _content_hash(
                 file_hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error})") from None
+    # The order and the types of this list are part of the hash.
     inputs = [ROWS_VERSION, kind, tokenizer.hash, dataclasses.asdict(limits), file_hashes]
+    # Plain text adds nothing, which keeps the hashes from before formats existed.
     if prompt_format.hash:
         inputs.append(prompt_format.hash)
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -103,6 +106,7 @@ def _prepare(
 ) -> tuple[RowsBySplit, PreparationReport]:
     """Returns the rows of every split, and the report."""
     records = _read_records(recipe, files)
+    # Before any filter: the index of a labeler depends on the files alone.
     labelers = _labeler_indices(records)
     dropped: dict[str, int] = {}
 
@@ -152,6 +156,7 @@ def _read_records(recipe: Recipe, files: Sequence[Path]) -> list[Any]:
 
 
 def _with_separator(record: Any) -> Any:
+    # Pretraining text has no prompt.
     if isinstance(record, Text):
         return record
     return dataclasses.replace(record, prompt=add_separator(record.prompt))
@@ -159,6 +164,7 @@ def _with_separator(record: Any) -> Any:
 
 def _labeler_indices(records: Sequence[Any]) -> dict[str, int]:
     """Labeler → index, in alphabetical order."""
+    # Texts and prompts have no labeler.
     names = set()
     for record in records:
         if getattr(record, "labeler", None):
@@ -169,6 +175,7 @@ def _labeler_indices(records: Sequence[Any]) -> dict[str, int]:
 def _format_record(record: Any, prompt_format: PromptFormat) -> Any:
     if isinstance(record, Text):
         return record
+    # Only the fields that a model reads or writes change.
     changes: dict[str, Any] = {"prompt": prompt_format.prompt(record.prompt)}
     if isinstance(record, Demonstration):
         changes["completion"] = prompt_format.answer(record.completion)
@@ -178,6 +185,7 @@ def _format_record(record: Any, prompt_format: PromptFormat) -> Any:
 
 
 def _split(records: Sequence[Any], limits: DataLimits) -> dict[str, list[Any]]:
+    # Every split has an entry, even if it gets no record.
     splits: dict[str, list[Any]] = {name: [] for name, _ in limits.splits}
     for record in records:
         key = filters.split_key(record)
@@ -192,6 +200,7 @@ def _apply(
     drops."""
     for rule, keep in rules:
         kept = keep(records)
+        # A rule runs once per split, and its counts add up.
         dropped[rule] = dropped.get(rule, 0) + len(records) - len(kept)
         records = kept
     return records
@@ -206,7 +215,9 @@ def _tokenize(
     for record in records:
         unique.update(dict.fromkeys(filters.record_texts(record)))
     texts = list(unique)
+    # One batch for all texts: the tokenizer encodes it on all cores.
     token_ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    # Formatted prompts may contain special tokens, which ordinary encoding ignores.
     if prompt_format.encode is not None:
         for record in records:
             if not isinstance(record, Text):
@@ -223,20 +234,23 @@ def _report(
     rows: dict[str, list[dict[str, Any]]],
     labelers: Mapping[str, int],
 ) -> PreparationReport:
+    num_rows: dict[str, int] = {}
     tokens: dict[str, int] = {}
     longest: dict[str, int] = {}
     padding: dict[str, float] = {}
     for split, split_rows in rows.items():
+        # Real tokens of each row.
         lengths = [_count_tokens(row) for row in split_rows]
+        num_rows[split] = len(split_rows)
         tokens[split] = sum(lengths)
         longest[split] = max(lengths)
-        padding[split] = 1 - tokens[split] / (len(split_rows) * recipe.row_tokens)
+        padding[split] = 1 - tokens[split] / (num_rows[split] * recipe.row_tokens)
     return PreparationReport(
         hash=content_hash,
         records=num_records,
         dropped=dropped,
         kept=kept,
-        rows={split: len(split_rows) for split, split_rows in rows.items()},
+        rows=num_rows,
         tokens=tokens,
         longest=longest,
         padding=padding,

@@ -45,6 +45,7 @@ def prepare_text(
     ) -> list[dict[str, Any]]:
         documents = []
         for record in records:
+            # A long text becomes several documents.
             documents += document_packing.text_documents(
                 ids[record.text], tokenizer.eos_id, length
             )
@@ -128,6 +129,7 @@ def prepare_prompts(
 
     Arguments and exceptions are those of `prepare_demonstrations`.
     """
+    # Duplicates first, so that they do not count against their user.
     record_filters = _prefix_filters(limits)
     per_user = limits.prompts_per_user
     if per_user is not None:
@@ -209,6 +211,7 @@ def _check_single_end_token(
     Encoding never produces it from ordinary text, but where the tokenizer uses one token
     for both, an unknown character becomes the end token.
     """
+    # The policy would learn to stop there, and never see the rest.
     if np.any(completion == eos_id):
         raise DataError(
             f"demonstration {record.id!r}: completion: its tokens contain the end token "
@@ -239,19 +242,23 @@ def _length_filter(rule: str, limit: int, count_tokens: Callable[[Any], int]) ->
 def _packed_rows(
     documents: Sequence[document_packing.Document], length: int
 ) -> list[dict[str, Any]]:
+    # The fields of a PackedRow are the features of `PackedRows`.
     return [vars(row) for row in document_packing.pack_documents(documents, length)]
 
 
 def _comparison_row(
     record: Comparison, ids: TokenIds, labelers: Mapping[str, int], eos_id: int
 ) -> dict[str, Any]:
+    # Each response gets its end token here, as the policy has to learn it.
     responses = []
     for completion in record.completions:
         responses.append(np.append(ids[completion], eos_id).astype(np.int32))
     return {
         "prompt": ids[record.prompt],
+        # Ragged rows are stored flat, with the length of each response.
         "responses": np.concatenate(responses),
         "lengths": np.array([len(response) for response in responses], np.int32),
         "ranks": np.array(filters.dense_ranks(record.ranks or ()), np.int32),
+        # -1 for an unknown labeler.
         "labeler": labelers.get(record.labeler or "", -1),
     }

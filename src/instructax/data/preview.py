@@ -29,6 +29,7 @@ MAX_DOCUMENTS = 3
 
 def preview_text(batch: LmBatch, row: int, decode: Callable[[Sequence[int]], str]) -> Text:
     """Row `row` of a batch: a summary line, then the spans of its first documents."""
+    # All [T].
     tokens = np.asarray(batch.tokens[row])
     segments = np.asarray(batch.segments[row])
     trained = np.asarray(batch.loss_mask[row])
@@ -64,7 +65,9 @@ def _spans(
 
     A trained last token is the end token, which is its own span.
     """
+    # Without the end token, if it is trained.
     last = len(tokens) - bool(trained[-1])
+    # Columns at which trained and untrained tokens meet.
     changes = np.flatnonzero(np.diff(trained[:last])) + 1
     for start, stop in itertools.pairwise([0, *changes.tolist(), last]):
         if stop > start:

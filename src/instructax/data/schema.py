@@ -95,6 +95,7 @@ def read_jsonl(files: Sequence[Path], cls: type[RecordT]) -> Iterator[RecordT]:
     The files form one data set, in which an id may occur only once. Raises DataError at the
     first bad line, and for a file that cannot be read.
     """
+    # Id → file and line of its record.
     places: dict[str, str] = {}
     for file in files:
         for number, line in _lines(file):
@@ -155,6 +156,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 def _parse_record(line: bytes, cls: type[RecordT]) -> RecordT:
     """Returns the record on `line`, or raises _Fault."""
     values = _parse_object(line)
+    # The fields of the dataclass define the format.
     fields = [field.name for field in dataclasses.fields(cls)]
     for name in values:
         if name not in fields and name != "meta":
@@ -216,6 +218,7 @@ def _text(name: str, value: Any) -> str:
     if not value.strip():
         raise _Fault(name, "empty", value)
     try:
+        # JSON can write surrogates that UTF-8 cannot encode.
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise _Fault(
@@ -241,6 +244,7 @@ def _completions(name: str, value: Any) -> tuple[str, ...]:
         raise _Fault(
             name, f"a comparison needs at least 2 completions, not {len(value)}", value
         )
+    # An error names the completion by its index.
     return tuple(_text(f"{name}[{i}]", completion) for i, completion in enumerate(value))
 
 

@@ -86,6 +86,7 @@ class CachedSource:
         return len(self._source)
 
     def __getitems__(self, record_keys: Sequence[int], /) -> list[Mapping[str, Any]]:
+        # Rows may be shared by callers, which only read them.
         return [self._rows[key] for key in record_keys]
 
     @functools.cached_property
@@ -161,6 +162,7 @@ def write_rows(
 
     Raises OSError if the disk refuses the files; nothing is left behind then.
     """
+    # Beside the final folder, so that the rename stays within one file system.
     private = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     private.mkdir(parents=True)
     try:
@@ -174,6 +176,7 @@ def write_rows(
             raise OSError(
                 f"{folder} cannot be written: {str(error).splitlines()[0]}"
             ) from error
+        # tfds creates this folder although nothing is downloaded.
         shutil.rmtree(private / "downloads", ignore_errors=True)
 
         report_json = json.dumps(dataclasses.asdict(report), indent=1)
@@ -204,6 +207,7 @@ def read_rows(builder: type[_Rows], folder: Path) -> PreparedData:
             f"cannot use the prepared data in {folder} ({error}): "
             "delete it to prepare it again"
         ) from error
+    # Sizes detect truncated files; the format has checksums against flipped bits.
     actual_sizes = _sizes(folder)
     for name, size in sizes.items():
         if actual_sizes.get(name) != size:
@@ -212,6 +216,7 @@ def read_rows(builder: type[_Rows], folder: Path) -> PreparedData:
                 f"where {size} were written: delete {folder} to prepare it again"
             )
 
+    # Opened from its metadata on disk; the builder class is not needed.
     stored: Any = tfds.builder_from_directory(
         str(folder / builder.name / str(builder.VERSION))
     )

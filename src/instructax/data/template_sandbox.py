@@ -16,8 +16,10 @@ from typing import Any
 
 from instructax.config import ConfigError
 
-# Loop iterations and calls of one rendering; a long conversation needs thousands.
+# Budget of one rendering: an iteration of a loop is one step, and a call, which takes
+# longer, is CALL_STEPS. A long conversation needs thousands of steps.
 MAX_STEPS = 1_000_000
+CALL_STEPS = 20
 # Length of a repeated string or list.
 MAX_REPEATED_LENGTH = 1_000_000
 MAX_EXPONENT = 64
@@ -30,7 +32,7 @@ class _Budget:
     def spend(self, steps: int) -> None:
         self.steps_left -= steps
         if self.steps_left < 0:
-            raise ValueError(f"it needs more than {MAX_STEPS} loop iterations and calls")
+            raise ValueError(f"its loops and calls exceed {MAX_STEPS} steps")
 
 
 # Compiled templates are cached and shared by threads, so the budget is kept apart.
@@ -43,6 +45,7 @@ def render_template(source: str, **variables: Any) -> str:
     Raises ConfigError if the template cannot be parsed, and any exception that it causes at
     run time.
     """
+    # The budget starts anew with every rendering.
     template = compile_template(source)
     token = _budget.set(_Budget())
     try:
@@ -86,6 +89,7 @@ def _environment() -> Any:
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
+            # The token that opened the block.
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
@@ -93,6 +97,7 @@ def _environment() -> Any:
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Charges loops and calls to the budget, and checks products and powers."""
 
+        # Operators that go through `call_binop`.
         intercepted_binops = frozenset({"*", "**"})
 
         def _parse(self, source: str, name: Any, filename: Any) -> Any:
@@ -103,7 +108,7 @@ def _environment() -> Any:
             return tree
 
         def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            _budget.get().spend(1)
+            _budget.get().spend(CALL_STEPS)
             # A recursive loop is called with its next items: {{ loop(items) }}.
             if isinstance(function, jinja2.runtime.LoopContext) and args:
                 args = (_charge_iterations(args[0]), *args[1:])
@@ -160,8 +165,9 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
         return
     # A string or list times a number, in either order.
     for sequence, times in ((left, right), (right, left)):
-        is_repetition = isinstance(sequence, str | list | tuple) and isinstance(times, int)
-        if is_repetition and len(sequence) * times > MAX_REPEATED_LENGTH:
+        if not isinstance(sequence, str | list | tuple) or not isinstance(times, int):
+            continue
+        if len(sequence) * times > MAX_REPEATED_LENGTH:
             raise ValueError(
                 f"it makes a text of more than {MAX_REPEATED_LENGTH} characters"
             )

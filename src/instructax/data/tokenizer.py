@@ -56,9 +56,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """`encode` of each text, computed on all cores."""
+        # The backend would fail without naming the text.
         checked = [_valid_unicode(text) for text in texts]
         encodings = self._backend.encode_batch_fast(checked, add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        ids = []
+        for encoding in encodings:
+            ids.append(np.asarray(encoding.ids, np.int32))
+        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, i32[T]. Special tokens are spelled out, and broken UTF-8
@@ -67,6 +71,7 @@ class Tokenizer:
         An unused id reads `<|unused 7|>`. Raises ValueError if an id is outside
         0 .. size - 1.
         """
+        # Python integers: they index the dict of tokens.
         values = np.asarray(ids).tolist()
         for value in values:
             if not 0 <= value < self.size:
@@ -88,6 +93,7 @@ class Tokenizer:
 
     def unused_ids(self) -> list[int]:
         """The ids without a token, in ascending order."""
+        # Ids between tokens, and those added by `pad_vocab`.
         return sorted(set(range(self.size)) - self._tokens.keys())
 
     def tokens_containing(self, text: str) -> np.ndarray:
@@ -110,6 +116,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     Raises ConfigError if there is nothing at `path`, or if it cannot be used.
     """
     if path == "bytes":
+        # The id of each byte is its value.
         vocab = {symbol: byte for byte, symbol in enumerate(tokenizer_json.byte_symbols())}
         vocab[END_OF_TEXT] = 256
         return _build(tokenizer_json.byte_level_content(vocab, merges=[]))
@@ -154,6 +161,7 @@ def pad_vocab(tokenizer: Tokenizer, size: int) -> Tokenizer:
     if size == tokenizer.size:
         return tokenizer
     content = json.loads(tokenizer.content)
+    # Part of the content, so that the hash and the saved file include it.
     content["model"]["padded_size"] = size
     return _build(content)
 
@@ -172,6 +180,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"not {vocab_size}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
+    # No merge crosses the border of a word.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -185,7 +194,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _valid_unicode(text: str) -> str:
-    """Returns `text`, or raises ValueError if UTF-8 cannot encode it."""
+    """Returns `text`, or raises ConfigError if UTF-8 cannot encode it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -201,6 +210,7 @@ def _build(content: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a `tokenizer.json` whose `model.eos_token` names the end token."""
     content = tokenizer_json.canonical_content(content)
     ids = tokenizer_json.token_ids(content)
+    # What each id decodes to.
     tokens = {index: token for token, index in ids.items()}
     if (content.get("decoder") or {}).get("type") == "ByteLevel":
         # This decoder reads every character as a byte, so it needs added tokens spelled in
@@ -212,6 +222,7 @@ def _build(content: dict[str, Any]) -> Tokenizer:
 
     # This text is hashed and saved: its spelling must never change.
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    # Encoding and decoding differ: only the decoder knows special tokens.
     encoder = tokenizer_json.without_special_tokens(content, ids)
     return Tokenizer(
         size=max(max(ids.values()) + 1, content["model"].get("padded_size", 0)),

@@ -37,12 +37,13 @@ def byte_symbols() -> list[str]:
 
 def byte_level_content(vocab: dict[str, int], merges: list) -> dict[str, Any]:
     """A `tokenizer.json` of byte-level BPE with the end token `END_OF_TEXT`."""
-    missing = [name for name in [*byte_symbols(), END_OF_TEXT] if name not in vocab]
-    if missing:
-        raise ConfigError(
-            f"the vocabulary lacks {missing[0]!r}; "
-            f"it must contain all 256 byte symbols and {END_OF_TEXT}"
-        )
+    # Any text must be encodable, and must be able to end.
+    for name in [*byte_symbols(), END_OF_TEXT]:
+        if name not in vocab:
+            raise ConfigError(
+                f"the vocabulary lacks {name!r}; "
+                f"it must contain all 256 byte symbols and {END_OF_TEXT}"
+            )
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -77,6 +78,7 @@ def gpt2_content(merges_file: Path, vocab_file: Path) -> dict[str, Any]:
     """GPT-2's two files as a `tokenizer.json`."""
     vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
     lines = merges_file.read_text(encoding="utf-8").split("\n")
+    # One merge per line, after a line with the version.
     merges = [line for line in lines if line and not line.startswith("#version")]
     return byte_level_content(vocab, merges)
 
@@ -89,10 +91,12 @@ def hugging_face_content(file: Path) -> dict[str, Any]:
     if config_file.exists():
         config = json.loads(config_file.read_text(encoding="utf-8"))
 
+    # Our own entry first, else the model's config.
     named = content["model"].get("eos_token") or config.get("eos_token")
     if isinstance(named, dict):
         named = named["content"]
     candidates = (named,) if named else EOS_CANDIDATES
+    # All tokens, not only the added ones.
     ids = token_ids(content)
     present = [token for token in candidates if token in ids]
     if not present:
@@ -122,6 +126,7 @@ def token_ids(content: dict[str, Any]) -> dict[str, int]:
     for index in ids.values():
         if not isinstance(index, int) or index < 0:
             raise ConfigError("token ids must be integers from 0")
+    # Decoding would be ambiguous.
     if len(set(ids.values())) < len(ids):
         raise ConfigError("two tokens share an id")
     return ids
@@ -130,6 +135,7 @@ def token_ids(content: dict[str, Any]) -> dict[str, int]:
 def canonical_content(content: dict[str, Any]) -> dict[str, Any]:
     """One spelling of `content`, without the parts that add to a text, cut it, or make its
     ids random."""
+    # Copied, because the caller keeps the original.
     model = dict(content["model"])
     if "merges" in model:
         model["dropout"] = None
@@ -179,6 +185,7 @@ def without_special_tokens(content: dict[str, Any], ids: dict[str, int]) -> dict
       ids: its `token_ids`.
     """
     model = dict(content["model"])
+    # Tokens that no text may produce.
     hidden = {model["eos_token"]}
     for token in content["added_tokens"]:
         if token.get("special") or len(token["content"]) > 1:
