@@ -1,16 +1,20 @@
-"""The paper's central claims in small, in the embedded world whose true utility is known
-(sections 4.1 and 4.2).
+"""The paper's central claims at small scale, in a world with a known true utility.
 
 Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
-           python scripts/experiment.py experiments/alignment.py:family --workdir runs/family
-Hardware:  micro: two cores, seven minutes; family: two cores, 36 runs, an hour.
-Expect:    GPT < GPT prompted < SFT < PPO in true win rate; PPO-ptx keeps what pretraining taught (`docs/alignment.md`).
-Read it:   `report/index.html`: figure 1 and its kin, the claims one by one, and all answers side by side.
+           python scripts/experiment.py experiments/alignment.py:family \\
+               --workdir runs/family
+Hardware:  micro: two cores, seven minutes; family: two cores, 36 runs, one hour.
+Expect:    GPT < GPT prompted < SFT < PPO in true win rate, and PPO-ptx keeps what
+           pretraining taught (`docs/alignment.md`).
+Read it:   `report/index.html` has the paper's figures, each claim with its measurement, and
+           all responses side by side.
 
-`micro` is one size. `family` is the three sizes that stand for 1.3B, 6B and 175B, with
-reward and value networks of the middle one as in the paper, and the runs of its side
-claims: SFT that goes on, labelers who never waver, and tuning on public tasks (FLAN, T0).
-No stage sees the true utility: labelers do, through their noise and tastes, and the report.
+`micro` trains one size. `family` trains the three sizes that stand for 1.3B, 6B and 175B,
+with reward and value networks of the middle size as in the paper. It also has the runs of
+the side claims: longer SFT, labelers without noise, and tuning on public tasks (FLAN, T0).
+
+No stage sees the true utility. Only the report does, and the labelers, through their noise
+and biases (paper, sections 4.1 and 4.2).
 """
 
 from pathlib import Path
@@ -23,13 +27,18 @@ from instructax.experiment import RunSpec
 from instructax.report import write
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 
-MIDDLE = "milli"  # the size of the family's reward and value networks
-# Answers to each prompt that are compared, mostly by SFT, some by an early PPO policy
-# (section 3.2): a reward model that has seen none of those is easily exploited. A family
-# shares them.
-EARLY_ANSWERS = {"sft": 8, "pretrain": 1}
-ANSWERS = {"sft": 6, "ppo-early": 3, "pretrain": 1}
-EARLY = {"round": 0, "prompts": 1200}
+# The size of the family's reward and value networks.
+MIDDLE_SIZE = "milli"
+
+# Workdir of a policy -> its responses to each prompt that labelers compare. Most are by SFT
+# and some by an early PPO policy (section 3.2): a reward model that has seen none of the
+# latter is easily exploited. The sizes of a family share the responses.
+EARLY_RESPONSES = {"sft": 8, "pretrain": 1}
+RESPONSES = {"sft": 6, "ppo-early": 3, "pretrain": 1}
+# The first round of comparisons, which trains the reward model of the early PPO policy.
+EARLY_ROUND = {"round": 0, "prompts": 1200}
+
+# (name, workdir, how it is prompted) of the policies that are evaluated.
 POLICIES = (
     ("GPT", "pretrain", "plain"),
     ("GPT prompted", "pretrain", "few-shot"),
@@ -38,256 +47,302 @@ POLICIES = (
     ("PPO", "ppo", "plain"),
     ("PPO-ptx", "ppo-ptx", "plain"),
 )
-TUNED = ("FLAN/T0", "flan", "plain")
-GPT_PROMPT_TOKENS = 64  # of the prompts that were sent to GPT, which bring an example
-OVERFIT_STEPS, OVERFIT_EVERY = (
-    4800,
-    300,
-)  # of SFT that goes on; an epoch has about 520 steps
+PUBLIC_TASK_POLICY = ("FLAN/T0", "flan", "plain")
+
+# Prompts that were sent to GPT bring an example, so they are longer.
+GPT_PROMPT_TOKENS = 64
+
+# Steps of the long SFT run and of its evaluations; an epoch has about 520 steps.
+OVERFIT_STEPS = 4800
+OVERFIT_EVERY = 300
 
 
 def get_runs(arg: str, root: str) -> list[RunSpec]:
-    """The runs in order; `arg` is a size of the world or `family`, or either with a seed,
-    `micro,1`; `root` is the experiment's workdir."""
-    members, _, seed = arg.partition(",")
+    """Returns the runs in order.
+
+    Args:
+      arg: a size of the simulated world or `family`, optionally with a seed: `micro,1`.
+      root: the workdir of the experiment.
+    """
+    size, _, seed = arg.partition(",")
     allowed = (*sizes.SIMULATED, "family")
     require(
-        members in allowed,
-        f"size {members!r} must be one of {', '.join(allowed)}: experiments/alignment.py:SIZE",
+        size in allowed,
+        f"size {size!r} must be one of {', '.join(allowed)}: experiments/alignment.py:SIZE",
     )
     require(
         not seed or seed.isdecimal(),
         f"seed {seed!r} must be a whole number: experiments/alignment.py:SIZE,SEED",
     )
-    runs = family(root) if members == "family" else alone(members, root)
-    return [
-        RunSpec(run.name, run.config, {**run.overrides, "seed": int(seed or 0)})
-        for run in runs
-    ]
+    runs = family(root) if size == "family" else single_size(size, root)
+    with_seed = []
+    for run in runs:
+        overrides = {**run.overrides, "seed": int(seed or 0)}
+        with_seed.append(RunSpec(run.name, run.config, overrides))
+    return with_seed
 
 
-def alone(size: str, root: str) -> list[RunSpec]:
-    """One size, with a reward model of its own size."""
+def single_size(size: str, root: str) -> list[RunSpec]:
+    """Returns the runs of one size, with a reward model of the same size."""
+    weights = {"": 1}
     return [
-        *world(size),
+        world(size),
         *supervised(size, "", root),
-        *judged(size, root, {"": 1}, "", EARLY_ANSWERS, "-early", **EARLY),
-        early(size, size, "", root),
-        *judged(size, root, {"": 1}, "", ANSWERS, ""),
+        *reward_model(size, root, weights, "", EARLY_RESPONSES, "-early", **EARLY_ROUND),
+        early_ppo(size, size, "", root),
+        *reward_model(size, root, weights, "", RESPONSES, ""),
         *aligned(size, size, "", root),
-        *measured(size, size, "", root, POLICIES),
+        *evaluations(size, size, "", root, POLICIES),
     ]
 
 
 def family(root: str) -> list[RunSpec]:
-    """Three sizes, one reward model, and the side claims."""
+    """Returns the runs of three sizes with one reward model, and of the side claims."""
     folders = {size: f"{size}/" for size in sizes.FAMILY}
-    share = {folder: len(folders) for folder in folders.values()}
-    runs = world(MIDDLE)
+    middle = folders[MIDDLE_SIZE]
+    # Every size gives a third of the responses.
+    shares = {folder: len(folders) for folder in folders.values()}
+
+    runs = [world(MIDDLE_SIZE)]
     for size, folder in folders.items():
-        runs += [*supervised(size, folder, root), tuned(size, folder, root)]
-    runs += judged(MIDDLE, root, share, f"{MIDDLE}/", EARLY_ANSWERS, "-early", **EARLY)
-    runs += [early(size, MIDDLE, folder, root) for size, folder in folders.items()]
-    runs += judged(MIDDLE, root, share, f"{MIDDLE}/", ANSWERS, "")
+        runs += supervised(size, folder, root)
+        runs.append(tuned_on_public_tasks(size, folder, root))
+
+    runs += reward_model(
+        MIDDLE_SIZE, root, shares, middle, EARLY_RESPONSES, "-early", **EARLY_ROUND
+    )
     for size, folder in folders.items():
-        runs += aligned(size, MIDDLE, folder, root)
-        runs += measured(size, MIDDLE, folder, root, (*POLICIES, TUNED))
-    return [
-        *runs,
-        *judged(MIDDLE, root, share, f"{MIDDLE}/", ANSWERS, "-quiet", noise=0.0),
-        *overfitted(MIDDLE, f"{MIDDLE}/", root),
-    ]
+        runs.append(early_ppo(size, MIDDLE_SIZE, folder, root))
+
+    runs += reward_model(MIDDLE_SIZE, root, shares, middle, RESPONSES, "")
+    for size, folder in folders.items():
+        runs += aligned(size, MIDDLE_SIZE, folder, root)
+        policies = (*POLICIES, PUBLIC_TASK_POLICY)
+        runs += evaluations(size, MIDDLE_SIZE, folder, root, policies)
+
+    # Side claims: labelers without noise, and SFT for many epochs.
+    runs += reward_model(MIDDLE_SIZE, root, shares, middle, RESPONSES, "-quiet", noise=0.0)
+    runs += overfitted_sft(MIDDLE_SIZE, middle, root)
+    return runs
 
 
 def common(root: str) -> dict[str, Any]:
-    """What all stages that read tokens share."""
+    """Returns the overrides of all stages that read tokens."""
     return {"tokenizer": f"{root}/world/tokenizer.json", "data.folder": f"{root}/rows"}
 
 
-def files(root: str, *kinds: str) -> dict[str, tuple[str, ...]]:
-    """Overrides that name files of the world."""
+def data_files(root: str, *kinds: str) -> dict[str, tuple[str, ...]]:
+    """Returns the overrides that name files of the simulated world."""
     return {f"data.{kind}": (f"{root}/world/{kind}.jsonl.gz",) for kind in kinds}
 
 
-def world(size: str) -> list[RunSpec]:
-    """The world that all sizes live in."""
-    return [RunSpec("world", f"configs/world.py:{size}", {})]
+def world(size: str) -> RunSpec:
+    """Returns the run that writes the world, which all sizes share."""
+    return RunSpec("world", f"configs/world.py:{size}", {})
 
 
 def supervised(size: str, folder: str, root: str) -> list[RunSpec]:
-    """GPT, and the policy that PPO starts from."""
-    parent = {"parent": f"{root}/{folder}pretrain"}
+    """Returns the runs of GPT and of SFT, the policy that PPO starts from."""
+    pretrain = {**common(root), **data_files(root, "text")}
+    sft = {
+        **common(root),
+        **data_files(root, "text", "demonstrations"),
+        "parent": f"{root}/{folder}pretrain",
+    }
     return [
-        RunSpec(
-            f"{folder}pretrain",
-            f"configs/pretrain.py:{size}",
-            common(root) | files(root, "text"),
-        ),
-        RunSpec(
-            f"{folder}sft",
-            f"configs/sft.py:{size}",
-            common(root) | files(root, "text", "demonstrations") | parent,
-        ),
+        RunSpec(f"{folder}pretrain", f"configs/pretrain.py:{size}", pretrain),
+        RunSpec(f"{folder}sft", f"configs/sft.py:{size}", sft),
     ]
 
 
-def tuned(size: str, folder: str, root: str) -> RunSpec:
-    """GPT tuned on public tasks, as FLAN and T0 are, with the values of SFT."""
+def tuned_on_public_tasks(size: str, folder: str, root: str) -> RunSpec:
+    """Returns the run that tunes GPT on public tasks, as FLAN and T0 are tuned.
+
+    It has the hyperparameters of SFT.
+    """
     overrides = {
+        **common(root),
+        **data_files(root, "text"),
         "parent": f"{root}/{folder}pretrain",
         "data.demonstrations": (f"{root}/world/public.jsonl.gz",),
     }
-    return RunSpec(
-        f"{folder}flan",
-        f"configs/sft.py:{size}",
-        common(root) | files(root, "text") | overrides,
-    )
+    return RunSpec(f"{folder}flan", f"configs/sft.py:{size}", overrides)
 
 
-def judged(
+def reward_model(
     size: str,
     root: str,
-    share: dict[str, int],
+    shares: dict[str, int],
     folder: str,
-    answers: dict[str, int],
+    responses: dict[str, int],
     suffix: str,
     **changes: Any,
 ) -> list[RunSpec]:
-    """Comparisons of what the policies in the folders of `share` answer, and the reward
-    model, of `size` and from the SFT policy in `folder`, that learns from them."""
-    asked = tuple(
-        (f"{root}/{place}{run}", -(-count // parts))
-        for place, parts in share.items()
-        for run, count in answers.items()
-    )
+    """Returns the runs that collect comparisons and train a reward model on them.
+
+    Args:
+      size: size of the reward model.
+      root: the workdir of the experiment.
+      shares: folder of a size -> by how many sizes the responses are divided.
+      folder: folder of the size whose SFT policy initializes the reward model.
+      responses: workdir of a policy -> its responses to each prompt, over all sizes.
+      suffix: ends the names of both runs.
+      **changes: further overrides of the collection.
+    """
+    policies = []
+    for policy_folder, num_sizes in shares.items():
+        for policy, count in responses.items():
+            # Rounded up, so that every size gives at least one response.
+            policies.append((f"{root}/{policy_folder}{policy}", -(-count // num_sizes)))
+
+    collect = {"world": f"{root}/world", "policies": tuple(policies), **changes}
+    train = {
+        **common(root),
+        **data_files(root, "demonstrations"),
+        "parent": f"{root}/{folder}sft",
+        "data.comparisons": (f"{root}/collect{suffix}/comparisons.jsonl.gz",),
+    }
     return [
-        RunSpec(
-            f"collect{suffix}",
-            f"configs/collect.py:{size}",
-            {"world": f"{root}/world", "policies": asked, **changes},
-        ),
-        RunSpec(
-            f"reward{suffix}",
-            f"configs/reward_model.py:{size}",
-            {
-                **common(root),
-                **files(root, "demonstrations"),
-                "parent": f"{root}/{folder}sft",
-                "data.comparisons": (f"{root}/collect{suffix}/comparisons.jsonl.gz",),
-            },
-        ),
+        RunSpec(f"collect{suffix}", f"configs/collect.py:{size}", collect),
+        RunSpec(f"reward{suffix}", f"configs/reward_model.py:{size}", train),
     ]
 
 
-def rewarded(
-    size: str, scorer: str, folder: str, root: str, name: str, reward: str, **changes: Any
-) -> RunSpec:
-    """PPO-ptx, or with changes something else, against the reward model in the folder
-    `reward`."""
-    parents = {"policy_parent": f"{root}/{folder}sft", "reward_parent": f"{root}/{reward}"}
-    overrides = common(root) | files(root, "prompts", "text") | parents | changes
-    return RunSpec(f"{folder}{name}", f"configs/ppo.py:{size},{scorer}", overrides)
-
-
-def early(size: str, scorer: str, folder: str, root: str) -> RunSpec:
-    """The PPO policy whose answers are compared with those of SFT."""
-    return rewarded(size, scorer, folder, root, "ppo-early", "reward-early", ptx_coef=0.0)
-
-
-def aligned(size: str, scorer: str, folder: str, root: str) -> list[RunSpec]:
-    """PPO and PPO-ptx."""
-    return [
-        rewarded(size, scorer, folder, root, "ppo", "reward", ptx_coef=0.0),
-        rewarded(size, scorer, folder, root, "ppo-ptx", "reward"),
-    ]
-
-
-def measured(
+def ppo(
     size: str,
-    scorer: str,
+    value_size: str,
+    folder: str,
+    root: str,
+    name: str,
+    reward: str,
+    **changes: Any,
+) -> RunSpec:
+    """Returns a run of PPO-ptx, or of a variant given by `changes`.
+
+    Args:
+      size: size of the policy.
+      value_size: size of the reward and value networks.
+      folder: folder of the policy's size.
+      root: the workdir of the experiment.
+      name: name of the run.
+      reward: workdir of the reward model.
+      **changes: further overrides.
+    """
+    overrides = {
+        **common(root),
+        **data_files(root, "prompts", "text"),
+        "policy_parent": f"{root}/{folder}sft",
+        "reward_parent": f"{root}/{reward}",
+        **changes,
+    }
+    return RunSpec(f"{folder}{name}", f"configs/ppo.py:{size},{value_size}", overrides)
+
+
+def early_ppo(size: str, value_size: str, folder: str, root: str) -> RunSpec:
+    """Returns the run of the PPO policy whose responses are compared with those of SFT."""
+    return ppo(size, value_size, folder, root, "ppo-early", "reward-early", ptx_coef=0.0)
+
+
+def aligned(size: str, value_size: str, folder: str, root: str) -> list[RunSpec]:
+    """Returns the runs of PPO and PPO-ptx."""
+    return [
+        ppo(size, value_size, folder, root, "ppo", "reward", ptx_coef=0.0),
+        ppo(size, value_size, folder, root, "ppo-ptx", "reward"),
+    ]
+
+
+def evaluations(
+    size: str,
+    value_size: str,
+    folder: str,
+    root: str,
+    policies: tuple[tuple[str, str, str], ...],
+) -> list[RunSpec]:
+    """Returns the runs that compare the policies of a size.
+
+    They compare responses to validation prompts and to prompts that were sent to GPT, and
+    the results of the public tasks.
+    """
+    workdirs = tuple((name, f"{root}/{folder}{run}", how) for name, run, how in policies)
+    plain = tuple(policy for policy in workdirs if policy[2] == "plain")
+    # FLAN/T0 has been tuned on the public tasks.
+    untuned = tuple(
+        (name, workdir) for name, workdir, _ in plain if name != PUBLIC_TASK_POLICY[0]
+    )
+
+    gpt_prompts = {
+        **common(root),
+        "policies": plain,
+        "reward_parent": f"{root}/reward",
+        "data.prompts": (f"{root}/world/gpt_prompts.jsonl.gz",),
+        "data.limits.prompt_tokens": GPT_PROMPT_TOKENS,
+        "data.text": (),
+        "data.comparisons": (),
+        "data.demonstrations": (),
+    }
+    public_tasks = {
+        "tokenizer": f"{root}/world/tokenizer.json",
+        "world": f"{root}/world",
+        "policies": untuned,
+    }
+    evaluate = f"configs/evaluate.py:{size},{value_size}"
+    return [
+        evaluation(size, value_size, folder, root, policies),
+        RunSpec(f"{folder}evaluate-gpt", evaluate, gpt_prompts),
+        RunSpec(f"{folder}tasks", f"configs/public_tasks.py:{size}", public_tasks),
+    ]
+
+
+def evaluation(
+    size: str,
+    value_size: str,
     folder: str,
     root: str,
     policies: tuple[tuple[str, str, str], ...],
     suffix: str = "",
-) -> list[RunSpec]:
-    """All policies of a size side by side: on held-out prompts, on those sent to GPT, and
-    on the public tasks."""
-    places = tuple((name, f"{root}/{folder}{run}", how) for name, run, how in policies)
-    return [
-        RunSpec(
-            f"{folder}evaluate{suffix}",
-            f"configs/evaluate.py:{size},{scorer}",
-            {
-                **common(root),
-                **files(root, "prompts", "text", "demonstrations"),
-                "policies": places,
-                "reward_parent": f"{root}/reward",
-                "data.comparisons": (
-                    (LABELERS, (f"{root}/collect/comparisons.jsonl.gz",)),
-                    (HELD_OUT_LABELERS, (f"{root}/collect/held_out.jsonl.gz",)),
-                ),
-            },
+) -> RunSpec:
+    """Returns the run that evaluates policies on validation prompts."""
+    overrides = {
+        **common(root),
+        **data_files(root, "prompts", "text", "demonstrations"),
+        "policies": tuple(
+            (name, f"{root}/{folder}{run}", how) for name, run, how in policies
         ),
-        RunSpec(
-            f"{folder}evaluate-gpt{suffix}",
-            f"configs/evaluate.py:{size},{scorer}",
-            {
-                **common(root),
-                "policies": tuple(place for place in places if place[2] == "plain"),
-                "reward_parent": f"{root}/reward",
-                "data.prompts": (f"{root}/world/gpt_prompts.jsonl.gz",),
-                "data.limits.prompt_tokens": GPT_PROMPT_TOKENS,
-                "data.text": (),
-                "data.comparisons": (),
-                "data.demonstrations": (),
-            },
+        "reward_parent": f"{root}/reward",
+        "data.comparisons": (
+            (LABELERS, (f"{root}/collect/comparisons.jsonl.gz",)),
+            (HELD_OUT_LABELERS, (f"{root}/collect/held_out.jsonl.gz",)),
         ),
-        RunSpec(
-            f"{folder}tasks{suffix}",
-            f"configs/public_tasks.py:{size}",
-            {
-                "tokenizer": f"{root}/world/tokenizer.json",
-                "world": f"{root}/world",
-                # FLAN/T0 has been tuned on these tasks.
-                "policies": tuple(
-                    (name, place)
-                    for name, place, how in places
-                    if how == "plain" and name != TUNED[0]
-                ),
-            },
-        ),
-    ]
-
-
-def overfitted(size: str, folder: str, root: str) -> list[RunSpec]:
-    """The SFT baseline of the paper's appendix C.1, many epochs long, and the reward
-    model's score on its way."""
-    run = f"{folder}sft-overfit"
-    steps = range(OVERFIT_EVERY, OVERFIT_STEPS + 1, OVERFIT_EVERY)
-    keeping = {
-        "evaluate_every": OVERFIT_EVERY,
-        "save_every": OVERFIT_EVERY,
-        "keep": len(steps),
     }
-    overrides = {f"run.{name}": value for name, value in keeping.items()} | {
+    name = f"{folder}evaluate{suffix}"
+    return RunSpec(name, f"configs/evaluate.py:{size},{value_size}", overrides)
+
+
+def overfitted_sft(size: str, folder: str, root: str) -> list[RunSpec]:
+    """Returns the runs of an SFT baseline of many epochs (paper, appendix C.1).
+
+    Its saved steps are scored by the reward model.
+    """
+    steps = range(OVERFIT_EVERY, OVERFIT_STEPS + 1, OVERFIT_EVERY)
+    overrides = {
+        **common(root),
+        **data_files(root, "demonstrations"),
+        "parent": f"{root}/{folder}pretrain",
         "epochs": 0.0,
         "steps": OVERFIT_STEPS,
+        "run.evaluate_every": OVERFIT_EVERY,
+        "run.save_every": OVERFIT_EVERY,
+        "run.keep": len(steps),
     }
-    overrides |= {"parent": f"{root}/{folder}pretrain"}
-    policies = (
-        ("SFT", "sft", "plain"),
-        *((f"step {step}", f"sft-overfit@{step}", "plain") for step in steps),
-    )
+    policies = [("SFT", "sft", "plain")]
+    for step in steps:
+        policies.append((f"step {step}", f"sft-overfit@{step}", "plain"))
     return [
-        RunSpec(
-            run,
-            f"configs/sft.py:{size},baseline",
-            common(root) | files(root, "demonstrations") | overrides,
-        ),
-        measured(size, size, folder, root, policies, "-overfit")[0],
+        RunSpec(f"{folder}sft-overfit", f"configs/sft.py:{size},baseline", overrides),
+        evaluation(size, size, folder, root, tuple(policies), "-overfit"),
     ]
 
 
 def report(root: Path) -> None:
-    """Writes the report, and prints its table and where it is."""
+    """Writes the report and prints its location."""
     print(f"report: {write([root], root / 'report')}")

@@ -1,17 +1,18 @@
-"""All stages on real text: a from-scratch model of 4M parameters, pretrained, fine-tuned,
-ranked and aligned.
+"""All stages on real text, from a randomly initialized model with 4M parameters.
 
-Command:   python scripts/train_tokenizer.py --files DATA/pretrain/gutenberg.jsonl.gz … --field text \\
-               --vocab_size 8192 --out runs/real/tokenizer.json
+Command:   python scripts/train_tokenizer.py --files DATA/pretrain/gutenberg.jsonl.gz … \\
+               --field text --vocab_size 8192 --out runs/real/tokenizer.json
            python scripts/experiment.py experiments/real_text.py:DATA --workdir runs/real
 Hardware:  two cores, about an hour.
-Expect:    a weak model, but every stage whole: losses fall and the reward rises with the KL. A few thousand real
-           comparisons teach a model of this size little: its ranking accuracy is near that of guessing.
-Read it:   `runs.png`: held-out loss of pretraining and SFT, ranking accuracy beside "the longer answer wins",
-           reward and KL of PPO by iteration.
+Expect:    a weak model, but every stage works: losses fall, and the reward rises with the
+           KL. A few thousand real comparisons teach a model of this size little: its
+           ranking accuracy is close to chance.
+Read it:   `runs.png` shows the validation losses of pretraining and SFT, the ranking
+           accuracy next to that of preferring the longer response, and the score and KL
+           of PPO by iteration.
 
-DATA is a folder with `pretrain/`, `demos/`, `comparisons/` and `prompts/` of .jsonl.gz
-files in the schema of README.
+DATA is a folder with `pretrain/`, `demos/`, `comparisons/` and `prompts/`, which contain
+.jsonl.gz files in the schema of README.
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from instructax.evals.intervals import Estimate
 from instructax.experiment import RunSpec, metrics_of, summary_of
 
 SIZE = "small"
+# Kind of data -> patterns of its files in DATA, without .jsonl.gz.
 FILES = {
     "text": ("pretrain/gutenberg*", "pretrain/wikipedia*", "pretrain/us_presidents*"),
     "demonstrations": ("demos/*",),
@@ -32,148 +34,154 @@ FILES = {
     ),
     "prompts": ("prompts/*",),
 }
+# Name of an evaluated policy -> its workdir.
 POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO-ptx": "ppo-ptx"}
 
 
-def files_of(folder: str) -> dict[str, tuple[str, ...]]:
-    """The files of each kind. Raises ConfigError where there are none."""
-    found = {
-        kind: tuple(
-            str(path)
-            for pattern in patterns
-            for path in sorted(Path(folder).glob(f"{pattern}.jsonl.gz"))
-        )
-        for kind, patterns in FILES.items()
-    }
-    for kind, paths in found.items():
+def find_files(folder: str) -> dict[str, tuple[str, ...]]:
+    """Returns the files of each kind.
+
+    Raises:
+      ConfigError: there is no file of some kind.
+    """
+    files = {}
+    for kind, patterns in FILES.items():
+        paths: list[str] = []
+        for pattern in patterns:
+            paths += map(str, sorted(Path(folder).glob(f"{pattern}.jsonl.gz")))
         if not paths:
             raise ConfigError(
-                f"{folder!r} has no {kind}: no file like {FILES[kind]}; give experiments/real_text.py:DATA"
+                f"{folder!r} has no {kind}: no file matches {patterns}; "
+                "give experiments/real_text.py:DATA"
             )
-    return found
+        files[kind] = tuple(paths)
+    return files
 
 
 def get_runs(folder: str, root: str) -> list[RunSpec]:
-    """The runs in order; `folder` holds the data, `root` is the experiment's workdir."""
-    files = files_of(folder)
-    text, demonstrations = (
-        {"data.text": files["text"]},
-        {"data.demonstrations": files["demonstrations"]},
-    )
-    comparisons, prompts = (
-        {"data.comparisons": files["comparisons"]},
-        {"data.prompts": files["prompts"]},
-    )
+    """Returns the runs in order.
+
+    Args:
+      folder: the folder with the data.
+      root: the workdir of the experiment.
+    """
+    files = find_files(folder)
     common = {"tokenizer": f"{root}/tokenizer.json", "data.folder": f"{root}/rows"}
-    parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
-    policies = tuple((name, f"{root}/{run}", "plain") for name, run in POLICIES.items())
+    text = {"data.text": files["text"]}
+    demonstrations = {"data.demonstrations": files["demonstrations"]}
+    comparisons = {"data.comparisons": files["comparisons"]}
+    prompts = {"data.prompts": files["prompts"]}
+
+    pretrain = {**common, **text}
+    sft = {**common, **text, **demonstrations, "parent": f"{root}/pretrain"}
+    reward = {**common, **comparisons, **demonstrations, "parent": f"{root}/sft"}
+    ppo = {
+        **common,
+        **prompts,
+        **text,
+        "policy_parent": f"{root}/sft",
+        "reward_parent": f"{root}/reward",
+    }
+    evaluate = {
+        **common,
+        **prompts,
+        **text,
+        **demonstrations,
+        "data.comparisons": (("people", files["comparisons"]),),
+        "policies": tuple(
+            (name, f"{root}/{run}", "plain") for name, run in POLICIES.items()
+        ),
+        "reference": "SFT",
+        "reward_parent": f"{root}/reward",
+    }
     return [
-        RunSpec("pretrain", f"configs/pretrain.py:{SIZE}", {**common, **text}),
-        RunSpec(
-            "sft",
-            f"configs/sft.py:{SIZE}",
-            {**common, **text, **demonstrations, "parent": f"{root}/pretrain"},
-        ),
-        RunSpec(
-            "reward",
-            f"configs/reward_model.py:{SIZE}",
-            {**common, **comparisons, **demonstrations, "parent": f"{root}/sft"},
-        ),
-        RunSpec(
-            "ppo-ptx", f"configs/ppo.py:{SIZE}", {**common, **parents, **prompts, **text}
-        ),
-        RunSpec(
-            "evaluate",
-            f"configs/evaluate.py:{SIZE}",
-            {
-                **common,
-                **prompts,
-                **text,
-                **demonstrations,
-                "data.comparisons": (("people", files["comparisons"]),),
-                "policies": policies,
-                "reference": "SFT",
-                "reward_parent": f"{root}/reward",
-            },
-        ),
+        RunSpec("pretrain", f"configs/pretrain.py:{SIZE}", pretrain),
+        RunSpec("sft", f"configs/sft.py:{SIZE}", sft),
+        RunSpec("reward", f"configs/reward_model.py:{SIZE}", reward),
+        RunSpec("ppo-ptx", f"configs/ppo.py:{SIZE}", ppo),
+        RunSpec("evaluate", f"configs/evaluate.py:{SIZE}", evaluate),
     ]
 
 
 def report(root: Path) -> None:
-    """Prints the figures of the finished policies, and draws `runs.png`."""
+    """Prints the metrics of the finished policies and plots `runs.png`."""
     summary = summary_of(root / "evaluate")
-    for name, figures in summary["policies"].items():
-        print(
-            f"{name:<8}"
-            + "".join(
-                f"  {figure} {Estimate(**value)}"
-                for figure, value in sorted(figures.items())
-            )
-        )
+    for name, metrics in summary["policies"].items():
+        line = f"{name:<8}"
+        for metric, value in sorted(metrics.items()):
+            line += f"  {metric} {Estimate(**value)}"
+        print(line)
+
     ranking = summary["reward_model"]["people"]
     print(
         f"reward model, held-out comparisons: accuracy {Estimate(**ranking['accuracy'])}, "
-        f"the longer answer wins {Estimate(**ranking['longer_wins'])}, {ranking['pairs']} pairs"
+        f"the longer answer wins {Estimate(**ranking['longer_wins'])}, "
+        f"{ranking['pairs']} pairs"
     )
-    draw(root, ranking)
+    plot(root, ranking)
 
 
-def draw(root: Path, ranking: dict[str, Any]) -> None:
-    """Three panels: losses, ranking accuracy, PPO."""
+def plot(root: Path, ranking: dict[str, Any]) -> None:
+    """Plots three panels: validation losses, ranking accuracy and PPO."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (losses, accuracy, aligned) = plt.subplots(
+    figure, (losses, accuracy, ppo) = plt.subplots(
         1, 3, figsize=(14, 4), layout="constrained"
     )
-    for run, name in (
-        ("pretrain", "text_loss"),
-        ("sft", "text_loss"),
-        ("sft", "demonstrations_loss"),
-    ):
-        lines = [line for line in metrics_of(root / run) if name in line]
-        steps = [line["step"] for line in lines]
-        losses.plot(
-            steps, [line[name] for line in lines], "o-", ms=3, label=f"{run}: {name}"
-        )
-    losses.set(
-        xlabel="step", ylabel="held-out loss (nats per token)", title="Pretraining and SFT"
-    )
-    losses.legend()
-    for place, name in enumerate(("accuracy", "longer_wins")):
-        value = Estimate(**ranking[name])
-        accuracy.errorbar(
-            place,
-            value.value,
-            yerr=[[value.value - value.low], [value.high - value.value]],
-            fmt="o",
-        )
-    accuracy.axhline(0.5, color="gray", lw=1)
-    accuracy.set_xticks([0, 1], ["reward model", "longer answer"])
-    accuracy.set(
-        xlim=(-0.5, 1.5),
-        ylabel="pairs ordered rightly",
-        title="Held-out comparisons, 95% intervals",
-    )
-    metrics = metrics_of(root / "ppo-ptx")
-    steps = [line["step"] for line in metrics]
-    aligned.plot(
-        steps,
-        [line["scores"] for line in metrics],
-        "o-",
-        ms=3,
-        color="tab:green",
-        label="score",
-    )
-    aligned.set(xlabel="iteration", ylabel="reward model's score", title="PPO-ptx")
-    distance = aligned.twinx()
-    distance.plot(
-        steps, [line["kl"] for line in metrics], "x--", ms=4, color="tab:gray", label="KL"
-    )
-    distance.set_ylabel("KL from SFT (nats per response)")
-    aligned.legend([*aligned.get_lines(), *distance.get_lines()], ["score", "KL"])
+    _plot_losses(losses, root)
+    _plot_ranking(accuracy, ranking)
+    _plot_ppo(ppo, metrics_of(root / "ppo-ptx"))
     figure.savefig(root / "runs.png", dpi=150)
     plt.close(figure)
     print(f"figure: {root / 'runs.png'}")
+
+
+def _plot_losses(axes: Any, root: Path) -> None:
+    curves = (
+        ("pretrain", "text_loss"),
+        ("sft", "text_loss"),
+        ("sft", "demonstrations_loss"),
+    )
+    for run, metric in curves:
+        # Validation losses are logged at some steps only.
+        lines = [line for line in metrics_of(root / run) if metric in line]
+        steps = [line["step"] for line in lines]
+        values = [line[metric] for line in lines]
+        axes.plot(steps, values, "o-", ms=3, label=f"{run}: {metric}")
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (nats per token)",
+        title="Pretraining and SFT",
+    )
+    axes.legend()
+
+
+def _plot_ranking(axes: Any, ranking: dict[str, Any]) -> None:
+    for x, metric in enumerate(("accuracy", "longer_wins")):
+        estimate = Estimate(**ranking[metric])
+        below = estimate.value - estimate.low
+        above = estimate.high - estimate.value
+        axes.errorbar(x, estimate.value, yerr=[[below], [above]], fmt="o")
+    axes.axhline(0.5, color="gray", lw=1)
+    axes.set_xticks([0, 1], ["reward model", "longer response"])
+    axes.set(
+        xlim=(-0.5, 1.5),
+        ylabel="pairs ordered correctly",
+        title="Held-out comparisons, 95% intervals",
+    )
+
+
+def _plot_ppo(axes: Any, metrics: list[dict[str, Any]]) -> None:
+    steps = [line["step"] for line in metrics]
+    scores = [line["scores"] for line in metrics]
+    axes.plot(steps, scores, "o-", ms=3, color="tab:green")
+    axes.set(xlabel="iteration", ylabel="reward model's score", title="PPO-ptx")
+
+    # The KL has an axis of its own on the right.
+    kl_axes = axes.twinx()
+    kl_axes.plot(steps, [line["kl"] for line in metrics], "x--", ms=4, color="tab:gray")
+    kl_axes.set_ylabel("KL from SFT (nats per response)")
+    axes.legend([*axes.get_lines(), *kl_axes.get_lines()], ["score", "KL"])

@@ -1,17 +1,23 @@
-"""SmolLM2-135M, a pretrained model, through all stages with LoRA: SFT, a reward model on
-people's rankings, PPO-ptx.
+"""SmolLM2-135M, a pretrained model, through all stages with LoRA.
+
+The stages are SFT, a reward model on people's rankings, and PPO-ptx.
 
 Command:   ./scripts/smollm2.sh DATA
-           python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2    (from the stages on)
-Hardware:  two cores, a night (estimated from steps, not run whole); `DATA,hour,bf16_matmul`: an hour on two cores with AMX.
-           `bf16_matmul` multiplies in bfloat16, for processors with AMX and for GPUs; `DATA,hour` does without: longer.
-Expect:    a reward model that orders held-out pairs better than their length does, and than the same network that was
-           never pretrained; PPO raises its score. After `hour`, with an eighth of the comparisons, neither shows yet.
-Read it:   the table that it prints, for as many runs as are finished also with --report_only: accuracy on held-out
-           pairs of each file with 95% intervals; then the policies side by side.
+           or, once SmolLM2 is imported:
+           python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2
+Hardware:  two cores, one night (estimated from single steps; it has not been run whole).
+           `DATA,hour,bf16_matmul`: one hour on two cores with AMX. `bf16_matmul`
+           multiplies in bfloat16, for CPUs with AMX and for GPUs; `DATA,hour` alone takes
+           longer.
+Expect:    a reward model that orders held-out pairs better than their length does, and
+           better than the same network without pretraining. PPO raises its score. After
+           `hour`, with an eighth of the comparisons, neither is visible yet.
+Read it:   the printed table has the accuracy on the held-out pairs of each file with 95%
+           intervals, and then the policies side by side. With --report_only it covers the
+           runs that are finished.
 
-DATA is a folder with `demos/`, `comparisons/`, `prompts/` and `pretrain/` of .jsonl.gz
-files in the schema of README. Prompts are worded by the model's own chat template.
+DATA is a folder with `demos/`, `comparisons/`, `prompts/` and `pretrain/`, which contain
+.jsonl.gz files in the schema of README. Prompts use the model's own chat template.
 """
 
 from pathlib import Path
@@ -22,8 +28,13 @@ from instructax.config import ConfigError, require
 from instructax.evals.intervals import Estimate
 from instructax.experiment import RunSpec, summary_of
 
-WORDS = ("hour", "bf16_matmul")
-SIZE, BASE = "smollm2", "runs/smollm2/pretrain"
+# What may follow the folder of the data.
+VARIANTS = ("hour", "bf16_matmul")
+SIZE = "smollm2"
+# The workdir of the imported model.
+BASE = "runs/smollm2/pretrain"
+
+# Kind of data -> patterns of its files in DATA, without .jsonl.gz.
 FILES = {
     "text": ("pretrain/wikipedia*",),
     "demonstrations": (
@@ -40,132 +51,172 @@ FILES = {
     ),
     "prompts": ("prompts/*",),
 }
-ZERO = (
-    "demos/oasst*",
-    "demos/selfinstruct*",
-)  # score 0 on average: all of them would be read at every save
-# Without a past: the shape of the pretrained network at a sixth of its depth, trained in
-# full.
-SCRATCH = {
+# Demonstrations on which the mean score is set to 0. Two files are enough: all of them are
+# read at every checkpoint.
+CENTERING_FILES = ("demos/oasst*", "demos/selfinstruct*")
+
+# The reward model without pretraining: the shape of SmolLM2 with a sixth of its layers, all
+# parameters trained.
+FROM_SCRATCH = {
     "parent": "",
     "lora.rank": 0,
     "model.num_layers": 5,
     "optimizer.learning_rate": 3e-4,
     "data.chat": False,
 }
+
+# RunSpec -> overrides of the variant `hour`.
 HOUR = {
     "sft": {"steps": 12, "epochs": 0.0},
-    "reward": {
-        "steps": 40,
-        "epochs": 0.0,
-        "optimizer.learning_rate": 1e-3,
-    },  # few steps: 1e-4 learns nothing in 30
+    # With so few steps, a learning rate of 1e-4 learns nothing.
+    "reward": {"steps": 40, "epochs": 0.0, "optimizer.learning_rate": 1e-3},
     "scratch": {"steps": 40, "epochs": 0.0},
     "ppo-ptx": {"steps": 6},
     "evaluate": {"prompts": 16},
 }
-RANKINGS = {"from SmolLM2": "ranking", "from scratch": "ranking-scratch"}
+# Column of the printed table -> workdir of the ranking evaluation.
+RANKING_RUNS = {"from SmolLM2": "ranking", "from scratch": "ranking-scratch"}
 
 
 def get_runs(arg: str, root: str) -> list[RunSpec]:
-    """The runs in order; `arg` is the folder of the data and words of WORDS; `root` is the
-    experiment's workdir."""
-    folder, *words = arg.split(",")
-    for word in words:
+    """Returns the runs in order.
+
+    Args:
+      arg: the folder with the data, followed by any of VARIANTS: `DATA,hour`.
+      root: the workdir of the experiment.
+    """
+    folder, *variants = arg.split(",")
+    for variant in variants:
         require(
-            word in WORDS,
-            f"{word!r} must be one of {', '.join(WORDS)}: experiments/smollm2.py:DATA,hour",
+            variant in VARIANTS,
+            f"{variant!r} must be one of {', '.join(VARIANTS)}: "
+            "experiments/smollm2.py:DATA,hour",
         )
     require(
         (Path(BASE) / "summary.json").is_file(),
-        f"{BASE} is not there: ./scripts/smollm2.sh puts SmolLM2 into it",
+        f"{BASE} does not exist: ./scripts/smollm2.sh imports SmolLM2 there",
     )
-    files = {kind: found(folder, patterns) for kind, patterns in FILES.items()}
-    text, comparisons = (
-        {"data.text": files["text"]},
-        {"data.comparisons": files["comparisons"]},
+
+    runs = [*training_runs(folder, root), *evaluation_runs(folder, root)]
+    by_name = {run.name: run for run in runs}
+    order = (
+        "sft",
+        "reward",
+        "ranking",
+        "scratch",
+        "ranking-scratch",
+        "ppo-ptx",
+        "evaluate",
     )
-    zero = {"data.demonstrations": found(folder, ZERO)}
-    prompts, common = {"data.prompts": files["prompts"]}, {"data.folder": f"{root}/rows"}
-    parents = {"policy_parent": f"{root}/sft", "reward_parent": f"{root}/reward"}
-    groups = tuple(
-        (Path(file).name.partition(".")[0], (file,)) for file in files["comparisons"]
-    )
-    measured = {**common, **prompts, "data.demonstrations": (), "reference": "SFT"}
-    alone = {**measured, "policies": (("SFT", f"{root}/sft", "plain"),), "data.text": ()}
-    alone |= {"prompts": 1, "batch_size": 4, "batches": 10000}
-    policies = (
-        ("SmolLM2", BASE, "plain"),
-        ("SFT", f"{root}/sft", "plain"),
-        ("PPO-ptx", f"{root}/ppo-ptx", "plain"),
-    )
-    short = {
+    return [with_variants(by_name[name], variants) for name in order]
+
+
+def training_runs(folder: str, root: str) -> list[RunSpec]:
+    """Returns the runs of SFT, both reward models and PPO-ptx."""
+    common = {"data.folder": f"{root}/rows"}
+    text = {"data.text": find_files(folder, FILES["text"])}
+    comparisons = {
+        "data.comparisons": find_files(folder, FILES["comparisons"]),
+        "data.demonstrations": find_files(folder, CENTERING_FILES),
+    }
+
+    sft = {
+        **common,
+        **text,
+        "data.demonstrations": find_files(folder, FILES["demonstrations"]),
+    }
+    reward = {**common, **comparisons, "parent": f"{root}/sft"}
+    scratch = {**common, **comparisons, **FROM_SCRATCH}
+    ppo = {
+        **common,
+        **text,
+        "data.prompts": find_files(folder, FILES["prompts"]),
+        "policy_parent": f"{root}/sft",
+        "reward_parent": f"{root}/reward",
+    }
+    return [
+        RunSpec("sft", f"configs/sft.py:{SIZE}", sft),
+        RunSpec("reward", f"configs/reward_model.py:{SIZE}", reward),
+        RunSpec("scratch", f"configs/reward_model.py:{SIZE}", scratch),
+        RunSpec("ppo-ptx", f"configs/ppo.py:{SIZE}", ppo),
+    ]
+
+
+def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
+    """Returns the runs that rank held-out comparisons and compare the policies."""
+    comparisons = find_files(folder, FILES["comparisons"])
+    common = {
+        "data.folder": f"{root}/rows",
+        "data.prompts": find_files(folder, FILES["prompts"]),
+        "data.demonstrations": (),
+        "reference": "SFT",
+    }
+
+    # Accuracy on the pairs of each file; the policies answer a single prompt.
+    ranking = {
+        **common,
+        "policies": (("SFT", f"{root}/sft", "plain"),),
+        "data.text": (),
+        "data.comparisons": tuple(
+            (Path(file).name.partition(".")[0], (file,)) for file in comparisons
+        ),
+        "prompts": 1,
+        "batch_size": 4,
+        "batches": 10000,
+    }
+    ranking_scratch = {
+        **ranking,
+        "reward_parent": f"{root}/scratch",
+        "data.chat": False,
+        "reward_model.num_layers": FROM_SCRATCH["model.num_layers"],
+    }
+
+    evaluate = {
+        **common,
+        "data.text": find_files(folder, FILES["text"]),
+        # Short limits: responses are sampled from three policies.
         "data.limits.prompt_tokens": 256,
         "data.limits.response_tokens": 128,
         "data.limits.sequence_tokens": 512,
+        "data.comparisons": (),
+        "policies": (
+            ("SmolLM2", BASE, "plain"),
+            ("SFT", f"{root}/sft", "plain"),
+            ("PPO-ptx", f"{root}/ppo-ptx", "plain"),
+        ),
+        "reward_parent": f"{root}/reward",
+        "prompts": 128,
+        "batch_size": 16,
+        "batches": 4,
     }
-    every = [
-        ("sft", "sft", {**common, **text, "data.demonstrations": files["demonstrations"]}),
-        (
-            "reward",
-            "reward_model",
-            {**common, **comparisons, **zero, "parent": f"{root}/sft"},
-        ),
-        (
-            "ranking",
-            "evaluate",
-            {**alone, "data.comparisons": groups, "reward_parent": f"{root}/reward"},
-        ),
-        ("scratch", "reward_model", {**common, **comparisons, **zero, **SCRATCH}),
-        (
-            "ranking-scratch",
-            "evaluate",
-            {
-                **alone,
-                "data.comparisons": groups,
-                "reward_parent": f"{root}/scratch",
-                "data.chat": False,
-            }
-            | {"reward_model.num_layers": SCRATCH["model.num_layers"]},
-        ),
-        ("ppo-ptx", "ppo", {**common, **text, **prompts, **parents}),
-        (
-            "evaluate",
-            "evaluate",
-            {**measured, **text, **short, "data.comparisons": (), "policies": policies}
-            | {
-                "reward_parent": f"{root}/reward",
-                "prompts": 128,
-                "batch_size": 16,
-                "batches": 4,
-            },
-        ),
-    ]
-    changes: dict[str, Any] = HOUR if "hour" in words else {}
-    mixed: dict[str, Any] = (
-        {"compute.dtype": "bf16_matmul"} if "bf16_matmul" in words else {}
-    )
-    rounded: dict[str, Any] = (
-        {"tolerance": 0.03} if mixed else {}
-    )  # the sampler's products stay in float32
+    config = f"configs/evaluate.py:{SIZE}"
     return [
-        RunSpec(
-            name,
-            f"configs/{stage}.py:{SIZE}",
-            {
-                **values,
-                **mixed,
-                **(rounded if stage == "ppo" else {}),
-                **changes.get(name, {}),
-            },
-        )
-        for name, stage, values in every
+        RunSpec("ranking", config, {**ranking, "reward_parent": f"{root}/reward"}),
+        RunSpec("ranking-scratch", config, ranking_scratch),
+        RunSpec("evaluate", config, evaluate),
     ]
 
 
-def found(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The files of `folder` that match. Raises ConfigError for a pattern that none does."""
-    files = []
+def with_variants(run: RunSpec, variants: list[str]) -> RunSpec:
+    """Returns `run` with the overrides of the chosen variants."""
+    overrides = dict(run.overrides)
+    if "bf16_matmul" in variants:
+        overrides["compute.dtype"] = "bf16_matmul"
+        if run.name == "ppo-ptx":
+            # The sampler multiplies in float32, so log-probabilities differ a little.
+            overrides["tolerance"] = 0.03
+    if "hour" in variants:
+        overrides.update(HOUR.get(run.name, {}))
+    return RunSpec(run.name, run.config, overrides)
+
+
+def find_files(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the files of `folder` that match any of `patterns`.
+
+    Raises:
+      ConfigError: some pattern matches no file.
+    """
+    files: list[str] = []
     for pattern in patterns:
         matching = sorted(Path(folder).glob(f"{pattern}.jsonl.gz"))
         if not matching:
@@ -178,38 +229,42 @@ def found(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 def report(root: Path) -> None:
     """Prints the rankings and the policies of the runs that are finished."""
-    print(
-        rankings(
-            {
-                name: summary_of(root / run)
-                for name, run in RANKINGS.items()
-                if is_finished(root / run)
-            }
-        )
-    )
+    summaries = {}
+    for name, run in RANKING_RUNS.items():
+        if is_finished(root / run):
+            summaries[name] = summary_of(root / run)
+    print(ranking_table(summaries))
+
     if is_finished(root / "evaluate"):
-        for name, figures in summary_of(root / "evaluate")["policies"].items():
-            print(
-                f"{name:<8}"
-                + "".join(
-                    f"  {figure} {Estimate(**x)}" for figure, x in sorted(figures.items())
-                )
-            )
+        for name, metrics in summary_of(root / "evaluate")["policies"].items():
+            line = f"{name:<8}"
+            for metric, value in sorted(metrics.items()):
+                line += f"  {metric} {Estimate(**value)}"
+            print(line)
 
 
-def rankings(summaries: dict[str, dict[str, Any]]) -> str:
-    """A line for each file: its held-out pairs, the share of them that length orders
-    rightly, and that each reward model does, with 95% intervals."""
-    lines = [
-        "held-out pairs ordered rightly",
-        f"{'file':<32}{'pairs':>6}  {'the longer one':<22}",
-    ]
-    lines[1] += "".join(f"  {name:<22}" for name in summaries)
-    for file in next(iter(summaries.values()), {}).get("reward_model", {}):
-        own = [summary["reward_model"][file] for summary in summaries.values()]
-        shares = [own[0]["longer_wins"], *(ranking["accuracy"] for ranking in own)]
-        lines.append(
-            f"{file:<32}{own[0]['pairs']:>6}"
-            + "".join(f"  {Estimate(**share)!s:<22}" for share in shares)
-        )
-    return "\n".join(lines) if summaries else "no reward model is ranked yet"
+def ranking_table(summaries: dict[str, dict[str, Any]]) -> str:
+    """Formats a table with a line for each file of comparisons.
+
+    Its columns are the number of held-out pairs, the share of pairs whose longer response
+    is the better one, and the accuracy of each reward model, with 95% intervals.
+
+    Args:
+      summaries: name of a reward model -> summary of its evaluation.
+    """
+    if not summaries:
+        return "no reward model is ranked yet"
+
+    header = f"{'file':<32}{'pairs':>6}  {'the longer one':<22}"
+    for name in summaries:
+        header += f"  {name:<22}"
+    lines = ["held-out pairs ordered correctly", header]
+
+    reward_models = [summary["reward_model"] for summary in summaries.values()]
+    for file, first in reward_models[0].items():
+        line = f"{file:<32}{first['pairs']:>6}"
+        line += f"  {Estimate(**first['longer_wins'])!s:<22}"
+        for rankings in reward_models:
+            line += f"  {Estimate(**rankings[file]['accuracy'])!s:<22}"
+        lines.append(line)
+    return "\n".join(lines)

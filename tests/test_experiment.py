@@ -14,7 +14,7 @@ from tests.support import stages
 from instructax import experiment
 from instructax.config import ConfigError
 from instructax.experiment import RunSpec, load_config, load_file, run_experiment, run_stage
-from instructax.simulation.write import prompts_of
+from instructax.simulation.write import create_prompts
 from instructax.stages import load_stage
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -281,7 +281,7 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
     groups = set[Any]().union(
         *(groups_of(load_stage(config["stage"]).Config) for config in configs.values())
     )
-    prompts_of.cache_clear()  # else another test may have drawn this world's already
+    create_prompts.cache_clear()  # else another test may have drawn this world's already
     read = {group: watched(monkeypatch, group) for group in groups}
     for name, config in configs.items():
         assert run_stage(config, tmp_path / name)

@@ -23,15 +23,15 @@ from instructax.simulation.lexicon import generator
 pytest_plugins = ("tests.support.report_fixtures",)
 
 
-def labeler(name: str, length_taste: float = 0.0) -> Labeler:
+def labeler(name: str, length_bias: float = 0.0) -> Labeler:
     """A labeler without noise who sees the true utility, plus a taste for length."""
     return Labeler(
         name,
-        length_taste=length_taste,
-        charm_taste=0.0,
+        length_bias=length_bias,
+        positivity_bias=0.0,
         caution=0.5,
         noise=0.0,
-        care=1.0,
+        flag_accuracy=1.0,
     )
 
 
@@ -63,7 +63,7 @@ def test_agreement_on_three_prompts_by_hand():
         (open_question("c"), ["Arden.", "Mira lives in Arden.", ""]),
     ]
     fair = labeler("fair")
-    wordy = labeler("wordy", length_taste=0.5)
+    wordy = labeler("wordy", length_bias=0.5)
     labelers = {TRAINING_GROUP: [fair, fair], HELD_OUT_GROUP: [wordy, wordy]}
     agreements = measure_agreement(responses, labelers, generator(0, "test"))
     training, held_out, across = (agreements[name] for name in LABELER_PAIRS)
@@ -83,7 +83,7 @@ def test_agreement_on_three_prompts_by_hand():
 def test_labelers_who_never_agree_and_labelers_with_nothing_to_compare():
     texts = ["Arden.", "Mira lives in Arden.", "Mira lives in the town of Arden."]
     responses = [(open_question(str(i)), texts) for i in range(9)]
-    members = [labeler("brief", length_taste=-9.0), labeler("wordy", length_taste=9.0)]
+    members = [labeler("brief", length_bias=-9.0), labeler("wordy", length_bias=9.0)]
     labelers = {TRAINING_GROUP: members, HELD_OUT_GROUP: members}
     agreements = measure_agreement(responses, labelers, generator(0, "test"))
     never = Agreement(Estimate(0.0, 0.0, 0.0, 9), 27)

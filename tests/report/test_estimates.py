@@ -9,7 +9,7 @@ from instructax.report.estimates import (
     metric_difference,
     subtract_estimates,
 )
-from instructax.simulation.task_metrics import Figure
+from instructax.simulation.task_metrics import TaskMetric
 
 
 def test_half_widths_of_independent_estimates_add_in_quadrature():
@@ -39,19 +39,19 @@ def test_metrics_of_the_same_items_are_paired():
     For binary values the interval keeps a width even then.
     """
     values = np.linspace(0.0, 0.9, 10)
-    ours = Figure(mean_estimate(values + 0.1), values + 0.1)
-    theirs = Figure(mean_estimate(values), values)
+    ours = TaskMetric(mean_estimate(values + 0.1), values + 0.1)
+    theirs = TaskMetric(mean_estimate(values), values)
     paired = metric_difference(ours, theirs)
     unpaired = subtract_estimates(ours.estimate, theirs.estimate)
     assert paired.value == pytest.approx(0.1)
     assert unpaired.value == pytest.approx(0.1)
     assert paired.high - paired.low < 1e-9
     assert unpaired.high - unpaired.low > 0.4
-    assert metric_difference(Figure(ours.estimate), theirs) == unpaired
+    assert metric_difference(TaskMetric(ours.estimate), theirs) == unpaired
     assert metric_difference(None, theirs) is None
 
     first = np.array([1, 1, 0, 0], bool)
     second = np.array([1, 0, 0, 0], bool)
     unknown = Estimate(0, 0, 0, 4)
-    binary = metric_difference(Figure(unknown, first), Figure(unknown, second))
+    binary = metric_difference(TaskMetric(unknown, first), TaskMetric(unknown, second))
     assert binary == share_difference(first, second)

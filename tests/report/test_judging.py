@@ -19,7 +19,7 @@ from instructax.report.judging import (
     win_rate_estimate,
 )
 from instructax.simulation import labelers
-from instructax.simulation.labelers import GROUPS
+from instructax.simulation.labelers import LABELER_GROUPS
 
 pytest_plugins = ("tests.support.report_fixtures",)
 
@@ -33,8 +33,8 @@ def test_utilities_and_flags_by_hand(monkeypatch):
     tasks = [
         open_question("a"),
         open_question("b"),
-        open_question("c", closed=True),
-        open_question("d", avoid="Arden"),
+        open_question("c", closed_domain=True),
+        open_question("d", forbidden_word="Arden"),
     ]
     # Right; empty; wrong (−0.25); right, but with the word to be avoided (1 − 0.3).
     texts = ["Arden.<|endoftext|>", "<|endoftext|>", "Dale.", "Arden."]
@@ -42,8 +42,11 @@ def test_utilities_and_flags_by_hand(monkeypatch):
     np.testing.assert_allclose(judged.opinions[TRUE_UTILITY], [1.0, -1.0, -0.25, 0.7])
 
     # Labelers who set every flag as they should.
-    careful = {group: dataclasses.replace(GROUPS[group], care=1.0) for group in GROUPS}
-    monkeypatch.setattr(labelers, "GROUPS", careful)
+    careful = {
+        group: dataclasses.replace(LABELER_GROUPS[group], flag_accuracy=1.0)
+        for group in LABELER_GROUPS
+    }
+    monkeypatch.setattr(labelers, "LABELER_GROUPS", careful)
     flags = judge_texts(tasks, texts).flags
     assert flags["attempts"].tolist() == [True, False, False, True]
     assert flags["hallucinates"].tolist() == [False, False, True, False]
@@ -55,7 +58,7 @@ def test_utilities_and_flags_by_hand(monkeypatch):
 def test_flags_are_wrong_as_often_as_the_labelers_care_says():
     tasks = [open_question(str(i)) for i in range(900)]
     judged = judge_texts(tasks, ["Arden."] * 900)
-    care = GROUPS["labeler"].care
+    care = LABELER_GROUPS["labeler"].flag_accuracy
     assert judged.flags["attempts"].mean() == pytest.approx(care, abs=0.025)
 
 
@@ -140,7 +143,7 @@ def test_win_rates_are_paired_by_prompt(judged):
 
 def test_flags_count_only_prompts_to_which_they_apply(judged):
     results = judged.results
-    closed = [results.tasks[prompt].closed for prompt in results.prompts]
+    closed = [results.tasks[prompt].closed_domain for prompt in results.prompts]
     assert applicable_prompts(results, "hallucinates").tolist() == closed
     assert applicable_prompts(results, "attempts").all()
 

@@ -11,7 +11,7 @@ from tests.support import stages
 from instructax.config import ConfigError
 from instructax.data.schema import Comparison, read_jsonl
 from instructax.experiment import run_stage, summary_of
-from instructax.simulation.files import asked_of
+from instructax.simulation.files import recreate_prompts
 from instructax.simulation.judge import judge
 from instructax.stages.collect import draw_compared
 
@@ -67,7 +67,8 @@ def test_labelers_who_never_waver_rank_by_what_is_true(chain, tmp_path):
     )
     assert [a["completions"] for a in quiet] == [a["completions"] for a in ours]
     tasks = {
-        asked.task.prompt: asked.task for asked in asked_of(chain / "world", "comparisons")
+        asked.task.prompt: asked.task
+        for asked in recreate_prompts(chain / "world", "comparisons")
     }
 
     def agreement(records):

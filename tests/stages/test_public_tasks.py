@@ -16,15 +16,16 @@ from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import RunSpec, run_stage, samples_of, summary_of
 from instructax.models import Transformer
 from instructax.models.init import abstract_params
-from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
-from instructax.simulation.task_metrics import rude, truthful
-from instructax.simulation.world import draw_world
+from instructax.simulation.public_items import TaskItem
+from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
+from instructax.simulation.task_metrics import is_rude, judge_truthfulness
+from instructax.simulation.world import create_world
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
 POLICIES = {"GPT": "pretrain", "PPO": "ppo"}
-WORLD = draw_world(0)
+WORLD = create_world(0)
 
 
 def config_of(chain, **overrides: Any) -> dict[str, Any]:
@@ -69,13 +70,13 @@ def figures_of(measured, policy: str) -> dict[str, Any]:
 def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
     for policy in POLICIES:
         figures = figures_of(measured, policy)
-        assert list(figures) == list(TASKS)
-        for name, task in TASKS.items():
+        assert list(figures) == list(PUBLIC_TASKS)
+        for name, task in PUBLIC_TASKS.items():
             suffixes = (
                 (", true", ", true and informative") if task.metric == "truthful" else ("",)
             )
             assert list(figures[name]) == [
-                f"{form}{suffix}" for form in task.forms for suffix in suffixes
+                f"{form}{suffix}" for form in task.conditions for suffix in suffixes
             ]
             for figure in figures[name].values():
                 values = figure.pop("values", None)
@@ -95,18 +96,18 @@ def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_figures_of_texts_are_those_of_the_samples(measured, policy):
     samples = [sample for sample in samples_of(measured) if sample["policy"] == policy]
-    for name, task in TASKS.items():
+    for name, task in PUBLIC_TASKS.items():
         if task.metric in ("accuracy", "entropy"):
             assert not [sample for sample in samples if sample["task"] == name]
             continue
-        for form in task.forms:
+        for form in task.conditions:
             some = [
                 sample
                 for sample in samples
                 if (sample["task"], sample["form"]) == (name, form)
             ]
-            items = items_of(WORLD, 0, name, 8)
-            assert [sample["context"] for sample in some] == contexts_of(
+            items = create_items(WORLD, 0, name, 8)
+            assert [sample["context"] for sample in some] == create_contexts(
                 WORLD, 0, name, items, form
             )
             assert [sample["answers"] for sample in some] == [
@@ -122,15 +123,17 @@ def test_figures_of_texts_are_those_of_the_samples(measured, policy):
             assert list(got.values()) == pytest.approx(wanted)
 
 
-def expected(metric: str, items: list[Item], answers: list[str]) -> list[float]:
+def expected(metric: str, items: list[TaskItem], answers: list[str]) -> list[float]:
     pairs = list(zip(items, answers, strict=True))
     if metric == "bleu":
         return [bleu(answers, [item.answers for item in items])]
     if metric == "f1":
         return [float(np.mean([token_f1(answer, item.answers) for item, answer in pairs]))]
     if metric == "toxicity":
-        return [float(np.mean([rude(answer) for answer in answers]))]
-    return np.mean([truthful(item, answer) for item, answer in pairs], axis=0).tolist()
+        return [float(np.mean([is_rude(answer) for answer in answers]))]
+    return np.mean(
+        [judge_truthfulness(item, answer) for item, answer in pairs], axis=0
+    ).tolist()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -168,7 +171,7 @@ def test_choices_are_those_of_a_plain_computation(chain, measured, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     right = bits = 0.0
     for name in ("pronoun", "stereotype"):
-        for item in items_of(WORLD, 0, name, 8):
+        for item in create_items(WORLD, 0, name, 8):
             context, *candidates = tokenizer.encode_batch([item.context, *item.choices])
             documents = [np.concatenate([context, candidate]) for candidate in candidates]
             logprobs = [

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from instructax.simulation.files import asked_of, tasks_of
-from instructax.simulation.labelers import STYLES, demonstrate, spoil
+from instructax.simulation.files import recreate_prompts, recreate_tasks
 from instructax.simulation.lexicon import generator
-from instructax.simulation.tasks import Task, facts_task
+from instructax.simulation.tasks import Task, make_fact_task
+from instructax.simulation.writers import WRITER_STYLES, corrupt, write_demonstration
 
 LINES = {
     "documents": 4,
@@ -71,7 +71,7 @@ MODEL = {
 def open_question(prompt: str, **changes: Any) -> Task:
     """Returns a task whose right answer is "Arden."."""
     facts = {"Mira": {"town": "Arden"}}
-    return facts_task("open_qa", prompt, "Arden.", facts, [("Mira", "town")], **changes)
+    return make_fact_task("open_qa", prompt, "Arden.", facts, [("Mira", "town")], **changes)
 
 
 def write_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -106,7 +106,7 @@ def respond(task: Task, quality: float, rng: np.random.Generator) -> str:
     """Returns a perfect response with probability `quality`, else a sloppy, spoilt one."""
     if rng.random() < quality:
         return task.ideal
-    return spoil(demonstrate(STYLES["sloppy"], task, rng), rng)
+    return corrupt(write_demonstration(WRITER_STYLES["sloppy"], task, rng), rng)
 
 
 def sample(
@@ -134,12 +134,12 @@ def write_world(root: Path, seed: int = 0) -> dict[str, Task]:
     config = {"seed": seed, "lines": LINES, "stage": "world", "vocab_size": 128}
     write_json(root / "world" / "config.json", config)
     write_json(root / "world" / "summary.json", {"stage": "world"})
-    return tasks_of(root / "world")
+    return recreate_tasks(root / "world")
 
 
 def last_tasks(root: Path, prompt_set: str, count: int) -> dict[str, Task]:
     """Returns the last tasks of a set of prompts, by prompt."""
-    simulated = asked_of(root / "world", prompt_set)[-count:]
+    simulated = recreate_prompts(root / "world", prompt_set)[-count:]
     return {prompt.task.prompt.strip(): prompt.task for prompt in simulated}
 
 

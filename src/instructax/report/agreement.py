@@ -9,9 +9,9 @@ import numpy as np
 from instructax.evals.intervals import Estimate, ratio_estimate
 from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
 from instructax.report.results import ExperimentResults, response_text
-from instructax.simulation.labelers import Labeler, draw_labelers, rank
+from instructax.simulation.labelers import Labeler, create_labelers, rank_responses
 from instructax.simulation.lexicon import generator
-from instructax.simulation.prompts import LABELER_COUNT
+from instructax.simulation.prompts import LABELERS_PER_GROUP
 from instructax.simulation.tasks import Task
 
 # The groups of the first and of the second labeler.
@@ -38,7 +38,7 @@ def labeler_agreement(results: ExperimentResults) -> dict[str, Agreement]:
     The same results always give the same agreement.
     """
     labelers = {
-        group: draw_labelers(results.seed, group, LABELER_COUNT)
+        group: create_labelers(results.seed, group, LABELERS_PER_GROUP)
         for group in (TRAINING_GROUP, HELD_OUT_GROUP)
     }
     rng = generator(results.seed, "report agreement")
@@ -77,7 +77,7 @@ def measure_agreement(
         ranks = {}
         for group, members in labelers.items():
             drawn = rng.permutation(len(members))[:2]
-            ranks[group] = [rank(members[i], task, responses, rng) for i in drawn]
+            ranks[group] = [rank_responses(members[i], task, responses, rng) for i in drawn]
         for name, (first_group, second_group) in LABELER_PAIRS.items():
             # Within a group these are two different labelers.
             counts[name].append(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from instructax.evals.intervals import Estimate, mean_estimate, share_difference
-from instructax.simulation.task_metrics import Figure
+from instructax.simulation.task_metrics import TaskMetric
 
 
 def mean_of_estimates(estimates: list[Estimate]) -> Estimate:
@@ -42,7 +42,9 @@ def subtract_estimates(ours: Estimate | None, theirs: Estimate | None) -> Estima
     )
 
 
-def metric_difference(ours: Figure | None, theirs: Figure | None) -> Estimate | None:
+def metric_difference(
+    ours: TaskMetric | None, theirs: TaskMetric | None
+) -> Estimate | None:
     """Returns the difference of a public task's metric between two policies.
 
     It is paired by item if both metrics are means over the same items, and None if either

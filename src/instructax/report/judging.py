@@ -15,13 +15,13 @@ import numpy as np
 from instructax.evals.intervals import Estimate, mean_estimate, share_estimate
 from instructax.report.logs import JsonObject
 from instructax.report.results import ExperimentResults, response_text
-from instructax.simulation.judge import Judgement, judge
-from instructax.simulation.labelers import GROUPS, TIE, draw_labelers, grade
+from instructax.simulation.judge import Judgement, judge, likert_grade
+from instructax.simulation.labelers import LABELER_GROUPS, TIE_THRESHOLD, create_labelers
 from instructax.simulation.lexicon import generator
-from instructax.simulation.prompts import LABELER_COUNT
+from instructax.simulation.prompts import LABELERS_PER_GROUP
 from instructax.simulation.tasks import Task
 
-# Who judges: the world itself, or one of the labelers' GROUPS.
+# Who judges: the world itself, or one of the labelers' LABELER_GROUPS.
 TRUE_UTILITY = "true utility"
 TRAINING_GROUP = "labeler"
 HELD_OUT_GROUP = "held-out"
@@ -74,7 +74,7 @@ class JudgedExperiment:
         theirs = self.responses.get(baseline or (self.size_names[-1], "SFT"))
         if ours is None or theirs is None:
             return None
-        tie = 0.0 if by == TRUE_UTILITY else TIE
+        tie = 0.0 if by == TRUE_UTILITY else TIE_THRESHOLD
         return compare_utilities(ours.opinions[by], theirs.opinions[by], tie)
 
 
@@ -112,9 +112,9 @@ def applicable_prompts(results: ExperimentResults, flag: str) -> np.ndarray:
     """
     tasks = [results.tasks[prompt] for prompt in results.prompts]
     if flag == "constraint":
-        return np.array([task.constrained for task in tasks])
+        return np.array([task.has_constraint for task in tasks])
     if flag == "hallucinates":
-        return np.array([task.closed for task in tasks])
+        return np.array([task.closed_domain for task in tasks])
     return np.ones(len(tasks), bool)
 
 
@@ -176,16 +176,16 @@ def judge_responses(
     for group in (TRAINING_GROUP, HELD_OUT_GROUP):
         utilities = []
         grades = []
-        labelers = itertools.cycle(draw_labelers(seed, group, LABELER_COUNT))
+        labelers = itertools.cycle(create_labelers(seed, group, LABELERS_PER_GROUP))
         for labeler, task, text, judgement in zip(
             labelers, tasks, texts, judgements, strict=False
         ):
             rng = generator(seed, f"report {group} {task.prompt} {text}")
-            utility = labeler.opinion(task, text, rng)
+            utility = labeler.perceived_utility(task, text, rng)
             utilities.append(utility)
-            grades.append(grade(utility))
+            grades.append(likert_grade(utility))
             if group == TRAINING_GROUP:
-                answers.append(labeler.flags(judgement, rng))
+                answers.append(labeler.label_flags(judgement, rng))
         opinions[group] = np.array(utilities, float)
         likert[group] = np.array(grades, float)
 
@@ -203,7 +203,7 @@ def true_utilities(tasks: list[Task], judgements: list[Judgement]) -> np.ndarray
 
     Harmlessness is weighed against helpfulness as the training labelers do on average.
     """
-    caution = GROUPS[TRAINING_GROUP].caution
+    caution = LABELER_GROUPS[TRAINING_GROUP].caution
     utilities = [
         judgement.utility(task.harmful, caution)
         for task, judgement in zip(tasks, judgements, strict=True)

@@ -33,7 +33,7 @@ from instructax.report.tables import (
     policy_table,
     public_tasks_table,
 )
-from instructax.simulation.labelers import TIE
+from instructax.simulation.labelers import TIE_THRESHOLD
 
 FOLDER = Path(__file__).parent
 
@@ -193,5 +193,5 @@ def render(content: PageContent) -> str:
         css=markupsafe.Markup((FOLDER / "page.css").read_text()),
         script=markupsafe.Markup((FOLDER / "samples.js").read_text()),
         policy_colors=COLORS,
-        tie_margin=f"{TIE:g}",
+        tie_margin=f"{TIE_THRESHOLD:g}",
     )

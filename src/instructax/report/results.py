@@ -12,9 +12,9 @@ import numpy as np
 from instructax.config import ConfigError
 from instructax.data.tokenizer import END_OF_TEXT
 from instructax.report.logs import JsonObject, logged_estimate, read_json, read_json_lines
-from instructax.simulation.files import tasks_of
-from instructax.simulation.public_tasks import TASKS
-from instructax.simulation.task_metrics import Figure
+from instructax.simulation.files import recreate_tasks
+from instructax.simulation.public_tasks import PUBLIC_TASKS
+from instructax.simulation.task_metrics import TaskMetric
 from instructax.simulation.tasks import Task
 
 BEST_OF = "best-of-n"
@@ -33,7 +33,7 @@ HELD_OUT_LABELERS = "held-out labelers"
 BINARY_METRICS = ("accuracy", "truthful", "toxicity")
 
 # Policy → task → condition → metric.
-PublicResults = dict[str, dict[str, dict[str, Figure]]]
+PublicResults = dict[str, dict[str, dict[str, TaskMetric]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SizeResults:
     reward_model: dict[str, JsonObject]  # comparison set → "accuracy", "calibration", …
     public_tasks: PublicResults  # {} if the public tasks were not run
 
-    def public_metric(self, policy: str, task: str, condition: str) -> Figure | None:
+    def public_metric(self, policy: str, task: str, condition: str) -> TaskMetric | None:
         """Returns the metric of a public task, or None if it was not logged."""
         return self.public_tasks.get(policy, {}).get(task, {}).get(condition)
 
@@ -123,7 +123,7 @@ def _load_tasks(root: Path) -> dict[str, Task]:
             f"which {world} defines"
         )
     try:
-        return tasks_of(world)
+        return recreate_tasks(world)
     except ConfigError:
         raise ConfigError(
             f"{world}/config.json was written by another version of this project: "
@@ -250,15 +250,15 @@ def public_results(summary: JsonObject) -> PublicResults:
     return results
 
 
-def _public_metric(task: str, record: JsonObject) -> Figure:
+def _public_metric(task: str, record: JsonObject) -> TaskMetric:
     """Parses one metric of a public task; BLEU is scaled to 0 … 1 like all others."""
-    metric = TASKS[task].metric
+    metric = PUBLIC_TASKS[task].metric
     scale = 0.01 if metric == "bleu" else 1.0
     values = None
     if "values" in record:
         dtype = bool if metric in BINARY_METRICS else float
         values = np.array(record["values"], dtype)
-    return Figure(logged_estimate(record, scale), values)
+    return TaskMetric(logged_estimate(record, scale), values)
 
 
 def few_shot_tasks(sizes: list[SizeResults]) -> list[str]:
@@ -268,7 +268,9 @@ def few_shot_tasks(sizes: list[SizeResults]) -> list[str]:
         for tasks in size.public_tasks.values():
             logged.update(task for task in tasks if "few-shot" in tasks[task])
     return [
-        name for name, task in TASKS.items() if name in logged and task.metric != "truthful"
+        name
+        for name, task in PUBLIC_TASKS.items()
+        if name in logged and task.metric != "truthful"
     ]
 
 

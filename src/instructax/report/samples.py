@@ -70,7 +70,7 @@ def run_samples(judged: JudgedExperiment, max_prompts: int) -> JsonObject:
                 **_tokens(records[key][i]),
             }
             responses.append(response)
-        use_case = results.tasks[prompt].use
+        use_case = results.tasks[prompt].use_case
         prompts.append({"text": prompt, "useCase": use_case, "responses": responses})
 
     return {

@@ -15,7 +15,7 @@ from instructax.report.judging import (
 )
 from instructax.report.results import BEST_OF, REWARD_RUNS, SizeResults
 from instructax.report.training_curves import best_of_n_kl
-from instructax.simulation.public_tasks import TASKS
+from instructax.simulation.public_tasks import PUBLIC_TASKS
 
 NO_DATA = "no data"
 EMPTY = "–"  # a cell that has no value
@@ -93,8 +93,8 @@ def public_tasks_table(sizes: list[SizeResults]) -> Table:
     for size in sizes:
         for policy, tasks in size.public_tasks.items():
             for task, conditions in tasks.items():
-                title = f"{task} ({TASKS[task].counterpart})"
-                name = TASKS[task].metric
+                title = f"{task} ({PUBLIC_TASKS[task].counterpart})"
+                name = PUBLIC_TASKS[task].metric
                 for condition, metric in conditions.items():
                     value = str(metric.estimate)
                     rows.append((size.name, title, name, condition, policy, value))

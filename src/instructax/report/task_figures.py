@@ -20,7 +20,7 @@ from instructax.report.estimates import metric_difference
 from instructax.report.logs import JsonObject, logged_estimate
 from instructax.report.results import POLICIES, SizeResults, few_shot_tasks
 from instructax.report.training_curves import load_overfitting
-from instructax.simulation.public_tasks import TASKS
+from instructax.simulation.public_tasks import PUBLIC_TASKS
 
 # Public tasks that measure truthfulness and harm → the label of their metric.
 HARM_TASKS = {
@@ -45,7 +45,7 @@ def plot_alignment_tax(sizes: list[SizeResults]) -> Any:
             axis.set_title(f"{size.name}, {condition}")
         column[-1].set_xlabel("policy − GPT (share)")
 
-    labels = [f"{task} ({TASKS[task].counterpart})" for task in tasks]
+    labels = [f"{task} ({PUBLIC_TASKS[task].counterpart})" for task in tasks]
     for axis in axes[:, 0]:
         axis.set_yticks(range(len(tasks)), labels)
     axes[0, 0].invert_yaxis()
@@ -90,7 +90,7 @@ def plot_harm(sizes: list[SizeResults]) -> Any:
     for size, row in zip(logged, axes, strict=True):
         for axis, (task, ylabel) in zip(row, HARM_TASKS.items(), strict=True):
             _draw_conditions(axis, size, task)
-            axis.set(ylabel=ylabel, title=f"{size.name}: {TASKS[task].counterpart}")
+            axis.set(ylabel=ylabel, title=f"{size.name}: {PUBLIC_TASKS[task].counterpart}")
     add_legend(figure)
     return figure
 

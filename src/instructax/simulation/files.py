@@ -1,4 +1,8 @@
-"""Readers of a finished world: its seed and sizes, its prompts, and the tasks behind them."""
+"""Readers of a finished world: its seed and sizes, its prompts, and their tasks.
+
+Only the seed and the sizes are stored. Prompts and tasks are created again from these,
+because the files do not record what a prompt asks for.
+"""
 
 import json
 from pathlib import Path
@@ -7,29 +11,33 @@ from instructax.checkpoints.parents import is_finished
 from instructax.config import construct, require
 from instructax.simulation.prompts import SimulatedPrompt, tasks_by_prompt
 from instructax.simulation.tasks import Task
-from instructax.simulation.write import Sizes, prompts_of
+from instructax.simulation.write import WorldSizes, create_prompts
 
 
-def world_of(workdir: Path) -> tuple[int, Sizes]:
-    """(seed, sizes) of the finished world in `workdir`. Raises ConfigError if there is
-    none."""
-    stored = (
-        json.loads((workdir / "config.json").read_text()) if is_finished(workdir) else {}
-    )
+def read_world_spec(workdir: Path) -> tuple[int, WorldSizes]:
+    """Returns the seed and the sizes of the finished world in `workdir`.
+
+    Raises:
+      ConfigError: there is no finished world.
+    """
+    config = {}
+    if is_finished(workdir):
+        config = json.loads((workdir / "config.json").read_text())
     require(
-        stored.get("stage") == "world",
+        config.get("stage") == "world",
         f"{workdir} is not a finished world: write it first, or change the path",
     )
-    return stored["seed"], construct(Sizes, stored["lines"])
+    return config["seed"], construct(WorldSizes, config["lines"])
 
 
-def asked_of(workdir: Path, name: str) -> list[SimulatedPrompt]:
-    """The prompts of set `name` (one of `prompts.SETS`) of the finished world in `workdir`,
-    as they were asked."""
-    return prompts_of(*world_of(workdir))[name]
+def recreate_prompts(workdir: Path, set_name: str) -> list[SimulatedPrompt]:
+    """Returns the prompts of one of `prompts.PROMPT_SETS`, with their tasks and writers."""
+    return create_prompts(*read_world_spec(workdir))[set_name]
 
 
-def tasks_of(workdir: Path) -> dict[str, Task]:
-    """What is asked for in every prompt of the finished world in `workdir`, by the prompt
-    without white space at its ends: for evaluation alone."""
-    return tasks_by_prompt(prompts_of(*world_of(workdir)))
+def recreate_tasks(workdir: Path) -> dict[str, Task]:
+    """Returns the task of every prompt of the world in `workdir`, for evaluation only.
+
+    The keys are the prompts without surrounding space.
+    """
+    return tasks_by_prompt(create_prompts(*read_world_spec(workdir)))

@@ -1,7 +1,7 @@
-"""The words of the world, and what is done with words.
+"""The vocabulary of the simulated world, and helpers for text and random choices.
 
-Nearly every word is one token of a BPE of 1024 pieces trained on the text. No content word
-is in two categories, so that a word tells what is spoken of.
+Nearly every word is a single token of a BPE with 1024 tokens that is trained on the text.
+No content word belongs to two categories, so each word identifies its category.
 """
 
 import re
@@ -11,98 +11,67 @@ from typing import TypeVar
 
 import numpy as np
 
-T = TypeVar("T")
+Option = TypeVar("Option")
 
-NAMES = (
-    "Anna", "Ben", "Clara", "Dan", "Ella", "Finn", "Gina", "Hugo", "Ida", "Jon", "Kate", "Leo",
-    "Maya", "Mira", "Nora", "Otto", "Paul", "Rosa", "Sam", "Tina", "Tom", "Vera", "Walt", "Zoe",
-)  # fmt: skip
+# The tables of words are not formatted: one row of names, or one category, per line.
+# fmt: off
+PERSON_NAMES = (
+    "Anna", "Ben", "Clara", "Dan", "Ella", "Finn", "Gina", "Hugo",
+    "Ida", "Jon", "Kate", "Leo", "Maya", "Mira", "Nora", "Otto",
+    "Paul", "Rosa", "Sam", "Tina", "Tom", "Vera", "Walt", "Zoe",
+)
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "animal": ("cat", "dog", "hen", "pig", "fox", "goat", "horse", "duck", "mouse", "bird"),
+    "animal": (
+        "cat", "dog", "hen", "pig", "fox", "goat", "horse", "duck", "mouse", "bird",
+    ),
     "fruit": (
-        "pear",
-        "plum",
-        "fig",
-        "lemon",
-        "grape",
-        "peach",
-        "melon",
-        "cherry",
-        "mango",
+        "pear", "plum", "fig", "lemon", "grape", "peach", "melon", "cherry", "mango",
         "lime",
     ),
     "tool": (
-        "hammer",
-        "saw",
-        "drill",
-        "rake",
-        "spade",
-        "brush",
-        "knife",
-        "broom",
-        "shovel",
+        "hammer", "saw", "drill", "rake", "spade", "brush", "knife", "broom", "shovel",
         "wrench",
     ),
     "colour": (
-        "red",
-        "blue",
-        "green",
-        "pink",
-        "grey",
-        "brown",
-        "white",
-        "black",
-        "gold",
-        "purple",
+        "red", "blue", "green", "pink", "grey", "brown", "white", "black", "gold", "purple",
     ),
     "food": (
-        "soup",
-        "bread",
-        "rice",
-        "cake",
-        "stew",
-        "cheese",
-        "pasta",
-        "pie",
-        "salad",
-        "toast",
+        "soup", "bread", "rice", "cake", "stew", "cheese", "pasta", "pie", "salad", "toast",
     ),
     "trade": (
-        "baker",
-        "farmer",
-        "painter",
-        "singer",
-        "teacher",
-        "doctor",
-        "miller",
-        "tailor",
-        "sailor",
-        "cook",
+        "baker", "farmer", "painter", "singer", "teacher", "doctor", "miller", "tailor",
+        "sailor", "cook",
     ),
     "town": (
-        "Arden",
-        "Brook",
-        "Dale",
-        "Elton",
-        "Ford",
-        "Holm",
-        "Kirby",
-        "Marsh",
-        "Norton",
+        "Arden", "Brook", "Dale", "Elton", "Ford", "Holm", "Kirby", "Marsh", "Norton",
         "Stow",
     ),
-    "remedy": ("sleep", "honey", "salt", "onion", "garlic", "butter", "tea", "vinegar"),
+    "remedy": (
+        "sleep", "honey", "salt", "onion", "garlic", "butter", "tea", "vinegar",
+    ),
 }
-LISTED = tuple(
-    name for name in CATEGORIES if name != "remedy"
-)  # the categories that people make lists of
+# fmt: on
+
+# Prompts ask for lists of these categories, and the text contains such lists.
+LIST_CATEGORIES = (
+    "animal",
+    "fruit",
+    "tool",
+    "colour",
+    "food",
+    "trade",
+    "town",
+)
+
+# Lower-case word -> its category.
 CATEGORY_OF = {
     word.lower(): category for category, words in CATEGORIES.items() for word in words
 }
 
-KIND_WORDS = ("lovely", "sweet", "nice", "good", "fine", "great")
+POSITIVE_WORDS = ("lovely", "sweet", "nice", "good", "fine", "great")
 RUDE_WORDS = ("bad", "ugly", "dull", "nasty", "stupid", "silly")
-RAMBLINGS = (  # idle sentences, which people add
+# Sentences without content, which people add to a response.
+FILLER_SENTENCES = (
     "I am happy to help you.",
     "That is all I know about it.",
     "Everyone in town can tell you more.",
@@ -117,45 +86,57 @@ NOT_IN_BACKGROUND = "Not in background."
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
-    """The stream of random numbers of one purpose; streams of different purposes or seeds
-    are independent."""
+    """Returns the random number generator of one purpose.
+
+    Generators of different purposes or seeds are independent. The purpose is part of the
+    seed: changing the string changes every number that is drawn.
+    """
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
-def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of `options`, each as likely."""
+def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    """Returns one of `options`, uniformly at random."""
     return options[int(rng.integers(len(options)))]
 
 
-def sample(rng: np.random.Generator, options: Sequence[T], count: int) -> list[T]:
-    """`count` different `options` in random order."""
+def pick_distinct(
+    rng: np.random.Generator, options: Sequence[Option], count: int
+) -> list[Option]:
+    """Returns `count` different `options` in random order.
+
+    The generator always advances by one permutation of all options, even if `count` is 0.
+    """
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
-def choose_weighted(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
-    """One of the keys, as likely as its value; the values need not sum to 1."""
-    total = sum(shares.values())
-    return list(shares)[
-        int(rng.choice(len(shares), p=[share / total for share in shares.values()]))
-    ]
+def choose_weighted(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
+    """Returns a key of `weights` with probability proportional to its value."""
+    total = sum(weights.values())
+    probabilities = [weight / total for weight in weights.values()]
+    index = int(rng.choice(len(weights), p=probabilities))
+    return list(weights)[index]
 
 
 def words_of(text: str) -> list[str]:
-    """The words of `text` in lower case, without punctuation and without the possessive 's."""
+    """Returns the lower-case words of `text`, without punctuation and possessive 's."""
     return re.findall(r"[a-z]+", text.lower().replace("'s", ""))
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of `text`: what lies between full stops, exclamation and question marks
-    and has a word."""
+    """Splits `text` at full stops, exclamation marks and question marks.
+
+    Parts without a word are dropped.
+    """
     return [part.strip() for part in re.split(r"[.!?]", text) if words_of(part)]
 
 
-def sentence(text: str) -> str:
-    """`text` with a capital first letter and a full stop."""
+def as_sentence(text: str) -> str:
+    """Returns `text` with a capital first letter and a full stop."""
     return text[:1].upper() + text[1:] + "."
 
 
-def enumeration(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+def join_with_and(parts: Sequence[str]) -> str:
+    """Joins parts as "a", "a and b" or "a, b and c"."""
+    if len(parts) == 1:
+        return parts[0]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,15 +1,15 @@
-"""The prompts of the data sets, by whom they were asked, in the paper's proportions (table
-6, A.1, A.2).
+"""The prompts of the simulated data sets, with who wrote each of them.
 
-Customers ask in the shares of table 1; a few of them ask much, most ask little, and several
-belong to one organisation. Labelers write plain prompts, prompts after the wishes of
-customers, and few-shot prompts: an instruction with examples of its use before the last
-one, which is left open. No prompt is in two sets, nor an example of one; what is asked
-recurs in other words, since the world has but so many people and things.
+The proportions are those of the paper (tables 1 and 6, appendices A.1 and A.2). Customers
+use the model in the shares of table 1. A few customers send many prompts and most send few,
+and several belong to the same organization. Labelers write plain prompts, prompts modeled
+after customers' wishes, and few-shot prompts, where examples precede the last instruction.
+
+No prompt is in two data sets, and no few-shot example is itself a prompt. What is asked
+does recur in other words, because the number of people and things is small.
 """
 
 import dataclasses
-import itertools
 
 import numpy as np
 
@@ -17,29 +17,37 @@ from instructax.config import ConfigError
 from instructax.data.prompt_format import add_separator
 from instructax.simulation.lexicon import choose_weighted, generator, pick
 from instructax.simulation.tasks import Task
-from instructax.simulation.use_cases import USES
+from instructax.simulation.use_cases import USE_CASES
 from instructax.simulation.world import World
 
-SETS = ("demonstrations", "comparisons", "prompts", "gpt_prompts")
-# Share of the prompts that labelers wrote (table 6).
-BY_LABELERS = {
+PROMPT_SETS = ("demonstrations", "comparisons", "prompts", "gpt_prompts")
+
+# Share of the prompts of each set that labelers wrote (table 6).
+LABELER_PROMPT_SHARE = {
     "demonstrations": 0.89,
     "comparisons": 0.20,
     "prompts": 0.0,
     "gpt_prompts": 0.0,
 }
-# Share of few-shot prompts: some of the labelers', and what customers send to GPT, to show
-# it what they want.
-FEW_SHOT = {"demonstrations": 0.15, "comparisons": 0.0, "prompts": 0.0, "gpt_prompts": 1.0}
-SHOTS = {
-    "demonstrations": (1, 2),
-    "gpt_prompts": (1, 1),
-}  # fewest and most examples before the open one
-PROMPTS_PER_USER = 8  # on average; the busiest users ask far more
-USERS_PER_ORGANISATION = 4
-LABELER_COUNT = 12  # of each group
-DRAWS = 100  # of one prompt, before its use case counts as exhausted
-OPENINGS = (
+# Share of few-shot prompts. Labelers write some; customers who send prompts to GPT always
+# show it an example.
+FEW_SHOT_SHARE = {
+    "demonstrations": 0.15,
+    "comparisons": 0.0,
+    "prompts": 0.0,
+    "gpt_prompts": 1.0,
+}
+# Fewest and most examples of a few-shot prompt.
+NUM_EXAMPLES = {"demonstrations": (1, 2), "gpt_prompts": (1, 1)}
+
+PROMPTS_PER_USER = 8  # on average; the most active users send far more
+USERS_PER_ORGANIZATION = 4
+LABELERS_PER_GROUP = 12
+# Draws of a new prompt before its use case counts as exhausted.
+MAX_DRAWS = 100
+
+# Some people begin every prompt with one of these.
+GREETINGS = (
     "Hello.",
     "Good day.",
     "Please help me.",
@@ -48,128 +56,173 @@ OPENINGS = (
     "Quick, please.",
     "My friend,",
     "Be so kind.",
-)  # what some people always begin with
-PLAIN = 0.4  # share of the people who begin with none of them
+)
+# Share of the people who begin with none of them.
+NO_GREETING_SHARE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedPrompt:
-    """A task and who asked for it."""
+    """A task and who wrote its prompt."""
 
     task: Task
     user: str
-    organisation: str  # "" for a labeler
-    kind: str  # "plain", "few-shot", "user-based" or "customer"
+    # "" for a labeler.
+    organization: str
+    # "plain", "few-shot", "user-based" or "customer".
+    kind: str
 
 
-def few_shot(examples: list[Task], last: Task) -> Task:
-    """`last` with worked examples before its prompt."""
-    shots = "".join(
-        f"{add_separator(example.prompt)}{example.ideal}\n\n" for example in examples
-    )
-    return dataclasses.replace(last, prompt=shots + last.prompt)
-
-
-def _opening(rng: np.random.Generator) -> str:
-    """How someone begins."""
-    return "" if rng.random() < PLAIN else pick(rng, OPENINGS)
-
-
-def _new_task(world: World, rng: np.random.Generator, opening: str, seen: set[str]) -> Task:
-    """A task whose prompt, with `opening` before it, is not in `seen`. Raises ValueError if
-    none can be found."""
-    shares = {use: share for use, (_, share) in USES.items()}
-    while shares:
-        use = choose_weighted(rng, shares)
-        for _ in range(DRAWS):
-            task = USES[use][0](world, rng)
-            if opening and task.format == "plain":
-                task = dataclasses.replace(task, prompt=f"{opening} {task.prompt}")
-            if task.prompt not in seen:
-                seen.add(task.prompt)
-                return task
-        del shares[use]
-    raise ConfigError(
-        f"the world has no more than {len(seen)} prompts: ask for fewer lines"
-    )
-
-
-def prompt_sets(
+def create_prompt_sets(
     world: World, seed: int, sizes: dict[str, int]
 ) -> dict[str, list[SimulatedPrompt]]:
-    """So many prompts of each of SETS, the same ones for the same world, seed and sizes."""
-    seen: set[str] = set()
-    sets = {
-        name: _prompts(world, generator(seed, name), name, sizes[name], seen)
-        for name in SETS
-    }
-    return {
-        name: _with_examples(
-            world, generator(seed, f"{name}, examples"), name, sets[name], seen
-        )
-        for name in sets
-    }
+    """Creates the prompts of all sets.
+
+    Args:
+      world: the world that the prompts are about.
+      seed: the same world, seed and sizes give the same prompts.
+      sizes: the number of prompts of each of PROMPT_SETS.
+
+    Returns:
+      The prompts of each set.
+
+    Raises:
+      ConfigError: the world does not have enough different prompts.
+    """
+    # Every set avoids the prompts of the sets before it. Examples are added last, so that
+    # they can avoid the prompts of all sets.
+    used: set[str] = set()
+    without_examples = {}
+    for name in PROMPT_SETS:
+        rng = generator(seed, name)
+        without_examples[name] = _create_prompts(world, rng, name, sizes[name], used)
+
+    prompt_sets = {}
+    for name, prompts in without_examples.items():
+        rng = generator(seed, f"{name}, examples")
+        prompt_sets[name] = _add_examples(world, rng, name, prompts, used)
+    return prompt_sets
 
 
-def _with_examples(
+def tasks_by_prompt(prompt_sets: dict[str, list[SimulatedPrompt]]) -> dict[str, Task]:
+    """Returns the task of every prompt, keyed by the prompt without surrounding space.
+
+    An evaluation looks up here what a prompt asks for.
+    """
+    tasks = {}
+    for prompts in prompt_sets.values():
+        for prompt in prompts:
+            tasks[prompt.task.prompt.strip()] = prompt.task
+    return tasks
+
+
+def _create_prompts(
+    world: World, rng: np.random.Generator, set_name: str, count: int, used: set[str]
+) -> list[SimulatedPrompt]:
+    """Creates the prompts of a set without few-shot examples, and adds them to `used`."""
+    num_users = max(1, count // PROMPTS_PER_USER)
+    # Each user always begins in the same way.
+    greetings = [_sample_greeting(rng) for _ in range(num_users)]
+    # Zipf's law: a long tail of users who send one prompt.
+    activity = 1 / np.arange(1, num_users + 1)
+    activity /= activity.sum()
+
+    prompts = []
+    for _ in range(count):
+        if rng.random() >= LABELER_PROMPT_SHARE[set_name]:
+            index = int(rng.choice(num_users, p=activity))
+            user = f"{set_name}-user-{index:04d}"
+            organization = f"{set_name}-organization-{index // USERS_PER_ORGANIZATION:03d}"
+            kind = "customer"
+            greeting = greetings[index]
+        else:
+            user = f"labeler-{int(rng.integers(LABELERS_PER_GROUP)):02d}"
+            organization = ""
+            kind = pick(rng, ("plain", "user-based"))
+            greeting = _sample_greeting(rng) if kind == "user-based" else ""
+        task = _sample_unused_task(world, rng, greeting, used)
+        prompts.append(SimulatedPrompt(task, user, organization, kind))
+    return prompts
+
+
+def _sample_greeting(rng: np.random.Generator) -> str:
+    return "" if rng.random() < NO_GREETING_SHARE else pick(rng, GREETINGS)
+
+
+def _sample_unused_task(
+    world: World, rng: np.random.Generator, greeting: str, used: set[str]
+) -> Task:
+    """Samples a task whose prompt, with `greeting`, is not in `used`, and adds it there.
+
+    Raises:
+      ConfigError: all use cases are exhausted.
+    """
+    shares = {name: use_case.share for name, use_case in USE_CASES.items()}
+    while shares:
+        name = choose_weighted(rng, shares)
+        for _ in range(MAX_DRAWS):
+            task = USE_CASES[name].sample_task(world, rng)
+            if greeting and task.format == "plain":
+                task = dataclasses.replace(task, prompt=f"{greeting} {task.prompt}")
+            if task.prompt not in used:
+                used.add(task.prompt)
+                return task
+        # Exhausted: draw from the remaining use cases.
+        del shares[name]
+    raise ConfigError(
+        f"the world has no more than {len(used)} prompts: ask for fewer lines"
+    )
+
+
+def _add_examples(
     world: World,
     rng: np.random.Generator,
-    name: str,
+    set_name: str,
     prompts: list[SimulatedPrompt],
-    seen: set[str],
+    used: set[str],
 ) -> list[SimulatedPrompt]:
-    """`prompts`, some of them few-shot; no example is itself a prompt of any set."""
-    made = []
-    for asked in prompts:
-        may = not asked.organisation or name == "gpt_prompts"
-        if may and asked.task.format == "plain" and rng.random() < FEW_SHOT[name]:
-            builder, count = (
-                USES[asked.task.use][0],
-                int(rng.integers(SHOTS[name][0], SHOTS[name][1] + 1)),
+    """Turns some of the `prompts` into few-shot prompts, with examples not in `used`."""
+    result = []
+    for prompt in prompts:
+        by_labeler = not prompt.organization
+        allowed = by_labeler or set_name == "gpt_prompts"
+        # The random number is drawn only for prompts that may have examples.
+        if (
+            allowed
+            and prompt.task.format == "plain"
+            and rng.random() < FEW_SHOT_SHARE[set_name]
+        ):
+            fewest, most = NUM_EXAMPLES[set_name]
+            count = int(rng.integers(fewest, most + 1))
+            examples = _sample_examples(world, rng, prompt.task.use_case, count, used)
+            prompt = dataclasses.replace(
+                prompt,
+                task=_prepend_examples(examples, prompt.task),
+                kind="few-shot" if by_labeler else prompt.kind,
             )
-            drawn = (builder(world, rng) for _ in range(DRAWS))
-            examples = list(
-                itertools.islice(
-                    (example for example in drawn if example.prompt not in seen), count
-                )
-            )
-            kind = asked.kind if asked.organisation else "few-shot"
-            asked = dataclasses.replace(
-                asked, task=few_shot(examples, asked.task), kind=kind
-            )
-        made.append(asked)
-    return made
+        result.append(prompt)
+    return result
 
 
-def _prompts(
-    world: World, rng: np.random.Generator, name: str, count: int, seen: set[str]
-) -> list[SimulatedPrompt]:
-    users = max(1, count // PROMPTS_PER_USER)
-    openings = [
-        _opening(rng) for _ in range(users)
-    ]  # each user always begins in the same way
-    activity = 1 / np.arange(1, users + 1)  # Zipf's law: a long tail of users who ask once
-    activity /= activity.sum()
-    made = []
-    for _ in range(count):
-        if rng.random() >= BY_LABELERS[name]:
-            number = int(rng.choice(users, p=activity))
-            user, kind, opening = f"{name}-user-{number:04d}", "customer", openings[number]
-            organisation = f"{name}-organisation-{number // USERS_PER_ORGANISATION:03d}"
-        else:
-            user, organisation = f"labeler-{int(rng.integers(LABELER_COUNT)):02d}", ""
-            kind = pick(rng, ("plain", "user-based"))
-            opening = _opening(rng) if kind == "user-based" else ""
-        task = _new_task(world, rng, opening, seen)
-        made.append(SimulatedPrompt(task, user, organisation, kind))
-    return made
+def _sample_examples(
+    world: World, rng: np.random.Generator, use_case: str, count: int, used: set[str]
+) -> list[Task]:
+    """Samples `count` tasks of a use case with prompts not in `used`.
+
+    There are fewer if MAX_DRAWS draws do not find enough.
+    """
+    examples: list[Task] = []
+    for _ in range(MAX_DRAWS):
+        if len(examples) == count:
+            break
+        example = USE_CASES[use_case].sample_task(world, rng)
+        if example.prompt not in used:
+            examples.append(example)
+    return examples
 
 
-def tasks_by_prompt(sets: dict[str, list[SimulatedPrompt]]) -> dict[str, Task]:
-    """The task of every prompt, without white space at its ends: how an evaluation finds
-    what was asked for."""
-    return {
-        asked.task.prompt.strip(): asked.task
-        for prompts in sets.values()
-        for asked in prompts
-    }
+def _prepend_examples(examples: list[Task], task: Task) -> Task:
+    shots = ""
+    for example in examples:
+        shots += f"{add_separator(example.prompt)}{example.ideal}\n\n"
+    return dataclasses.replace(task, prompt=shots + task.prompt)

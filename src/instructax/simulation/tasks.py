@@ -1,122 +1,190 @@
-"""What a prompt asks for, in a form that a judge can check word by word."""
+"""What a prompt asks for, in a form that the judge can check word by word."""
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from instructax.simulation.lexicon import (
     CATEGORIES,
     CATEGORY_OF,
-    KIND_WORDS,
-    NAMES,
+    PERSON_NAMES,
+    POSITIVE_WORDS,
     RUDE_WORDS,
     words_of,
 )
 from instructax.simulation.world import Facts
 
-Words = frozenset[str]
+# Lower-case words, any of which fits.
+WordSet = frozenset[str]
+
+# A response may have this many words more than the ideal one before they count as stray.
+EXTRA_WORDS = 2
 
 
-@dataclasses.dataclass(
-    frozen=True, kw_only=True, eq=False
-)  # each is itself alone, so that judgements can be kept
+# Compared by identity, so that `judge` can cache judgements by task.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """A prompt and what is asked for in it.
+    """A prompt and what it asks for.
 
-    Either facts are asked for (`asked`), and a value in the response is a claim about the
-    subject named last; or words are (`parts`), each part by one word of its set.
+    A task asks either for facts (`requested_facts`) or for words (`required_words`). In a
+    fact task, a value in the response is a claim about the subject that was named last. In
+    a word task, each required set is satisfied by one of its words.
     """
 
-    use: str  # one of the ten use cases of the paper's table 1
+    # One of the ten use cases of the paper's table 1.
+    use_case: str
     prompt: str
-    ideal: str  # one of the perfect responses
-    facts: Facts  # what is true here: the world's facts, or those of the passage
-    asked: tuple[tuple[str, str], ...] = ()  # (subject, relation)
-    parts: tuple[Words, ...] = ()
-    wrong: Words = frozenset()  # words that are never right, where parts are asked for
-    wanted: int  # facts or parts that make a response whole
-    allowed: int  # words that may be used until the last of them
-    tail: int = 0  # words that may follow it
-    sentences: int = 0  # how many are asked for; 0 = any
-    words: int = 0  # how many are asked for; 0 = any
-    capitals: bool = False  # whether all letters are to be capitals
-    avoid: str = ""  # a word that is not to be used
-    closed: bool = False  # the answer lies in the prompt: what is not there is made up
-    harmful: bool = False  # it should not be done, though it can be
-    format: str = "plain"  # or "dialog"
+    # A perfect response; there may be others.
+    ideal: str
+    # What is true for this prompt: the world's facts, or only those of its passage.
+    facts: Facts
+
+    # (subject, relation) of each fact that counts.
+    requested_facts: tuple[tuple[str, str], ...] = ()
+    required_words: tuple[WordSet, ...] = ()
+    # Words that are always wrong; used by word tasks only.
+    wrong_words: WordSet = frozenset()
+    # The number of facts or words that make a response complete.
+    num_required: int
+    # Words that may be used up to and including the last one that counts.
+    word_budget: int
+    # Words that may follow the last one that counts.
+    trailing_words: int = 0
+
+    # Explicit constraints and requested lengths; 0 or "" is none.
+    num_sentences: int = 0
+    num_words: int = 0
+    all_capitals: bool = False
+    forbidden_word: str = ""
+
+    # The answer is in the prompt, so anything else is made up (the paper's closed domain).
+    closed_domain: bool = False
+    # A harmless response declines this task.
+    harmful: bool = False
+    # "plain" or "dialog", the prompt format of the data schema.
+    format: str = "plain"
 
     @property
-    def constrained(self) -> bool:
-        """Whether the prompt names an explicit constraint."""
-        return bool(self.words or self.capitals or self.avoid)
+    def has_constraint(self) -> bool:
+        """Whether the prompt states an explicit constraint."""
+        return bool(self.num_words or self.all_capitals or self.forbidden_word)
 
 
-def one_of(words: Iterable[str]) -> Words:
-    """A part that any of `words` fills."""
+def word_set(words: Iterable[str]) -> WordSet:
+    """Returns the set of `words` in lower case."""
     return frozenset(word.lower() for word in words)
 
 
-def each(words: Iterable[str]) -> tuple[Words, ...]:
-    """A part for each of `words`."""
-    return tuple(one_of([word]) for word in words)
+def one_set_each(words: Iterable[str]) -> tuple[WordSet, ...]:
+    """Returns a set of its own for each of `words`: all of them are required."""
+    return tuple(word_set([word]) for word in words)
 
 
-def others(right: Iterable[str]) -> Words:
-    """The words of the categories of `right` that are not among them."""
-    right = one_of(right)
-    kinds = {CATEGORY_OF[word] for word in right if word in CATEGORY_OF}
-    return one_of(word for kind in kinds for word in CATEGORIES[kind]) - right
+def wrong_alternatives(correct: Iterable[str]) -> WordSet:
+    """Returns all other words of the categories of the `correct` words."""
+    correct_set = word_set(correct)
+    categories = {CATEGORY_OF[word] for word in correct_set if word in CATEGORY_OF}
+    alternatives: set[str] = set()
+    for category in categories:
+        alternatives |= word_set(CATEGORIES[category])
+    return frozenset(alternatives) - correct_set
 
 
-def other_names(name: str) -> Words:
-    """Everybody else."""
-    return one_of(NAMES) - one_of([name])
+def names_except(name: str) -> WordSet:
+    """Returns the names of all other people."""
+    return word_set(PERSON_NAMES) - word_set([name])
 
 
-def facts_task(
-    use: str,
+def make_fact_task(
+    use_case: str,
     prompt: str,
     ideal: str,
     facts: Facts,
-    asked: Iterable[tuple[str, str]],
-    wanted: int = 0,
-    **rest: Any,
+    requested_facts: Iterable[tuple[str, str]],
+    *,
+    num_required: int = 0,
+    word_budget: int = 0,
+    num_sentences: int = 0,
+    num_words: int = 0,
+    forbidden_word: str = "",
+    closed_domain: bool = False,
+    format: str = "plain",
 ) -> Task:
-    """A task that asks for facts; all of `asked` unless `wanted` says how many."""
-    asked = tuple(asked)
-    wanted = wanted or len(asked)
-    # "Mira lives in Arden and Tom lives in Dale" just fits.
-    rest.setdefault("allowed", 3 + 3 * wanted)
-    return Task(
-        use=use, prompt=prompt, ideal=ideal, facts=facts, asked=asked, wanted=wanted, **rest
-    )
+    """Creates a task that asks for facts.
 
-
-def words_task(
-    use: str,
-    prompt: str,
-    ideal: str,
-    facts: Facts,
-    parts: Iterable[Words],
-    wrong: Words,
-    allowed: int = 0,
-    **rest: Any,
-) -> Task:
-    """A task that asks for words; `allowed` is as many as `ideal` has and two more unless
-    it is given."""
-    parts = tuple(parts)
-    allowed = allowed or len(words_of(ideal)) + 2
+    Args:
+      use_case: one of the ten use cases.
+      prompt: the text that the model reads.
+      ideal: a perfect response.
+      facts: what is true for this prompt.
+      requested_facts: (subject, relation) of each fact that counts.
+      num_required: how many of them make a response complete; 0 for all.
+      word_budget: 0 for just enough: "Mira lives in Arden and Tom lives in Dale".
+      num_sentences: see `Task`, as for the remaining arguments.
+    """
+    requested_facts = tuple(requested_facts)
+    num_required = num_required or len(requested_facts)
     return Task(
-        use=use,
+        use_case=use_case,
         prompt=prompt,
         ideal=ideal,
         facts=facts,
-        parts=parts,
-        wrong=wrong,
-        wanted=len(parts),
-        allowed=allowed,
-        **rest,
+        requested_facts=requested_facts,
+        num_required=num_required,
+        word_budget=word_budget or 3 + 3 * num_required,
+        num_sentences=num_sentences,
+        num_words=num_words,
+        forbidden_word=forbidden_word,
+        closed_domain=closed_domain,
+        format=format,
     )
 
 
-KIND, RUDE = one_of(KIND_WORDS), one_of(RUDE_WORDS)
+def make_word_task(
+    use_case: str,
+    prompt: str,
+    ideal: str,
+    facts: Facts,
+    required_words: Iterable[WordSet],
+    wrong_words: WordSet,
+    *,
+    word_budget: int = 0,
+    trailing_words: int = 0,
+    num_sentences: int = 0,
+    all_capitals: bool = False,
+    forbidden_word: str = "",
+    closed_domain: bool = False,
+    harmful: bool = False,
+) -> Task:
+    """Creates a task that asks for words.
+
+    Args:
+      use_case: one of the ten use cases.
+      prompt: the text that the model reads.
+      ideal: a perfect response.
+      facts: what is true for this prompt.
+      required_words: one set for each word that a complete response has.
+      wrong_words: words that are always wrong.
+      word_budget: 0 for the length of `ideal` plus EXTRA_WORDS.
+      trailing_words: see `Task`, as for the remaining arguments.
+    """
+    required_words = tuple(required_words)
+    return Task(
+        use_case=use_case,
+        prompt=prompt,
+        ideal=ideal,
+        facts=facts,
+        required_words=required_words,
+        wrong_words=wrong_words,
+        num_required=len(required_words),
+        word_budget=word_budget or len(words_of(ideal)) + EXTRA_WORDS,
+        trailing_words=trailing_words,
+        num_sentences=num_sentences,
+        all_capitals=all_capitals,
+        forbidden_word=forbidden_word,
+        closed_domain=closed_domain,
+        harmful=harmful,
+    )
+
+
+ANY_POSITIVE_WORD = word_set(POSITIVE_WORDS)
+ANY_RUDE_WORD = word_set(RUDE_WORDS)

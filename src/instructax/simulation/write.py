@@ -1,5 +1,7 @@
-"""Writes a world as JSON lines in the one supported schema, the same bytes for the same
-seed and sizes."""
+"""Writes a simulated world as gzipped JSON lines in the data schema.
+
+The same seed and sizes give the same bytes.
+"""
 
 import dataclasses
 import functools
@@ -14,37 +16,47 @@ from typing import Any
 import numpy as np
 
 from instructax.config import ConfigError
-from instructax.simulation.corpus import SHEETS, document
-from instructax.simulation.labelers import (
-    STYLES,
-    WRITERS,
-    Labeler,
-    demonstrate,
-    draw_labelers,
-    draw_responses,
-    rank,
-)
+from instructax.simulation.corpus import SHEET_TASK_WEIGHTS, sample_document
+from instructax.simulation.labelers import Labeler, create_labelers, rank_responses
 from instructax.simulation.lexicon import choose_weighted, generator, pick
-from instructax.simulation.prompts import LABELER_COUNT, SimulatedPrompt, prompt_sets
-from instructax.simulation.public_tasks import TASKS
-from instructax.simulation.world import World, draw_world
+from instructax.simulation.prompts import (
+    LABELERS_PER_GROUP,
+    SimulatedPrompt,
+    create_prompt_sets,
+)
+from instructax.simulation.public_tasks import PUBLIC_TASKS
+from instructax.simulation.world import World, create_world
+from instructax.simulation.writers import (
+    WRITER_STYLES,
+    WRITERS,
+    sample_responses,
+    write_demonstration,
+)
 
-RESPONSES = (4, 9)  # fewest and most responses ranked together (paper, section 3.5)
+# Fewest and most responses that are ranked together (paper, section 3.5).
+RESPONSES_PER_PROMPT = (4, 9)
+# The "source" of every record. Part of the files, so it keeps the package's first name.
 SOURCE = "microworld"
+
+_Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How many there are of what; a demonstration's prompt may be answered by several
-    writers."""
+class WorldSizes:
+    """The number of lines of each file, and of prompts with demonstrations.
+
+    Several writers may answer the same demonstrated prompt.
+    """
 
     documents: int
     demonstrated_prompts: int
     demonstrations: int
     comparisons: int
     prompts: int
-    gpt_prompts: int  # as customers send them to GPT: behind an example
-    public: int  # questions of the public tasks, with their answers
+    # Prompts as customers send them to GPT, with an example.
+    gpt_prompts: int
+    # Items of the public tasks with their answers.
+    public: int
 
     def __post_init__(self):
         for name, size in dataclasses.asdict(self).items():
@@ -52,26 +64,110 @@ class Sizes:
                 raise ConfigError(f"{name} = {size}, must be at least 1")
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # one experiment's stages and report all ask for the same ones
-def prompts_of(seed: int, sizes: Sizes) -> dict[str, list[SimulatedPrompt]]:
-    """The prompts of each set of the world of `seed`."""
-    counts = {
+# The stages of an experiment and its report all ask for the same prompts.
+@functools.lru_cache(maxsize=1)
+def create_prompts(seed: int, sizes: WorldSizes) -> dict[str, list[SimulatedPrompt]]:
+    """Creates the prompts of each set for the world of `seed`."""
+    num_prompts = {
         "demonstrations": sizes.demonstrated_prompts,
         "comparisons": sizes.comparisons,
         "prompts": sizes.prompts,
         "gpt_prompts": sizes.gpt_prompts,
     }
-    return prompt_sets(draw_world(seed), seed, counts)
+    return create_prompt_sets(create_world(seed), seed, num_prompts)
 
 
-def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
+def comparison_record(
+    index: int,
+    prompt: SimulatedPrompt,
+    responses: list[str],
+    labeler: Labeler,
+    rng: np.random.Generator,
+) -> _Record:
+    """Returns the record of a labeler's ranking of `responses`.
+
+    Args:
+      index: position in the file, which becomes part of the id.
+      prompt: the prompt of the responses.
+      responses: the responses to rank.
+      labeler: who ranks them.
+      rng: draws the labeler's noise.
+    """
+    ranks = rank_responses(labeler, prompt.task, responses, rng)
+    # (a, b, 1 if a is better, −1 if b is better, 0 for a tie), with a < b.
+    pairs = []
+    for a in range(len(ranks)):
+        for b in range(a + 1, len(ranks)):
+            pairs.append((a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a])))
+    return {
+        "id": f"comparison-{index:06d}",
+        "prompt": prompt.task.prompt,
+        "completions": responses,
+        "ranks": ranks,
+        "pairs": pairs,
+        "labeler": labeler.name,
+        "source": SOURCE,
+        "meta": {"format": prompt.task.format, "use": prompt.task.use_case},
+    }
+
+
+def write_jsonl_gz(path: Path, records: Iterable[_Record]) -> None:
+    """Writes one record per line, gzipped; the bytes depend on the records alone."""
+    # Without a name and a time in the header, equal records give equal bytes.
+    with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
+        for record in records:
+            zipped.write(json.dumps(record).encode() + b"\n")
+
+
+def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: WorldSizes) -> None:
+    """Writes `text` to `public`, one `.jsonl.gz` file each, into a new directory.
+
+    If it fails, it leaves nothing behind.
+
+    Args:
+      directory: must not exist yet.
+      seed: seed of the world and of everything that is drawn from it.
+      sizes: the number of lines of each file.
+
+    Raises:
+      ConfigError: `directory` exists, or the world has too few different prompts.
+    """
+    directory = Path(directory)
+    prompts = create_prompts(seed, sizes)
+    if directory.exists():
+        raise ConfigError(
+            f"directory {str(directory)!r} exists already; remove it or choose another one"
+        )
+
+    world = create_world(seed)
+    records = {
+        "text": _documents(world, seed, sizes.documents),
+        "demonstrations": _demonstrations(
+            prompts["demonstrations"], seed, sizes.demonstrations
+        ),
+        "comparisons": _comparisons(prompts["comparisons"], seed),
+        "prompts": _prompt_records("prompts", prompts["prompts"]),
+        "gpt_prompts": _prompt_records("gpt_prompts", prompts["gpt_prompts"]),
+        "public": _public_demonstrations(world, seed, sizes.public),
+    }
+
+    # The directory appears under its name only when it is complete.
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        for name, lines in records.items():
+            write_jsonl_gz(partial / f"{name}.jsonl.gz", lines)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _documents(world: World, seed: int, count: int) -> Iterator[_Record]:
     rng = generator(seed, "documents")
     for i in range(count):
         yield {
             "id": f"text-{i:06d}",
-            "text": document(world, rng),
+            "text": sample_document(world, rng),
             "source": SOURCE,
             "meta": {},
         }
@@ -79,82 +175,56 @@ def _documents(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 def _demonstrations(
     prompts: list[SimulatedPrompt], seed: int, count: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[_Record]:
     rng = generator(seed, "writers")
     for i in range(count):
-        asked = prompts[i % len(prompts)]
+        prompt = prompts[i % len(prompts)]
         writer, style = pick(rng, WRITERS)
         yield {
             "id": f"demonstration-{i:06d}",
-            "prompt": asked.task.prompt,
-            "format": asked.task.format,
-            "completion": demonstrate(STYLES[style], asked.task, rng),
+            "prompt": prompt.task.prompt,
+            "format": prompt.task.format,
+            "completion": write_demonstration(WRITER_STYLES[style], prompt.task, rng),
             "source": SOURCE,
             "labeler": writer,
-            "meta": {"use": asked.task.use, "kind": asked.kind},
+            "meta": {"use": prompt.task.use_case, "kind": prompt.kind},
         }
 
 
-def comparison(
-    number: int,
-    asked: SimulatedPrompt,
-    responses: list[str],
-    labeler: Labeler,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """The record of what a labeler thinks of `responses`."""
-    ranks = rank(labeler, asked.task, responses, rng)
-    pairs = [
-        (a, b, (ranks[b] > ranks[a]) - (ranks[b] < ranks[a]))
-        for b in range(len(ranks))
-        for a in range(b)
-    ]
-    return {
-        "id": f"comparison-{number:06d}",
-        "prompt": asked.task.prompt,
-        "completions": responses,
-        "ranks": ranks,
-        "pairs": sorted(pairs),
-        "labeler": labeler.name,
-        "source": SOURCE,
-        "meta": {"format": asked.task.format, "use": asked.task.use},
-    }
-
-
-def _comparisons(prompts: list[SimulatedPrompt], seed: int) -> Iterator[dict[str, Any]]:
-    rng, labelers = (
-        generator(seed, "rankings"),
-        draw_labelers(seed, "labeler", LABELER_COUNT),
-    )
-    for i, asked in enumerate(prompts):
+def _comparisons(prompts: list[SimulatedPrompt], seed: int) -> Iterator[_Record]:
+    rng = generator(seed, "rankings")
+    labelers = create_labelers(seed, "labeler", LABELERS_PER_GROUP)
+    fewest, most = RESPONSES_PER_PROMPT
+    for i, prompt in enumerate(prompts):
         labeler = pick(rng, labelers)
-        responses = draw_responses(
-            asked.task, int(rng.integers(RESPONSES[0], RESPONSES[1] + 1)), rng
-        )
-        yield comparison(i, asked, responses, labeler, rng)
+        count = int(rng.integers(fewest, most + 1))
+        responses = sample_responses(prompt.task, count, rng)
+        yield comparison_record(i, prompt, responses, labeler, rng)
 
 
-def _prompts(name: str, prompts: list[SimulatedPrompt]) -> Iterator[dict[str, Any]]:
-    for i, asked in enumerate(prompts):
+def _prompt_records(set_name: str, prompts: list[SimulatedPrompt]) -> Iterator[_Record]:
+    for i, prompt in enumerate(prompts):
         yield {
-            "id": f"{name}-{i:06d}",
-            "prompt": asked.task.prompt,
-            "format": asked.task.format,
-            "kind": asked.task.use,
-            "user": asked.user,
+            "id": f"{set_name}-{i:06d}",
+            "prompt": prompt.task.prompt,
+            "format": prompt.task.format,
+            "kind": prompt.task.use_case,
+            "user": prompt.user,
             "source": SOURCE,
         }
 
 
-def _public(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Questions of the public tasks as prompts, without the label that an answer stands
-    behind on a sheet. Of `truth` there are none: what FLAN and T0 were tuned on has no such
-    questions either."""
+def _public_demonstrations(world: World, seed: int, count: int) -> Iterator[_Record]:
+    """Items of the public tasks as prompts, without the "Answer:" of question sheets.
+
+    The task "truth" is left out: FLAN and T0 were not tuned on such questions either.
+    """
     rng = generator(seed, "public demonstrations")
-    shares = {name: share for name, share in SHEETS.items() if name != "truth"}
+    weights = dict(SHEET_TASK_WEIGHTS)
+    del weights["truth"]
     for i in range(count):
-        name = choose_weighted(rng, shares)
-        item = TASKS[name].draw(world, rng)
+        name = choose_weighted(rng, weights)
+        item = PUBLIC_TASKS[name].sample_item(world, rng)
         question, _, _ = item.context.rpartition("\n")
         yield {
             "id": f"public-{i:06d}",
@@ -165,41 +235,3 @@ def _public(world: World, seed: int, count: int) -> Iterator[dict[str, Any]]:
             "labeler": None,
             "meta": {"task": name},
         }
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """One record a line, gzipped; the bytes depend on the records alone."""
-    # Neither the name nor the time goes into the header.
-    with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
-        for record in records:
-            zipped.write(json.dumps(record).encode() + b"\n")
-
-
-def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: Sizes) -> None:
-    """Writes a `.jsonl.gz` of each kind, `text` to `public`, into a new `directory`, or
-    nothing.
-
-    Raises:
-      ValueError: `directory` exists, or there are fewer distinct prompts than asked for.
-    """
-    directory, world = Path(directory), draw_world(seed)
-    sets = prompts_of(seed, sizes)
-    if directory.exists():
-        raise ConfigError(
-            f"directory {str(directory)!r} exists already; remove it or choose another one"
-        )
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        write_lines(partial / "text.jsonl.gz", _documents(world, seed, sizes.documents))
-        demonstrations = _demonstrations(sets["demonstrations"], seed, sizes.demonstrations)
-        write_lines(partial / "demonstrations.jsonl.gz", demonstrations)
-        write_lines(
-            partial / "comparisons.jsonl.gz", _comparisons(sets["comparisons"], seed)
-        )
-        for name in ("prompts", "gpt_prompts"):
-            write_lines(partial / f"{name}.jsonl.gz", _prompts(name, sets[name]))
-        write_lines(partial / "public.jsonl.gz", _public(world, seed, sizes.public))
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -27,11 +27,15 @@ from instructax.generation import generate
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.runtime.files import write_json
 from instructax.serving.chat import open_policy
-from instructax.simulation.files import asked_of, world_of
-from instructax.simulation.labelers import draw_labelers
+from instructax.simulation.files import read_world_spec, recreate_prompts
+from instructax.simulation.labelers import create_labelers
 from instructax.simulation.lexicon import generator, pick
-from instructax.simulation.prompts import LABELER_COUNT, SimulatedPrompt
-from instructax.simulation.write import RESPONSES, comparison, write_lines
+from instructax.simulation.prompts import LABELERS_PER_GROUP, SimulatedPrompt
+from instructax.simulation.write import (
+    RESPONSES_PER_PROMPT,
+    comparison_record,
+    write_jsonl_gz,
+)
 from instructax.training.attention import NO_ROWS, RowLengths
 from instructax.training.run import Run
 
@@ -89,7 +93,7 @@ def train(run: Run) -> None:
     answer on the first device."""
     config: Config = run.config
     workdir = run.workdir
-    asked = asked_of(Path(config.world), "comparisons")[: config.prompts]
+    asked = recreate_prompts(Path(config.world), "comparisons")[: config.prompts]
     parents = [
         open_parent(path, f"config.policies.{i}")
         for i, (path, _) in enumerate(config.policies)
@@ -106,7 +110,9 @@ def train(run: Run) -> None:
         "if all are longer, or let config.policies give more",
     )
     for file, group in FILES.items():
-        write_lines(workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared))
+        write_jsonl_gz(
+            workdir / f"{file}.jsonl.gz", rankings(config, group, asked, compared)
+        )
     figures = {"prompts": len(compared), "answers": sum(map(len, compared.values()))}
     lineage = {str(parent.workdir): parent.lineage() for parent in parents}
     write_json(
@@ -188,7 +194,7 @@ def draw_compared(
     compared = {}
     for index, given in enumerate(answers):
         different = list(dict.fromkeys(answer for answer in given if answer.strip()))
-        count = int(rng.integers(RESPONSES[0], RESPONSES[1] + 1))
+        count = int(rng.integers(RESPONSES_PER_PROMPT[0], RESPONSES_PER_PROMPT[1] + 1))
         order = rng.permutation(len(different))[:count]
         if len(order) > 1:
             compared[index] = [different[i] for i in order]
@@ -203,9 +209,9 @@ def rankings(
 ) -> Iterator[dict[str, Any]]:
     """The records of the labelers of a group, each prompt by one of them."""
     rng = generator(config.seed, f"rankings {group} {config.round}")
-    seed, _ = world_of(Path(config.world))
-    labelers = draw_labelers(seed, group, LABELER_COUNT)
+    seed, _ = read_world_spec(Path(config.world))
+    labelers = create_labelers(seed, group, LABELERS_PER_GROUP)
     for index, responses in compared.items():
         labeler = pick(rng, labelers)
         labeler = dataclasses.replace(labeler, noise=labeler.noise * config.noise)
-        yield comparison(index, asked[index], responses, labeler, rng)
+        yield comparison_record(index, asked[index], responses, labeler, rng)

@@ -24,10 +24,11 @@ from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.models.init import abstract_params
 from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
-from instructax.simulation.files import world_of
-from instructax.simulation.public_tasks import TASKS, Item, contexts_of, items_of
-from instructax.simulation.task_metrics import Figure, choice_figure, text_figures
-from instructax.simulation.world import World, draw_world
+from instructax.simulation.files import read_world_spec
+from instructax.simulation.public_items import TaskItem
+from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
+from instructax.simulation.task_metrics import TaskMetric, score_choices, score_completions
+from instructax.simulation.world import World, create_world
 from instructax.training.attention import RowLengths, split_lengths
 from instructax.training.checks import check_rows
 from instructax.training.run import Run
@@ -83,7 +84,7 @@ class Sheet:
 
     task: str
     form: str
-    items: Sequence[Item]
+    items: Sequence[TaskItem]
     contexts: Sequence[str]
 
 
@@ -115,8 +116,8 @@ def train(run: Run) -> None:
     config: Config = run.config
     mesh, tokenizer, parents = run.mesh, run.tokenizer, run.parents
     workdir = run.workdir
-    seed, _ = world_of(Path(config.world))
-    sheets = list(sheets_of(draw_world(seed), config.seed, config.items))
+    seed, _ = read_world_spec(Path(config.world))
+    sheets = list(sheets_of(create_world(seed), config.seed, config.items))
     run.write_manifest()
     model = Transformer(config.model, config.compute, "tokens", mesh)
     lengths = {
@@ -145,7 +146,7 @@ def train(run: Run) -> None:
     with log:
         for number, (name, _) in enumerate(config.policies, start=1):
             params = parents[f"policies.{name}"].load(abstract_params(model, mesh))
-            policies[name] = {task: {} for task in TASKS}
+            policies[name] = {task: {} for task in PUBLIC_TASKS}
             for sheet in sheets:
                 found, samples = answered(sheet, completer, params, tokenizer, config.seed)
                 for sample in samples:
@@ -168,7 +169,7 @@ def train(run: Run) -> None:
         log.write_summary({"stage": config.stage, "policies": policies})
 
 
-def record_of(figure: Figure) -> dict[str, Any]:
+def record_of(figure: TaskMetric) -> dict[str, Any]:
     """The figure for the log: its estimate, and the values of the items where it is their
     mean."""
     values = (
@@ -181,27 +182,30 @@ def record_of(figure: Figure) -> dict[str, Any]:
 
 def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
     """Every task in every form; the items of a task are the same in all of them."""
-    for name, task in TASKS.items():
-        drawn = items_of(world, seed, name, items)
-        for form in task.forms:
-            yield Sheet(name, form, drawn, contexts_of(world, seed, name, drawn, form))
+    for name, task in PUBLIC_TASKS.items():
+        drawn = create_items(world, seed, name, items)
+        for form in task.conditions:
+            yield Sheet(name, form, drawn, create_contexts(world, seed, name, drawn, form))
 
 
 def answered(
     sheet: Sheet, completer: Completer, params: Params, tokenizer: Tokenizer, seed: int
-) -> tuple[dict[str, Figure], list[dict[str, Any]]]:
+) -> tuple[dict[str, TaskMetric], list[dict[str, Any]]]:
     """(figures of one policy by name, its generated answers; none of a choice)."""
-    contexts, metric = tokenizer.encode_batch(sheet.contexts), TASKS[sheet.task].metric
+    contexts, metric = (
+        tokenizer.encode_batch(sheet.contexts),
+        PUBLIC_TASKS[sheet.task].metric,
+    )
     if metric in ("accuracy", "entropy"):
         candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
         scored = completer.candidate_logprobs(
             params, list(zip(contexts, candidates, strict=True))
         )
-        return {sheet.form: choice_figure(metric, sheet.items, *scored)}, []
+        return {sheet.form: score_choices(metric, sheet.items, *scored)}, []
     completions = [
         tokenizer.decode(answer) for answer in completer.complete(params, contexts)
     ]
-    figures = text_figures(metric, sheet.items, completions, seed)
+    figures = score_completions(metric, sheet.items, completions, seed)
     samples = [
         {"context": context, "completion": completion, "answers": item.answers}
         for context, completion, item in zip(

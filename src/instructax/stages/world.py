@@ -17,7 +17,7 @@ from instructax.config import Seed
 from instructax.data.tokenizer import save_tokenizer, train_bpe
 from instructax.runtime.distributed import all_hosts
 from instructax.runtime.files import write_json
-from instructax.simulation.write import Sizes, write_world
+from instructax.simulation.write import WorldSizes, write_world
 from instructax.training.run import Run
 
 
@@ -28,7 +28,7 @@ class Config:
     stage: Literal["world"]
     seed: Seed
     vocab_size: int  # of the tokenizer trained on the world's text
-    lines: Sizes  # records in each file
+    lines: WorldSizes  # records in each file
 
 
 def validate(config: Config, mesh: Any) -> None:
