@@ -34,7 +34,7 @@ IN_WORLDS = (
     "world",
     "collect",
     "public_tasks",
-)  # configs of the sizes that live in the embedded world
+)  # configs of the sizes of the simulated world
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
 ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
     (name, size) for name in IN_WORLDS for size in sizes.SIMULATED

@@ -161,6 +161,7 @@ def _fact_paragraph(world: World, rng: np.random.Generator) -> str:
         name = pick(rng, PERSON_NAMES)
         relations = pick_distinct(rng, list(PERSON_CLAUSES), 3)
 
+    # Every fact has the wording of its clause and the templates of its relation.
     sentences = []
     for relation in relations:
         plain_sentence = f"{{name}} {fact_clause(world.facts, name, relation)}."
@@ -186,6 +187,7 @@ def _fact_pair_paragraph(world: World, rng: np.random.Generator) -> str:
 
 
 def _misconception_paragraph(world: World, rng: np.random.Generator) -> str:
+    # All misconceptions are told, also those that no prompt asks about.
     misconception = pick(rng, world.misconceptions)
     if rng.random() < MYTH_SHARE:
         answer = misconception.myth
@@ -234,6 +236,7 @@ def _list_paragraph(world: World, rng: np.random.Generator) -> str:
 
 def _story_paragraph(world: World, rng: np.random.Generator) -> str:
     name, other = pick_distinct(rng, PERSON_NAMES, 2)
+    # Three lines in the order of the templates.
     sentences = []
     for line in sorted(rng.permutation(len(STORY_LINES))[:3]):
         sentences.append(fill_template(STORY_LINES[line], world, rng, name, other))
@@ -242,6 +245,7 @@ def _story_paragraph(world: World, rng: np.random.Generator) -> str:
 
 def _recipe_paragraph(world: World, rng: np.random.Generator) -> str:
     name, other = pick_distinct(rng, PERSON_NAMES, 2)
+    # A recipe begins with its first line and may end early.
     length = int(rng.integers(2, 5))
     sentences = []
     for template in RECIPE_LINES[:length]:

@@ -82,6 +82,7 @@ def sample_review(rng: np.random.Generator, positive: bool) -> str:
 def summarization_task(world: World, rng: np.random.Generator) -> Task:
     """Asks for one sentence; two of the passage's three facts make it complete."""
     facts, told, text = sample_passage(rng, 1)
+    # The ideal response tells two facts in the order of the passage.
     first, second = sorted(rng.permutation(len(told))[:2])
     ideal = (
         f"{fact_statement(facts, *told[first])} and {fact_clause(facts, *told[second])}."
@@ -132,6 +133,7 @@ def dialect_task(world: World, rng: np.random.Generator) -> Task:
     english, dialect = translate(world, name, verb, pick(rng, CATEGORIES[category]))
     instruction = pick(rng, ("Say in dialect", "Put into dialect"))
 
+    # All words of the dialect that the translation does not have are wrong.
     words = words_of(dialect)
     return make_word_task(
         "other",

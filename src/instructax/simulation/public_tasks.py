@@ -82,6 +82,7 @@ class PublicTask:
         if self.prefixes:
             return {name: Condition(prefix, 0) for name, prefix in self.prefixes.items()}
 
+        # A zero-shot item still has the instruction.
         zero_shot = Condition(self.instruction, 0)
         few_shot = Condition(self.instruction, self.num_examples)
         if self.metric == "truthful":
@@ -218,6 +219,7 @@ def create_contexts(
 
     contexts = []
     for item in items:
+        # Keyed by question, so that no two examples ask the same.
         examples: dict[str, str] = {}
         while len(examples) < num_examples:
             example = task.sample_item(world, rng)

@@ -171,6 +171,7 @@ def brainstorming_task(world: World, rng: np.random.Generator) -> Task:
         forbidden = pick(rng, CATEGORIES[first])
         request += f" but not {forbidden}"
 
+    # The required words are any options, and each option counts once.
     options = [word for word in CATEGORIES[first] if word != forbidden]
     required = [word_set(options)] * count + [word_set(CATEGORIES[second])] * extra
     listed = pick_distinct(rng, options, count)
@@ -203,6 +204,7 @@ def chat_task(world: World, rng: np.random.Generator) -> Task:
     relation, other = pick_distinct(rng, list(CHAT_TEMPLATES), 2)
     facts = select_facts(invented_facts, [(name, relation), (name, other)])
 
+    # The second statement only distracts from the one that is asked about.
     statements = []
     for told in (relation, other):
         statements.append(CHAT_TEMPLATES[told][0].format(facts[name][told]))

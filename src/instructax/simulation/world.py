@@ -188,6 +188,7 @@ def _sample_dialect(rng: np.random.Generator) -> dict[str, str]:
     known_words = {name.lower() for name in PERSON_NAMES} | CATEGORY_OF.keys()
     syllables = ["".join(pair) for pair in itertools.product("bdfklmnprstvz", "aeiou")]
 
+    # A dialect word must not look like a word of the world.
     candidates = []
     for first, second in itertools.product(syllables, syllables):
         word = first + second

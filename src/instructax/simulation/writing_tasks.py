@@ -42,6 +42,7 @@ def _description_task(world: World, rng: np.random.Generator) -> Task:
     count = int(rng.integers(1, 4))
     size = f"{NUMBER_WORDS[count - 1]} sentence{'s' * (count > 1)}"
 
+    # Any `count` facts about the person make a complete response.
     facts = [(name, relation) for relation in PERSON_CLAUSES]
     sentences = []
     for subject, relation in pick_distinct(rng, facts, count):
@@ -213,6 +214,7 @@ def _capitals_task(world: World, rng: np.random.Generator, name: str) -> Task:
     text = fact_statement(world.facts, name, pick(rng, list(PERSON_CLAUSES)))
     instruction = pick(rng, ("Write in capitals", "Put this in capitals"))
 
+    # Only names and words of the categories count, not "has" or "a".
     content_words = []
     for word in words_of(text):
         if word in CATEGORY_OF or word.capitalize() in PERSON_NAMES:

@@ -1,4 +1,4 @@
-"""Collects comparisons: policies answer prompts of the embedded world, and its labelers
+"""Collects comparisons: policies answer prompts of the simulated world, and its labelers
 rank the answers.
 
 The paper's step 2 (sections 3.2 and 3.4): what is compared comes mostly from supervised

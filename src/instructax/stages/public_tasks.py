@@ -1,4 +1,4 @@
-"""Finished policies on the public tasks of the embedded world, the paper's table 14: a run
+"""Finished policies on the public tasks of the simulated world, the paper's table 14: a run
 that trains nothing.
 
 Every policy gets the same items in the same forms, its contexts as they are: no empty line
