@@ -69,7 +69,7 @@ def test_perceived_utility_is_true_utility_plus_biases_plus_noise():
 
 
 def agreements(crews: dict[str, list[Labeler]], seed: int) -> list[float]:
-    """For each of LABELER_PAIRS, the share of response pairs that two labelers order alike."""
+    """For each of LABELER_PAIRS, the share of pairs that two labelers order alike."""
     rng = generator(seed, "agreement")
     compared = []
     for task in sample_tasks(700, seed):
