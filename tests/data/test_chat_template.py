@@ -18,8 +18,8 @@ from instructax.data.chat_template import (
     encode_rendered,
     load_template,
     make_template,
-    render,
     render_demonstration,
+    render_messages,
     turn_end_mask,
 )
 from instructax.data.limits import DataLimits
@@ -89,19 +89,21 @@ def inst(tmp_path):
 
 def test_chatml(chatml):
     _, template = chatml
-    assert render([SYSTEM, USER], template, add_generation_prompt=True) == (
+    assert render_messages([SYSTEM, USER], template, add_generation_prompt=True) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert render([SYSTEM, USER, ANSWER], template, add_generation_prompt=False).endswith(
-        "<|im_start|>assistant\nHello.<|im_end|>\n"
-    )
+    assert render_messages(
+        [SYSTEM, USER, ANSWER], template, add_generation_prompt=False
+    ).endswith("<|im_start|>assistant\nHello.<|im_end|>\n")
 
 
 def test_inst(inst):
     _, template = inst
     assert (template.bos_token, template.eos_token) == ("<s>", "</s>")
-    assert render([SYSTEM, USER, ANSWER, AGAIN], template, add_generation_prompt=True) == (
+    assert render_messages(
+        [SYSTEM, USER, ANSWER, AGAIN], template, add_generation_prompt=True
+    ) == (
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi there [/INST] Hello. </s>"
         "<s>[INST] Why? [/INST]"
     )
@@ -109,7 +111,7 @@ def test_inst(inst):
         ValueError,
         match="the chat template refuses these messages: Conversation roles must alternate",
     ):
-        render([USER, USER], template, add_generation_prompt=True)
+        render_messages([USER, USER], template, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_inst(inst):
     ],
 )
 def test_without_a_template_the_stages_own_format_is_used(messages, expected):
-    assert render(messages, None, add_generation_prompt=True) == expected
+    assert render_messages(messages, None, add_generation_prompt=True) == expected
 
 
 def test_only_the_template_can_write_special_tokens(chatml):
@@ -137,7 +139,9 @@ def test_only_the_template_can_write_special_tokens(chatml):
     )
     assert end == tokenizer.eos_id and start >= tokenizer.size - 2
     assert (np.sum(ids == start), np.sum(ids == end)) == (3, 2)
-    assert tokenizer.decode(ids) == render([USER], template, add_generation_prompt=True)
+    assert tokenizer.decode(ids) == render_messages(
+        [USER], template, add_generation_prompt=True
+    )
     assert end not in tokenizer.encode("<|im_end|>")  # ordinary text never becomes one
     assert end not in encode_messages(
         [{"role": "user", "content": "<|im_end|>"}], tokenizer, None
@@ -164,7 +168,7 @@ def test_a_demonstration_trains_on_exactly_one_end_token(kind, request):
     tokenizer, template = request.getfixturevalue(kind)
     prompt, trained = demonstration_ids(tokenizer, template, "Hi there", "Hello.")
     assert np.sum(trained == tokenizer.eos_id) == 1 and trained[-1] == tokenizer.eos_id
-    whole = render([USER, ANSWER], template, add_generation_prompt=False)
+    whole = render_messages([USER, ANSWER], template, add_generation_prompt=False)
     ids = np.concatenate([prompt, trained])
     np.testing.assert_array_equal(
         ids, encode_rendered(whole.rstrip("\n"), tokenizer, template)[: len(ids)]
@@ -202,7 +206,9 @@ def test_a_template_runs_in_a_sandbox_with_the_usual_names(chatml):
     tokenizer, _ = chatml
 
     def rendered(source):
-        return render([USER], make_template(source, tokenizer), add_generation_prompt=True)
+        return render_messages(
+            [USER], make_template(source, tokenizer), add_generation_prompt=True
+        )
 
     assert rendered(
         "{% for m in messages %}\n"
@@ -310,7 +316,9 @@ def test_a_template_cannot_escape_or_run_forever(chatml, source):
     with pytest.raises(
         ValueError, match="the chat template refuses these messages: "
     ) as error:
-        render([USER], make_template(source, tokenizer), add_generation_prompt=True)
+        render_messages(
+            [USER], make_template(source, tokenizer), add_generation_prompt=True
+        )
     assert ATTACKS[source] in str(error.value)
 
 
@@ -325,7 +333,10 @@ def test_a_template_cannot_escape_or_run_forever(chatml, source):
 def test_a_template_sees_no_attributes_of_python(chatml, source):
     tokenizer, _ = chatml
     assert (
-        render([USER], make_template(source, tokenizer), add_generation_prompt=True) == ""
+        render_messages(
+            [USER], make_template(source, tokenizer), add_generation_prompt=True
+        )
+        == ""
     )
 
 
@@ -336,7 +347,7 @@ def test_rendering_leaves_the_trace_function_of_a_debugger_alone(chatml):
     sys.settrace(lambda frame, event, arg: seen.append(frame))
     try:
         own = sys.gettrace()
-        render([USER], template, add_generation_prompt=True)
+        render_messages([USER], template, add_generation_prompt=True)
         assert sys.gettrace() is own
     finally:
         sys.settrace(before)
@@ -400,7 +411,9 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
     expected = []
     for conversation in conversations:
         whole = encode_rendered(
-            render(conversation, template, add_generation_prompt=False), tokenizer, template
+            render_messages(conversation, template, add_generation_prompt=False),
+            tokenizer,
+            template,
         )
         expected.append(
             whole[: int(np.flatnonzero(whole == tokenizer.eos_id)[-1]) + 1].tolist()

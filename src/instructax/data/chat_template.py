@@ -137,7 +137,7 @@ def make_template(
     return ChatTemplate(source, bos_token, eos_token, tuple(dict.fromkeys(special_tokens)))
 
 
-def render(
+def render_messages(
     messages: Sequence[Message],
     template: ChatTemplate | None,
     *,
@@ -171,8 +171,8 @@ def render_demonstration(
     question: list[Message] = [{"role": "user", "content": prompt}]
     if template is None:
         return add_separator(prompt), answer
-    before = render(question, template, add_generation_prompt=True)
-    whole = render(
+    before = render_messages(question, template, add_generation_prompt=True)
+    whole = render_messages(
         [*question, {"role": "assistant", "content": answer}],
         template,
         add_generation_prompt=False,
@@ -211,7 +211,7 @@ def chat_prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFo
         )
 
     def format_prompt(prompt: str) -> str:
-        return render(split_turns(prompt), template, add_generation_prompt=True)
+        return render_messages(split_turns(prompt), template, add_generation_prompt=True)
 
     def format_answer(text: str) -> str:
         return answered.replace(ANSWER_MARK, text)
@@ -231,8 +231,8 @@ def chat_prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFo
 def encode_rendered(
     text: str, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> np.ndarray:
-    """The token ids i32[n] of a result of `render`. If a template wrote it, the texts of
-    special tokens become their ids."""
+    """The token ids i32[n] of a result of `render_messages`. If a template wrote it, the
+    texts of special tokens become their ids."""
     if template is None:
         return tokenizer.encode(text)
     # A template writes its own special tokens, so the backend must add none.
@@ -244,7 +244,7 @@ def encode_messages(
     messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> np.ndarray:
     """The prompt i32[n] that the assistant's next answer continues."""
-    text = render(messages, template, add_generation_prompt=True)
+    text = render_messages(messages, template, add_generation_prompt=True)
     return encode_rendered(text, tokenizer, template)
 
 

@@ -18,7 +18,7 @@ from instructax.data.schema import Comparison, DataRecord, Demonstration, Prompt
 
 RecordT = TypeVar("RecordT", bound=DataRecord)
 PromptedRecord = TypeVar("PromptedRecord", Demonstration, Comparison, Prompt)
-Item = TypeVar("Item")
+ItemT = TypeVar("ItemT")
 
 # (name, fraction) of each split; the fractions sum to 1.
 SplitFractions = tuple[tuple[str, float], ...]
@@ -59,8 +59,8 @@ def cap_per_user(records: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 def drop_long(
-    items: Sequence[Item], limit: int, count_tokens: Callable[[Item], int]
-) -> list[Item]:
+    items: Sequence[ItemT], limit: int, count_tokens: Callable[[ItemT], int]
+) -> list[ItemT]:
     """Keeps the items of 1 to `limit` tokens (paper, appendix C: prompts and responses of
     up to 1k tokens)."""
     return [item for item in items if 1 <= count_tokens(item) <= limit]

@@ -18,7 +18,7 @@ from instructax.config import ConfigError
 from instructax.data.chat_template import (
     ChatTemplate,
     encode_rendered,
-    render,
+    render_messages,
     turn_end_mask,
 )
 from instructax.data.tokenizer import Tokenizer
@@ -77,10 +77,12 @@ class InstructaxLM(TemplateLM):
     ) -> str:
         """The text of a conversation; one whose last turn is open goes on with it."""
         if add_generation_prompt:
-            return render(chat_history, self._template, add_generation_prompt=True)
+            return render_messages(chat_history, self._template, add_generation_prompt=True)
         *before, last = chat_history
         opened = (
-            render(before, self._template, add_generation_prompt=True) if before else ""
+            render_messages(before, self._template, add_generation_prompt=True)
+            if before
+            else ""
         )
         return opened + last["content"]
 
