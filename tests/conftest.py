@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the tests that need the fixture `chain` to the end, except for one at the start.
+    """Moves the tests that need the fixture `chain` to the end, but one to the start.
 
     While one worker computes the chain, the others run the tests that do not need it.
     """

@@ -1,4 +1,4 @@
-"""Dicts to dataclasses: what is taken, and the one line that each mistake gives."""
+"""Dataclasses from dicts: conversions, and the one line that each mistake gives."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ def test_every_kind_of_field_is_built():
     assert construct(Outer, GOOD) == Outer(**{**GOOD, "inner": Inner(low=1, high=2)})
 
 
-def test_what_is_converted():
+def test_integers_and_lists_are_converted():
     built = construct(
         Outer, {**GOOD, "rate": 2, "limit": 7, "files": ["x"], "splits": [["all", 1]]}
     )
@@ -117,7 +117,7 @@ class Seeded:
     split_seed: Seed
 
 
-def test_seeds_are_what_every_generator_takes():
+def test_seeds_are_in_the_range_of_every_generator():
     assert construct(Seeded, {"seed": 0, "split_seed": 2**31 - 1}).split_seed == 2**31 - 1
     for value in (-1, 2**31):
         for name in ("seed", "split_seed"):
@@ -144,12 +144,12 @@ def test_a_missing_field_is_named_with_its_type(name, kind):
     assert str(caught.value) == f"config.{name} is missing; it must be of type {kind}"
 
 
-def test_the_name_of_the_whole_is_the_callers():
+def test_errors_use_the_callers_prefix():
     with pytest.raises(ConfigError, match=r"^model\.low is missing"):
         construct(Inner, {"high": 1}, "model")
 
 
-def test_the_cause_of_a_refusal_is_not_chained():
+def test_the_original_error_is_not_chained():
     with pytest.raises(ConfigError) as caught:
         construct(Inner, {"low": 3, "high": 2})
     assert caught.value.__suppress_context__

@@ -1,5 +1,5 @@
-"""Packages import only packages below them, no package has a cycle, and heavy libraries
-stay in one package each."""
+"""Packages import only lower packages, have no cycles, and keep each heavy library to one
+package."""
 
 import ast
 import subprocess
@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "instructax"
 
-# Lowest first. The modules of `root` lie directly in src/instructax and import each other
-# only.
+# Modules directly in src/instructax that import only each other form the package `root`.
 ROOT_MODULES = {
     "__init__",
     "types",
@@ -24,6 +23,8 @@ ROOT_MODULES = {
     "losses",
     "advantages",
 }
+
+# Lowest first; packages in one set do not import each other.
 ORDER = (
     {"root"},
     {"runtime"},
@@ -40,7 +41,8 @@ ORDER = (
     {"cli"},
 )
 LEVELS = {package: level for level, packages in enumerate(ORDER) for package in packages}
-# Library → the only packages that may import it; nobody may import the last four.
+
+# Library → the only packages that may import it.
 HOMES = {
     "flax": {"models"},
     "orbax": {"checkpoints"},
@@ -54,8 +56,10 @@ FILES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(source: str) -> set[str]:
-    """The dotted names that `source` imports, wherever the import stands; of `from a import
-    b` both a and a.b."""
+    """The dotted names that `source` imports, at any level of its code.
+
+    `from a import b` counts as a and a.b.
+    """
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -67,7 +71,7 @@ def imports_of(source: str) -> set[str]:
 
 
 def module_name(path: Path) -> str:
-    """`instructax.data.batches` of its path; of a package's __init__ the package."""
+    """Path → `instructax.data.batches`; the path of an __init__ → its package."""
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
         ".__init__"
     )
@@ -77,15 +81,14 @@ MODULES = {module_name(path): imports_of(source) for path, source in FILES.items
 
 
 def package_of(module: str) -> str:
-    """The package of a module: `data` of `instructax.data.batches`, `root` of
-    `instructax.losses`."""
+    """`instructax.data.batches` → data, `instructax.losses` → root."""
     parts = module.split(".")
     name = parts[1] if len(parts) > 1 else "__init__"
     return "root" if name in ROOT_MODULES else name
 
 
 def upward_imports(package: str, source: str) -> list[str]:
-    """Imports of a file in `package` from packages that are not below it."""
+    """Imports of a file in `package` from packages that are not lower."""
     used = {
         package_of(name) for name in imports_of(source) if name.startswith("instructax.")
     } - {package}
@@ -105,8 +108,7 @@ def stray_libraries(package: str, source: str) -> list[str]:
 
 
 def cycle(graph: dict[str, set[str]]) -> set[str]:
-    """The modules that are left when modules without imports are taken away again and
-    again."""
+    """The modules that remain when modules without imports are removed repeatedly."""
     while graph:
         leaves = {name for name, used in graph.items() if not used}
         if not leaves:
@@ -116,14 +118,12 @@ def cycle(graph: dict[str, set[str]]) -> set[str]:
 
 
 def import_graph(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Module → modules among `modules` that it imports. A package's own __init__ counts as
-    one of its modules."""
+    """Module → modules among `modules` that it imports; an __init__ counts as a module."""
     names = set(modules)
     graph: dict[str, set[str]] = {}
     for name in names:
         used = MODULES[name] & names - {name}
-        # `from instructax.models import lora` gives both names, but is an import of the
-        # module alone.
+        # `from instructax.models import lora` yields both names, but imports the module.
         packages = {module.rpartition(".")[0] for module in used}
         graph[name] = used - packages
     return graph
@@ -164,9 +164,8 @@ def test_libraries_stay_in_their_package():
 @pytest.mark.parametrize("package", sorted(LEVELS))
 def test_no_package_has_a_cycle(package):
     graph = import_graph(name for name in MODULES if package_of(name) == package)
-    if (
-        package in graph
-    ):  # importing a submodule runs __init__ too, but that is Python's order, not a dependency
+    # Importing a submodule runs __init__ first, but that is no dependency of our code.
+    if package in graph:
         graph = {name: used - {package} for name, used in graph.items()}
     left = cycle(graph)
     assert not left, f"imports in a cycle: {sorted(left)}"
@@ -197,14 +196,15 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     print("code", end.code)
-print("heavy:", *sorted({"jax", "numpy", "flax", "orbax", "tensorflow", "torch"} & sys.modules.keys()))
+heavy = {"jax", "numpy", "flax", "orbax", "tensorflow", "torch"}
+print("heavy:", *sorted(heavy & sys.modules.keys()))
 """
 
 
 @pytest.mark.parametrize(
     "script", sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 )
-def test_help_comes_without_jax(script):
+def test_help_answers_without_importing_jax(script):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, f"scripts/{script}"],
         cwd=ROOT,

@@ -70,7 +70,7 @@ def test_plain_code_has_nothing_to_count(density, tmp_path):
         ("d = sum(i for i in range(3))", "comprehensions per 1,000 lines", "90.9"),
         ("# a reason", "comment-only lines", "9.1%"),
         ("e = 1  # a unit", "comment-only lines", "0.0%"),
-        ("f = '" + "x" * 80 + "'", "line width, p90", "18"),
+        ("f = '" + "x" * 80 + "'", "line width, p90", "86"),
     ],
 )
 def test_a_planted_line_is_counted(density, tmp_path, line, name, value):
