@@ -11,6 +11,7 @@ from instructax.report.logs import logged_estimate
 from instructax.report.results import (
     count_parameters,
     format_parameter_count,
+    load_experiment,
     public_results,
 )
 from instructax.report.training_curves import (
@@ -30,6 +31,20 @@ def test_sizes_are_ordered_and_policies_are_complete(judged):
 def test_parameters_are_counted_from_the_config():
     per_layer = 4 * 16 * 16 + 2 * 16 * 64
     assert count_parameters(report_logs.MODEL) == 16 * 128 + 2 * per_layer
+
+
+def test_logs_of_an_earlier_version_are_read_in_the_names_of_this_one(tmp_path):
+    root = report_logs.write_one_size(tmp_path / "one-size")
+    path = root / "evaluate" / "config.json"
+    for new, old in (("num_layers", "layers"), ("tied_embeddings", "tied_head")):
+        path.write_text(path.read_text().replace(f'"{new}"', f'"{old}"'))
+    summary = {"stage": "reward", "held_out_accuracy": 0.72, "held_out_pairs": 480.0}
+    report_logs.write_json(root / "reward" / "summary.json", summary)
+
+    results = load_experiment(root)
+    assert results.sizes[0].num_parameters == count_parameters(report_logs.MODEL)
+    assert results.reward_runs["reward"]["validation_accuracy"] == 0.72
+    assert results.reward_runs["reward"]["validation_pairs"] == 480.0
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,10 @@ def write_reward_models(root: Path, accuracies: dict[str, float]) -> None:
     """Writes the summaries of runs of reward models."""
     for run, accuracy in accuracies.items():
         summary = {
-            "stage": "reward",
+            "stage": "reward_model",
             "step": 9,
-            "held_out_accuracy": accuracy,
-            "held_out_pairs": 480.0,
+            "validation_accuracy": accuracy,
+            "validation_pairs": 480.0,
         }
         write_json(root / run / "summary.json", summary)
 

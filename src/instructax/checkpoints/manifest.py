@@ -211,6 +211,12 @@ RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
     },
     "compute": {"dtype": _DTYPES, "decoding_dtype": _DTYPES},
 }
+# Metric in logs and summaries -> its new name.
+RENAMED_METRICS = {
+    "held_out_loss": "validation_loss",
+    "held_out_accuracy": "validation_accuracy",
+    "held_out_pairs": "validation_pairs",
+}
 # Group of a pretraining config -> fields that pretraining no longer has.
 PRETRAIN_DROPPED = {"": ("lora",), "data": ("demonstrations", "text_fraction", "chat")}
 # Head of the network that a run saves, for manifests that do not say it.
@@ -257,6 +263,11 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in data.items() if k not in PRETRAIN_DROPPED["data"]}
         upgraded["data"] = kept
     return upgraded
+
+
+def upgrade_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of `metrics.jsonl` or a `summary.json`, in the names of this version."""
+    return {RENAMED_METRICS.get(name, name): value for name, value in metrics.items()}
 
 
 def _renamed(group: Mapping[str, Any], name: str) -> dict[str, Any]:

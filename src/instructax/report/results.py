@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from instructax.checkpoints.manifest import upgrade_config, upgrade_metrics
 from instructax.config import ConfigError
 from instructax.data.tokenizer import END_OF_TEXT
 from instructax.report.logs import JsonObject, logged_estimate, read_json, read_json_lines
@@ -99,7 +100,7 @@ def load_experiment(root: Path) -> ExperimentResults:
         tasks=tasks,
         prompts=prompts,
         sizes=evaluated,
-        reward_runs={run: read_json(root / run / "summary.json") for run in REWARD_RUNS},
+        reward_runs=_load_reward_runs(root),
     )
 
     # The largest size has the SFT policy that all others are compared with.
@@ -131,9 +132,17 @@ def _load_tasks(root: Path) -> dict[str, Task]:
         ) from None
 
 
+def _load_reward_runs(root: Path) -> dict[str, JsonObject]:
+    """Reads the summaries of REWARD_RUNS, which may be of an earlier version."""
+    summaries = {}
+    for run in REWARD_RUNS:
+        summaries[run] = upgrade_metrics(read_json(root / run / "summary.json"))
+    return summaries
+
+
 def _load_size(folder: Path, root: Path) -> SizeResults:
     """Reads what is known of a size before its samples are matched with prompts."""
-    config = read_json(folder / "evaluate" / "config.json")
+    config = upgrade_config(read_json(folder / "evaluate" / "config.json"))
     summary = read_json(folder / "evaluate" / "summary.json")
     num_parameters = count_parameters(config["model"])
     # An experiment of one size has no folder that is named after it.

@@ -124,8 +124,8 @@ def label_noise_table(experiments: list[JudgedExperiment]) -> Table:
     for judged in experiments:
         for run, noise in LABEL_NOISE.items():
             summary = judged.results.reward_runs[run]
-            accuracy = summary.get("held_out_accuracy")
-            pairs = summary.get("held_out_pairs")
+            accuracy = summary.get("validation_accuracy")
+            pairs = summary.get("validation_pairs")
             if accuracy is None or not pairs:
                 cells = (NO_DATA, EMPTY)
             else:
