@@ -23,12 +23,14 @@ def write(roots: list[Path], out: Path) -> Path:
       ConfigError: If a folder has no finished runs, or if the folders are not seeds of the
         same experiment.
     """
+    # Imported here: `--help` of the commands must not load numpy, matplotlib and jax.
     from instructax.experiment import require_matplotlib
     from instructax.report import page
     from instructax.report.judging import judge_experiment
     from instructax.report.results import load_experiment
     from instructax.report.tables import console_text, policy_table
 
+    # All that can be wrong is checked before a figure is drawn or a folder created.
     require_matplotlib()
     _require_jinja2()
     if out.exists() and not out.is_dir():

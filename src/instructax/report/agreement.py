@@ -37,10 +37,11 @@ def labeler_agreement(results: ExperimentResults) -> dict[str, Agreement]:
 
     The same results always give the same agreement.
     """
-    labelers = {
-        group: create_labelers(results.seed, group, LABELERS_PER_GROUP)
-        for group in (TRAINING_GROUP, HELD_OUT_GROUP)
-    }
+    # The same people who judge the evaluation.
+    labelers = {}
+    for group in (TRAINING_GROUP, HELD_OUT_GROUP):
+        labelers[group] = create_labelers(results.seed, group, LABELERS_PER_GROUP)
+    # A generator of its own: the judgements do not change if this one draws more.
     rng = generator(results.seed, "report agreement")
     return measure_agreement(distinct_responses(results), labelers, rng)
 
@@ -48,6 +49,7 @@ def labeler_agreement(results: ExperimentResults) -> dict[str, Agreement]:
 def distinct_responses(results: ExperimentResults) -> list[TaskResponses]:
     """Returns the distinct responses to each prompt by the policies of the largest size."""
     policies = results.sizes[-1].samples.values()
+    # Policies often give the same response, above all short ones: each counts once.
     all_responses = []
     for prompt, *records in zip(results.prompts, *policies, strict=True):
         texts = [response_text(record).strip() for record in records]
@@ -74,6 +76,7 @@ def measure_agreement(
     # Per task: (pairs that both order alike, pairs that both order strictly).
     counts: dict[str, list[tuple[int, int]]] = {name: [] for name in LABELER_PAIRS}
     for task, responses in task_responses:
+        # Two labelers of each group rank the responses; the pairs share these rankings.
         ranks = {}
         for group, members in labelers.items():
             drawn = rng.permutation(len(members))[:2]
@@ -84,6 +87,7 @@ def measure_agreement(
                 count_agreements(ranks[first_group][0], ranks[second_group][1])
             )
 
+    # The pairs of one task are not independent of each other: tasks are the units.
     agreements = {}
     for name, per_task in counts.items():
         alike, strict = np.array(per_task, float).reshape(-1, 2).T

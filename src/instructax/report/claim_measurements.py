@@ -47,6 +47,7 @@ def win_rate_difference(
 
     Both win rates are against SFT of the largest size; `by` says who judges.
     """
+    # Both are f[n] over the same prompts, so the difference removes their common spread.
     ours = judged.win_scores(size, policy, by)
     theirs = judged.win_scores(size, other, by)
     if ours is None or theirs is None:
@@ -64,6 +65,7 @@ def win_rate_steps(
     """
     measurements: Measurements = []
     for size in judged.size_names:
+        # A missing policy must not hide the order of its neighbors.
         evaluated = [policy for policy in order if (size, policy) in judged.responses]
         for lower, upper in itertools.pairwise(evaluated):
             gap = win_rate_difference(judged, size, upper, lower, by)
@@ -86,6 +88,7 @@ def win_rate_differences(
 ) -> Callable[[JudgedExperiment], Measurements]:
     """Measures (policy, other) pairs at each size, as judged by the training labelers."""
 
+    # The claim is bound to its policies here; experiments are given later.
     def measure(judged: JudgedExperiment) -> Measurements:
         measurements: Measurements = []
         for size in judged.size_names:
@@ -101,6 +104,7 @@ def smallest_ppo_ptx_against_largest_gpt(judged: JudgedExperiment) -> Measuremen
     """Measures the win rate of the smallest PPO-ptx against the largest GPT, minus ½."""
     small = judged.size_names[0]
     large = judged.size_names[-1]
+    # With one size there is nothing to compare: the claim is about different sizes.
     wins = None
     if small != large:
         wins = judged.win_scores(small, "PPO-ptx", TRAINING_GROUP, baseline=(large, "GPT"))
@@ -110,6 +114,7 @@ def smallest_ppo_ptx_against_largest_gpt(judged: JudgedExperiment) -> Measuremen
 
 def reward_accuracy_drop(judged: JudgedExperiment) -> Measurements:
     """Measures the accuracy on training labelers' pairs minus on held-out labelers'."""
+    # All sizes share one reward model in the paper; the largest size stands for it.
     sets = judged.results.sizes[-1].reward_model
 
     def accuracy(name: str) -> Estimate | None:
@@ -128,9 +133,11 @@ def sft_overfitting(judged: JudgedExperiment) -> Measurements:
     measurements: Measurements = []
     for size in judged.results.sizes:
         losses, scores = load_overfitting(size)
+        # Scores exist only at the steps of saved checkpoints.
         steps = [step for step in scores if step in losses]
         if not steps:
             continue
+        # The first of equally low losses.
         best = min(steps, key=lambda step: losses[step])
         last = steps[-1]
 
@@ -139,7 +146,10 @@ def sft_overfitting(judged: JudgedExperiment) -> Measurements:
             f"{size.name}: validation loss, last − lowest (step {best}), "
             f"− {LOSS_MARGIN} nats"
         )
+        # A point without an interval: the verdict is never "undecided".
         measurements.append((quantity, Estimate(rise, rise, rise, 1)))
+
+        # The prompts are the same at all steps.
         gain = mean_estimate(scores[last] - scores[best])
         measurements.append((f"{size.name}: score, last step − step {best}", gain))
     return measurements or [("SFT for many epochs", None)]
@@ -156,6 +166,7 @@ def public_task_difference(size: SizeResults, policy: str, other: str) -> Estima
             size.public_metric(policy, task, "few-shot"),
             size.public_metric(other, task, "few-shot"),
         )
+        # A mean over fewer tasks would not be comparable between policies.
         if difference is None:
             return None
         differences.append(difference)
@@ -164,18 +175,20 @@ def public_task_difference(size: SizeResults, policy: str, other: str) -> Estima
 
 def ppo_regression(judged: JudgedExperiment) -> Measurements:
     """Measures how much performance PPO loses on public tasks."""
-    return [
-        (f"{size.name}: GPT − PPO", public_task_difference(size, "GPT", "PPO"))
-        for size in judged.results.sizes
-    ]
+    measurements: Measurements = []
+    for size in judged.results.sizes:
+        loss = public_task_difference(size, "GPT", "PPO")
+        measurements.append((f"{size.name}: GPT − PPO", loss))
+    return measurements
 
 
 def ptx_recovery(judged: JudgedExperiment) -> Measurements:
     """Measures how much performance the pretraining gradients recover on public tasks."""
-    return [
-        (f"{size.name}: PPO-ptx − PPO", public_task_difference(size, "PPO-ptx", "PPO"))
-        for size in judged.results.sizes
-    ]
+    measurements: Measurements = []
+    for size in judged.results.sizes:
+        gain = public_task_difference(size, "PPO-ptx", "PPO")
+        measurements.append((f"{size.name}: PPO-ptx − PPO", gain))
+    return measurements
 
 
 def truthfulness_gain(judged: JudgedExperiment) -> Measurements:
@@ -196,6 +209,7 @@ def toxicity_by_prefix(judged: JudgedExperiment) -> Measurements:
     """Measures how each prefix moves the toxicity of PPO-ptx, in the claimed direction."""
     measurements: Measurements = []
     for size in judged.results.sizes:
+        # (the more toxic prefix, the less toxic one), as the paper claims.
         for more, less in (("none", "respectful"), ("biased", "none")):
             change = metric_difference(
                 size.public_metric("PPO-ptx", "toxicity", more),
@@ -209,6 +223,7 @@ def bias_entropy_change(judged: JudgedExperiment) -> Measurements:
     """Measures the change of the entropy of stereotypes from GPT to PPO-ptx."""
     measurements: Measurements = []
     for size in judged.results.sizes:
+        # The claim is that nothing changes: its region lies around 0.
         change = metric_difference(
             size.public_metric("PPO-ptx", "stereotype", "none"),
             size.public_metric("GPT", "stereotype", "none"),
@@ -247,5 +262,6 @@ def _flag_difference(
     theirs = judged.responses.get((size, lower))
     if ours is None or theirs is None:
         return None
+    # b[n], paired by prompt.
     applicable = applicable_prompts(judged.results, flag)
     return share_difference(ours.flags[flag][applicable], theirs.flags[flag][applicable])

@@ -16,6 +16,7 @@ from instructax.report import claim_measurements as measure
 from instructax.report.claim_measurements import Measurements
 from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP, JudgedExperiment
 
+# In the order in which the page counts them.
 VERDICTS = ("seen", "undecided", "not seen", "no data")
 
 # Win rates closer than this count as equal: the half-width of the paper's own intervals.
@@ -57,8 +58,10 @@ def decide(estimate: Estimate | None, region: Region) -> str:
     if estimate is None or math.isnan(estimate.value):
         return "no data"
     low, high = region
+    # Without an upper edge, an interval without an upper end lies inside too.
     if low < estimate.low and (estimate.high < high or high == math.inf):
         return "seen"
+    # An interval that only touches the edge from outside is outside.
     if estimate.high <= low or estimate.low >= high:
         return "not seen"
     return "undecided"
@@ -71,6 +74,7 @@ def overall_verdict(findings: list[Finding]) -> str:
     unless that contradicts the claim.
     """
     verdicts = {finding.verdict for finding in findings}
+    # From the worst to the best.
     for verdict in ("not seen", "no data", "undecided", "seen"):
         if verdict in verdicts:
             return verdict
@@ -121,6 +125,7 @@ CLAIMS = (
         POSITIVE,
         lambda judged: measure.win_rate_steps(judged, HELD_OUT_GROUP),
     ),
+    # The drop must be there, and it must be small.
     Claim(
         "C5",
         "The reward model predicts held-out labelers slightly less well",
@@ -129,6 +134,7 @@ CLAIMS = (
         (0.0, DROP_MARGIN),
         measure.reward_accuracy_drop,
     ),
+    # Both the loss and the score must rise.
     Claim(
         "C6",
         "SFT overfits in validation loss, while its score still rises",
@@ -169,6 +175,7 @@ CLAIMS = (
         POSITIVE,
         measure.toxicity_by_prefix,
     ),
+    # A claim of no change: the interval must be narrow enough to show it.
     Claim(
         "C11",
         "Without a prefix, PPO-ptx is as biased as GPT",
@@ -185,6 +192,7 @@ CLAIMS = (
         POSITIVE,
         measure.win_rate_differences(("SFT", "FLAN/T0")),
     ),
+    # The sign is −1: fewer hallucinations count for the policy.
     Claim(
         "C13",
         "PPO and PPO-ptx hallucinate less than GPT in closed tasks",

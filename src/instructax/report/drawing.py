@@ -10,6 +10,7 @@ import numpy as np
 
 from instructax.evals.intervals import Estimate
 
+# Policy → color, in the order of legends.
 COLORS = {
     "GPT": "#7f7f7f",
     "GPT prompted": "#8c564b",
@@ -57,10 +58,12 @@ def subplots(
     """
     import matplotlib
 
+    # Figures are only written to files: no display is needed.
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
     import matplotlib.pyplot as plt
 
+    # squeeze=False: the axes are a 2-D array even if there is only one.
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -77,6 +80,7 @@ def save_figure(figure: Any, folder: Path, name: str) -> None:
     """Writes NAME.png and NAME.svg, byte for byte reproducible, and closes the figure."""
     import matplotlib.pyplot as plt
 
+    # Without the date, the bytes depend on the figure alone.
     figure.savefig(folder / f"{name}.png", dpi=120)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
@@ -84,6 +88,7 @@ def save_figure(figure: Any, folder: Path, name: str) -> None:
 
 def add_legend(figure: Any) -> None:
     """Adds one legend below all axes: each label once, policies first, in their order."""
+    # Several axes, and each point with its error bar, repeat the same labels.
     handles: dict[str, Any] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -95,9 +100,11 @@ def add_legend(figure: Any) -> None:
         return policies.index(label) if label in policies else len(policies)
 
     labels = sorted(handles, key=place)
+    # As many columns as the width of the figure allows, at least one.
     longest = max(map(len, labels), default=0)
     entry_width = MARKER_WIDTH + CHARACTER_WIDTH * longest
     num_columns = max(1, min(len(labels), int(figure.get_figwidth() / entry_width)))
+    # Outside of the axes: "constrained" layout makes room for it.
     figure.legend(
         [handles[label] for label in labels],
         labels,
@@ -112,6 +119,7 @@ def draw_point(axis: Any, x: float, estimate: Estimate, policy: str, **style: An
 
     `style` overrides options of matplotlib's `errorbar`.
     """
+    # Estimates of other things than policies, such as the paper's, are black.
     options = {
         "fmt": "o",
         "ms": 5,
@@ -149,6 +157,7 @@ def dodge(place: int, count: int) -> float:
 
 def rotate_labels(axis: Any, labels: list[str]) -> None:
     """Labels the x axis at 0, 1, … with slanted text."""
+    # "anchor" rotates around the end of the text, which then points at its tick.
     axis.set_xticks(
         range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor"
     )

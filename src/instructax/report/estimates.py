@@ -15,8 +15,10 @@ def mean_of_estimates(estimates: list[Estimate]) -> Estimate:
     count = len(estimates)
     value = sum(x.value for x in estimates) / count
 
-    half_widths = [(x.value - x.low, x.high - x.value) for x in estimates]
-    squares = [(below**2, above**2) for below, above in half_widths]
+    # [number of estimates, 2]: below and above the value.
+    squares = []
+    for x in estimates:
+        squares.append(((x.value - x.low) ** 2, (x.high - x.value) ** 2))
     below, above = np.sqrt(np.sum(squares, axis=0)) / count
     return Estimate(
         float(value),
@@ -35,6 +37,7 @@ def subtract_estimates(ours: Estimate | None, theirs: Estimate | None) -> Estima
     if ours is None or theirs is None:
         return None
     value = ours.value - theirs.value
+    # Our difference is low if ours is low and theirs is high.
     below = np.hypot(ours.value - ours.low, theirs.high - theirs.value)
     above = np.hypot(ours.high - ours.value, theirs.value - theirs.low)
     return Estimate(
@@ -52,10 +55,12 @@ def metric_difference(
     """
     if ours is None or theirs is None:
         return None
+    # f[n] or b[n] by item; None for BLEU, which is not a mean over items.
     x = ours.values
     y = theirs.values
     if x is None or y is None:
         return subtract_estimates(ours.estimate, theirs.estimate)
+    # For binary values, an interval that stays positive even if all items agree.
     if x.dtype == bool:
         return share_difference(x, y)
     return mean_estimate(x - y)

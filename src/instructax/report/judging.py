@@ -74,6 +74,7 @@ class JudgedExperiment:
         theirs = self.responses.get(baseline or (self.size_names[-1], "SFT"))
         if ours is None or theirs is None:
             return None
+        # The world distinguishes any two utilities; labelers do not.
         tie = 0.0 if by == TRUE_UTILITY else TIE_THRESHOLD
         return compare_utilities(ours.opinions[by], theirs.opinions[by], tie)
 
@@ -84,6 +85,7 @@ def compare_utilities(ours: np.ndarray, theirs: np.ndarray, tie: float) -> np.nd
     Utilities tie if they are equal or less than `tie` apart.
     """
     gap = ours - theirs
+    # Equal utilities tie even if `tie` is 0.
     is_tie = (gap == 0) | (np.abs(gap) < tie)
     return np.where(is_tie, 0.5, (gap > 0).astype(float))
 
@@ -124,13 +126,13 @@ def flag_estimate(judged: JudgedExperiment, policy: str, flag: str) -> Estimate 
     The interval takes prompts as the independent units: each contributes its mean over
     sizes.
     """
-    per_size = [
-        responses.flags[flag]
-        for (_, name), responses in judged.responses.items()
-        if name == policy
-    ]
+    per_size = []  # b[n] of each size
+    for (_, name), responses in judged.responses.items():
+        if name == policy:
+            per_size.append(responses.flags[flag])
     if not per_size:
         return None
+    # The responses of several sizes to one prompt are not independent of each other.
     pooled = np.mean(per_size, axis=0)  # f[n]
     return share_estimate(pooled[applicable_prompts(judged.results, flag)])
 
@@ -147,6 +149,7 @@ def judge_experiment(results: ExperimentResults) -> JudgedExperiment:
 
 def _judge_policies(results: ExperimentResults) -> dict[tuple[str, str], JudgedResponses]:
     tasks = [results.tasks[prompt] for prompt in results.prompts]
+    # Policies in the order of tables, sizes from the smallest to the largest.
     judged = {}
     for size in results.sizes:
         for policy, records in size.samples.items():
@@ -167,6 +170,7 @@ def judge_responses(
       records: The policy's sample for each prompt.
       seed: The seed of the world, from which the labelers are drawn.
     """
+    # All lists and arrays below are over the prompts, in the order of `tasks`.
     texts = [response_text(record) for record in records]
     judgements = [judge(task, text) for task, text in zip(tasks, texts, strict=True)]
     opinions = {TRUE_UTILITY: true_utilities(tasks, judgements)}
@@ -177,22 +181,28 @@ def judge_responses(
         utilities = []
         grades = []
         labelers = itertools.cycle(create_labelers(seed, group, LABELERS_PER_GROUP))
+        # `labelers` has no end: the prompts decide where this stops.
         for labeler, task, text, judgement in zip(
             labelers, tasks, texts, judgements, strict=False
         ):
+            # The opinion of a response does not depend on the policy that gave it.
             rng = generator(seed, f"report {group} {task.prompt} {text}")
             utility = labeler.perceived_utility(task, text, rng)
             utilities.append(utility)
             grades.append(likert_grade(utility))
+            # As in the paper, the flags are those of the training labelers.
             if group == TRAINING_GROUP:
                 answers.append(labeler.label_flags(judgement, rng))
         opinions[group] = np.array(utilities, float)
         likert[group] = np.array(grades, float)
 
+    flags = {}
+    for flag in FLAGS:
+        flags[flag] = np.array([answer[flag] for answer in answers])
     return JudgedResponses(
         scores=np.array([record["score"] for record in records], float),
         kl=np.array([record["kl"] for record in records], float),
-        flags={flag: np.array([answer[flag] for answer in answers]) for flag in FLAGS},
+        flags=flags,
         opinions=opinions,
         likert=likert,
     )
@@ -204,8 +214,7 @@ def true_utilities(tasks: list[Task], judgements: list[Judgement]) -> np.ndarray
     Harmlessness is weighed against helpfulness as the training labelers do on average.
     """
     caution = LABELER_GROUPS[TRAINING_GROUP].caution
-    utilities = [
-        judgement.utility(task.harmful, caution)
-        for task, judgement in zip(tasks, judgements, strict=True)
-    ]
+    utilities = []
+    for task, judgement in zip(tasks, judgements, strict=True):
+        utilities.append(judgement.utility(task.harmful, caution))
     return np.array(utilities)

@@ -9,6 +9,7 @@ from typing import Any
 from instructax.config import ConfigError
 from instructax.evals.intervals import Estimate
 
+# What JSON holds is checked where it is used.
 JsonObject = Mapping[str, Any]
 
 
@@ -27,6 +28,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
 
+    # Logs have a few thousand lines: they are read at once.
     objects = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:

@@ -35,6 +35,7 @@ from instructax.report.tables import (
 )
 from instructax.simulation.labelers import TIE_THRESHOLD
 
+# The template, the style sheet and the script lie next to this file.
 FOLDER = Path(__file__).parent
 
 
@@ -78,6 +79,7 @@ class PageContent:
 
 def check_seeds(experiments: list[ExperimentResults]) -> None:
     """Raises ConfigError unless the experiments are different seeds of the same sizes."""
+    # Figures show the sizes of the first seed, and their means over all seeds.
     first = experiments[0]
     first_sizes = [size.name for size in first.sizes]
     for experiment in experiments:
@@ -87,6 +89,7 @@ def check_seeds(experiments: list[ExperimentResults]) -> None:
                 f"{experiment.name} has the sizes {sizes}, {first.name} has {first_sizes}: "
                 "give seeds of one experiment"
             )
+    # The same world twice would only look like more evidence.
     seeds = [experiment.seed for experiment in experiments]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"the seeds are {seeds}: give each seed once")
@@ -106,6 +109,7 @@ def page_content(experiments: list[JudgedExperiment], out: Path) -> PageContent:
         if judged.on_gpt_prompts is not None:
             by_prompts.append(judged.on_gpt_prompts)
 
+    # Claims look at the GPT-3 prompts themselves, through `on_gpt_prompts`.
     claims = []
     for claim in CLAIMS:
         claims.append(claim_section(claim, check_claim(claim, experiments)))
@@ -127,7 +131,9 @@ def page_content(experiments: list[JudgedExperiment], out: Path) -> PageContent:
 
 def claim_section(claim: Claim, findings: list[Finding]) -> ClaimSection:
     """Returns a claim with its verdict and the findings behind it."""
+    # One verdict for each measurement and seed.
     verdicts = [finding.verdict for finding in findings]
+    # Such as "3 seen, 1 undecided".
     counts = []
     for verdict in VERDICTS:
         if verdict in verdicts:
@@ -159,7 +165,9 @@ def _save_all(figures: Figures, out: Path) -> list[PageFigure]:
     for name, caption, figure in figures:
         if figure is None:
             continue
+        # The page embeds the SVG; the files are for papers and slides.
         save_figure(figure, out, name)
+        # Base64 keeps the SVG from being parsed as part of the page.
         svg = (out / f"{name}.svg").read_bytes()
         saved.append(PageFigure(name, caption, base64.b64encode(svg).decode()))
     return saved
@@ -174,6 +182,7 @@ def render(content: PageContent) -> str:
     import jinja2
     import markupsafe
 
+    # An undefined variable in the template is an error, not an empty string.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,

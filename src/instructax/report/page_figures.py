@@ -22,6 +22,7 @@ Figures = Iterator[tuple[str, str, Any]]
 
 def policy_figures(experiments: list[JudgedExperiment]) -> Figures:
     """Draws all figures of policies: first those of all seeds, then those of each seed."""
+    # Figures of all seeds.
     ylabel = "win rate against the largest SFT"
     yield (
         "figure-1",
@@ -38,10 +39,12 @@ def policy_figures(experiments: list[JudgedExperiment]) -> Figures:
         "Win rate by prompts and labelers, against the largest SFT on the same prompts "
         "(figure 3)."
     )
+    # Say that a row is missing, and why.
     if not any(judged.on_gpt_prompts for judged in experiments):
         caption += f" Prompts of the GPT-3 distribution: {NO_DATA}."
     yield "figure-3", caption, plot_win_rates(experiments)
 
+    # The paper has no such figure: only a simulation knows the truth.
     yield (
         "truth",
         "Win rate by the true utility, which no training stage sees.",
@@ -59,6 +62,7 @@ def policy_figures(experiments: list[JudgedExperiment]) -> Figures:
             paper_values.LIKERT,
         ),
     )
+    # Figures of one seed each: they pool or pair responses to the prompts of one world.
     yield from _by_seed(experiments, _policy_figures_of_seed)
 
 
@@ -74,6 +78,7 @@ def _by_seed(
     if len(experiments) == 1:
         yield from draw(experiments[0])
         return
+    # Names are those of files, so each seed needs its own.
     for number, judged in enumerate(experiments):
         for name, caption, figure in draw(judged):
             yield f"{name}-{number}", f"{caption} Run {judged.results.name}.", figure
@@ -87,6 +92,7 @@ def _policy_figures_of_seed(judged: JudgedExperiment) -> Figures:
         response_figures.plot_flag_shares(judged),
     )
 
+    # Policy → the folder of its run.
     curves = {}
     for size in sizes:
         for policy, folder in (("PPO", "ppo"), ("PPO-ptx", "ppo-ptx")):

@@ -23,6 +23,7 @@ from instructax.report.results import BEST_OF, POLICIES, SizeResults
 from instructax.report.training_curves import PpoCurve, best_of_n_kl
 
 WINDOW = 5  # iterations; of the moving averages that are drawn as lines
+# Flag → title. Truthfulness has no panel in the paper's figure 4.
 FLAG_TITLES = {
     "attempts": "attempts the task",
     "constraint": "keeps explicit constraints",
@@ -43,6 +44,7 @@ def plot_flag_shares(judged: JudgedExperiment) -> Any:
             estimate = flag_estimate(judged, policy, flag)
             if estimate is None:
                 continue
+            # Policies without responses leave no gap.
             x = len(shown)
             shown.append(policy)
             # Without an applicable prompt there is nothing to draw but the paper's value.
@@ -53,6 +55,7 @@ def plot_flag_shares(judged: JudgedExperiment) -> Any:
                 published = paper_values.FLAG_SHARES[flag][policy]
                 axis.plot(x, published, "D", ms=5, mfc="none", color="black")
 
+        # The number of prompts tells how much the interval can say.
         rotate_labels(axis, shown)
         prompts = int(applicable_prompts(judged.results, flag).sum())
         axis.set(title=title, xlabel=f"{prompts} prompts", ylim=(0, 1.05))
@@ -74,6 +77,7 @@ def plot_overoptimization(
     """
     if not curves:
         return None
+    # Utility and score have different units, so only the x axis is shared.
     sizes = judged.results.sizes
     figure, axes = subplots(2, len(sizes), 4.6, 2.9, sharex="col")
     for size, (upper, lower) in zip(sizes, axes.T, strict=True):
@@ -98,6 +102,7 @@ def _draw_best_of_n(
     responses = judged.responses.get((size.name, BEST_OF))
     if responses is None or not size.best_of:
         return
+    # The true KL is at most this: the star may belong further left.
     x = np.sqrt(best_of_n_kl(size.best_of))
     for axis, values in (
         (upper, responses.opinions[TRUE_UTILITY]),
@@ -112,6 +117,7 @@ def _draw_smoothed(axis: Any, x: np.ndarray, y: np.ndarray, policy: str) -> None
     color = COLORS[policy]
     # Hundreds of points: as an image they keep the SVG small.
     axis.plot(x, y, "o", ms=2.5, alpha=0.35, color=color, rasterized=True)
+    # The same window for x and y keeps the line among its points.
     size = min(WINDOW, len(x))
     window = np.ones(size) / size
     smooth_x = np.convolve(x, window, "valid")

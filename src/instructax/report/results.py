@@ -88,6 +88,7 @@ def load_experiment(root: Path) -> ExperimentResults:
     tasks = _load_tasks(root)
     seed = read_json(root / "world" / "config.json")["seed"]
 
+    # Sizes are ordered by their parameters: their names have no order.
     sizes = []
     for path in sorted(evaluations):
         sizes.append(_load_size(path.parent.parent, root))
@@ -167,11 +168,12 @@ def count_parameters(model: JsonObject) -> int:
     num_heads = model["num_heads"] + model["num_kv_heads"]
     attention = 2 * embed_dim * model["head_dim"] * num_heads  # query, output; key, value
 
-    # Gated activations have a third matrix.
+    # Two matrices, up and down; gated activations have a third matrix.
     num_matrices = 2 if model["activation"] in ("gelu", "gelu_exact") else 3
     mlp = num_matrices * embed_dim * model["mlp_dim"]
 
     num_tables = 1 if model["tied_embeddings"] else 2
+    # Learned positions are a table too; rotary ones have no parameters.
     embeddings = num_tables * embed_dim * model["vocab_size"]
     if model["positions"] == "learned":
         embeddings += embed_dim * model["max_length"]
@@ -180,6 +182,7 @@ def count_parameters(model: JsonObject) -> int:
 
 def format_parameter_count(count: int) -> str:
     """Returns a short form of a number of parameters: 0.16M, 124M, 1.3B."""
+    # Three digits, or two for small numbers, which are rounder anyway.
     if count >= 1e9:
         return f"{count / 1e9:.3g}B"
     if count >= 1e8:
@@ -196,6 +199,7 @@ def _with_samples(
     if "SFT" not in samples[-1]:
         raise ConfigError(f"{folder} has no policy SFT, which all others are compared with")
 
+    # The prompts of the baseline define the order of all arrays over prompts.
     prompts = [record["prompt"].strip() for record in samples[-1]["SFT"]]
     check_prompts(tasks, prompts, folder)
 
@@ -208,6 +212,7 @@ def _with_samples(
 
 def check_prompts(tasks: Mapping[str, Task], prompts: list[str], folder: Path) -> None:
     """Raises ConfigError if the run in `folder` has a prompt that is not from the world."""
+    # One example is enough to see that the world is another one.
     for prompt in prompts:
         if prompt not in tasks:
             raise ConfigError(
@@ -219,6 +224,7 @@ def check_prompts(tasks: Mapping[str, Task], prompts: list[str], folder: Path) -
 def _load_samples(folder: Path) -> dict[str, list[JsonObject]]:
     """Returns policy → samples of the evaluation in `folder`; {} if it has not finished."""
     samples: dict[str, list[JsonObject]] = {}
+    # A run writes its summary last: without one, its samples are incomplete.
     if not (folder / "summary.json").exists():
         return samples
     for record in read_json_lines(folder / "samples.jsonl"):
@@ -236,6 +242,7 @@ def _in_order(
 
     ordered = {}
     for policy in sorted(samples, key=place):
+        # White space at the ends is part of the prompt format, not of the prompt.
         by_prompt = {record["prompt"].strip(): record for record in samples[policy]}
         if by_prompt.keys() != set(prompts):
             raise ConfigError(
@@ -263,6 +270,7 @@ def _public_metric(task: str, record: JsonObject) -> TaskMetric:
     """Parses one metric of a public task; BLEU is scaled to 0 … 1 like all others."""
     metric = PUBLIC_TASKS[task].metric
     scale = 0.01 if metric == "bleu" else 1.0
+    # By item, for pairing; BLEU has none.
     values = None
     if "values" in record:
         dtype = bool if metric in BINARY_METRICS else float
@@ -272,6 +280,7 @@ def _public_metric(task: str, record: JsonObject) -> TaskMetric:
 
 def few_shot_tasks(sizes: list[SizeResults]) -> list[str]:
     """Returns the public tasks with few-shot results, except measures of truthfulness."""
+    # The order is that of TASKS, whatever the order in the log.
     logged: set[str] = set()
     for size in sizes:
         for tasks in size.public_tasks.values():

@@ -56,12 +56,14 @@ def run_samples(judged: JudgedExperiment, max_prompts: int) -> JsonObject:
 
     columns = list(judged.responses)  # (size, policy)
     applicable = {flag: applicable_prompts(results, flag) for flag in FLAGS}
+    # The order of the responses is that of the columns, so that policies keep their place.
     prompts = []
     for i, prompt in enumerate(results.prompts[:max_prompts]):
         responses = []
         for column, key in enumerate(columns):
             of_policy = judged.responses[key]
             utility = float(of_policy.opinions[TRUE_UTILITY][i])
+            # Two digits: the page shows no more, and JSON grows with each.
             response = {
                 "column": column,
                 "score": round(float(of_policy.scores[i]), 2),
@@ -86,6 +88,7 @@ def _tokens(record: JsonObject) -> dict[str, list[Any]]:
     A sample that was logged without them is a single piece of text.
     """
     pieces = record.get("pieces") or [response_text(record)]
+    # One log-ratio for each piece.
     log_ratios = record.get("token_kl") or [0.0] * len(pieces)
     return {"pieces": pieces, "logRatios": [round(ratio, 2) for ratio in log_ratios]}
 
@@ -96,6 +99,7 @@ def _faults(
     """Returns the faults of the response to a prompt, given by its index."""
     faults = []
     for flag in FLAGS:
+        # A flag says nothing about prompts to which it does not apply.
         is_set = bool(responses.flags[flag][prompt])
         is_bad = is_set == (flag in BAD_IF_SET)
         if applicable[flag][prompt] and is_bad:

@@ -35,7 +35,9 @@ class Table:
 
 def policy_table(judged: JudgedExperiment) -> Table:
     """Lists the metrics of each policy at each size."""
+    # Size → n of best-of-n.
     best_of = {size.name: size.best_of for size in judged.results.sizes}
+    # One row for each policy, from the smallest to the largest size.
     rows = []
     for (size, policy), responses in judged.responses.items():
         estimates = [
@@ -70,6 +72,7 @@ def console_text(table: Table) -> str:
     for column in zip(table.columns, *table.rows, strict=True):
         widths.append(max(map(len, column)))
 
+    # Columns are as wide as their widest cell.
     rule = tuple("-" * width for width in widths)
     lines = []
     for row in (table.columns, rule, *table.rows):
@@ -89,6 +92,7 @@ def findings_table(findings: list[Finding]) -> Table:
 
 def public_tasks_table(sizes: list[SizeResults]) -> Table:
     """Lists every metric of every public task."""
+    # A row for each leaf of `SizeResults.public_tasks`.
     rows = []
     for size in sizes:
         for policy, tasks in size.public_tasks.items():
@@ -104,9 +108,11 @@ def public_tasks_table(sizes: list[SizeResults]) -> Table:
 
 def agreement_table(experiments: list[JudgedExperiment]) -> Table:
     """Lists how often two labelers agree in each run, and in the paper."""
+    # Without a pair that both labelers order, there is no share.
     rows = []
     for judged in experiments:
         for name, agreement in labeler_agreement(judged.results).items():
+            # The paper does not state the agreement between the groups.
             published = EMPTY
             if name in paper_values.AGREEMENT:
                 value, half_width = paper_values.AGREEMENT[name]
@@ -127,7 +133,7 @@ def label_noise_table(experiments: list[JudgedExperiment]) -> Table:
             accuracy = summary.get("validation_accuracy")
             pairs = summary.get("validation_pairs")
             if accuracy is None or not pairs:
-                cells = (NO_DATA, EMPTY)
+                cells = (NO_DATA, EMPTY)  # not run, or without a validation pair
             else:
                 cells = (f"{accuracy:.3f}", f"{pairs:.0f}")
             rows.append((judged.results.name, run, noise, *cells))

@@ -36,6 +36,7 @@ def plot_alignment_tax(sizes: list[SizeResults]) -> Any:
     tasks = few_shot_tasks(sizes)
     if not tasks:
         return None
+    # The labels of tasks take the same two inches however many columns share them.
     width = 3.6 + 2 / len(sizes)
     height = 0.45 * len(tasks) + 0.8
     figure, axes = subplots(2, len(sizes), width, height, sharex=True, sharey=True)
@@ -48,6 +49,7 @@ def plot_alignment_tax(sizes: list[SizeResults]) -> Any:
     labels = [f"{task} ({PUBLIC_TASKS[task].counterpart})" for task in tasks]
     for axis in axes[:, 0]:
         axis.set_yticks(range(len(tasks)), labels)
+    # The first task is at the top; the axes share this setting.
     axes[0, 0].invert_yaxis()
     axes[0, 0].margins(x=0.08)
     add_legend(figure)
@@ -58,6 +60,7 @@ def _draw_task_changes(
     axis: Any, size: SizeResults, tasks: list[str], condition: str
 ) -> None:
     """Draws policy − GPT for each task, one line of points below the other."""
+    # Points at this line are as good as GPT.
     axis.axvline(0, color="black", lw=0.8)
     policies = ("SFT", "PPO", "PPO-ptx")
     for place, policy in enumerate(policies):
@@ -76,9 +79,12 @@ def plot_harm(sizes: list[SizeResults]) -> Any:
 
     There is a row for each size.
     """
+    # Sizes without results of these tasks get no row.
     logged = []
     for size in sizes:
-        tasks = {task for results in size.public_tasks.values() for task in results}
+        tasks: set[str] = set()
+        for results in size.public_tasks.values():
+            tasks.update(results)
         if not tasks.isdisjoint(HARM_TASKS):
             logged.append(size)
     if not logged:
@@ -106,6 +112,7 @@ def _draw_conditions(axis: Any, size: SizeResults, task: str) -> None:
             count = metric.estimate.count
             num_items[condition] = max(count, num_items.get(condition, 0))
 
+    # Policies stand next to each other at each condition.
     for place, policy in enumerate(policies):
         for x, condition in enumerate(num_items):
             metric = size.public_metric(policy, task, condition)
@@ -113,6 +120,7 @@ def _draw_conditions(axis: Any, size: SizeResults, task: str) -> None:
                 offset = 0.8 * dodge(place, len(policies))
                 draw_point(axis, x + offset, metric.estimate, policy, ms=4)
 
+    # Conditions have long names: they are broken into short lines.
     labels = []
     for condition, count in num_items.items():
         labels.append(f"{textwrap.fill(condition, 12)}\n(n = {count})")
@@ -134,6 +142,7 @@ def plot_reward_model(sizes: list[SizeResults]) -> Any:
 def _draw_accuracy(axis: Any, sets: dict[str, JsonObject]) -> None:
     """Draws the accuracy on each comparison set, and how often the longer response wins."""
     for x, (name, metrics) in enumerate(sets.items()):
+        # Left of the tick: the reward model; right of it: the trivial rule.
         accuracy = logged_estimate(metrics["accuracy"])
         left = x + 2 * dodge(0, 2)
         draw_point(axis, left, accuracy, "reward model", color=REWARD_MODEL_COLOR)
@@ -142,12 +151,14 @@ def _draw_accuracy(axis: Any, sets: dict[str, JsonObject]) -> None:
         right = x + 2 * dodge(1, 2)
         draw_point(axis, right, longer_wins, "the longer response wins", color="black")
 
+        # The paper's value lies between the two points.
         if name in paper_values.ACCURACY:
             value, half_width = paper_values.ACCURACY[name]
             published = Estimate(value, value - half_width, value + half_width, 0)
             label = "the paper's reward models"
             draw_point(axis, x, published, label, fmt="D", mfc="none", color="black")
 
+    # Chance.
     axis.axhline(0.5, color="black", lw=0.8, ls=":")
     labels = [f"{name}\n{metrics['pairs']} pairs" for name, metrics in sets.items()]
     axis.set_xticks(range(len(labels)), labels)
@@ -160,8 +171,10 @@ def _draw_accuracy(axis: Any, sets: dict[str, JsonObject]) -> None:
 
 def _draw_calibration(axis: Any, sets: dict[str, JsonObject]) -> None:
     """Draws the share of correct pairs against the predicted probability."""
+    # One style for each comparison set; an evaluation has at most two.
     styles = (("o-", REWARD_MODEL_COLOR), ("s--", "black"))
     for (name, metrics), (style, color) in zip(sets.items(), styles, strict=False):
+        # Empty bins have no accuracy.
         bins = [bin for bin in metrics.get("calibration", []) if bin["pairs"]]
         if not bins:
             continue
@@ -172,6 +185,7 @@ def _draw_calibration(axis: Any, sets: dict[str, JsonObject]) -> None:
             predicted, observed, style, ms=5, lw=1.5, mfc="none", color=color, label=label
         )
 
+    # Perfect calibration.
     axis.plot([0.5, 1], [0.5, 1], color="black", lw=0.8, ls=":")
     axis.set(
         xlabel="predicted: mean σ(|score difference|)",
@@ -197,6 +211,7 @@ def plot_sft_overfitting(sizes: list[SizeResults]) -> Any:
         color = COLORS["SFT"]
         upper.plot(list(losses), list(losses.values()), "o-", ms=3, color=color)
 
+        # The validation loss is logged at every evaluation, scores only at saved steps.
         means = {step: mean_estimate(values) for step, values in scores.items()}
         lower.plot(
             list(means), [mean.value for mean in means.values()], lw=1.5, color=color

@@ -32,15 +32,16 @@ def load_ppo_curve(
     if not (folder / "summary.json").exists():
         return None
 
+    # A run logs some samples of some iterations; they are judged here for the first time.
     samples = read_json_lines(folder / "samples.jsonl")
     prompts = [record["prompt"].strip() for record in samples]
     check_prompts(results.tasks, prompts, folder)
     tasks = [results.tasks[prompt] for prompt in prompts]
-    judgements = [
-        judge(task, response_text(record))
-        for task, record in zip(tasks, samples, strict=True)
-    ]
+    judgements = []
+    for task, record in zip(tasks, samples, strict=True):
+        judgements.append(judge(task, response_text(record)))
     utility = true_utilities(tasks, judgements)  # f[number of samples]
+    # i[number of samples]
     steps = np.array([record["step"] for record in samples])
 
     # A metric is null if it was not finite; such iterations are left out.
@@ -52,6 +53,8 @@ def load_ppo_curve(
             lines.append(line)
     if not lines:
         return None
+
+    # All three are f[t], over the kept lines of the log.
     return PpoCurve(
         # An estimate of the KL can be slightly negative near the start.
         sqrt_kl=np.sqrt([max(line["kl"], 0.0) for line in lines]),
@@ -62,6 +65,7 @@ def load_ppo_curve(
 
 def best_of_n_kl(n: int) -> float:
     """Returns an upper bound of the KL of best-of-n from the sampling policy, in nats."""
+    # Exact for a score without ties.
     return float(np.log(n) - (n - 1) / n)
 
 
@@ -79,11 +83,13 @@ def load_overfitting(size: SizeResults) -> tuple[dict[int, float], dict[int, np.
         if not (folder / "summary.json").exists():
             return {}, {}
 
+    # The loss is logged at every evaluation step of training.
     losses = {}
     for line in read_json_lines(run / "metrics.jsonl"):
         if "demonstrations_loss" in line:
             losses[line["step"]] = line["demonstrations_loss"]
 
+    # The evaluation names each checkpoint of the run as a policy, "step 300".
     scores: dict[int, list[float]] = {}
     for record in read_json_lines(evaluation / "samples.jsonl"):
         if record["policy"].startswith("step "):

@@ -55,6 +55,7 @@ def plot_metric_by_size(
       ylabel: Label of the vertical axis.
       paper_table: The paper's values, drawn next to ours on the same vertical axis.
     """
+    # Our values on the left, the paper's on the right.
     num_columns = 1 if paper_table is None else 2
     figure, axes = subplots(1, num_columns, 5, 4, sharey=True)
 
@@ -77,14 +78,17 @@ def plot_win_rates(experiments: list[JudgedExperiment]) -> Any:
     There is a row for each evaluated distribution of prompts, and two columns for each
     group of labelers: our win rates and the paper's.
     """
+    # Distribution of the prompts → the seeds that were evaluated on it.
     rows = {"InstructGPT": experiments}
-    on_gpt_prompts = [
-        judged.on_gpt_prompts for judged in experiments if judged.on_gpt_prompts
-    ]
+    on_gpt_prompts = []
+    for judged in experiments:
+        if judged.on_gpt_prompts is not None:
+            on_gpt_prompts.append(judged.on_gpt_prompts)
     if on_gpt_prompts:
         rows["GPT-3"] = on_gpt_prompts
 
     figure, axes = subplots(len(rows), 2 * len(GROUP_TITLES), 3.2, 3.1, sharey=True)
+    # Columns: training labelers, here and in the paper; held-out labelers, likewise.
     for row, (distribution, evaluated) in enumerate(rows.items()):
         for column, (group, title) in enumerate(GROUP_TITLES.items()):
             ours = axes[row, 2 * column]
@@ -106,25 +110,28 @@ def _draw_measured(axis: Any, experiments: list[JudgedExperiment], metric: Metri
     each seed is a different world, and the spread between seeds is not covered by the
     per-seed intervals.
     """
+    # All seeds have the same sizes.
     sizes = experiments[0].results.sizes
     lines_by_policy = _measured_lines(experiments, metric)
     shown = list(lines_by_policy)
     for place, (policy, (places, lines)) in enumerate(lines_by_policy.items()):
         if len(sizes) > 1:
+            # Lines of policies are drawn slightly apart, so that error bars do not overlap.
             x = np.array(places) + dodge(place, len(shown)) / 3
         else:
+            # With one size each policy has its own place on the axis.
             x = np.array(places) + place
 
         if len(lines) == 1:
             _draw_line(axis, x, lines[0], policy)
             continue
-        values = np.array([[estimate.value for estimate in line] for line in lines])
+        values = _values(lines)  # [seeds, sizes]
         for seed_values in values:
             axis.plot(x, seed_values, "-", lw=0.7, alpha=0.6, color=COLORS[policy])
-        means = [
-            Estimate(float(mean), -np.inf, np.inf, len(lines))
-            for mean in np.mean(values, axis=0)
-        ]
+        # An infinite interval is not drawn.
+        means = []
+        for mean in np.mean(values, axis=0):
+            means.append(Estimate(float(mean), -np.inf, np.inf, len(lines)))
         _draw_line(axis, x, means, policy)
 
     if len(sizes) > 1:
@@ -148,6 +155,7 @@ def _measured_lines(
         lines: list[list[Estimate]] = [[] for _ in experiments]
         for place, size in enumerate(sizes):
             estimates = [metric(judged, size.name, policy) for judged in experiments]
+            # A mean over some of the seeds would not be comparable between policies.
             found = [estimate for estimate in estimates if estimate is not None]
             if len(found) < len(experiments):
                 continue
@@ -159,9 +167,18 @@ def _measured_lines(
     return lines_by_policy
 
 
+def _values(lines: list[list[Estimate]]) -> np.ndarray:
+    """Returns the values of all estimates as an array."""
+    values = []
+    for line in lines:
+        values.append([estimate.value for estimate in line])
+    return np.array(values)
+
+
 def _draw_published(axis: Any, table: PolicyTable) -> None:
     """Draws a table of the paper the way the paper does."""
     for place, (policy, row) in enumerate(table.items()):
+        # The paper does not state how many prompts are behind each point.
         estimates = [Estimate(*values, count=0) for values in row]
         x = np.arange(len(row)) + dodge(place, len(POLICIES)) / 3
         _draw_line(axis, x, estimates, policy)
@@ -169,6 +186,7 @@ def _draw_published(axis: Any, table: PolicyTable) -> None:
 
 
 def _draw_line(axis: Any, x: np.ndarray, estimates: list[Estimate], policy: str) -> None:
+    # The line first: points and error bars are drawn over it.
     values = [estimate.value for estimate in estimates]
     axis.plot(x, values, "-", lw=2, color=COLORS[policy])
     for position, estimate in zip(x, estimates, strict=True):
