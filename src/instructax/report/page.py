@@ -5,6 +5,7 @@ script that shows samples in `samples.js`.
 """
 
 import base64
+import collections
 import dataclasses
 import math
 from pathlib import Path
@@ -114,14 +115,16 @@ def page_content(experiments: list[JudgedExperiment], out: Path) -> PageContent:
     for claim in CLAIMS:
         claims.append(claim_section(claim, check_claim(claim, experiments)))
 
+    public_tasks = []
+    for judged in experiments:
+        public_tasks.append(public_tasks_table(judged.results.sizes))
+
     return PageContent(
         title=", ".join(judged.results.name for judged in experiments),
         claims=claims,
         policy_tables=[policy_table(judged) for judged in by_prompts],
         figures=_save_all(policy_figures(experiments), out),
-        public_tasks_tables=[
-            public_tasks_table(judged.results.sizes) for judged in experiments
-        ],
+        public_tasks_tables=public_tasks,
         reward_figures=_save_all(reward_figures(experiments), out),
         agreement=agreement_table(experiments),
         label_noise=label_noise_table(experiments),
@@ -132,12 +135,12 @@ def page_content(experiments: list[JudgedExperiment], out: Path) -> PageContent:
 def claim_section(claim: Claim, findings: list[Finding]) -> ClaimSection:
     """Returns a claim with its verdict and the findings behind it."""
     # One verdict for each measurement and seed.
-    verdicts = [finding.verdict for finding in findings]
+    verdicts = collections.Counter(finding.verdict for finding in findings)
     # Such as "3 seen, 1 undecided".
     counts = []
     for verdict in VERDICTS:
-        if verdict in verdicts:
-            counts.append(f"{verdicts.count(verdict)} {verdict}")
+        if verdicts[verdict]:
+            counts.append(f"{verdicts[verdict]} {verdict}")
     return ClaimSection(
         name=claim.name,
         text=claim.text,

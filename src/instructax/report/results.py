@@ -182,7 +182,6 @@ def count_parameters(model: JsonObject) -> int:
 
 def format_parameter_count(count: int) -> str:
     """Returns a short form of a number of parameters: 0.16M, 124M, 1.3B."""
-    # Three digits, or two for small numbers, which are rounder anyway.
     if count >= 1e9:
         return f"{count / 1e9:.3g}B"
     if count >= 1e8:
@@ -259,10 +258,9 @@ def public_results(summary: JsonObject) -> PublicResults:
     for policy, tasks in summary.get("policies", {}).items():
         results[policy] = {}
         for task, conditions in tasks.items():
-            results[policy][task] = {
-                condition: _public_metric(task, record)
-                for condition, record in conditions.items()
-            }
+            results[policy][task] = {}
+            for condition, record in conditions.items():
+                results[policy][task][condition] = _public_metric(task, record)
     return results
 
 

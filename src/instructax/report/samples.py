@@ -75,9 +75,12 @@ def run_samples(judged: JudgedExperiment, max_prompts: int) -> JsonObject:
         use_case = results.tasks[prompt].use_case
         prompts.append({"text": prompt, "useCase": use_case, "responses": responses})
 
+    named_columns = []
+    for size, policy in columns:
+        named_columns.append({"size": size, "policy": policy})
     return {
         "name": results.name,
-        "columns": [{"size": size, "policy": policy} for size, policy in columns],
+        "columns": named_columns,
         "prompts": prompts,
     }
 

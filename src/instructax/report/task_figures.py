@@ -46,7 +46,9 @@ def plot_alignment_tax(sizes: list[SizeResults]) -> Any:
             axis.set_title(f"{size.name}, {condition}")
         column[-1].set_xlabel("policy − GPT (share)")
 
-    labels = [f"{task} ({PUBLIC_TASKS[task].counterpart})" for task in tasks]
+    labels = []
+    for task in tasks:
+        labels.append(f"{task} ({PUBLIC_TASKS[task].counterpart})")
     for axis in axes[:, 0]:
         axis.set_yticks(range(len(tasks)), labels)
     # The first task is at the top; the axes share this setting.
@@ -160,7 +162,9 @@ def _draw_accuracy(axis: Any, sets: dict[str, JsonObject]) -> None:
 
     # Chance.
     axis.axhline(0.5, color="black", lw=0.8, ls=":")
-    labels = [f"{name}\n{metrics['pairs']} pairs" for name, metrics in sets.items()]
+    labels = []
+    for name, metrics in sets.items():
+        labels.append(f"{name}\n{metrics['pairs']} pairs")
     axis.set_xticks(range(len(labels)), labels)
     axis.set(
         xlim=(-0.6, len(sets) - 0.4),

@@ -65,7 +65,6 @@ def load_ppo_curve(
 
 def best_of_n_kl(n: int) -> float:
     """Returns an upper bound of the KL of best-of-n from the sampling policy, in nats."""
-    # Exact for a score without ties.
     return float(np.log(n) - (n - 1) / n)
 
 
