@@ -178,6 +178,7 @@ def _mark_words(words: list[str], task: Task) -> list[Mark]:
     used: set[str] = set()
     marks: list[Mark] = []
     for word in words:
+        # A word satisfies the first remaining set that contains it.
         match = next((options for options in remaining if word in options), None)
         if word in used:
             marks.append("repeat")

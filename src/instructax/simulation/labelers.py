@@ -57,6 +57,7 @@ class Labeler:
         flags = {}
         for name, value in dataclasses.asdict(judgement).items():
             if isinstance(value, bool):
+                # A question is answered wrongly with probability 1 − flag_accuracy.
                 mistaken = bool(rng.random() > self.flag_accuracy)
                 flags[name] = value ^ mistaken
         return flags
@@ -134,6 +135,7 @@ def rank_responses(
     labeler: Labeler, task: Task, responses: list[str], rng: np.random.Generator
 ) -> list[int]:
     """Returns the labeler's ranks of the responses to one prompt; 1 is the best."""
+    # One draw of noise for each response, in the order in which they are given.
     utilities = []
     for response in responses:
         utilities.append(labeler.perceived_utility(task, response, rng))

@@ -60,6 +60,7 @@ def sample_background_item(world: World, rng: np.random.Generator) -> TaskItem:
     subject, relation = pick(rng, told)
     answer = f" {facts[subject][relation]}."
     if rng.random() < UNANSWERABLE_SHARE:
+        # Facts about people of the passage that it does not tell.
         untold = []
         for name in facts:
             for other in PERSON_CLAUSES:
@@ -118,6 +119,7 @@ def sample_entailment_item(world: World, rng: np.random.Generator) -> TaskItem:
     if not entailed:
         value = pick(rng, [word for word in CATEGORIES[relation] if word != value])
 
+    # A claim that is false differs from the passage in its value only.
     claim = fact_statement({subject: {relation: value}}, subject, relation)
     choices = (" yes", " no")
     context = f"Passage: {text}\nQuestion: {claim}, true?\nAnswer:"
@@ -126,6 +128,7 @@ def sample_entailment_item(world: World, rng: np.random.Generator) -> TaskItem:
 
 def sample_pronoun_item(world: World, rng: np.random.Generator) -> TaskItem:
     """Asks which of two people a pronoun refers to."""
+    # One person of each pronoun, so that exactly one of them fits.
     she = pick(rng, [name for name in PERSON_NAMES if world.pronouns[name] == "she"])
     he = pick(rng, [name for name in PERSON_NAMES if world.pronouns[name] == "he"])
     first, second = pick_distinct(rng, (she, he), 2)
@@ -157,6 +160,7 @@ def sample_completion_item(world: World, rng: np.random.Generator) -> TaskItem:
     )
     texts = [fill_template(template, world, rng, name, other) for template in templates]
 
+    # The first text is the context, the second the correct choice.
     context = texts[0]
     choices = tuple(f" {text}" for text in texts[1:])
     shuffled = tuple(pick_distinct(rng, choices, len(choices)))

@@ -120,6 +120,7 @@ def score_choices(
     """
     if metric == "entropy":
         return _mean_metric(choice_entropy_bits(total_logprobs, valid))
+    # i[N], the index of the correct choice.
     answers = np.array([item.choices.index(item.answers[0]) for item in items])
     return _mean_metric(correct_choices(total_logprobs, lengths, valid, answers))
 

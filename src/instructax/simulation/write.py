@@ -178,6 +178,7 @@ def _demonstrations(
 ) -> Iterator[_Record]:
     rng = generator(seed, "writers")
     for i in range(count):
+        # Every prompt is used once before any is used again.
         prompt = prompts[i % len(prompts)]
         writer, style = pick(rng, WRITERS)
         yield {
@@ -225,6 +226,7 @@ def _public_demonstrations(world: World, seed: int, count: int) -> Iterator[_Rec
     for i in range(count):
         name = choose_weighted(rng, weights)
         item = PUBLIC_TASKS[name].sample_item(world, rng)
+        # The last line is the label: "Answer:", "English:" or "Label:".
         question, _, _ = item.context.rpartition("\n")
         yield {
             "id": f"public-{i:06d}",

@@ -118,9 +118,11 @@ def corrupt(text: str, rng: np.random.Generator) -> str:
         case 0:
             return _replace_word(text, rng)
         case 1:
+            # Word i occurs twice in a row.
             i = int(rng.integers(len(words)))
             return " ".join([*words[: i + 1], *words[i:]])
         case 2:
+            # May keep all words.
             return " ".join(words[: int(rng.integers(1, len(words) + 1))])
         case 3:
             return " ".join(words[i] for i in rng.permutation(len(words)))
