@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Evaluates a policy on tasks of lm-evaluation-harness.
+"""Runs lm-evaluation-harness on a finished policy: python scripts/lm_eval_harness.py
+--workdir runs/micro/ppo-ptx --tasks=arc_easy,lambada
 
-python scripts/lm_eval_harness.py --workdir runs/micro/ppo-ptx --tasks=arc_easy,lambada
-
-Tasks are the harness's own, which it downloads, or those in the folder --include_path. The
-exit codes are those of train.py.
+Tasks come from the harness, which downloads them, or from the folder --include_path. Exit
+codes are those of train.py.
 """
 
 import json
@@ -18,45 +17,37 @@ from instructax import cli
 from instructax.config import ConfigError
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A finished run of pretraining, SFT or PPO: WORKDIR or WORKDIR@STEP."
+    "workdir", None, "finished run of pretraining, SFT or PPO, or WORKDIR@STEP"
 )
-TASKS = flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.")
+TASKS = flags.DEFINE_list("tasks", [], "comma-separated names of tasks")
 INCLUDE_PATH = flags.DEFINE_string(
-    "include_path", None, "A folder with task files (YAML) of your own."
+    "include_path", None, "folder with your own task files (YAML)"
 )
-NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "Number of few-shot examples before each question.", lower_bound=0
+FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "few-shot examples before each question", lower_bound=0
 )
-LIMIT = flags.DEFINE_integer(
-    "limit", None, "The largest number of questions per task.", lower_bound=1
-)
-APPLY_CHAT_TEMPLATE = flags.DEFINE_bool(
-    "apply_chat_template", False, "Ask each question as a message of a conversation."
-)
+LIMIT = flags.DEFINE_integer("limit", None, "most questions per task", lower_bound=1)
+CHAT = flags.DEFINE_bool("apply_chat_template", False, "format questions as conversations")
 SYSTEM = flags.DEFINE_string(
-    "system", None, "The system message, with --apply_chat_template."
+    "system", None, "with --apply_chat_template: the system message"
 )
 GEN_KWARGS = flags.DEFINE_string(
-    "gen_kwargs", None, "Replaces the tasks' own settings, such as max_gen_toks=64."
+    "gen_kwargs", None, "replaces the tasks' own, for example max_gen_toks=64"
 )
-OUTPUT = flags.DEFINE_string("output", None, "A JSON file for all results.")
-ROWS = flags.DEFINE_integer(
-    "rows", 8, "Number of texts that are scored or answered at a time.", lower_bound=1
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for all results")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "texts scored or completed at a time", lower_bound=1
 )
 SEED = flags.DEFINE_integer(
-    "seed",
-    0,
-    "The seed of tasks that sample.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
+    "seed", 0, "random seed of tasks that sample", lower_bound=0, upper_bound=2**31 - 1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "dtype of the computation"
 )
 
 
 def main(argv: list[str]) -> int:
-    """Parses the flags, evaluates, and returns the exit code."""
+    """Parses flags, calls the library and returns an exit code."""
     if len(argv) > 1 or not WORKDIR.value or not TASKS.value:
         print(
             "error: give --workdir=FOLDER of a finished run and --tasks=NAME,NAME",
@@ -70,8 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(workdir: str) -> None:
-    """Runs the tasks, prints the harness's table, and writes its results."""
-    # lm_eval is an optional dependency.
+    """Prints the harness's table and writes its results."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -80,27 +70,24 @@ def evaluate(workdir: str) -> None:
         raise ConfigError(
             f"{error.name} is not installed: pip install 'instructax[lm_eval]'"
         ) from None
-    # Imported here, so that --help answers without JAX.
     from instructax.evals.lm_eval_model import InstructaxLM
-    from instructax.serving.chat import open_served
+    from instructax.serving.policy import open_served
 
     manager = TaskManager(include_path=INCLUDE_PATH.value)
     unknown = [task for task in TASKS.value if task not in manager.all_tasks]
     if unknown:
         raise ConfigError(
-            f"--tasks: there is no {', '.join(unknown)} among the tasks of "
-            "lm-evaluation-harness"
+            f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}"
         )
-    # Unknown tasks are reported before the policy is loaded.
-    policy = open_served(workdir, dtype=DTYPE.value, rows=ROWS.value)
-    model = InstructaxLM(policy.engine, policy.tokenizer, policy.template, seed=SEED.value)
-    run_tasks: Any = simple_evaluate  # its annotations are narrower than what it accepts
-    results = run_tasks(
-        model,
+
+    policy = open_served(workdir, dtype=DTYPE.value, batch_size=BATCH_SIZE.value)
+    run: Any = simple_evaluate  # its annotations are narrower than what it accepts
+    results = run(
+        InstructaxLM(policy, seed=SEED.value),
         tasks=TASKS.value,
-        num_fewshot=NUM_FEWSHOT.value,
+        num_fewshot=FEWSHOT.value,
         limit=LIMIT.value,
-        apply_chat_template=APPLY_CHAT_TEMPLATE.value,
+        apply_chat_template=CHAT.value,
         system_instruction=SYSTEM.value,
         gen_kwargs=GEN_KWARGS.value,
         task_manager=manager,

@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
-"""Samples from a finished policy.
+"""Samples from a finished policy: python scripts/sample.py --workdir runs/micro/ppo-ptx
 
-python scripts/sample.py --workdir runs/micro/ppo-ptx
-
-Reads one prompt per line, from the terminal or standard input; `\\n` in a line is a line
-break. With --chat the lines are one conversation, and /new starts another. With --input and
---output it answers a file of JSON lines, each with a `prompt` or with `messages`. The exit
-codes are those of train.py.
+Reads one prompt per line from the terminal or standard input; `\\n` in a line is a line
+break. With --chat the lines are one conversation, and /new starts a new one. With --input
+and --output it completes a JSONL file whose lines have `prompt` or `messages`. Exit codes
+are those of train.py.
 """
 
 import io
@@ -19,96 +17,96 @@ from absl import app, flags, logging
 from instructax import cli
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A finished run of pretraining, SFT or PPO: WORKDIR or WORKDIR@STEP."
+    "workdir", None, "finished run of pretraining, SFT or PPO, or WORKDIR@STEP"
 )
-LENGTH = flags.DEFINE_integer(
-    "length", 32, "The largest number of tokens in an answer.", lower_bound=1
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 32, "most tokens of a completion", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "Sampling temperature; 0 is greedy.", lower_bound=0.0
+    "temperature", 1.0, "sampling temperature; 0 = greedy", lower_bound=0.0
 )
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**31 - 1
-)
-SAMPLES = flags.DEFINE_integer(
-    "samples", 1, "Number of answers to each prompt.", lower_bound=1
+SEED = flags.DEFINE_integer("seed", 0, "random seed", lower_bound=0, upper_bound=2**31 - 1)
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "completions of each prompt", lower_bound=1
 )
 STOP = flags.DEFINE_multi_string(
-    "stop", [], "A text that ends an answer, with \\n for a line break; repeat for more."
+    "stop", [], "string that ends a completion, \\n for a line break; may be repeated"
 )
-CHAT = flags.DEFINE_bool("chat", False, "Treat the lines as turns of one conversation.")
-SYSTEM = flags.DEFINE_string("system", "", "The system message, with --chat.")
-INPUT = flags.DEFINE_string(
-    "input", None, "A file of JSON lines to answer, instead of typed prompts."
-)
+CHAT = flags.DEFINE_bool("chat", False, "the lines are one conversation")
+SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
+INPUT = flags.DEFINE_string("input", None, "JSONL file to complete")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "The file to write, with --input; it must not exist yet."
+    "output", None, "with --input: JSONL file to write; must not exist"
 )
-ROWS = flags.DEFINE_integer(
-    "rows", 8, "Number of answers that are sampled at a time, with --input.", lower_bound=1
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "with --input: completions sampled at a time", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "dtype of the computation"
 )
 
 
 def main(argv: list[str]) -> int:
-    """Parses the flags, samples, and returns the exit code."""
-    if mistake := flag_mistake(argv):
+    """Parses flags, calls the library and returns an exit code."""
+    if mistake := find_mistake(argv):
         print(f"error: {mistake}", file=sys.stderr)
         return cli.USER_ERROR
     logging.set_verbosity(logging.WARNING)
     cli.enable_compilation_cache()
-    return cli.guarded(run)
+    return cli.guarded(sample)
 
 
-def flag_mistake(argv: list[str]) -> str:
-    """What is wrong with the combination of arguments; "" if nothing is."""
+def sample() -> None:
+    """Samples as the flags say."""
+    from instructax.serving import chat
+
+    stop_strings = [stop.replace("\\n", "\n") for stop in STOP.value]
+    sampling = chat.SamplingParams(
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        seed=SEED.value,
+        num_samples=NUM_SAMPLES.value,
+        stop_strings=tuple(stop_strings),
+    )
+    workdir = str(WORKDIR.value)
+    dtype = DTYPE.value
+    if INPUT.value:
+        chat.complete_file(
+            workdir,
+            pathlib.Path(INPUT.value),
+            pathlib.Path(str(OUTPUT.value)),
+            sampling,
+            dtype=dtype,
+            batch_size=BATCH_SIZE.value,
+        )
+    elif CHAT.value:
+        chat.run_chat(workdir, read_lines(), sampling, dtype=dtype, system=SYSTEM.value)
+    else:
+        chat.print_completions(workdir, read_lines(), sampling, dtype=dtype)
+
+
+def find_mistake(argv: list[str]) -> str:
+    """What is wrong with the arguments, or ""."""
     if len(argv) > 1 or not WORKDIR.value:
         return "give --workdir=FOLDER of a finished run"
     if bool(INPUT.value) != bool(OUTPUT.value):
         return "give --input and --output together"
-    if CHAT.value and (INPUT.value or SAMPLES.value > 1):
-        return (
-            "--chat goes with neither --input (whose lines may have messages) nor --samples"
-        )
+    if CHAT.value and INPUT.value:
+        return "--chat cannot be combined with --input, whose lines may have messages"
+    if CHAT.value and NUM_SAMPLES.value > 1:
+        return "--chat cannot be combined with --num_samples"
     if SYSTEM.value and not CHAT.value:
-        return "--system goes with --chat"
+        return "--system requires --chat"
     if "" in STOP.value:
         return "--stop must not be empty"
     return ""
 
 
-def run() -> None:
-    """Answers the input file, or the lines of standard input."""
-    # Imported here, so that --help answers without JAX.
-    from instructax.serving import chat
-
-    params = chat.SamplingParams(
-        length=LENGTH.value,
-        temperature=TEMPERATURE.value,
-        seed=SEED.value,
-        samples=SAMPLES.value,
-        stops=tuple(stop.replace("\\n", "\n") for stop in STOP.value),
-    )
-    workdir = str(WORKDIR.value)
-    dtype = DTYPE.value
-    if INPUT.value:
-        source = pathlib.Path(INPUT.value)
-        target = pathlib.Path(str(OUTPUT.value))
-        chat.answer_file(workdir, source, target, params, dtype=dtype, rows=ROWS.value)
-    elif CHAT.value:
-        chat.converse(workdir, read_prompts(), params, dtype=dtype, system=SYSTEM.value)
-    else:
-        chat.talk(workdir, read_prompts(), params, dtype=dtype)
-
-
-def read_prompts() -> Iterator[str]:
-    """Yields the prompts typed or piped to standard input."""
-    # Invalid UTF-8 becomes a replacement character instead of an error.
+def read_lines() -> Iterator[str]:
+    """Yields the lines of standard input, with a prompt sign on a terminal."""
+    # Bytes that are not UTF-8 become replacement characters.
     lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
     while True:
-        # A prompt mark for people, none for pipes.
         if lines.isatty():
             print("> ", end="", flush=True)
         line = lines.readline()

@@ -26,7 +26,7 @@ if [[ ! -e "$folder/answers.jsonl" ]]; then
     "List three differences between cats and dogs."; do
     echo "{\"messages\": [{\"role\": \"user\", \"content\": \"$prompt\"}]}"
   done > "$folder/prompts.jsonl"
-  python scripts/sample.py --workdir "$folder/pretrain" --length 64 --temperature 0 --rows 5 \
+  python scripts/sample.py --workdir "$folder/pretrain" --max_new_tokens 64 --temperature 0 --batch_size 5 \
     --input "$folder/prompts.jsonl" --output "$folder/answers.jsonl"
 fi
 cat "$folder/answers.jsonl"

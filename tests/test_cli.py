@@ -277,8 +277,8 @@ SAMPLES = [
         "--workdir = '/nowhere' is not a finished run: train it first",
     ),
     (("--workdir=x", "--input=a.jsonl"), "give --input and --output together"),
-    (("--workdir=x", "--chat", "--samples=2"), "--chat goes with neither --input"),
-    (("--workdir=x", "--system=y"), "--system goes with --chat"),
+    (("--workdir=x", "--chat", "--num_samples=2"), "--chat cannot be combined with"),
+    (("--workdir=x", "--system=y"), "--system requires --chat"),
     (("--workdir=x", "--stop="), "--stop must not be empty"),
     (("--workdir=x", "--temperature=-1"), "temperature"),
     (

@@ -1,25 +1,22 @@
-"""F1, exact match, BLEU and ROUGE-L: numbers by hand, the scorers they must agree with,
-identities, refused input.
+"""F1, exact match and ROUGE-L: worked numbers, reference scorers, identities, bad input.
 
-sacrebleu and rouge_score are the references for their metrics; SQuAD v2's and DROP's rules
-are written again below, in another way, with exact fractions.
+rouge_score is the reference for ROUGE-L. SQuAD v2's and DROP's rules are written again
+below, in another way and with exact fractions.
 """
 
 import fractions
 import itertools
-import math
 import re
 
 import hypothesis
 import numpy as np
 import pytest
-import sacrebleu
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
+from tests.support.odd_texts import corrupt, examples, random_text, several_texts, texts
 
 from instructax.evals.text_metrics import (
     bleu,
-    bleu_estimate,
     drop_f1,
     exact_match,
     first_line,
@@ -27,87 +24,6 @@ from instructax.evals.text_metrics import (
     rouge_l,
     token_f1,
 )
-
-# Words that the rules treat in their own way: articles, numbers, signs, entities, letters
-# beyond ASCII.
-PLAIN = [
-    "a",
-    "an",
-    "the",
-    "The",
-    "cat",
-    "cats",
-    "sat",
-    "mat.",
-    "on,",
-    "of",
-    "dog's",
-    "U.S.",
-]
-NUMBERS = [
-    "3.5",
-    "1,000",
-    "7",
-    "07",
-    "5%",
-    "$5",
-    "-2",
-    "2-1",
-    "1.",
-    ".5",
-    "1e3",
-    "nan",
-    "½",
-]
-SIGNS = [
-    "well-known",
-    "(so)",
-    '"yes"',
-    "end-",
-    "x.y",
-    ",,.",
-    "!?",
-    "'",
-    "''",
-    "|",
-    "&amp;",
-    "&quot;",
-    "&lt;b&gt;",
-]
-ODD = [
-    "¿qué?",
-    "naïve",
-    "Ωmega",
-    "ÉTÉ",
-    "日本",
-    "ﬁn",
-    "İstanbul",
-    "…",
-    "–",
-    "l’a",
-    "<skipped>",
-    "&amp;lt;",
-]
-WORDS = [*PLAIN, *NUMBERS, *SIGNS, *ODD]
-texts = st.lists(st.sampled_from([*WORDS, "\n", "\t"]), max_size=7).map(" ".join) | st.text(
-    max_size=20
-)
-several_texts = st.lists(texts, min_size=1, max_size=3)
-examples = hypothesis.settings(max_examples=200, deadline=None)
-
-
-def random_text(rng: np.random.Generator, most: int) -> str:
-    """Up to `most` words, few enough kinds that runs of them are shared, parted by a blank,
-    nothing or a newline."""
-    words = rng.choice([*PLAIN, *rng.choice(WORDS, 6)], size=rng.integers(0, most + 1))
-    return "".join(word + rng.choice([" ", " ", " ", "", "\n", "  "]) for word in words)
-
-
-def blurred(rng: np.random.Generator, text: str) -> str:
-    """`text` with a third of its words lost, and some said twice."""
-    return " ".join(
-        word for word in text.split(" ") for _ in range(rng.choice([0, 1, 1, 2]))
-    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +36,7 @@ def blurred(rng: np.random.Generator, text: str) -> str:
         ("a\u2028b\x0bc\r\nd", "a\u2028b\x0bc\r"),
     ],
 )
-def test_first_line_ends_at_a_newline_and_nowhere_else(completion, line):
+def test_first_line_ends_only_at_a_newline(completion, line):
     assert first_line(completion) == line
 
 
@@ -130,11 +46,9 @@ def test_first_line_ends_at_a_newline_and_nowhere_else(completion, line):
         ("The  Cat,\tan 'Apple' and a Pear!\n", "cat apple and pear"),
         ("Theatre another banana", "theatre another banana"),  # articles are whole words
         ("U.S. well-known 3.5%", "us wellknown 35"),
-        (
-            "a.b the-end a-",
-            "ab theend",
-        ),  # punctuation goes first, and what is left of "a-" is an article
-        ("l’été ÉTÉ “x”", "l’été été “x”"),  # signs beyond ASCII stay
+        # Punctuation is removed first, and the rest of "a-" is an article.
+        ("a.b the-end a-", "ab theend"),
+        ("l’été ÉTÉ “x”", "l’été été “x”"),  # punctuation beyond ASCII stays
         ("the a an", ""),
         ("a_b", "ab"),
     ],
@@ -156,8 +70,8 @@ def test_normalize_answer(text, expected):
         ("", ["dog"], 0.0),
         ("a dog", [""], 0.0),
         ("", [""], 1.0),
-        ("The ...", ["", "the"], 1.0),  # nothing is left of any of them
-        ("", ["", "dog"], 0.0),  # one answered, so there is an answer
+        ("The ...", ["", "the"], 1.0),  # no words are left in any of them
+        ("", ["", "dog"], 0.0),  # one annotator answered, so there is an answer
         ("", [], 1.0),
         ("dog", [], 0.0),
         ("not in the background", ["Not in background."], 1.0),
@@ -169,43 +83,48 @@ def test_token_f1_by_hand(prediction, references, f1):
     assert exact_match(prediction, references) == (f1 == 1.0)
 
 
-def test_exact_match_asks_for_the_order_of_words():
-    assert token_f1("king Arthur", ["Arthur King"]) == 1.0 and not exact_match(
-        "king Arthur", ["Arthur King"]
-    )
+def test_exact_match_depends_on_word_order():
+    assert token_f1("king Arthur", ["Arthur King"]) == 1.0
+    assert not exact_match("king Arthur", ["Arthur King"])
     assert exact_match("An Arthur, king", ["x", "arthur KING"])
 
 
 def squad_words(text: str) -> list[str]:
-    """Words of SQuAD's rules, letter by letter rather than by the library's patterns."""
-    kept = "".join(
-        sign for sign in text.lower() if not (33 <= ord(sign) < 127 and not sign.isalnum())
-    )
-    words = re.split(r"(\W)", kept)  # as \b would, so that the article in "l’a" goes too
-    return "".join(" " if word in ("a", "an", "the") else word for word in words).split()
+    """The words of SQuAD's rules, by characters rather than by regular expressions."""
+    kept = ""
+    for character in text.lower():
+        is_ascii_sign = 33 <= ord(character) < 127 and not character.isalnum()
+        if not is_ascii_sign:
+            kept += character
+    words = []
+    # Split at every non-word character, so that the article in "l’a" is removed too.
+    for word in re.split(r"(\W)", kept):
+        words.append(" " if word in ("a", "an", "the") else word)
+    return "".join(words).split()
 
 
 def squad_f1(prediction: str, references: list[str]) -> fractions.Fraction:
-    """SQuAD v2's rules: golds without a word are dropped, [""] if none is left, 1 or 0
-    where one side is empty."""
+    """SQuAD v2's F1 with exact fractions."""
+    words = squad_words(prediction)
+    answers = [squad_words(reference) for reference in references]
+    answers = [answer for answer in answers if answer] or [[]]
     best = fractions.Fraction(0)
-    ours = squad_words(prediction)
-    for theirs in [words for words in map(squad_words, references) if words] or [[]]:
-        left, shared = list(theirs), 0
-        for word in ours:
-            if word in left:
-                left.remove(word)
-                shared += 1
-        if not ours or not theirs:
-            best = max(best, fractions.Fraction(ours == theirs))
-        else:
-            best = max(best, fractions.Fraction(2 * shared, len(ours) + len(theirs)))
+    for answer in answers:
+        if not words or not answer:
+            best = max(best, fractions.Fraction(words == answer))
+            continue
+        unmatched = list(answer)
+        for word in words:
+            if word in unmatched:
+                unmatched.remove(word)
+        shared = len(answer) - len(unmatched)
+        best = max(best, fractions.Fraction(2 * shared, len(words) + len(answer)))
     return best
 
 
 @hypothesis.given(prediction=texts, references=st.lists(texts, max_size=3))
 @examples
-def test_token_f1_is_squads(prediction, references):
+def test_token_f1_equals_squads(prediction, references):
     assert normalize_answer(prediction) == " ".join(squad_words(prediction))
     assert token_f1(prediction, references) == pytest.approx(
         float(squad_f1(prediction, references)), abs=1e-12
@@ -214,7 +133,7 @@ def test_token_f1_is_squads(prediction, references):
 
 @hypothesis.given(one=texts, other=texts)
 @examples
-def test_token_f1_is_a_symmetric_share(one, other):
+def test_token_f1_is_symmetric_and_between_0_and_1(one, other):
     assert token_f1(one, [other]) == token_f1(other, [one])
     assert 0.0 <= token_f1(one, [other]) <= 1.0
     assert token_f1(one, [one]) == 1.0 and exact_match(one, [one])
@@ -224,38 +143,29 @@ def test_token_f1_is_a_symmetric_share(one, other):
     ("prediction", "references", "f1"),
     [
         ("5.0 yards", [["5"]], 0.67),  # {5.0, yards} and {5.0}: precision 1/2, recall 1
-        (
-            "about 5% and 1,000",
-            [["5", "1000"]],
-            0.2,
-        ),  # one span for two: half of the F1 of 1/4 and 1
-        ("4 yards", [["5 yards"]], 0.0),  # a word is shared, and no number
+        # One span for two: half of the F1 of 1/4 and 1.
+        ("about 5% and 1,000", [["5", "1000"]], 0.2),
+        ("4 yards", [["5 yards"]], 0.0),  # they share a word but no number
         ("five yards", [["5 yards"]], 0.0),
         ("5 feet", [["5 yards"]], 0.5),
-        ("5 yards", [["yards"]], 0.67),  # no number in the reference: none is asked for
+        ("5 yards", [["yards"]], 0.67),  # the reference has no number
         ("3.5", [["35"]], 0.0),
         ("1e3", [["1000"]], 1.0),
-        ("no no yes", [["yes no"]], 1.0),  # sets: how often does not count
+        ("no no yes", [["yes no"]], 1.0),  # sets: repetitions do not count
         ("Mid-Atlantic", [["mid atlantic"]], 1.0),
         (["Leach", "Brown"], [["Kris Brown", "Vonta Leach"]], 0.67),
         ("Kris Brown", [["Kris Brown", "Vonta Leach"]], 0.5),
         (["Brown", "Leach", "Russell"], [["Brown"]], 0.33),
-        (
-            ["x y", "x w v"],
-            [["y z", "x"]],
-            0.5,
-        ),  # 1/2 + 1/2; the best single pair, 2/3, would leave 0 for the other
-        (
-            ["x", "y"],
-            [["x y", "x"]],
-            0.83,
-        ),  # (1 + 2/3) / 2; in the order given, (2/3 + 0) / 2
+        # (1/2 + 1/2) / 2; the best single pair, 2/3, would leave 0 for the other.
+        (["x y", "x w v"], [["y z", "x"]], 0.5),
+        # (1 + 2/3) / 2; in the given order it would be (2/3 + 0) / 2.
+        (["x", "y"], [["x y", "x"]], 0.83),
         ("Leach", [["Brown"], ["Vonta Leach"]], 0.67),
         ("", [["Brown"]], 0.0),
         ([], [["Brown"]], 0.0),
         ("the", [["a"]], 1.0),
-        ("", [[" ", "Brown"]], 0.0),  # an answer that starts with a blank span is none
-        ("x", [["x b c d e f g h i j k l m n o"]], 0.12),  # 2/16 = 0.125, halves to even
+        ("", [[" ", "Brown"]], 0.0),  # such an answer is ignored
+        ("x", [["x b c d e f g h i j k l m n o"]], 0.12),  # 2/16, rounded to even
     ],
 )
 def test_drop_f1_by_hand(prediction, references, f1):
@@ -263,57 +173,49 @@ def test_drop_f1_by_hand(prediction, references, f1):
 
 
 def drop_words(span: str) -> set[str]:
-    """DROP's normalised words: "5%" → "5.0", "3.5" → "3.5", "Mid-Atlantic" → "mid",
-    "atlantic"."""
-    found = set()
+    """DROP's normalized words, for example "5%" → "5.0" and "Mid-Atlantic" → two words."""
+    words = set()
     for word in span.replace("-", " ").split(" "):
-        for form in (
-            word.lower(),
-            "".join(
-                sign
-                for sign in word.lower()
-                if ord(sign) > 126 or sign.isalnum() or sign <= " "
-            ),
-        ):
+        without_signs = ""
+        for character in word.lower():
+            if ord(character) > 126 or character.isalnum() or character <= " ":
+                without_signs += character
+        for form in (word.lower(), without_signs):
             try:
-                found.add(str(float(form)))
+                words.add(str(float(form)))
                 break
             except ValueError:
                 pass
         else:
-            found.update(squad_words(word))
-    return found
+            words.update(squad_words(word))
+    return words
+
+
+def drop_span_f1(ours: set[str], theirs: set[str]) -> fractions.Fraction:
+    numbers = set()
+    for word in theirs:
+        if re.fullmatch(r"[\d.e+]*\d|nan|inf(inity)?", word):
+            numbers.add(word)
+    if numbers and not numbers & ours:
+        return fractions.Fraction(0)
+    if not ours and not theirs:
+        return fractions.Fraction(1)
+    return fractions.Fraction(2 * len(ours & theirs), len(ours) + len(theirs))
 
 
 def drop_reference(predicted: list[str], gold: list[str]) -> fractions.Fraction:
     """The best of all pairings, tried one by one, before rounding."""
-
-    def score(ours: set[str], theirs: set[str]) -> fractions.Fraction:
-        numbers = [
-            word for word in theirs if re.fullmatch(r"[\d.e+]*\d|nan|inf(inity)?", word)
-        ]
-        if numbers and not any(number in ours for number in numbers):
-            return fractions.Fraction(0)
-        return (
-            fractions.Fraction(2 * len(ours & theirs), len(ours) + len(theirs))
-            if ours or theirs
-            else fractions.Fraction(1)
-        )
-
-    ours, theirs = (
-        [drop_words(span) for span in predicted],
-        [drop_words(span) for span in gold],
-    )
+    ours = [drop_words(span) for span in predicted]
+    theirs = [drop_words(span) for span in gold]
     size = max(len(ours), len(theirs))
-    totals = [
-        sum(
-            score(ours[i], theirs[j])
-            for i, j in enumerate(order)
-            if i < len(ours) and j < len(theirs)
-        )
-        for order in itertools.permutations(range(size))
-    ]
-    return max(totals) / fractions.Fraction(size)
+    best = fractions.Fraction(0)
+    for order in itertools.permutations(range(size)):
+        total = fractions.Fraction(0)
+        for i, j in enumerate(order):
+            if i < len(ours) and j < len(theirs):
+                total += drop_span_f1(ours[i], theirs[j])
+        best = max(best, total)
+    return best / size
 
 
 @hypothesis.given(
@@ -329,150 +231,11 @@ def test_drop_f1_is_the_best_of_all_pairings(predicted, references):
     assert drop_f1(predicted, references) == round(drop_f1(predicted, references), 2)
 
 
-CAT = "the cat sat on the mat"
-
-
-@pytest.mark.parametrize(
-    ("predictions", "references", "expected"),
-    [
-        ([CAT], [[CAT]], 100.0),
-        (["the cat sat on a mat"], [[CAT]], 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25),
-        (
-            ["the cat on sat mat the"],
-            [[CAT]],
-            100 * (6 / 6 * 1 / 5 * 1 / 2 / 4 * 1 / 4 / 3) ** 0.25,
-        ),  # 1/2, 1/4 of one
-        # Clipped: "the" is right twice of seven times; no longer run is: 1/2 of 6, 1/4 of
-        # 5, 1/8 of 4.
-        (["the the the the the the the"], [[CAT]], 100 * (2 / 7 / 12 / 20 / 32) ** 0.25),
-        # Nothing but the length is wrong: 4 of 6 words.
-        (["the cat sat on"], [[CAT]], 100 * math.exp(1 - 6 / 4)),
-        # Too long costs precision alone: 6/7, 5/6, 4/5, 3/4.
-        ([CAT + " now"], [[CAT]], 100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25),
-        (["a b c d"], [["e f g h"]], 0.0),
-        ([""], [[CAT]], 0.0),
-        (["the cat sat"], [["the cat sat"]], 0.0),  # no four words in all of the corpus
-        (
-            ["the cat sat", CAT],
-            [["the cat sat"], [CAT]],
-            100.0,
-        ),  # counts of the corpus, not a mean of sentences
-        (
-            ["The Cat sat on the mat"],
-            [[CAT]],
-            100 * (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25,
-        ),  # case counts
-        # Runs of either reference count, "b c d e" is in none; of 5 and 7 words, equally
-        # near to 6, the shorter holds.
-        (["a b c d e f"], [["a b c d x", "c d e f y z w"]], 100 * (2 / 3) ** 0.25),
-        (
-            ["a b c d e f"],
-            [["a b c", "a b c d e f g h"]],
-            100 * math.exp(1 - 8 / 6),
-        ),  # 8 is nearer than 3
-        # A word counts as often as the reference that has it most often, not as often as
-        # all together.
-        (
-            ["x x x x"],
-            [["x x y y", "x y y y"]],
-            100 * (2 / 4 * 1 / 3 * 1 / 2 / 2 * 1 / 4 / 1) ** 0.25,
-        ),
-        (
-            ["x $1,000.5 (2-3)."],
-            [["x $ 1,000.5 ( 2 - 3 ) ."]],
-            100.0,
-        ),  # these are 13a's words
-        (
-            ["a b c e-mail"],
-            [["a b c e - mail"]],
-            100 * math.exp(1 - 6 / 4) * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25,
-        ),
-        (["a &amp; b &lt; c"], [["a & b < c"]], 100.0),
-        (["one two- \nthree four five"], [["one two- three four five"]], 100.0),
-    ],
-)
-def test_bleu_by_hand(predictions, references, expected):
-    assert bleu(predictions, references) == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_interval_of_bleu_is_that_of_draws_of_its_sentences():
-    same = bleu_estimate(["a b c d"] * 3, [["a b c d"]] * 3, resamples=9, seed=0)
-    assert (same.value, same.low, same.high) == pytest.approx(
-        (100, 100, 100)
-    ) and same.count == 3
-    predictions, references = (
-        ["a b c d", "a b x y", "p q r s a", "d c b a"],
-        [["a b c d"]] * 4,
-    )
-    draws = itertools.product(range(4), repeat=4)
-    every = [bleu([predictions[i] for i in rows], references) for rows in draws]
-    estimate = bleu_estimate(predictions, references, resamples=4000, seed=1)
-    assert estimate.value == bleu(predictions, references)
-    expected = np.quantile(np.repeat(every, 100), [0.025, 0.975])
-    assert min(every) < expected[0] < estimate.value < expected[1] < 100
-    assert (estimate.low, estimate.high) == pytest.approx(expected, abs=1e-9)
-
-
-def test_bleu_of_nothing_is_nan():
-    assert math.isnan(bleu_estimate([], [], resamples=9, seed=0).value)
-    assert math.isnan(bleu([], []))
-
-
-def sacrebleu_score(predictions: list[str], references: list[list[str]]) -> float:
-    columns = [list(column) for column in zip(*references, strict=True)]
-    return sacrebleu.corpus_bleu(predictions, columns).score
-
-
-def test_bleu_is_sacrebleus_on_random_corpora():
-    rng = np.random.default_rng(0)
-    scores = []
-    for _ in range(300):
-        count, sentences, most = (
-            rng.integers(1, 4),
-            rng.integers(1, 6),
-            rng.choice([3, 8, 30]),
-        )
-        references = [
-            [random_text(rng, most) for _ in range(count)] for _ in range(sentences)
-        ]
-        predictions = [blurred(rng, rng.choice(texts)) for texts in references]
-        scores.append(bleu(predictions, references))
-        assert scores[-1] == pytest.approx(
-            sacrebleu_score(predictions, references), abs=1e-9
-        )
-    assert (
-        sum(score == 0 for score in scores) < 100
-        and sum(10 < score < 90 for score in scores) > 100
-    )
-
-
-@hypothesis.given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
-@examples
-def test_bleu_is_sacrebleus(pairs):
-    predictions, references = [pair[0] for pair in pairs], [[pair[1]] for pair in pairs]
-    assert bleu(predictions, references) == pytest.approx(
-        sacrebleu_score(predictions, references), abs=1e-9
-    )
-    assert 0.0 <= bleu(predictions, references) <= 100.0 + 1e-9
-
-
-@hypothesis.given(
-    text=st.lists(st.sampled_from(PLAIN), min_size=4, max_size=20).map(" ".join)
-)
-@examples
-def test_bleu_of_a_text_with_itself_is_100(text):
-    assert bleu([text], [[text]]) == pytest.approx(100.0, abs=1e-9)
-    assert bleu([text], [["other words", text]]) == pytest.approx(100.0, abs=1e-9)
-
-
 @pytest.mark.parametrize(
     ("prediction", "references", "expected"),
     [
-        (
-            "police killed the gunman",
-            ["police kill the gunman"],
-            3 / 4,
-        ),  # Lin (2004), section 3.1
+        # Lin (2004), section 3.1.
+        ("police killed the gunman", ["police kill the gunman"], 3 / 4),
         ("the gunman kill police", ["police kill the gunman"], 1 / 2),
         ("a b c x", ["a x b y c z"], 6 / 10),  # gaps are allowed: a, b, c of 4 and of 6
         ("b a b a", ["a b a b"], 3 / 4),
@@ -484,7 +247,7 @@ def test_bleu_of_a_text_with_itself_is_100(text):
         ("", ["cat"], 0.0),
         ("cat", ["..."], 0.0),
         ("", [""], 0.0),
-        ("été", ["t"], 1.0),  # letters beyond a–z part words
+        ("été", ["t"], 1.0),  # letters beyond a–z separate words
     ],
 )
 def test_rouge_l_by_hand(prediction, references, expected):
@@ -494,26 +257,25 @@ def test_rouge_l_by_hand(prediction, references, expected):
 ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 
 
-def test_rouge_l_is_rouge_scores_on_random_texts():
+def test_rouge_l_equals_rouge_score_on_random_texts():
     rng = np.random.default_rng(1)
     scores = []
     for _ in range(300):
-        references = [
-            random_text(rng, rng.choice([3, 8, 40])) for _ in range(rng.integers(1, 4))
-        ]
-        prediction = blurred(rng, rng.choice(references))
-        scores.append(rouge_l(prediction, references))
-        assert scores[-1] == ROUGE.score_multi(references, prediction)["rougeL"].fmeasure
+        references = []
+        for _ in range(rng.integers(1, 4)):
+            references.append(random_text(rng, rng.choice([3, 8, 40])))
+        prediction = corrupt(rng, rng.choice(references))
+        score = rouge_l(prediction, references)
+        assert score == ROUGE.score_multi(references, prediction)["rougeL"].fmeasure
+        scores.append(score)
     assert sum(0.1 < score < 0.9 for score in scores) > 150
 
 
 @hypothesis.given(prediction=texts, references=several_texts)
 @examples
-def test_rouge_l_is_rouge_scores(prediction, references):
-    assert (
-        rouge_l(prediction, references)
-        == ROUGE.score_multi(references, prediction)["rougeL"].fmeasure
-    )
+def test_rouge_l_equals_rouge_score(prediction, references):
+    expected = ROUGE.score_multi(references, prediction)["rougeL"].fmeasure
+    assert rouge_l(prediction, references) == expected
     assert rouge_l(prediction, [references[0]]) == rouge_l(references[0], [prediction])
 
 
@@ -528,7 +290,7 @@ def test_rouge_l_is_rouge_scores(prediction, references):
         lambda: bleu(["Paris"], ["Paris"]),
     ],
 )
-def test_one_text_is_not_a_list_of_references(call):
+def test_a_string_is_not_a_list_of_references(call):
     with pytest.raises(
         TypeError, match="must be a list of texts, not the text 'Paris': put it into a list"
     ):
@@ -544,11 +306,6 @@ def test_one_text_is_not_a_list_of_references(call):
         lambda: bleu(["x"], [[]]),
     ],
 )
-def test_a_reference_is_needed(call):
-    with pytest.raises(ValueError, match="give one reference at least"):
+def test_a_list_of_references_must_not_be_empty(call):
+    with pytest.raises(ValueError, match="give at least one reference"):
         call()
-
-
-def test_bleu_refuses_lists_of_unequal_length():
-    with pytest.raises(ValueError, match="1 predictions and 2 lists of references"):
-        bleu([CAT], [[CAT], [CAT]])

@@ -30,7 +30,7 @@ from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.hf_folder import open_tensors, read_json
 from instructax.models.pretrained.load import read_params
 from instructax.models.pretrained.save import tensors_of
-from instructax.serving import chat
+from instructax.serving.policy import open_policy
 from instructax.sharding import MeshConfig
 from instructax.stages import pretrained as interchange
 from instructax.types import Params, Prompts, Rollouts
@@ -268,8 +268,7 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     assert "logits differ by at most 0" in report
     interchange.import_model(str(tmp_path / "out"), tmp_path / "again", fsdp=1, tensor=1)
     models = [
-        chat.open_policy(tmp_path / name, tiny_models.compute())
-        for name in ("run", "again")
+        open_policy(tmp_path / name, tiny_models.compute()) for name in ("run", "again")
     ]
     (model, params, tokenizer), (again, same, other) = models
     assert model.config == again.config and tokenizer.hash == other.hash
@@ -426,7 +425,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     interchange.import_model(
         str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
     )
-    model, found, tokenizer = chat.open_policy(tmp_path / "run", tiny_models.compute())
+    model, found, tokenizer = open_policy(tmp_path / "run", tiny_models.compute())
     assert (
         dataclasses.replace(
             model.config, init_std=config.init_std, norm_epsilon=config.norm_epsilon

@@ -10,8 +10,8 @@ from tests.support import stages, tiny_models
 
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.models import Transformer
-from instructax.serving import chat
 from instructax.serving.engine import Engine
+from instructax.serving.policy import Policy, open_policy
 from instructax.stages import pretrained as interchange
 
 pytest.importorskip("torch")
@@ -94,12 +94,12 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
     interchange.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
 
-    model, params, tokenizer = chat.open_policy(run, tiny_models.compute())
+    model, params, tokenizer = open_policy(run, tiny_models.compute())
     from instructax.evals.lm_eval_model import InstructaxLM
 
-    ours = InstructaxLM(
-        Engine(model, params, eos_id=tokenizer.eos_id, rows=3), tokenizer, None, seed=0
-    )
+    engine = Engine(model, params, eos_id=tokenizer.eos_id, batch_size=3)
+    policy = Policy(engine=engine, tokenizer=tokenizer, template=None)
+    ours = InstructaxLM(policy, seed=0)
     theirs = lm_eval.models.huggingface.HFLM(
         pretrained=str(tmp_path / "out"),
         device="cpu",

@@ -25,7 +25,7 @@ from instructax.models import (
 )
 from instructax.models.init import abstract_params
 from instructax.models.scoring import packed_loss_and_gradients
-from instructax.serving import chat
+from instructax.serving.policy import open_policy
 from instructax.stages import build_config
 from instructax.stages.ppo import algorithm
 from instructax.training import loop
@@ -280,7 +280,7 @@ def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_pat
     wanted = merge_lora(networks(last)["ema" if name == "ppo-ptx" else "model"])
     stages.assert_trees_close(jax.device_get(found), wanted, rtol=1e-6, atol=1e-7)
     if name == "sft":
-        _, answering, _ = chat.open_policy(tmp_path / "straight", tiny_models.compute())
+        _, answering, _ = open_policy(tmp_path / "straight", tiny_models.compute())
         stages.assert_trees_equal(answering, found)
         child = config_of(
             chain, "sft", **{"parent": str(tmp_path / "straight"), "lora.rank": 0}

@@ -22,7 +22,7 @@ from instructax.data.tokenizer import load_tokenizer
 from instructax.models import ModelConfig, Transformer
 from instructax.models.pretrained import save
 from instructax.models.pretrained.hf_configs import write_config
-from instructax.serving import chat
+from instructax.serving.policy import open_policy
 from instructax.stages import build_config
 from instructax.stages import pretrained as interchange
 from instructax.types import Params
@@ -71,7 +71,7 @@ def test_an_import_is_a_run_that_answers(imported):
         "config.json",
         "model.safetensors",
     }
-    model, found, tokenizer = chat.open_policy("runs/llama/pretrain", tiny_models.compute())
+    model, found, tokenizer = open_policy("runs/llama/pretrain", tiny_models.compute())
     assert (
         model.config == config
         and tokenizer.size == 515
@@ -179,7 +179,7 @@ def test_the_bias_moves_into_a_layer_norm():
 def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):
     out = tmp_path / "out"
     interchange.export_run(str(chain / "sft"), out, dtype="float32", verify=False)
-    model, params, _ = chat.open_policy(chain / "sft", tiny_models.compute())
+    model, params, _ = open_policy(chain / "sft", tiny_models.compute())
     other = {**params, "embedding": params["embedding"] * 1.001}
     with pytest.raises(
         ConfigError, match="gives other logits than the run: they differ by up to "

@@ -1,2 +1,1 @@
-"""The public tasks' measures (paper, appendix D): what a network makes of contexts, and
-shares and scores of that."""
+"""Evaluation: benchmark metrics, policy responses, validation, confidence intervals."""

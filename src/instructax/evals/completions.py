@@ -1,9 +1,8 @@
-"""What a network makes of contexts that it is not tuned on: greedy continuations, and how
-likely given ones are.
+"""Greedy completions and candidate log-probabilities, for the paper's public tasks.
 
-The paper's public tasks are read in these two ways (appendix D): completions at temperature
-0, and the log-probability of each candidate of a multiple choice. Texts come and go as
-token ids; where one is cut is the caller's.
+The paper evaluates its public tasks in these two ways (appendix D): completions at
+temperature 0, and the log-probability of each candidate of a multiple-choice question.
+Inputs and outputs are token ids; the caller tokenizes.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ from instructax.types import Array, Params, Prompts, Rollouts
 
 
 class Completer:
-    """Two compiled programs, each of one shape, for all parameters of one network.
+    """Two compiled programs of one shape each, for all parameters of one network.
 
-    Contexts are padded on the left to `context_tokens`, candidates on the right to
-    `answer_tokens`, and rows to `batch_size`, which the mesh must divide. Every process is
-    called with the same contexts and gets all results.
+    Contexts are padded on the left to `context_tokens` and candidates on the right to
+    `answer_tokens`. Every process must pass the same contexts and gets all results.
     """
 
     def __init__(
@@ -42,121 +40,171 @@ class Completer:
         answer_tokens: int,
         batch_size: int,
         eos_id: int,
-        stops: np.ndarray,
+        stop_token_mask: np.ndarray,
     ):
-        self._mesh, self._batch_size, self._eos_id = mesh, batch_size, eos_id
-        self._context_tokens, self._answer_tokens = context_tokens, answer_tokens
+        """Creates the programs; they are compiled at their first use.
 
-        def continued(params: Params, prompts: Prompts) -> Rollouts:
-            keys = jax.random.split(
-                jax.random.key(0), batch_size
-            )  # nothing is drawn at temperature 0
-            ends = {
-                "length": answer_tokens,
-                "eos_id": eos_id,
-                "stop_token_mask": jnp.asarray(stops),
-            }
+        Args:
+            model: The network.
+            mesh: The device mesh.
+            context_tokens: Most tokens of a context.
+            answer_tokens: Most tokens of a completion or candidate.
+            batch_size: Rows of a batch; the mesh must divide it.
+            eos_id: The end token.
+            stop_token_mask: Further tokens that end a completion, b[V].
+        """
+        self._mesh = mesh
+        self._batch_size = batch_size
+        self._eos_id = eos_id
+        self._context_tokens = context_tokens
+        self._answer_tokens = answer_tokens
+
+        def complete(params: Params, prompts: Prompts) -> Rollouts:
+            # Temperature 0 draws nothing, so the keys do not matter.
+            keys = jax.random.split(jax.random.key(0), batch_size)
             return generate(
                 model,
                 params,
                 prompts,
                 keys,
+                length=answer_tokens,
                 temperature=0.0,
+                eos_id=eos_id,
+                stop_token_mask=jnp.asarray(stop_token_mask),
                 groups=sharding.num_row_shards(mesh),
-                **ends,
             )
 
-        def totals(params: Params, rollouts: Rollouts) -> Array:
-            logprobs = partial(packed_logprobs, model, params, temperature=1.0)
-            return jnp.sum(
-                map_packed_rows(logprobs, rollout_sequences(rollouts), model, mesh), axis=1
-            )
+        def total_logprobs(params: Params, rollouts: Rollouts) -> Array:
+            sequences = rollout_sequences(rollouts)
+            score = partial(packed_logprobs, model, params, temperature=1.0)
+            # [B, T] -> [B]
+            return jnp.sum(map_packed_rows(score, sequences, model, mesh), axis=1)
 
-        self._continued = jax.jit(continued, out_shardings=sharding.replicated(mesh))
-        self._totals = jax.jit(totals, out_shardings=sharding.replicated(mesh))
+        replicated = sharding.replicated(mesh)
+        self._complete_batch = jax.jit(complete, out_shardings=replicated)
+        self._total_logprobs = jax.jit(total_logprobs, out_shardings=replicated)
 
     def complete(self, params: Params, contexts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The likeliest next token after each context i32[n], again and again, up to
-        `answer_tokens`, one of `stops` b[V], or the end token, which is left out: i32[m]
-        each. Raises ValueError for a context that is empty or does not fit."""
-        prompts, answers = self._prompts(contexts), []
+        """Greedy completions.
+
+        A completion ends after `answer_tokens` tokens, with a stop token (included) or with
+        the end token (left out).
+
+        Args:
+            params: Parameters of the network.
+            contexts: Token ids i32[n] of each context.
+
+        Returns:
+            Token ids i32[m] of each completion.
+
+        Raises:
+            ConfigError: A context is empty or too long.
+        """
+        # [N, P]; every batch is a selection of its rows.
+        prompts = self._pad_contexts(contexts)
+        completions = []
         for rows in self._batches(len(contexts)):
-            out = jax.device_get(self._continued(params, self._put(prompts, rows)))
-            for i in range(len(np.unique(rows))):
-                answer = out.responses[i, : out.mask[i].sum()]
-                answers.append(answer[:-1] if answer[-1] == self._eos_id else answer)
-        return answers
+            batch = self._put(prompts, rows)
+            rollouts = jax.device_get(self._complete_batch(params, batch))
+            # The last batch repeats its last row.
+            for row in range(len(np.unique(rows))):
+                completion = rollouts.responses[row, : rollouts.mask[row].sum()]
+                # A stop token stays, because it has a text.
+                if completion[-1] == self._eos_id:
+                    completion = completion[:-1]
+                completions.append(completion)
+        return completions
 
     def candidate_logprobs(
         self, params: Params, questions: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(total_logprobs f64[N, K], lengths i64[N, K], valid b[N, K]) of N (context,
-        candidates), as `choices` takes.
+        """Log-probabilities of multiple-choice candidates, as `multiple_choice` takes them.
 
-        A total is log p(candidate | context) = Σ log p(token | all before it) at
-        temperature 1, in nats; K is the largest number of candidates. Raises ValueError for
-        a context or a candidate that is empty or does not fit.
+        Args:
+            params: Parameters of the network.
+            questions: (context i32[n], candidates i32[m] each) of N questions.
+
+        Returns:
+            total_logprobs f64[N, K], lengths i64[N, K] in tokens and valid b[N, K], where K
+            is the largest number of candidates. A total is
+            log p(candidate | context) = Σ log p(token | all tokens before it) at
+            temperature 1, in nats.
+
+        Raises:
+            ConfigError: A context or a candidate is empty or too long.
         """
+        # All candidates in one list, each with its context.
+        pairs = []
+        lengths_of_pairs = []
+        for context, candidates in questions:
+            for candidate in candidates:
+                pairs.append((context, candidate))
+                lengths_of_pairs.append(len(candidate))
+
+        # The filled-up rows of the last batch write the same value again.
+        rollouts = self._as_rollouts(pairs)
+        totals = np.zeros(len(pairs))
+        for rows in self._batches(len(pairs)):
+            batch = self._put(rollouts, rows)
+            totals[rows] = jax.device_get(self._total_logprobs(params, batch))
+
+        # [N, K], true for candidates that exist; pairs are in the same order.
         counts = np.array([len(candidates) for _, candidates in questions], int)
         valid = np.arange(counts.max(initial=0))[None, :] < counts[:, None]
-        pairs = [
-            (context, candidate)
-            for context, candidates in questions
-            for candidate in candidates
-        ]
-        rollouts, totals = self._rollouts(pairs), np.zeros(len(pairs))
-        for rows in self._batches(len(pairs)):
-            totals[rows] = jax.device_get(self._totals(params, self._put(rollouts, rows)))
-        total_logprobs, lengths = np.zeros(valid.shape), np.zeros(valid.shape, int)
-        total_logprobs[valid], lengths[valid] = (
-            totals,
-            [len(candidate) for _, candidate in pairs],
-        )
+        total_logprobs = np.zeros(valid.shape)
+        total_logprobs[valid] = totals
+        lengths = np.zeros(valid.shape, int)
+        lengths[valid] = lengths_of_pairs
         return total_logprobs, lengths, valid
 
     def _batches(self, count: int) -> list[np.ndarray]:
-        """The rows 0 … count − 1, i64[batch_size] at a time; the last one fills what is
-        left."""
-        starts = range(0, count, self._batch_size)
-        return [
-            np.minimum(np.arange(start, start + self._batch_size), count - 1)
-            for start in starts
-        ]
+        """Rows 0 … count − 1 in batches i64[batch_size]; the last batch is filled up."""
+        batches = []
+        for start in range(0, count, self._batch_size):
+            rows = np.arange(start, start + self._batch_size)
+            batches.append(np.minimum(rows, count - 1))
+        return batches
 
     def _put(self, tree: Any, rows: np.ndarray) -> Any:
+        """Puts `rows` of the arrays onto the mesh."""
+        # Each process puts only the rows that its devices hold.
         own = process_slice(rows, jax.process_index(), jax.process_count())
         return sharding.shard_rows(jax.tree.map(lambda x: x[own], tree), self._mesh)
 
-    def _prompts(self, contexts: Sequence[np.ndarray]) -> Prompts:
+    def _pad_contexts(self, contexts: Sequence[np.ndarray]) -> Prompts:
         _check_lengths(contexts, self._context_tokens, "context", "context_tokens")
         return left_pad(list(enumerate(contexts)), len(contexts), self._context_tokens)
 
-    def _rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
+    def _as_rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
         """Rollouts whose responses are the candidates."""
-        contexts, candidates = (
-            [context for context, _ in pairs],
-            [candidate for _, candidate in pairs],
-        )
+        contexts = [context for context, _ in pairs]
+        candidates = [candidate for _, candidate in pairs]
         _check_lengths(candidates, self._answer_tokens, "candidate", "answer_tokens")
+
+        # Candidates are padded on the right: [N, R].
         lengths = np.array([len(candidate) for candidate in candidates], int)
-        # Any, since `types` names the jax arrays that they become.
+        # The fields of Rollouts are annotated as jax arrays, which these become.
         mask: Any = np.arange(self._answer_tokens) < lengths[:, None]
         tokens: Any = np.zeros(mask.shape, np.int32)
-        tokens[mask] = np.concatenate(candidates) if candidates else 0
-        blank: Any = {
-            "logprobs": np.zeros(mask.shape, np.float32),
-            "ended": np.zeros(len(pairs), bool),
-        }
+        if candidates:
+            tokens[mask] = np.concatenate(candidates)
+        # Scoring reads neither of these two.
+        logprobs: Any = np.zeros(mask.shape, np.float32)
+        ended: Any = np.zeros(len(pairs), bool)
         return Rollouts(
-            prompts=self._prompts(contexts), responses=tokens, mask=mask, **blank
+            prompts=self._pad_contexts(contexts),
+            responses=tokens,
+            mask=mask,
+            logprobs=logprobs,
+            ended=ended,
         )
 
 
 def _check_lengths(texts: Sequence[np.ndarray], longest: int, kind: str, name: str) -> None:
-    """Raises ValueError for a text without a token or with more than `longest`, which the
-    value `name` sets."""
+    """Raises ConfigError for a text that is empty or longer than the limit `name`."""
     for text in texts:
         if not 1 <= len(text) <= longest:
             raise ConfigError(
-                f"a {kind} has {len(text)} tokens; between 1 and {longest} are possible: change it, or {name}"
+                f"a {kind} has {len(text)} tokens; between 1 and {longest} are possible: "
+                f"change it, or {name}"
             )

@@ -1,106 +1,128 @@
-"""Means, shares and ratios with 95% intervals; plain numpy, on the host."""
+"""Means, shares and ratios with 95% confidence intervals, in numpy on the host."""
 
 import dataclasses
 
 import numpy as np
 
-Z = 1.959964  # the normal distribution's 97.5% point
+# 97.5% quantile of the standard normal distribution.
+Z = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% interval."""
+    """A value with its 95% confidence interval."""
 
     value: float
     low: float
     high: float
-    count: int  # independent units behind it
+    # Independent units.
+    count: int
 
     def __str__(self) -> str:
-        """The figure, and its interval unless it is known exactly."""
-        return f"{self.value:.3f}" + (
-            f" [{self.low:.3f}, {self.high:.3f}]" if self.low < self.high else ""
-        )
+        """The value, and its interval unless it is known exactly."""
+        text = f"{self.value:.3f}"
+        if self.low < self.high:
+            text += f" [{self.low:.3f}, {self.high:.3f}]"
+        return text
+
+
+# Of no units at all nothing is known.
+_UNKNOWN = Estimate(np.nan, -np.inf, np.inf, 0)
 
 
 def mean_estimate(x: np.ndarray) -> Estimate:
-    """Mean of independent values f[n], with a normal interval; it is infinite for n < 2,
-    and the mean NaN for n = 0. Of b[n] it is `share_estimate`."""
+    """Mean of independent values f[n], with a normal interval.
+
+    The interval is infinite for n < 2, and the mean NaN for n = 0. Booleans get the
+    interval of `share_estimate`.
+    """
     x = np.asarray(x)
     if x.dtype == bool:
         return share_estimate(x)
     x = x.astype(np.float64)
     if not len(x):
-        return Estimate(np.nan, -np.inf, np.inf, 0)
-    half = Z * float(np.std(x, ddof=1)) / np.sqrt(len(x)) if len(x) > 1 else np.inf
-    return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x))
+        return _UNKNOWN
+    # One value says nothing about the spread.
+    half_width = np.inf
+    if len(x) > 1:
+        half_width = Z * float(np.std(x, ddof=1)) / np.sqrt(len(x))
+    mean = x.mean()
+    return Estimate(float(mean), float(mean - half_width), float(mean + half_width), len(x))
 
 
 def share_estimate(x: np.ndarray) -> Estimate:
-    """Mean of independent values f[n] from 0 to 1, with Wilson's interval (1927); as
-    `mean_estimate` for n = 0.
+    """Mean of independent values f[n] between 0 and 1, with Wilson's interval (1927).
 
-    Unlike a normal interval it leaves a doubt where all values are 0, or all 1. It is that
-    of shares: of values between 0 and 1 too, ties or means of several shares, it is too
-    wide.
+    Unlike a normal interval it has a positive width where all values are 0 or all are 1. It
+    assumes values of 0 and 1; for values in between, such as ties, it is too wide. NaN and
+    infinite for n = 0.
     """
     x = np.asarray(x, np.float64)
-    n, share = len(x), float(x.mean()) if len(x) else np.nan
+    n = len(x)
     if not n:
-        return Estimate(np.nan, -np.inf, np.inf, 0)
-    middle, half = (
-        share + Z**2 / (2 * n),
-        Z * np.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2),
-    )
-    low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+        return _UNKNOWN
+    share = float(x.mean())
+    # Wilson's center and half-width, both divided by the same scale.
+    center = share + Z**2 / (2 * n)
+    half_width = Z * np.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
+    scale = 1 + Z**2 / n
+    low = float((center - half_width) / scale)
+    high = float((center + half_width) / scale)
     # Rounding must not put a share of 0 or 1 outside of its own interval.
-    return Estimate(share, min(float(low), share), max(float(high), share), n)
+    return Estimate(share, min(low, share), max(high, share), n)
 
 
 def share_difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """Share of `ours` b[n] − share of `theirs` b[n] over the same units, with the interval
-    of Bonett and Price (2012): the normal one after a unit of each of the two disagreements
-    is added, so that to agree everywhere leaves a doubt.
+    """Difference of two shares over the same units: mean of `ours` b[n] − `theirs` b[n].
+
+    The interval is that of Bonett and Price (2012): a normal interval after one unit of
+    each of the two disagreements is added, so that its width is positive even if the shares
+    agree everywhere.
     """
     gap = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     if not len(gap):
-        return Estimate(np.nan, -np.inf, np.inf, 0)
+        return _UNKNOWN
+    # The value is the plain difference; only the interval uses the two added units.
     widened = np.append(gap, [1.0, -1.0])
-    half = Z * float(np.std(widened)) / np.sqrt(len(widened))
+    center = widened.mean()
+    half_width = Z * float(np.std(widened)) / np.sqrt(len(widened))
     return Estimate(
         float(gap.mean()),
-        float(widened.mean() - half),
-        float(widened.mean() + half),
+        float(center - half_width),
+        float(center + half_width),
         len(gap),
     )
 
 
 def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
-    """Σ numerators / Σ denominators over independent units, such as the pairs ordered
-    rightly of each prompt.
+    """Σ numerators / Σ denominators over independent units.
 
-    The interval linearises the ratio: what comes from one unit may depend on each other,
-    units do not.
+    An example are the correctly ordered pairs and all pairs of each prompt. The interval
+    linearizes the ratio: values within a unit may depend on each other, units must not.
+
+    Args:
+        numerators: One value per unit, f[n].
+        denominators: One value per unit, f[n], at least 0; units with 0 do not count.
     """
-    numerators, denominators = (
-        np.asarray(numerators, np.float64),
-        np.asarray(denominators, np.float64),
-    )
-    total, units = denominators.sum(), int((denominators > 0).sum())
+    numerators = np.asarray(numerators, np.float64)
+    denominators = np.asarray(denominators, np.float64)
+    total = denominators.sum()
+    units = int((denominators > 0).sum())
     if not units:
-        return Estimate(np.nan, -np.inf, np.inf, 0)
+        return _UNKNOWN
     ratio = float(numerators.sum() / total)
+    # Linearization: the ratio's error is the sum of these over the total.
     residuals = numerators - ratio * denominators
-    # One unit always lies on its own ratio, and says nothing of the spread.
-    half = (
-        Z * float(np.sqrt(units / (units - 1) * (residuals**2).sum())) / total
-        if units > 1
-        else np.inf
-    )
-    return Estimate(ratio, float(ratio - half), float(ratio + half), units)
+    # A single unit always has the residual 0, which says nothing about the spread.
+    half_width = np.inf
+    if units > 1:
+        variance = units / (units - 1) * (residuals**2).sum()
+        half_width = Z * float(np.sqrt(variance)) / total
+    return Estimate(ratio, float(ratio - half_width), float(ratio + half_width), units)
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """Share of prompts where `ours` f[n] is better than `theirs` f[n], a tie counting half."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    """Share of prompts where `ours` f[n] beats `theirs` f[n]; a tie counts one half."""
+    ours = np.asarray(ours)
+    theirs = np.asarray(theirs)
     return mean_estimate((ours > theirs) + 0.5 * (ours == theirs))

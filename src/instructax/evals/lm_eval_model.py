@@ -1,9 +1,7 @@
-"""A policy as a model of lm-evaluation-harness (Gao et al., 2021), whose tasks then run on
-it.
+"""A policy as a model of lm-evaluation-harness (Gao et al., 2021).
 
-Contexts and continuations are split into tokens as by the harness's own classes: encoded
-together, and cut where the context alone ends. A context that is too long loses its
-beginning.
+Contexts and continuations are tokenized as in the harness's own classes: encoded together
+and split where the context alone ends. A context that is too long loses its beginning.
 """
 
 from collections.abc import Sequence
@@ -15,83 +13,78 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from instructax.config import ConfigError
-from instructax.data.chat_template import (
-    ChatTemplate,
-    encode_rendered,
-    render_messages,
-    turn_end_mask,
-)
-from instructax.data.tokenizer import Tokenizer
-from instructax.serving.engine import Draw, Engine
+from instructax.data.chat_template import encode_rendered, render_messages, turn_end_mask
+from instructax.serving.engine import SampleRequest, ScoreRequest
+from instructax.serving.policy import Policy
 from instructax.serving.text_stream import TextStream
 
-MOST_TOKENS = 256  # of an answer, where a task does not say: the harness's own
+# Most tokens of a completion if the task does not say; the harness's own default.
+DEFAULT_MAX_GEN_TOKS = 256
 
 
 class InstructaxLM(TemplateLM):
-    """Scores and answers of `engine`; `seed` is that of tasks that sample."""
+    """The harness's model interface for a policy.
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        template: ChatTemplate | None,
-        *,
-        seed: int,
-    ):
+    Args:
+        policy: The policy.
+        seed: Random seed of tasks that sample.
+    """
+
+    def __init__(self, policy: Policy, *, seed: int):
         super().__init__()
-        self._engine, self._ids, self._template, self._seed = (
-            engine,
-            tokenizer,
-            template,
-            seed,
-        )
-        self._ends = turn_end_mask(tokenizer, template)
-        bos = template.bos_token if template else ""
-        self._prefix = (
-            int(encode_rendered(bos, tokenizer, template)[0]) if bos else tokenizer.eos_id
-        )
+        self._engine = policy.engine
+        self._tokenizer = policy.tokenizer
+        self._template = policy.template
+        self._seed = seed
+        self._turn_end_mask = turn_end_mask(policy.tokenizer, policy.template)
+
+        # The template's beginning-of-text token, which the harness calls the prefix.
+        bos = policy.template.bos_token if policy.template else ""
+        if bos:
+            ids = encode_rendered(bos, policy.tokenizer, policy.template)
+            self._prefix_id = int(ids[0])
+        else:
+            self._prefix_id = policy.tokenizer.eos_id
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return self._ids.eos_id
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has nothing before it: the template's first token, else
-        the end of a text."""
-        return self._prefix
+        """The token before a text without context: the template's BOS or the end token."""
+        return self._prefix_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells caches of requests apart."""
-        return self._ids.hash
+        """Key of the harness's request cache."""
+        return self._tokenizer.hash
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The Jinja text, for the harness's records."""
-        return self._template.source if chat_template and self._template else ""
+        """The Jinja source, for the harness's records."""
+        if chat_template and self._template:
+            return self._template.source
+        return ""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation; one whose last turn is open goes on with it."""
+        """Renders a conversation; without a generation prompt its last turn stays open."""
+        # The harness asks for an open last turn if a task gives the answer's beginning.
         if add_generation_prompt:
             return render_messages(chat_history, self._template, add_generation_prompt=True)
         *before, last = chat_history
-        opened = (
-            render_messages(before, self._template, add_generation_prompt=True)
-            if before
-            else ""
-        )
-        return opened + last["content"]
+        rendered = ""
+        if before:
+            rendered = render_messages(before, self._template, add_generation_prompt=True)
+        return rendered + last["content"]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text; with a chat template the texts of special tokens are these, as
-        they come from it."""
-        return encode_rendered(string, self._ids, self._template).tolist()
+        """Encodes a text; special tokens that a chat template wrote become their ids."""
+        return encode_rendered(string, self._tokenizer, self._template).tolist()
 
     def _loglikelihood_tokens(
         self,
@@ -99,107 +92,137 @@ class InstructaxLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Σ log p(token | all before it) of each continuation, in nats at temperature 1,
-        and whether all are the likeliest; of (texts, tokens of the context, tokens of the
-        continuation)."""
-        texts = []
+        """Scores continuations.
+
+        Args:
+            requests: (cache key or None, context ids, continuation ids) of each.
+            disable_tqdm: Ignored.
+            **kwargs: Ignored.
+
+        Returns:
+            (Σ log p(token | all tokens before it) over the continuation at temperature 1,
+            whether all its tokens are the most likely ones) of each.
+        """
+        score_requests = []
         for _, context, continuation in requests:
-            tokens = np.asarray(
-                [*context, *continuation][-(self._engine.max_length + 1) :], np.int32
-            )
-            texts.append((tokens, max(len(tokens) - len(continuation), 1)))
-        found = []
-        for (_, first), scores, request in zip(
-            texts, self._engine.score(texts), requests, strict=True
-        ):
-            result = (
-                float(np.sum(scores.logprobs[first:], dtype=np.float64)),
-                bool(np.all(scores.greedy[first:])),
-            )
-            if request[0] is not None:
-                self.cache_hook.add_partial("loglikelihood", request[0], result)
-            found.append(result)
-        return found
+            # The last token is only predicted, so one more than the model's length fits.
+            ids = [*context, *continuation][-(self._engine.max_length + 1) :]
+            # Nothing predicts token 0, so a continuation that fills the window loses it.
+            start = max(len(ids) - len(continuation), 1)
+            tokens = np.asarray(ids, np.int32)
+            score_requests.append(ScoreRequest(tokens=tokens, start=start))
+
+        results = []
+        all_scores = self._engine.score(score_requests)
+        for index, (cache_key, _, _) in enumerate(requests):
+            scores = all_scores[index]
+            start = score_requests[index].start
+            # Summed in float64: long texts have thousands of tokens.
+            total = float(np.sum(scores.logprobs[start:], dtype=np.float64))
+            result = (total, bool(np.all(scores.greedy[start:])))
+            if cache_key is not None:
+                self.cache_hook.add_partial("loglikelihood", cache_key, result)
+            results.append(result)
+        return results
 
     def loglikelihood_rolling(
         self, requests: Any, disable_tqdm: bool = False
     ) -> list[float]:
-        """Σ log p of all tokens of each text, in windows of the model's longest text, each
-        token scored once."""
+        """Σ log p over all tokens of each text.
+
+        Long texts are split into windows of the model's length; each token is scored once.
+        """
         totals = []
         for request in requests:
             (text,) = request.args
             windows = get_rolling_token_windows(
                 self.tok_encode(text),
-                prefix_token=self._prefix,
+                prefix_token=self._prefix_id,
                 max_seq_len=self._engine.max_length,
                 context_len=1,
             )
-            parts = self._loglikelihood_tokens(
-                [(None, *make_disjoint_window(window)) for window in windows]
-            )
-            totals.append(sum(total for total, _ in parts))
+            # Windows overlap; this makes (context, continuation) pairs that do not.
+            pairs = [make_disjoint_window(window) for window in windows]
+            results = self._loglikelihood_tokens([(None, *pair) for pair in pairs])
+            totals.append(sum(total for total, _ in results))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context up to the first of its stop strings, its limit, or the
-        end of the text."""
-        answers = [""] * len(requests)
-        asked = [
-            self._draw(number, *request.args) for number, request in enumerate(requests)
-        ]
-        order = sorted(
-            range(len(asked)), key=lambda i: (len(asked[i][0].prompt), asked[i][0].limit)
-        )
-        for start in range(0, len(order), self._engine.rows):
-            places = order[start : start + self._engine.rows]
-            for place, text in zip(
-                places, self._answers([asked[place] for place in places]), strict=True
-            ):
-                answers[place] = text
-                self.cache_hook.add_partial("generate_until", requests[place].args, text)
-        return answers
+        """Completes each context up to a stop string, its token limit or the end token."""
+        parsed = []
+        for index, request in enumerate(requests):
+            parsed.append(self._parse_generation(index, *request.args))
 
-    def _draw(
-        self, number: int, context: str, given: dict[str, Any]
-    ) -> tuple[Draw, list[str]]:
-        """(what is to be drawn, the stop strings) of one request."""
-        options: dict[str, Any] = dict(normalize_gen_kwargs(given, MOST_TOKENS))
-        limit, until = int(options.pop("max_gen_toks")), options.pop("until", None) or []
+        # Batches of similar lengths need the least padding.
+        def lengths(index: int) -> tuple[int, int]:
+            sample, _ = parsed[index]
+            return len(sample.prompt), sample.max_new_tokens
+
+        # The sample index is that of the request, so the order changes no sample.
+        order = sorted(range(len(parsed)), key=lengths)
+        completions = [""] * len(requests)
+        for first in range(0, len(order), self._engine.batch_size):
+            indices = order[first : first + self._engine.batch_size]
+            texts = self._complete([parsed[index] for index in indices])
+            for index, text in zip(indices, texts, strict=True):
+                completions[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return completions
+
+    def _parse_generation(
+        self, index: int, context: str, gen_kwargs: dict[str, Any]
+    ) -> tuple[SampleRequest, list[str]]:
+        """Returns (the sample to draw, its stop strings) of one request."""
+        options: dict[str, Any] = dict(
+            normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS)
+        )
+        max_new_tokens = int(options.pop("max_gen_toks"))
+        stop_strings = options.pop("until", None) or []
         temperature = float(options.pop("temperature", 0.0))
-        sampled = options.pop("do_sample", False)
-        if (
-            options.keys() - {"top_p", "top_k"}
-            or options.get("top_p", 1.0) != 1.0
-            or options.get("top_k", 0)
-        ):
+        options.pop("do_sample", None)  # the temperature says it already
+
+        # Values that change nothing are accepted.
+        unknown = options.keys() - {"top_p", "top_k"}
+        if unknown or options.get("top_p", 1.0) != 1.0 or options.get("top_k", 0):
             raise ConfigError(
-                f"a task generates with {options}, which is not supported here: change its gen_kwargs"
+                f"a task generates with {options}, which is not supported: "
+                "change its gen_kwargs"
             )
-        room = self._engine.max_length - limit
+        room = self._engine.max_length - max_new_tokens
         if room < 1:
             raise ConfigError(
-                f"a task generates up to {limit} tokens, and the model's longest text is {self._engine.max_length}: "
-                "lower max_gen_toks, on the command line with --gen_kwargs=max_gen_toks=N"
+                f"a task generates up to {max_new_tokens} tokens, but the model's context "
+                f"is {self._engine.max_length} tokens: lower max_gen_toks, on the command "
+                "line with --gen_kwargs=max_gen_toks=N"
             )
-        tokens = np.asarray(self.tok_encode(context)[-room:] or [self._prefix], np.int32)
-        draw = Draw(
-            prompt=tokens,
-            seed=self._seed,
-            number=number,
-            temperature=temperature if sampled or temperature else 0.0,
-            limit=limit,
-        )
-        return draw, [until] if isinstance(until, str) else list(until)
 
-    def _answers(self, asked: Sequence[tuple[Draw, list[str]]]) -> list[str]:
-        streams = [
-            TextStream(self._ids, [stop for stop in stops if stop]) for _, stops in asked
-        ]
-        for pieces in self._engine.stream([draw for draw, _ in asked], self._ends):
-            for stream, piece in zip(streams, pieces, strict=True):
-                stream.add(piece.tokens, over=piece.over, ended=piece.ended)
-            if all(stream.finish for stream in streams):
+        # The end of a long context matters most: it holds the question.
+        prompt = self.tok_encode(context)[-room:] or [self._prefix_id]
+        sample = SampleRequest(
+            prompt=np.asarray(prompt, np.int32),
+            seed=self._seed,
+            sample_index=index,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        )
+        if isinstance(stop_strings, str):
+            stop_strings = [stop_strings]
+        return sample, list(stop_strings)
+
+    def _complete(self, batch: Sequence[tuple[SampleRequest, list[str]]]) -> list[str]:
+        requests = []
+        streams = []
+        for request, stop_strings in batch:
+            requests.append(request)
+            # Tasks may list empty strings, which would end every completion.
+            stop_strings = [stop for stop in stop_strings if stop]
+            streams.append(TextStream(self._tokenizer, stop_strings))
+
+        for chunks in self._engine.stream(requests, self._turn_end_mask):
+            for stream, chunk in zip(streams, chunks, strict=True):
+                stream.add(chunk.tokens, done=chunk.done, hit_eos=chunk.hit_eos)
+            # Stop strings may end all completions before the engine does.
+            if all(stream.finish_reason for stream in streams):
                 break
         return [stream.text for stream in streams]

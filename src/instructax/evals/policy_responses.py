@@ -1,11 +1,13 @@
-"""Answers of policies to held-out prompts, with the reward model's score and the KL from a
-reference.
+"""Responses of policies to validation prompts, with reward-model scores and KL.
 
-A policy can be asked in three ways: "plain", where an answer runs on to its end or the
-limit, the pretrained model's mostly to the limit; "few-shot", behind worked examples that
-the reward model chose among several (the paper's "GPT (prompted)", section 3.6), where a
-line break ends the answer; and "best-of", with the best of n answers by the reward model's
-score, the first of them the plain one.
+A policy answers in one of three modes:
+
+- "plain": a response runs to its end token or the length limit. The pretrained model mostly
+  reaches the limit.
+- "few-shot": few-shot examples precede the prompt, and a line break ends the response (the
+  paper's "GPT (prompted)", section 3.6). The reward model chooses the examples.
+- "best-of": of n responses the one with the highest reward-model score; the first of them
+  is the plain one.
 """
 
 import dataclasses
@@ -27,9 +29,9 @@ from instructax.data.batches import (
     prompt_batch,
 )
 from instructax.data.limits import DataLimits
-from instructax.data.prompt_format import add_separator
 from instructax.data.schema import Demonstration
 from instructax.data.tokenizer import Tokenizer
+from instructax.evals.few_shot import prepend_prefix, random_prefixes
 from instructax.generation import generate
 from instructax.models import Transformer
 from instructax.models.scoring import (
@@ -41,35 +43,43 @@ from instructax.models.scoring import (
 from instructax.models.sequence_packing import map_packed_rows
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
-How = Literal["plain", "few-shot", "best-of"]
+ResponseMode = Literal["plain", "few-shot", "best-of"]
 
 
 @pytree
 class PolicyResponses:
-    """What a batch of prompts was answered."""
+    """Responses to a batch of prompts."""
 
-    rollouts: Rollouts  # behind the prompts alone
-    scores: Array  # f32[B], the reward model's
-    token_kl: Array  # f32[B, R], log(π / π_ref) of each token, both of what they read; 0 where masked
+    # After the prompts alone, without few-shot examples.
+    rollouts: Rollouts
+    # f32[B], reward-model scores.
+    scores: Array
+    # f32[B, R], log(π / π_ref) of each token; 0 where masked. With few-shot examples π has
+    # read them and π_ref has not.
+    token_kl: Array
 
 
 @pytree
 class _Sampled:
-    """Answers before the policies are compared on them."""
+    """Responses before they are scored by the policies."""
 
-    sampled: Rollouts  # behind what was asked
-    rollouts: Rollouts  # the same behind the prompts alone, and cut
-    kept: Array  # b[B, R], what was not put in its place
-    scores: Array  # f32[B], the reward model's
+    # After few-shot examples and prompts.
+    sampled: Rollouts
+    # The same responses after the prompts alone, truncated at line breaks.
+    rollouts: Rollouts
+    # b[B, R], sampled tokens, without an end token that truncation inserted.
+    kept: Array
+    # f32[B], reward-model scores.
+    scores: Array
 
 
 class PolicyEvaluator:
-    """The compiled programs that all policies of an architecture share."""
+    """Compiled programs to sample and score, shared by all policies of an architecture."""
 
     def __init__(
         self,
         policy: Transformer,
-        scorer: Transformer,
+        reward_model: Transformer,
         mesh: jax.sharding.Mesh,
         tokenizer: Tokenizer,
         limits: DataLimits,
@@ -80,112 +90,176 @@ class PolicyEvaluator:
         batch_size: int,
         seed: int,
     ):
-        self._mesh, self._tokenizer, self._limits = mesh, tokenizer, limits
+        """Creates the programs; they are compiled at their first use.
+
+        Args:
+            policy: Architecture of the policies.
+            reward_model: Architecture of the reward model.
+            mesh: The device mesh.
+            tokenizer: The tokenizer.
+            limits: Prompt and response lengths.
+            ref_params: Parameters of the reference policy.
+            reward_params: Parameters of the reward model.
+            temperature: Sampling temperature; 0 = greedy, scored at temperature 1.
+            batch_size: Prompts per batch.
+            seed: Random seed of the responses.
+        """
+        self._policy = policy
+        self._reward_model = reward_model
+        self._mesh = mesh
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._ref_params = ref_params
+        self._reward_params = reward_params
+        self._temperature = temperature
         self._batch_size = batch_size
-        self._room = (
+        self._seed = seed
+        # b[V], tokens that contain a line break.
+        self._line_breaks = jnp.asarray(tokenizer.tokens_containing("\n"))
+        # Tokens that prompt and response leave for few-shot examples.
+        self._prefix_room = (
             policy.config.max_length - limits.prompt_tokens - limits.response_tokens
         )
-        self._fixed = (ref_params, reward_params)
-        line_breaks = jnp.asarray(tokenizer.tokens_containing("\n"))
-        scored_at = temperature if temperature > 0 else 1.0
-
-        def packed(function: Any, rollouts: Rollouts) -> Array:
-            rows = rollout_sequences(rollouts)
-            width = max(limits.sequence_tokens, rows.tokens.shape[1])
-            return map_packed_rows(function, rows, policy, mesh, width=width)
-
-        def sample(
-            params: Params,
-            reward_params: Params,
-            asked: Prompts,
-            prompts: Prompts,
-            samples: Array,
-            *,
-            draws: int,
-        ) -> _Sampled:
-            """Of `draws` answers to each prompt the one with the highest score, the first
-            of equals."""
-            steps = jax.vmap(partial(rng.step_key, seed, "evaluate"))(jnp.arange(draws))
-            keys = jax.vmap(rng.sample_keys, (0, None), 1)(steps, samples).reshape(-1)
-            prompted = asked.tokens.shape != prompts.tokens.shape
-            sampled = generate(
-                policy,
-                params,
-                asked,
-                keys,
-                length=limits.response_tokens,
-                temperature=temperature,
-                eos_id=tokenizer.eos_id,
-                stop_token_mask=line_breaks if prompted else None,
-                groups=sharding.num_row_shards(mesh),
-            )
-            cut, kept = sampled, sampled.mask
-            if prompted:
-                cut, kept = truncate_at_stops(sampled, line_breaks, tokenizer.eos_id)
-            prompts = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), prompts)
-            cut = dataclasses.replace(cut, prompts=prompts)
-            scores = select_last_token(
-                packed(partial(packed_outputs, scorer, reward_params), cut), cut
-            )
-            drawn = _Sampled(sampled=sampled, rollouts=cut, kept=kept, scores=scores)
-            best = jnp.arange(0, len(keys), draws) + jnp.argmax(
-                scores.reshape(-1, draws), axis=1
-            )
-            return drawn if draws == 1 else jax.tree.map(lambda x: x[best], drawn)
-
-        def logprobs(params: Params, rollouts: Rollouts) -> Array:
-            found = packed(
-                partial(packed_logprobs, policy, params, temperature=scored_at), rollouts
-            )
-            return found[:, rollouts.prompts.tokens.shape[1] :]
 
         rows = sharding.row_sharding(mesh)
-        self._sample = jax.jit(sample, static_argnames="draws", out_shardings=rows)
-        # One program for both policies: of the reference against itself the KL is 0, to the
-        # bit.
-        self._logprobs = jax.jit(logprobs, out_shardings=rows)
-        self._whole = jax.jit(
-            lambda answers: answers, out_shardings=sharding.replicated(mesh)
+        self._sample = jax.jit(
+            self._sample_batch, static_argnames="num_samples", out_shardings=rows
         )
+        # One program for both policies, so that the KL of the reference against itself is
+        # exactly 0.
+        self._logprobs = jax.jit(self._response_logprobs, out_shardings=rows)
+        # Every process reads all results.
+        self._replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 
-    def _asked(
+    def _sample_batch(
+        self,
+        params: Params,
+        reward_params: Params,
+        prefixed: Prompts,
+        prompts: Prompts,
+        samples: Array,
+        *,
+        num_samples: int,
+    ) -> _Sampled:
+        """Samples `num_samples` responses to each prompt and keeps the best-scored one.
+
+        Args:
+            params: Parameters of the policy.
+            reward_params: Parameters of the reward model.
+            prefixed: Prompts after few-shot examples, [B, P'], or `prompts` without any.
+            prompts: Prompts alone, [B, P].
+            samples: Row of each prompt in its source, i32[B]; determines the random key.
+            num_samples: Responses to each prompt.
+        """
+        # key[B * num_samples], the responses to one prompt adjacent.
+        draws = jnp.arange(num_samples)
+        step_keys = jax.vmap(partial(rng.step_key, self._seed, "evaluate"))(draws)
+        keys = jax.vmap(rng.sample_keys, (0, None), 1)(step_keys, samples).reshape(-1)
+
+        # Known at compile time: prefixed prompts are wider.
+        few_shot = prefixed.tokens.shape != prompts.tokens.shape
+        eos_id = self._tokenizer.eos_id
+        sampled = generate(
+            self._policy,
+            params,
+            prefixed,
+            keys,
+            length=self._limits.response_tokens,
+            temperature=self._temperature,
+            eos_id=eos_id,
+            stop_token_mask=self._line_breaks if few_shot else None,
+            groups=sharding.num_row_shards(self._mesh),
+        )
+        # Few-shot responses end at a line break, so the text after it does not count.
+        truncated = sampled
+        kept = sampled.mask
+        if few_shot:
+            truncated, kept = truncate_at_stops(sampled, self._line_breaks, eos_id)
+
+        # The reward model reads the prompts alone, [B * num_samples, P + R].
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prompts)
+        truncated = dataclasses.replace(truncated, prompts=repeated)
+        score = partial(packed_outputs, self._reward_model, reward_params)
+        scores = select_last_token(self._map_packed(score, truncated), truncated)
+        responses = _Sampled(sampled=sampled, rollouts=truncated, kept=kept, scores=scores)
+        if num_samples == 1:
+            return responses
+        # The first of several equally good responses.
+        offsets = jnp.argmax(scores.reshape(-1, num_samples), axis=1)
+        best = jnp.arange(0, len(keys), num_samples) + offsets
+        return jax.tree.map(lambda x: x[best], responses)
+
+    def _response_logprobs(self, params: Params, rollouts: Rollouts) -> Array:
+        """Log-probabilities of the responses, f32[B, R]."""
+        # Greedy samples are scored at temperature 1, as the sampler reports them.
+        temperature = self._temperature if self._temperature > 0 else 1.0
+        score = partial(packed_logprobs, self._policy, params, temperature=temperature)
+        logprobs = self._map_packed(score, rollouts)
+        return logprobs[:, rollouts.prompts.tokens.shape[1] :]
+
+    def _map_packed(self, function: Any, rollouts: Rollouts) -> Array:
+        """Applies `function` to packed prompts and responses: [B, P + R]."""
+        sequences = rollout_sequences(rollouts)
+        # Rows are at least as wide as those of training; few-shot prompts need more.
+        width = max(self._limits.sequence_tokens, sequences.tokens.shape[1])
+        return map_packed_rows(function, sequences, self._policy, self._mesh, width=width)
+
+    def _prompt_batches(
         self, source: Source, count: int, prefix: np.ndarray
     ) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
-        """(marks of the rows that are real, what `sample` reads) of each batch of the first
-        `count` prompts."""
-        for start, rows in enumerate(evaluation_rows(len(source), self._batch_size)):
-            rows = np.where(
-                np.arange(self._batch_size) < count - start * self._batch_size, rows, NO_ROW
-            )
+        """Yields batches of the first `count` prompts.
+
+        A batch is (marks of the real rows b[B], arguments of `_sample_batch` after the
+        parameters).
+        """
+        for index, rows in enumerate(evaluation_rows(len(source), self._batch_size)):
+            # Rows beyond `count` become padding, so that all batches have one shape.
+            num_left = count - index * self._batch_size
+            rows = np.where(np.arange(self._batch_size) < num_left, rows, NO_ROW)
             if (rows == NO_ROW).all():
                 return
-            mine = process_slice(rows, jax.process_index(), jax.process_count())
-            prompts = prompt_batch(source, mine, self._limits.prompt_tokens)
-            asked = prepend_prefix(prefix, prompts, self._room) if len(prefix) else prompts
-            yield (
-                rows != NO_ROW,
-                sharding.shard_rows(
-                    (asked, prompts, np.asarray(mine, np.int32)), self._mesh
-                ),
-            )
+            # Each process reads only the rows that its devices hold.
+            own = process_slice(rows, jax.process_index(), jax.process_count())
+            prompts = prompt_batch(source, own, self._limits.prompt_tokens)
+            prefixed = prompts
+            if len(prefix):
+                prefixed = prepend_prefix(prefix, prompts, self._prefix_room)
+            batch = (prefixed, prompts, np.asarray(own, np.int32))
+            yield rows != NO_ROW, sharding.shard_rows(batch, self._mesh)
 
     def batches(
-        self, params: Params, source: Source, count: int, prefix: np.ndarray, draws: int
+        self,
+        params: Params,
+        source: Source,
+        count: int,
+        *,
+        prefix: np.ndarray,
+        num_samples: int,
     ) -> Iterator[tuple[np.ndarray, PolicyResponses]]:
-        """(marks of the rows that are real, answers on the host) of the first `count`
-        held-out prompts of `source`, all behind `prefix` i32[n] unless it is empty; of
-        `draws` to each prompt the best."""
-        ref_params, reward_params = self._fixed
-        for real, asked in self._asked(source, count, prefix):
-            found = self._sample(params, reward_params, *asked, draws=draws)
-            log_ratios = self._logprobs(params, found.sampled) - self._logprobs(
-                ref_params, found.rollouts
+        """Responses to the first `count` prompts, in batches.
+
+        Args:
+            params: Parameters of the policy.
+            source: Validation prompts.
+            count: Number of prompts.
+            prefix: Few-shot examples before each prompt, i32[n]; may be empty.
+            num_samples: Responses to each prompt, of which the best-scored one is returned.
+
+        Yields:
+            (marks of the real rows b[B], responses on the host).
+        """
+        for real, batch in self._prompt_batches(source, count, prefix):
+            sampled = self._sample(
+                params, self._reward_params, *batch, num_samples=num_samples
             )
-            token_kl = jnp.where(found.kept, log_ratios, 0.0)
-            answers = PolicyResponses(
-                rollouts=found.rollouts, scores=found.scores, token_kl=token_kl
+            # The policy reads few-shot examples; the reference does not.
+            logprobs = self._logprobs(params, sampled.sampled)
+            ref_logprobs = self._logprobs(self._ref_params, sampled.rollouts)
+            token_kl = jnp.where(sampled.kept, logprobs - ref_logprobs, 0.0)
+            responses = PolicyResponses(
+                rollouts=sampled.rollouts, scores=sampled.scores, token_kl=token_kl
             )
-            yield real, jax.device_get(self._whole(answers))
+            yield real, jax.device_get(self._replicate(responses))
 
     def best_prefix(
         self,
@@ -197,112 +271,120 @@ class PolicyEvaluator:
         prefixes: int,
         seed: int,
     ) -> tuple[str, np.ndarray]:
-        """The one of `prefixes` random sets of `shots` worked examples behind which the
-        answers to a batch of prompts get the highest mean score: (its text, its tokens)."""
+        """Chooses few-shot examples by the mean score of the responses to one batch.
+
+        Args:
+            params: Parameters of the policy.
+            source: Training prompts.
+            examples: Demonstrations; only those in plain format are used.
+            shots: Examples in a prefix.
+            prefixes: Random prefixes to compare.
+            seed: Random seed of the prefixes.
+
+        Returns:
+            The text and the tokens i32[n] of the best prefix.
+
+        Raises:
+            ConfigError: There are fewer than `shots` examples, or they never fit.
+        """
         plain = [example for example in examples if example.format == "plain"]
         require(
             len(plain) >= shots,
-            f"config.shots = {shots} is more than the {len(plain)} plain demonstrations: lower it, or give more",
+            f"config.shots = {shots} is more than the {len(plain)} plain demonstrations: "
+            "lower it, or give more",
         )
-        rng = np.random.default_rng(seed)
-        best = (-np.inf, "", np.zeros(0, np.int32))
-        for text, tokens in self._fitting(plain, shots, prefixes, rng):
-            ((real, asked),) = self._asked(source, self._batch_size, tokens)
-            scores = self._whole(
-                self._sample(params, self._fixed[1], *asked, draws=1).scores
-            )
-            best = max(
-                best,
-                (float(scores[real].mean()), text, tokens),
-                key=lambda candidate: candidate[0],
-            )
+        best_score = -np.inf
+        best_text = ""
+        best_tokens = np.zeros(0, np.int32)
+        candidates = random_prefixes(
+            plain,
+            self._tokenizer,
+            shots=shots,
+            count=prefixes,
+            max_tokens=self._prefix_room,
+            seed=seed,
+        )
+        for text, tokens in candidates:
+            ((real, batch),) = self._prompt_batches(source, self._batch_size, tokens)
+            sampled = self._sample(params, self._reward_params, *batch, num_samples=1)
+            scores = self._replicate(sampled.scores)
+            score = float(scores[real].mean())
+            # The first one of a tie.
+            if score > best_score:
+                best_score = score
+                best_text = text
+                best_tokens = tokens
         require(
-            len(best[2]) > 0,
-            f"no {shots} examples fit into {self._room} tokens: lower config.shots",
+            len(best_tokens) > 0,
+            f"no {shots} examples fit into {self._prefix_room} tokens: lower config.shots",
         )
-        return best[1], best[2]
-
-    def _fitting(
-        self,
-        examples: list[Demonstration],
-        shots: int,
-        prefixes: int,
-        rng: np.random.Generator,
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        found = 0
-        for _ in range(100 * prefixes):
-            chosen = [examples[i] for i in rng.permutation(len(examples))[:shots]]
-            text = "".join(
-                f"{add_separator(example.prompt)}{example.completion}\n\n"
-                for example in chosen
-            )
-            tokens = self._tokenizer.encode(text)
-            if len(tokens) <= self._room:
-                found += 1
-                yield text, tokens
-            if found == prefixes:
-                return
+        return best_text, best_tokens
 
     def responses(
-        self, params: Params, source: Source, count: int, *, prefix: np.ndarray, draws: int
+        self,
+        params: Params,
+        source: Source,
+        count: int,
+        *,
+        prefix: np.ndarray,
+        num_samples: int,
     ) -> list[dict[str, Any]]:
-        """The answer to each of the first `count` held-out prompts, of `draws` the one with
-        the highest score, as text and figures."""
-        return [
-            self._record(answers, int(row))
-            for real, answers in self.batches(params, source, count, prefix, draws)
-            for row in np.flatnonzero(real)
-        ]
+        """Responses to the first `count` prompts as text with metrics; see `batches`."""
+        records = []
+        batches = self.batches(
+            params, source, count, prefix=prefix, num_samples=num_samples
+        )
+        for real, responses in batches:
+            for row in np.flatnonzero(real):
+                # Padding rows are left out.
+                records.append(self._record(responses, int(row)))
+        return records
 
-    def _record(self, answers: PolicyResponses, row: int) -> dict[str, Any]:
-        rollouts, decode = answers.rollouts, self._tokenizer.decode
+    def _record(self, responses: PolicyResponses, row: int) -> dict[str, Any]:
+        """One response as it is written to samples.jsonl."""
+        rollouts = responses.rollouts
+        decode = self._tokenizer.decode
         mask = np.asarray(rollouts.mask[row])
         response = np.asarray(rollouts.responses[row])[mask]
-        prompt = np.asarray(rollouts.prompts.tokens[row])[
-            np.asarray(rollouts.prompts.mask[row])
-        ]
+        prompt_mask = np.asarray(rollouts.prompts.mask[row])
+        prompt = np.asarray(rollouts.prompts.tokens[row])[prompt_mask]
+        token_kl = np.asarray(responses.token_kl[row])[mask]
+        # Pieces are the texts of single tokens, for a viewer that colors them by KL.
         return {
             "prompt": decode(prompt),
             "response": decode(response),
-            "score": float(answers.scores[row]),
-            "kl": float(answers.token_kl[row].sum()),
+            "score": float(responses.scores[row]),
+            "kl": float(responses.token_kl[row].sum()),
             "tokens": int(mask.sum()),
             "ended": bool(rollouts.ended[row]),
             "pieces": [decode([token]) for token in response],
-            "token_kl": [
-                round(float(x), 4) for x in np.asarray(answers.token_kl[row])[mask]
-            ],
+            "token_kl": [round(float(value), 4) for value in token_kl],
         }
 
 
 def truncate_at_stops(
-    rollouts: Rollouts, stops: Array, eos_id: int
+    rollouts: Rollouts, stop_token_mask: Array, eos_id: int
 ) -> tuple[Rollouts, Array]:
-    """`rollouts` cut at the first response token that `stops` b[V] marks, with the end
-    token in its place; and the mask b[B, R] of what was sampled before it."""
-    stopped = jnp.cumsum(stops[rollouts.responses] & rollouts.mask, axis=1) > 0
+    """Truncates responses at their first stop token.
+
+    Args:
+        rollouts: Responses [B, R].
+        stop_token_mask: Stop tokens, b[V].
+        eos_id: The end token, which replaces the stop token.
+
+    Returns:
+        The truncated rollouts, and the mask b[B, R] of the tokens before the stop token.
+    """
+    is_stop = stop_token_mask[rollouts.responses] & rollouts.mask
+    # From the first stop token on.
+    stopped = jnp.cumsum(is_stop, axis=1) > 0
     first = stopped & ~jnp.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
     kept = rollouts.mask & ~stopped
-    cut = Rollouts(
+    truncated = Rollouts(
         prompts=rollouts.prompts,
         responses=jnp.where(stopped, eos_id, rollouts.responses),
         mask=kept | first,
         logprobs=jnp.where(kept, rollouts.logprobs, 0.0),
         ended=rollouts.ended | jnp.any(stopped, axis=1),
     )
-    return cut, kept
-
-
-def prepend_prefix(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
-    """`prompts` i32[B, P] with `prefix` i32[n] before each, padded on the left: i32[B, room
-    + P]; n ≤ `room`. What is empty stays so."""
-    tokens, mask = (
-        np.pad(np.asarray(x), ((0, 0), (room, 0))) for x in (prompts.tokens, prompts.mask)
-    )
-    for row in np.flatnonzero(mask.any(axis=1)):
-        start = room + int(np.argmax(mask[row, room:]))
-        tokens[row, start - len(prefix) : start], mask[row, start - len(prefix) : start] = (
-            prefix,
-            True,
-        )
-    return Prompts(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
+    return truncated, kept

@@ -1,2 +1,1 @@
-"""Trained models in use: sampling engine, text streams, chat and the OpenAI-compatible HTTP
-server."""
+"""Sampling from trained policies: engine, text streams, chat and an OpenAI-style server."""

@@ -1,10 +1,9 @@
-"""Samples and scores for whoever asks one by one: requests of any length on few compiled
-programs.
+"""Sampling and scoring of single requests on a fixed set of compiled programs.
 
-Shapes are rounded up, lengths to powers of two and rows to one or all, so that few programs
-are compiled, and padding changes nothing: a sample is a function of its prompt, seed,
-number and temperature. It is drawn in pieces of about `PIECE_SECONDS`, so that it can be
-shown or stopped on the way; the pieces change nothing either.
+Lengths are padded to powers of two and batches to one row or all rows, so that few programs
+are compiled. Padding does not change results: a sample depends only on its prompt, seed,
+sample index and temperature. Samples are drawn in chunks of about `CHUNK_SECONDS`, so that
+they can be streamed and cancelled; chunking does not change them either.
 """
 
 import dataclasses
@@ -25,191 +24,260 @@ from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprob
 from instructax.models.ops import materialize
 from instructax.types import Array, Params, Prompts
 
-SHORTEST = 16  # columns of a program, at least
-PIECE_SECONDS = 0.1
-MOST_STEPS = (
-    64  # tokens of a piece: so soon does whoever has enough of a sample get rid of it
-)
+# Columns of the narrowest compiled program; shorter inputs are padded to it.
+MIN_LENGTH = 16
+
+# Seconds that one chunk should take; the number of steps per chunk adapts to it.
+CHUNK_SECONDS = 0.1
+
+# Most tokens per chunk; bounds how long a cancelled request keeps running.
+MAX_CHUNK_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Draw:
-    """One sample that is wanted."""
+class SampleRequest:
+    """One sample to draw. Samples of one prompt and seed differ by `sample_index`."""
 
-    prompt: np.ndarray  # i32[n], n ≥ 1
+    # i32[n], n >= 1
+    prompt: np.ndarray
     seed: int
-    number: (
-        int  # with the seed it decides the random numbers: samples of one seed differ by it
-    )
-    temperature: float  # 0 = the likeliest token
-    limit: int  # the most tokens
+    sample_index: int
+    # 0 = greedy.
+    temperature: float
+    # The sample ends after so many tokens, or earlier with its end token.
+    max_new_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
+class Chunk:
     """The next tokens of a sample."""
 
-    tokens: np.ndarray  # i32[m], the token that ends it included
-    over: bool  # no more will come
-    ended: bool  # the last one is the end token, or a token that stops
+    # i32[m], including the end token; may be empty.
+    tokens: np.ndarray
+    # Whether this is the last chunk.
+    done: bool
+    # Whether the last token is the end token or a stop token.
+    hit_eos: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Of a text i32[n], at temperature 1, in nats; nothing predicts the first token: 0,
-    False, and no likeliest."""
+class ScoreRequest:
+    """A text whose tokens from `start` on are scored, each given all tokens before it."""
 
-    logprobs: (
-        np.ndarray
-    )  # f32[n], log-probability of each token given all before it; 0 where not asked for
-    greedy: np.ndarray  # b[n], whether it is the likeliest; False where not asked for
-    top_ids: np.ndarray  # i32[n, K], the likeliest tokens in its place, the likeliest first
-    top_logprobs: np.ndarray  # f32[n, K]
+    # i32[n], n from 1 to the model's maximum length + 1
+    tokens: np.ndarray
+    start: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """Scores of a text i32[n] at temperature 1, in nats.
+
+    Positions before the requested start are 0 and False. So is the first token, because
+    nothing predicts it.
+    """
+
+    # f32[n], log-probability of each token.
+    logprobs: np.ndarray
+    # b[n], whether the token is the most likely one.
+    greedy: np.ndarray
+    # i32[n, K], most likely tokens at each position, best first.
+    top_ids: np.ndarray
+    # f32[n, K]
+    top_logprobs: np.ndarray
 
 
 class Engine:
-    """A policy on one device; `rows` requests at a time. Not to be called from two threads
-    at once."""
+    """A policy on one device that runs up to `batch_size` requests at a time.
 
-    def __init__(self, model: Transformer, params: Params, *, eos_id: int, rows: int):
-        compute = dataclasses.replace(model.compute, slots=rows)
-        self._model, self._params, self.rows = model.clone(compute=compute), params, rows
-        self.max_length, self.eos_id = model.config.max_length, eos_id
-        ends = {"eos_id": eos_id}
+    Not thread-safe: only one thread may call it at a time.
+    """
+
+    def __init__(self, model: Transformer, params: Params, *, eos_id: int, batch_size: int):
+        # Every request has a decode slot of its own.
+        compute = dataclasses.replace(model.compute, slots=batch_size)
+        self._model = model.clone(compute=compute)
+        self._params = params
+        self.batch_size = batch_size
+        self.max_length = model.config.max_length
+        self.eos_id = eos_id
+        self._no_stop_tokens = np.zeros((model.config.vocab_size,), bool)
+
+        # One compiled program per padded shape, reused by all requests.
         self._start = jax.jit(
-            partial(_start, self._model, **ends), static_argnames="length"
+            partial(_start, self._model, eos_id=eos_id), static_argnames="length"
         )
         self._advance = jax.jit(
-            partial(advance_sampling, self._model, **ends), donate_argnames="sampling"
+            partial(advance_sampling, self._model, eos_id=eos_id),
+            donate_argnames="sampling",
         )
         self._score = jax.jit(partial(_score, self._model), static_argnames="top")
-        self._no_stops = np.zeros((model.config.vocab_size,), bool)
 
-    def check(self, prompt_tokens: int, limit: int) -> None:
-        """Raises ConfigError unless a prompt and so many tokens after it fit the model."""
-        room = self.max_length - limit
+    def check_fits(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Raises ConfigError unless prompt and completion fit the model's context."""
+        room = self.max_length - max_new_tokens
         require(
-            room > 0, f"length = {limit} must be below the model's {self.max_length} tokens"
+            room > 0,
+            f"max_new_tokens = {max_new_tokens} must be below the model's "
+            f"{self.max_length} tokens",
         )
-        possible = f"between 1 and {room} are possible"
         require(
-            0 < prompt_tokens <= room, f"the prompt has {prompt_tokens} tokens; {possible}"
+            0 < prompt_tokens <= room,
+            f"the prompt has {prompt_tokens} tokens; between 1 and {room} are possible",
         )
 
     def stream(
-        self, draws: Sequence[Draw], stops: np.ndarray | None = None
-    ) -> Iterator[list[Piece]]:
-        """Up to `rows` samples, side by side: again and again the next tokens of each,
-        until all are over.
+        self, requests: Sequence[SampleRequest], stop_token_mask: np.ndarray | None = None
+    ) -> Iterator[list[Chunk]]:
+        """Draws up to `batch_size` samples side by side.
 
-        A token of `stops` b[V] ends a sample as the end token does. Raises ConfigError for
-        a prompt that does not fit.
+        Args:
+            requests: The samples to draw.
+            stop_token_mask: Tokens that end a sample as the end token does, b[V].
+
+        Yields:
+            The next chunk of every sample, until all samples are done. A sample that is
+            already done yields empty chunks.
+
+        Raises:
+            ConfigError: A prompt does not fit.
         """
-        for draw in draws:
-            self.check(len(draw.prompt), draw.limit)
-        stops = self._no_stops if stops is None else stops
-        sampling = self._begun(draws, stops)
-        sent, steps = [0] * len(draws), 1
+        for request in requests:
+            self.check_fits(len(request.prompt), request.max_new_tokens)
+        if stop_token_mask is None:
+            stop_token_mask = self._no_stop_tokens
+
+        # The first token of each sample is drawn with the prompts.
+        sampling = self._start_batch(requests, stop_token_mask)
+        num_sent = [0] * len(requests)
+        # Decoding steps of the next chunk.
+        steps = 1
         while True:
             slots = sampling.slots
+            # Responses and mask [B, R], ended [B].
             responses, mask, ended = jax.device_get(
                 (slots.responses, slots.mask, slots.ended)
             )
-            counts = mask.sum(axis=1)
-            over = [
-                bool(ended[i]) or counts[i] >= draw.limit for i, draw in enumerate(draws)
-            ]
-            yield [
-                Piece(
-                    tokens=responses[i, sent[i] : counts[i]],
-                    over=over[i],
-                    ended=bool(ended[i]),
-                )
-                for i in range(len(draws))
-            ]
-            if all(over):
+            # [B]
+            num_sampled = mask.sum(axis=1)
+            chunks = []
+            for row, request in enumerate(requests):
+                hit_eos = bool(ended[row])
+                full = bool(num_sampled[row] >= request.max_new_tokens)
+                tokens = responses[row, num_sent[row] : num_sampled[row]]
+                chunks.append(Chunk(tokens=tokens, done=hit_eos or full, hit_eos=hit_eos))
+                num_sent[row] = int(num_sampled[row])
+            yield chunks
+            if all(chunk.done for chunk in chunks):
                 return
-            sent = counts[: len(draws)].tolist()
-            begun = time.perf_counter()
+
+            # Double the steps while a chunk is faster than wanted, halve them otherwise.
+            started = time.perf_counter()
             sampling = self._advance(
                 self._params,
                 sampling=sampling,
                 steps=jnp.int32(steps),
-                stop_token_mask=stops,
+                stop_token_mask=stop_token_mask,
             )
+            # Dispatch is asynchronous: wait, so that the time is that of the steps.
             jax.block_until_ready(sampling.slots.num_tokens)
-            seconds = time.perf_counter() - begun
-            steps = (
-                min(steps * 2, MOST_STEPS)
-                if seconds < PIECE_SECONDS
-                else max(steps // 2, 1)
-            )
+            if time.perf_counter() - started < CHUNK_SECONDS:
+                steps = min(steps * 2, MAX_CHUNK_TOKENS)
+            else:
+                steps = max(steps // 2, 1)
 
-    def _begun(self, draws: Sequence[Draw], stops: np.ndarray) -> SamplingState:
-        rows = self._rows(len(draws))
-        columns = self._columns(max(len(draw.prompt) for draw in draws))
-        empty = (0,) * (rows - len(draws))
-        # A row that nobody asked for has an empty prompt, and is over after one token.
-        limits = np.array([*(draw.limit for draw in draws), *(1 for _ in empty)], np.int32)
+    def _start_batch(
+        self, requests: Sequence[SampleRequest], stop_token_mask: np.ndarray
+    ) -> SamplingState:
+        """Prefills the prompts and draws the first token of each sample."""
+        rows = self._padded_rows(len(requests))
+        # Unused rows have an empty prompt and are done after one token.
+        seeds = np.zeros((rows,), np.int32)
+        sample_indices = np.zeros((rows,), np.int32)
+        temperatures = np.zeros((rows,), np.float32)
+        max_new_tokens = np.ones((rows,), np.int32)
+        for row, request in enumerate(requests):
+            seeds[row] = request.seed
+            sample_indices[row] = request.sample_index
+            temperatures[row] = request.temperature
+            max_new_tokens[row] = request.max_new_tokens
+
+        prompts = [(row, request.prompt) for row, request in enumerate(requests)]
+        width = self._padded_length(max(len(request.prompt) for request in requests))
         return self._start(
             self._params,
-            left_pad([(i, draw.prompt) for i, draw in enumerate(draws)], rows, columns),
-            np.array([*(draw.seed for draw in draws), *empty], np.int32),
-            np.array([*(draw.number for draw in draws), *empty], np.int32),
-            length=self._columns(int(limits.max())),
-            limits=limits,
-            temperature=np.array(
-                [*(draw.temperature for draw in draws), *empty], np.float32
-            ),
-            stops=stops,
+            left_pad(prompts, rows, width),
+            seeds,
+            sample_indices,
+            length=self._padded_length(int(max_new_tokens.max())),
+            max_new_tokens=max_new_tokens,
+            temperature=temperatures,
+            stop_token_mask=stop_token_mask,
         )
 
-    def score(self, texts: Sequence[tuple[np.ndarray, int]], top: int = 0) -> list[Scores]:
-        """Scores of each (text i32[n], the first token to score), and of its `top`
-        likeliest tokens in each place.
+    def score(self, requests: Sequence[ScoreRequest], top: int = 0) -> list[TokenScores]:
+        """Scores texts, and the `top` most likely tokens at each of their positions.
 
-        n is from 1 to the model's longest text and one more, the last being predicted only.
-        Raises ConfigError for another.
+        A text has at most one token more than the model's maximum length, because its last
+        token is only predicted. Raises ConfigError for a longer or an empty one.
         """
-        found: list[Scores | None] = [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
-        for start_ in range(0, len(order), self.rows):
-            places = order[start_ : start_ + self.rows]
-            for place, scores in zip(
-                places, self._scored([texts[i] for i in places], top), strict=True
-            ):
-                found[place] = scores
-        return [scores for scores in found if scores is not None]
+        # Batches of similar lengths need the least padding.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].tokens))
+        scores: dict[int, TokenScores] = {}
+        for first in range(0, len(order), self.batch_size):
+            indices = order[first : first + self.batch_size]
+            batch = self._score_batch([requests[i] for i in indices], top)
+            scores.update(zip(indices, batch, strict=True))
+        return [scores[i] for i in range(len(requests))]
 
-    def _scored(self, texts: Sequence[tuple[np.ndarray, int]], top: int) -> list[Scores]:
-        longest = max(len(tokens) for tokens, _ in texts)
-        shortest = min(len(tokens) for tokens, _ in texts)
+    def _score_batch(self, requests: Sequence[ScoreRequest], top: int) -> list[TokenScores]:
+        longest = max(len(request.tokens) for request in requests)
+        shortest = min(len(request.tokens) for request in requests)
         require(
             shortest > 0 and longest <= self.max_length + 1,
-            f"a text of {longest if shortest else 0} tokens cannot be scored: from 1 to {self.max_length + 1} are "
-            "possible",
+            f"a text of {longest if shortest else 0} tokens cannot be scored: "
+            f"from 1 to {self.max_length + 1} are possible",
         )
-        rows, columns = self._rows(len(texts)), self._columns(max(longest - 1, 1))
-        tokens = np.zeros((rows, columns + 1), np.int32)
-        lengths, firsts = np.zeros((rows,), np.int32), np.ones((rows,), np.int32)
-        for row, (text, first) in enumerate(texts):
-            tokens[row, : len(text)], lengths[row], firsts[row] = (
-                text,
-                len(text),
-                max(first, 1),
+
+        # Right-padded texts [B, T + 1]; the network reads the first T tokens.
+        rows = self._padded_rows(len(requests))
+        width = self._padded_length(max(longest - 1, 1))
+        tokens = np.zeros((rows, width + 1), np.int32)
+        lengths = np.zeros((rows,), np.int32)
+        starts = np.ones((rows,), np.int32)
+        for row, request in enumerate(requests):
+            tokens[row, : len(request.tokens)] = request.tokens
+            lengths[row] = len(request.tokens)
+            # Nothing predicts token 0.
+            starts[row] = max(request.start, 1)
+
+        arrays = jax.device_get(self._score(self._params, tokens, lengths, starts, top=top))
+        # Remove the padding again.
+        scores = []
+        for row, request in enumerate(requests):
+            length = len(request.tokens)
+            scores.append(
+                TokenScores(
+                    logprobs=arrays["logprobs"][row, :length],
+                    greedy=arrays["greedy"][row, :length],
+                    top_ids=arrays["top_ids"][row, :length],
+                    top_logprobs=arrays["top_logprobs"][row, :length],
+                )
             )
-        arrays = jax.device_get(self._score(self._params, tokens, lengths, firsts, top=top))
-        return [
-            Scores(**{name: array[row, : len(text)] for name, array in arrays.items()})
-            for row, (text, _) in enumerate(texts)
-        ]
+        return scores
 
-    def _rows(self, count: int) -> int:
-        require(count <= self.rows, f"{count} requests at a time are more than {self.rows}")
-        return 1 if count == 1 else self.rows
+    def _padded_rows(self, count: int) -> int:
+        """One row for a single request, else all rows."""
+        require(
+            count <= self.batch_size,
+            f"{count} requests at a time are more than {self.batch_size}",
+        )
+        return 1 if count == 1 else self.batch_size
 
-    def _columns(self, longest: int) -> int:
-        return min(self.max_length, max(SHORTEST, 1 << (longest - 1).bit_length()))
+    def _padded_length(self, longest: int) -> int:
+        """The next power of two, within `MIN_LENGTH` and the model's maximum length."""
+        power_of_two = 1 << (longest - 1).bit_length()
+        return min(self.max_length, max(MIN_LENGTH, power_of_two))
 
 
 def _start(
@@ -217,28 +285,29 @@ def _start(
     params: Params,
     prompts: Prompts,
     seeds: Array,
-    numbers: Array,
+    sample_indices: Array,
     *,
     length: int,
-    limits: Array,
+    max_new_tokens: Array,
     temperature: Array,
     eos_id: int,
-    stops: Array,
+    stop_token_mask: Array,
 ) -> SamplingState:
-    """`sampling.start` with the keys of i32[N] seeds and numbers."""
+    """Starts sampling with one random key per (seed, sample index), both i32[N]."""
     prompts = jax.tree.map(jnp.asarray, prompts)
-    steps = jax.vmap(partial(rng.step_key, purpose="evaluate", step=0))(seeds)
-    keys = jax.vmap(jax.random.fold_in)(steps, numbers)
-    ends = {"eos_id": eos_id, "stop_token_mask": stops}
+    # key[N] by seed, then key[N] by seed and sample index.
+    step_keys = jax.vmap(partial(rng.step_key, purpose="evaluate", step=0))(seeds)
+    keys = jax.vmap(jax.random.fold_in)(step_keys, sample_indices)
     return start_sampling(
         model,
         params,
         prompts,
         keys,
         length=length,
-        max_new_tokens=limits,
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
-        **ends,
+        eos_id=eos_id,
+        stop_token_mask=stop_token_mask,
     )
 
 
@@ -247,37 +316,60 @@ def _score(
     params: Params,
     tokens: Array,
     lengths: Array,
-    firsts: Array,
+    starts: Array,
     *,
     top: int,
 ) -> dict[str, Array]:
-    """Fields of `Scores` for rows [B, T + 1] of texts of `lengths`, from token `firsts` on,
-    both i32[B]."""
-    columns = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[
-        None, :
-    ]  # of what is predicted
-    real = columns < lengths[:, None]
-    positions = jnp.where(real, columns - 1, 0)
+    """Computes the fields of `TokenScores`.
+
+    Args:
+        model: The network.
+        params: Its parameters.
+        tokens: Right-padded texts, i32[B, T + 1].
+        lengths: Number of tokens of each text, i32[B].
+        starts: First token of each text to score, i32[B].
+        top: Number of most likely tokens to return for each position.
+
+    Returns:
+        Arrays [B, T + 1] and [B, T + 1, top] by field name.
+    """
+    # Column t of the logits predicts token t + 1: everything below is [B, T].
+    targets = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]
+    real = targets < lengths[:, None]
+    positions = jnp.where(real, targets - 1, 0)
+    # Segment 1 for tokens, 0 for padding. hidden: [B, T, D]
     hidden, _ = model.apply(
         {"params": params}, tokens[:, :-1], real.astype(jnp.int32), positions
     )
-    hidden, kernel = materialize(hidden), head_kernel(model.config, params)
-    how = {"chunk": model.compute.head_chunk, "cap": model.config.final_logit_softcap}
-    mask = real & (columns >= firsts[:, None])
+    hidden = materialize(hidden)
+    kernel = head_kernel(model.config, params)
+
+    # The head runs in chunks of positions, so that no [B, T, V] array exists.
+    chunk = model.compute.head_chunk
+    cap = model.config.final_logit_softcap
+    mask = real & (targets >= starts[:, None])
     logprobs, greedy = sequence_logprobs_and_greedy(
-        hidden, kernel, tokens[:, 1:], mask, **how
+        hidden, kernel, tokens[:, 1:], mask, chunk=chunk, cap=cap
     )
-    blank = jnp.zeros((*mask.shape, 0))
-    likeliest = (
-        top_logprobs(hidden, kernel, count=top, **how)
-        if top
-        else (blank, blank.astype(jnp.int32))
-    )
+    # [B, T, top]
+    if top:
+        best_logprobs, best_ids = top_logprobs(
+            hidden, kernel, count=top, chunk=chunk, cap=cap
+        )
+    else:
+        best_logprobs = jnp.zeros((*mask.shape, 0))
+        best_ids = best_logprobs.astype(jnp.int32)
 
-    def behind_a_blank(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (1, 0), *(((0, 0),) * (x.ndim - 2))))
+    def shift_right(x: Array) -> Array:
+        """Adds a zero column for the first token, which nothing predicts."""
+        # [B, T, ...] -> [B, T + 1, ...]
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (1, 0)
+        return jnp.pad(x, padding)
 
-    names = ("logprobs", "greedy", "top_logprobs", "top_ids")
-    return dict(
-        zip(names, map(behind_a_blank, (logprobs, greedy, *likeliest)), strict=True)
-    )
+    return {
+        "logprobs": shift_right(logprobs),
+        "greedy": shift_right(greedy),
+        "top_logprobs": shift_right(best_logprobs),
+        "top_ids": shift_right(best_ids),
+    }

@@ -1,5 +1,4 @@
-"""The text of a sample whose tokens come in pieces: what of it can be shown, and where a
-stop string ends it."""
+"""Incremental detokenization of one sample, with stop strings."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,74 +7,93 @@ import numpy as np
 
 from instructax.data.tokenizer import Tokenizer
 
-Finish = Literal["stop", "length"]
-BROKEN = "\ufffd"  # in place of bytes that are no character, or not yet
+FinishReason = Literal["stop", "length"]
+
+# What the tokenizer writes for bytes that are not, or not yet, a complete character.
+REPLACEMENT_CHARACTER = "\ufffd"
 
 
 class TextStream:
-    """Turns tokens into text, piece by piece; the pieces joined are `text`, and neither
-    depends on how tokens came.
+    """Turns chunks of tokens into pieces of text.
 
-    Held back until more is known: bytes that do not make a character yet, and what could be
-    the beginning of a stop string. The first stop string ends the text and is not part of
-    it.
+    The pieces join to `text`, and neither depends on how the tokens were split into chunks.
+    The first stop string ends the text and is not part of it. Text is held back while it
+    is ambiguous: bytes that do not form a character yet, and a suffix that could be the
+    beginning of a stop string.
+
+    Attributes:
+        text: All text that was returned so far.
+        finish_reason: "stop" (end token or stop string) or "length"; None while it runs.
+        num_tokens: Sampled tokens, including the end token and those of the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        # All tokens but the end token.
         self._ids: list[int] = []
-        self._shown = 0
+        # Characters of `text` that were returned already.
+        self._num_shown = 0
         self.text = ""
-        self.finish: Finish | None = (
-            None  # why it is over, once it is: the end token or a stop string, or the limit
-        )
-        self.tokens = (
-            0  # that were drawn for it, the end token and those of the stop string included
-        )
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0
 
-    def add(self, tokens: np.ndarray, *, over: bool, ended: bool) -> str:
-        """Takes the next tokens i32[n] and returns the text that can now be shown.
+    def add(self, tokens: np.ndarray, *, done: bool, hit_eos: bool) -> str:
+        """Adds the next tokens and returns the text that can now be shown.
 
-        `over`: no more will come; `ended`: the last of them is the token that ends a text,
-        which has no text itself.
+        Args:
+            tokens: The next tokens, i32[n].
+            done: Whether these are the last tokens of the sample.
+            hit_eos: Whether the last token ends the sample; it has no text itself.
         """
-        if self.finish is not None:
+        if self.finish_reason is not None:
             return ""
-        before = len(self._ids)
-        self._ids += tokens[: len(tokens) - ended].tolist()
-        self.tokens += len(tokens)
-        whole = self._tokenizer.decode(self._ids)
-        cut = self._stop_in(whole)
-        if cut is not None:
-            self.tokens = next(
-                n for n in range(before + 1, len(self._ids) + 1) if self._stops_within(n)
-            )
-            return self._show(whole[:cut], "stop")
-        if over:
-            return self._show(whole, "stop" if ended else "length")
-        whole = whole.rstrip(BROKEN)
-        return self._show(whole[: len(whole) - self._beginning(whole)], None)
+
+        # The end token has no text.
+        num_before = len(self._ids)
+        self._ids += tokens[: len(tokens) - hit_eos].tolist()
+        self.num_tokens += len(tokens)
+
+        # Decoded as a whole, because a character may span several tokens.
+        decoded = self._tokenizer.decode(self._ids)
+        stop = self._find_stop(decoded)
+        if stop is not None:
+            # Count only the tokens up to the stop string, however large the chunk was.
+            self.num_tokens = num_before + 1
+            while not self._stops_within(self.num_tokens):
+                self.num_tokens += 1
+            return self._emit(decoded[:stop], "stop")
+        if done:
+            return self._emit(decoded, "stop" if hit_eos else "length")
+
+        # Hold back an incomplete character, and a possible beginning of a stop string.
+        decoded = decoded.rstrip(REPLACEMENT_CHARACTER)
+        num_held = self._partial_stop_length(decoded)
+        return self._emit(decoded[: len(decoded) - num_held], None)
 
     def _stops_within(self, count: int) -> bool:
-        return self._stop_in(self._tokenizer.decode(self._ids[:count])) is not None
+        """Whether the first `count` tokens contain a stop string."""
+        return self._find_stop(self._tokenizer.decode(self._ids[:count])) is not None
 
-    def _stop_in(self, text: str) -> int | None:
-        """Where the first stop string in `text` begins."""
-        return min(
-            (place for stop in self._stops if (place := text.find(stop)) >= 0), default=None
-        )
+    def _find_stop(self, text: str) -> int | None:
+        """Position of the first stop string in `text`."""
+        positions = [text.find(stop) for stop in self._stop_strings]
+        return min((place for place in positions if place >= 0), default=None)
 
-    def _beginning(self, text: str) -> int:
-        """Characters at the end of `text` that could become a stop string."""
-        lengths = (
-            n
-            for stop in self._stops
-            for n in range(len(stop) - 1, 0, -1)
-            if text.endswith(stop[:n])
-        )
-        return max(lengths, default=0)
+    def _partial_stop_length(self, text: str) -> int:
+        """Length of the longest suffix of `text` that begins a stop string."""
+        # Only prefixes longer than the longest match so far matter.
+        longest = 0
+        for stop in self._stop_strings:
+            for length in range(longest + 1, len(stop)):
+                if text.endswith(stop[:length]):
+                    longest = length
+        return longest
 
-    def _show(self, text: str, finish: Finish | None) -> str:
-        piece, self.text, self.finish = text[self._shown :], text, finish
-        self._shown = max(self._shown, len(text))
+    def _emit(self, text: str, finish_reason: FinishReason | None) -> str:
+        # Text that a stop string could remove was held back, so nothing shown is lost.
+        piece = text[self._num_shown :]
+        self.text = text
+        self.finish_reason = finish_reason
+        self._num_shown = max(self._num_shown, len(text))
         return piece

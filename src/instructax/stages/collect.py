@@ -26,7 +26,7 @@ from instructax.data.tokenizer import Tokenizer
 from instructax.generation import generate
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.runtime.files import write_json
-from instructax.serving.chat import open_policy
+from instructax.serving.policy import open_policy
 from instructax.simulation.files import read_world_spec, recreate_prompts
 from instructax.simulation.labelers import create_labelers
 from instructax.simulation.lexicon import generator, pick

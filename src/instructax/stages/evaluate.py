@@ -27,7 +27,7 @@ from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.held_out import HeldOut
 from instructax.evals.intervals import mean_estimate, win_rate
-from instructax.evals.policy_responses import How, PolicyEvaluator
+from instructax.evals.policy_responses import PolicyEvaluator, ResponseMode
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.models.init import abstract_params
 from instructax.models.sequence_packing import packed_width
@@ -65,7 +65,7 @@ class Config:
     seed: Seed
     policies: tuple[
         tuple[str, str, str], ...
-    ]  # (name, workdir, how it is asked: one of `answering.How`)
+    ]  # (name, workdir, how it is asked: one of `policy_responses.ResponseMode`)
     reference: str  # name of the policy that the others are measured against: win rate, KL
     reward_parent: str  # workdir of the reward model
     tokenizer: str  # path, or "bytes"
@@ -91,9 +91,9 @@ class Config:
         require_distinct("policies", names)
         require_distinct("data.comparisons", [name for name, _ in self.data.comparisons])
         for name, _, how in self.policies:
-            if how not in get_args(How):
+            if how not in get_args(ResponseMode):
                 raise ConfigError(
-                    f"policies.{name} is asked {format_value(how)}: allowed are {', '.join(get_args(How))}"
+                    f"policies.{name} is asked {format_value(how)}: allowed are {', '.join(get_args(ResponseMode))}"
                 )
         if any(how == "few-shot" for _, _, how in self.policies) and self.data.chat:
             raise ConfigError(
@@ -231,7 +231,7 @@ def train(run: Run) -> None:
             draws = config.best_of if how == "best-of" else 1
             source = data["prompts"].sources["validation"]
             responses = answering.responses(
-                params, source, config.prompts, prefix=prefix, draws=draws
+                params, source, config.prompts, prefix=prefix, num_samples=draws
             )
             scores[name] = np.array([response["score"] for response in responses])
             for response in responses:

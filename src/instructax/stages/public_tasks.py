@@ -131,7 +131,7 @@ def train(run: Run) -> None:
         mesh,
         batch_size=config.batch_size,
         eos_id=tokenizer.eos_id,
-        stops=stops,
+        stop_token_mask=stops,
         **lengths,
     )
     policies: dict[str, dict[str, dict[str, Any]]] = {}

@@ -1,2 +1,1 @@
-"""A finished policy behind OpenAI's protocol on HTTP: requests that are checked, answered
-in batches, and streamed."""
+"""An HTTP server with OpenAI's API for a finished policy, with batching and streaming."""

@@ -1,8 +1,8 @@
-"""Requests of many clients in batches of one engine, on a thread of its own.
+"""Batches the requests of many clients on one engine, which runs on its own thread.
 
-Requests that come within `WINDOW_SECONDS` of each other, or while a batch runs, share the
-next batch; the oldest request decides of which group it is. What nobody waits for any more
-gives its place to the next batch.
+Requests that arrive within `WINDOW_SECONDS` of each other, or while a batch runs, share the
+next batch. Only jobs of one group can share a batch; the oldest job decides which group
+runs next. Cancelled jobs leave the queue.
 """
 
 import asyncio
@@ -11,193 +11,246 @@ import dataclasses
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from instructax.serving.engine import Draw, Engine, Piece, Scores
+from instructax.serving.engine import (
+    Chunk,
+    Engine,
+    SampleRequest,
+    ScoreRequest,
+    TokenScores,
+)
+from instructax.serving.server.errors import QueueFullError, ShuttingDownError
 
 logger = logging.getLogger(__name__)
 
+# Time to wait for more requests before a batch starts.
 WINDOW_SECONDS = 0.003
 
 
-class Busy(Exception):
-    """So many requests wait already that no more are taken."""
-
-
-class Stopping(Exception):
-    """The server is being shut down."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """The log-probabilities of a text that are wanted."""
+class _Group:
+    """Jobs with equal groups can share a batch."""
 
-    tokens: np.ndarray  # i32[n]
-    first: int  # token to score
+    kind: Literal["sample", "score"]
+    # Samples: whether turn tokens end them. Scores: whether top tokens are wanted.
+    flag: bool
 
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    group: Any  # jobs of one group can share a batch
-    work: Draw | Score
-    put: Callable[
-        [Any], Any
-    ]  # gives the client a Piece, Scores or an exception; of any thread
-    dropped: bool = False  # nobody waits for it any more
+    group: _Group
+    request: SampleRequest | ScoreRequest
+    # Hands the client a Chunk, TokenScores or an exception. May be called on any thread.
+    send: Callable[[Any], Any]
+    # No client waits for it any more. Written by the event loop and read by the thread;
+    # a late read only costs a chunk.
+    cancelled: bool = False
 
 
 class Batcher:
-    """Runs jobs on `engine`; the functions that take them are those of one asyncio loop.
+    """Runs jobs on an engine.
 
-    `ends` b[V]: tokens that end an answer in a conversation besides the end token.
-    `queue_limit`: samples and scores that may wait.
+    `sample` and `score` must be called on one asyncio loop. The engine runs on the
+    batcher's thread.
+
+    Attributes:
+        queue_limit: Number of samples and scores that may wait.
+        batch_sizes: Sizes of the batches that ran.
     """
 
-    def __init__(self, engine: Engine, *, ends: np.ndarray, queue_limit: int, top: int):
-        self._engine, self._ends, self._top, self.queue_limit = (
-            engine,
-            ends,
-            top,
-            queue_limit,
-        )
-        self._waiting: collections.deque[_Job] = collections.deque()
+    def __init__(
+        self, engine: Engine, *, turn_end_mask: np.ndarray, queue_limit: int, top: int
+    ):
+        """Creates a batcher that is not running yet.
+
+        Args:
+            engine: The engine; nobody else may call it.
+            turn_end_mask: Tokens that end an answer in a chat, b[V].
+            queue_limit: Number of samples and scores that may wait.
+            top: Number of most likely tokens to return if a score asks for them.
+        """
+        self._engine = engine
+        self._turn_end_mask = turn_end_mask
+        self._top = top
+        self.queue_limit = queue_limit
+        self.batch_sizes: list[int] = []
+
+        # `_changed` guards `_waiting` and `_stopping`.
         self._changed = threading.Condition()
+        self._waiting: collections.deque[_Job] = collections.deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="batcher")
-        self.batches: list[int] = []  # sizes of those that ran
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after the piece that it draws; whoever waits gets Stopping. May
-        be called again."""
+        """Stops the thread after its current chunk; all clients get ShuttingDownError.
+
+        May be called more than once.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
 
-    def draw(
-        self, draws: Sequence[Draw], *, chat: bool
-    ) -> AsyncGenerator[tuple[int, Piece, Callable[[], None]]]:
-        """(index of the sample, its next tokens, a function that says that no more are
-        wanted), until all are over.
+    def sample(
+        self, requests: Sequence[SampleRequest], *, chat: bool
+    ) -> AsyncGenerator[tuple[int, Chunk, Callable[[], None]]]:
+        """Draws samples.
 
-        Raises Busy at once if they cannot wait, and what the engine raises.
+        Args:
+            requests: The samples to draw.
+            chat: Whether turn tokens end a sample.
+
+        Returns:
+            A generator of (index of the sample, its next chunk, a function that cancels the
+            sample), until all samples are done. It raises QueueFullError if the samples
+            cannot wait, ShuttingDownError, and what the engine raises.
         """
-        return self._results(draws, ("draw", chat))
+        return self._results(requests, _Group("sample", chat))
 
-    async def score(self, texts: Sequence[Score], *, top: bool) -> list[Scores]:
-        """Scores of each text, with the likeliest tokens if `top`. Raises as `draw`."""
-        found: dict[int, Scores] = {}
-        async for index, scores, _ in self._results(texts, ("score", top)):
-            found[index] = scores
-        return [found[index] for index in range(len(texts))]
+    async def score(
+        self, requests: Sequence[ScoreRequest], *, top: bool
+    ) -> list[TokenScores]:
+        """Scores texts, with the most likely tokens if `top`. Raises as `sample`."""
+        scores: dict[int, TokenScores] = {}
+        async for index, found, _ in self._results(requests, _Group("score", top)):
+            scores[index] = found
+        return [scores[index] for index in range(len(requests))]
 
     async def _results(
-        self, work: Sequence[Draw | Score], group: Any
-    ) -> AsyncGenerator[tuple[int, Any, Any]]:
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+        self, requests: Sequence[SampleRequest | ScoreRequest], group: _Group
+    ) -> AsyncGenerator[tuple[int, Any, Callable[[], None]]]:
+        loop = asyncio.get_running_loop()
+        results = asyncio.Queue[tuple[int, Any]]()
 
-        def put_of(index: int) -> Callable[[Any], Any]:
-            return lambda found: loop.call_soon_threadsafe(queue.put_nowait, (index, found))
+        # The thread must not touch the queue itself: asyncio queues are not thread-safe.
+        def sender(index: int) -> Callable[[Any], Any]:
+            def send(result: Any) -> None:
+                loop.call_soon_threadsafe(results.put_nowait, (index, result))
 
-        jobs = [_Job(group, one, put_of(index)) for index, one in enumerate(work)]
+            return send
+
+        def canceller(job: _Job) -> Callable[[], None]:
+            def cancel() -> None:
+                job.cancelled = True
+
+            return cancel
+
+        jobs = []
+        for index, request in enumerate(requests):
+            jobs.append(_Job(group, request, sender(index)))
         self._submit(jobs)
+
         try:
-            while not all(job.dropped for job in jobs):
-                index, found = await queue.get()
-                if isinstance(found, Exception):
-                    raise found
+            while not all(job.cancelled for job in jobs):
+                index, result = await results.get()
+                if isinstance(result, Exception):
+                    raise result
                 job = jobs[index]
-                if not job.dropped:
-                    job.dropped = not isinstance(found, Piece) or found.over
-                    yield index, found, lambda job=job: setattr(job, "dropped", True)
+                # Results that were sent before the job was cancelled are dropped here.
+                if job.cancelled:
+                    continue
+                # A finished job counts as cancelled: nobody waits for it any more.
+                job.cancelled = not isinstance(result, Chunk) or result.done
+                yield index, result, canceller(job)
         finally:
+            # Also when the client has left and the generator is closed.
             for job in jobs:
-                job.dropped = True
+                job.cancelled = True
 
     def _submit(self, jobs: list[_Job]) -> None:
         with self._changed:
+            # Otherwise the thread might be gone, and the job would wait forever.
             if self._stopping:
-                raise Stopping
-            waiting = sum(not job.dropped for job in self._waiting)
+                raise ShuttingDownError
+            waiting = sum(not job.cancelled for job in self._waiting)
             if waiting + len(jobs) > self.queue_limit:
-                raise Busy(
-                    f"{waiting} requests wait already, of {self.queue_limit} that may: try again later"
+                raise QueueFullError(
+                    f"{waiting} requests are waiting and at most {self.queue_limit} may: "
+                    "try again later"
                 )
+            # All jobs of a request or none.
             self._waiting.extend(jobs)
             self._changed.notify_all()
 
     def _work(self) -> None:
+        """The thread: runs batches until the batcher is closed."""
         while batch := self._next_batch():
             try:
                 self._run(batch)
             except Exception as error:
+                # One failed batch must not stop the server.
                 logger.exception("a batch of %d failed", len(batch))
-                self._give(batch, error)
+                self._send(batch, error)
+        # Nothing is added to the queue any more.
         with self._changed:
-            self._give(list(self._waiting), Stopping())
+            self._send(list(self._waiting), ShuttingDownError())
 
     def _next_batch(self) -> list[_Job]:
-        """The next jobs of one group; none if there will not be any more."""
+        """Waits for the next jobs of one group; empty when the batcher is closed."""
 
         def full() -> bool:
-            return len(self._waiting) >= self._engine.rows or self._stopping
+            return len(self._waiting) >= self._engine.batch_size or self._stopping
 
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._stopping)
+                # Give other requests a chance to share the batch.
                 self._changed.wait_for(full, timeout=WINDOW_SECONDS)
                 if self._stopping:
                     return []
-                live = [job for job in self._waiting if not job.dropped]
-                batch = [job for job in live if job.group == live[0].group][
-                    : self._engine.rows
-                ]
+
+                # The oldest job decides the group, so that none waits forever.
+                live = [job for job in self._waiting if not job.cancelled]
+                batch = [job for job in live if job.group == live[0].group]
+                batch = batch[: self._engine.batch_size]
                 self._waiting = collections.deque(job for job in live if job not in batch)
+                # Empty if all clients have left.
                 if batch:
                     return batch
 
     def _run(self, batch: list[_Job]) -> None:
-        self.batches.append(len(batch))
-        kind, chat_or_top = batch[0].group
-        if kind == "score":
-            texts = [
-                (job.work.tokens, job.work.first)
-                for job in batch
-                if isinstance(job.work, Score)
-            ]
-            for job, scores in zip(
-                batch,
-                self._engine.score(texts, self._top if chat_or_top else 0),
-                strict=True,
-            ):
-                self._give([job], scores)
-            return
-        draws = [job.work for job in batch if isinstance(job.work, Draw)]
-        over = [False] * len(batch)
-        for pieces in self._engine.stream(draws, self._ends if chat_or_top else None):
-            for place, (job, piece) in enumerate(zip(batch, pieces, strict=True)):
-                if not over[place]:
-                    self._give([job], piece)
-                over[place] |= piece.over
+        self.batch_sizes.append(len(batch))
+        if batch[0].group.kind == "score":
+            self._run_scores(batch)
+        else:
+            self._run_samples(batch)
+
+    def _run_scores(self, batch: list[_Job]) -> None:
+        requests = [job.request for job in batch if isinstance(job.request, ScoreRequest)]
+        top = self._top if batch[0].group.flag else 0
+        for job, scores in zip(batch, self._engine.score(requests, top), strict=True):
+            self._send([job], scores)
+
+    def _run_samples(self, batch: list[_Job]) -> None:
+        requests = [job.request for job in batch if isinstance(job.request, SampleRequest)]
+        stop_token_mask = self._turn_end_mask if batch[0].group.flag else None
+        # Places in the batch whose samples are not done.
+        running = list(range(len(batch)))
+        for chunks in self._engine.stream(requests, stop_token_mask):
+            for place in running:
+                self._send([batch[place]], chunks[place])
+            running = [place for place in running if not chunks[place].done]
             if self._stopping:
-                self._give(
-                    [job for place, job in enumerate(batch) if not over[place]], Stopping()
-                )
+                self._send([batch[place] for place in running], ShuttingDownError())
                 return
-            if all(done or job.dropped for done, job in zip(over, batch, strict=True)):
+            # Stop early once every remaining client has left.
+            if all(batch[place].cancelled for place in running):
                 return
 
-    def _give(self, jobs: Sequence[_Job], found: Any) -> None:
+    def _send(self, jobs: Sequence[_Job], result: Any) -> None:
         for job in jobs:
-            if not job.dropped:
-                try:
-                    job.put(found)
-                except RuntimeError:  # the client's loop has been closed
-                    job.dropped = True
+            if job.cancelled:
+                continue
+            try:
+                job.send(result)
+            except RuntimeError:
+                # The client's event loop is closed.
+                job.cancelled = True

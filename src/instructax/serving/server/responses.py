@@ -1,4 +1,4 @@
-"""What clients get back, in OpenAI's format."""
+"""Response bodies in the format of OpenAI's API, as plain dictionaries."""
 
 import dataclasses
 import json
@@ -10,178 +10,195 @@ from typing import Any
 import numpy as np
 
 from instructax.data.tokenizer import Tokenizer
-from instructax.serving.engine import Scores
-from instructax.serving.text_stream import Finish
+from instructax.serving.engine import TokenScores
+from instructax.serving.text_stream import FinishReason
 
 
 def sse(event: Any) -> str:
-    """One server-sent event."""
-    return f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n"
+    """Formats one server-sent event; a string is sent as it is."""
+    if not isinstance(event, str):
+        event = json.dumps(event, ensure_ascii=False)
+    return f"data: {event}\n\n"
 
 
-def error_object(
-    message: str, *, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error as OpenAI writes it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def models(names: Sequence[str], created: int) -> dict[str, Any]:
+def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
     """The list of models."""
-    data = [
-        {"id": name, "object": "model", "created": created, "owned_by": "instructax"}
-        for name in names
-    ]
-    return {"object": "list", "data": data}
+    models = []
+    for name in names:
+        models.append(
+            {"id": name, "object": "model", "created": created, "owned_by": "instructax"}
+        )
+    return {"object": "list", "data": models}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """How many tokens were read and drawn, end tokens and those of stop strings included."""
-    total = prompt_tokens + completion_tokens
+    """Token counts; completions include end tokens and the tokens of stop strings."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
-        "total_tokens": total,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Envelope:
-    """What the objects of one answer have in common."""
+    """The fields that all objects of one response share."""
 
+    # The format: /v1/chat/completions or /v1/completions.
     chat: bool
     model: str
+    # Unique for each response; all chunks of a stream share it.
     id: str
+    # Unix time in seconds.
     created: int
 
     @classmethod
     def new(cls, chat: bool, model: str) -> "Envelope":
-        """With an id of its own."""
-        return cls(
-            chat,
-            model,
-            f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            int(time.time()),
-        )
+        """An envelope with a new id."""
+        prefix = "chatcmpl" if chat else "cmpl"
+        return cls(chat, model, f"{prefix}-{uuid.uuid4().hex}", int(time.time()))
 
-    def _object(self, choices: list[dict[str, Any]], *, piece: bool) -> dict[str, Any]:
-        name = (
-            f"chat.completion{'.chunk' if piece else ''}"
-            if self.chat
-            else "text_completion"
-        )
+    def completion(
+        self,
+        texts: Sequence[str],
+        finish_reasons: Sequence[FinishReason],
+        logprobs: Sequence[Any],
+        token_usage: dict[str, int],
+    ) -> dict[str, Any]:
+        """The complete response of a request that is not streamed.
+
+        Args:
+            texts: Text of each choice.
+            finish_reasons: Why each choice ended.
+            logprobs: Log-probabilities of each choice, or None.
+            token_usage: What `usage` returns.
+        """
+        choices = []
+        for index, text in enumerate(texts):
+            choice: dict[str, Any] = {"index": index}
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = text
+            choice["logprobs"] = logprobs[index]
+            choice["finish_reason"] = finish_reasons[index]
+            choices.append(choice)
+
+        # Not only the field names differ between the two formats, but also the object's.
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._object(kind, choices), "usage": token_usage}
+
+    def role_chunk(self, index: int) -> dict[str, Any]:
+        """The first chunk of a streamed chat choice, which names the role."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+
+    def chunk(
+        self, index: int, text: str, finish_reason: FinishReason | None
+    ) -> dict[str, Any]:
+        """A chunk with the next text of a streamed choice."""
+        content: dict[str, Any] = {"text": text}
+        if self.chat:
+            # The final chunk of a choice may have no text.
+            delta = {"content": text} if text else {}
+            content = {"delta": delta}
+        return self._chunk(index, content, finish_reason)
+
+    def usage_chunk(self, token_usage: dict[str, int]) -> dict[str, Any]:
+        """The last chunk of a stream, with the token counts."""
+        return {**self._object(self._chunk_kind(), []), "usage": token_usage}
+
+    def _chunk(
+        self, index: int, content: dict[str, Any], finish_reason: FinishReason | None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": None}
+        choice["finish_reason"] = finish_reason
+        return self._object(self._chunk_kind(), [choice])
+
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
-            "object": name,
+            "object": kind,
             "created": self.created,
             "model": self.model,
             "choices": choices,
         }
 
-    def whole(
-        self,
-        texts: Sequence[str],
-        finishes: Sequence[Finish],
-        logprobs: Sequence[Any],
-        used: dict[str, int],
-    ) -> dict[str, Any]:
-        """The answer of a request that is not streamed."""
-        choices = []
-        for index, (text, finish, probability) in enumerate(
-            zip(texts, finishes, logprobs, strict=True)
-        ):
-            content: dict[str, Any] = {"text": text}
-            if self.chat:
-                content = {
-                    "message": {"role": "assistant", "content": text, "refusal": None}
-                }
-            choices.append(
-                {
-                    "index": index,
-                    **content,
-                    "logprobs": probability,
-                    "finish_reason": finish,
-                }
-            )
-        return {**self._object(choices, piece=False), "usage": used}
-
-    def piece(
-        self, index: int, text: str, finish: Finish | None, *, opens: bool = False
-    ) -> dict[str, Any]:
-        """The next text of an answer that is streamed; `opens`: the first one of a chat,
-        which names the role."""
-        content: dict[str, Any] = {"text": text}
-        if self.chat:
-            content = {
-                "delta": {"role": "assistant", "content": ""}
-                if opens
-                else {"content": text}
-                if text
-                else {}
-            }
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
-        return self._object([choice], piece=True)
-
-    def last(self, used: dict[str, int]) -> dict[str, Any]:
-        """The piece with the numbers of tokens."""
-        return {**self._object([], piece=True), "usage": used}
-
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: np.ndarray, scores: Scores, *, first: int, top: int
+    tokenizer: Tokenizer, tokens: np.ndarray, scores: TokenScores, *, start: int, top: int
 ) -> dict[str, Any]:
-    """Of the tokens from `first` on, as /v1/completions has them; nothing predicts the
-    first token of a text: null."""
-    pieces = [tokenizer.decode([token]) for token in tokens[first:]]
-    offsets = np.cumsum([0, *map(len, pieces)])[:-1].tolist()
-    places = range(first, len(tokens))
+    """Log-probabilities in the format of /v1/completions.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: Prompt and completion, i32[n].
+        scores: Scores of `tokens`.
+        start: First token to report.
+        top: Number of most likely tokens per position; 0 = none.
+    """
+    pieces = [tokenizer.decode([token]) for token in tokens[start:]]
+    # Position of each token's text in the text of the choice.
+    offsets = []
+    num_characters = 0
+    for piece in pieces:
+        offsets.append(num_characters)
+        num_characters += len(piece)
+
+    # Nothing predicts the first token of a text: null.
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    for place in range(start, len(tokens)):
+        if place == 0:
+            token_logprobs.append(None)
+            top_logprobs.append(None)
+        else:
+            token_logprobs.append(float(scores.logprobs[place]))
+            top_logprobs.append(_top_by_text(tokenizer, tokens, scores, place, top))
     return {
         "tokens": pieces,
-        "token_logprobs": [
-            float(scores.logprobs[place]) if place else None for place in places
-        ],
-        "top_logprobs": [
-            _by_text(tokenizer, tokens, scores, place, top) for place in places
-        ]
-        if top
-        else None,
+        "token_logprobs": token_logprobs,
+        "top_logprobs": top_logprobs if top else None,
         "text_offset": offsets,
     }
 
 
-def _by_text(
-    tokenizer: Tokenizer, tokens: np.ndarray, scores: Scores, place: int, top: int
-) -> dict[str, float] | None:
-    """The likeliest texts in a place, and the one that stands there; of tokens of one text
-    the likeliest."""
-    if place == 0:
-        return None
+def _top_by_text(
+    tokenizer: Tokenizer, tokens: np.ndarray, scores: TokenScores, place: int, top: int
+) -> dict[str, float]:
+    """Log-probabilities of the most likely tokens and of the actual one, by text.
+
+    Of several tokens with the same text the most likely one counts.
+    """
+    # Best first, so that `setdefault` keeps the most likely token of a text.
     ids = [*scores.top_ids[place, :top].tolist(), int(tokens[place])]
     logprobs = [*scores.top_logprobs[place, :top].tolist(), float(scores.logprobs[place])]
-    found: dict[str, float] = {}
+    by_text: dict[str, float] = {}
     for token, logprob in zip(ids, logprobs, strict=True):
-        found.setdefault(tokenizer.decode([token]), logprob)
-    return found
+        by_text.setdefault(tokenizer.decode([token]), logprob)
+    return by_text
 
 
 def chat_logprobs(
-    tokenizer: Tokenizer, tokens: np.ndarray, scores: Scores, *, first: int, top: int
+    tokenizer: Tokenizer, tokens: np.ndarray, scores: TokenScores, *, start: int, top: int
 ) -> dict[str, Any]:
-    """Of the tokens from `first` on, as /v1/chat/completions has them."""
+    """Log-probabilities in the format of /v1/chat/completions.
 
+    The arguments are those of `completion_logprobs`.
+    """
+
+    # The bytes tell apart tokens whose text is an incomplete character.
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.decode([token])
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     content = []
-    for place in range(first, len(tokens)):
-        pairs = zip(
-            scores.top_ids[place, :top].tolist(),
-            scores.top_logprobs[place, :top].tolist(),
-            strict=True,
-        )
+    for place in range(start, len(tokens)):
         own = entry(int(tokens[place]), float(scores.logprobs[place]))
-        content.append(
-            {**own, "top_logprobs": [entry(token, logprob) for token, logprob in pairs]}
-        )
+        ids = scores.top_ids[place, :top].tolist()
+        logprobs = scores.top_logprobs[place, :top].tolist()
+        own["top_logprobs"] = list(map(entry, ids, logprobs))
+        content.append(own)
     return {"content": content, "refusal": None}
