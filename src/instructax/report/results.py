@@ -278,7 +278,7 @@ def _public_metric(task: str, record: JsonObject) -> TaskMetric:
 
 def few_shot_tasks(sizes: list[SizeResults]) -> list[str]:
     """Returns the public tasks with few-shot results, except measures of truthfulness."""
-    # The order is that of TASKS, whatever the order in the log.
+    # The order is that of PUBLIC_TASKS, whatever the order in the log.
     logged: set[str] = set()
     for size in sizes:
         for tasks in size.public_tasks.values():
