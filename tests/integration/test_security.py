@@ -136,7 +136,7 @@ def test_names_of_tensors_are_no_paths(tmp_path):
     inside.mkdir()
     names = ["../../x", "/tmp/x", "a/../../b", "..", ""]
     save_file(
-        {name: tiny_models.np.zeros(2, "float32") for name in names}, inside / hf_folder.ONE
+        {name: tiny_models.np.zeros(2, "float32") for name in names}, inside / hf_folder.SINGLE_FILE
     )
     before = sorted(tmp_path.rglob("*"))
     assert {
@@ -151,10 +151,10 @@ def test_a_shard_behind_a_link_is_read_as_tensors_or_not_at_all(tmp_path):
     blob, inside = tmp_path / "blob", tmp_path / "model"
     inside.mkdir()
     save_file({"x": tiny_models.np.ones(2, "float32")}, blob)
-    (inside / hf_folder.ONE).symlink_to(blob)
+    (inside / hf_folder.SINGLE_FILE).symlink_to(blob)
     assert hf_folder.open_tensors(inside)["x"]().tolist() == load_file(blob)["x"].tolist()
-    (inside / hf_folder.ONE).unlink()
-    (inside / hf_folder.ONE).symlink_to("/etc/passwd")
+    (inside / hf_folder.SINGLE_FILE).unlink()
+    (inside / hf_folder.SINGLE_FILE).symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match="is damaged or no safetensors file") as error:
         hf_folder.open_tensors(inside)
     assert "root:" not in str(error.value)
@@ -164,7 +164,7 @@ def test_a_pickled_model_is_no_model(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"x": 1}))
     with pytest.raises(ValueError, match="save the model as safetensors"):
         hf_folder.open_tensors(tmp_path)
-    (tmp_path / hf_folder.ONE).write_bytes(pickle.dumps({"x": 1}))
+    (tmp_path / hf_folder.SINGLE_FILE).write_bytes(pickle.dumps({"x": 1}))
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         hf_folder.open_tensors(tmp_path)
 

@@ -170,10 +170,12 @@ def test_the_bias_moves_into_a_layer_norm():
         "scalar_head": {"kernel": jnp.array([1.0, -1.0]), "bias": jnp.float32(0.6)},
         "final_norm": {"bias": jnp.array([0.25, 0.5]), "scale": jnp.ones(2)},
     }
-    found = interchange.folded(params, config)
+    found = interchange.fold_score_bias(params, config)
     np.testing.assert_allclose(found["final_norm"]["bias"], [0.55, 0.2], rtol=1e-6)
     assert float(found["scalar_head"]["bias"]) == 0
-    assert interchange.folded(params, tiny_models.llama_config(embed_dim=2)) is params
+    assert (
+        interchange.fold_score_bias(params, tiny_models.llama_config(embed_dim=2)) is params
+    )
 
 
 def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):
@@ -184,7 +186,7 @@ def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):
     with pytest.raises(
         ConfigError, match="gives other logits than the run: they differ by up to "
     ):
-        interchange.verified(out, model, other, "float32")
+        interchange.verify_export(out, model, other, "float32")
 
 
 def test_a_tokenizer_of_more_ids_is_refused(chain, tmp_path):

@@ -21,7 +21,7 @@ from instructax.models import ModelConfig, RotaryScaling, Transformer
 from instructax.models.init import abstract_params
 from instructax.models.pretrained import hf_folder, load, save, weight_maps
 from instructax.models.pretrained.hf_configs import read_config, write_config
-from instructax.models.pretrained.weight_maps import Row, parts_of, tensor_of
+from instructax.models.pretrained.weight_maps import TensorSpec, join_tensor, split_tensor
 from instructax.sharding import MeshConfig
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -78,10 +78,10 @@ def test_fused_columns_of_gpt2():
     values."""
     row = next(row for row in weight_maps.GPT2 if row.name.endswith("c_attn.weight"))
     tensor = np.arange(36.0).reshape(3, 12)
-    query, key, value = parts_of(tensor, row, TWO_HEADS)
+    query, key, value = split_tensor(tensor, row, TWO_HEADS)
     assert query.tolist() == [[[0, 1], [2, 3]], [[12, 13], [14, 15]], [[24, 25], [26, 27]]]
     assert key[0].tolist() == [[4, 5], [6, 7]] and value[2].tolist() == [[32, 33], [34, 35]]
-    np.testing.assert_array_equal(tensor_of([query, key, value], row, TWO_HEADS), tensor)
+    np.testing.assert_array_equal(join_tensor([query, key, value], row, TWO_HEADS), tensor)
 
 
 def test_fused_rows_of_neox():
@@ -91,15 +91,15 @@ def test_fused_rows_of_neox():
         row for row in weight_maps.NEOX if row.name.endswith("query_key_value.weight")
     )
     tensor = np.arange(36.0).reshape(12, 3)
-    query, key, value = parts_of(tensor, row, TWO_HEADS)
+    query, key, value = split_tensor(tensor, row, TWO_HEADS)
     assert query[:, 0].tolist() == [[0, 3], [1, 4], [2, 5]]  # rows 0 and 1
     assert key[:, 1].tolist() == [[24, 27], [25, 28], [26, 29]]  # rows 8 and 9
     assert value[:, 0].tolist() == [[12, 15], [13, 16], [14, 17]]
-    np.testing.assert_array_equal(tensor_of([query, key, value], row, TWO_HEADS), tensor)
+    np.testing.assert_array_equal(join_tensor([query, key, value], row, TWO_HEADS), tensor)
     bias = next(
         row for row in weight_maps.NEOX if row.name.endswith("query_key_value.bias")
     )
-    assert [part.tolist() for part in parts_of(np.arange(12.0), bias, TWO_HEADS)] == [
+    assert [part.tolist() for part in split_tensor(np.arange(12.0), bias, TWO_HEADS)] == [
         [[0, 1], [6, 7]],
         [[2, 3], [8, 9]],
         [[4, 5], [10, 11]],
@@ -115,21 +115,21 @@ def test_grouped_heads_of_llama():
         for row in weight_maps.LLAMA
         if row.name.endswith("proj.weight")
     }
-    (key,) = parts_of(np.arange(6.0).reshape(2, 3), by_name["k_proj"], config)
+    (key,) = split_tensor(np.arange(6.0).reshape(2, 3), by_name["k_proj"], config)
     assert key.tolist() == [[[0, 3]], [[1, 4]], [[2, 5]]]
-    (out,) = parts_of(np.arange(12.0).reshape(3, 4), by_name["o_proj"], config)
+    (out,) = split_tensor(np.arange(12.0).reshape(3, 4), by_name["o_proj"], config)
     assert out.tolist() == [[[0, 4, 8], [1, 5, 9]], [[2, 6, 10], [3, 7, 11]]]
 
 
 def test_a_planted_fault_in_a_layout_is_seen():
     tensor = np.arange(36.0).reshape(12, 3)
     right, wrong = (
-        Row("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV))
+        TensorSpec("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV))
         for layout in ("H*3*d D", "3*H*d D")
     )
     assert (
-        parts_of(tensor, right, TWO_HEADS)[1].tolist()
-        != parts_of(tensor, wrong, TWO_HEADS)[1].tolist()
+        split_tensor(tensor, right, TWO_HEADS)[1].tolist()
+        != split_tensor(tensor, wrong, TWO_HEADS)[1].tolist()
     )
 
 
@@ -249,11 +249,11 @@ def test_memory_beside_the_parameters(tmp_path):
     largest = 256 * 8192 * 4
     read(tmp_path)  # compiled
     tracemalloc.start()
-    old, load.PIECE = load.PIECE, 1 << 18
+    old, load.CHUNK_ELEMENTS = load.CHUNK_ELEMENTS, 1 << 18
     try:
         read(tmp_path)
     finally:
-        load.PIECE = old
+        load.CHUNK_ELEMENTS = old
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert largest <= peak < 1.5 * largest
@@ -376,10 +376,10 @@ def test_a_source_that_is_nowhere_is_one_line(monkeypatch):
         ValueError,
         match=r"^no folder 'a/b', and the Hugging Face hub gives none \(no network\): dow",
     ):
-        hf_folder.located("a/b")
+        hf_folder.locate_model("a/b")
     for path in ("./nowhere", "a/b/c", "x.gguf"):
         with pytest.raises(ConfigError, match="no folder or file"):
-            hf_folder.located(path)
+            hf_folder.locate_model(path)
 
 
 @pytest.mark.parametrize(

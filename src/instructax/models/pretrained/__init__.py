@@ -1,2 +1,1 @@
-"""Models of other people in and out: Hugging Face folders, and GGUF files in, as the
-parameters of `model`."""
+"""Pretrained models: import from Hugging Face folders and GGUF files, export to the former."""

@@ -1,4 +1,4 @@
-"""What the families' `config.json` have in common, read and written."""
+"""What the families' `config.json` files have in common, read and written."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,76 +6,79 @@ from typing import Any
 from instructax.config import require
 from instructax.models import ModelConfig, RotaryScaling
 
-Raw = Mapping[str, Any]  # a config.json
+# The content of a config.json.
+RawConfig = Mapping[str, Any]
 
 
-def only(raw: Raw, **allowed: tuple[Any, ...]) -> None:
-    """Raises ConfigError at the first value that is not among those allowed, of which the
-    first is the one of a config that does not name it."""
+def require_values(raw: RawConfig, **allowed: tuple[Any, ...]) -> None:
+    """Raises ConfigError at the first value that is not allowed.
+
+    The first allowed value of each name is the default of configs that do not name it.
+    """
     for name, values in allowed.items():
-        found = raw.get(name, values[0])
+        value = raw.get(name, values[0])
         require(
-            found in values,
-            f"config.json: {name} = {found!r} of a {raw['model_type']} model is not supported, "
-            f"only {' or '.join(map(repr, values))}",
+            value in values,
+            f"config.json: {name} = {value!r} of a {raw['model_type']} model is not "
+            f"supported, only {' or '.join(map(repr, values))}",
         )
 
 
-def needed(raw: Raw, name: str) -> Any:
-    """A value that every config names. Raises ConfigError if it does not."""
+def required_value(raw: RawConfig, name: str) -> Any:
+    """A value that has no default. Raises ConfigError if it is absent."""
     require(name in raw, f"config.json of a {raw['model_type']} model lacks {name!r}")
     return raw[name]
 
 
-def rotary_of(raw: Raw, fraction: float) -> dict[str, Any]:
-    """base, fraction and scaling, from the places where one version or another of
-    transformers writes them."""
-    given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    kind = given.get("rope_type", given.get("type", "default"))
+def read_rotary(raw: RawConfig, default_fraction: float) -> dict[str, Any]:
+    """The fields `rotary_*` of ModelConfig. Versions of transformers differ in where they
+    write them."""
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     require(
         kind in ("default", "linear", "llama3"),
-        f"config.json: rope_type = {kind!r} of a {raw['model_type']} model is not supported, only default, linear or "
-        "llama3",
+        f"config.json: rope_type = {kind!r} of a {raw['model_type']} model is not "
+        "supported, only default, linear or llama3",
     )
-    base = given.get(
-        "rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0))
-    )
-    share = given.get(
-        "partial_rotary_factor",
-        raw.get("partial_rotary_factor", raw.get("rotary_pct", fraction)),
-    )
-    length = raw.get("max_position_embeddings", 2048)
+
+    # rope_parameters, then the top level, then GPT-NeoX's old name.
+    base = raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0))
+    base = rope.get("rope_theta", base)
+    fraction = raw.get("partial_rotary_factor", raw.get("rotary_pct", default_fraction))
+    fraction = rope.get("partial_rotary_factor", fraction)
+
+    max_length = raw.get("max_position_embeddings", 2048)
     scaling = RotaryScaling(
         kind="linear" if kind == "linear" else "llama3",
-        factor=float(given.get("factor", 1.0)),
-        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
-        original_max_length=int(given.get("original_max_position_embeddings", length)),
+        factor=float(rope.get("factor", 1.0)),
+        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
+        original_max_length=int(rope.get("original_max_position_embeddings", max_length)),
     )
-    scaled = None if kind == "default" else scaling
     return {
         "rotary_base": float(base),
-        "rotary_fraction": float(share),
-        "rotary_scaling": scaled,
+        "rotary_fraction": float(fraction),
+        "rotary_scaling": None if kind == "default" else scaling,
     }
 
 
-def rotary_raw(c: ModelConfig) -> dict[str, Any]:
+def write_rotary(c: ModelConfig) -> dict[str, Any]:
     """The group `rope_parameters`."""
-    given: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rotary_base}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rotary_base}
     if c.rotary_fraction != 1.0:
-        given["partial_rotary_factor"] = c.rotary_fraction
-    if c.rotary_scaling is not None:
-        given |= {"rope_type": c.rotary_scaling.kind, "factor": c.rotary_scaling.factor}
-        if c.rotary_scaling.kind == "llama3":
-            given |= {
-                "low_freq_factor": c.rotary_scaling.low_freq_factor,
-                "high_freq_factor": c.rotary_scaling.high_freq_factor,
-                "original_max_position_embeddings": c.rotary_scaling.original_max_length,
-            }
-    return given
+        rope["partial_rotary_factor"] = c.rotary_fraction
+    scaling = c.rotary_scaling
+    if scaling is not None:
+        rope["rope_type"] = scaling.kind
+        rope["factor"] = scaling.factor
+        if scaling.kind == "llama3":
+            rope["low_freq_factor"] = scaling.low_freq_factor
+            rope["high_freq_factor"] = scaling.high_freq_factor
+            rope["original_max_position_embeddings"] = scaling.original_max_length
+    return rope
 
 
+# Fields that a family does not set.
 NEUTRAL = {
     "rotary_base": 10000.0,
     "rotary_fraction": 1.0,
@@ -93,22 +96,22 @@ NEUTRAL = {
 }
 
 
-def model_of(**values: Any) -> ModelConfig:
-    """The architecture with `values`, neutral otherwise."""
+def build_model_config(**values: Any) -> ModelConfig:
+    """The architecture with `values`, and neutral values elsewhere."""
     return ModelConfig(**{**NEUTRAL, **values})
 
 
-def head_width_of(width: int, heads: int) -> int:
-    """What transformers takes where no head_dim is given."""
+def default_head_dim(embed_dim: int, num_heads: int) -> int:
+    """The head dim of transformers where a config names none."""
     require(
-        width % heads == 0,
-        f"config.json: a width of {width} does not divide by {heads} heads",
+        embed_dim % num_heads == 0,
+        f"config.json: a width of {embed_dim} does not divide by {num_heads} heads",
     )
-    return width // heads
+    return embed_dim // num_heads
 
 
-def sizes_raw(c: ModelConfig) -> dict[str, Any]:
-    """The values that all but GPT-2 name alike."""
+def write_sizes(c: ModelConfig) -> dict[str, Any]:
+    """The values that have one name in all families but GPT-2."""
     return {
         "vocab_size": c.vocab_size,
         "max_position_embeddings": c.max_length,

@@ -1,9 +1,8 @@
-"""`config.json` of each family and `ModelConfig`: what it must say, what it may not say,
-and back again.
+"""Converts the `config.json` of each family to `ModelConfig` and back.
 
-Reading is strict: a value that changes the network in a way that ours cannot follow is
-refused by its name. Writing is checked by reading: a family can express a model exactly if
-what is written for it reads as that very model.
+Reading is strict: a value that changes the network in a way that ours cannot express is
+refused by name. Writing is checked by reading: a family can express a model exactly if what
+is written for it reads as the same model.
 """
 
 import dataclasses
@@ -13,14 +12,14 @@ from typing import Any
 from instructax.config import ConfigError, require
 from instructax.models import ModelConfig
 from instructax.models.pretrained.config_values import (
-    Raw,
-    head_width_of,
-    model_of,
-    needed,
-    only,
-    rotary_of,
-    rotary_raw,
-    sizes_raw,
+    RawConfig,
+    build_model_config,
+    default_head_dim,
+    read_rotary,
+    require_values,
+    required_value,
+    write_rotary,
+    write_sizes,
 )
 from instructax.models.pretrained.llama_configs import read_llama, write_llama
 
@@ -30,26 +29,31 @@ ACTIVATIONS = {
     "gelu_fast": "gelu",
     "gelu": "gelu_exact",
 }
+# Rotated fraction of each head in GPT-NeoX configs that do not say.
+NEOX_ROTARY_FRACTION = 0.25
 
 
-def _read_gpt2(raw: Raw) -> ModelConfig:
-    only(
+def _read_gpt2(raw: RawConfig) -> ModelConfig:
+    require_values(
         raw,
         scale_attn_weights=(True,),
         scale_attn_by_inverse_layer_idx=(False,),
         add_cross_attention=(False,),
     )
-    only(raw, activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu"))
-    width, heads = needed(raw, "n_embd"), needed(raw, "n_head")
-    return model_of(
-        vocab_size=needed(raw, "vocab_size"),
+    require_values(
+        raw, activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu")
+    )
+    embed_dim = required_value(raw, "n_embd")
+    num_heads = required_value(raw, "n_head")
+    return build_model_config(
+        vocab_size=required_value(raw, "vocab_size"),
         max_length=raw.get("n_positions", 1024),
-        num_layers=needed(raw, "n_layer"),
-        embed_dim=width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_width_of(width, heads),
-        mlp_dim=raw.get("n_inner") or 4 * width,
+        num_layers=required_value(raw, "n_layer"),
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=default_head_dim(embed_dim, num_heads),
+        mlp_dim=raw.get("n_inner") or 4 * embed_dim,
         norm="layernorm",
         norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
         positions="learned",
@@ -73,30 +77,33 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
         "activation_function": "gelu" if c.activation == "gelu_exact" else "gelu_new",
         "tie_word_embeddings": c.tied_embeddings,
         "initializer_range": c.init_std,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
     }
 
 
-def _read_neox(raw: Raw) -> ModelConfig:
-    only(
+def _read_neox(raw: RawConfig) -> ModelConfig:
+    require_values(
         raw,
         attention_bias=(True,),
         hidden_act=("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
     )
-    width, heads = needed(raw, "hidden_size"), needed(raw, "num_attention_heads")
-    return model_of(
-        vocab_size=needed(raw, "vocab_size"),
+    embed_dim = required_value(raw, "hidden_size")
+    num_heads = required_value(raw, "num_attention_heads")
+    return build_model_config(
+        vocab_size=required_value(raw, "vocab_size"),
         max_length=raw.get("max_position_embeddings", 2048),
-        num_layers=needed(raw, "num_hidden_layers"),
-        embed_dim=width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_width_of(width, heads),
-        mlp_dim=needed(raw, "intermediate_size"),
+        num_layers=required_value(raw, "num_hidden_layers"),
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=default_head_dim(embed_dim, num_heads),
+        mlp_dim=required_value(raw, "intermediate_size"),
         norm="layernorm",
         norm_epsilon=raw.get("layer_norm_eps", 1e-5),
         positions="rotary",
-        **rotary_of(raw, 0.25),
+        **read_rotary(raw, NEOX_ROTARY_FRACTION),
         activation=ACTIVATIONS[raw.get("hidden_act", "gelu")],
         biases=True,
         parallel_residual=raw.get("use_parallel_residual", True),
@@ -106,13 +113,12 @@ def _read_neox(raw: Raw) -> ModelConfig:
 
 
 def _write_neox(c: ModelConfig) -> dict[str, Any]:
-    rotary = {"partial_rotary_factor": c.rotary_fraction, **rotary_raw(c)}
     return {
-        **sizes_raw(c),
+        **write_sizes(c),
         "layer_norm_eps": c.norm_epsilon,
         "hidden_act": "gelu" if c.activation == "gelu_exact" else "gelu_new",
-        "rope_parameters": rotary,
-        # What versions of transformers before 5 read instead.
+        "rope_parameters": {"partial_rotary_factor": c.rotary_fraction, **write_rotary(c)},
+        # Read by versions of transformers before 5.
         "rotary_emb_base": c.rotary_base,
         "rotary_pct": c.rotary_fraction,
         "use_parallel_residual": c.parallel_residual,
@@ -122,61 +128,81 @@ def _write_neox(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-READ: dict[str, Callable[[Raw], ModelConfig]] = {
+READ: dict[str, Callable[[RawConfig], ModelConfig]] = {
     "gpt2": _read_gpt2,
     "gpt_neox": _read_neox,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), read_llama),
+    "llama": read_llama,
+    "mistral": read_llama,
+    "qwen2": read_llama,
+    "qwen3": read_llama,
+    "gemma": read_llama,
+    "gemma2": read_llama,
 }
+# Families are tried in this order when a model is written.
 WRITE: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "gpt2": _write_gpt2,
     "gpt_neox": _write_neox,
-}
-WRITE |= {
-    family: write_llama(family)
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+    "llama": write_llama("llama"),
+    "mistral": write_llama("mistral"),
+    "qwen2": write_llama("qwen2"),
+    "qwen3": write_llama("qwen3"),
+    "gemma": write_llama("gemma"),
+    "gemma2": write_llama("gemma2"),
 }
 
 
-def read_config(raw: Raw) -> tuple[str, ModelConfig]:
-    """(family, architecture) of a `config.json`. Raises ValueError, with the name and the
-    value, for what ours cannot express."""
+def read_config(raw: RawConfig) -> tuple[str, ModelConfig]:
+    """The family and architecture of a `config.json`.
+
+    Raises ConfigError, with the name and the value, for what ours cannot express.
+    """
     family = raw.get("model_type")
     require(
         family in READ,
         f"config.json: model_type = {family!r} is not supported, only {', '.join(READ)}",
     )
-    only(raw, quantization_config=(None,), is_encoder_decoder=(False,))
+    require_values(raw, quantization_config=(None,), is_encoder_decoder=(False,))
     return str(family), READ[str(family)](raw)
 
 
 def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """(family, `config.json`) of the first family that expresses `config` exactly. Raises
-    ValueError, with what stands in the way of the family that comes nearest, if there is
-    none."""
-    reasons: dict[str, list[str]] = {}
+    """The first family that expresses `config` exactly, and the `config.json`.
+
+    Raises ConfigError if there is none, with what the closest family cannot express.
+    """
+    closest = ""
+    fewest: list[str] | None = None
+    refusals: dict[str, str] = {}
     for family, write in WRITE.items():
         raw = {"model_type": family, **write(config)}
         try:
-            found = READ[family](raw)
+            read_back = READ[family](raw)
         except ValueError as error:
-            reasons[family] = [str(error).removeprefix("config.json: ")] * 9  # the farthest
+            refusals[family] = str(error).removeprefix("config.json: ")
             continue
-        ours, theirs = (dataclasses.asdict(x) for x in (config, found))
-        differences = [
-            f"model.{name} = {ours[name]!r} (it has {theirs[name]!r})"
-            for name in ours
-            if ours[name] != theirs[name]
-        ]
-        if (
-            config.positions == theirs["positions"] == "learned"
-        ):  # which read nothing of rotary ones
-            differences = [
-                text for text in differences if not text.startswith("model.rotary_")
-            ]
+        differences = _differences(config, read_back)
         if not differences:
             return family, raw
-        reasons[family] = differences
-    nearest = min(reasons, key=lambda family: len(reasons[family]))
+        if fewest is None or len(differences) < len(fewest):
+            closest = family
+            fewest = differences
+    if fewest is None:  # every family refuses it
+        closest, reason = next(iter(refusals.items()))
+        fewest = [reason]
     raise ConfigError(
-        f"no family of transformers expresses this model; nearest is {nearest}, but {'; '.join(reasons[nearest])}"
+        f"no family of transformers expresses this model; nearest is {closest}, but "
+        f"{'; '.join(fewest)}"
     )
+
+
+def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """One entry for each field whose value a family changes."""
+    wanted = dataclasses.asdict(ours)
+    found = dataclasses.asdict(theirs)
+    learned = ours.positions == theirs.positions == "learned"
+    differences = []
+    for name, value in wanted.items():
+        unused = learned and name.startswith("rotary_")
+        if value != found[name] and not unused:
+            differences.append(f"model.{name} = {value!r} (it has {found[name]!r})")
+    return differences

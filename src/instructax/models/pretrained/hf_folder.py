@@ -1,7 +1,7 @@
-"""A Hugging Face folder: `config.json` and tensors in `model.safetensors`, or in shards
+"""Hugging Face model folders: `config.json`, and tensors in `model.safetensors` or in shards
 with an index.
 
-Nothing in a folder is code, and no name in it leads out of it.
+Nothing in a folder is executed, and no file name in it may point outside it.
 """
 
 import json
@@ -9,106 +9,123 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (gives NumPy the dtype bfloat16)
+import ml_dtypes  # noqa: F401  (registers NumPy's dtype bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from instructax.config import ConfigError, require
 
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = (
+# Name of a tensor → a function that reads it.
+Tensors = Mapping[str, Callable[[], np.ndarray]]
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What is downloaded from the hub.
+DOWNLOADED_FILES = (
     "*.safetensors",
     "*.json",
     "merges.txt",
     "vocab.bpe",
     "*.jinja",
     "*.gguf",
-)  # what is taken from the hub
-FLOATS = ("F32", "F16", "BF16")
+)
+# safetensors' names of the dtypes that are read.
+FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
-def located(source: str) -> Path:
-    """The folder or GGUF file `source`, or the local copy of the repository of that name on
-    the Hugging Face hub.
+def locate_model(source: str) -> Path:
+    """The local path of a model, downloaded from the Hugging Face hub if necessary.
 
-    Raises ValueError if it is neither, or cannot be had.
+    Args:
+      source: a folder, a GGUF file, or the name of a repository on the hub.
+
+    Raises:
+      ConfigError: `source` is none of these, or the hub does not provide it.
     """
     path = Path(source)
     if path.exists():
         return path
-    named = (
+    may_be_repository = (
         source.count("/") <= 1
         and not source.startswith((".", "/", "~"))
         and not source.endswith(".gguf")
     )
     require(
-        named,
-        f"no folder or file {source!r}: give one with config.json and safetensors, or a .gguf file",
+        may_be_repository,
+        f"no folder or file {source!r}: give one with config.json and safetensors, or a "
+        ".gguf file",
     )
     advice = "download it elsewhere and give its folder"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ConfigError(
-            f"no folder {source!r}, and huggingface_hub is not installed: install it, or {advice}"
+            f"no folder {source!r}, and huggingface_hub is not installed: install it, or "
+            f"{advice}"
         ) from None
     try:
-        return Path(snapshot_download(source, allow_patterns=list(FILES)))
-    except Exception as error:  # no network, no such repository, no access: many classes, of several libraries
+        return Path(snapshot_download(source, allow_patterns=list(DOWNLOADED_FILES)))
+    except Exception as error:
+        # No network, no such repository or no access: many classes of several libraries.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"no folder {source!r}, and the Hugging Face hub gives none ({reason}): {advice}"
+            f"no folder {source!r}, and the Hugging Face hub gives none ({reason}): "
+            f"{advice}"
         ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError if there is none."""
+    """The object in a JSON file. Raises ConfigError if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path.parent} has no {path.name}: give the folder of a model"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error})") from None
-    require(isinstance(found, dict), f"{path} does not hold an object")
-    return found
+    require(isinstance(content, dict), f"{path} does not hold an object")
+    return content
 
 
 def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Tensor's name → a function that reads it, float32, float16 or bfloat16.
+    """All tensors of a folder; reading gives float32, float16 or bfloat16.
 
-    Raises ValueError for files that are missing, damaged, or not those that the index
-    names.
+    Raises ConfigError for files that are missing, damaged, or not those of the index.
     """
+    indexed: dict[str, Any] = {}  # tensor → file
     if (folder / INDEX).exists():
-        places = read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         require(
-            isinstance(places, dict) and bool(places), f"{folder / INDEX} has no weight_map"
+            isinstance(weight_map, dict) and bool(weight_map),
+            f"{folder / INDEX} has no weight_map",
         )
+        indexed = dict(weight_map or {})
+        names = sorted({_check_name(folder, name) for name in indexed.values()})
     else:
         require(
-            (folder / ONE).exists(),
-            f"{folder} has neither {ONE} nor {INDEX}: save the model as safetensors",
+            (folder / SINGLE_FILE).exists(),
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX}: save the model as safetensors",
         )
-        places = None
-    names = (
-        sorted({_plain_name(folder, file) for file in places.values()}) if places else [ONE]
-    )
-    shards = {name: _open(folder / name) for name in names}
-    held = {tensor: name for name, shard in shards.items() for tensor in shard.keys()}  # noqa: SIM118 (no mapping)
-    for tensor, name in (places or {}).items():
+        names = [SINGLE_FILE]
+
+    readers: dict[str, Callable[[], np.ndarray]] = {}
+    stored: dict[str, str] = {}  # tensor → file
+    for name in names:
+        shard = _open(folder / name)
+        for tensor in shard.keys():  # noqa: SIM118 (not a mapping)
+            stored[tensor] = name
+            readers[tensor] = _reader(shard, tensor, folder / name)
+    for tensor, name in indexed.items():
         require(
-            held.get(tensor) == name,
+            stored.get(tensor) == name,
             f"{folder / INDEX} says that {name} holds {tensor!r}, but it does not",
         )
-    return {
-        tensor: _reader(shards[name], tensor, folder / name)
-        for tensor, name in held.items()
-    }
+    return readers
 
 
-def _plain_name(folder: Path, name: Any) -> str:
+def _check_name(folder: Path, name: Any) -> str:
+    """The name of a shard, if it is a plain file name in `folder`."""
     plain = (
         isinstance(name, str)
         and name == Path(name).name
@@ -117,7 +134,8 @@ def _plain_name(folder: Path, name: Any) -> str:
     )
     require(
         plain,
-        f"{folder / INDEX} names the file {name!r}: shards must be .safetensors files of the same folder",
+        f"{folder / INDEX} names the file {name!r}: shards must be .safetensors files of "
+        "the same folder",
     )
     require(
         (folder / name).is_file(),
@@ -139,12 +157,10 @@ def _reader(shard: Any, tensor: str, path: Path) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         dtype = shard.get_slice(tensor).get_dtype()
         require(
-            dtype in FLOATS,
-            f"{path}: {tensor!r} is of dtype {dtype}; only {', '.join(FLOATS)} are read",
+            dtype in FLOAT_DTYPES,
+            f"{path}: {tensor!r} is of dtype {dtype}; only {', '.join(FLOAT_DTYPES)} are "
+            "read",
         )
         return shard.get_tensor(tensor)
 
     return read
-
-
-Tensors = Mapping[str, Callable[[], np.ndarray]]

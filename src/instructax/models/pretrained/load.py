@@ -1,8 +1,7 @@
-"""Tensors of a file into our parameters, one at a time, each straight to where the mesh
-wants it.
+"""Loads the tensors of a file into our parameters, one at a time, each directly into the
+mesh's layout.
 
-On the host there are at one time the tensor that is read and a piece of it in our layout,
-besides the parameters.
+Besides the parameters, the host holds one tensor and one chunk of it in our layout.
 """
 
 import dataclasses
@@ -23,155 +22,190 @@ from instructax.models.pretrained.hf_folder import Tensors
 from instructax.models.pretrained.weight_maps import (
     PREFIXES,
     TENSORS,
-    Row,
-    parts_of,
-    shape_of,
+    TensorSpec,
+    split_tensor,
+    tensor_shape,
 )
 from instructax.sharding import leaf_path
 from instructax.types import Array, Params
 
-PIECE = 1 << 22  # elements of a tensor that are laid out anew at a time
-# Buffers that files of older versions of transformers hold besides parameters.
-HARMLESS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
-HEADS = (
-    "lm_head.weight",
-    "embed_out.weight",
-)  # of a tied head a file may hold the embedding once more
-SHOWN = 5  # names in an error
+# Elements of a tensor that are converted to our layout at one time.
+CHUNK_ELEMENTS = 1 << 22
+# Buffers that files of older versions of transformers hold beside the parameters.
+IGNORED = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+# Names of the output head. With tied embeddings a file may hold a copy of them under one.
+HEADS = ("lm_head.weight", "embed_out.weight")
+MAX_LISTED = 5  # names in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where one tensor of a file belongs."""
 
-    row: Row
+    spec: TensorSpec
     layer: int | None
 
 
-def leaf_name(leaf: str, layered: bool) -> str:
-    """The path of a row's parameter in the tree."""
-    return f"blocks/{leaf}" if layered else leaf
+def parameter_path(leaf: str, in_layer: bool) -> str:
+    """The path of a spec's leaf in the parameters."""
+    return f"blocks/{leaf}" if in_layer else leaf
 
 
-def places_of(family: str, config: ModelConfig, leaves: Iterable[str]) -> dict[str, Place]:
-    """Every tensor that a file of this model must hold, by name; `leaves` are the paths of
-    our parameters."""
-    found, have = {}, set(leaves)
-    for row in TENSORS[family]:
-        layered = "{}" in row.name
-        if all(leaf_name(leaf, layered) in have for leaf in row.leaves):
-            for layer in range(config.num_layers) if layered else (None,):
-                found[row.name.format(layer)] = Place(row, layer)
-    return found
+def expected_tensors(
+    family: str, config: ModelConfig, parameters: Iterable[str]
+) -> dict[str, Place]:
+    """Name of every tensor that a file of this model must hold → where it belongs.
+
+    `parameters` are the paths of our parameters.
+    """
+    existing = set(parameters)
+    places = {}
+    for spec in TENSORS[family]:
+        in_layer = "{}" in spec.name
+        if any(parameter_path(leaf, in_layer) not in existing for leaf in spec.leaves):
+            continue  # such as biases that this model does not have
+        for layer in range(config.num_layers) if in_layer else (None,):
+            places[spec.name.format(layer)] = Place(spec, layer)
+    return places
 
 
-def stored_names(
-    family: str, stored: Iterable[str], wanted: Iterable[str]
+def match_names(
+    family: str, stored: Iterable[str], expected: Iterable[str]
 ) -> dict[str, str]:
-    """Wanted name → the name under which the file has it: its own, that without the trunk's
-    prefix, or, of GPT-NeoX's head, the one of newer files. Raises ValueError with the names
-    if some are missing or too many."""
-    have, prefix, found = set(stored), PREFIXES[family], {}
-    for name in wanted:
-        others = (name.removeprefix(prefix), *(HEADS if name in HEADS else ()))
-        found[name] = next((other for other in (name, *others) if other in have), "")
-    missing = sorted(name for name, other in found.items() if not other)
-    require(not missing, f"the file of this {family} model lacks {_listed(missing)}")
-    spare = {name for name in have - set(found.values()) if not HARMLESS.search(name)}
-    unknown = sorted(spare if any(name in HEADS for name in found) else spare - set(HEADS))
+    """Expected name → its name in the file.
+
+    A file may leave out the trunk's prefix, and newer GPT-NeoX files name the head
+    differently. Raises ConfigError with the names of missing or unexpected tensors.
+    """
+    stored = set(stored)
+    names = {}
+    missing = []
+    for name in expected:
+        candidates = [name, name.removeprefix(PREFIXES[family])]
+        if name in HEADS:
+            candidates.extend(HEADS)
+        present = [candidate for candidate in candidates if candidate in stored]
+        if present:
+            names[name] = present[0]
+        else:
+            missing.append(name)
     require(
-        not unknown,
-        f"the file of this {family} model has tensors that it should not: {_listed(unknown)}",
+        not missing, f"the file of this {family} model lacks {_listed(sorted(missing))}"
     )
-    return found
+
+    unexpected = {name for name in stored - set(names.values()) if not IGNORED.search(name)}
+    if not any(name in HEADS for name in names):
+        unexpected -= set(HEADS)
+    require(
+        not unexpected,
+        f"the file of this {family} model has tensors that it should not: "
+        f"{_listed(sorted(unexpected))}",
+    )
+    return names
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(repr, names[:MAX_LISTED])) + more
 
 
 def read_params(
     tensors: Tensors, family: str, config: ModelConfig, abstract: Params
 ) -> Params:
-    """The parameters of `abstract` (shapes with shardings) from a file of `family`; what
-    its table lacks, the bias of a scalar head, is zero.
+    """Reads parameters from a file.
 
-    Raises ValueError with the name of a tensor that is missing, unexpected, or of another
-    shape or dtype.
+    Args:
+      tensors: the tensors of the file.
+      family: the family of the file.
+      config: its architecture.
+      abstract: shapes and shardings of our parameters.
+
+    Returns:
+      The parameters; those that the family's table lacks (the bias of a scalar head) are
+      zero.
+
+    Raises:
+      ConfigError: a tensor is missing, unexpected, or of another shape or dtype.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
     shapes = {leaf_path(path): leaf for path, leaf in paths}
-    places = places_of(family, config, shapes)
-    names = stored_names(family, tensors, places)
-    leaves = {name: _zeros(leaf) for name, leaf in shapes.items()}
+    places = expected_tensors(family, config, shapes)
+    names = match_names(family, tensors, places)
+    params = {path: _zeros(leaf) for path, leaf in shapes.items()}
 
-    def place_one(
-        name: str, place: Place
-    ) -> None:  # whose end frees the tensor before the next one is read
-        tensor, wanted = tensors[name](), shape_of(place.row, config)
+    # A function of its own, so that each tensor is freed before the next one is read.
+    def load_tensor(name: str, place: Place) -> None:
+        tensor = tensors[name]()
+        wanted = tensor_shape(place.spec, config)
         require(
             tensor.shape == wanted,
-            f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it {list(wanted)}",
+            f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it "
+            f"{list(wanted)}",
         )
-        for leaf, part in zip(
-            place.row.leaves, parts_of(tensor, place.row, config), strict=True
-        ):
-            path = leaf_name(leaf, place.layer is not None)
-            leaves[path] = put(leaves[path], part, place.layer, place.row.plus)
+        parts = split_tensor(tensor, place.spec, config)
+        for leaf, part in zip(place.spec.leaves, parts, strict=True):
+            path = parameter_path(leaf, place.layer is not None)
+            params[path] = put(params[path], part, place.layer, place.spec.offset)
 
     for name, place in places.items():
-        place_one(names[name], place)
-    return jax.tree.unflatten(structure, leaves.values())
+        load_tensor(names[name], place)
+    return jax.tree.unflatten(structure, params.values())
 
 
 def _zeros(leaf: Any) -> Array:
     return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
 
-def put(leaf: Array, part: np.ndarray, layer: int | None, plus: float) -> Array:
-    """`leaf`, whose memory is taken, with `part` + `plus` in it: all of it, or one of the
-    layers of its first axis."""
-    of_leaf: Any = leaf.sharding
-    spec = [*of_leaf.spec, *(None,) * leaf.ndim][: leaf.ndim]
-    layout = NamedSharding(of_leaf.mesh, P(*spec[leaf.ndim - part.ndim :]))
-    # Pieces along the longest axis that is on every device whole; of none, the part in one
-    # piece.
-    whole = [
-        axis
-        for axis in range(part.ndim)
-        if layout.shard_shape(part.shape)[axis] == part.shape[axis]
-    ]
-    axis = max(whole, key=lambda axis: part.shape[axis], default=0)
-    step = max(1, PIECE * part.shape[axis] // part.size) if whole else part.shape[axis]
-    for start in range(0, part.shape[axis], step):
-        piece = part[(slice(None),) * axis + (slice(start, start + step),)]
-        given = jax.make_array_from_callback(
-            piece.shape, layout, lambda index, x=piece: np.ascontiguousarray(x[index])
-        )
-        # Waits, or the pieces of calls that have not run yet would add up.
-        leaf = jax.block_until_ready(
-            _write(leaf, given, layer or 0, start, axis, plus, of_leaf)
-        )
+def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Array:
+    """Writes `part` + `offset` into a parameter, chunk by chunk.
+
+    Args:
+      leaf: the parameter; its memory is donated.
+      part: the new values: all of the parameter, or one layer of its first axis.
+      layer: the layer; None for all of it.
+      offset: added to the values.
+    """
+    target: Any = leaf.sharding
+    spec = [*target.spec, *(None,) * leaf.ndim][: leaf.ndim]
+    layout = NamedSharding(target.mesh, P(*spec[leaf.ndim - part.ndim :]))
+
+    # Cut chunks along the longest axis that is not sharded; if all are, use one chunk.
+    shard_shape = layout.shard_shape(part.shape)
+    unsharded = [axis for axis in range(part.ndim) if shard_shape[axis] == part.shape[axis]]
+    axis = max(unsharded, key=lambda axis: part.shape[axis], default=0)
+    length = part.shape[axis]
+    step = max(1, CHUNK_ELEMENTS * length // part.size) if unsharded else length
+    for start in range(0, length, step):
+        chunk = part[(slice(None),) * axis + (slice(start, start + step),)]
+
+        def shard_of(index: Any, chunk: np.ndarray = chunk) -> np.ndarray:
+            return np.ascontiguousarray(chunk[index])
+
+        array = jax.make_array_from_callback(chunk.shape, layout, shard_of)
+        leaf = _write(leaf, array, layer or 0, start, axis, offset, target)
+        # Wait, or the chunks of calls that have not run yet accumulate on the host.
+        leaf = jax.block_until_ready(leaf)
     return leaf
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=(4, 5, 6))
 def _write(
     leaf: Array,
-    piece: Array,
+    chunk: Array,
     layer: int,
     start: int,
     axis: int,
-    plus: float,
+    offset: float,
     layout: NamedSharding,
 ) -> Array:
-    piece = piece.astype(leaf.dtype)
-    piece = piece + plus if plus else piece
-    layered = leaf.ndim - piece.ndim
+    chunk = chunk.astype(leaf.dtype)
+    if offset:
+        chunk = chunk + offset
+    has_layers = leaf.ndim - chunk.ndim  # 0 or 1 leading axis of layers
     starts: list[Any] = [0] * leaf.ndim
-    starts[layered + axis] = start
-    if layered:
+    starts[has_layers + axis] = start
+    if has_layers:
         starts[0] = layer
-    leaf = jax.lax.dynamic_update_slice(leaf, piece[None] if layered else piece, starts)
+        chunk = chunk[None]
+    leaf = jax.lax.dynamic_update_slice(leaf, chunk, starts)
     return jax.lax.with_sharding_constraint(leaf, layout)

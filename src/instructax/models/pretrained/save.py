@@ -1,8 +1,9 @@
-"""Our parameters as a Hugging Face folder that transformers loads: the way back of
-`reading`, by the same table."""
+"""Saves our parameters as a Hugging Face folder that transformers loads, by the same tables
+that `load` reads."""
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,81 +13,77 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from instructax.models import ModelConfig
-from instructax.models.pretrained.hf_folder import INDEX, ONE
-from instructax.models.pretrained.load import Place, leaf_name, places_of
-from instructax.models.pretrained.weight_maps import shape_of, tensor_of
+from instructax.models.pretrained.hf_folder import INDEX, SINGLE_FILE
+from instructax.models.pretrained.load import Place, expected_tensors, parameter_path
+from instructax.models.pretrained.weight_maps import join_tensor, tensor_shape
 from instructax.sharding import leaf_path
 from instructax.types import Params
 
-SHARD_BYTES = 2 << 30  # of one file of tensors
+# Size of one file of tensors, approximately.
+SHARD_BYTES = 2 << 30
 DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
 
-def tensors_of(
+def export_tensors(
     params: Params, family: str, config: ModelConfig, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of the family's file, one at a time, rounded to `dtype`."""
     leaves = {
         leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    for name, place in places_of(family, config, leaves).items():
-        layered = place.layer is not None
-        ours = [leaves[leaf_name(leaf, layered)] for leaf in place.row.leaves]
-        parts = [
-            np.asarray(leaf[place.layer] if layered else leaf) - np.float32(place.row.plus)
-            for leaf in ours
-        ]
-        yield name, tensor_of(parts, place.row, config).astype(DTYPES[dtype])
+    for name, place in expected_tensors(family, config, leaves).items():
+        in_layer = place.layer is not None
+        parts = []
+        for leaf in place.spec.leaves:
+            value = leaves[parameter_path(leaf, in_layer)]
+            value = value[place.layer] if in_layer else value
+            parts.append(np.asarray(value) - np.float32(place.spec.offset))
+        yield name, join_tensor(parts, place.spec, config).astype(DTYPES[dtype])
 
 
-def bytes_of(place: Place, config: ModelConfig, dtype: str) -> int:
+def tensor_bytes(place: Place, config: ModelConfig, dtype: str) -> int:
     """Size of one tensor in a file."""
-    return int(np.prod(shape_of(place.row, config))) * DTYPES[dtype].itemsize
+    return int(np.prod(tensor_shape(place.spec, config))) * DTYPES[dtype].itemsize
 
 
 def save_tensors(
     folder: Path, params: Params, family: str, config: ModelConfig, dtype: str
 ) -> None:
-    """Writes `model.safetensors`, or shards of about `SHARD_BYTES` and their index, into
-    `folder`."""
+    """Writes `model.safetensors`, or shards of about SHARD_BYTES and their index."""
     leaves = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    shards: list[list[str]] = [[]]
-    room, total = SHARD_BYTES, 0
-    for name, place in places_of(family, config, leaves).items():
-        size = bytes_of(place, config, dtype)
-        if shards[-1] and size > room:
+    places = expected_tensors(family, config, leaves)
+
+    shards: list[list[str]] = [[]]  # names of the tensors of each file
+    free = SHARD_BYTES
+    total = 0
+    for name, place in places.items():
+        size = tensor_bytes(place, config, dtype)
+        if shards[-1] and size > free:
             shards.append([])
-            room = SHARD_BYTES
+            free = SHARD_BYTES
         shards[-1].append(name)
-        room, total = room - size, total + size
+        free -= size
+        total += size
+
     count = len(shards)
-    files = (
-        [ONE]
-        if count == 1
-        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    )
-    tensors = tensors_of(params, family, config, dtype)
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
+        files = [SINGLE_FILE]
+    # Tensors come in the order of `places`, so each file takes the next ones.
+    tensors = export_tensors(params, family, config, dtype)
+    weight_map: dict[str, str] = {}
     for file, names in zip(files, shards, strict=True):
-        save_file(
-            {name: tensor for name, (_, tensor) in zip(names, tensors, strict=False)},
-            folder / file,
-            {"format": "pt"},
-        )
+        save_file(dict(islice(tensors, len(names))), folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
     if count > 1:
-        places = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
-        }
-        write_json(
-            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / INDEX, index)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON as transformers writes it."""
-    path.write_text(
-        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
+    """Writes JSON in transformers' format."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,10 +1,14 @@
-"""The one table of names and shapes: which tensors of a family's files are which of our
-parameters.
+"""One table per family: which tensors of its files are which of our parameters.
 
-A tensor's layout names its axes as the file has them; axes joined by `*` are one axis
-there. `V` vocabulary, `T` positions, `D` width, `F` MLP width, `H` heads, `G` heads of keys
-and values, `d` head width, `3` query, key and value in one tensor, whose `G` and `H` are
-equal. `{}` in a name is the layer.
+A tensor's layout names its axes in the order of the file; axes joined by `*` are flattened
+into one. The names are `V` vocabulary, `T` positions, `D` embed dim, `F` MLP dim, `H` heads,
+`G` key-value heads, `d` head dim, and `3` for query, key and value fused in one tensor (then
+H = G). `AXES` gives the same for our parameters. Reshaping and transposing between the two
+follows from the names, for reading and for writing.
+
+Example: GPT-NeoX fuses query, key and value per head, "H*3*d D". `split_tensor` reshapes
+the tensor to [H, 3, d, D], takes the three parts [H, d, D], and transposes each to our
+"D H d". `join_tensor` goes the other way.
 """
 
 import dataclasses
@@ -16,17 +20,17 @@ from instructax.models import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor of a file, or one of each layer."""
+class TensorSpec:
+    """One tensor of a file, or one per layer (`{}` in its name is the layer)."""
 
     name: str
     layout: str
-    leaves: tuple[str, ...]  # our parameters in it; of a layer, those under `blocks`
-    plus: float = 0.0  # ours are theirs plus this
+    leaves: tuple[str, ...]  # our parameters in it; for a layer, those under `blocks`
+    offset: float = 0.0  # ours = theirs + offset
 
 
 QKV = ("query", "key", "value")
-# Our own layouts, of one layer; a leaf that is not here has the axis of its norm or bias.
+# The axes of our parameters, for one layer. Others, norms and biases, are "D".
 AXES = {
     "embedding": "V D",
     "positions": "T D",
@@ -49,85 +53,93 @@ AXES = {
 
 
 def axes_of(leaf: str) -> list[str]:
-    """The axes of a parameter, of one layer."""
+    """The axes of one of our parameters, for one layer."""
     return AXES.get(leaf, "D").split()
 
 
-def _fused(name: str, layout: str, part: str) -> Row:
-    return Row(name, layout, tuple(f"attention/{which}/{part}" for which in QKV))
+def _fused_qkv(name: str, layout: str, part: str) -> TensorSpec:
+    leaves = tuple(f"attention/{projection}/{part}" for projection in QKV)
+    return TensorSpec(name, layout, leaves)
 
 
-def _norm(name: str, leaf: str) -> tuple[Row, Row]:
-    return Row(f"{name}.weight", "D", (f"{leaf}/scale",)), Row(
-        f"{name}.bias", "D", (f"{leaf}/bias",)
-    )
+def _norm(name: str, leaf: str) -> tuple[TensorSpec, TensorSpec]:
+    scale = TensorSpec(f"{name}.weight", "D", (f"{leaf}/scale",))
+    bias = TensorSpec(f"{name}.bias", "D", (f"{leaf}/bias",))
+    return scale, bias
 
 
-def _linear(name: str, layout: str, leaf: str) -> tuple[Row, Row]:
-    """A matrix that maps the last axis of `layout` to the others (torch's Linear), and its
+def _linear(name: str, layout: str, leaf: str) -> tuple[TensorSpec, TensorSpec]:
+    """torch's Linear, whose weight maps the last axis of `layout` to the others, and its
     bias."""
-    out = layout.rpartition(" ")[0]
-    return Row(f"{name}.weight", layout, (f"{leaf}/kernel",)), Row(
-        f"{name}.bias", out, (f"{leaf}/bias",)
-    )
+    outputs = layout.rpartition(" ")[0]
+    weight = TensorSpec(f"{name}.weight", layout, (f"{leaf}/kernel",))
+    bias = TensorSpec(f"{name}.bias", outputs, (f"{leaf}/bias",))
+    return weight, bias
 
 
-SCORE = Row("score.weight", "1 D", ("scalar_head/kernel",))
+# The scalar head, in all families.
+SCORE = TensorSpec("score.weight", "1 D", ("scalar_head/kernel",))
 GPT2 = (
-    Row("transformer.wte.weight", "V D", ("embedding",)),
-    Row("transformer.wpe.weight", "T D", ("positions",)),
+    TensorSpec("transformer.wte.weight", "V D", ("embedding",)),
+    TensorSpec("transformer.wpe.weight", "T D", ("positions",)),
     *_norm("transformer.h.{}.ln_1", "attention_norm"),
-    _fused(
-        "transformer.h.{}.attn.c_attn.weight", "D 3*H*d", "kernel"
-    ),  # Conv1D: inputs first
-    _fused("transformer.h.{}.attn.c_attn.bias", "3*H*d", "bias"),
-    Row("transformer.h.{}.attn.c_proj.weight", "H*d D", ("attention/out/kernel",)),
-    Row("transformer.h.{}.attn.c_proj.bias", "D", ("attention/out/bias",)),
+    # GPT-2 stores Conv1D weights, with the inputs first.
+    _fused_qkv("transformer.h.{}.attn.c_attn.weight", "D 3*H*d", "kernel"),
+    _fused_qkv("transformer.h.{}.attn.c_attn.bias", "3*H*d", "bias"),
+    TensorSpec("transformer.h.{}.attn.c_proj.weight", "H*d D", ("attention/out/kernel",)),
+    TensorSpec("transformer.h.{}.attn.c_proj.bias", "D", ("attention/out/bias",)),
     *_norm("transformer.h.{}.ln_2", "mlp_norm"),
-    Row("transformer.h.{}.mlp.c_fc.weight", "D F", ("mlp/up/kernel",)),
-    Row("transformer.h.{}.mlp.c_fc.bias", "F", ("mlp/up/bias",)),
-    Row("transformer.h.{}.mlp.c_proj.weight", "F D", ("mlp/down/kernel",)),
-    Row("transformer.h.{}.mlp.c_proj.bias", "D", ("mlp/down/bias",)),
+    TensorSpec("transformer.h.{}.mlp.c_fc.weight", "D F", ("mlp/up/kernel",)),
+    TensorSpec("transformer.h.{}.mlp.c_fc.bias", "F", ("mlp/up/bias",)),
+    TensorSpec("transformer.h.{}.mlp.c_proj.weight", "F D", ("mlp/down/kernel",)),
+    TensorSpec("transformer.h.{}.mlp.c_proj.bias", "D", ("mlp/down/bias",)),
     *_norm("transformer.ln_f", "final_norm"),
-    Row("lm_head.weight", "V D", ("head/kernel",)),
+    TensorSpec("lm_head.weight", "V D", ("head/kernel",)),
     SCORE,
 )
 NEOX = (
-    Row("gpt_neox.embed_in.weight", "V D", ("embedding",)),
+    TensorSpec("gpt_neox.embed_in.weight", "V D", ("embedding",)),
     *_norm("gpt_neox.layers.{}.input_layernorm", "attention_norm"),
-    _fused("gpt_neox.layers.{}.attention.query_key_value.weight", "H*3*d D", "kernel"),
-    _fused("gpt_neox.layers.{}.attention.query_key_value.bias", "H*3*d", "bias"),
+    _fused_qkv("gpt_neox.layers.{}.attention.query_key_value.weight", "H*3*d D", "kernel"),
+    _fused_qkv("gpt_neox.layers.{}.attention.query_key_value.bias", "H*3*d", "bias"),
     *_linear("gpt_neox.layers.{}.attention.dense", "D H*d", "attention/out"),
     *_norm("gpt_neox.layers.{}.post_attention_layernorm", "mlp_norm"),
     *_linear("gpt_neox.layers.{}.mlp.dense_h_to_4h", "F D", "mlp/up"),
     *_linear("gpt_neox.layers.{}.mlp.dense_4h_to_h", "D F", "mlp/down"),
     *_norm("gpt_neox.final_layer_norm", "final_norm"),
-    Row("embed_out.weight", "V D", ("head/kernel",)),
+    TensorSpec("embed_out.weight", "V D", ("head/kernel",)),
     SCORE,
 )
 
 
-def _llama(norms: dict[str, str], plus: float) -> tuple[Row, ...]:
-    """Llama and those that took its names; `norms` of a layer, each of which holds its
-    scale less `plus`."""
+def _llama(norms: dict[str, str], norm_offset: float) -> tuple[TensorSpec, ...]:
+    """Llama and the families that follow its names.
+
+    Args:
+      norms: their name of each norm of a layer → ours.
+      norm_offset: our scale of a norm is theirs plus this.
+    """
     layer = "model.layers.{}"
+    attention = f"{layer}.self_attn"
+
+    def norm(name: str, layout: str, leaf: str) -> TensorSpec:
+        return TensorSpec(f"{name}.weight", layout, (f"{leaf}/scale",), norm_offset)
+
+    layer_norms = [norm(f"{layer}.{name}", "D", leaf) for name, leaf in norms.items()]
     return (
-        Row("model.embed_tokens.weight", "V D", ("embedding",)),
-        *(
-            Row(f"{layer}.{name}.weight", "D", (f"{leaf}/scale",), plus)
-            for name, leaf in norms.items()
-        ),
-        *_linear(f"{layer}.self_attn.q_proj", "H*d D", "attention/query"),
-        *_linear(f"{layer}.self_attn.k_proj", "G*d D", "attention/key"),
-        *_linear(f"{layer}.self_attn.v_proj", "G*d D", "attention/value"),
-        *_linear(f"{layer}.self_attn.o_proj", "D H*d", "attention/out"),
-        Row(f"{layer}.self_attn.q_norm.weight", "d", ("attention/query_norm/scale",), plus),
-        Row(f"{layer}.self_attn.k_norm.weight", "d", ("attention/key_norm/scale",), plus),
+        TensorSpec("model.embed_tokens.weight", "V D", ("embedding",)),
+        *layer_norms,
+        *_linear(f"{attention}.q_proj", "H*d D", "attention/query"),
+        *_linear(f"{attention}.k_proj", "G*d D", "attention/key"),
+        *_linear(f"{attention}.v_proj", "G*d D", "attention/value"),
+        *_linear(f"{attention}.o_proj", "D H*d", "attention/out"),
+        norm(f"{attention}.q_norm", "d", "attention/query_norm"),
+        norm(f"{attention}.k_norm", "d", "attention/key_norm"),
         *_linear(f"{layer}.mlp.gate_proj", "F D", "mlp/gate"),
         *_linear(f"{layer}.mlp.up_proj", "F D", "mlp/up"),
         *_linear(f"{layer}.mlp.down_proj", "D F", "mlp/down"),
-        Row("model.norm.weight", "D", ("final_norm/scale",), plus),
-        Row("lm_head.weight", "V D", ("head/kernel",)),
+        norm("model.norm", "D", "final_norm"),
+        TensorSpec("lm_head.weight", "V D", ("head/kernel",)),
         SCORE,
     )
 
@@ -143,75 +155,99 @@ LLAMA = _llama(_TWO_NORMS, 0.0)
 TENSORS = {
     "gpt2": GPT2,
     "gpt_neox": NEOX,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
-    "gemma": _llama(_TWO_NORMS, 1.0),  # norms multiply by 1 + weight
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    # Gemma's norms multiply by 1 + weight.
+    "gemma": _llama(_TWO_NORMS, 1.0),
     "gemma2": _llama(_FOUR_NORMS, 1.0),
 }
-# The trunk's part of all names, which files of a bare trunk leave out.
-PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."} | dict.fromkeys(
-    set(TENSORS) - {"gpt2", "gpt_neox"}, "model."
-)
+# Prefix of the trunk's tensors, which files of a bare trunk leave out.
+PREFIXES = {
+    "gpt2": "transformer.",
+    "gpt_neox": "gpt_neox.",
+    "llama": "model.",
+    "mistral": "model.",
+    "qwen2": "model.",
+    "qwen3": "model.",
+    "gemma": "model.",
+    "gemma2": "model.",
+}
 
 
-def sizes_of(config: ModelConfig) -> dict[str, int]:
-    """The length of each axis."""
-    c = config
-    fixed = {
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of each axis."""
+    return {
         "1": 1,
         "3": 3,
-        "V": c.vocab_size,
-        "T": c.max_length,
-        "D": c.embed_dim,
-        "F": c.mlp_dim,
+        "V": config.vocab_size,
+        "T": config.max_length,
+        "D": config.embed_dim,
+        "F": config.mlp_dim,
+        "H": config.num_heads,
+        "G": config.num_kv_heads,
+        "d": config.head_dim,
     }
-    return {**fixed, "H": c.num_heads, "G": c.num_kv_heads, "d": c.head_dim}
 
 
-def shape_of(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """The shape that the file's tensor must have."""
-    sizes = sizes_of(config)
-    return tuple(
-        math.prod(sizes[axis] for axis in group.split("*")) for group in row.layout.split()
-    )
+def tensor_shape(spec: TensorSpec, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of the file's tensor."""
+    sizes = axis_sizes(config)
+    shape = []
+    for group in spec.layout.split():
+        axes = group.split("*")
+        shape.append(math.prod(sizes[axis] for axis in axes))
+    return tuple(shape)
 
 
-def _axes(row: Row) -> tuple[list[str], list[list[str]]]:
-    """(all axes of the file's tensor, the axes of each of our parameters in it), heads
-    named alike in fused ones."""
-    theirs, ours = (
-        row.layout.replace("*", " ").split(),
-        [axes_of(leaf) for leaf in row.leaves],
-    )
+def _axes(spec: TensorSpec) -> tuple[list[str], list[list[str]]]:
+    """The axes of the file's tensor, and of each of our parameters in it. In fused tensors
+    key-value heads are called `H` too."""
+    theirs = spec.layout.replace("*", " ").split()
+    ours = [axes_of(leaf) for leaf in spec.leaves]
+    if "3" not in theirs:
+        return theirs, ours
+    renamed = []
+    for axes in ours:
+        renamed.append(" ".join(axes).replace("G", "H").split())
+    return theirs, renamed
+
+
+def split_tensor(
+    tensor: np.ndarray, spec: TensorSpec, config: ModelConfig
+) -> list[np.ndarray]:
+    """Views of the file's tensor as our parameters, one per leaf; `offset` is not added."""
+    sizes = axis_sizes(config)
+    theirs, ours = _axes(spec)
+    unflattened = tensor.reshape([sizes[axis] for axis in theirs])
+
+    # One part per leaf, on a leading axis: [parts, *rest].
     if "3" in theirs:
-        ours = [["H" if axis == "G" else axis for axis in axes] for axes in ours]
-    return theirs, ours
-
-
-def parts_of(tensor: np.ndarray, row: Row, config: ModelConfig) -> list[np.ndarray]:
-    """Views of the file's tensor as our parameters, one for each leaf of the row; `plus` is
-    not added."""
-    sizes, (theirs, ours) = sizes_of(config), _axes(row)
-    split = tensor.reshape([sizes[axis] for axis in theirs])
-    parts = np.moveaxis(split, theirs.index("3"), 0) if "3" in theirs else split[None]
+        parts = np.moveaxis(unflattened, theirs.index("3"), 0)
+    else:
+        parts = unflattened[None]
     rest = [axis for axis in theirs if axis != "3"]
     if "1" in rest:
-        parts, rest = (
-            parts.squeeze(1 + rest.index("1")),
-            [axis for axis in rest if axis != "1"],
-        )
-    return [
-        part.transpose([rest.index(a) for a in axes])
-        for part, axes in zip(parts, ours, strict=True)
-    ]
+        parts = parts.squeeze(1 + rest.index("1"))
+        rest.remove("1")
+
+    views = []
+    for part, axes in zip(parts, ours, strict=True):
+        views.append(part.transpose([rest.index(axis) for axis in axes]))
+    return views
 
 
-def tensor_of(parts: list[np.ndarray], row: Row, config: ModelConfig) -> np.ndarray:
-    """The file's tensor from our parameters: the inverse of `parts_of`."""
-    theirs, ours = _axes(row)
+def join_tensor(
+    parts: list[np.ndarray], spec: TensorSpec, config: ModelConfig
+) -> np.ndarray:
+    """The file's tensor from our parameters: the inverse of `split_tensor`."""
+    theirs, ours = _axes(spec)
     rest = [axis for axis in theirs if axis not in ("1", "3")]
-    turned = [
-        part.transpose([axes.index(a) for a in rest])
-        for part, axes in zip(parts, ours, strict=True)
-    ]
-    joined = np.stack(turned, axis=theirs.index("3")) if "3" in theirs else turned[0]
-    return np.ascontiguousarray(joined.reshape(shape_of(row, config)))
+    transposed = []
+    for part, axes in zip(parts, ours, strict=True):
+        transposed.append(part.transpose([axes.index(axis) for axis in rest]))
+    joined = transposed[0]
+    if "3" in theirs:
+        joined = np.stack(transposed, axis=theirs.index("3"))
+    return np.ascontiguousarray(joined.reshape(tensor_shape(spec, config)))
