@@ -136,7 +136,8 @@ def test_names_of_tensors_are_no_paths(tmp_path):
     inside.mkdir()
     names = ["../../x", "/tmp/x", "a/../../b", "..", ""]
     save_file(
-        {name: tiny_models.np.zeros(2, "float32") for name in names}, inside / hf_folder.SINGLE_FILE
+        {name: tiny_models.np.zeros(2, "float32") for name in names},
+        inside / hf_folder.SINGLE_FILE,
     )
     before = sorted(tmp_path.rglob("*"))
     assert {
