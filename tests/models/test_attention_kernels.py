@@ -95,9 +95,7 @@ OBSTACLES.append(
 @pytest.mark.parametrize(
     ("kernel", "changes", "why"), OBSTACLES, ids=[f"{k}-{w}" for k, _, w in OBSTACLES]
 )
-def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_not(
-    kernel, changes, why
-):
+def test_unsupported_kernels_are_an_error_by_name_and_skipped_by_auto(kernel, changes, why):
     given = conditions(kernel, **changes)
     with pytest.raises(ConfigError) as error:
         attention_kernels.select_kernel(kernel, given)
@@ -133,7 +131,7 @@ def test_a_kernel_that_cannot_run_is_one_line_if_asked_for_and_passed_over_if_no
         ),
     ],
 )
-def test_a_kernel_that_can_run_is_taken(kernel, changes):
+def test_supported_kernels_are_selected(kernel, changes):
     given = conditions(kernel, **changes)
     assert attention_kernels.select_kernel(kernel, given) == (kernel, "as requested")
     assert attention_kernels.select_kernel("auto", given) == (
@@ -142,7 +140,7 @@ def test_a_kernel_that_can_run_is_taken(kernel, changes):
     )
 
 
-def test_elsewhere_there_is_no_other():
+def test_other_platforms_use_jax():
     for platform in ("cpu", "rocm"):
         given = conditions("cudnn", platform=platform, version=0.0)
         assert attention_kernels.select_kernel("auto", given) == (
@@ -175,7 +173,7 @@ def test_elsewhere_there_is_no_other():
         ({"platform": "tpu", "device_kind": "TPU7x"}, ("tpu", 7.0)),
     ],
 )
-def test_devices(device, place):
+def test_device_platform_and_version(device, place):
     client = SimpleNamespace(platform_version=device.pop("version", ""))
     assert (
         attention_kernels.device_platform(SimpleNamespace(**device, client=client)) == place
@@ -215,7 +213,7 @@ def config_of(name: str, arg: str, **changes: Any) -> Any:
         ("collect", "micro", *(f"jax (auto: no {k}: {OBSTACLES[13][2]})" for k in HERE)),
     ],
 )
-def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
+def test_kernels_selected_by_the_configs(name, arg, on_cuda, on_tpu, monkeypatch):
     for place, wanted in ((HERE["cudnn"], on_cuda), (HERE["splash"], on_tpu)):
         monkeypatch.setattr(
             selection, "device_platform", lambda _, place=place: tuple(place.values())
@@ -226,7 +224,7 @@ def test_what_the_configs_take(name, arg, on_cuda, on_tpu, monkeypatch):
         assert (config.compute.attention, said) == (wanted.split()[0], wanted)
 
 
-def test_a_benchmark_of_the_sampler_or_of_several_runs_takes_no_kernel(monkeypatch):
+def test_benchmarks_of_samplers_and_vmapped_runs_use_jax(monkeypatch):
     monkeypatch.setattr(selection, "device_platform", lambda _: ("cuda", 9.0))
     config = config_of("ppo", "1.3b")
     rows = load_stage("ppo").row_lengths(config)
@@ -255,7 +253,7 @@ SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
 @pytest.mark.parametrize(
     "name", [*STAGES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_STAGES)]
 )
-def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
+def test_rows_have_the_lengths_that_the_kernel_was_selected_for(
     name, chain, tmp_path, monkeypatch, capsys
 ):
     """And branch only where it was told so; the kernel is said once, before anything else."""
@@ -306,7 +304,7 @@ def test_rows_are_of_the_lengths_that_the_choice_was_made_for(
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_that_asks_for_what_is_not_here_is_refused(chain, tmp_path):
+def test_a_run_with_an_unavailable_kernel_is_refused(chain, tmp_path):
     for kernel, platform in (("cudnn", "cuda"), ("splash", "tpu")):
         given = stages.config_of(chain, "sft", {"compute.attention": kernel})
         with pytest.raises(
@@ -387,7 +385,7 @@ def output_and_gradients(
         ("splash", "separate", 2),
     ],
 )
-def test_a_kernel_attends_as_the_products_do(kernel, rows, num_kv_heads):
+def test_kernels_match_the_reference_attention(kernel, rows, num_kv_heads):
     got, wanted = (
         output_and_gradients(name, ROWS[rows], inputs(4, num_kv_heads))
         for name in (kernel, "jax")
@@ -397,7 +395,7 @@ def test_a_kernel_attends_as_the_products_do(kernel, rows, num_kv_heads):
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
-def test_a_kernel_on_rows_and_heads_of_eight_devices(kernel):
+def test_kernels_on_eight_devices(kernel):
     arrays, rows = (
         [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)],
         np.concatenate([ROWS["separate"]] * 2),
@@ -411,7 +409,7 @@ def test_a_kernel_on_rows_and_heads_of_eight_devices(kernel):
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", HERE)
-def test_a_kernel_rounds_to_sixteen_bits(kernel, dtype):
+def test_kernels_round_operands_to_bfloat16(kernel, dtype):
     """8 bits of mantissa: 0.4% an operation. Activations of either dtype stay what they
     are."""
     exact = output_and_gradients("jax", ROWS["separate"], inputs(4, 2))
@@ -425,7 +423,7 @@ def test_a_kernel_rounds_to_sixteen_bits(kernel, dtype):
         assert 1e-4 < error < 0.05
 
 
-def test_splash_cannot_express_branches():
+def test_splash_cannot_express_shared_prefixes():
     """It lets a query see a key if both have one number: the second response to a prompt
     would see the first too."""
     sees = np.asarray(attention_mask(jnp.array([[-1, 1, 2]]), jnp.array([[-1, 1, 2]]), 0))[
@@ -445,7 +443,7 @@ def test_splash_cannot_express_branches():
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
-def test_a_network_with_a_kernel_is_the_one_without(kernel):
+def test_networks_with_a_kernel_match_networks_without(kernel):
     """Scan, recomputation, rotary positions, grouped queries and devices that share rows
     and heads."""
     mesh, rng = stages.mesh_of(1, 2, 2), np.random.default_rng(0)
@@ -503,7 +501,7 @@ def cudnn_is_here(monkeypatch):
 @pytest.mark.usefixtures("cudnn_is_here")
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
 @pytest.mark.parametrize("kernel", CALLS)
-def test_the_kernel_is_called_where_it_was_chosen_and_nowhere_else(kernel, dtype):
+def test_the_selected_kernel_is_in_the_program_of_its_platform(kernel, dtype):
     platform, call = CALLS[kernel]
     cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     texts = {}
@@ -534,7 +532,7 @@ def test_the_kernel_is_called_where_it_was_chosen_and_nowhere_else(kernel, dtype
 
 @pytest.mark.usefixtures("cudnn_is_here")
 @pytest.mark.parametrize("kernel", CALLS)
-def test_what_has_a_cache_calls_no_kernel(kernel):
+def test_calls_with_a_cache_use_no_kernel(kernel):
     platform, call = CALLS[kernel]
     model, params = model_of(kernel, "bf16")
     cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
@@ -546,7 +544,7 @@ def test_what_has_a_cache_calls_no_kernel(kernel):
     assert call not in lowered(prefill, platform, params, cache, cells, cells, cells)
 
 
-def test_without_cudnn_its_call_fails_and_nothing_else_runs_in_its_place():
+def test_a_missing_cudnn_is_an_error_without_fallback():
     model, params = model_of("cudnn", "bf16")
     cells = jax.ShapeDtypeStruct((2, LENGTH), jnp.int32)
     with pytest.raises(RuntimeError, match="cuDNN is not detected"):
@@ -559,7 +557,7 @@ def test_without_cudnn_its_call_fails_and_nothing_else_runs_in_its_place():
         )
 
 
-def test_a_network_whose_kernel_was_not_chosen_is_refused():
+def test_an_unresolved_auto_kernel_is_refused():
     model, params = model_of("auto", "float32")
     cells = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(

@@ -53,7 +53,7 @@ def softmax(hidden: np.ndarray, kernel: np.ndarray, temperature: float) -> np.nd
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunks_equal_the_whole(inputs, chunk):
+def test_chunked_logprobs_equal_the_full_softmax(inputs, chunk):
     hidden, kernel, targets, weights = inputs
 
     @jax.jit
@@ -83,7 +83,7 @@ def test_chunks_equal_the_whole(inputs, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_what_the_mask_leaves_out_has_no_say(inputs, chunk):
+def test_masked_positions_have_no_effect(inputs, chunk):
     hidden, kernel, targets, _ = inputs
     mask = np.array([[False, True, True, False, False, True, False], [False] * 6 + [True]])
     poisoned = np.where(mask[..., None], hidden, np.nan).astype(np.float32)
@@ -97,7 +97,7 @@ def test_what_the_mask_leaves_out_has_no_say(inputs, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_loss_and_gradients_are_those_of_the_whole(inputs, chunk):
+def test_loss_and_gradients_equal_the_full_softmax(inputs, chunk):
     """A loss with factors of each token, its mean over a mask of three and four tokens."""
     hidden, kernel, targets, weights = inputs
     mask = np.array(
@@ -130,7 +130,7 @@ def test_loss_and_gradients_are_those_of_the_whole(inputs, chunk):
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
-def test_soft_caps_are_those_of_the_whole(inputs, chunk):
+def test_soft_caps_equal_the_full_softmax(inputs, chunk):
     """log softmax(1.5 · tanh(logits / 1.5) / 0.7), and its gradients through the caps."""
     hidden, kernel, targets, weights = inputs
 
@@ -165,7 +165,7 @@ def test_soft_caps_are_those_of_the_whole(inputs, chunk):
         )
 
 
-def test_a_loss_over_nothing_has_no_gradient(inputs):
+def test_an_empty_mask_has_zero_loss_and_gradient(inputs):
     hidden, kernel, targets, _ = inputs
 
     def loss_of(logprobs, mask, _):
@@ -207,7 +207,7 @@ def test_entropy_of_known_distributions():
     np.testing.assert_allclose(entropy, [[np.log(8), 0.0]], atol=1e-6)
 
 
-def test_scores_are_summed_in_float32():
+def test_logits_are_summed_in_float32():
     """256 + 1 is 256 in bfloat16, whose numbers there lie 2 apart."""
     logits = compute_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]))
     assert logits.dtype == jnp.float32
@@ -256,7 +256,7 @@ def largest_buffer(score: Callable[..., Any], config: ModelConfig, chunk: int) -
 @pytest.mark.parametrize(
     ("score", "family"), [(rows_score, gpt_config), (responses_score, llama_config)]
 )
-def test_no_buffer_spans_text_and_vocabulary(score, family):
+def test_no_buffer_spans_positions_and_vocabulary(score, family):
     config = family(vocab_size=PRIME, max_length=TEXT + PROMPT, num_layers=1)
     # A chunk's scores, or the kernel itself where that is larger.
     assert largest_buffer(score, config, 4) == max(
@@ -264,6 +264,6 @@ def test_no_buffer_spans_text_and_vocabulary(score, family):
     )
 
 
-def test_a_whole_softmax_would_be_seen():
+def test_a_full_softmax_would_be_detected():
     config = gpt_config(vocab_size=PRIME, max_length=TEXT + PROMPT, num_layers=1)
     assert largest_buffer(responses_score, config, TEXT) == BATCH * TEXT * PRIME

@@ -76,7 +76,7 @@ def outputs(model: Transformer, params) -> np.ndarray:
 
 @pytest.mark.parametrize("head", ["tokens", "scalar"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fresh_adapters_add_nothing_to_the_bit(family, head):
+def test_new_adapters_leave_outputs_bitwise_unchanged(family, head):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), head)
     params = tiny_models.random_params(model)
     fresh = add_lora(params, LORA, jax.random.key(1))
@@ -99,7 +99,7 @@ def test_fresh_adapters_add_nothing_to_the_bit(family, head):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_is_the_same_network(family):
+def test_merged_parameters_give_the_same_outputs(family):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), "tokens")
     params = adapted_params(model)
     plain, found = merge_lora(params), outputs(model, params)
@@ -118,7 +118,7 @@ def test_merged_is_the_same_network(family):
     )
 
 
-def test_what_is_trained_is_the_adapters_and_the_scalar_head():
+def test_trainable_selects_adapters_and_the_scalar_head():
     for head in ("tokens", "scalar"):
         model = Transformer(tiny_models.llama_config(), tiny_models.compute(), head)
         params = adapted_params(model)
@@ -137,7 +137,7 @@ def test_what_is_trained_is_the_adapters_and_the_scalar_head():
         assert names_of(moments.mu) == names_of(moments.nu) == names
 
 
-def test_gradients_are_those_of_the_whole_tree():
+def test_gradients_equal_those_of_the_full_tree():
     """Of the adapters as if everything was trained; and nothing else is in the tree."""
     model, rows = (
         Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
@@ -169,7 +169,7 @@ def test_gradients_are_those_of_the_whole_tree():
     stages.assert_trees_close(gradients, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_a_step_and_the_average_move_adapters_alone():
+def test_updates_and_averages_change_adapters_only():
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
     params, optimizer = (
         adapted_params(model),
@@ -197,7 +197,7 @@ def test_a_step_and_the_average_move_adapters_alone():
     )
 
 
-def test_samples_of_merged_weights_have_the_scorers_log_probabilities():
+def test_samples_of_merged_weights_rescore_to_the_same_logprobs():
     """The law of one model code: the sampler reads merged weights, the scorer adapters."""
     program, settings = stages.ppo_program(stages.mesh_of()), stages.ppo_settings()
     params = adapted_params(program.policy)
@@ -238,7 +238,7 @@ def networks(state):
 @pytest.mark.parametrize(
     "name", ["sft", "reward", pytest.param("ppo-ptx", marks=pytest.mark.slow)]
 )
-def test_a_run_trains_adapters_alone_and_goes_on_where_it_stopped(chain, tmp_path, name):
+def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     config = config_of(chain, name)
     first, last = run(config, tmp_path / "straight")
     parents = {"model": chain / ("pretrain" if name == "sft" else "sft")}
@@ -315,12 +315,12 @@ def open_shapes(workdir):
         ),
     ],
 )
-def test_values_that_cannot_be_are_one_line(chain, tmp_path, changes, message):
+def test_invalid_values_are_refused(chain, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         stages.started(config_of(chain, "sft", **changes), tmp_path / "run")
 
 
-def test_eight_devices_give_the_same_adapters(chain):
+def test_adapters_are_the_same_on_eight_devices(chain):
     """Layouts of all leaves divide; the merged weights are those of one device."""
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "tokens")
     params = adapted_params(model)

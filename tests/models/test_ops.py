@@ -13,13 +13,13 @@ def normal(seed: int, *shape: int):
     return jax.random.normal(jax.random.key(seed), shape) + 0.3
 
 
-def plain_normalized(x, centred, epsilon):
+def reference_normalize(x, centred, epsilon):
     y = x - x.mean(-1, keepdims=True) if centred else x
     return y / jnp.sqrt((y**2).mean(-1, keepdims=True) + epsilon)
 
 
-def pulled_back(function, *args):
-    """The output, and the gradients of its einsum with fixed random numbers."""
+def output_and_gradients(function, *args):
+    """The output, and the gradients of its inner product with fixed random numbers."""
     y, pull = jax.vjp(function, *args)
     return y, *pull(normal(9, *y.shape))
 
@@ -36,11 +36,13 @@ def arrays(axes):
 
 
 @pytest.mark.parametrize("axes", PRODUCTS)
-def test_products_and_their_gradients(axes):
+def test_einsum_and_its_gradients(axes):
     ours = jax.jit(
-        lambda *args: pulled_back(lambda x, y: einsum(axes, x, y, "float32"), *args)
+        lambda *args: output_and_gradients(
+            lambda x, y: einsum(axes, x, y, "float32"), *args
+        )
     )(*arrays(axes))
-    theirs = pulled_back(lambda x, y: jnp.einsum(axes, x, y), *arrays(axes))
+    theirs = output_and_gradients(lambda x, y: jnp.einsum(axes, x, y), *arrays(axes))
     assert [y.shape for y in ours] == [y.shape for y in theirs]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs
@@ -52,12 +54,14 @@ def rounded(x):
 
 
 @pytest.mark.parametrize("axes", PRODUCTS)
-def test_what_is_multiplied_is_rounded_and_nothing_else(axes):
+def test_only_operands_are_rounded(axes):
     """Products of sixteen bits are exact in float32; so are their sums here, up to the
     order."""
     x, y = arrays(axes)
     ours = jax.jit(
-        lambda *args: pulled_back(lambda x, y: einsum(axes, x, y, "bfloat16"), *args)
+        lambda *args: output_and_gradients(
+            lambda x, y: einsum(axes, x, y, "bfloat16"), *args
+        )
     )(x, y)
     result, pull = jax.vjp(lambda x, y: jnp.einsum(axes, x, y), rounded(x), rounded(y))
     theirs = result, *pull(rounded(normal(9, *result.shape)))
@@ -69,11 +73,11 @@ def test_what_is_multiplied_is_rounded_and_nothing_else(axes):
     assert 1e-4 < float(jnp.max(jnp.abs(ours[0] - exact)) / jnp.max(jnp.abs(exact))) < 1e-2
 
 
-def test_a_gelu_and_its_gradient():
+def test_gelu_and_its_gradient():
     x = 3 * normal(0, 3, 5)
     ours, theirs = (
-        pulled_back(gelu, x),
-        pulled_back(lambda x: jax.nn.gelu(x, approximate=True), x),
+        output_and_gradients(gelu, x),
+        output_and_gradients(lambda x: jax.nn.gelu(x, approximate=True), x),
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs
@@ -86,24 +90,26 @@ def test_a_gelu_and_its_gradient():
 @pytest.mark.parametrize("epsilon", [1e-5, 0.5])
 def test_norms_and_their_gradients(centred, epsilon):
     x = normal(0, 3, 4, 7)
-    ours = pulled_back(lambda x: normalize(x, centred, epsilon), x)
-    theirs = pulled_back(lambda x: plain_normalized(x, centred, epsilon), x)
+    ours = output_and_gradients(lambda x: normalize(x, centred, epsilon), x)
+    theirs = output_and_gradients(lambda x: reference_normalize(x, centred, epsilon), x)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs
     )
 
 
 @pytest.mark.parametrize(("matmul_dtype", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_a_mean_under_a_softmax_and_its_gradients(matmul_dtype, apart):
-    """Of scores that differ widely, some of which see nothing, and in one row all."""
+def test_softmax_weighted_sum_and_its_gradients(matmul_dtype, apart):
+    """Scores differ widely; some are masked, and all of them in one row."""
     scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
     scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
     ours = jax.jit(
-        lambda *args: pulled_back(
+        lambda *args: output_and_gradients(
             lambda s, v: softmax_weighted_sum(s, v, matmul_dtype), *args
         )
     )(scores, values)
-    theirs = pulled_back(lambda s, v: jax.nn.softmax(s, axis=-1) @ v, scores, values)
+    theirs = output_and_gradients(
+        lambda s, v: jax.nn.softmax(s, axis=-1) @ v, scores, values
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
             a, b, rtol=0, atol=apart * jnp.max(jnp.abs(b))
@@ -114,7 +120,7 @@ def test_a_mean_under_a_softmax_and_its_gradients(matmul_dtype, apart):
     assert {found.dtype for found in ours} == {jnp.dtype("float32")}
 
 
-def test_a_mean_of_two_values_by_hand():
+def test_softmax_weighted_sum_by_hand():
     """Weights 1/4 and 3/4 of 2 and 6: 5. With 1 for its gradient, w (dw − Σ w dw): 1/4 (2 −
     5) and 3/4 (6 − 5)."""
     scores, values = jnp.log(jnp.array([[[[1.0, 3.0]]]])), jnp.array([[[[2.0], [6.0]]]])
@@ -125,14 +131,14 @@ def test_a_mean_of_two_values_by_hand():
     np.testing.assert_allclose(of_values, [[[[0.25], [0.75]]]], rtol=1e-6)
 
 
-def test_a_norm_of_two_numbers_by_hand():
+def test_normalize_by_hand():
     """1, 3: mean 2, deviations ∓1, variance 1: ∓1 / √(1 + 3) at ε = 3; without the mean 1 /
     √(5 + 4) and 3 / 3."""
     np.testing.assert_allclose(normalize(jnp.array([1.0, 3.0]), True, 3.0), [-0.5, 0.5])
     np.testing.assert_allclose(normalize(jnp.array([1.0, 3.0]), False, 4.0), [1 / 3, 1.0])
 
 
-def test_gradients_in_sixteen_bits_stay_in_sixteen_bits():
+def test_bfloat16_gradients_stay_bfloat16():
     args = normal(0, 2, 4).astype(jnp.bfloat16), normal(1, 4, 5).astype(jnp.bfloat16)
     of_x, of_kernel = jax.grad(
         lambda x, y: einsum("ad,df->af", x, y, "bfloat16").astype(jnp.float32).sum(),
@@ -141,7 +147,7 @@ def test_gradients_in_sixteen_bits_stay_in_sixteen_bits():
     assert of_x.dtype == of_kernel.dtype == jnp.bfloat16
 
 
-def test_several_runs_side_by_side():
+def test_ops_under_vmap():
     x, kernels = normal(0, 2, 4), normal(1, 3, 4, 5)
 
     def of_kernel(kernel):
@@ -158,7 +164,7 @@ def test_several_runs_side_by_side():
 
 
 @pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
-def test_only_cpus_have_a_barrier(platform, barriers):
+def test_only_cpu_programs_have_barriers(platform, barriers):
     lowered = (
         jax.jit(lambda x: materialize(x) + 1)
         .trace(jnp.ones(3))
@@ -170,8 +176,8 @@ def test_only_cpus_have_a_barrier(platform, barriers):
 @pytest.mark.parametrize(
     ("platform", "sums"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")]
 )
-def test_sixteen_bits_come_out_of_a_product_in_sixteen_bits_but_on_cpus(platform, sums):
-    """Else what devices exchange, and what is kept of products, would take twice the bytes."""
+def test_bfloat16_products_accumulate_in_float32_on_cpus_only(platform, sums):
+    """Float32 results would double the bytes of collectives and saved activations."""
     x, y = (a.astype(jnp.bfloat16) for a in arrays("ad,df->af"))
     traced = jax.jit(lambda x, y: einsum("ad,df->af", x, y, "bfloat16")).trace(x, y)
     (line,) = [

@@ -83,7 +83,7 @@ def scorer(request: pytest.FixtureRequest) -> tuple[Transformer, Params]:
     return model, random_params(model)
 
 
-def test_values_stand_before_tokens_and_scores_after_the_last(scorer):
+def test_values_precede_tokens_and_scores_are_at_the_last_token(scorer):
     model, params = scorer
     rollouts = hand_made()
     values, scores = jax.jit(
@@ -119,7 +119,7 @@ def some_comparisons() -> Comparisons:
     )
 
 
-def test_comparisons_are_scored_as_separate_rows(scorer):
+def test_shared_prompts_score_like_separate_rows(scorer):
     model, params = scorer
     comparisons = some_comparisons()
     scores = jax.jit(lambda c: sequence_scores(model, params, c))(comparisons)
@@ -134,7 +134,7 @@ def test_comparisons_are_scored_as_separate_rows(scorer):
         assert float(scores[row, answer]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_gradients_behind_one_prompt_are_those_of_separate_rows(scorer):
+def test_gradients_with_a_shared_prompt_equal_those_of_separate_rows(scorer):
     model, params = scorer
     comparisons, weights = some_comparisons(), jnp.array([0.7, -1.3, 0.4, 1.1, -0.2, 0.9])
     rows = Rollouts(
@@ -158,7 +158,7 @@ def test_gradients_behind_one_prompt_are_those_of_separate_rows(scorer):
     )
 
 
-def test_entropy_and_logprobs_against_the_plain_network(policy):
+def test_entropy_and_logprobs_match_the_reference_network(policy):
     rollouts = hand_made()
     logprobs, entropy = jax.device_get(policy.score(rollouts, 0.7))
     alone = jax.jit(
@@ -182,7 +182,7 @@ def test_entropy_and_logprobs_against_the_plain_network(policy):
         )
 
 
-def test_row_logprobs_equal_token_logprobs_of_the_same_text(policy):
+def test_packed_logprobs_equal_token_logprobs(policy):
     """A row of two documents: each is a prompt of one token and its response."""
     tokens = np.random.default_rng(4).integers(VOCAB_SIZE, size=(1, 9)).astype(np.int32)
     batch = LmBatch(

@@ -29,7 +29,7 @@ from instructax.types import LmBatch, Rollouts
 MESH = stages.mesh_of()
 
 
-def marked(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
+def random_masks(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
     """b[N, L] with so many marks in each row, at random columns."""
     rng = np.random.default_rng(seed)
     rows = [
@@ -38,7 +38,7 @@ def marked(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
     return np.array(rows)
 
 
-def placed(
+def plan(
     real: np.ndarray, width: int, microbatch_rows: int, halvings: int = 0, mesh=MESH
 ) -> PackedLayout:
     compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
@@ -49,8 +49,8 @@ def placed(
     )
 
 
-def test_first_fit_the_longest_first_by_hand():
-    layout = placed(marked([3, 6, 2, 5, 1], 6), 8, 2)
+def test_first_fit_by_hand():
+    layout = plan(random_masks([3, 6, 2, 5, 1], 6), 8, 2)
     # 6 | 5 | 3 behind the 5 | 2 behind the 6 | 1 in a row of its own
     wanted = [
         [2] * 6 + [3] * 2,
@@ -64,14 +64,14 @@ def test_first_fit_the_longest_first_by_hand():
     assert layout.used_tokens == 4 * 8
     assert layout.microbatch_shapes == ((2, 8),)
     assert float(layout.padding_fraction()) == pytest.approx(1 - 17 / 32)
-    halved = placed(marked([3, 6, 2, 5, 1], 6), 8, 2, halvings=2)
+    halved = plan(random_masks([3, 6, 2, 5, 1], 6), 8, 2, halvings=2)
     np.testing.assert_array_equal(halved.segment_ids[:, 0], wanted[:5])
     assert halved.microbatch_shapes == ((2, 8), (1, 8), (1, 4))
     assert halved.used_tokens == 2 * 8 + 4
     assert float(halved.padding_fraction()) == pytest.approx(1 - 17 / 20)
 
 
-def test_shapes_of_parts():
+def test_microbatch_shapes():
     assert microbatch_shapes(4, 0, 8) == ((4, 8),)
     assert microbatch_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
     assert microbatch_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
@@ -88,17 +88,17 @@ def test_shapes_of_parts():
     [[1] * 9, [6] * 9, [6, 1, 1, 4, 4, 2, 6, 5, 3], [0] * 9, [3, 3, 0, 0, 0, 0, 0, 0, 0]],
 )
 @pytest.mark.parametrize("width", [6, 7, 13, 20])
-def test_there_are_as_many_rows_as_first_fit_can_need(width, lengths):
-    layout = placed(marked(lengths, 6), width, 2, halvings=1)
+def test_rows_suffice_for_the_worst_case_of_first_fit(width, lengths):
+    layout = plan(random_masks(lengths, 6), width, 2, halvings=1)
     assert len(layout.segment_ids) == -(-9 // (width // 6))
     np.testing.assert_array_equal(
         np.bincount(layout.segment_ids.ravel(), minlength=10)[1:], lengths
     )
 
 
-def test_tokens_stand_in_order_and_come_back():
-    real = marked([4, 0, 7, 1, 7, 3], 7, seed=1)
-    layout = placed(real, 10, 1)
+def test_scatter_keeps_the_order_and_gather_inverts_it():
+    real = random_masks([4, 0, 7, 1, 7, 3], 7, seed=1)
+    layout = plan(real, 10, 1)
     x = np.arange(1, 43).reshape(6, 7).astype(np.float32)
     rows = layout.scatter(jnp.asarray(x))
     np.testing.assert_array_equal(layout.gather(rows), np.where(real, x, 0))
@@ -116,7 +116,7 @@ def test_no_token_is_lost_and_no_row_overflows(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 12, 40)
     width = int(rng.integers(12, 40))
-    layout = placed(marked(list(lengths), 12, seed), width, int(rng.integers(1, 6)))
+    layout = plan(random_masks(list(lengths), 12, seed), width, int(rng.integers(1, 6)))
     np.testing.assert_array_equal(
         np.bincount(layout.segment_ids.ravel(), minlength=41)[1:], lengths
     )
@@ -132,13 +132,13 @@ def test_no_token_is_lost_and_no_row_overflows(seed):
     )
 
 
-def test_nothing_at_all_uses_no_part():
-    layout = placed(np.zeros((3, 4), bool), 4, 2)
+def test_an_empty_batch_uses_no_tokens():
+    layout = plan(np.zeros((3, 4), bool), 4, 2)
     assert layout.used_tokens == 0
     assert np.isfinite(layout.padding_fraction())
 
 
-def test_a_sequence_wider_than_a_row_is_refused():
+def test_sequences_longer_than_a_row_are_refused():
     with pytest.raises(
         ValueError, match="sequences of up to 6 tokens do not fit rows of 5"
     ):
@@ -159,7 +159,7 @@ def ragged_rollouts() -> Rollouts:
     )
 
 
-def by_rows(function, batch: LmBatch, width: int, halvings: int):
+def packed_and_unpacked(function, batch: LmBatch, width: int, halvings: int):
     """`function` of a batch that is packed, part by part, and of it as it is, both [N, L];
     the cells run."""
     compute = tiny_models.compute(microbatch_rows=2, tail_splits=halvings)
@@ -176,12 +176,14 @@ def by_rows(function, batch: LmBatch, width: int, halvings: int):
 
 @pytest.mark.parametrize("halvings", [0, 2])
 @pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
-def test_packed_rollouts_are_as_if_alone(config, halvings):
+def test_packed_rollouts_equal_unpacked_ones(config, halvings):
     batch = rollout_sequences(ragged_rollouts())
     policy = Transformer(config, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(policy)
     logprobs = partial(packed_logprobs, policy, params, temperature=0.7)
-    packed, alone, used = jax.jit(lambda b: by_rows(logprobs, b, 24, halvings))(batch)
+    packed, alone, used = jax.jit(lambda b: packed_and_unpacked(logprobs, b, 24, halvings))(
+        batch
+    )
     assert used == (
         2 * 24 + 12 if halvings else 4 * 24
     )  # two parts of two rows, or one and half a row
@@ -191,14 +193,16 @@ def test_packed_rollouts_are_as_if_alone(config, halvings):
 
 @pytest.mark.parametrize("halvings", [0, 2])
 @pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
-def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
+def test_packed_comparisons_equal_unpacked_ones(config, halvings):
     comparisons = jax.tree.map(jnp.asarray, stages.comparisons((3, 1, 4, 2, 4, 2, 3, 4), 5))
     batch = comparison_sequences(comparisons)
     scorer = Transformer(config, tiny_models.compute(), "scalar")
     params = tiny_models.random_params(scorer)
     width = batch.tokens.shape[1] + 4
     packed, _, used = jax.jit(
-        lambda b: by_rows(partial(packed_outputs, scorer, params), b, width, halvings)
+        lambda b: packed_and_unpacked(
+            partial(packed_outputs, scorer, params), b, width, halvings
+        )
     )(batch)
     assert used < 8 * width
     scores = np.take_along_axis(
@@ -229,11 +233,9 @@ def test_packed_responses_to_one_prompt_are_as_if_alone(config, halvings):
     "lengths",
     [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]],
 )
-def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(
-    lengths, microbatch_rows, halvings, ways
-):
+def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings, ways):
     """Whatever is left for the last parts, and however many devices share rows."""
-    real, mesh = marked(lengths, 6, seed=2), stages.mesh_of(data=ways)
+    real, mesh = random_masks(lengths, 6, seed=2), stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
 
     def step(totals: tuple, part: tuple) -> tuple:
@@ -263,8 +265,8 @@ def test_parts_hold_every_token_once_and_the_cells_that_padding_counts(
         assert cells % (9 * ways) in ((0, 4 * ways, 2 * ways) if halvings > 2 else (0,))
 
 
-def test_under_vmap_the_runs_end_together():
-    real = np.array([marked([6, 6, 6], 6), marked([1, 1, 0], 6)])
+def test_vmapped_runs_end_together():
+    real = np.array([random_masks([6, 6, 6], 6), random_masks([1, 1, 0], 6)])
 
     def run(real):
         layout = plan_packing(

@@ -134,7 +134,7 @@ def rows(
     ],
     ids=[*FAMILIES, *OTHERS, "gpt-mixed", "llama-mixed"],
 )
-def test_forward_equals_the_plain_one(config, head):
+def test_forward_equals_the_reference(config, head):
     model = Transformer(config, compute(), head)
     params = random_params(model, seed=1)
     (text,) = texts(COLUMNS)
@@ -160,7 +160,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
-def test_the_papers_shapes(size):
+def test_parameter_counts_of_the_papers_sizes(size):
     config = construct(ModelConfig, sizes.model(size).to_dict())
     model = Transformer(
         config, construct(ComputeConfig, sizes.compute(size).to_dict()), "tokens"
@@ -181,7 +181,7 @@ def test_the_papers_shapes(size):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
-def test_an_output_depends_on_the_earlier_tokens_of_its_segment_alone(network):
+def test_outputs_depend_only_on_earlier_tokens_of_the_segment(network):
     model = Transformer(network.config, compute(), "tokens")
     tokens, segments, positions = rows([(1, [3, 1, 4, 5]), (5, [9, 2, 6, 8])])
     tokens = tokens.at[0].set(
@@ -219,7 +219,7 @@ def test_packed_rows_equal_separate_rows(network):
     np.testing.assert_allclose(packed[0, 9:], last[0, :3], atol=1e-5)
 
 
-def test_padding_changes_nothing_whatever_it_holds(network):
+def test_padding_has_no_effect(network):
     (text,) = texts(7)
     outputs = network.forward(*rows([(0, text)], [(5, text)]))
     np.testing.assert_allclose(outputs[0, :7], outputs[1, 5:], atol=1e-5)
@@ -237,7 +237,7 @@ def test_padding_changes_nothing_whatever_it_holds(network):
     np.testing.assert_array_equal(filled[1, 5:], outputs[1, 5:])
 
 
-def test_positions_count_the_real_tokens():
+def test_positions_count_real_tokens():
     mask = jnp.array(
         [[False, False, True, True, False], [True, True, True, False, True], [False] * 5]
     )
@@ -249,7 +249,7 @@ def test_positions_count_the_real_tokens():
 
 
 @pytest.mark.parametrize("network", [*FAMILIES, "gemma"], indirect=True)
-def test_with_a_cache_as_without(network):
+def test_cached_calls_equal_uncached_ones(network):
     model = Transformer(network.config, compute(), "tokens")
     append = jax.jit(
         lambda cache, *columns: model.apply(
@@ -282,7 +282,7 @@ def text_gradients(remat: Any, config: ModelConfig) -> Callable[[Params], Params
     )
 
 
-def test_recomputation_changes_no_gradient():
+def test_remat_does_not_change_gradients():
     config = gpt_config()
     params = random_params(Transformer(config, compute(), "tokens"))
     none, dots, full = (
@@ -296,7 +296,7 @@ def test_recomputation_changes_no_gradient():
         )
 
 
-def test_more_layers_than_a_step_of_the_scan_has():
+def test_more_layers_than_one_scan_step_unrolls():
     config = dataclasses.replace(FAMILIES["gpt"], num_layers=SCAN_UNROLL + 1)
     params = random_params(Transformer(config, compute(), "tokens"))
     several, one = (
@@ -309,7 +309,7 @@ def test_more_layers_than_a_step_of_the_scan_has():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputation_is_done_where_asked(family):
+def test_remat_recomputes_what_the_policy_says(family):
     """none recomputes no matrix product, dots those of two activations (scores, mixing),
     full all of a layer."""
     config = FAMILIES[family]
@@ -326,7 +326,7 @@ def test_recomputation_is_done_where_asked(family):
 
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
 @pytest.mark.parametrize("head", ["tokens", "scalar"])
-def test_sixteen_bits_stay_close(network, head, dtype):
+def test_bfloat16_outputs_are_close_to_float32(network, head, dtype):
     inputs = rows([(0, texts(COLUMNS)[0])])
     exact = Transformer(network.config, compute(), head)
     params = random_params(exact)
@@ -342,7 +342,7 @@ def test_sixteen_bits_stay_close(network, head, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
-def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
+def test_cast_matrices_is_bitwise_what_the_network_does(network, dtype):
     """To the bit, so that a sampler may cast once; what is not multiplied stays as it is."""
     model = Transformer(network.config, compute(dtype=dtype), "tokens")
     inputs = rows([(0, texts(9)[0])], [(0, texts(12)[0])])
@@ -382,7 +382,7 @@ def test_matrices_are_cast_as_the_network_casts_them(network, dtype):
         MAX_QUERY_BLOCKS * MIN_QUERY_BLOCK + 3,
     ],
 )
-def test_blocks_of_queries_attend_as_all_at_once(length):
+def test_blocked_causal_attention_equals_attend(length):
     """Values and gradients, with grouped queries, for packed texts and for responses that
     share a prompt."""
     rng = np.random.default_rng(0)
@@ -409,7 +409,7 @@ def test_blocks_of_queries_attend_as_all_at_once(length):
     stages.assert_trees_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_keeps_the_mean_and_rate_zero_keeps_all():
+def test_dropout_keeps_the_mean_and_rate_zero_is_the_identity():
     x = jnp.ones((200, 500))
     dropped = apply_dropout(
         x, Dropout(rate=jnp.float32(0.2), keys=jax.random.split(jax.random.key(0), 200)), 0
@@ -465,7 +465,7 @@ def test_dropout_differs_by_layer_branch_and_key():
     )
 
 
-def test_initial_spread():
+def test_initial_standard_deviations():
     """Standard deviations of fresh parameters; the estimates' own spread is 1 / √(2n): 2%
     or less."""
     config = gpt_config(embed_dim=1023, num_layers=8, mlp_dim=32, init_std=0.02)
@@ -527,7 +527,7 @@ def test_heads():
         assert jax.tree.map(jnp.shape, trunk[0]) == jax.tree.map(jnp.shape, trunk[1])
 
 
-def test_refused_architectures():
+def test_invalid_architectures_are_refused():
     with pytest.raises(
         ValueError,
         match=r"^model.num_heads = 4 must be a multiple of model.num_kv_heads = 3$",

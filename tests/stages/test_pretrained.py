@@ -64,7 +64,7 @@ def imported(chain, tmp_path, monkeypatch):
     return config, params
 
 
-def test_an_import_is_a_run_that_answers(imported):
+def test_an_import_is_a_run_that_samples(imported):
     config, params = imported
     run = open_parent("runs/llama/pretrain", "--workdir")
     assert run.manifest["stage"] == "pretrained" and set(run.manifest["data"]) == {
@@ -126,7 +126,7 @@ def test_stages_start_from_an_import(imported, chain, tmp_path):
         stages.started(other, tmp_path / "other")
 
 
-def test_runs_are_exported_and_read_again(chain, tmp_path):
+def test_exports_read_back_equal(chain, tmp_path):
     for name, classes in (
         ("ppo", "GPTNeoXForCausalLM"),
         ("reward", "GPTNeoXForSequenceClassification"),
@@ -163,7 +163,7 @@ def test_an_export_keeps_the_chat_template(imported):
     assert Path("out/chat_template.jinja").read_text() == "{{ messages }}"
 
 
-def test_the_bias_moves_into_a_layer_norm():
+def test_the_score_bias_folds_into_a_layer_norm():
     """Scores stay: 3 = 2 · 1.5 of weights (1, −1) and bias 0.6 in a final norm with bias 0."""
     config = tiny_models.gpt_config(embed_dim=2)
     params = {
@@ -178,7 +178,7 @@ def test_the_bias_moves_into_a_layer_norm():
     )
 
 
-def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):
+def test_verify_refuses_other_logits(chain, tmp_path):
     out = tmp_path / "out"
     interchange.export_run(str(chain / "sft"), out, dtype="float32", verify=False)
     model, params, _ = open_policy(chain / "sft", tiny_models.compute())
@@ -189,7 +189,7 @@ def test_a_folder_that_gives_other_logits_is_refused(chain, tmp_path):
         interchange.verify_export(out, model, other, "float32")
 
 
-def test_a_tokenizer_of_more_ids_is_refused(chain, tmp_path):
+def test_a_tokenizer_with_too_many_ids_is_refused(chain, tmp_path):
     source, *_ = folder_of(chain, tmp_path / "source", vocab_size=500)
     with pytest.raises(
         ConfigError, match=r"has 512 ids, config\.json says vocab_size = 500"
@@ -216,7 +216,7 @@ def test_a_tokenizer_of_more_ids_is_refused(chain, tmp_path):
         ),
     ],
 )
-def test_a_users_mistake_is_one_line(command, message, tmp_path):
+def test_user_errors_are_one_line(command, message, tmp_path):
     script = str(ROOT / "scripts" / command[0])
     done = subprocess.run(
         [sys.executable, script, *command[1:]], cwd=tmp_path, capture_output=True, text=True

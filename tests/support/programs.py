@@ -1,15 +1,14 @@
-"""What a compiled program holds."""
+"""Inspects the text of compiled programs."""
 
 import math
 import re
 
 
 def vocabulary_buffers(program: str, vocab_size: int) -> set[int]:
-    """Numbers of elements of the arrays in `program` (the text of a compiled one) that have
-    a vocabulary axis.
+    """Sizes, in elements, of the arrays in a compiled program with a vocabulary axis.
 
-    An axis may have been merged with others, so every array counts whose size is a multiple
-    of `vocab_size`: take a prime one that no other size of the program is a multiple of.
+    XLA may merge axes, so every array counts whose size is a multiple of `vocab_size`. Use
+    a prime vocabulary size that no other size of the program is a multiple of.
     """
     shapes = re.findall(r"\b(?:bf16|f16|f32|f64|s32|u32|pred)\[([0-9,]+)\]", program)
     sizes = {math.prod(int(axis) for axis in shape.split(",")) for shape in shapes}

@@ -1,9 +1,9 @@
-"""A slow, plain forward pass in NumPy and float64, written from the definitions: one text,
-no batch, no padding.
+"""A slow reference forward pass in NumPy and float64, written from the definitions: one
+sequence, no batch, no padding.
 
-Layers, heads and positions are loops; a query is given only the keys that it may see, so
-there is no mask; rotary positions are products of complex numbers. A parameter tree of the
-library is read by its names.
+Layers, heads and positions are loops. A query gets only the keys that it may see, so there
+is no mask. Rotary positions are products of complex numbers. Parameters are those of the
+library, looked up by name.
 """
 
 import math
@@ -28,7 +28,7 @@ def linear(x: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
 
 
 def angle(index: int, width: int, config: ModelConfig) -> float:
-    """base^(−2i/d) (Su et al., 2021), stretched as Chen et al. (2023) or Llama 3.1 do it."""
+    """base^(−2i/d) (Su et al., 2021), scaled as in Chen et al. (2023) or Llama 3.1."""
     frequency = config.rotary_base ** (-2 * index / width)
     scaling = config.rotary_scaling
     if scaling is None:
@@ -47,8 +47,8 @@ def angle(index: int, width: int, config: ModelConfig) -> float:
 
 
 def rotate(x: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
-    """Turns the complex number (x_i, x_{i + d/2}) by position · angle, for the first d
-    components."""
+    """Rotates the complex numbers (x_i, x_{i + d/2}) of the first d components by
+    position · angle."""
     width = int(len(x) * config.rotary_fraction)
     half = width // 2
     turned = [
@@ -63,8 +63,8 @@ def rotate(x: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
 def attention(
     x: list[np.ndarray], parameters: dict[str, Any], config: ModelConfig, layer: int
 ) -> list[np.ndarray]:
-    """Each position attends to itself and those before it; `heads / num_kv_heads`
-    neighbouring heads share a key."""
+    """Each position attends to itself and earlier ones; `num_heads / num_kv_heads` adjacent
+    heads share a key."""
     queries, keys, values = (
         [linear(row, parameters[name]) for row in x] for name in ("query", "key", "value")
     )
@@ -79,15 +79,13 @@ def attention(
         ]
     outputs = []
     for t in range(len(x)):
-        mixed = np.zeros((config.num_heads, config.head_dim))
+        output = np.zeros((config.num_heads, config.head_dim))
         for head in range(config.num_heads):
             shared = head // (config.num_heads // config.num_kv_heads)
             query = queries[t][head]
-            first = (
-                max(0, t + 1 - config.sliding_window)
-                if layer in config.window_layers
-                else 0
-            )
+            first = 0
+            if layer in config.window_layers:
+                first = max(0, t + 1 - config.sliding_window)
             seen = [keys[s][shared] for s in range(first, t + 1)]
             if config.positions == "rotary":
                 query = rotate(query, t, config)
@@ -97,13 +95,13 @@ def attention(
             )
             weights = np.exp(capped(scores, config.attention_softcap))
             for s, weight in enumerate(weights / weights.sum(), start=first):
-                mixed[head] += weight * values[s][shared]
-        outputs.append(linear(mixed, parameters["out"]))
+                output[head] += weight * values[s][shared]
+        outputs.append(linear(output, parameters["out"]))
     return outputs
 
 
 def capped(scores: np.ndarray, cap: float) -> np.ndarray:
-    """Gemma 2's soft cap, if there is one."""
+    """Gemma 2's soft cap; 0 = off."""
     return scores if cap == 0 else cap * np.tanh(scores / cap)
 
 
@@ -127,14 +125,10 @@ def mlp(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.nd
 
 
 def float64(tree: Any, layer: int | None = None) -> Any:
-    """The tree in float64; of stacked parameters, those of one layer."""
+    """The tree in float64; with `layer`, that layer of stacked parameters."""
     if isinstance(tree, dict):
         return {name: float64(child, layer) for name, child in tree.items()}
-    return (
-        np.asarray(tree, np.float64)
-        if layer is None
-        else np.asarray(tree[layer], np.float64)
-    )
+    return np.asarray(tree if layer is None else tree[layer], np.float64)
 
 
 def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
@@ -163,7 +157,7 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
 
 
 def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
-    """f64[T, V]: row t scores the token after tokens[t]."""
+    """f64[T, V]: row t has the logits of the token after tokens[t]."""
     kernel = params["embedding"] if config.tied_embeddings else params["head"]["kernel"]
     return capped(
         hidden_states(config, params, tokens) @ np.asarray(kernel, np.float64).T,

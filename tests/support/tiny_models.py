@@ -1,10 +1,8 @@
-"""Tiny networks and inputs for the tests: the model families, two layers, all dimensions
-different.
+"""Tiny networks and inputs for tests: one config per model family, with two layers.
 
-Every number of a config can be changed by name, as in `gpt_config(num_layers=3)`. The sizes
-differ from one another, so that an exchange of two axes is an error of shape; the
-parameters of `random_params` are large and nowhere zero or one, so that a forgotten bias or
-scale shows in the outputs.
+Any field can be changed, as in `gpt_config(num_layers=3)`. All dimensions differ, so
+swapping two axes is a shape error. The parameters of `random_params` are large and never
+zero or one, so a forgotten bias or scale shows in the outputs.
 """
 
 from collections.abc import Sequence
@@ -72,7 +70,7 @@ def llama_config(**changes: Any) -> ModelConfig:
 
 
 def neox_config(**changes: Any) -> ModelConfig:
-    """GPT-NeoX: a parallel residual, partly rotary positions, exact GELU, an untied head."""
+    """GPT-NeoX: parallel residual, partial rotary positions, exact GELU, untied head."""
     family: dict[str, Any] = {
         "head_dim": 8,
         "positions": "rotary",
@@ -85,8 +83,7 @@ def neox_config(**changes: Any) -> ModelConfig:
 
 
 def qwen_config(**changes: Any) -> ModelConfig:
-    """Qwen's two ways in one: biases of query, key and value, and norms of query and key;
-    stretched positions."""
+    """Qwen2's biases and Qwen3's norms on query and key in one, and rotary scaling."""
     scaling = RotaryScaling(
         kind="llama3",
         factor=4.0,
@@ -99,8 +96,8 @@ def qwen_config(**changes: Any) -> ModelConfig:
 
 
 def gemma_config(**changes: Any) -> ModelConfig:
-    """Gemma 2: post-norms, soft caps, a scaled embedding, GEGLU, a window in the first of
-    two layers."""
+    """Gemma 2: post-norms, soft caps, scaled embedding, GEGLU, and a sliding window in the
+    first of two layers."""
     family: dict[str, Any] = {
         "activation": "geglu",
         "query_pre_attn_scalar": 9.0,
@@ -116,7 +113,7 @@ def gemma_config(**changes: Any) -> ModelConfig:
 
 
 def compute(**changes: Any) -> ComputeConfig:
-    """float32, nothing recomputed, and a chunk that divides few lengths."""
+    """float32, no remat, and a head chunk that divides few lengths."""
     values: dict[str, Any] = {
         "dtype": "float32",
         "decoding_dtype": "float32",
@@ -151,11 +148,10 @@ def optimizer_config(**changes: Any) -> OptimizerConfig:
 def ragged_prompts(
     lengths: Sequence[int], *, columns: int, vocab_size: int = VOCAB_SIZE, seed: int = 0
 ) -> Prompts:
-    """Left-padded prompts of the given lengths, [len(lengths), columns]; the padded cells
-    hold random ids, not one id.
+    """Left-padded prompts of the given lengths: [len(lengths), columns]. Padding holds random
+    ids.
 
-    The tokens of a prompt depend on `seed` and its row alone: more columns only add padding
-    on the left.
+    The tokens of a prompt depend only on `seed` and its row: more columns add padding.
     """
     tokens = np.random.default_rng([seed, 1]).integers(
         vocab_size, size=(len(lengths), columns)
@@ -169,8 +165,7 @@ def ragged_prompts(
 
 
 def random_params(model: Transformer, seed: int = 0) -> Params:
-    """Parameters with noise of standard deviation 0.3 on every number; the scales of norms
-    lie around 1."""
+    """Parameters from N(0, 0.3²); scales of norms from N(1, 0.3²)."""
     blank = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), blank, blank, blank)["params"]
     rng = np.random.default_rng(seed)

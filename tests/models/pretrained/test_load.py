@@ -73,7 +73,7 @@ def read(path: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
 TWO_HEADS = tiny_models.gpt_config(embed_dim=3, num_heads=2, num_kv_heads=2, head_dim=2)
 
 
-def test_fused_columns_of_gpt2():
+def test_gpt2_fused_qkv_columns():
     """c_attn maps 3 inputs to the 4 numbers of all queries, then of all keys, then of all
     values."""
     row = next(row for row in weight_maps.GPT2 if row.name.endswith("c_attn.weight"))
@@ -84,7 +84,7 @@ def test_fused_columns_of_gpt2():
     np.testing.assert_array_equal(join_tensor([query, key, value], row, TWO_HEADS), tensor)
 
 
-def test_fused_rows_of_neox():
+def test_neox_fused_qkv_rows():
     """query_key_value has for each head its 2 rows of the query, of the key and of the
     value, each of 3 inputs."""
     row = next(
@@ -106,7 +106,7 @@ def test_fused_rows_of_neox():
     ]
 
 
-def test_grouped_heads_of_llama():
+def test_llama_grouped_heads():
     """Torch's Linear has outputs first: k_proj of one head of two numbers over 3 inputs,
     o_proj of two such heads."""
     config = tiny_models.llama_config(embed_dim=3, num_heads=2, num_kv_heads=1, head_dim=2)
@@ -121,7 +121,7 @@ def test_grouped_heads_of_llama():
     assert out.tolist() == [[[0, 4, 8], [1, 5, 9]], [[2, 6, 10], [3, 7, 11]]]
 
 
-def test_a_planted_fault_in_a_layout_is_seen():
+def test_a_planted_layout_fault_is_detected():
     tensor = np.arange(36.0).reshape(12, 3)
     right, wrong = (
         TensorSpec("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV))
@@ -148,7 +148,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_out_and_in_again_to_the_bit(family, tmp_path):
+def test_round_trip_is_bitwise(family, tmp_path):
     config = MODELS[family]
     named, params = written(tmp_path, config)
     assert (
@@ -178,7 +178,7 @@ def test_out_and_in_again_to_the_bit(family, tmp_path):
 @pytest.mark.parametrize(
     "shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}]
 )
-def test_every_device_gets_its_part(shape, tmp_path, monkeypatch):
+def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "PIECE", 24)  # several pieces of every tensor
     _, params = written(
         tmp_path,
@@ -197,7 +197,7 @@ def test_every_device_gets_its_part(shape, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bits_become_float32(dtype, tmp_path):
+def test_16_bit_files_load_as_float32(dtype, tmp_path):
     _, params = written(tmp_path, tiny_models.llama_config())
     short = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
     tensors = {
@@ -216,7 +216,7 @@ def test_sixteen_bits_become_float32(dtype, tmp_path):
     )
 
 
-def test_shards_and_their_index(tmp_path, monkeypatch):
+def test_sharded_files_and_their_index(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "SHARD_BYTES", 3000)
     _, params = written(tmp_path, tiny_models.llama_config(), "bfloat16")
     index = json.loads((tmp_path / hf_folder.INDEX).read_text())
@@ -229,7 +229,7 @@ def test_shards_and_their_index(tmp_path, monkeypatch):
     np.testing.assert_allclose(found["embedding"], params["embedding"], rtol=2**-8)
 
 
-def test_memory_beside_the_parameters(tmp_path):
+def test_peak_memory_beyond_the_parameters(tmp_path):
     """At most half of the largest tensor more than that tensor: it is laid out piece by
     piece.
 
@@ -295,7 +295,7 @@ def changed(path: Path, **changes: np.ndarray | None) -> None:
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
+def test_mismatched_tensors_are_named(changes, message, tmp_path):
     written(tmp_path, tiny_models.llama_config())
     changed(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
@@ -334,7 +334,7 @@ def test_shards_elsewhere_are_refused(name, tmp_path):
         hf_folder.open_tensors(tmp_path)
 
 
-def test_damaged_folders_are_one_line(tmp_path):
+def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"has neither model\.safetensors nor model\.safetensors\.index\.json",
@@ -365,7 +365,7 @@ def test_damaged_folders_are_one_line(tmp_path):
         hf_folder.open_tensors(tmp_path)
 
 
-def test_a_source_that_is_nowhere_is_one_line(monkeypatch):
+def test_an_unknown_source_is_refused(monkeypatch):
     import huggingface_hub
 
     def refuse(*_, **__):
@@ -413,7 +413,7 @@ def test_a_source_that_is_nowhere_is_one_line(monkeypatch):
         ({"model_type": "gpt2"}, "config.json of a gpt2 model lacks 'n_embd'"),
     ],
 )
-def test_configs_that_ours_cannot_follow_are_refused(changes, message):
+def test_unsupported_configs_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         read_config({**LLAMA, **changes})
 
@@ -429,7 +429,7 @@ def test_old_and_new_spellings_of_rotary_positions():
     ) == ("linear", 2.0)
 
 
-def test_the_smallest_family_that_expresses_a_model():
+def test_export_takes_the_first_family_that_expresses_a_model():
     def model(size: str) -> ModelConfig:
         return construct(ModelConfig, sizes.model(size).to_dict())
 
@@ -467,7 +467,7 @@ def test_the_smallest_family_that_expresses_a_model():
     )
 
 
-def test_a_model_of_no_family_is_refused_with_the_reason():
+def test_a_model_that_no_family_expresses_is_refused():
     with pytest.raises(ValueError, match=r"nearest is \w+, but .*model\.\w+ = "):
         write_config(tiny_models.qwen_config())  # biases as Qwen2's, norms as Qwen3's
     with pytest.raises(
