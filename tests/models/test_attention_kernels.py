@@ -100,7 +100,8 @@ def test_unsupported_kernels_are_an_error_by_name_and_skipped_by_auto(kernel, ch
     with pytest.raises(ConfigError) as error:
         attention_kernels.select_kernel(kernel, given)
     assert str(error.value) == (
-        f"config.compute.attention = '{kernel}' cannot run: {why}; change that, or give 'jax' or 'auto'"
+        f"config.compute.attention = '{kernel}' cannot run: {why}; change that, or give "
+        "'jax' or 'auto'"
     )
     assert attention_kernels.select_kernel("jax", given) == ("jax", "as requested")
     if given.platform == HERE[kernel]["platform"]:
@@ -256,7 +257,7 @@ SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
 def test_rows_have_the_lengths_that_the_kernel_was_selected_for(
     name, chain, tmp_path, monkeypatch, capsys
 ):
-    """And branch only where it was told so; the kernel is said once, before anything else."""
+    """Shared prefixes occur only where stated. The kernel is printed once, first."""
     seen: set[int] = set()
     branched = [False]
     packed_attention = transformer.packed_attention
@@ -309,7 +310,7 @@ def test_a_run_with_an_unavailable_kernel_is_refused(chain, tmp_path):
         given = stages.config_of(chain, "sft", {"compute.attention": kernel})
         with pytest.raises(
             ConfigError,
-            match=rf"attention = '{kernel}' cannot run: platform cpu, allowed is {platform};",
+            match=rf"'{kernel}' cannot run: platform cpu, allowed is {platform};",
         ):
             run_stage(given, tmp_path / kernel)
         assert "held throughout" in dry_run(
@@ -562,7 +563,7 @@ def test_an_unresolved_auto_kernel_is_refused():
     cells = jnp.ones((1, 4), jnp.int32)
     with pytest.raises(
         ValueError,
-        match=r"^compute\.attention = 'auto' must be resolved by select_kernel before a network runs",
+        match=r"^compute\.attention = 'auto' must be resolved by select_kernel before a ",
     ):
         jax.eval_shape(
             lambda params: model.apply({"params": params}, cells, cells, cells), params

@@ -343,7 +343,7 @@ def test_bfloat16_outputs_are_close_to_float32(network, head, dtype):
 
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
 def test_cast_matrices_is_bitwise_what_the_network_does(network, dtype):
-    """To the bit, so that a sampler may cast once; what is not multiplied stays as it is."""
+    """So a sampler may cast once. What is not multiplied is not cast."""
     model = Transformer(network.config, compute(dtype=dtype), "tokens")
     inputs = rows([(0, texts(9)[0])], [(0, texts(12)[0])])
     cast = cast_matrices(network.params, model.compute)
@@ -553,7 +553,8 @@ def test_invalid_architectures_are_refused():
         ),
         (
             {"sliding_window": 4},
-            r"^model.sliding_window = 4 and model.window_layers = \(\): set both, or 0 and \(\) for no window$",
+            r"^model.sliding_window = 4 and model.window_layers = \(\): set both, "
+            r"or 0 and \(\) for no window$",
         ),
         (
             {"sliding_window": 4, "window_layers": (1, 0)},
@@ -569,7 +570,8 @@ def test_invalid_architectures_are_refused():
             llama_config(**wrong)
     with pytest.raises(
         ValueError,
-        match=r"^rotary_scaling.high_freq_factor = 1.0 must be above rotary_scaling.low_freq_factor = 4",
+        match=r"^rotary_scaling.high_freq_factor = 1.0 must be above "
+        r"rotary_scaling.low_freq_factor = 4",
     ):
         RotaryScaling(
             kind="llama3",

@@ -164,7 +164,7 @@ def test_an_export_keeps_the_chat_template(imported):
 
 
 def test_the_score_bias_folds_into_a_layer_norm():
-    """Scores stay: 3 = 2 · 1.5 of weights (1, −1) and bias 0.6 in a final norm with bias 0."""
+    """With weights (1, −1) and bias 0.6, the norm's bias moves by (0.3, −0.3)."""
     config = tiny_models.gpt_config(embed_dim=2)
     params = {
         "scalar_head": {"kernel": jnp.array([1.0, -1.0]), "bias": jnp.float32(0.6)},

@@ -148,8 +148,8 @@ def optimizer_config(**changes: Any) -> OptimizerConfig:
 def ragged_prompts(
     lengths: Sequence[int], *, columns: int, vocab_size: int = VOCAB_SIZE, seed: int = 0
 ) -> Prompts:
-    """Left-padded prompts of the given lengths: [len(lengths), columns]. Padding holds random
-    ids.
+    """Left-padded prompts of the given lengths: [len(lengths), columns]. Padding holds
+    random ids.
 
     The tokens of a prompt depend only on `seed` and its row: more columns add padding.
     """

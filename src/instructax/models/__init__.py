@@ -1,4 +1,4 @@
-"""One decoder-only transformer for all model families; the only package that imports flax."""
+"""One decoder-only transformer for all model families; only this package imports flax."""
 
 from instructax.models.attention import (
     SEGMENTS_PER_PREFIX,

@@ -18,7 +18,7 @@ SEGMENTS_PER_PREFIX = 1024
 MASKED_SCORE = -1e30
 # Causal attention is computed in blocks of at least this many queries…
 MIN_QUERY_BLOCK = 128
-# … and in at most this many blocks, to bound compile time.
+# … and in at most this many blocks, to bound the size of the program.
 MAX_QUERY_BLOCKS = 8
 
 
@@ -47,12 +47,14 @@ def attention_mask(
     Returns:
       b[B, T, S].
     """
+    # A query may not see the keys that later queries of this call wrote.
     queries = jnp.arange(query_segments.shape[1])[None, :, None]  # [1, T, 1]
     columns = jnp.arange(key_segments.shape[1])[None, :]
     # Index of the query that wrote each column, if one of this call did: [1 or B, 1, S].
     writer = (columns - jnp.reshape(first_column, (-1, 1)))[:, None, :]
     future = (writer > queries) & (writer < query_segments.shape[1])
 
+    # Segment n attends to the prefix −⌈n / SEGMENTS_PER_PREFIX⌉; prefixes to themselves.
     prefix = -((query_segments - 1) // SEGMENTS_PER_PREFIX) - 1
     prefix = jnp.where(query_segments > 0, prefix, query_segments)
     keys = key_segments[:, None, :]
@@ -61,13 +63,14 @@ def attention_mask(
 
 
 def window_mask(query_positions: Array, key_positions: Array, window: int) -> Array:
-    """Which keys are among the last `sliding_window` tokens up to each query, itself included:
-    i32[B, T], i32[B, S] → b[B, T, S]."""
+    """Which keys are among the last `window` tokens up to each query,
+    itself included: i32[B, T], i32[B, S] → b[B, T, S]."""
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians that each pair of components rotates per position: f64[rotary_dim / 2]."""
+    # One frequency per pair of components, computed in float64 at trace time.
     half = config.rotary_dim // 2
     frequencies = config.rotary_base ** (-np.arange(half) / half)
     scaling = config.rotary_scaling
@@ -105,6 +108,7 @@ def apply_rotary(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     angles = (
         positions.astype(jnp.float32)[:, :, None, None] * per_position[None, None, None]
     )
+    # Angles of thousands of radians need float32, whatever the dtype of x.
     cos = jnp.cos(angles)
     sin = jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -136,7 +140,7 @@ def attend(
     group = heads // key.shape[1]  # query heads that share a key head
 
     # Stack the queries that share a key: with [B, kv_heads, group · T, d] against
-    # [B, kv_heads, S, d], the one layout that XLA:CPU multiplies fast, forward and backward.
+    # [B, kv_heads, S, d], the one layout that XLA:CPU multiplies fast.
     query = query.reshape(batch, -1, group * length, head_dim)
     scores = einsum("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, matmul_dtype)
     scores = softcap(scores / np.sqrt(head_dim), cap)
@@ -156,6 +160,7 @@ def attend_causally(
     block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     outputs = []
     for start in range(0, length, block):
+        # Queries start … end − 1 see no key from `end` on.
         end = min(start + block, length)
         output = attend(
             query[:, :, start:end],

@@ -41,15 +41,24 @@ MAX_BLOCK = 512
 class KernelConditions:
     """What decides whether a kernel can run: the device, and what the networks compute."""
 
-    platform: str  # cpu, cuda, rocm or tpu
-    version: float  # compute capability of a CUDA device, generation of a TPU; else 0
-    dtype: str  # config.compute.dtype
-    head_dims: Sequence[int]  # of all networks of the run
-    lengths: Sequence[int]  # of the rows that run without a cache
-    softcap: bool  # a network caps its attention scores
-    sliding_window: bool  # a network has sliding windows
-    shared_prefixes: bool  # segments of a row share another one, as responses their prompt
-    vmapped_runs: bool  # one program holds several runs, by `vmap`
+    # cpu, cuda, rocm or tpu
+    platform: str
+    # Compute capability of a CUDA device, generation of a TPU; else 0
+    version: float
+    # Config.compute.dtype
+    dtype: str
+    # Of all networks of the run
+    head_dims: Sequence[int]
+    # Of the rows that run without a cache
+    lengths: Sequence[int]
+    # A network caps its attention scores
+    softcap: bool
+    # A network has sliding windows
+    sliding_window: bool
+    # Segments of a row share another one, as responses their prompt
+    shared_prefixes: bool
+    # One program holds several runs, by `vmap`
+    vmapped_runs: bool
 
 
 @dataclasses.dataclass(frozen=True)

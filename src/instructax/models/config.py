@@ -21,9 +21,12 @@ class RotaryScaling:
 
     kind: Literal["linear", "llama3"]
     factor: float
-    low_freq_factor: float  # turns
-    high_freq_factor: float  # turns
-    original_max_length: int  # tokens
+    # Turns
+    low_freq_factor: float
+    # Turns
+    high_freq_factor: float
+    # Tokens
+    original_max_length: int
 
     def __post_init__(self):
         least = {
@@ -45,34 +48,51 @@ class ModelConfig:
     """The architecture. It is stored with the parameters and passed from stage to stage."""
 
     vocab_size: int
-    max_length: int  # tokens; also the size of a learned position table
+    # Tokens; also the size of a learned position table
+    max_length: int
     num_layers: int
     embed_dim: int
     num_heads: int
-    num_kv_heads: int  # < num_heads: grouped-query attention
+    # < num_heads: grouped-query attention
+    num_kv_heads: int
     head_dim: int
     mlp_dim: int
     norm: Literal["layernorm", "rmsnorm"]
     norm_epsilon: float
     positions: Literal["learned", "rotary"]
-    rotary_base: float  # wavelengths run from 2π to 2π · base
-    rotary_fraction: float  # of head_dim, the leading components that are rotated
+    # Wavelengths run from 2π to 2π · base
+    rotary_base: float
+    # Of head_dim, the leading components that are rotated
+    rotary_fraction: float
     rotary_scaling: RotaryScaling | None
     # "gelu" and "geglu" use the tanh approximation.
     activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"]
-    biases: bool  # on all linear maps of the layers
-    qkv_biases: bool  # on query, key and value only
-    qk_norm: bool  # a norm on the query and key of each head
-    query_pre_attn_scalar: float  # scores are divided by its root; 0 = head_dim
-    attention_softcap: float  # c: score → c · tanh(score / c); 0 = off
-    sliding_window: int  # tokens seen by `window_layers`, itself included; 0 = off
-    window_layers: tuple[int, ...]  # indices of the layers with a sliding window
-    parallel_residual: bool  # attention and MLP both read the layer's input
-    post_norms: bool  # norms after attention and MLP, besides those before them
-    scale_embedding: bool  # multiply embeddings by √embed_dim
-    tied_embeddings: bool  # the output head is the embedding table
-    final_logit_softcap: float  # as attention_softcap, on the logits
-    init_std: float  # of all matrices; output projections divide it by √(2 · num_layers)
+    # On all linear maps of the layers
+    biases: bool
+    # On query, key and value only
+    qkv_biases: bool
+    # A norm on the query and key of each head
+    qk_norm: bool
+    # Scores are divided by its root; 0 = head_dim
+    query_pre_attn_scalar: float
+    # c: score → c · tanh(score / c); 0 = off
+    attention_softcap: float
+    # Tokens seen by `window_layers`, itself included; 0 = off
+    sliding_window: int
+    # Indices of the layers with a sliding window
+    window_layers: tuple[int, ...]
+    # Attention and MLP both read the layer's input
+    parallel_residual: bool
+    # Norms after attention and MLP, besides those before them
+    post_norms: bool
+    # Multiply embeddings by √embed_dim
+    scale_embedding: bool
+    # The output head is the embedding table
+    tied_embeddings: bool
+    # As attention_softcap, on the logits
+    final_logit_softcap: float
+    # Of all matrices; output projections divide it by √(2 · num_layers)
+    init_std: float
 
     def __post_init__(self):
         least = {
@@ -160,19 +180,24 @@ class ComputeConfig:
     """
 
     dtype: ComputeDtype
-    decoding_dtype: ComputeDtype  # of the sampler, which is bound by memory bandwidth
+    # Of the sampler, which has other bottlenecks
+    decoding_dtype: ComputeDtype
     # "auto" picks the platform's fused kernel where it is known to run. The fused kernels
     # are experimental: they have never run on an accelerator.
     attention: Literal["auto", "jax", "cudnn", "splash"]
     # Saved for the backward pass: everything, matrix products only, or layer inputs only.
     remat: Literal["none", "dots", "full"]
-    head_chunk: int  # positions per row whose logits exist at one time
-    microbatch_rows: int  # packed rows per device in memory at one time
+    # Positions per row whose logits exist at one time
+    head_chunk: int
+    # Packed rows per device in memory at one time
+    microbatch_rows: int
     tail_splits: (
         int  # halvings of the microbatch for the last rows; each compiles a program
     )
-    slots: int  # responses that a device samples at one time
-    compaction_steps: int  # halvings of the slots for the last responses; likewise
+    # Responses that a device samples at one time
+    slots: int
+    # Halvings of the slots for the last responses; likewise
+    compaction_steps: int
 
     def __post_init__(self):
         least = {

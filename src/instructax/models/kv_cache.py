@@ -1,4 +1,4 @@
-"""The key-value cache of decoding: an argument and a result of the network, not its state."""
+"""The key-value cache of decoding: an argument and a result of the network."""
 
 from functools import partial
 
@@ -16,8 +16,10 @@ class Cache:
     # per layer, in the matmul dtype: [B, num_kv_heads, S, head_dim]
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
-    segments: Array  # i32[B, S], 0 = padding or not yet written
-    positions: Array | None  # i32[B, S] if a layer has a sliding window, else None
+    # i32[B, S], 0 = padding or not yet written
+    segments: Array
+    # i32[B, S] if a layer has a sliding window, else None
+    positions: Array | None
     # columns in use, which is also where the next one is written: i32[], or i32[B] if rows
     # fill independently
     filled: Array

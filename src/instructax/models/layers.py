@@ -53,6 +53,7 @@ class Linear(nn.Module):
             a = self.get_variable("params", lora.A)
             b = self.get_variable("params", lora.B)
             scale = self.get_variable("params", lora.SCALE)
+            # [..., rank], then [..., *features]
             low_rank = einsum(f"{lead}{summed},{summed}r->{lead}r", x, a, self.matmul_dtype)
             delta = einsum(f"{lead}r,r{out}->{lead}{out}", low_rank, b, self.matmul_dtype)
             y = y + delta * scale.astype(y.dtype)
@@ -63,7 +64,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, in float32: dtype[..., D] → dtype[..., D]."""
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
 
     config: ModelConfig
 
@@ -73,6 +74,7 @@ class Norm(nn.Module):
         center = self.config.norm == "layernorm"
         y = normalize(x.astype(jnp.float32), center, self.config.norm_epsilon)
 
+        # Scale and bias are float32 too; the result returns to the dtype of x.
         scale = self.param("scale", nn.initializers.ones, (features,), jnp.float32)
         y = y * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
         if center:
@@ -119,6 +121,7 @@ class Attention(nn.Module):
         query = linear((c.num_heads, c.head_dim), 1, c.init_std, name="query")(x)
         key = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="value")(x)
+        # Norms and rotation apply per head, before the cache: cached keys are final.
         if c.qk_norm:
             query = Norm(c, name="query_norm")(query)
             key = Norm(c, name="key_norm")(key)
@@ -140,7 +143,10 @@ class Attention(nn.Module):
             key = write_columns(past_keys, key.astype(past_keys.dtype), column, 2)
             value = write_columns(past_values, value.astype(past_values.dtype), column, 2)
 
+        # [B, T, heads, head_dim]
         output = self.attend(query, key, value, mask, self.matmul_dtype).swapaxes(1, 2)
+        # GPT-2: the residual stream sums 2 · num_layers branches, so their outputs start
+        # smaller.
         residual_std = c.init_std / np.sqrt(2 * c.num_layers)
         project = linear((c.embed_dim,), 2, residual_std, bias=c.biases, name="out")
         return project(output), (key, value)
@@ -171,8 +177,10 @@ class Dropout:
     """Residual dropout of one forward pass (paper, appendix C.1: 0.2 in the SFT baseline,
     none elsewhere)."""
 
-    rate: Array  # f32[]
-    keys: Array  # key[B]; one per row, so a row's dropout does not depend on its neighbors
+    # f32[]
+    rate: Array
+    # key[B]; one per row, so a row's dropout does not depend on its neighbors
+    keys: Array
 
 
 def apply_dropout(x: Array, dropout: Dropout | None, branch: int) -> Array:
@@ -182,6 +190,7 @@ def apply_dropout(x: Array, dropout: Dropout | None, branch: int) -> Array:
     """
     if dropout is None:
         return x
+    # One key per row: [B]
     keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, branch)
 
     def keep_mask(key: Array) -> Array:
@@ -193,7 +202,7 @@ def apply_dropout(x: Array, dropout: Dropout | None, branch: int) -> Array:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with residual dropout on both branches.
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches.
 
     With a parallel residual it is x + attention(norm(x)) + mlp(norm(x)), each branch with
     its own norm (GPT-NeoX). Post-norms end both branches (Gemma 2). Arguments and results

@@ -1,8 +1,8 @@
 """Log-probabilities of tokens from hidden states, and gradients of losses on them, computed
 in chunks of a few positions.
 
-Logits exist for `chunk` positions of each row only, forward and backward: no [B, T, V] array
-is ever made. Masked-in positions are sorted to the front, and chunks without any are
+Logits exist for `chunk` positions of each row only, forward and backward: no [B, T, V]
+array is ever made. Masked-in positions are sorted to the front, and chunks without any are
 skipped, so positions outside the loss mask, such as prompts, cost nothing. A loss and its
 gradients come from one pass, so logits are computed once.
 
@@ -34,6 +34,7 @@ def compute_logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
     The kernel is rounded to the dtype of the hidden states; sums are float32. `cap` is the
     final soft cap; 0 = off.
     """
+    # Axis names of the leading axes.
     lead = "abc"[: hidden.ndim - 1]
     logits = einsum(
         f"{lead}d,vd->{lead}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name
@@ -111,6 +112,7 @@ def top_logprobs(
     """
     batch, length, features = hidden.shape
     chunk = min(chunk, length)
+    # Every position is computed here, so the order stays as it is.
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
     chunks = padded.reshape(batch, -1, chunk, features).swapaxes(0, 1)
 
@@ -146,7 +148,7 @@ def loss_and_gradients(
       extras: tree of [B, T] that `loss_of` gets beside the log-probabilities.
 
     Returns:
-      (loss f32[], metrics, gradient of hidden dtype[B, T, D], gradient of kernel f32[V, D]).
+      (loss f32[], metrics, gradient of hidden dtype[B, T, D], of kernel f32[V, D]).
     """
     chunks, to_rows, used = _split_chunks((hidden, targets, mask, extras), mask, chunk)
     total = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
@@ -163,6 +165,7 @@ def loss_and_gradients(
 
     gradients_of = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
 
+    # The chunk at `index` of every array: [B, chunk, ...].
     def take(index: Array) -> Any:
         return jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks
@@ -181,9 +184,11 @@ def loss_and_gradients(
         sums = jax.tree.map(jnp.add, sums, (kernel_gradient, metrics))
         return hidden_gradients, sums
 
+    # The names of the metrics are known only after tracing the loss.
     _, metric_shapes = jax.eval_shape(lambda: gradients_at(jnp.int32(0)))
     no_metrics = jax.tree.map(lambda x: jnp.zeros((), x.dtype), metric_shapes)
     start = (jnp.zeros_like(chunks[0]), (jnp.zeros_like(kernel), no_metrics))
+    # A loop instead of a scan: the number of chunks in use is known only on the device.
     hidden_gradients, sums = jax.lax.fori_loop(0, used, add, start)
     kernel_gradient, metrics = sums
     loss = metrics.pop("loss")
@@ -234,6 +239,7 @@ def _split_chunks(
         x = x.swapaxes(0, 1).reshape(batch, length + padding, *x.shape[3:])
         return _take_positions(x[:, :length], inverse)
 
+    # Rows differ in their number of masked-in positions; the longest row decides.
     longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
     used = max_over_batch(-(-longest // chunk))
     return jax.tree.map(to_chunks, tree), to_rows, used
@@ -256,6 +262,7 @@ def _map_chunks(
     def compute(hidden: Array, targets: Array) -> Any:
         return function(hidden, kernel=kernel, targets=targets)
 
+    # Must return the same tree as `compute`.
     def skip(_hidden: Array, _targets: Array) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shapes)
 
@@ -265,6 +272,7 @@ def _map_chunks(
 
     # Recompute the logits in the backward pass instead of saving them.
     step = jax.checkpoint(step, prevent_cse=False)
+    # A scan instead of a loop, because this has to be differentiable.
     indices = jnp.arange(chunks[0].shape[0])
     _, outputs = jax.lax.scan(step, None, (indices, chunks))
     return jax.tree.map(lambda x: jnp.where(mask, to_rows(x), 0.0), outputs)

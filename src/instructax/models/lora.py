@@ -1,5 +1,7 @@
-"""Low-rank adapters (LoRA, Hu et al., 2021): x · W becomes x · W + alpha / rank · (x · A) · B.
-Only A, B and the scalar head, if there is one, are trained.
+"""Low-rank adapters (LoRA, Hu et al., 2021).
+
+x · W becomes x · W + alpha / rank · (x · A) · B. Only A, B and the scalar head, if there is
+one, are trained.
 
 A and B are leaves beside the kernel W of each linear map of the layers, and alpha / rank is
 a third leaf, so the parameters alone say whether and how they are adapted. B starts at
@@ -40,8 +42,10 @@ CONTRACTED_AXES = {
 class LoraConfig:
     """The adapters of a run."""
 
-    rank: int  # 0 = none: all parameters are trained
-    alpha: float  # an adapter's output is multiplied by alpha / rank
+    # 0 = none: all parameters are trained
+    rank: int
+    # An adapter's output is multiplied by alpha / rank
+    alpha: float
 
     def __post_init__(self):
         check_range(self, {"rank": 0})
@@ -52,6 +56,7 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
     """`params` with adapters, A ~ N(0, 1 / inputs) and B = 0; unchanged for rank 0."""
     if config.rank == 0:
         return params
+    # One key per name, so that a map's adapter does not depend on which others exist.
     split = jax.random.split(key, len(CONTRACTED_AXES))
     keys = dict(zip(CONTRACTED_AXES, split, strict=True))
 
@@ -81,6 +86,7 @@ def merge_lora(params: Params) -> Params:
         a = linear[A].reshape(len(kernel), -1, rank)  # [layers, inputs, rank]
         b = linear[B].reshape(len(kernel), rank, -1)  # [layers, rank, outputs]
         delta = jnp.einsum("lir,lro->lio", a, b, precision="highest")
+        # [layers, 1, ..., 1], to multiply a kernel [layers, *inputs, *outputs]
         scale = linear[SCALE].reshape(-1, *(1,) * (kernel.ndim - 1))
 
         merged = {leaf: x for leaf, x in linear.items() if leaf not in (A, B, SCALE)}
@@ -110,6 +116,7 @@ def trainable(params: Params) -> Params:
                 selected[name] = leaf
         return selected
 
+    # The scalar head has no adapter, so it is trained in full.
     selected = {"blocks": adapters(params["blocks"])}
     if "scalar_head" in params:
         selected["scalar_head"] = params["scalar_head"]

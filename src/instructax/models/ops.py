@@ -2,8 +2,8 @@
 
 A reader may skip every backward pass here: the gradients are mathematically those that JAX
 derives, and other accelerators get the same program without the barriers. They exist
-because XLA:CPU fuses the computation of an array into every matrix product that reads it and
-repeats it there, which in the backward pass of a transformer recomputes the norms and
+because XLA:CPU fuses the computation of an array into every matrix product that reads it,
+and repeats it there, which in the backward pass of a transformer recomputes the norms and
 activations of all later layers. `materialize` writes such arrays to memory once;
 docs/performance.md has the measurements.
 """
@@ -49,6 +49,7 @@ def einsum(axes: str, x: Array, y: Array, matmul_dtype: str) -> Array:
 def _einsum_forward(
     axes: str, x: Array, y: Array, matmul_dtype: str
 ) -> tuple[Array, tuple[Array, Array]]:
+    # Save the rounded x: the backward pass needs no more, and bfloat16 is half the bytes.
     rounded = x.astype(matmul_dtype)
     result = _contract(axes, rounded, y.astype(matmul_dtype), x.dtype)
     return result, (rounded, y)
@@ -82,6 +83,7 @@ def _contract(axes: str, x: Array, y: Array, dtype: Any) -> Array:
     x_only = "".join(a for a in x_axes if a not in y_axes)
     y_only = "".join(a for a in y_axes if a not in x_axes)
 
+    # dot_general puts batch axes first, then those of x alone, then those of y alone.
     x = _transpose(x, x_axes, batch + x_only + summed)
     x_axes = batch + x_only + summed
     contracted = (tuple(map(x_axes.index, summed)), tuple(map(y_axes.index, summed)))
@@ -141,6 +143,7 @@ def _normalize_backward(
     center: bool, epsilon: float, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array]:
     """(g − y · mean(g · y)), minus mean(g) if centered, times 1 / √(…)."""
+    # y is the normalized x, so x itself need not be saved.
     y, inverse = residuals
     x_gradient = gradient - y * jnp.mean(gradient * y, axis=-1, keepdims=True)
     if center:
@@ -197,6 +200,7 @@ def _softmax_weighted_sum_backward(
     product = partial(einsum, "bhqs,bhsd->bhqd", matmul_dtype=matmul_dtype)
     _, pull_back = jax.vjp(product, weights, values)
     weight_gradient, value_gradient = pull_back(gradient)
+    # Σ_s w · dw, as a sum over d components: [B, H, Q, 1]
     correction = jnp.sum(output * gradient, axis=-1, keepdims=True)
     return weights * (weight_gradient - correction), value_gradient
 

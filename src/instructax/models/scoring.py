@@ -59,6 +59,7 @@ def comparison_sequences(comparisons: Comparisons) -> LmBatch:
     prompt_lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None]
     positions = jnp.broadcast_to(prompt_lengths + offsets, mask.shape)
 
+    # [B, P] and [B, K, R] → [B, P + K · R]
     def join(prompt: Array, responses: Array) -> Array:
         return jnp.concatenate([prompt, responses.reshape(batch, -1)], axis=1)
 
@@ -74,13 +75,16 @@ def last_token_columns(mask: Array, prompt_columns: int) -> Array:
     """Column of each response's last token in the rows above, or of the prompt's last token
     if the response is empty: b[B, K, R] → i32[B, K]."""
     lengths = jnp.sum(mask, axis=2, dtype=jnp.int32)
+    # [K], the first column of each response
     starts = prompt_columns + jnp.arange(mask.shape[1], dtype=jnp.int32) * mask.shape[2]
     return jnp.where(lengths > 0, starts[None, :] + lengths, prompt_columns) - 1
 
 
 def select_last_token(outputs: Array, responses: Comparisons | Rollouts) -> Array:
-    """The outputs at the responses' last tokens, in rows laid out as above: f32[B, P + K · R]
-    → f32[B, K] for comparisons, f32[B, P + R] → f32[B] for rollouts."""
+    """The outputs at the responses' last tokens, in rows laid out as above.
+
+    f32[B, P + K · R] → f32[B, K] for comparisons, f32[B, P + R] → f32[B] for rollouts.
+    """
     prompt_columns = responses.prompts.tokens.shape[1]
     if isinstance(responses, Comparisons):
         columns = last_token_columns(responses.mask, prompt_columns)
@@ -97,6 +101,7 @@ def _hidden_and_targets(
     hidden, _ = model.apply(
         {"params": params}, batch.tokens, batch.segments, batch.positions, dropout=dropout
     )
+    # The chunks of the head all read it: compute it once.
     hidden = materialize(hidden[:, :-1])
     kernel = head_kernel(model.config, params)
     return hidden, kernel, batch.tokens[:, 1:], batch.loss_mask[:, 1:]
@@ -176,6 +181,7 @@ def packed_loss_and_gradients(
         hidden, kernel, targets, mask = _hidden_and_targets(model, merged, batch, dropout)
         return (hidden, kernel), (targets, mask)
 
+    # Only the trained part is differentiated; with LoRA that saves the kernels' gradients.
     (hidden, kernel), pull_back, (targets, mask) = jax.vjp(
         forward, trainable(params), has_aux=True
     )
@@ -185,6 +191,7 @@ def packed_loss_and_gradients(
         kernel,
         targets,
         mask,
+        # Extras belong to tokens; position t predicts token t + 1.
         jax.tree.map(lambda x: x[:, 1:], extras),
         temperature=temperature,
         chunk=model.compute.head_chunk,

@@ -2,13 +2,13 @@
 
 Samplers and data readers return sequences padded to the longest possible length. Here their
 real tokens are packed into rows of one width. How many rows are in use depends on the data,
-but shapes must not, so a loop processes one microbatch at a time and ends after the last row
-in use.
+but shapes must not, so a loop processes one microbatch at a time and ends after the last
+row in use.
 
 A reader may skip the tail splits: with `compute.tail_splits` = 0 every microbatch has
-`compute.microbatch_rows` rows. They exist because the last, partly empty microbatch of every
-batch took a tenth of a step; each split halves the shape for what is left, at the price of
-one more program to compile.
+`compute.microbatch_rows` rows. They exist because the last microbatch is partly empty: each
+split adds a shape of half the size for what is left, which halves the padding and compiles
+one more loop.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def plan_packing(
     """Assigns sequences to packed rows: first fit, the longest first.
 
     Args:
-      real: b[N, L], the real tokens of N sequences. Their order is kept and gaps are closed.
+      real: b[N, L], the real tokens of N sequences. Order is kept and gaps are closed.
       width: tokens per packed row.
       compute: microbatch rows and tail splits.
       mesh: the devices that share rows; None packs for one device.
@@ -127,6 +127,7 @@ def plan_packing(
     longest = columns if longest is None else longest
     if longest > width:
         raise ValueError(f"sequences of up to {longest} tokens do not fit rows of {width}")
+    # Everything below is traced: lengths are data, only the shapes are fixed.
     lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
     shards = 1 if mesh is None else sharding.num_row_shards(mesh)
 
@@ -143,6 +144,7 @@ def plan_packing(
         row = jnp.argmax(free >= length)  # the first row with room
         return free.at[row].add(-length), (row + 1) * width - free[row]
 
+    # First fit wastes less if the longest come first.
     order = jnp.argsort(-lengths, stable=True)
     empty_rows = jnp.full((rows * shards,), width, jnp.int32)
     free, starts = jax.lax.scan(place, empty_rows, lengths[order])
@@ -160,6 +162,7 @@ def plan_packing(
         microbatch_shapes=shapes,
     )
 
+    # 1-based, so that the zeros of `scatter` mean padding.
     numbers = jnp.arange(1, count + 1, dtype=jnp.int32)[:, None]
     segment_ids = layout.scatter(jnp.broadcast_to(numbers, real.shape))
     if mesh is not None:
@@ -197,6 +200,7 @@ def packed_width(lengths: Iterable[int], most: int, compute: ComputeConfig) -> i
 def _used_tokens(filled: Array, width: int, shapes: tuple[tuple[int, int], ...]) -> Array:
     """Tokens that one device computes: `filled` i32[rows] has the tokens in each row, the
     rows in use first. The last row is computed at the smallest width that holds it."""
+    # Rows fill in order, so the rows in use are the first ones.
     rows = jnp.sum(filled > 0, dtype=jnp.int32)
     smallest = shapes[-1][0]
     narrow = [columns for count, columns in shapes if count == 1]
@@ -214,6 +218,8 @@ def pack(batch: LmBatch, layout: PackedLayout) -> LmBatch:
     """
     numbers = layout.segment_ids
     segments = layout.scatter(batch.segments)
+    # Sequence n gets segments from (n − 1) · SEGMENTS_PER_PREFIX + 1 on. A shared prompt
+    # gets the segment −n, which is what those attend to.
     unique = (numbers - 1) * SEGMENTS_PER_PREFIX + segments
     return LmBatch(
         tokens=layout.scatter(batch.tokens),
@@ -315,6 +321,7 @@ def scan_packed_rows(
             carry, out = step(state[0], layout.take_microbatch(packed, row, shape))
             return carry, layout.put_microbatch(state[1], out, row, shape)
 
+        # As many microbatches of this shape as fit; the next, smaller shape takes the rest.
         tokens = shape[0] * shape[1]
         count = (used - done) // tokens
         state = jax.lax.fori_loop(0, count, body, state)

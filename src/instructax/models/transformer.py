@@ -78,6 +78,7 @@ class Transformer(nn.Module):
           f32[B, T] for the scalar head.
         """
         c = self.config
+        # [B, T, D] in the activation dtype
         x = self._embed(tokens, positions)
 
         # LoRA adapters are leaves that a new network does not have and `param` would
@@ -101,10 +102,12 @@ class Transformer(nn.Module):
             x, cache = unroll_blocks(layers, x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
 
+        # Heads compute in float32 in all dtypes.
         if self.head == "scalar":
             std = float(1.0 / np.sqrt(c.embed_dim + 1))
             head = Linear((), 1, std, True, "float32", name="scalar_head")
             return head(x.astype(jnp.float32)), cache
+        # Only creates the parameters: `head_kernel` reads them outside the module.
         if not c.tied_embeddings:
             self.param("head", init_head, c)
         return x.astype(self.compute.matmul_dtype), cache
@@ -165,6 +168,7 @@ def scan_blocks(
 
     def layer(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
         params, index = inputs
+        # Each layer draws its own dropout, so the key includes its index.
         layer_dropout = None
         if dropout is not None:
             keys = jax.vmap(jax.random.fold_in, (0, None))(dropout.keys, index)
@@ -175,6 +179,7 @@ def scan_blocks(
         )
         return y, None
 
+    # How many layers one scan step holds.
     small = x.shape[0] * x.shape[1] < SMALL_MICROBATCH_TOKENS
     unroll = 1 if small else SCAN_UNROLL
     if compute.remat != "none":
@@ -186,6 +191,7 @@ def scan_blocks(
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         # The scan itself keeps XLA from merging the recomputation with the forward pass.
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    # The index of a layer selects its mask and its dropout keys.
     indices = jnp.arange(config.num_layers)
     return jax.lax.scan(layer, x, (blocks, indices), unroll=unroll)[0]
 
@@ -203,6 +209,7 @@ def layer_masks(
     has_window = np.isin(np.arange(config.num_layers), config.window_layers)
 
     def mask_of_layer(index: int | Array) -> Array:
+        # Decide at trace time where possible.
         if has_window.all():
             return windowed_mask
         if isinstance(index, int):
@@ -250,6 +257,7 @@ def unroll_blocks(
     """Runs all layers one after another, each with its own cache arrays:
     dtype[B, T, D] → (dtype[B, T, D], the cache with the T columns)."""
     column = cache.filled
+    # The new columns are visible to their own queries, so they are written first.
     attend_cached = partial(attend, cap=config.attention_softcap)
     cached_segments = write_columns(cache.segments, segments, column, 1)
     mask = attention_mask(segments, cached_segments, column)
@@ -258,6 +266,7 @@ def unroll_blocks(
         cached_positions = write_columns(cached_positions, positions, column, 1)
     mask_of_layer = layer_masks(mask, positions, cached_positions, config)
 
+    # Unrolled, because a scan halves the speed of decoding.
     keys = []
     values = []
     for index, params in enumerate(layers):

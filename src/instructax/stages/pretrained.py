@@ -80,7 +80,8 @@ class PretrainedModel:
     config: ModelConfig
     tensors: hf_folder.Tensors
     tokenizer: Tokenizer
-    kept_files: dict[str, bytes]  # name → content
+    # Name → content
+    kept_files: dict[str, bytes]
 
 
 def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
@@ -101,6 +102,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     if is_finished(workdir):
         claim(workdir, run_config)
         return f"{workdir} is finished; nothing to do"
+    # Read everything before the workdir is touched: a refused model leaves no trace.
     model = _open_model(source)
     mesh = sharding.make_mesh(
         MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices=jax.devices()[: fsdp * tensor]
@@ -141,6 +143,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
 
 def _open_model(source: str) -> PretrainedModel:
     path = hf_folder.locate_model(source)
+    # A GGUF file's tokenizer is converted into a temporary folder.
     with tempfile.TemporaryDirectory() as scratch:
         if path.is_file():
             file = GgufFile(path)
@@ -173,8 +176,8 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     tokenizer = load_tokenizer(str(folder))
     require(
         tokenizer.size <= config.vocab_size,
-        f"the tokenizer in {folder} has {tokenizer.size} ids, config.json says vocab_size = "
-        f"{config.vocab_size}: they do not belong together",
+        f"the tokenizer in {folder} has {tokenizer.size} ids, config.json says "
+        f"vocab_size = {config.vocab_size}: they do not belong together",
     )
     return pad_vocab(tokenizer, config.vocab_size)
 
@@ -288,6 +291,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
         bias = jnp.float32(raw.get(SCORE_BIAS, 0.0))
         read = {**read, "scalar_head": {**read["scalar_head"], "bias": bias}}
 
+    # Two short random sequences.
     rng = np.random.default_rng(0)
     length = min(16, config.max_length)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=(2, length)), jnp.int32)

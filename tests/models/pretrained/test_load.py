@@ -159,7 +159,9 @@ def test_round_trip_is_bitwise(family, tmp_path):
     found = read(tmp_path)
     if not family.startswith("gemma"):
         jax.tree.map(np.testing.assert_array_equal, found, params)
-    else:  # scales below 1/2 lose a bit on their first way out, as 1 less is kept; not on the second
+    else:
+        # Scales below 1/2 lose a bit in the first export, which stores scale − 1, but not
+        # in the second.
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found, params
         )
@@ -287,7 +289,8 @@ def changed(path: Path, **changes: np.ndarray | None) -> None:
         ({"../x": np.zeros(2, np.float32)}, r"has tensors that it should not: '../x'$"),
         (
             {"model__layers__1__self_attn__q_proj__weight": np.zeros((16, 24), np.float32)},
-            r"^tensor 'model.layers.1.self_attn.q_proj.weight' is \[16, 24\], but config.json makes it \[24, 16\]$",
+            r"^tensor 'model.layers.1.self_attn.q_proj.weight' is \[16, 24\], "
+            r"but config.json makes it \[24, 16\]$",
         ),
         (
             {"lm_head__weight": np.zeros((23, 16), np.int8)},

@@ -1,1 +1,1 @@
-"""Pretrained models: import from Hugging Face folders and GGUF files, export to the former."""
+"""Imports Hugging Face folders and GGUF files, and exports Hugging Face folders."""

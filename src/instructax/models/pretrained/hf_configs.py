@@ -175,6 +175,7 @@ def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     refusals: dict[str, str] = {}
     for family, write in WRITE.items():
         raw = {"model_type": family, **write(config)}
+        # Reading applies the family's defaults and refusals to what was written.
         try:
             read_back = READ[family](raw)
         except ValueError as error:
@@ -199,6 +200,7 @@ def _differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """One entry for each field whose value a family changes."""
     wanted = dataclasses.asdict(ours)
     found = dataclasses.asdict(theirs)
+    # Learned positions read no rotary field.
     learned = ours.positions == theirs.positions == "learned"
     differences = []
     for name, value in wanted.items():

@@ -1,5 +1,5 @@
-"""Hugging Face model folders: `config.json`, and tensors in `model.safetensors` or in shards
-with an index.
+"""Hugging Face model folders: `config.json`, and tensors in `model.safetensors` or in
+shards with an index.
 
 Nothing in a folder is executed, and no file name in it may point outside it.
 """
@@ -94,6 +94,7 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     Raises ConfigError for files that are missing, damaged, or not those of the index.
     """
     indexed: dict[str, Any] = {}  # tensor → file
+    # An index takes precedence over a single file.
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         require(
@@ -105,7 +106,8 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     else:
         require(
             (folder / SINGLE_FILE).exists(),
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX}: save the model as safetensors",
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX}: save the model as "
+            "safetensors",
         )
         names = [SINGLE_FILE]
 
@@ -116,6 +118,7 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
         for tensor in shard.keys():  # noqa: SIM118 (not a mapping)
             stored[tensor] = name
             readers[tensor] = _reader(shard, tensor, folder / name)
+    # The index must agree with the files, or tensors would be missing later.
     for tensor, name in indexed.items():
         require(
             stored.get(tensor) == name,
@@ -126,6 +129,7 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
 
 def _check_name(folder: Path, name: Any) -> str:
     """The name of a shard, if it is a plain file name in `folder`."""
+    # No path separators: a shard must not be read from elsewhere.
     plain = (
         isinstance(name, str)
         and name == Path(name).name

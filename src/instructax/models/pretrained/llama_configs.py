@@ -156,6 +156,7 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
             "attention_dropout": 0.0,
         }
 
+        # What a family does not name stays out; reading back finds what is lost.
         layer_types = ["full_attention"] * c.num_layers
         for layer in c.window_layers:
             layer_types[layer] = "sliding_attention"

@@ -58,6 +58,7 @@ def expected_tensors(
 
     `parameters` are the paths of our parameters.
     """
+    # A family's table lists more than one model has, such as biases or an untied head.
     existing = set(parameters)
     places = {}
     for spec in TENSORS[family]:
@@ -81,6 +82,7 @@ def match_names(
     names = {}
     missing = []
     for name in expected:
+        # In order of preference.
         candidates = [name, name.removeprefix(PREFIXES[family])]
         if name in HEADS:
             candidates.extend(HEADS)
@@ -94,6 +96,7 @@ def match_names(
     )
 
     unexpected = {name for name in stored - set(names.values()) if not IGNORED.search(name)}
+    # With tied embeddings no head is expected, but a copy of the embedding may be stored.
     if not any(name in HEADS for name in names):
         unexpected -= set(HEADS)
     require(
@@ -166,6 +169,7 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
       offset: added to the values.
     """
     target: Any = leaf.sharding
+    # The layout of one layer: the parameter's without the leading layer axis.
     spec = [*target.spec, *(None,) * leaf.ndim][: leaf.ndim]
     layout = NamedSharding(target.mesh, P(*spec[leaf.ndim - part.ndim :]))
 

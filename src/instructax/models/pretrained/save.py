@@ -37,6 +37,7 @@ def export_tensors(
     for name, place in expected_tensors(family, config, leaves).items():
         in_layer = place.layer is not None
         parts = []
+        # One layer at a time is copied to the host.
         for leaf in place.spec.leaves:
             value = leaves[parameter_path(leaf, in_layer)]
             value = value[place.layer] if in_layer else value
@@ -57,6 +58,7 @@ def save_tensors(
     places = expected_tensors(family, config, leaves)
 
     shards: list[list[str]] = [[]]  # names of the tensors of each file
+    # Fill one file after another; a tensor is never split.
     free = SHARD_BYTES
     total = 0
     for name, place in places.items():

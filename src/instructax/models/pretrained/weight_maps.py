@@ -1,10 +1,10 @@
 """One table per family: which tensors of its files are which of our parameters.
 
 A tensor's layout names its axes in the order of the file; axes joined by `*` are flattened
-into one. The names are `V` vocabulary, `T` positions, `D` embed dim, `F` MLP dim, `H` heads,
-`G` key-value heads, `d` head dim, and `3` for query, key and value fused in one tensor (then
-H = G). `AXES` gives the same for our parameters. Reshaping and transposing between the two
-follows from the names, for reading and for writing.
+into one. The names are `V` vocabulary, `T` positions, `D` embed dim, `F` MLP dim, `H`
+heads, `G` key-value heads, `d` head dim, and `3` for query, key and value fused in one
+tensor (then H = G). `AXES` gives the same for our parameters. Reshaping and transposing
+between the two follows from the names, for reading and for writing.
 
 Example: GPT-NeoX fuses query, key and value per head, "H*3*d D". `split_tensor` reshapes
 the tensor to [H, 3, d, D], takes the three parts [H, d, D], and transposes each to our
@@ -25,8 +25,10 @@ class TensorSpec:
 
     name: str
     layout: str
-    leaves: tuple[str, ...]  # our parameters in it; for a layer, those under `blocks`
-    offset: float = 0.0  # ours = theirs + offset
+    # Our parameters in it; for a layer, those under `blocks`
+    leaves: tuple[str, ...]
+    # Ours = theirs + offset
+    offset: float = 0.0
 
 
 QKV = ("query", "key", "value")
@@ -77,7 +79,7 @@ def _linear(name: str, layout: str, leaf: str) -> tuple[TensorSpec, TensorSpec]:
     return weight, bias
 
 
-# The scalar head, in all families.
+# The scalar head of sequence classification, in all families.
 SCORE = TensorSpec("score.weight", "1 D", ("scalar_head/kernel",))
 GPT2 = (
     TensorSpec("transformer.wte.weight", "V D", ("embedding",)),
@@ -125,6 +127,8 @@ def _llama(norms: dict[str, str], norm_offset: float) -> tuple[TensorSpec, ...]:
     def norm(name: str, layout: str, leaf: str) -> TensorSpec:
         return TensorSpec(f"{name}.weight", layout, (f"{leaf}/scale",), norm_offset)
 
+    # Tensors that a family does not have, such as q_norm outside Qwen3, match no parameter
+    # and are skipped.
     layer_norms = [norm(f"{layer}.{name}", "D", leaf) for name, leaf in norms.items()]
     return (
         TensorSpec("model.embed_tokens.weight", "V D", ("embedding",)),
@@ -204,6 +208,7 @@ def tensor_shape(spec: TensorSpec, config: ModelConfig) -> tuple[int, ...]:
 def _axes(spec: TensorSpec) -> tuple[list[str], list[list[str]]]:
     """The axes of the file's tensor, and of each of our parameters in it. In fused tensors
     key-value heads are called `H` too."""
+    # "H*3*d D" → ["H", "3", "d", "D"]
     theirs = spec.layout.replace("*", " ").split()
     ours = [axes_of(leaf) for leaf in spec.leaves]
     if "3" not in theirs:
@@ -233,6 +238,7 @@ def split_tensor(
         rest.remove("1")
 
     views = []
+    # Transposing makes views; `load.put` copies them chunk by chunk.
     for part, axes in zip(parts, ours, strict=True):
         views.append(part.transpose([rest.index(axis) for axis in axes]))
     return views
@@ -243,6 +249,7 @@ def join_tensor(
 ) -> np.ndarray:
     """The file's tensor from our parameters: the inverse of `split_tensor`."""
     theirs, ours = _axes(spec)
+    # Axes of one part; "1" comes back by the reshape, "3" by the stack.
     rest = [axis for axis in theirs if axis not in ("1", "3")]
     transposed = []
     for part, axes in zip(parts, ours, strict=True):
