@@ -39,7 +39,7 @@ HERE: dict[str, dict[str, Any]] = {
 
 
 def conditions(kernel: str, **changes: Any) -> attention_kernels.KernelConditions:
-    """Those under which `kernel` runs, but for `changes`."""
+    """Conditions under which `kernel` runs, with `changes`."""
     values = {"dtype": "bf16", "head_dims": [128], "lengths": [2048]}
     neither = dict.fromkeys(
         ("softcap", "sliding_window", "shared_prefixes", "vmapped_runs"), False
@@ -360,7 +360,7 @@ def output_and_gradients(
     matmul_dtype: str = "float32",
     mesh: Any = None,
 ) -> Any:
-    """What real queries get, and the gradients of a weighted sum of it."""
+    """Outputs of the real queries, and the gradients of their weighted sum."""
     attend, mask = attention_kernels.packed_attention(
         kernel, jnp.asarray(rows, jnp.int32), mesh
     )

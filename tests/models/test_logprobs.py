@@ -47,7 +47,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def softmax(hidden: np.ndarray, kernel: np.ndarray, temperature: float) -> np.ndarray:
-    """The whole distribution, f64[B, T, V]."""
+    """The full distribution, f64[B, T, V]."""
     weights = np.exp(hidden.astype(np.float64) @ kernel.astype(np.float64).T / temperature)
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -98,7 +98,7 @@ def test_masked_positions_have_no_effect(inputs, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_loss_and_gradients_equal_the_full_softmax(inputs, chunk):
-    """A loss with factors of each token, its mean over a mask of three and four tokens."""
+    """A loss with a factor per token; the rows have three and four masked-in tokens."""
     hidden, kernel, targets, weights = inputs
     mask = np.array(
         [
@@ -196,7 +196,7 @@ def test_entropy(inputs, chunk):
 
 
 def test_entropy_of_known_distributions():
-    """Equal scores: log V. One score far above the others: 0."""
+    """Equal logits: log V. One logit far above the others: 0."""
     kernel = jnp.zeros((8, 1)).at[3, 0].set(1.0)
     targets = jnp.array([[3, 3]])
     hidden = jnp.array([[[0.0], [200.0]]])
@@ -208,7 +208,7 @@ def test_entropy_of_known_distributions():
 
 
 def test_logits_are_summed_in_float32():
-    """256 + 1 is 256 in bfloat16, whose numbers there lie 2 apart."""
+    """In bfloat16, 256 + 1 is 256: its values are 2 apart there."""
     logits = compute_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]))
     assert logits.dtype == jnp.float32
     assert logits.tolist() == [[257.0]]

@@ -50,7 +50,7 @@ STEPS = {
 
 
 def adapted_params(model: Transformer, seed: int = 0):
-    """Random parameters with adapters that have learned something."""
+    """Random parameters with random, nonzero adapters."""
     params = add_lora(tiny_models.random_params(model), LORA, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     part = jax.tree.map(
@@ -138,7 +138,7 @@ def test_trainable_selects_adapters_and_the_scalar_head():
 
 
 def test_gradients_equal_those_of_the_full_tree():
-    """Of the adapters as if everything was trained; and nothing else is in the tree."""
+    """The adapters' gradients equal those of full training, and nothing else has one."""
     model, rows = (
         Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
         stages.packed_rows(3, 14),
@@ -198,7 +198,7 @@ def test_updates_and_averages_change_adapters_only():
 
 
 def test_samples_of_merged_weights_rescore_to_the_same_logprobs():
-    """The law of one model code: the sampler reads merged weights, the scorer adapters."""
+    """The sampler reads merged weights, scoring reads adapters; both share one model."""
     program, settings = stages.ppo_program(stages.mesh_of()), stages.ppo_settings()
     params = adapted_params(program.policy)
     prompts = tiny_models.ragged_prompts((1, 4, 6, 2), columns=6)
@@ -225,7 +225,7 @@ def run(config, workdir, **watched):
 
 
 def networks(state):
-    """The parameters of each network of a state, by name."""
+    """Name of each network of a state → its parameters."""
     if hasattr(state, "policy"):
         return {
             "policy": state.policy.params,
@@ -291,7 +291,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
 
 
 def open_shapes(workdir):
-    """Zeros in the shapes that a run without adapters has stored."""
+    """Shapes that a run without adapters stores, filled with zeros."""
     run = open_parent(workdir, "parent")
     model = build_config(run.manifest["config"])
     head = "scalar" if run.manifest["stage"] == "reward_model" else "tokens"
@@ -321,7 +321,7 @@ def test_invalid_values_are_refused(chain, tmp_path, changes, message):
 
 
 def test_adapters_are_the_same_on_eight_devices(chain):
-    """Layouts of all leaves divide; the merged weights are those of one device."""
+    """All leaves have a layout, and the merged weights equal those of one device."""
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "tokens")
     params = adapted_params(model)
     mesh = stages.mesh_of(2, 2, 2)

@@ -30,7 +30,7 @@ MESH = stages.mesh_of()
 
 
 def random_masks(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
-    """b[N, L] with so many marks in each row, at random columns."""
+    """b[N, L] with `lengths[n]` True values in row n, at random columns."""
     rng = np.random.default_rng(seed)
     rows = [
         np.isin(np.arange(columns), rng.permutation(columns)[:length]) for length in lengths
@@ -234,7 +234,7 @@ def test_packed_comparisons_equal_unpacked_ones(config, halvings):
     [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]],
 )
 def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings, ways):
-    """Whatever is left for the last parts, and however many devices share rows."""
+    """For any remainder, and any number of row shards."""
     real, mesh = random_masks(lengths, 6, seed=2), stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
 

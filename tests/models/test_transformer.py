@@ -271,7 +271,7 @@ def test_cached_calls_equal_uncached_ones(network):
 
 
 def text_gradients(remat: Any, config: ModelConfig) -> Callable[[Params], Params]:
-    """Gradient of a sum over the hidden states, with dropout."""
+    """Gradient of a sum of hidden states, with dropout."""
     model = Transformer(config, compute(remat=remat), "tokens")
     inputs = rows([(0, texts(COLUMNS)[0])])
     dropout = Dropout(rate=jnp.float32(0.3), keys=jax.random.split(jax.random.key(5), 1))

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder_of(
     chain: Path, path: Path, vocab_size: int = 515
 ) -> tuple[Path, ModelConfig, Params]:
-    """A Llama folder with the chain's tokenizer, whose 512 ids are fewer than its rows."""
+    """A Llama folder with the chain's tokenizer of 512 ids and more embedding rows."""
     config = tiny_models.llama_config(
         vocab_size=vocab_size, max_length=96, tied_embeddings=True, head_dim=4
     )

@@ -1,5 +1,6 @@
-"""Names, layouts and refusals of pretrained files, with arrays typed by hand; against
-transformers: test_interop."""
+"""Names, layouts and refusals of pretrained files, with arrays written by hand.
+
+tests/integration/test_interop.py compares with transformers."""
 
 import json
 import tracemalloc
@@ -52,7 +53,7 @@ def abstract_of(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> A
 
 
 def written(path: Path, config: ModelConfig, dtype: str = "float32") -> tuple[str, Any]:
-    """A folder with random parameters of `config`; (its family, the parameters)."""
+    """Writes a folder with random parameters; returns its family and the parameters."""
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     family, raw = write_config(config)
     path.mkdir(exist_ok=True)
