@@ -19,7 +19,7 @@ def reference_normalize(x, centred, epsilon):
 
 
 def output_and_gradients(function, *args):
-    """The output, and the gradients of its inner einsum with fixed random numbers."""
+    """The output, and the gradients of its inner product with fixed random numbers."""
     y, pull = jax.vjp(function, *args)
     return y, *pull(normal(9, *y.shape))
 
