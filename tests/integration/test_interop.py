@@ -25,11 +25,11 @@ from instructax.generation import generate
 from instructax.models import Transformer, head_kernel, init_cache, positions_from_mask
 from instructax.models.init import abstract_params
 from instructax.models.logprobs import compute_logits
-from instructax.models.pretrained.gguf_file import LAYER, OTHERS
+from instructax.models.pretrained.gguf_file import LAYER_TENSORS, OTHER_TENSORS
 from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.hf_folder import open_tensors, read_json
 from instructax.models.pretrained.load import read_params
-from instructax.models.pretrained.save import tensors_of
+from instructax.models.pretrained.save import export_tensors
 from instructax.serving.policy import open_policy
 from instructax.sharding import MeshConfig
 from instructax.stages import pretrained as interchange
@@ -398,8 +398,8 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     writer.add_token_merges(["h e"])
     writer.add_eos_token_id(256)
     writer.add_chat_template("{{ messages }}")
-    back = {theirs: ours for ours, theirs in {**LAYER, **OTHERS}.items()}
-    for name, tensor in tensors_of(params, family, config, "float32"):
+    back = {theirs: ours for ours, theirs in {**LAYER_TENSORS, **OTHER_TENSORS}.items()}
+    for name, tensor in export_tensors(params, family, config, "float32"):
         layer, part, kind = re.fullmatch(
             r"(?:model\.layers\.(\d+)\.)?(.+)\.(\w+)", name
         ).groups()
