@@ -106,8 +106,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "batch_size": values.batch_size,
             "minibatches": values.minibatches,
             "inner_epochs": 1,  # C.4
-            # "sampler" saves a forward pass, but its rounding errors enter the ratio.
-            "old_logprobs": "scorer",
+            # "sampled" saves a forward pass, but the sampler's rounding enters the ratio.
+            "old_logprobs": "recomputed",
             "ptx_rows": values.ptx_rows,
             "temperature": 1.0,  # C.4
             "kl_coef": values.kl_coef,
@@ -118,6 +118,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "lambda_": 0.95,  # not in the paper; as in its ancestors
             "ema_decay": values.ema_decay,
             "no_eos_penalty": 1.0,  # not in the paper
+            # Of a response without an end token: "subtract" the penalty from its score, or,
+            # as the paper's ancestors do, "replace" the score by -penalty.
+            "no_eos_rule": "subtract",
             "whiten_rewards": False,
             "whiten_advantages": True,  # not in the paper; as in its ancestors
             "tolerance": values.tolerance,

@@ -26,7 +26,7 @@ from instructax.experiment import (
     samples_of,
     summary_of,
 )
-from instructax.stages.ppo.experience import check_update
+from instructax.stages.ppo.invariants import check_update
 from instructax.training.loop import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,9 +68,9 @@ def broken_invariant():
         (
             broken_invariant,
             3,
-            "invariant broken: at the first inner step the ratio is off 1 by 0.5 (tolerance 0.1) and 0 of the tokens "
-            "are clipped: scorer (sampler, if old_logprobs are its) and update run different parameters, temperature, "
-            "dropout or dtype\n",
+            "invariant broken: at the first optimizer step the ratio differs from 1 by 0.5 (tolerance 0.1) and 0 "
+            "of the tokens are clipped: old_logprobs and the update disagree; check parameters, temperature, "
+            "dropout and dtype of the pass (or, with old_logprobs = 'sampled', the sampler) that produced them\n",
         ),
         (
             raiser(Interrupted(7)),

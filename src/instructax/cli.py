@@ -135,7 +135,7 @@ def guarded(call: Callable[[], Any]) -> int:
     import jax
 
     from instructax.runtime.nonfinite import Diverged
-    from instructax.stages.ppo.experience import InvariantError
+    from instructax.stages.ppo.invariants import InvariantError
     from instructax.training.loop import Interrupted
 
     try:

@@ -12,12 +12,8 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.experience import (
-    InvariantError,
-    check_update,
-    diagnostics,
-    make_experience,
-)
+from instructax.stages.ppo.experience import diagnostics, make_experience
+from instructax.stages.ppo.invariants import InvariantError, check_update
 from instructax.types import Experience, PpoState, Rollouts, Scored
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -62,7 +58,12 @@ def experience_of(scored: Scored) -> tuple[Experience, Any]:
     """(experience, rewards f32[B, R]) as PPO makes them."""
     logprobs = scored.rollouts.logprobs
     return make_experience(
-        scored, logprobs, SETTINGS.rewards, whiten_rewards=False, whiten_advantages=True
+        scored,
+        logprobs,
+        SETTINGS,
+        no_eos_rule="subtract",
+        whiten_rewards=False,
+        whiten_advantages=True,
     )
 
 
@@ -154,7 +155,7 @@ def test_a_loss_that_is_infinite_is_named_too():
     close = {"first_ratio_gap": 0.0, "first_clipped_fraction": 0.0}
     with pytest.raises(
         InvariantError,
-        match="value_loss is inf: lower the learning rate or look at the scores' scale",
+        match="value_loss is inf: lower the learning rate or look at the scale of the scores",
     ):
         check_update(metrics | close, tolerance=0.1)
 

@@ -13,7 +13,7 @@ from tests.support import stages, tiny_models
 from instructax import sharding
 from instructax.models import ModelConfig, Transformer
 from instructax.stages import reward_model
-from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
+from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import OptimizerSettings
@@ -109,12 +109,12 @@ def ppo_run(
     mesh = stages.mesh_of(*shape)
     networks = {
         "policy": Transformer(policy, tiny_models.compute(), "tokens"),
-        "scorer": Transformer(scorer, tiny_models.compute(), "scalar"),
+        "value_model": Transformer(scorer, tiny_models.compute(), "scalar"),
     }
     program = stages.ppo_program(mesh, optimizer=OPTIMIZER, **networks)
     state: PpoState = stages.ppo_state(program)
     reward_params = stages.copy_of(state.value.params)
-    iterate = Iteration(
+    iterate = CompiledIteration(
         program,
         abstract_ppo_state(program),
         stages.ppo_settings(),

@@ -67,7 +67,7 @@ def test_nothing_compiles_after_the_first_step(
 MODEL = Transformer(tiny_models.gpt_config(vocab_size=61), tiny_models.compute(), "tokens")
 MESH = stages.mesh_of()
 SCORER = Transformer(MODEL.config, MODEL.compute, "scalar")
-PROGRAM = stages.ppo_program(MESH, policy=MODEL, scorer=SCORER)
+PROGRAM = stages.ppo_program(MESH, policy=MODEL, value_model=SCORER)
 PROMPTS = tiny_models.ragged_prompts([3] * 8, columns=6)
 TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(8, 14))
 

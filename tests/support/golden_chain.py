@@ -52,7 +52,7 @@ def extra_runs(root: str) -> list[Any]:
         | pretrain
         | {"epochs": 1.0, "lora.rank": 4, "accumulate": 2}
     )
-    sampled = data | text | prompts | parents | {"old_logprobs": "sampler", "steps": 2}
+    sampled = data | text | prompts | parents | {"old_logprobs": "sampled", "steps": 2}
     return [
         RunSpec("sft-baseline", "configs/sft.py:tiny,baseline", baseline),
         RunSpec("sft-lora", "configs/sft.py:tiny", adapters),

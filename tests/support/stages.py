@@ -31,7 +31,6 @@ from instructax.runtime.files import write_json
 from instructax.sharding import MeshConfig
 from instructax.stages import build_config, load_stage
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.experience import AdvantageSettings
 from instructax.training import loop
 from instructax.training.attention import select_attention_kernel
 from instructax.training.optimizer import make_optimizer
@@ -202,26 +201,38 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram
     optimizer = changes.pop(
         "optimizer", tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0)
     )
-    values: dict[str, Any] = {
-        "policy": Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
-        "scorer": Transformer(tiny_models.llama_config(), tiny_models.compute(), "scalar"),
-        "policy_optimizer": make_optimizer(optimizer),
-        "value_optimizer": make_optimizer(optimizer),
-        "policy_schedule": optimizer,
-        "value_schedule": optimizer,
-        "mesh": mesh,
-        "eos_id": 21,  # one that random policies sample now and then
-        "total_steps": 10,
-        "response_tokens": 7,
-        "inner_epochs": 1,
+    compute = tiny_models.compute()
+    options: dict[str, Any] = {
+        "steps": 10,
         "minibatches": 2,
-        "row_tokens": 16,
-        "rescores": True,
+        "inner_epochs": 1,
+        "optimizer": optimizer,
+        "value_optimizer": optimizer,
+        "old_logprobs": "recomputed",
+        "no_eos_rule": "subtract",
         "whiten_rewards": False,
         "whiten_advantages": True,
+    }
+    options = {name: changes.pop(name, value) for name, value in options.items()}
+    values: dict[str, Any] = {
+        "options": algorithm.PpoOptions(**options),
+        "policy": Transformer(tiny_models.gpt_config(), compute, "tokens"),
+        "value_model": Transformer(tiny_models.llama_config(), compute, "scalar"),
+        "policy_optimizer": make_optimizer(optimizer),
+        "value_optimizer": make_optimizer(optimizer),
+        "mesh": mesh,
+        "eos_id": 21,  # one that random policies sample now and then
+        "response_tokens": 7,
+        "row_tokens": 16,
         "clip_values": True,
     }
     return algorithm.PpoProgram(**{**values, **changes})
+
+
+def with_options(program: algorithm.PpoProgram, **changes: Any) -> algorithm.PpoProgram:
+    """The program with some of its options changed."""
+    options = dataclasses.replace(program.options, **changes)
+    return dataclasses.replace(program, options=options)
 
 
 def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
@@ -240,12 +251,11 @@ def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
         "ema_decay": 0.9,
     }
     arrays = {name: jnp.float32(value) for name, value in {**values, **changes}.items()}
-    rewards = {
-        name: arrays.pop(name)
-        for name in ("kl_coef", "discount", "lambda_", "no_eos_penalty")
-    }
     return algorithm.PpoSettings(
-        seed=jnp.int32(seed), rewards=AdvantageSettings(**rewards), **arrays
+        seed=jnp.int32(seed),
+        optimizer=OptimizerSettings(learning_rate=arrays.pop("learning_rate")),
+        value_optimizer=OptimizerSettings(learning_rate=arrays.pop("value_learning_rate")),
+        **arrays,
     )
 
 
@@ -257,7 +267,7 @@ def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
         program.mesh,
     )
     value = start_from(
-        tiny_models.random_params(program.scorer, seed + 1),
+        tiny_models.random_params(program.value_model, seed + 1),
         program.value_optimizer,
         program.mesh,
     )

@@ -16,11 +16,11 @@ from instructax.models import Transformer
 from instructax.models.init import init_params
 from instructax.training.optimizer import (
     apply_gradients,
-    decayed,
     learning_rate_at,
     make_optimizer,
     moving_average,
     skipped,
+    weight_decay_mask,
 )
 from instructax.training.state import new_state
 from instructax.types import TrainState
@@ -101,7 +101,9 @@ def test_what_decays_in_a_network(config):
     """Whatever is a table or a product; biases and norms, also where the stack of layers
     makes them [L, D], do not."""
     model = Transformer(config, tiny_models.compute(), "scalar")
-    marked = decayed(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    marked = weight_decay_mask(
+        jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    )
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/"): m
         for path, m in jax.tree.leaves_with_path(marked)

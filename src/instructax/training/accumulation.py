@@ -79,7 +79,7 @@ def accumulate_packed(
     Args:
       weighted_gradients_of: microbatch → gradients and metrics (any pytree), already
         multiplied by the microbatch's fraction of the tokens.
-      rows: a pytree of [lines, ways, W] arrays.
+      rows: a pytree of [rows, shards, W] arrays.
       layout: the layout of `rows`.
     """
     first = layout.take_microbatch(rows, 0, layout.microbatch_shapes[0])

@@ -22,13 +22,13 @@ class Interrupted(Exception):
 class LoopCallbacks:
     """What a stage does in each part of the loop."""
 
-    # step → batch. A function of the step alone, so a resumed run reads the same batches.
+    # step → batch; a function of the step alone, so a resumed run reads the same batches
     read_batch: Callable[[int], Any]
-    # (state, batch) → (state, metrics). `metrics["tokens"]`, if present, counts for tokens/s.
+    # (state, batch) → (state, metrics); `metrics["tokens"]`, if any, gives tokens/s
     update: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
     # state → metrics
     evaluate: Callable[[Any], dict[str, Any]]
-    # state → the state to save. Neither later steps nor `evaluate` may depend on the change.
+    # state → the state to save; later steps and `evaluate` must not depend on the change
     prepare_save: Callable[[Any], Any]
 
 
@@ -56,8 +56,8 @@ def fit(
     as unevaluated, and is evaluated and logged when the run resumes.
 
     Args:
-      state: the restored or fresh state. One that has reached `total_steps` is evaluated and
-        nothing else: its run was killed between its last save and its summary.
+      state: the restored or fresh state. One that has reached `total_steps` is evaluated
+        and nothing else: its run was killed between its last save and its summary.
       callbacks: the stage's functions.
       outputs: checkpoints, log and the guard that raises Diverged.
       total_steps: the length of the run.

@@ -1,12 +1,11 @@
-"""Adam with the paper's betas, learning-rate schedules, clipping, decay, and the moving
-average of parameters.
+"""Adam with the paper's betas, learning-rate schedules, gradient clipping, weight decay,
+and the moving average of parameters.
 
-The learning rate is not part of the optimizer: `learning_rate_at` gives it for a step and
-`apply_gradients` multiplies by it, so that a sweep can hand it over as an array.
+The learning rate is not part of the optimizer. `learning_rate_at` computes it for a step
+and `apply_gradients` multiplies by it, so that a sweep can pass the peak as an array.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -17,12 +16,13 @@ from instructax.config import check_positive, check_range
 from instructax.models import merge_trees, trainable
 from instructax.types import Array, Params, TrainState
 
+# Last path component of the parameters that are matrices or tables, which decay.
 MATRICES = ("kernel", "embedding", "positions", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam and its schedule; steps are calls of the stage's update."""
+    """Adam and its learning-rate schedule; a step is one call of the stage's update."""
 
     learning_rate: float  # the peak
     schedule: Literal["constant", "cosine", "linear"]  # after the warm-up
@@ -33,75 +33,102 @@ class OptimizerConfig:
     beta2: float
     epsilon: float
     weight_decay: float  # of matrices only; multiplied by the learning rate
-    clip_norm: float  # largest global gradient norm; 0 = unclipped
+    clip_norm: float  # largest global gradient norm; 0 = no clipping
 
     def __post_init__(self):
-        fractions = {"warmup_from": 0, "final_fraction": 0, "beta1": 0, "beta2": 0}
-        others = {"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0}
-        check_range(self, fractions | others, {"beta1": 1, "beta2": 1})
+        at_least = {
+            "learning_rate": 0,
+            "warmup_steps": 0,
+            "warmup_from": 0,
+            "final_fraction": 0,
+            "beta1": 0,
+            "beta2": 0,
+            "weight_decay": 0,
+            "clip_norm": 0,
+        }
+        check_range(self, at_least, {"beta1": 1, "beta2": 1})
         check_positive(self, "epsilon")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The direction of one step: clipping, Adam, weight decay on every matrix; the learning
-    rate comes later.
+    """Clipping, Adam and weight decay: everything but the learning rate.
 
-    With clipping, its `update` wants the norm of the gradients, f32[], as `norm`.
+    With clipping, its `update` takes the global norm of the gradients as `norm` f32[].
     """
-    parts = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)]
+    transforms: list[Any] = []
     if config.clip_norm > 0:
-        parts.insert(0, clip(config.clip_norm))
+        transforms.append(clip_by_given_norm(config.clip_norm))
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    transforms.append(adam)
     if config.weight_decay > 0:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
-    return optax.chain(*parts)
+        decay = optax.add_decayed_weights(config.weight_decay, mask=weight_decay_mask)
+        transforms.append(decay)
+    return optax.chain(*transforms)
 
 
-def clip(largest: float) -> optax.GradientTransformationExtraArgs:
-    """gradients · min(1, largest / norm), by a norm that is given: optax's own clipping
-    takes a norm of its own, which in a branch of a program is another pass over all
-    gradients."""
+def clip_by_given_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """gradients · min(1, max_norm / norm), where the caller passes the norm.
+
+    `optax.clip_by_global_norm` computes the norm itself. Inside the branch of
+    `apply_gradients` that would be a second pass over all gradients.
+    """
 
     def update(
-        updates: Params, state: Any, params: Any = None, **given: Any
+        updates: Params, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Params, Any]:
-        scale = jnp.minimum(1.0, largest / given["norm"])
+        scale = jnp.minimum(1.0, max_norm / extra["norm"])
         return jax.tree.map(lambda gradient: gradient * scale, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def decayed(params: Params) -> Params:
-    """True for matrices (kernels, embeddings, adapters), False for biases and norms, judged
-    by name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) in MATRICES, params
-    )
+def weight_decay_mask(params: Params) -> Params:
+    """True for matrices (kernels, embeddings, adapters), False for biases and norms.
+
+    Decided by name, because stacked layers give biases a second axis too.
+    """
+
+    def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) in MATRICES
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def learning_rate_at(
     step: Array, *, peak: Array | float, config: OptimizerConfig, total_steps: int
 ) -> Array:
-    """Learning rate of update number `step` (from 0): i32[] → f32[].
+    """Learning rate of update number `step`, counted from 0.
 
     Linear from `warmup_from` to the peak over `warmup_steps`, then constant, or a cosine or
     a line down to `final_fraction` at `total_steps`. Paper, appendix C: cosine to 10%
-    without warm-up for SFT and RM; constant, with 10 iterations of warm-up from 0.1, for
-    PPO.
+    without warm-up for SFT and RM; constant after 10 iterations of warm-up from 0.1 for
+    PPO. The shapes are those of `optax.schedules`, which round differently in the last bit.
+
+    Args:
+      step: i32[].
+      peak: f32[], the largest learning rate.
+      config: the schedule.
+      total_steps: the length of the run.
+
+    Returns:
+      f32[]
     """
     step = step.astype(jnp.float32)
-    warmup = config.warmup_from + (1.0 - config.warmup_from) * step / max(
-        config.warmup_steps, 1
-    )
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    warmup_steps = config.warmup_steps
+    start = config.warmup_from
+    warmup = start + (1.0 - start) * step / max(warmup_steps, 1)
+
+    # Fraction of the steps after the warm-up that are done: f32[].
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     progress = jnp.clip(progress, 0.0, 1.0)
-    shape = {
+    shapes = {
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
     }
     final = 1.0 if config.schedule == "constant" else config.final_fraction
-    after = final + (1.0 - final) * shape[config.schedule]
-    return peak * jnp.where(step < config.warmup_steps, warmup, after)
+    decayed = final + (1.0 - final) * shapes[config.schedule]
+    return peak * jnp.where(step < warmup_steps, warmup, decayed)
 
 
 def apply_gradients(
@@ -110,47 +137,52 @@ def apply_gradients(
     gradients: Params,
     learning_rate: Array,
 ) -> TrainState:
-    """One optimizer step of what is trained: params − learning_rate · direction; none if
-    the norm of the gradients is not finite: then the state stays as it is. The step count
-    is the caller's."""
+    """One optimizer step on the trainable parameters.
+
+    A step with non-finite gradients is skipped: parameters and optimizer state stay as they
+    are. (`optax.apply_if_finite` accepts them after a number of failures; the run should
+    stop instead, see `runtime.nonfinite`.) The caller advances `state.step`.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      state: parameters and optimizer state before the step.
+      gradients: of the trainable parameters.
+      learning_rate: f32[].
+    """
     norm = optax.tree.norm(gradients)
-    before = trainable(state.params), state.opt_state
-    # A branch leaves the state where it is in memory; a choice for every number costs a
-    # twentieth of a small step.
-    moved = partial(step, optimizer, gradients, learning_rate, norm)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def take_step(params: Params, opt_state: Any) -> tuple[Params, Any]:
+        directions, opt_state = optimizer.update(gradients, opt_state, params, norm=norm)
+        params = jax.tree.map(lambda p, d: p - learning_rate * d, params, directions)
+        return params, opt_state
+
+    def skip_step(params: Params, opt_state: Any) -> tuple[Params, Any]:
+        return params, opt_state
+
+    # A branch updates in place; `where` on each number would cost 5% of a small step.
     params, opt_state = jax.lax.cond(
-        jnp.isfinite(norm), moved, lambda *before: before, *before
+        jnp.isfinite(norm), take_step, skip_step, trainable(state.params), state.opt_state
     )
-    return dataclasses.replace(
-        state, params=merge_trees(params, state.params), opt_state=opt_state
-    )
-
-
-def step(
-    optimizer: optax.GradientTransformation,
-    gradients: Params,
-    learning_rate: Array,
-    norm: Array,
-    params: Params,
-    opt_state: optax.OptState,
-) -> tuple[Params, optax.OptState]:
-    """Parameters and the optimizer's state after one step by gradients of the norm `norm`,
-    whatever they are."""
-    update = optax.with_extra_args_support(optimizer).update
-    directions, opt_state = update(gradients, opt_state, params, norm=norm)
-    return jax.tree.map(lambda p, d: p - learning_rate * d, params, directions), opt_state
+    params = merge_trees(params, state.params)
+    return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
 def skipped(*norms: Array) -> Array:
-    """1 where `apply_gradients` skipped gradients of any of these norms f32[], else 0:
-    f32[]."""
-    return 1.0 - jnp.all(jnp.isfinite(jnp.stack(norms))).astype(jnp.float32)
+    """1 if `apply_gradients` skipped a step for any of these gradient norms, else 0.
+
+    f32[] each → f32[].
+    """
+    all_finite = jnp.all(jnp.isfinite(jnp.stack(norms)))
+    return 1.0 - all_finite.astype(jnp.float32)
 
 
 def moving_average(average: Params, params: Params, decay: Array | float) -> Params:
-    """decay · average + (1 − decay) · params of what is trained (paper, appendix C.4:
-    0.992)."""
-    moved = jax.tree.map(
-        lambda a, p: decay * a + (1.0 - decay) * p, trainable(average), trainable(params)
-    )
-    return merge_trees(moved, average)
+    """decay · average + (1 − decay) · params, over the trainable parameters.
+
+    The paper's decay is 0.992 (appendix C.4).
+    """
+    # optax computes step_size · first + (1 − step_size) · second. Passing `decay` as the
+    # step size of the *average* avoids rounding 1 − (1 − decay).
+    averaged = optax.incremental_update(trainable(average), trainable(params), decay)
+    return merge_trees(averaged, average)

@@ -12,8 +12,10 @@ import pytest
 from tests.support import stages, tiny_models
 from tests.support.scoring import sequence_scores, token_values
 
+from instructax import rng
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
+from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
+from instructax.stages.ppo.experience import shuffled_minibatches
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.state import init_state, start_from
@@ -62,20 +64,20 @@ def compiled_update(program):
 
 @cache
 def other_params(head: str, seed: int = 5):
-    model = PROGRAM.policy if head == "tokens" else PROGRAM.scorer
+    model = PROGRAM.policy if head == "tokens" else PROGRAM.value_model
     return tiny_models.random_params(model, seed)
 
 
 def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
     """PROGRAM with so many packed rows in memory at a time, and what is left at the end in
     smaller parts."""
-    policy, scorer = (
+    policy, value_model = (
         dataclasses.replace(
             model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings)
         )
-        for model in (PROGRAM.policy, PROGRAM.scorer)
+        for model in (PROGRAM.policy, PROGRAM.value_model)
     )
-    return dataclasses.replace(PROGRAM, policy=policy, scorer=scorer)
+    return dataclasses.replace(PROGRAM, policy=policy, value_model=value_model)
 
 
 def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
@@ -135,9 +137,9 @@ def test_scores_are_those_of_the_plain_computation(temperature):
             np.testing.assert_allclose(
                 logprobs[row][real], plain[row][-real.sum() :], rtol=1e-4, atol=1e-5
             )
-    plain = stages.plain_scores(PROGRAM.scorer, other_params("scalar"), documents)
+    plain = stages.plain_scores(PROGRAM.value_model, other_params("scalar"), documents)
     np.testing.assert_allclose(judged.scores, plain, rtol=1e-4, atol=1e-5)
-    outputs = stages.plain_outputs(PROGRAM.scorer, state.value.params, documents)
+    outputs = stages.plain_outputs(PROGRAM.value_model, state.value.params, documents)
     for row, real in enumerate(mask):
         start = len(documents[row]) - real.sum() - 1
         np.testing.assert_allclose(
@@ -151,8 +153,8 @@ def test_scores_are_those_of_the_plain_computation(temperature):
 def test_value_before_a_token_is_the_score_of_what_stands_before_it():
     rollouts = rolled_out()[1]
     params, mask = other_params("scalar"), np.asarray(rollouts.mask)
-    values = jax.jit(partial(token_values, PROGRAM.scorer))(params, rollouts)
-    score = jax.jit(partial(sequence_scores, PROGRAM.scorer))
+    values = jax.jit(partial(token_values, PROGRAM.value_model))(params, rollouts)
+    score = jax.jit(partial(sequence_scores, PROGRAM.value_model))
     for t in range(7):
         cut = dataclasses.replace(rollouts, mask=jnp.asarray(mask & (np.arange(7) < t)))
         wanted = np.where(mask[:, t], score(params, cut), 0.0)
@@ -170,7 +172,7 @@ def test_figures_of_an_iteration():
         (np.exp(-log_ratios) - 1 + log_ratios).sum() / 8, rel=1e-4
     )
     endings = np.asarray(judged.rollouts.ended)
-    penalties = float(SHOWN.rewards.no_eos_penalty) * (~endings)
+    penalties = float(SHOWN.no_eos_penalty) * (~endings)
     rewards = (
         np.asarray(judged.scores, np.float64) - penalties - 0.1 * log_ratios.sum(axis=1)
     )
@@ -188,7 +190,7 @@ def test_figures_of_an_iteration():
 
 def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
     state, experience, _, metrics = scored()
-    unscored = dataclasses.replace(PROGRAM, rescores=False)
+    unscored = stages.with_options(PROGRAM, old_logprobs="sampled")
     _, other, judged, figures = scored(unscored)
     np.testing.assert_array_equal(other.old_logprobs, judged.rollouts.logprobs)
     stages.assert_trees_close(other, experience, rtol=1e-4, atol=1e-5)
@@ -234,7 +236,7 @@ def test_value_gradient_is_that_of_half_the_squared_error():
     mask = judged.rollouts.mask
 
     def loss(params):
-        values = token_values(PROGRAM.scorer, params, judged.rollouts)
+        values = token_values(PROGRAM.value_model, params, judged.rollouts)
         return 0.5 * jnp.sum(mask * (values - experience.returns) ** 2) / mask.sum()
 
     value, wanted = jax.jit(jax.value_and_grad(loss))(state.value.params)
@@ -246,9 +248,8 @@ def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
     _, experience, _, _ = scored()
     (policy, value), metrics = shown_gradients(PROGRAM, experience, None)
     slowly = tiny_models.optimizer_config(warmup_steps=4, warmup_from=0.25)
-    other = dataclasses.replace(
-        PROGRAM, value_optimizer=optax.scale(3.0), value_schedule=slowly
-    )
+    other = dataclasses.replace(PROGRAM, value_optimizer=optax.scale(3.0))
+    other = stages.with_options(other, value_optimizer=slowly)
     settings = stages.ppo_settings(learning_rate=1.0, value_learning_rate=0.5)
     (same, scaled), rates = shown_gradients(other, experience, None, settings)
     stages.assert_trees_close(same, policy, rtol=1e-4, atol=1e-6)
@@ -302,7 +303,7 @@ def test_without_both_coefficients_it_is_plain_ppo():
     # Discount 1: returns − values, which are the advantages, telescope to the score at λ =
     # 1.
     straight = stages.ppo_settings(kl_coef=0.0, lambda_=1.0)
-    raw = dataclasses.replace(PROGRAM, whiten_advantages=False)
+    raw = stages.with_options(PROGRAM, whiten_advantages=False)
     _, experience, judged, _ = scored(raw, straight)
     finals = np.asarray(judged.scores) - 0.5 * ~np.asarray(judged.rollouts.ended)
     mask = np.asarray(judged.rollouts.mask)
@@ -389,13 +390,13 @@ def test_accumulated_is_the_whole_minibatch(rows, halvings):
 
 
 def test_minibatches_partition_the_rows_anew_in_each_epoch():
-    program = dataclasses.replace(PROGRAM, minibatches=4, inner_epochs=2)
     _, experience, _, _ = scored()
     rows = jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 7))
     numbered = dataclasses.replace(experience, advantages=rows, returns=rows)
-    shuffled = jax.jit(partial(algorithm._minibatches, program))(
-        numbered, jnp.int32(3), jnp.int32(0)
+    shuffle = jax.jit(
+        partial(shuffled_minibatches, epochs=2, minibatches=4, mesh=PROGRAM.mesh)
     )
+    shuffled = shuffle(numbered, rng.step_key(3, "minibatches", 0))
     order = np.asarray(shuffled.advantages[:, :, 0])
     assert order.shape == (8, 2)  # 2 epochs × 4 minibatches of 2 rows
     first, second = order.reshape(2, 8).astype(int)
@@ -408,9 +409,7 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     np.testing.assert_array_equal(
         np.asarray(shuffled.rollouts.responses).reshape(16, 7), wanted
     )
-    later = jax.jit(partial(algorithm._minibatches, program))(
-        numbered, jnp.int32(3), jnp.int32(1)
-    )
+    later = shuffle(numbered, rng.step_key(3, "minibatches", 1))
     assert not np.array_equal(later.advantages, shuffled.advantages)
 
 
@@ -421,7 +420,7 @@ def test_average_moves_at_every_optimizer_step():
         lambda x: jnp.repeat(x[:1], 8, axis=0), experience
     )  # both minibatches are alike
     first, _ = compiled_update(PROGRAM)(start, same_rows, None, SHOWN)
-    two_steps = dataclasses.replace(PROGRAM, minibatches=2)
+    two_steps = stages.with_options(PROGRAM, minibatches=2)
     second, _ = compiled_update(two_steps)(start, same_rows, None, SHOWN)
     wanted = jax.tree.map(
         lambda e, p1, p2: 0.81 * e + 0.09 * p1 + 0.1 * p2,
@@ -556,7 +555,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         optimizer=tiny_models.optimizer_config(clip_norm=1.0),
         eos_id=22,
         response_tokens=6,
-        total_steps=ITERATIONS,
+        steps=ITERATIONS,
     )
     settings = stages.ppo_settings(
         kl_coef=0.01,
@@ -570,7 +569,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         value=start_from(other_params("scalar"), program.value_optimizer, MESH),
         ema=stages.copy_of(pretrained()),
     )
-    iterate = Iteration(
+    iterate = CompiledIteration(
         program,
         abstract_ppo_state(program),
         settings,
@@ -586,8 +585,8 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         text = counting_text(16, 1000 + step) if ptx_coef else None
         state, metrics, _, _ = iterate(state, (prompts, text), stages.no_phase)
         rewards.append(float(metrics["scores"]))
-    held_out = counting_text(32, 9999)
-    return rewards, stages.plain_loss(program.policy, state.policy.params, held_out)
+    unseen = counting_text(32, 9999)
+    return rewards, stages.plain_loss(program.policy, state.policy.params, unseen)
 
 
 def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):

@@ -20,11 +20,9 @@ import pytest
 
 from instructax.stages.ppo.experience import (
     AdvantageSettings,
-    InvariantError,
-    check_rollouts,
-    check_update,
     diagnostics,
     make_experience,
+    penalized_scores,
 )
 from instructax.types import Prompts, Rollouts, Scored
 
@@ -76,12 +74,18 @@ def example(log_ratios=LOG_RATIOS, values=VALUES) -> Scored:
 
 
 def made(
-    scored: Scored, *, whiten_rewards=False, whiten_advantages=False, **changes: float
+    scored: Scored,
+    *,
+    no_eos_rule="subtract",
+    whiten_rewards=False,
+    whiten_advantages=False,
+    **changes: float,
 ):
     return make_experience(
         scored,
         jnp.asarray(LOGPROBS),
         settings(**changes),
+        no_eos_rule=no_eos_rule,
         whiten_rewards=whiten_rewards,
         whiten_advantages=whiten_advantages,
     )
@@ -119,6 +123,34 @@ def test_only_responses_that_did_not_end_are_penalised():
         made(example(), no_eos_penalty=3.0)[1],
     )
     np.testing.assert_allclose(gentle - harsh, [[0, 0, 0], [0, 3, 0]], rtol=1e-6)
+
+
+# Scores 2 and 1, penalty 1/2, and only the second response did not end: with β = 1/2 and
+# r = 1/2 at its last token, its last reward is −1/4 + (1 − 1/2) or −1/4 − 1/2.
+NO_EOS_SCORES = {"subtract": [F(2), F(1, 2)], "replace": [F(2), F(-1, 2)]}
+LAST_REWARDS = {"subtract": F(1, 4), "replace": F(-3, 4)}
+
+
+@pytest.mark.parametrize("rule", ["subtract", "replace"])
+def test_no_eos_rules_by_hand(rule):
+    scored = example()
+    found = penalized_scores(
+        scored.scores, scored.rollouts.ended, settings().no_eos_penalty, rule
+    )
+    np.testing.assert_array_equal(found, [float(x) for x in NO_EOS_SCORES[rule]])
+    rewards = made(scored, no_eos_rule=rule)[1]
+    np.testing.assert_allclose(rewards[0], floats(REWARDS)[0], rtol=1e-6)
+    assert float(rewards[1, 1]) == float(LAST_REWARDS[rule])
+
+
+def test_replacing_ignores_the_score_and_subtracting_keeps_its_order():
+    """A harmless and a bad response, both cut off."""
+    scores = jnp.array([3.0, -5.0])
+    ended = jnp.array([False, False])
+    replaced = penalized_scores(scores, ended, 1.0, "replace")
+    subtracted = penalized_scores(scores, ended, 1.0, "subtract")
+    np.testing.assert_array_equal(replaced, [-1.0, -1.0])
+    np.testing.assert_array_equal(subtracted, [2.0, -6.0])
 
 
 def test_a_policy_that_is_the_reference_gets_the_score_alone():
@@ -165,7 +197,12 @@ def test_whitened_rewards():
 def test_settings_are_arrays_of_one_program():
     compiled = jax.jit(
         lambda s, scored: make_experience(
-            scored, jnp.asarray(LOGPROBS), s, whiten_rewards=False, whiten_advantages=True
+            scored,
+            jnp.asarray(LOGPROBS),
+            s,
+            no_eos_rule="subtract",
+            whiten_rewards=False,
+            whiten_advantages=True,
         )
     )
     for kl_coef in (0.0, 0.5):
@@ -262,61 +299,3 @@ def test_rollouts_without_a_token_give_zeros():
     experience, rewards = made(scored, whiten_rewards=True, whiten_advantages=True)
     for x in (rewards, experience.advantages, experience.returns):
         np.testing.assert_array_equal(x, np.zeros((2, 3)))
-
-
-ROLLOUTS = {"sampler_gap": 0.01, "ref_gap": 0.01}
-UPDATE = {
-    "first_ratio_gap": 0.01,
-    "first_clipped_fraction": 0.0,
-    "policy_loss": jnp.float32(0.5),
-    "value_loss": 0.5,
-    "ptx_loss": 0.5,
-}
-
-
-def test_within_the_tolerance_nothing_is_raised():
-    check_rollouts(ROLLOUTS, first=True, tolerance=0.01)
-    check_rollouts({**ROLLOUTS, "ref_gap": 5.0}, first=False, tolerance=0.01)
-    check_update(UPDATE, tolerance=0.01)
-    check_update(
-        {name: x for name, x in UPDATE.items() if name != "ptx_loss"}, tolerance=0.01
-    )
-
-
-@pytest.mark.parametrize("gap", [0.0101, math.nan, math.inf])
-def test_a_sampler_that_is_not_the_scorer_stops_the_run(gap):
-    with pytest.raises(
-        InvariantError,
-        match=r"as sampled and as scored differ by .* \(tolerance 0\.01\): look for",
-    ):
-        check_rollouts({**ROLLOUTS, "sampler_gap": gap}, first=False, tolerance=0.01)
-
-
-@pytest.mark.parametrize("gap", [0.0101, math.nan])
-def test_a_first_policy_that_is_not_the_reference_stops_the_run(gap):
-    with pytest.raises(
-        InvariantError, match=r"before the first update .* look at policy_parent"
-    ):
-        check_rollouts({**ROLLOUTS, "ref_gap": gap}, first=True, tolerance=0.01)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"first_ratio_gap": 0.02}, {"first_ratio_gap": math.nan}]
-    + [{"first_clipped_fraction": x} for x in (0.02, math.nan)],
-)
-def test_a_first_ratio_off_one_stops_the_run(change):
-    with pytest.raises(
-        InvariantError,
-        match=r"at the first inner step the ratio is off 1 by .* dropout or dtype",
-    ):
-        check_update({**UPDATE, **change}, tolerance=0.01)
-
-
-@pytest.mark.parametrize("name", ["policy_loss", "value_loss", "ptx_loss"])
-@pytest.mark.parametrize("loss", [math.nan, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(name, loss):
-    with pytest.raises(
-        InvariantError, match=f"^{name} is (nan|-inf): lower the learning rate"
-    ):
-        check_update({**UPDATE, name: jnp.float32(loss)}, tolerance=0.01)

@@ -13,10 +13,11 @@ from instructax.checkpoints.parents import tokenizer_of
 from instructax.checkpoints.restore import load_params
 from instructax.data.batches import lm_batch
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
-from instructax.stages.ppo import algorithm
+from instructax.stages.ppo import algorithm, gradients
 from instructax.stages.ppo import stage as ppo_train
-from instructax.stages.ppo.experience import InvariantError
-from instructax.stages.ppo.stage import Iteration, abstract_ppo_state
+from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
+from instructax.stages.ppo.invariants import InvariantError
+from instructax.training.settings import settings_from
 from instructax.training.state import abstract_state
 from instructax.types import Rollouts
 
@@ -34,7 +35,7 @@ TEXT = stages.packed_rows(4, 14)
 @cache
 def networks():
     return tiny_models.random_params(PROGRAM.policy), tiny_models.random_params(
-        PROGRAM.scorer, 1
+        PROGRAM.value_model, 1
     )
 
 
@@ -53,7 +54,7 @@ def iterate(
             state, value=dataclasses.replace(state.value, params=value_params)
         )
     before = jax.device_get(state)
-    run = Iteration(
+    run = CompiledIteration(
         program,
         abstract_ppo_state(program),
         settings or stages.ppo_settings(),
@@ -86,28 +87,30 @@ def test_what_holds_at_the_first_inner_step():
 
 
 def test_scores_are_the_reward_models_and_not_the_value_networks():
-    value = tiny_models.random_params(PROGRAM.scorer, 8)
+    value = tiny_models.random_params(PROGRAM.value_model, 8)
     _, _, metrics, rollouts, scores = iterate(value_params=value)
     wanted = stages.plain_scores(
-        PROGRAM.scorer, networks()[1], stages.responses_of(rollouts)
+        PROGRAM.value_model, networks()[1], stages.responses_of(rollouts)
     )
     np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5)
     assert float(metrics["scores"]) == pytest.approx(wanted.mean(), rel=1e-4)
 
 
-def patched(monkeypatch, name, **changes):
-    """Makes PPO call `name` with other keyword arguments than it means to."""
-    function = getattr(algorithm, name)
-    monkeypatch.setattr(
-        algorithm, name, lambda *args, **kwargs: function(*args, **{**kwargs, **changes})
-    )
+def patched(monkeypatch, module, name, **changes):
+    """Makes PPO's `module` call `name` with other keyword arguments than it means to."""
+    function = getattr(module, name)
+
+    def changed(*args, **kwargs):
+        return function(*args, **{**kwargs, **changes})
+
+    monkeypatch.setattr(module, name, changed)
 
 
 def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
-    patched(monkeypatch, "generate", temperature=1.3)
+    patched(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(
         InvariantError,
-        match=r"as sampled and as scored differ by .* look for another temperature",
+        match=r"sampled and recomputed .* differ by .* look for a difference in temperature",
     ):
         iterate()
 
@@ -115,15 +118,15 @@ def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
 def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_is_held_against(
     monkeypatch,
 ):
-    program = dataclasses.replace(PROGRAM, rescores=False)
+    program = stages.with_options(PROGRAM, old_logprobs="sampled")
     _, _, metrics, _, _ = iterate(program=program)
     assert metrics["first_ratio_gap"] < 1e-5
-    patched(monkeypatch, "generate", temperature=1.3)
+    patched(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match=r"policy and reference differ by"):
         iterate(program=program)
     with pytest.raises(
         InvariantError,
-        match=r"the ratio is off 1 by .* scorer \(sampler, if old_logprobs are its\)",
+        match=r"the ratio differs from 1 by .* old_logprobs = 'sampled', the sampler",
     ):
         iterate(program=program, first_step=1)
 
@@ -138,13 +141,15 @@ def test_a_sampler_with_wrong_positions_stops_the_run(monkeypatch):
         return dataclasses.replace(rollouts, prompts=prompts)
 
     monkeypatch.setattr(algorithm, "generate", padded_on_the_right)
-    with pytest.raises(InvariantError, match="as sampled and as scored"):
+    with pytest.raises(InvariantError, match="sampled and recomputed"):
         iterate()
 
 
 def test_an_update_at_another_temperature_stops_the_run(monkeypatch):
-    patched(monkeypatch, "row_loss_and_gradients", temperature=1.5)
-    with pytest.raises(InvariantError, match="at the first inner step the ratio is off 1"):
+    patched(monkeypatch, gradients, "packed_loss_and_gradients", temperature=1.5)
+    with pytest.raises(
+        InvariantError, match="at the first optimizer step the ratio differs from 1"
+    ):
         iterate()
 
 
@@ -170,7 +175,7 @@ def test_samples_are_rollouts_as_text():
         logprobs=np.zeros((3, 3)),
         ended=np.zeros(3, bool),
     )
-    samples = ppo_train.samples_of(rollouts, np.array([0.5, -1.0, 2.0]), Letters())
+    samples = ppo_train.sample_records(rollouts, np.array([0.5, -1.0, 2.0]), Letters())
     prompts = [np.asarray(rollouts.prompts.tokens)[row, 2 - row :] for row in range(3)]
     assert samples == [
         {
@@ -201,7 +206,7 @@ def ppo_parts(chain, name="ppo-ptx", **overrides):
     """(config, program, prepared data) of a PPO run of the chain."""
     config = stages.config_with_kernel(stages.config_of(chain, name, overrides))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    program = ppo_train.program_of(config, stages.mesh_of(), tokenizer.eos_id)
+    program = ppo_train.make_program(config, stages.mesh_of(), tokenizer.eos_id)
     return config, program, config.prepare_data(tokenizer)
 
 
@@ -221,27 +226,26 @@ def test_every_value_of_the_config_reaches_its_place(chain):
         name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))
     }  # no two alike
     counts = {"steps": 6, "inner_epochs": 2, "minibatches": 4}
-    choices = {"whiten_rewards": True, "whiten_advantages": False}
-    config, program, _ = ppo_parts(chain, seed=5, **peaks, **values, **counts, **choices)
-    settings = vars(ppo_train.settings_of(config))
-    settings |= vars(settings.pop("rewards"))
-    rates = {"learning_rate": 0.75, "value_learning_rate": 0.5}
-    assert {name: float(value) for name, value in settings.items()} == values | rates | {
-        "seed": 5
+    choices = {
+        "whiten_rewards": True,
+        "whiten_advantages": False,
+        "old_logprobs": "sampled",
+        "no_eos_rule": "replace",
     }
-    counts["total_steps"] = counts.pop("steps")
-    assert {name: getattr(program, name) for name in counts | choices} == counts | choices
-    assert (program.policy_schedule, program.value_schedule) == (
-        config.optimizer,
-        config.value_optimizer,
-    )
-    assert (program.policy.config, program.scorer.config) == (
+    config, program, _ = ppo_parts(chain, seed=5, **peaks, **values, **counts, **choices)
+    settings = vars(settings_from(algorithm.PpoSettings, config))
+    assert float(settings.pop("optimizer").learning_rate) == 0.75
+    assert float(settings.pop("value_optimizer").learning_rate) == 0.5
+    found = {name: float(value) for name, value in settings.items()}
+    assert found == values | {"seed": 5}
+    options = {name: getattr(program.options, name) for name in counts | choices}
+    assert options == counts | choices
+    assert (program.policy.config, program.value_model.config) == (
         config.model,
         config.reward_model,
     )
     assert program.response_tokens == config.data.limits.response_tokens
     assert program.clip_values and not ppo_parts(chain, value_clip=0.0)[1].clip_values
-    assert program.rescores and not ppo_parts(chain, old_logprobs="sampler")[1].rescores
 
 
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
@@ -303,7 +307,7 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
 
 def test_rows_of_an_iteration(chain):
     config, program, data = ppo_parts(chain)
-    read = ppo_train.reader(config, data, program.mesh)
+    read = ppo_train.batch_reader(config, data, program.mesh)
     prompts, text = read(3)
     assert prompts.tokens.shape == (8, 24)
     assert text.tokens.shape == (4, 64)  # 2 rows for each of 2 optimizer steps
@@ -311,9 +315,9 @@ def test_rows_of_an_iteration(chain):
     stages.assert_trees_equal((prompts, text), again)
     assert not np.array_equal(read(4)[0].tokens, prompts.tokens)
     plain = dataclasses.replace(config, ptx_coef=0.0)
-    assert ppo_train.reader(plain, data, program.mesh)(3)[1] is None
+    assert ppo_train.batch_reader(plain, data, program.mesh)(3)[1] is None
     twice = dataclasses.replace(config, inner_epochs=2)
-    assert ppo_train.reader(twice, data, program.mesh)(3)[1].tokens.shape == (8, 64)
+    assert ppo_train.batch_reader(twice, data, program.mesh)(3)[1].tokens.shape == (8, 64)
 
 
 def test_ppo_needs_no_text(chain, tmp_path):
@@ -331,8 +335,8 @@ def test_ppo_needs_no_text(chain, tmp_path):
 
 
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):
-    patched(monkeypatch, "generate", temperature=1.3)
-    with pytest.raises(InvariantError, match="as sampled and as scored"):
+    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    with pytest.raises(InvariantError, match="sampled and recomputed"):
         run_stage(stages.config_of(chain, "ppo", {}), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert metrics_of(tmp_path / "run") == []

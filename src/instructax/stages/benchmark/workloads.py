@@ -25,6 +25,7 @@ from instructax.stages import pretrain, sft
 from instructax.stages import reward_model as reward
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo import stage as ppo_train
+from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import settings_from
 from instructax.training.state import (
@@ -198,12 +199,12 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     """The three programs of an iteration; with `runs`, that many runs of other seeds side
     by side in one program."""
     program, settings = (
-        ppo_train.program_of(config, mesh, _eos_id(config, ending)),
-        ppo_train.settings_of(config),
+        ppo_train.make_program(config, mesh, _eos_id(config, ending)),
+        settings_from(algorithm.PpoSettings, config),
     )
     policy = _policy(program, ending)
     scorer = init_state(
-        program.scorer, program.value_optimizer, jax.random.key(1), mesh
+        program.value_model, program.value_optimizer, jax.random.key(1), mesh
     ).params
     adapt = adapter_initializer(config, 0), adapter_initializer(config, 1)
     started = start_from(policy, program.policy_optimizer, mesh, adapt[0])
@@ -231,9 +232,9 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
         iterate = jax.jit(many, donate_argnums=0)
     else:
         states = [state]
-        iterate = ppo_train.Iteration(
+        iterate = CompiledIteration(
             program,
-            ppo_train.abstract_ppo_state(program, *adapt),
+            abstract_ppo_state(program, *adapt),
             settings,
             policy,
             scorer,
@@ -280,8 +281,8 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
 
 def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
     program, settings = (
-        ppo_train.program_of(config, mesh, _eos_id(config, ending)),
-        ppo_train.settings_of(config),
+        ppo_train.make_program(config, mesh, _eos_id(config, ending)),
+        settings_from(algorithm.PpoSettings, config),
     )
     policy, prompts = _policy(program, ending), sharding.shard_rows(_prompts(config), mesh)
     rollout = jax.jit(partial(algorithm.rollout, program))

@@ -1,27 +1,66 @@
-"""From rollouts to what the PPO update reads, with the figures and the invariants of one
-iteration.
+"""From scored rollouts to what the PPO update reads: rewards, advantages, minibatches, and
+the metrics of one iteration.
 
-Departures from the paper, which leaves them open: λ, whitening and the penalty for
-responses that never end are settings.
+The paper leaves λ, whitening and the treatment of responses without an end token open; here
+they are settings.
 """
 
-from typing import Any
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from instructax.advantages import generalized_advantages, kl_penalized_rewards
 from instructax.masking import masked_mean, token_count, whiten
-from instructax.types import Array, Experience, Scored, pytree
+from instructax.models import ComputeConfig
+from instructax.models.scoring import rollout_sequences
+from instructax.models.sequence_packing import PackedLayout, pack, plan_packing
+from instructax.training.accumulation import split_microbatches
+from instructax.types import Array, Experience, LmBatch, Scored, pytree
+
+# Metrics that compare the sampler with a second pass of the policy.
+SAMPLER_GAPS = ("sampler_gap", "sampler_gap_max")
+
+# Largest −log ratio that enters the k3 estimate, so that one sampled token which the policy
+# all but excludes cannot turn the mean into infinity: e³⁰ is 1e13.
+MAX_LOG_RATIO = 30.0
 
 
 @pytree
 class AdvantageSettings:
-    """What turns scores into advantages; arrays, so that a sweep over them compiles once."""
+    """What turns scores into advantages; arrays, so that a sweep compiles once."""
 
     kl_coef: Array  # f32[], β of Eq. 2
     discount: Array  # f32[]
-    lambda_: Array  # f32[]
-    no_eos_penalty: Array  # f32[], taken off the score of a response that did not end
+    lambda_: Array  # f32[], of generalized advantage estimation
+    no_eos_penalty: Array  # f32[], see `penalized_scores`
+
+
+def penalized_scores(
+    scores: Array,
+    ended: Array,
+    penalty: Array | float,
+    rule: Literal["subtract", "replace"],
+) -> Array:
+    """Scores with the penalty for responses that were cut off before an end token.
+
+    The paper does not say what it does. Its ancestors (Ziegler et al. 2019, Stiennon et al.
+    2020) replace the score by a constant, −1. The default here, which all experiments use,
+    subtracts from the score instead, so that cut-off responses are still ranked.
+
+    Args:
+      scores: f32[B], from the reward model.
+      ended: b[B], whether the response has an end token.
+      penalty: f32[], `no_eos_penalty`.
+      rule: "subtract" gives score − penalty, "replace" gives −penalty.
+
+    Returns:
+      f32[B]
+    """
+    if rule == "replace":
+        return jnp.where(ended, scores, -penalty)
+    return scores - penalty * (~ended)
 
 
 def make_experience(
@@ -29,30 +68,45 @@ def make_experience(
     logprobs: Array,
     settings: AdvantageSettings,
     *,
+    no_eos_rule: Literal["subtract", "replace"],
     whiten_rewards: bool,
     whiten_advantages: bool,
 ) -> tuple[Experience, Array]:
     """Rewards, advantages and returns of one batch of rollouts.
 
-    `logprobs` f32[B, R]: the policy's own, the `old_logprobs` of the ratio. By the scorer
-    they start at exactly what the update computes, by the sampler within its rounding.
-    Returns (experience, rewards f32[B, R]).
+    Args:
+      scored: rollouts with reference log-probabilities, values and scores.
+      logprobs: f32[B, R], the policy's; they become the `old_logprobs` of the ratio. When
+        recomputed they equal what the update computes first; when sampled they differ by
+        the sampler's rounding.
+      settings: coefficients.
+      no_eos_rule: see `penalized_scores`.
+      whiten_rewards: scale rewards to variance 1, keeping their mean.
+      whiten_advantages: shift and scale advantages to mean 0 and variance 1.
+
+    Returns:
+      (experience, rewards f32[B, R] before whitening)
     """
     rollouts = scored.rollouts
-    scores = scored.scores - settings.no_eos_penalty * (~rollouts.ended)
-    rewards = kl_penalized_rewards(
-        scores, logprobs, scored.ref_logprobs, rollouts.mask, kl_coef=settings.kl_coef
+    mask = rollouts.mask
+    scores = penalized_scores(
+        scored.scores, rollouts.ended, settings.no_eos_penalty, no_eos_rule
     )
-    used = whiten(rewards, rollouts.mask, shift_mean=False) if whiten_rewards else rewards
+    rewards = kl_penalized_rewards(
+        scores, logprobs, scored.ref_logprobs, mask, kl_coef=settings.kl_coef
+    )
+    scaled_rewards = rewards
+    if whiten_rewards:
+        scaled_rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = generalized_advantages(
-        used,
+        scaled_rewards,
         scored.values,
-        rollouts.mask,
+        mask,
         discount=settings.discount,
         lambda_=settings.lambda_,
     )
     if whiten_advantages:
-        advantages = whiten(advantages, rollouts.mask, shift_mean=True)
+        advantages = whiten(advantages, mask, shift_mean=True)
     experience = Experience(
         rollouts=rollouts,
         old_logprobs=logprobs,
@@ -63,27 +117,86 @@ def make_experience(
     return experience, rewards
 
 
+@pytree
+class Minibatch:
+    """The rollouts of one optimizer step in packed rows; per-token arrays are aligned with
+    the response tokens."""
+
+    rows: LmBatch  # [rows, shards, W], the loss mask marks response tokens
+    old_logprobs: Array  # f32[rows, shards, W], like the next three
+    values: Array
+    advantages: Array
+    returns: Array
+    layout: PackedLayout
+
+
+def shuffled_minibatches(
+    experience: Experience, key: Array, *, epochs: int, minibatches: int, mesh: Mesh
+) -> Experience:
+    """The rollouts in a new random order for each epoch.
+
+    [B, ...] → [epochs · minibatches, B / minibatches, ...]
+    """
+    count = experience.advantages.shape[0]
+    epoch_keys = jax.random.split(key, epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, count))(epoch_keys)
+    order = order.reshape(-1)  # i32[epochs · B]
+    shuffled = jax.tree.map(lambda x: jnp.take(x, order, axis=0), experience)
+    return split_microbatches(shuffled, epochs * minibatches, mesh)
+
+
+def pack_minibatch(
+    experience: Experience, *, width: int, compute: ComputeConfig, mesh: Mesh
+) -> Minibatch:
+    """Packs the rollouts of one minibatch into rows of `width` tokens."""
+    sequences = rollout_sequences(experience.rollouts)
+    layout = plan_packing(sequences.segments != 0, width=width, compute=compute, mesh=mesh)
+    start = experience.rollouts.prompts.tokens.shape[1]  # P, where responses begin
+
+    def spread(per_token: Array) -> Array:
+        """f32[B, R] → f32[rows, shards, W]"""
+        return layout.scatter(jnp.pad(per_token, ((0, 0), (start, 0))))
+
+    return Minibatch(
+        rows=pack(sequences, layout),
+        old_logprobs=spread(experience.old_logprobs),
+        values=spread(experience.values),
+        advantages=spread(experience.advantages),
+        returns=spread(experience.returns),
+        layout=layout,
+    )
+
+
 def diagnostics(
     scored: Scored, logprobs: Array, entropy: Array, rewards: Array, returns: Array
 ) -> dict[str, Array]:
-    """Figures of one iteration, f32[]; sums over a response's tokens, means over responses,
-    nats.
+    """Metrics of one iteration, f32[] each, in nats.
 
-    kl: Σ_t log(π / π_ref), the k1 estimate on sampled tokens; kl_k3: Σ_t (π_ref / π − 1 −
-    log(π_ref / π)), never negative. Gaps are means over tokens of the absolute difference
-    between two log-probabilities: as sampled and as scored, and by policy and reference. A
-    mean stays small under the rounding of 16 bits; one token of many does not.
+    `kl` is Σ_t log(π / π_ref), the k1 estimate on sampled tokens; `kl_k3` is
+    Σ_t (π_ref / π − 1 − log(π_ref / π)), which is never negative; both are means over
+    responses. Gaps are means over tokens of the absolute difference between two
+    log-probabilities: sampled and recomputed (`sampler_gap`), policy and reference
+    (`ref_gap`). A mean stays small under 16-bit rounding; the largest token need not.
+
+    Args:
+      scored: rollouts with reference log-probabilities, values and scores.
+      logprobs: f32[B, R], the policy's.
+      entropy: f32[B, R], the policy's before each token.
+      rewards: f32[B, R], before whitening.
+      returns: f32[B, R].
     """
     rollouts = scored.rollouts
     mask = rollouts.mask
-    log_ratios = jnp.where(mask, logprobs - scored.ref_logprobs, 0.0)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    kl = jnp.sum(log_ratios, axis=1)
-    # Capped, so that one sampled token that the policy all but excludes cannot turn the
-    # average into infinity.
-    k3 = jnp.where(mask, jnp.expm1(jnp.minimum(-log_ratios, 30.0)) + log_ratios, 0.0)
+
+    log_ratios = jnp.where(mask, logprobs - scored.ref_logprobs, 0.0)
+    kl = jnp.sum(log_ratios, axis=1)  # f32[B]
+    capped = jnp.minimum(-log_ratios, MAX_LOG_RATIO)
+    k3 = jnp.where(mask, jnp.expm1(capped) + log_ratios, 0.0)
     sampler_gaps = jnp.abs(logprobs - rollouts.logprobs)
+
     residual = _variance(returns - scored.values, mask)
+    unexplained = residual / jnp.maximum(_variance(returns, mask), 1e-8)
     return {
         "kl": jnp.mean(kl),
         "kl_standard_error": jnp.std(kl) / jnp.sqrt(kl.shape[0]),
@@ -96,7 +209,7 @@ def diagnostics(
         "scores_std": jnp.std(scored.scores),
         "rewards": jnp.mean(jnp.sum(rewards, axis=1)),
         "values": masked_mean(scored.values, mask),
-        "explained_variance": 1.0 - residual / jnp.maximum(_variance(returns, mask), 1e-8),
+        "explained_variance": 1.0 - unexplained,
         "response_length": jnp.mean(lengths),
         "response_length_max": jnp.max(lengths),
         "ended_share": jnp.mean(rollouts.ended, dtype=jnp.float32),
@@ -107,46 +220,3 @@ def diagnostics(
 def _variance(x: Array, mask: Array) -> Array:
     mean = masked_mean(x, mask)
     return masked_mean((x - mean) ** 2, mask)
-
-
-class InvariantError(RuntimeError):
-    """An identity that holds in a correct run does not; the message names the cause to look
-    for."""
-
-
-def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) -> None:
-    """Raises InvariantError unless sampler and scorer, if both were run, agree and, with
-    `first`, the policy is still the reference."""
-    if "sampler_gap" in metrics and not (gap := float(metrics["sampler_gap"])) <= tolerance:
-        raise InvariantError(
-            f"log-probabilities as sampled and as scored differ by {gap:.3g} (tolerance {tolerance:g}): look for "
-            "another temperature, dropout, positions, masks or dtype in one of the two; if config.compute.dtype or "
-            "config.compute.decoding_dtype has 16 bits, config.tolerance = 0.03 allows for their rounding"
-        )
-    gap = float(metrics["ref_gap"])
-    if first and not gap <= tolerance:
-        raise InvariantError(
-            f"before the first update the log-probabilities of policy and reference differ by {gap:.3g} (tolerance "
-            f"{tolerance:g}): they are not the same parameters, so look at policy_parent and its step, or, with "
-            "old_logprobs = 'sampler', config.compute.decoding_dtype is not config.compute.dtype"
-        )
-
-
-def check_update(metrics: dict[str, Any], *, tolerance: float) -> None:
-    """Raises InvariantError unless the first inner step saw ratio 1 and nothing clipped,
-    both within the tolerance, and all losses are finite."""
-    gap, clipped = (
-        float(metrics["first_ratio_gap"]),
-        float(metrics["first_clipped_fraction"]),
-    )
-    if not (gap <= tolerance and clipped <= tolerance):
-        raise InvariantError(
-            f"at the first inner step the ratio is off 1 by {gap:.3g} (tolerance {tolerance:g}) and {clipped:.3g} of "
-            "the tokens are clipped: scorer (sampler, if old_logprobs are its) and update run different "
-            "parameters, temperature, dropout or dtype"
-        )
-    for name in ("policy_loss", "value_loss", "ptx_loss"):
-        if name in metrics and not jnp.isfinite(metrics[name]):
-            raise InvariantError(
-                f"{name} is {metrics[name]}: lower the learning rate or look at the scores' scale"
-            )
