@@ -52,7 +52,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "dropout": 0.2,
         "run.best_metric": "demonstrations_loss",
     },
-    "reward": {"steps": 12, "epochs": 0.0, "run.best_metric": "held_out_loss"},
+    "reward": {"steps": 12, "epochs": 0.0, "run.best_metric": "validation_loss"},
     "ppo": {"steps": 8, "run.best_metric": "text_loss"},
     "ppo-ptx": {"steps": 8, "run.best_metric": "text_loss"},
 }

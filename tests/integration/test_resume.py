@@ -15,12 +15,11 @@ from instructax.checkpoints import checkpoint
 from instructax.checkpoints.manifest import manifest_hash
 from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from instructax.config import ConfigError
-from instructax.evals import held_out
+from instructax.evals import validation
 from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
 from instructax.runtime import goodput
 from instructax.runtime.heartbeat import last_beat
 from instructax.runtime.preemption import check_stop_requested
-from instructax.stages import reward_model
 from instructax.training import loop as training
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -115,12 +114,12 @@ def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, s
     after step 2, the second at the end."""
     best = {
         "sft": "demonstrations_loss",
-        "reward": "held_out_loss",
+        "reward": "validation_loss",
         "ppo-ptx": "text_loss",
     }[name]
     config = config_of(chain, name, **{"run.best_metric": best, "run.save_every": 2})
     _, straight = run(config, tmp_path / "straight")
-    module, read = (reward_model if name == "reward" else held_out), []
+    read = []
 
     def stop():
         if read[-1] == 2 * stops - 1:
@@ -129,7 +128,7 @@ def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, s
 
     with pytest.MonkeyPatch.context() as stopping:
         stages.Watch(stopping).read.append(read.append)
-        stopping.setattr(module, "pause", stop)
+        stopping.setattr(validation, "check_stop_requested", stop)
         with pytest.raises(training.Interrupted, match=f"step {2 * stops} is saved"):
             run_stage(config, tmp_path / "stopped")
     assert [line["step"] for line in lines_of(tmp_path / "stopped")] == list(

@@ -2,7 +2,6 @@
 bias."""
 
 import dataclasses
-import itertools
 import math
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from instructax.models.init import init_params
 from instructax.stages import reward_model
 from instructax.training.settings import OptimizerSettings
 from instructax.training.state import abstract_state, new_state
-from instructax.types import Comparisons
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -81,42 +79,12 @@ def run_update(program, batch):
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
 
 
-def responses_of(batch: Comparisons, prompt: int) -> list[np.ndarray]:
-    """Prompt and answer as one document, for each valid answer."""
-    start = batch.prompts.tokens[prompt][batch.prompts.mask[prompt]]
-    rows = zip(
-        batch.responses[prompt], batch.mask[prompt], batch.valid[prompt], strict=True
-    )
-    return [
-        np.concatenate([start, response[mask]]) for response, mask, valid in rows if valid
-    ]
-
-
-def plain_ranking(model, params, batch) -> tuple[float, int, int]:
-    """(mean loss over prompts with a pair, pairs ordered rightly, pairs), each answer run
-    alone."""
-    losses, right, count = [], 0, 0
-    for prompt in range(len(batch.ranks)):
-        scores = stages.plain_scores(model, params, responses_of(batch, prompt))
-        ranks = batch.ranks[prompt][batch.valid[prompt]]
-        pairs = itertools.permutations(range(len(scores)), 2)
-        margins = [
-            scores[better] - scores[worse]
-            for better, worse in pairs
-            if ranks[better] < ranks[worse]
-        ]
-        if margins:
-            losses.append(
-                sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
-            )
-        right, count = right + sum(margin > 0 for margin in margins), count + len(margins)
-    return sum(losses) / len(losses), right, count
-
-
 def test_loss_is_the_mean_over_prompts_of_the_mean_over_pairs():
     batch = stages.comparisons(ANSWERS, 5)
     _, metrics, state = run_update(program(), batch)
-    loss, right, pairs = plain_ranking(MODEL, tiny_models.random_params(MODEL), batch)
+    loss, right, pairs = stages.plain_ranking(
+        MODEL, tiny_models.random_params(MODEL), batch
+    )
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx(right / pairs, rel=1e-6)
     assert metrics["pairs"] == pairs
@@ -133,7 +101,7 @@ def test_gradient_is_that_of_the_loss():
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     direction = jax.tree.map(lambda x: x / optax.tree.norm(direction), direction)
     ahead, behind = (
-        plain_ranking(
+        stages.plain_ranking(
             MODEL, jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), batch
         )[0]
         for s in (h, -h)
@@ -158,7 +126,7 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
     )  # the second answer is the better
     _, metrics, _ = run_update(program(), batch)
     worse, better = stages.plain_scores(
-        MODEL, tiny_models.random_params(MODEL), responses_of(batch, 0)
+        MODEL, tiny_models.random_params(MODEL), stages.comparison_documents(batch, 0)
     )
     assert float(metrics["loss"]) == pytest.approx(
         math.log1p(math.exp(worse - better)), rel=1e-5
@@ -215,46 +183,19 @@ def test_what_an_invalid_answer_holds_does_not_matter():
     assert got_metrics["pairs"] == metrics["pairs"]
 
 
-def test_held_out_ranking_adds_up_over_batches():
-    batch = stages.comparisons(ANSWERS, 5)
-    params = tiny_models.random_params(MODEL)
-    ranking = jax.jit(partial(reward_model.held_out_ranking, MODEL, stages.mesh_of()))
-    halves = [
-        ranking(params, jax.tree.map(lambda x, part=part: x[part], batch))
-        for part in (slice(4), slice(4, 8))
-    ]
-    loss, prompts, right, pairs = (
-        sum(float(x) for x in column) for column in zip(*halves, strict=True)
-    )
-    wanted, wanted_right, wanted_pairs = plain_ranking(MODEL, params, batch)
-    assert loss / prompts == pytest.approx(wanted, rel=1e-5)
-    assert (right, pairs) == (pytest.approx(wanted_right, rel=1e-6), wanted_pairs)
-
-
 def test_another_bias_shifts_scores_and_nothing_else():
     batch, params = stages.comparisons(ANSWERS, 5), tiny_models.random_params(MODEL)
     shift = 2.5 - float(params["scalar_head"]["bias"])
     shifted = reward_model.with_bias(params, 2.5)
-    documents = responses_of(batch, 2)
+    documents = stages.comparison_documents(batch, 2)
     before, after = (stages.plain_scores(MODEL, p, documents) for p in (params, shifted))
     np.testing.assert_allclose(after, before + shift, rtol=1e-5)
-    assert plain_ranking(MODEL, shifted, batch) == pytest.approx(
-        plain_ranking(MODEL, params, batch), rel=1e-5
+    assert stages.plain_ranking(MODEL, shifted, batch) == pytest.approx(
+        stages.plain_ranking(MODEL, params, batch), rel=1e-5
     )
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, shifted)
     assert changed["scalar_head"].pop("bias")
     assert not any(jax.tree.leaves(changed))
-
-
-def test_demonstration_scores_are_those_at_each_documents_end():
-    rows = stages.packed_rows(5, 14)
-    params = tiny_models.random_params(MODEL)
-    total, count = jax.jit(partial(reward_model.demonstration_scores, MODEL))(params, rows)
-    documents = [tokens for tokens, _ in stages.documents_of(rows)]
-    assert count == len(documents) == 8
-    assert float(total) == pytest.approx(
-        stages.plain_scores(MODEL, params, documents).sum(), rel=1e-5
-    )
 
 
 # Runs of the chain
@@ -320,7 +261,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
     )
     source = prepared_comparisons(chain).sources["train"]
     rows = batch_row_ids(0, config.batch_size, len(source), 3)
-    loss, right, pairs = plain_ranking(
+    loss, right, pairs = stages.plain_ranking(
         model,
         watch.first.params,
         loaders.read_comparisons(source, rows, config.data.limits),
@@ -367,17 +308,17 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     assert abs(float(params["scalar_head"]["bias"])) > 1e-6
 
 
-def test_held_out_figures_are_those_of_the_plain_computation(chain):
+def test_validation_metrics_are_those_of_the_plain_computation(chain):
     config, model, _, params = reward_parts(chain)
     limits, prepared = config.data.limits, prepared_comparisons(chain)
     source = prepared.sources["validation"]
-    loss, right, pairs = plain_ranking(
+    loss, right, pairs = stages.plain_ranking(
         model, params, loaders.read_comparisons(source, np.arange(len(source)), limits)
     )
     summary = summary_of(chain / "reward")
-    assert summary["held_out_loss"] == pytest.approx(loss, rel=1e-5)
-    assert summary["held_out_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
-    assert summary["held_out_pairs"] == pairs
+    assert summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
+    assert summary["validation_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
+    assert summary["validation_pairs"] == pairs
     assert len(metrics_of(chain / "reward")) == -(
         -len(prepared.sources["train"]) // config.batch_size
     )  # one epoch

@@ -7,6 +7,8 @@ packing, chunks or a mask, and adds up in float64.
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -307,6 +309,39 @@ def responses_of(rollouts: Rollouts) -> list[np.ndarray]:
         np.concatenate([prompt[real], response[mask]])
         for prompt, real, response, mask in rows
     ]
+
+
+def comparison_documents(batch: Comparisons, prompt: int) -> list[np.ndarray]:
+    """Prompt and response as one document, for each valid response to a prompt."""
+    start = batch.prompts.tokens[prompt][batch.prompts.mask[prompt]]
+    documents = []
+    for response, mask, valid in zip(
+        batch.responses[prompt], batch.mask[prompt], batch.valid[prompt], strict=True
+    ):
+        if valid:
+            documents.append(np.concatenate([start, response[mask]]))
+    return documents
+
+
+def plain_ranking(
+    model: Transformer, params: Any, batch: Comparisons
+) -> tuple[float, int, int]:
+    """(mean loss over prompts with a pair, pairs ordered correctly, pairs), each response
+    run alone."""
+    losses, correct, count = [], 0, 0
+    for prompt in range(len(batch.ranks)):
+        scores = plain_scores(model, params, comparison_documents(batch, prompt))
+        ranks = np.asarray(batch.ranks[prompt])[np.asarray(batch.valid[prompt])]
+        margins = []
+        for better, worse in itertools.permutations(range(len(scores)), 2):
+            if ranks[better] < ranks[worse]:
+                margins.append(scores[better] - scores[worse])
+        if margins:
+            prompt_losses = [math.log1p(math.exp(-margin)) for margin in margins]
+            losses.append(sum(prompt_losses) / len(margins))
+        correct += sum(margin > 0 for margin in margins)
+        count += len(margins)
+    return sum(losses) / len(losses), correct, count
 
 
 BLOCK = 16  # documents that are run at a time, so that any number of them compiles once

@@ -25,9 +25,9 @@ from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.schema import Demonstration, read_jsonl
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
-from instructax.evals.held_out import HeldOut
 from instructax.evals.intervals import mean_estimate, win_rate
 from instructax.evals.policy_responses import PolicyEvaluator, ResponseMode
+from instructax.evals.validation import Ranking, TokenLoss
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.models.init import abstract_params
 from instructax.models.sequence_packing import packed_width
@@ -200,10 +200,23 @@ def train(run: Run) -> None:
         policy, scorer, mesh, tokenizer, limits, ref_params, reward_params, **sampling
     )
     sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
-    sizes = {"batch_size": config.batch_size, "batches": config.batches}
     longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
     width = packed_width(longest, limits.comparison_tokens, config.compute)
-    held = HeldOut(policy, scorer, mesh, limits, comparison_tokens=width, **sizes)
+    token_loss = TokenLoss(
+        policy,
+        mesh,
+        batch_size=config.batch_size,
+        max_batches=config.batches,
+        sequence_tokens=limits.sequence_tokens,
+    )
+    ranking = Ranking(
+        scorer,
+        mesh,
+        limits,
+        batch_size=config.batch_size,
+        max_batches=config.batches,
+        width=width,
+    )
     figures: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
     scores: dict[str, np.ndarray] = {}
     log = MetricLog(
@@ -237,7 +250,11 @@ def train(run: Run) -> None:
             for response in responses:
                 log.write_sample(number, {"policy": name, **response})
             figures["policies"][name] = figures_of(responses) | (
-                {"text_loss": held.text_loss(params, data["text"])}
+                {
+                    "text_loss": token_loss.estimate(
+                        params, data["text"].sources["validation"]
+                    )
+                }
                 if "text" in data
                 else {}
             )
@@ -248,7 +265,8 @@ def train(run: Run) -> None:
             wins = win_rate(scores[name], scores[config.reference])
             figures["policies"][name]["proxy_win_rate"] = dataclasses.asdict(wins)
         figures["reward_model"] = {
-            name: held.ranking(reward_params, rows) for name, rows in sets.items()
+            name: ranking.estimates(reward_params, rows.sources["validation"])
+            for name, rows in sets.items()
         }
         log.flush()
         log.write_summary(figures)

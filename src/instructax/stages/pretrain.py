@@ -18,7 +18,7 @@ from instructax.data.prepare import prepare_text
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
-from instructax.evals.held_out import held_out_losses
+from instructax.evals.validation import validation_losses
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
@@ -124,5 +124,5 @@ def train(run: Run) -> None:
         model,
         total_steps=total_steps,
         read_batch=read_batch,
-        evaluate=held_out_losses(model, run.mesh, config, validation),
+        evaluate=validation_losses(model, run.mesh, config, validation),
     )

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,14 @@ from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import Seed, check_range
 from instructax.data.batches import Source, batch_row_ids, process_slice
 from instructax.data.limits import DataLimits
-from instructax.data.loaders import read_comparisons, validation_batches, validation_rows
+from instructax.data.loaders import read_comparisons, validation_batches
 from instructax.data.prepare import prepare_comparisons, prepare_demonstrations
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
+from instructax.evals.validation import Ranking, demonstration_scores
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
-from instructax.masking import masked_sum, token_count
+from instructax.masking import token_count
 from instructax.models import (
     ComputeConfig,
     LoraConfig,
@@ -51,15 +52,12 @@ from instructax.models.scoring import (
     comparison_sequences,
     last_token_columns,
     packed_outputs,
-    select_last_token,
 )
 from instructax.models.sequence_packing import (
-    map_packed_rows,
     pack,
     packed_width,
     plan_packing,
 )
-from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
 from instructax.training.accumulation import accumulate_packed, scale_tree
@@ -195,40 +193,6 @@ def _counts(batch: Comparisons, valid: Array) -> tuple[Array, Array]:
     return jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
 
 
-def held_out_ranking(
-    model: Transformer, mesh: Mesh, params: Params, batch: Comparisons, *, width: int = 0
-) -> tuple[Array, Array, Array, Array]:
-    """(loss summed over prompts with a pair, number of these, pairs ordered rightly, number
-    of pairs), each f32[].
-
-    `width` as in `rows.by_parts`.
-    """
-    prompts, pairs = _counts(batch, batch.valid)
-    outputs = map_packed_rows(
-        partial(packed_outputs, model, params),
-        comparison_sequences(batch),
-        model,
-        mesh,
-        width=width,
-    )
-    loss, accuracy = pairwise_ranking_loss(
-        select_last_token(outputs, batch), batch.ranks, batch.valid
-    )
-    return loss * prompts, prompts, accuracy * pairs, pairs
-
-
-def demonstration_scores(
-    model: Transformer, params: Params, batch: LmBatch
-) -> tuple[Array, Array]:
-    """(sum of the scores of the demonstrations in packed rows, their number), both f32[]."""
-    outputs: Any = model.apply(
-        {"params": params}, batch.tokens, batch.segments, batch.positions
-    )[0]
-    following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
-    last = (batch.segments > 0) & (batch.segments != following)
-    return masked_sum(outputs, last), token_count(last)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModelData:
     """Files of comparisons, and the demonstrations that score 0 on average."""
@@ -337,9 +301,15 @@ def train(run: Run) -> None:
     add_adapters = adapter_initializer(config)
     abstract = abstract_state(model, optimizer, mesh, add_adapters)
     update = compile_update(partial(update_reward_model, program), abstract, mesh)
-    ranking = ranking_figures(
-        model, mesh, config, comparisons.sources["validation"], row_tokens
+    ranking = Ranking(
+        model,
+        mesh,
+        config.data.limits,
+        batch_size=config.batch_size,
+        max_batches=config.run.evaluate_batches,
+        width=row_tokens,
     )
+    validation = comparisons.sources["validation"]
     demonstrations = run.data["demonstrations"].sources["train"]
     normalize = normalizer(model, mesh, config, demonstrations)
 
@@ -365,7 +335,7 @@ def train(run: Run) -> None:
         total_steps=total_steps,
         update=lambda state, batch, _: update(state, batch, settings),
         read_batch=reader(config, train_rows, mesh),
-        evaluate=lambda state: ranking(state.params),
+        evaluate=lambda state: ranking.means(state.params, validation),
         prepare_save=prepare_save,
     )
 
@@ -379,38 +349,6 @@ def reader(config: Config, source: Source, mesh: Mesh) -> Callable[[int], Compar
         return sharding.shard_rows(read_comparisons(source, mine, config.data.limits), mesh)
 
     return read
-
-
-def ranking_figures(
-    model: Transformer,
-    mesh: jax.sharding.Mesh,
-    config: Config,
-    source: Source,
-    row_tokens: int,
-) -> Callable[[Params], dict[str, float]]:
-    """A function from parameters to loss and ranking accuracy on held-out comparisons."""
-    figures = partial(held_out_ranking, model, mesh, width=row_tokens)
-    ranking = jax.jit(figures, out_shardings=sharding.replicated(mesh))
-
-    def evaluate(params: Params) -> dict[str, float]:
-        totals = [0.0] * 4
-        for rows in validation_rows(source, config.batch_size, config.run.evaluate_batches):
-            check_stop_requested()
-            batch = sharding.shard_rows(
-                read_comparisons(source, rows, config.data.limits), mesh
-            )
-            totals = [
-                total + float(x)
-                for total, x in zip(totals, ranking(params, batch), strict=True)
-            ]
-        loss, prompts, right, pairs = totals
-        return {
-            "held_out_loss": loss / max(prompts, 1.0),
-            "held_out_accuracy": right / max(pairs, 1.0),
-            "held_out_pairs": pairs,
-        }
-
-    return evaluate
 
 
 def normalizer(

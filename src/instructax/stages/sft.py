@@ -17,7 +17,7 @@ from instructax.data.loaders import LmData, lm_reader, read_lm_data
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
-from instructax.evals.held_out import held_out_losses
+from instructax.evals.validation import validation_losses
 from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
@@ -105,7 +105,7 @@ def train(run: Run) -> None:
         model,
         total_steps=_total_steps(config, run.data),
         read_batch=read_batch,
-        evaluate=held_out_losses(model, run.mesh, config, validation),
+        evaluate=validation_losses(model, run.mesh, config, validation),
         add_adapters=adapter_initializer(config),
         preview=bool(config.data.demonstrations),
     )

@@ -30,7 +30,7 @@ from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
-from instructax.evals.held_out import held_out_losses
+from instructax.evals.validation import validation_losses
 from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
 from instructax.models.init import abstract_params
 from instructax.sharding import MeshConfig
@@ -214,7 +214,7 @@ def train(run: Run) -> None:
     validation_sources = {}
     if "text" in run.data:
         validation_sources["text"] = run.data["text"].sources["validation"]
-    text_losses = held_out_losses(program.policy, mesh, config, validation_sources)
+    text_losses = validation_losses(program.policy, mesh, config, validation_sources)
     # Replicated, so that the process that writes the samples has all of them.
     first_samples = jax.jit(
         lambda tree: jax.tree.map(lambda x: x[: config.samples], tree),
