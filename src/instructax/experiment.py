@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructax.checkpoints.manifest import flatten
+from instructax.checkpoints.manifest import flatten, upgrade_metrics
 from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, format_value, require
 from instructax.runtime.redaction import redact
@@ -158,14 +158,13 @@ def summary_of(workdir: Path) -> dict[str, Any]:
         is_finished(workdir),
         f"{workdir} is not a finished run: run the whole experiment, not its report alone",
     )
-    return json.loads((workdir / "summary.json").read_text())
+    return upgrade_metrics(json.loads((workdir / "summary.json").read_text()))
 
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
     """The metrics of every step of a run."""
-    return [
-        json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [upgrade_metrics(json.loads(line)) for line in lines]
 
 
 def samples_of(workdir: Path) -> list[dict[str, Any]]:

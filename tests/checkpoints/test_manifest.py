@@ -13,6 +13,7 @@ from instructax.checkpoints.manifest import (
     config_difference,
     manifest_hash,
     read_manifest,
+    upgrade_metrics,
     write_manifest,
 )
 from instructax.training.run import Run
@@ -153,3 +154,10 @@ def test_config_difference():
         "a.b: absent (stored) != 1 (given)",
     ]
     assert config_difference({"a": math.nan}, {"a": None}) == []
+
+
+def test_metrics_of_old_logs_have_the_new_names():
+    old = {"step": 3, "held_out_accuracy": 0.7, "held_out_pairs": 9.0, "loss": 1.0}
+    new = {"step": 3, "validation_accuracy": 0.7, "validation_pairs": 9.0, "loss": 1.0}
+    assert upgrade_metrics(old) == new
+    assert upgrade_metrics(new) == new

@@ -108,7 +108,7 @@ def test_a_run_drops_at_its_own_rate(chain, tmp_path):
     )
 
 
-def test_held_out_losses_are_those_of_the_plain_computation(chain):
+def test_validation_losses_are_those_of_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
     abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params

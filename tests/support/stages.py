@@ -204,12 +204,11 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram
         "optimizer", tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0)
     )
     compute = tiny_models.compute()
+    # `value_optimizer` among `changes` is the program's optax transformation.
     options: dict[str, Any] = {
         "steps": 10,
         "minibatches": 2,
         "inner_epochs": 1,
-        "optimizer": optimizer,
-        "value_optimizer": optimizer,
         "old_logprobs": "recomputed",
         "no_eos_rule": "subtract",
         "whiten_rewards": False,
@@ -217,7 +216,9 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram
     }
     options = {name: changes.pop(name, value) for name, value in options.items()}
     values: dict[str, Any] = {
-        "options": algorithm.PpoOptions(**options),
+        "options": algorithm.PpoOptions(
+            optimizer=optimizer, value_optimizer=optimizer, **options
+        ),
         "policy": Transformer(tiny_models.gpt_config(), compute, "tokens"),
         "value_model": Transformer(tiny_models.llama_config(), compute, "scalar"),
         "policy_optimizer": make_optimizer(optimizer),

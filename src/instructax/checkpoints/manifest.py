@@ -203,6 +203,12 @@ RENAMED_FIELDS: dict[str, dict[str, str]] = {
         "slot_halvings": "compaction_steps",
     },
 }
+# Metric in logs, summaries and `run.best_metric` -> its new name.
+RENAMED_METRICS = {
+    "held_out_loss": "validation_loss",
+    "held_out_accuracy": "validation_accuracy",
+    "held_out_pairs": "validation_pairs",
+}
 # Group -> field, in its new name -> old value -> new value. `supervised` became two stages.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
     "": {
@@ -210,12 +216,7 @@ RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
         "old_logprobs": {"scorer": "recomputed", "sampler": "sampled"},
     },
     "compute": {"dtype": _DTYPES, "decoding_dtype": _DTYPES},
-}
-# Metric in logs and summaries -> its new name.
-RENAMED_METRICS = {
-    "held_out_loss": "validation_loss",
-    "held_out_accuracy": "validation_accuracy",
-    "held_out_pairs": "validation_pairs",
+    "run": {"best_metric": RENAMED_METRICS},
 }
 # Group of a pretraining config -> fields that pretraining no longer has.
 PRETRAIN_DROPPED = {"": ("lora",), "data": ("demonstrations", "text_fraction", "chat")}
