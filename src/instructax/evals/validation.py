@@ -251,7 +251,7 @@ def validation_losses(
 def demonstration_scores(
     model: Transformer, params: Params, batch: LmBatch
 ) -> tuple[Array, Array]:
-    """Sum of the scores of the demonstrations in packed rows, and their number: f32[] each."""
+    """Sum of the demonstrations' scores in packed rows, and their number: f32[] each."""
     outputs: Any = model.apply(
         {"params": params}, batch.tokens, batch.segments, batch.positions
     )[0]

@@ -27,10 +27,10 @@ def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) ->
         if not gap <= tolerance:
             raise InvariantError(
                 f"sampled and recomputed log-probabilities differ by {gap:.3g} (tolerance "
-                f"{tolerance:g}): look for a difference in temperature, dropout, positions, "
-                "masks or dtype between the two; if config.compute.dtype or "
-                "config.compute.decoding_dtype has 16 bits, config.tolerance = 0.03 allows for "
-                "their rounding"
+                f"{tolerance:g}): look for a difference in temperature, dropout, "
+                "positions, masks or dtype between the two; if config.compute.dtype or "
+                "config.compute.decoding_dtype has 16 bits, config.tolerance = 0.03 "
+                "allows for their rounding"
             )
     gap = float(metrics["ref_gap"])
     if first and not gap <= tolerance:
