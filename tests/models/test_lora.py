@@ -307,7 +307,7 @@ def open_shapes(workdir):
         ({"lora.alpha": 0.0}, r"config\.lora: alpha = 0\.0 must be above 0"),
         (
             {"lora.rank": 33},
-            r"^config\.lora\.rank = 33 is above config\.model\.width = 32: lower it",
+            r"^config\.lora\.rank = 33 is above config\.model\.embed_dim = 32: lower it",
         ),
         (
             {"parent": ""},
