@@ -399,6 +399,7 @@ def run(size: str) -> ml_collections.ConfigDict:
             **values._asdict(),
             "keep": 2,
             "best_metric": "",
+            "best_mode": "min",
             "tensorboard": False,
             "most_skipped": 3,
         }

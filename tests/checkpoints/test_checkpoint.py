@@ -111,13 +111,37 @@ def test_the_best_step_is_kept_too_across_a_restart(tmp_path):
 
 
 def test_the_lowest_loss_is_the_best(tmp_path):
-    checkpoints = open_checkpoints(tmp_path, keep=1, best_metric="text_loss")
+    checkpoints = open_checkpoints(tmp_path, keep=1, best_metric="text_loss", best_mode="min")
     for step, loss in enumerate((3.0, 2.5, 2.75, 2.5, 2.6), start=1):
         checkpoints.save(step, make_train_state(step), {"text_loss": loss})
     checkpoints.close()
     assert checkpoints.steps() == [4, 5]  # the newest of equals
     assert best_step(tmp_path) == 4
     assert best_step(tmp_path / "nowhere") is None
+
+
+def test_best_mode_decides_which_value_is_best(tmp_path):
+    for mode, kept in (("min", 2), ("max", 3)):
+        workdir = tmp_path / mode
+        checkpoints = open_checkpoints(workdir, keep=1, best_metric="kl", best_mode=mode)
+        for step, kl in enumerate((2.0, 1.0, 3.0, 1.5), start=1):
+            checkpoints.save(step, make_train_state(step), {"kl": kl})
+        checkpoints.close()
+        assert checkpoints.steps() == [kept, 4]
+        assert best_step(workdir) == kept
+
+
+@pytest.mark.parametrize(("metric", "best"), [("text_loss", 2), ("accuracy", 3)])
+def test_records_without_a_mode_keep_their_rule(metric, best, tmp_path):
+    checkpoints = open_checkpoints(tmp_path, best_metric=metric)
+    for step, value in enumerate((2.0, 1.0, 3.0), start=1):
+        checkpoints.save(step, make_train_state(step), {metric: value})
+    checkpoints.close()
+    for path in (tmp_path / "checkpoints").glob("*.sha256.json"):
+        record = json.loads(path.read_text())
+        del record["best_mode"]
+        path.write_text(json.dumps(record))
+    assert best_step(tmp_path) == best
 
 
 def test_a_missing_best_metric_is_reported_and_the_step_saved(tmp_path, caplog):
@@ -271,7 +295,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.types import TrainState
-checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", exported="params")
+checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", best_mode="max", exported="params")
 for step in itertools.count(1):
     x = numbers(step)
     checkpoints.save(step, TrainState(step=jnp.int32(step), params={"a": x, "b": x}, opt_state={"m": x}), {})

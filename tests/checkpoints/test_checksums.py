@@ -86,7 +86,7 @@ def empty_data(step_folder):
 
 def test_a_step_without_hashes_is_loaded_and_hashed(tmp_path, caplog):
     """The process was killed between commit and hashing."""
-    save_steps(tmp_path, [1, 2], best_metric="text_loss")
+    save_steps(tmp_path, [1, 2], best_metric="text_loss", best_mode="min")
     root = tmp_path / "checkpoints"
     stored = json.loads((root / "2.sha256.json").read_text())
     abstract = on_devices(make_train_state(), 1)
@@ -215,14 +215,14 @@ def test_a_save_that_fails_while_hashing_deletes_nothing(tmp_path, monkeypatch):
 
 def test_a_note_outlives_a_kill_between_commit_and_hashing(tmp_path, monkeypatch):
     """Else the evaluation that was given up would be forgotten, or a best step lost."""
-    checkpoints = open_checkpoints(tmp_path, best_metric="loss")
+    checkpoints = open_checkpoints(tmp_path, best_metric="loss", best_mode="min")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_hash_and_clean_up", lambda *_: None)
         checkpoints.save(1, make_train_state(1), {"loss": 2.0})
         checkpoints.save(2, make_train_state(2), {"loss": 3.0}, evaluated=False)
         checkpoints.close()
     assert best_step(tmp_path) == 1
-    resumed = open_checkpoints(tmp_path, best_metric="loss")
+    resumed = open_checkpoints(tmp_path, best_metric="loss", best_mode="min")
     assert resumed.restore(on_devices(make_train_state(), 1))[1] == 2
     assert resumed.unevaluated == {"loss": 3.0}
     resumed.mark_evaluated({"loss": 1.0})

@@ -100,7 +100,7 @@ def test_a_step_of_a_newer_version_is_refused(tmp_path):
 
 
 def test_the_listing(tmp_path):
-    checkpoints = open_checkpoints(tmp_path, best_metric="text_loss")
+    checkpoints = open_checkpoints(tmp_path, best_metric="text_loss", best_mode="min")
     for step, loss in enumerate((2.0, 1.5, 1.75), start=8):
         checkpoints.save(
             step, make_train_state(step), {"text_loss": loss}, evaluated=step < 10

@@ -71,7 +71,7 @@ def samples():
 
 
 def checkpoint():
-    checkpoints = Checkpoints(folder / "run", save_every=1, keep=1, best_metric="", exported="params")
+    checkpoints = Checkpoints(folder / "run", save_every=1, keep=1, best_metric="", best_mode="max", exported="params")
     try:
         checkpoints.save(1, state, {})
     finally:
@@ -168,7 +168,7 @@ LIMITS = DataLimits(
 REFUSED = {
     "a workdir": lambda folder: lock_workdir(folder / "run").__enter__(),
     "checkpoints": lambda folder: Checkpoints(
-        folder, save_every=1, keep=1, best_metric="", exported="params"
+        folder, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     ),
     "a log": lambda folder: MetricLog(folder / "run", **KEEPING),
     "a summary": lambda folder: write_json(folder / "summary.json", {}),
@@ -219,7 +219,7 @@ def test_a_step_behind_a_link_is_dropped_and_what_it_leads_to_stays(tmp_path):
 
     elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
     checkpoints = Checkpoints(
-        workdir, save_every=1, keep=1, best_metric="", exported="params"
+        workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )
     state = new_state({"w": jnp.ones(3)}, optax.identity())
     checkpoints.save(1, state, {})

@@ -31,7 +31,7 @@ def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answ
     """Of PPO, without having been trained."""
     state = make_ppo_state(seed)
     state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x * averaged, state.ema))
-    checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", exported="ema")
+    checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="ema")
     checkpoints.save(1, state, {})
     checkpoints.close()
     (workdir / "metrics.jsonl").write_text(

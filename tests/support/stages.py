@@ -120,7 +120,7 @@ def started(config: dict[str, Any], workdir: Path) -> Any:
 def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str) -> Path:
     """A finished supervised run with these parameters, that was never trained."""
     checkpoints = Checkpoints(
-        workdir, save_every=1, keep=1, best_metric="", exported="params"
+        workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )
     checkpoints.save(1, new_state(params, optax.identity()), {})
     checkpoints.close()

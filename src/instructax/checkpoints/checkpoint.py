@@ -44,6 +44,7 @@ class Checkpoints:
       keep: how many of the newest steps are kept.
       best_metric: name of a metric whose best step (see `best_step`) is kept as well;
         "" for none.
+      best_mode: "min" or "max": which value of `best_metric` is the best.
       exported: the field of the state that the next stage reads: "params" of TrainState,
         "ema" of PpoState.
 
@@ -53,7 +54,14 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, *, save_every: int, keep: int, best_metric: str, exported: str
+        self,
+        workdir: Path,
+        *,
+        save_every: int,
+        keep: int,
+        best_metric: str,
+        best_mode: str,
+        exported: str,
     ):
         for name, value in (("save_every", save_every), ("keep", keep)):
             if value < 1:
@@ -66,6 +74,7 @@ class Checkpoints:
         self._save_every = save_every
         self._keep = keep
         self._best_metric = best_metric
+        self._best_mode = best_mode
         self._exported = exported
         self.unevaluated: dict[str, Any] | None = None
 
@@ -166,7 +175,7 @@ class Checkpoints:
         """The part of a step's record that `best_step` reads."""
         if self._best_metric in metrics:
             value = float(metrics[self._best_metric])
-            return {"best_metric": self._best_metric, "metric": value}
+            return {**self._no_rating(), "metric": value}
         if self._best_metric:
             logger.warning(
                 "step %d cannot become the best checkpoint: best_metric %r is not among "
@@ -178,7 +187,11 @@ class Checkpoints:
         return self._no_rating()
 
     def _no_rating(self) -> dict[str, Any]:
-        return {"best_metric": self._best_metric, "metric": None}
+        return {
+            "best_metric": self._best_metric,
+            "best_mode": self._best_mode,
+            "metric": None,
+        }
 
     def mark_evaluated(self, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of the restored step, which was `unevaluated`."""

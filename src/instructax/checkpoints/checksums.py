@@ -18,6 +18,7 @@ FORMAT = 1
 # The entries of a record and their types.
 FIELDS: dict[str, Any] = {
     "best_metric": str,
+    "best_mode": str,
     "metric": (float, int, type(None)),
     "unevaluated": (dict, type(None)),
     "files": (dict, type(None)),  # name → sha256; None if the step was not hashed
@@ -27,6 +28,7 @@ FIELDS: dict[str, Any] = {
 # What a record contains if an entry is absent.
 DEFAULTS: dict[str, Any] = {
     "best_metric": "",
+    "best_mode": "",
     "metric": None,
     "unevaluated": None,
     "files": None,

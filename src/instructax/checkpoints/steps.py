@@ -43,8 +43,8 @@ def files_hash(workdir: Path, step: int) -> str:
 def best_step(workdir: Path) -> int | None:
     """The step with the best value of the metric that the newest step names.
 
-    The highest value is best, but the lowest of a metric whose name ends in "loss". Of
-    equal steps the newest is returned; None if the newest step names no metric.
+    The newest step also says whether the lowest or the highest value is the best. Of equal
+    steps the newest is returned; None if the newest step names no metric.
     """
     root = Path(workdir) / "checkpoints"
     steps = committed_steps(workdir)
@@ -53,7 +53,11 @@ def best_step(workdir: Path) -> int | None:
     # Runs may change their metric: only records of the current one can be compared.
     newest = read_record(root / str(steps[-1]))
     name = newest["best_metric"] if newest else ""
-    sign = -1 if name.endswith("loss") else 1
+    mode = newest["best_mode"] if newest else ""
+    if not mode:
+        # Records of earlier versions have no mode: their rule depended on the name.
+        mode = "min" if name.endswith("loss") else "max"
+    sign = -1 if mode == "min" else 1
 
     # `>=`: the newest of equal steps wins.
     best = None

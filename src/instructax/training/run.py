@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -49,6 +49,7 @@ class RunConfig:
     save_every: int  # steps between checkpoints
     keep: int  # newest checkpoints that are kept
     best_metric: str  # the checkpoint with its best value is kept as well; "" = none
+    best_mode: Literal["min", "max"]  # which value of best_metric is the best
     tensorboard: bool
     most_skipped: int  # updates in a row that may be skipped for non-finite gradients
     watchdog_seconds: float  # limit for each phase of a step, with compiling; 0 = none
@@ -236,6 +237,7 @@ class Run:
             save_every=config.save_every,
             keep=config.keep,
             best_metric=config.best_metric,
+            best_mode=config.best_mode,
             exported=exported,
         )
 
