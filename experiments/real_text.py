@@ -20,7 +20,8 @@ from typing import Any
 
 from instructax.config import ConfigError
 from instructax.evals.intervals import Estimate
-from instructax.experiment import RunSpec, metrics_of, summary_of
+from instructax.experiment import RunSpec
+from instructax.runtime.metric_log import read_metrics, read_summary
 
 SIZE = "small"
 # Kind of data -> patterns of its files in DATA, without .jsonl.gz.
@@ -105,7 +106,7 @@ def get_runs(folder: str, root: str) -> list[RunSpec]:
 
 def report(root: Path) -> None:
     """Prints the metrics of the finished policies and plots `runs.png`."""
-    summary = summary_of(root / "evaluate")
+    summary = read_summary(root / "evaluate")
     for name, metrics in summary["policies"].items():
         line = f"{name:<8}"
         for metric, value in sorted(metrics.items()):
@@ -133,7 +134,7 @@ def plot(root: Path, ranking: dict[str, Any]) -> None:
     )
     _plot_losses(losses, root)
     _plot_ranking(accuracy, ranking)
-    _plot_ppo(ppo, metrics_of(root / "ppo-ptx"))
+    _plot_ppo(ppo, read_metrics(root / "ppo-ptx"))
     figure.savefig(root / "runs.png", dpi=150)
     plt.close(figure)
     print(f"figure: {root / 'runs.png'}")
@@ -147,7 +148,7 @@ def _plot_losses(axes: Any, root: Path) -> None:
     )
     for run, metric in curves:
         # Validation losses are logged at some steps only.
-        lines = [line for line in metrics_of(root / run) if metric in line]
+        lines = [line for line in read_metrics(root / run) if metric in line]
         steps = [line["step"] for line in lines]
         values = [line[metric] for line in lines]
         axes.plot(steps, values, "o-", ms=3, label=f"{run}: {metric}")

@@ -26,7 +26,8 @@ from typing import Any
 from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, require
 from instructax.evals.intervals import Estimate
-from instructax.experiment import RunSpec, summary_of
+from instructax.experiment import RunSpec
+from instructax.runtime.metric_log import read_summary
 
 # What may follow the folder of the data.
 VARIANTS = ("hour", "bf16_matmul")
@@ -232,11 +233,11 @@ def report(root: Path) -> None:
     summaries = {}
     for name, run in RANKING_RUNS.items():
         if is_finished(root / run):
-            summaries[name] = summary_of(root / run)
+            summaries[name] = read_summary(root / run)
     print(ranking_table(summaries))
 
     if is_finished(root / "evaluate"):
-        for name, metrics in summary_of(root / "evaluate")["policies"].items():
+        for name, metrics in read_summary(root / "evaluate")["policies"].items():
             line = f"{name:<8}"
             for metric, value in sorted(metrics.items()):
                 line += f"  {metric} {Estimate(**value)}"

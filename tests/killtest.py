@@ -33,9 +33,11 @@ from instructax.checkpoints.parents import is_finished
 from instructax.checkpoints.restore import read_arrays
 from instructax.checkpoints.steps import committed_steps
 from instructax.config import require
-from instructax.experiment import RunSpec, metrics_of
+from instructax.experiment import RunSpec
+from instructax.runtime import metric_log
 from instructax.runtime.files import write_json
 from instructax.runtime.heartbeat import last_beat
+from instructax.runtime.metric_log import read_metrics
 
 EXPERIMENT = "experiments/alignment.py"
 SIZE = "tiny"
@@ -300,11 +302,11 @@ def fingerprint(workdir: Path) -> dict[str, str]:
         digests[group].update(
             f"{name} {host.dtype} {host.shape} ".encode() + host.tobytes()
         )
-    metrics = [_timeless(line) for line in metrics_of(workdir)]
+    metrics = [_timeless(line) for line in read_metrics(workdir)]
     texts = {
         "metrics": json.dumps(metrics),
         "samples": (workdir / "samples.jsonl").read_text(),
-        "summary": json.dumps(_timeless(experiment.summary_of(workdir))),
+        "summary": json.dumps(_timeless(metric_log.read_summary(workdir))),
         "last step": f"{last.name} {has_checksums(last)}",
     }
     return {group: digest.hexdigest() for group, digest in digests.items()} | {
@@ -391,7 +393,7 @@ def run(
     times = straight(commands, names, _say)
     places = {
         name: draw(
-            name, random.Random(f"{seed} {name}"), times[name], metrics_of(root / name)
+            name, random.Random(f"{seed} {name}"), times[name], read_metrics(root / name)
         )
         for name in names
     }

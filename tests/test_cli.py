@@ -17,15 +17,8 @@ from instructax.checkpoints.restore import CheckpointMismatch
 from instructax.config import ConfigError, require
 from instructax.data.schema import DataError
 from instructax.evals.intervals import win_rate
-from instructax.experiment import (
-    dry_run,
-    load_file,
-    metrics_of,
-    run_experiment,
-    run_stage,
-    samples_of,
-    summary_of,
-)
+from instructax.experiment import dry_run, load_file, run_experiment, run_stage
+from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
 from instructax.stages.ppo.invariants import check_update
 from instructax.training.loop import Interrupted
 
@@ -61,7 +54,7 @@ def broken_invariant():
         ),
         (lambda: load_file("/nowhere.py"), 2, "error: no such file: /nowhere.py\n"),
         (
-            lambda: summary_of(Path("/nowhere")),
+            lambda: read_summary(Path("/nowhere")),
             2,
             "error: /nowhere is not a finished run: run the whole experiment, not its report alone\n",
         ),
@@ -341,7 +334,8 @@ def test_a_mistake_in_an_experiment_command_is_one_line(tmp_path):
 
 
 EXPERIMENT = """
-from instructax.experiment import RunSpec, summary_of
+from instructax.experiment import RunSpec
+from instructax.runtime.metric_log import read_summary
 
 LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
 LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
@@ -351,7 +345,7 @@ def get_runs(size, root):
     return [RunSpec(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]
 
 def report(root):
-    print("report:", *(summary_of(root / name)["stage"] for name in ("a", "b")))
+    print("report:", *(read_summary(root / name)["stage"] for name in ("a", "b")))
 """
 
 
@@ -429,5 +423,5 @@ def test_a_world_holds_nothing_on_devices():
 def test_metrics_and_samples_are_read_back(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (tmp_path / "samples.jsonl").write_text('{"prompt": "a"}\n')
-    assert metrics_of(tmp_path) == [{"step": 1}, {"step": 2}]
-    assert samples_of(tmp_path) == [{"prompt": "a"}]
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert read_samples(tmp_path) == [{"prompt": "a"}]

@@ -14,6 +14,7 @@ from tests.support import stages
 from instructax import experiment
 from instructax.config import ConfigError
 from instructax.experiment import RunSpec, load_config, load_file, run_experiment, run_stage
+from instructax.runtime import metric_log
 from instructax.simulation.write import create_prompts
 from instructax.stages import load_stage
 
@@ -119,7 +120,8 @@ def test_a_dry_run_reads_nothing():
 TOY = '''
 """Two worlds, the second made of another seed."""
 
-from instructax.experiment import RunSpec, summary_of
+from instructax.experiment import RunSpec
+from instructax.runtime.metric_log import read_summary
 
 
 def get_runs(size, root):
@@ -127,7 +129,7 @@ def get_runs(size, root):
 
 
 def report(root):
-    print("report:", summary_of(root / "first")["stage"], summary_of(root / "second")["stage"])
+    print("report:", read_summary(root / "first")["stage"], read_summary(root / "second")["stage"])
 '''
 
 
@@ -204,7 +206,7 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
 def test_a_finished_stage_is_passed_over(chain, capsys):
     assert not run_stage(stages.config_of(chain, "pretrain", {}), chain / "pretrain")
     assert "pretrain is finished; nothing to do" in capsys.readouterr().out
-    assert [line["step"] for line in experiment.metrics_of(chain / "pretrain")] == list(
+    assert [line["step"] for line in metric_log.read_metrics(chain / "pretrain")] == list(
         range(1, 9)
     )
 

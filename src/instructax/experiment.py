@@ -3,13 +3,12 @@ resuming where it stopped."""
 
 import dataclasses
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructax.checkpoints.manifest import flatten, upgrade_metrics
+from instructax.checkpoints.manifest import flatten
 from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, format_value, require
 from instructax.runtime.redaction import redact
@@ -150,25 +149,3 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
             print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)
             run_stage(load_config(run), root / run.name)
     experiment.report(root)
-
-
-def summary_of(workdir: Path) -> dict[str, Any]:
-    """The final figures of a run. Raises ConfigError if it is not finished."""
-    require(
-        is_finished(workdir),
-        f"{workdir} is not a finished run: run the whole experiment, not its report alone",
-    )
-    return upgrade_metrics(json.loads((workdir / "summary.json").read_text()))
-
-
-def metrics_of(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics of every step of a run."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [upgrade_metrics(json.loads(line)) for line in lines]
-
-
-def samples_of(workdir: Path) -> list[dict[str, Any]]:
-    """The samples that a run wrote."""
-    return [
-        json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()
-    ]

@@ -2,6 +2,7 @@
 stage's load."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -111,7 +112,9 @@ def test_the_best_step_is_kept_too_across_a_restart(tmp_path):
 
 
 def test_the_lowest_loss_is_the_best(tmp_path):
-    checkpoints = open_checkpoints(tmp_path, keep=1, best_metric="text_loss", best_mode="min")
+    checkpoints = open_checkpoints(
+        tmp_path, keep=1, best_metric="text_loss", best_mode="min"
+    )
     for step, loss in enumerate((3.0, 2.5, 2.75, 2.5, 2.6), start=1):
         checkpoints.save(step, make_train_state(step), {"text_loss": loss})
     checkpoints.close()

@@ -12,8 +12,8 @@ from tests.support import stages
 from instructax import rng
 from instructax.data.batches import evaluation_rows, prompt_batch
 from instructax.evals.policy_responses import PolicyEvaluator, truncate_at_stops
-from instructax.experiment import samples_of, summary_of
 from instructax.generation import generate
+from instructax.runtime.metric_log import read_samples, read_summary
 from instructax.types import Prompts, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -138,7 +138,7 @@ def test_a_few_shot_policy_reads_examples_but_is_scored_without_them(chain):
 
 
 def test_few_shot_responses_are_single_lines(chain):
-    prefix = summary_of(chain / "evaluate")["prefixes"]["GPT prompted"]
+    prefix = read_summary(chain / "evaluate")["prefixes"]["GPT prompted"]
     assert prefix.endswith("\n\n")
     few_shot = responses_of(chain, "GPT prompted")
     plain = responses_of(chain, "GPT")
@@ -155,7 +155,7 @@ def test_few_shot_responses_are_single_lines(chain):
 
 
 def test_the_kl_of_a_response_is_the_sum_over_its_tokens(chain):
-    for response in samples_of(chain / "evaluate"):
+    for response in read_samples(chain / "evaluate"):
         # Each token's KL is rounded to four decimals.
         tolerance = 1e-3 + 6e-5 * response["tokens"]
         assert sum(response["token_kl"]) == pytest.approx(response["kl"], abs=tolerance)

@@ -31,7 +31,9 @@ def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answ
     """Of PPO, without having been trained."""
     state = make_ppo_state(seed)
     state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x * averaged, state.ema))
-    checkpoints = Checkpoints(workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="ema")
+    checkpoints = Checkpoints(
+        workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="ema"
+    )
     checkpoints.save(1, state, {})
     checkpoints.close()
     (workdir / "metrics.jsonl").write_text(
@@ -166,7 +168,7 @@ def test_a_run_that_ends_wrongly_by_itself_ends_its_stage(tmp_path, monkeypatch)
     record = {"stage": "sft", "kills": [], "differing": ["exit code 2"]}
     monkeypatch.setattr(killtest, "straight", lambda *_: {"sft": 1.0})
     monkeypatch.setattr(killtest, "draw", lambda *_: iter(()))
-    monkeypatch.setattr(killtest, "metrics_of", lambda _: [])
+    monkeypatch.setattr(killtest, "read_metrics", lambda _: [])
     monkeypatch.setattr(killtest, "killed_run", lambda *_: record)
     assert killtest.run(tmp_path, TRAIN, names=["sft"], kills=3, seed=0) == 1
     assert json.loads((tmp_path / "killtest.json").read_text())["runs"] == [record]

@@ -13,7 +13,7 @@ from tests.runtime.test_distributed import free_address
 from tests.support import stages
 
 from instructax.checkpoints.steps import committed_steps
-from instructax.experiment import metrics_of
+from instructax.runtime.metric_log import read_metrics
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
@@ -159,7 +159,7 @@ def test_all_end_soon_and_the_same_command_goes_on(
     if fault == "hang":
         assert "in fail" in (workdir / f"hang-{victim}.txt").read_text()
     assert run_all(config, workdir, count=count)[0] == whole
-    assert [line["step"] for line in metrics_of(workdir)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(
     assert len(errors) == 1 and ("out of memory" in errors[0] or fault == "disk")
     assert committed_steps(workdir) and not (workdir / "summary.json").exists()
     assert run_all(config, workdir, count=1)[0] == [0]
-    assert [line["step"] for line in metrics_of(workdir)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
     straight, stopped = (
         [
             {k: v for k, v in line.items() if not k.startswith("time/")}
-            for line in metrics_of(tmp_path / name)
+            for line in read_metrics(tmp_path / name)
         ]
         for name in ("before", "run")
     )

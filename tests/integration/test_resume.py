@@ -16,9 +16,10 @@ from instructax.checkpoints.manifest import manifest_hash
 from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from instructax.config import ConfigError
 from instructax.evals import validation
-from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
+from instructax.experiment import run_stage
 from instructax.runtime import goodput
 from instructax.runtime.heartbeat import last_beat
+from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
 from instructax.runtime.preemption import check_stop_requested
 from instructax.training import loop as training
 
@@ -45,14 +46,14 @@ def lines_of(workdir):
     """The metrics of a run without what a clock measured."""
     return [
         {k: v for k, v in line.items() if not k.startswith("time/")}
-        for line in metrics_of(workdir)
+        for line in read_metrics(workdir)
     ]
 
 
 def summary_without_times(workdir):
     return {
         name: value
-        for name, value in summary_of(workdir).items()
+        for name, value in read_summary(workdir).items()
         if not name.startswith("time/")
     }
 
@@ -103,7 +104,7 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
         len({json.dumps(line | {"step": 0}) for line in lines}) == 4
     )  # no step is like another
     if name == "ppo-ptx":
-        assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
+        assert read_samples(tmp_path / "stopped") == read_samples(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, s
     assert first.step == 2 * stops
     stages.assert_trees_equal(last, straight)
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "straight")
-    assert samples_of(tmp_path / "stopped") == samples_of(tmp_path / "straight")
+    assert read_samples(tmp_path / "stopped") == read_samples(tmp_path / "straight")
     assert best_step(tmp_path / "stopped") == best_step(tmp_path / "straight")
     assert summary_without_times(tmp_path / "stopped") == summary_without_times(
         tmp_path / "straight"
@@ -154,7 +155,7 @@ def test_killed_between_the_last_save_and_the_summary(supervised_run, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == (
         finished / "metrics.jsonl"
     ).read_text()
-    assert summary_of(workdir) == summary_of(finished)
+    assert read_summary(workdir) == read_summary(finished)
 
 
 def test_killed_before_anything_was_saved(supervised_run, tmp_path):

@@ -274,7 +274,12 @@ def test_nothing_is_deleted_behind_a_link(tmp_path):
     for name in ("3.deleted", "4.orbax-checkpoint-tmp"):
         (checkpoints / name).symlink_to(precious)
     Checkpoints(
-        tmp_path / "run", save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
+        tmp_path / "run",
+        save_every=1,
+        keep=1,
+        best_metric="",
+        best_mode="max",
+        exported="params",
     ).close()
     assert list(checkpoints.iterdir()) == [] and (precious / "file").exists()
 

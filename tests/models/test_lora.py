@@ -13,7 +13,7 @@ from instructax import sharding
 from instructax.checkpoints.parents import open_parent
 from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
-from instructax.experiment import metrics_of, run_stage
+from instructax.experiment import run_stage
 from instructax.losses import next_token_loss
 from instructax.models import (
     LoraConfig,
@@ -25,6 +25,7 @@ from instructax.models import (
 )
 from instructax.models.init import abstract_params
 from instructax.models.scoring import packed_loss_and_gradients
+from instructax.runtime.metric_log import read_metrics
 from instructax.serving.policy import open_policy
 from instructax.stages import build_config
 from instructax.stages.ppo import algorithm
@@ -244,7 +245,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     parents = {"model": chain / ("pretrain" if name == "sft" else "sft")}
     if name == "ppo-ptx":
         parents = {"policy": chain / "sft", "ema": chain / "sft", "value": chain / "reward"}
-        lines = metrics_of(tmp_path / "straight")
+        lines = read_metrics(tmp_path / "straight")
         assert lines[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(lines[-1]["kl"]) > 1e-3
         assert all(line["sampler_gap"] < 1e-4 for line in lines)
     for network, params in networks(last).items():

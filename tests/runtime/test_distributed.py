@@ -12,8 +12,8 @@ from tests.support import stages
 
 from instructax.checkpoints.steps import committed_steps
 from instructax.config import ConfigError
-from instructax.experiment import metrics_of, samples_of
 from instructax.runtime import distributed
+from instructax.runtime.metric_log import read_metrics, read_samples
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
@@ -80,7 +80,7 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
     assert run_both(config, workdir, stop_at=2) == [42, 42]
     assert committed_steps(workdir) == [2]  # both gave up the iteration that was under way
     assert run_both(config, workdir, stop_at=-1) == [0, 0]
-    alone, together = metrics_of(chain / "ppo-ptx"), metrics_of(workdir)
+    alone, together = read_metrics(chain / "ppo-ptx"), read_metrics(workdir)
     assert (
         [line["step"] for line in together]
         == [line["step"] for line in alone]
@@ -97,7 +97,7 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
             {name: figures[name] for name in figures.keys() - gaps}, rel=1e-3, abs=1e-5
         )
     texts = [
-        [(s["step"], s["prompt"], s["response"]) for s in samples_of(run)]
+        [(s["step"], s["prompt"], s["response"]) for s in read_samples(run)]
         for run in (chain / "ppo-ptx", workdir)
     ]
     assert texts[0] == texts[1]

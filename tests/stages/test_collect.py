@@ -10,7 +10,8 @@ from tests.support import stages
 
 from instructax.config import ConfigError
 from instructax.data.schema import Comparison, read_jsonl
-from instructax.experiment import run_stage, summary_of
+from instructax.experiment import run_stage
+from instructax.runtime.metric_log import read_summary
 from instructax.simulation.files import recreate_prompts
 from instructax.simulation.judge import judge
 from instructax.stages.collect import draw_compared
@@ -49,7 +50,7 @@ def test_both_groups_rank_the_same_answers(chain):
     assert len(
         list(read_jsonl([chain / "collect" / "comparisons.jsonl.gz"], Comparison))
     ) == len(ours)
-    figures = summary_of(chain / "collect")
+    figures = read_summary(chain / "collect")
     assert figures["prompts"] == len(ours) and figures["answers"] == sum(
         len(a["completions"]) for a in ours
     )

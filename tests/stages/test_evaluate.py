@@ -15,9 +15,10 @@ from instructax.checkpoints.restore import load_params
 from instructax.data import loaders
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.evals.intervals import share_estimate
-from instructax.experiment import run_stage, samples_of, summary_of
+from instructax.experiment import run_stage
 from instructax.models import Transformer
 from instructax.models.init import init_params
+from instructax.runtime.metric_log import read_samples, read_summary
 from instructax.stages import evaluate
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -64,7 +65,9 @@ def rollouts_of(chain, run: str, temperature: float = 1.0):
 
 
 def responses_of(chain, name: str):
-    return [sample for sample in samples_of(chain / "evaluate") if sample["policy"] == name]
+    return [
+        sample for sample in read_samples(chain / "evaluate") if sample["policy"] == name
+    ]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -104,7 +107,7 @@ def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
     }
     assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
     answers = [
-        sample for sample in samples_of(tmp_path / "run") if sample["policy"] == "PPO"
+        sample for sample in read_samples(tmp_path / "run") if sample["policy"] == "PPO"
     ]
     rollouts, tokenizer = rollouts_of(chain, "ppo", temperature=0.5), parts(chain)[1]
     mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
@@ -124,16 +127,16 @@ def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
 
 
 def test_the_reference_against_itself(chain):
-    figures = summary_of(chain / "evaluate")["policies"]["SFT"]
+    figures = read_summary(chain / "evaluate")["policies"]["SFT"]
     assert figures["kl"]["value"] == figures["kl"]["high"] == 0
     assert figures["proxy_win_rate"]["value"] == figures["proxy_win_rate"]["low"] == 0.5
-    assert summary_of(chain / "evaluate")["policies"]["GPT"]["kl"]["value"] > 0.1
+    assert read_summary(chain / "evaluate")["policies"]["GPT"]["kl"]["value"] > 0.1
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_figures_are_means_over_answers(chain, name):
     figures, answers = (
-        summary_of(chain / "evaluate")["policies"][name],
+        read_summary(chain / "evaluate")["policies"][name],
         responses_of(chain, name),
     )
     for figure, field in (
@@ -165,7 +168,7 @@ def test_text_loss_is_that_of_the_plain_computation(chain, name):
     source = data["text"].sources["validation"]
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(*network(chain, POLICIES[name], "tokens"), rows)
-    figure = summary_of(chain / "evaluate")["policies"][name]["text_loss"]
+    figure = read_summary(chain / "evaluate")["policies"][name]["text_loss"]
     assert figure["value"] == pytest.approx(wanted, rel=1e-5)
     assert figure["count"] == len(source)
     assert figure["low"] < figure["value"] < figure["high"]
@@ -192,7 +195,7 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
                 longer += len(answers[better]) > len(answers[worse])
                 unlike += len(answers[better]) != len(answers[worse])
                 count += 1
-    figures = summary_of(chain / "evaluate")["reward_model"]["labelers"]
+    figures = read_summary(chain / "evaluate")["reward_model"]["labelers"]
     assert figures["pairs"] == count > 50 and count > unlike > 20
     assert figures["accuracy"]["value"] == pytest.approx(
         right / count, abs=1.5 / count
@@ -209,12 +212,12 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         "data.comparisons": (),
     }
     assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
-    wanted, got = responses_of(chain, "SFT"), samples_of(tmp_path / "run")
+    wanted, got = responses_of(chain, "SFT"), read_samples(tmp_path / "run")
     assert len(got) == 12
     for ours, theirs in zip(got, wanted, strict=False):
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4, abs=1e-5)
         assert {**ours, "step": 0, "score": 0} == {**theirs, "step": 0, "score": 0}
-    summary = summary_of(tmp_path / "run")
+    summary = read_summary(tmp_path / "run")
     assert set(summary["policies"]["SFT"]) == {
         "scores",
         "kl",

@@ -13,9 +13,10 @@ from instructax import experiment
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.checkpoints.restore import load_params
 from instructax.evals.text_metrics import bleu, first_line, token_f1
-from instructax.experiment import RunSpec, run_stage, samples_of, summary_of
+from instructax.experiment import RunSpec, run_stage
 from instructax.models import Transformer
 from instructax.models.init import abstract_params
+from instructax.runtime.metric_log import read_samples, read_summary
 from instructax.simulation.public_items import TaskItem
 from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
 from instructax.simulation.task_metrics import is_rude, judge_truthfulness
@@ -64,7 +65,7 @@ def network(chain, run: str):
 
 
 def figures_of(measured, policy: str) -> dict[str, Any]:
-    return summary_of(measured)["policies"][policy]
+    return read_summary(measured)["policies"][policy]
 
 
 def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
@@ -95,7 +96,7 @@ def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_figures_of_texts_are_those_of_the_samples(measured, policy):
-    samples = [sample for sample in samples_of(measured) if sample["policy"] == policy]
+    samples = [sample for sample in read_samples(measured) if sample["policy"] == policy]
     for name, task in PUBLIC_TASKS.items():
         if task.metric in ("accuracy", "entropy"):
             assert not [sample for sample in samples if sample["task"] == name]
@@ -141,7 +142,7 @@ def test_completions_are_the_likeliest_tokens(chain, measured, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     chosen = {"task": "toxicity", "form": "none", "policy": policy}
     samples = [
-        sample for sample in samples_of(measured) if chosen.items() <= sample.items()
+        sample for sample in read_samples(measured) if chosen.items() <= sample.items()
     ]
     texts = contexts = tokenizer.encode_batch(sample["context"] for sample in samples)
     for _ in range(12):

@@ -19,9 +19,9 @@ from instructax.checkpoints.restore import load_params
 from instructax.checkpoints.steps import committed_steps
 from instructax.data import loaders
 from instructax.data.batches import batch_row_ids, lm_batch
-from instructax.experiment import metrics_of, summary_of
 from instructax.models import ModelConfig, Transformer
 from instructax.models.init import init_params
+from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import reward_model
 from instructax.training.settings import OptimizerSettings
 from instructax.training.state import abstract_state, new_state
@@ -266,7 +266,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
         watch.first.params,
         loaders.read_comparisons(source, rows, config.data.limits),
     )
-    (logged,) = metrics_of(tmp_path / "run")
+    (logged,) = read_metrics(tmp_path / "run")
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
     assert (logged["accuracy"], logged["pairs"]) == (
         pytest.approx(right / pairs, abs=1.5 / pairs),
@@ -315,11 +315,11 @@ def test_validation_metrics_are_those_of_the_plain_computation(chain):
     loss, right, pairs = stages.plain_ranking(
         model, params, loaders.read_comparisons(source, np.arange(len(source)), limits)
     )
-    summary = summary_of(chain / "reward")
+    summary = read_summary(chain / "reward")
     assert summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
     assert summary["validation_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
     assert summary["validation_pairs"] == pairs
-    assert len(metrics_of(chain / "reward")) == -(
+    assert len(read_metrics(chain / "reward")) == -(
         -len(prepared.sources["train"]) // config.batch_size
     )  # one epoch
 

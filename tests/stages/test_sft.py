@@ -16,9 +16,9 @@ from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.data import loaders
 from instructax.data.batches import lm_batch
-from instructax.experiment import metrics_of, summary_of
 from instructax.models import Transformer
 from instructax.models.init import init_params
+from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import build_config
 from instructax.training import supervised
 from instructax.training.state import abstract_state, new_state
@@ -71,7 +71,7 @@ def test_the_first_step_starts_from_the_parent(chain):
     first = loaders.lm_reader(
         config.data, data, "train", batch_size=config.batch_size, seed=config.seed
     )(0)
-    logged = metrics_of(chain / "sft")[0]
+    logged = read_metrics(chain / "sft")[0]
     assert logged["loss"] == pytest.approx(
         stages.plain_loss(model, params, first), rel=1e-5
     )
@@ -103,7 +103,7 @@ def test_a_run_drops_at_its_own_rate(chain, tmp_path):
     update = jax.jit(partial(supervised.supervised_update, own))
     settings = stages.supervised_settings(seed=config.seed, dropout=0.3)
     _, metrics = update(state, first, settings)
-    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(
+    assert read_metrics(tmp_path / "run")[0]["loss"] == pytest.approx(
         float(metrics["loss"]), rel=1e-5
     )
 
@@ -113,7 +113,7 @@ def test_validation_losses_are_those_of_the_plain_computation(chain):
     model = Transformer(config.model, config.compute, "tokens")
     abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
     params = load_params(chain / "sft", abstract)
-    summary = summary_of(chain / "sft")
+    summary = read_summary(chain / "sft")
     for name in ("demonstrations", "text"):
         source = data[name].sources["validation"]
         whole = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
@@ -126,7 +126,7 @@ def test_validation_losses_are_those_of_the_plain_computation(chain):
 def test_two_epochs_count_the_demonstrations_alone(chain):
     config, _, data = sft_parts(chain)
     rows = len(data["demonstrations"].sources["train"])
-    assert metrics_of(chain / "sft")[-1]["step"] == math.ceil(
+    assert read_metrics(chain / "sft")[-1]["step"] == math.ceil(
         2 * rows / 7.2
     )  # 9 of 10 rows of 8
     assert config.epochs == 2

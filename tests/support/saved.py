@@ -55,7 +55,13 @@ def put(tree, abstract):
 
 
 def open_checkpoints(workdir, **changes):
-    settings = {"save_every": 1, "keep": 100, "best_metric": "", "best_mode": "max", "exported": "params"}
+    settings = {
+        "save_every": 1,
+        "keep": 100,
+        "best_metric": "",
+        "best_mode": "max",
+        "exported": "params",
+    }
     return Checkpoints(workdir, **{**settings, **changes})
 
 

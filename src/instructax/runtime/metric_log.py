@@ -22,6 +22,7 @@ import numpy as np
 from instructax.config import ConfigError
 from instructax.runtime.files import (
     open_no_follow,
+    read_json_lines,
     rewind,
     to_jsonable,
     write_json,
@@ -265,6 +266,26 @@ class MetricLog:
         # The stack closes the files even if the flush fails.
         with self._files:
             self.flush()
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """The final metrics of a run. Raises ConfigError if it has not finished."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        raise ConfigError(
+            f"{workdir} is not a finished run: run the whole experiment, not its report alone"
+        )
+    return json.loads(path.read_text())
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics of every step of a run."""
+    return read_json_lines(workdir / "metrics.jsonl")
+
+
+def read_samples(workdir: Path) -> list[dict[str, Any]]:
+    """The samples that a run wrote."""
+    return read_json_lines(workdir / "samples.jsonl")
 
 
 def _refuse_reserved(names: Mapping[str, Any]) -> None:

@@ -113,7 +113,12 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     with lock_workdir(workdir):
         claim(workdir, run_config)
         checkpoints = Checkpoints(
-            workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
+            workdir,
+            save_every=1,
+            keep=1,
+            best_metric="",
+            best_mode="max",
+            exported="params",
         )
         checkpoints.save(0, TrainState(step=jnp.int32(0), params=params, opt_state=()), {})
         checkpoints.close()

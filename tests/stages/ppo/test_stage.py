@@ -12,7 +12,8 @@ from instructax import sharding
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.checkpoints.restore import load_params
 from instructax.data.batches import lm_batch
-from instructax.experiment import metrics_of, run_stage, samples_of, summary_of
+from instructax.experiment import run_stage
+from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
 from instructax.stages.ppo import algorithm, gradients
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
@@ -267,8 +268,8 @@ def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
 @pytest.mark.parametrize("name", ["ppo", "ppo-ptx"])
 def test_what_a_run_logs(chain, name):
     lines, samples, config = (
-        metrics_of(chain / name),
-        samples_of(chain / name),
+        read_metrics(chain / name),
+        read_samples(chain / name),
         ppo_parts(chain, name)[0],
     )
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -296,7 +297,7 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
     source = data["text"].sources["validation"]
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(program.policy, ema, rows)
-    assert summary_of(chain / "ppo-ptx")["text_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert read_summary(chain / "ppo-ptx")["text_loss"] == pytest.approx(wanted, rel=1e-5)
     start = jax.device_get(
         load_params(chain / "sft", abstract_ppo_state(program).policy.params)
     )
@@ -325,12 +326,12 @@ def test_ppo_needs_no_text(chain, tmp_path):
         chain, "ppo", {"data.text": (), "steps": 1, "value_clip": 0.0}
     )
     assert run_stage(config, tmp_path / "run")
-    summary = summary_of(tmp_path / "run")
+    summary = read_summary(tmp_path / "run")
     assert "text_loss" not in summary
     assert summary["value_clipped_fraction"] == 0
     # The first rollouts do not know of the text.
     assert summary["scores"] == pytest.approx(
-        metrics_of(chain / "ppo")[0]["scores"], rel=1e-6
+        read_metrics(chain / "ppo")[0]["scores"], rel=1e-6
     )
 
 
@@ -339,7 +340,7 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     with pytest.raises(InvariantError, match="sampled and recomputed"):
         run_stage(stages.config_of(chain, "ppo", {}), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert metrics_of(tmp_path / "run") == []
+    assert read_metrics(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,7 @@ def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
     exact = {"steps": 1}
     for name, overrides in (("half", half), ("exact", exact)):
         run_stage(stages.config_of(chain, "ppo-ptx", overrides), tmp_path / name)
-    (line,), (wanted,) = metrics_of(tmp_path / "half"), metrics_of(tmp_path / "exact")
+    (line,), (wanted,) = read_metrics(tmp_path / "half"), read_metrics(tmp_path / "exact")
     assert line["sampler_gap"] < 0.03 and line["first_ratio_gap"] < 0.03
     assert line["entropy"] != wanted["entropy"]
     assert line["entropy"] == pytest.approx(wanted["entropy"], rel=0.02)
