@@ -211,10 +211,7 @@ RENAMED_METRICS = {
 }
 # Group -> field, in its new name -> old value -> new value. `supervised` became two stages.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
-    "": {
-        "stage": {"reward": "reward_model", "tasks": "public_tasks"},
-        "old_logprobs": {"scorer": "recomputed", "sampler": "sampled"},
-    },
+    "": {"stage": {"reward": "reward_model", "tasks": "public_tasks"}},
     "compute": {"dtype": _DTYPES, "decoding_dtype": _DTYPES},
     "run": {"best_metric": RENAMED_METRICS},
 }
