@@ -23,8 +23,8 @@ from instructax.config import ConfigError
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.experiment import RunSpec, load_config
 from instructax.models import Transformer
-from instructax.report.results import load
-from instructax.serving import chat
+from instructax.report.results import load_experiment
+from instructax.serving import policy as served
 from instructax.training.workdir import claim
 
 TOKENIZER = load_tokenizer("bytes")
@@ -99,7 +99,7 @@ def test_an_old_run_is_a_parent(old_run):
 
 def test_an_old_run_answers_prompts(old_run):
     compute = tiny_models.compute()
-    model, params, tokenizer = chat.open_policy(old_run, compute)
+    model, params, tokenizer = served.open_policy(old_run, compute)
     wanted = tiny_models.random_params(Transformer(MODEL, compute, "tokens"))
     assert model.config == MODEL and tokenizer.hash == TOKENIZER.hash
     np.testing.assert_array_equal(params["embedding"], wanted["embedding"])
@@ -135,11 +135,11 @@ def test_supervised_became_two_stages():
 
 
 def test_the_report_reads_an_old_experiment(tmp_path):
-    new = load(report_logs.write_one_size(tmp_path / "new"))
+    new = load_experiment(report_logs.write_one_size(tmp_path / "new"))
     old_root = report_logs.write_one_size(tmp_path / "old")
     for path in old_root.rglob("config.json"):
         path.write_text(json.dumps(downgrade(json.loads(path.read_text()))))
-    old = load(old_root)
+    old = load_experiment(old_root)
     assert [size.num_parameters for size in old.sizes] == [
         size.num_parameters for size in new.sizes
     ]
