@@ -9,7 +9,7 @@ trained.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -34,7 +34,7 @@ SHAPES = {
 
 def sft_config(shape: Shape) -> ml_collections.ConfigDict:
     """Full rows of 256 tokens; the program is that of pretraining and SFT."""
-    config = pretrain.get_config("small")
+    config: Any = pretrain.get_config("small")
     config.batch_size = shape.sft_rows
     config.data.limits.sequence_tokens = 256
     config.compute.head_chunk = 64
@@ -43,7 +43,7 @@ def sft_config(shape: Shape) -> ml_collections.ConfigDict:
 
 def reward_config(_: Shape, completions: int) -> ml_collections.ConfigDict:
     """One prompt of 256 tokens with K responses of 32."""
-    config = reward_model.get_config("small")
+    config: Any = reward_model.get_config("small")
     limits = config.data.limits
     limits.completions = completions
     limits.prompt_tokens = 256
@@ -56,7 +56,7 @@ def reward_config(_: Shape, completions: int) -> ml_collections.ConfigDict:
 
 def ppo_config(_: Shape) -> ml_collections.ConfigDict:
     """32 rollouts of 64 prompt and 64 response tokens, in 4 minibatches, without ptx."""
-    config = ppo.get_config("small")
+    config: Any = ppo.get_config("small")
     limits = config.data.limits
     limits.prompt_tokens = 64
     limits.response_tokens = 64
@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             f"{', '.join(SHAPES)}: ppo,S"
         )
     shape = SHAPES[size]
-    config = WORKLOADS[name](shape)
+    config: Any = WORKLOADS[name](shape)
     model = config.model
     model.num_layers = shape.num_layers
     model.embed_dim = shape.embed_dim

@@ -348,7 +348,8 @@ def chat(size: str) -> bool:
 def limits(size: str) -> ml_collections.ConfigDict:
     """Lengths in tokens, and the paper's filters of prompts (3.2, A.2 and appendix C)."""
     values = row(DATA, size)
-    sequence = min(values.sequence_tokens, model(size).max_length)
+    max_length: Any = model(size).max_length
+    sequence = min(values.sequence_tokens, max_length)
     prompt = values.prompt_tokens
     response = values.response_tokens
     if prompt + response > sequence:

@@ -54,7 +54,7 @@ def _padding_id(tokenizer: Tokenizer) -> int | None:
     for token in json.loads(tokenizer.content)["added_tokens"]:
         if token.get("special"):
             special.add(token["id"])
-    candidates = sorted(special - {tokenizer.eos_id}) or tokenizer.free_ids()
+    candidates = sorted(special - {tokenizer.eos_id}) or tokenizer.unused_ids()
     return candidates[0] if candidates else None
 
 
