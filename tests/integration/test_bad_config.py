@@ -128,7 +128,7 @@ PPO = [
     ({"whiten_rewards": "yes"}, "cannot be casted to type <class 'bool'>"),
     (
         {"old_logprobs": "nobody"},
-        "config.old_logprobs = 'nobody' must be one of 'scorer', 'sampler'",
+        "config.old_logprobs = 'nobody' must be one of 'recomputed', 'sampled'",
     ),
     (
         {"kl_ceof": 0.1},
