@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-Config = TypeVar("Config")
+ConfigT = TypeVar("ConfigT")
 
 # Integers end up in int32 arrays: magnitudes must stay below this.
 INT_LIMIT = 2**31
@@ -46,8 +46,8 @@ Seed = Annotated[int, IntRange(0, INT_LIMIT)]
 
 
 def construct(
-    cls: type[Config], values: Mapping[str, Any], where: str = "config"
-) -> Config:
+    cls: type[ConfigT], values: Mapping[str, Any], where: str = "config"
+) -> ConfigT:
     """Builds a dataclass from a nested mapping.
 
     Nested dataclasses are built from nested mappings and tuples from sequences. Integers

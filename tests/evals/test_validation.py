@@ -62,7 +62,7 @@ def test_the_mean_loss_is_per_token_over_all_batches(monkeypatch):
     rows = stages.packed_rows(8, 14)
     read_from(monkeypatch, halves_of(rows))
     params = tiny_models.random_params(POLICY)
-    loss = validation.TokenLoss(
+    loss = validation.ValidationLoss(
         POLICY, stages.mesh_of(), batch_size=4, max_batches=2, sequence_tokens=14
     )
     wanted = stages.plain_loss(POLICY, params, rows)
@@ -75,7 +75,7 @@ def test_the_mean_loss_is_per_token_over_all_batches(monkeypatch):
 def test_no_validation_rows_give_zeros(monkeypatch):
     read_from(monkeypatch, [])
     mesh = stages.mesh_of()
-    loss = validation.TokenLoss(
+    loss = validation.ValidationLoss(
         POLICY, mesh, batch_size=4, max_batches=2, sequence_tokens=14
     )
     ranking = validation.Ranking(

@@ -27,7 +27,7 @@ from instructax.models.init import abstract_params
 from instructax.models.logprobs import compute_logits
 from instructax.models.pretrained.gguf_file import LAYER_TENSORS, OTHER_TENSORS
 from instructax.models.pretrained.hf_configs import read_config, write_config
-from instructax.models.pretrained.hf_folder import open_tensors, read_json
+from instructax.models.pretrained.hf_folder import open_tensors, read_hf_json
 from instructax.models.pretrained.load import read_params
 from instructax.models.pretrained.save import export_tensors
 from instructax.serving.policy import open_policy
@@ -175,7 +175,7 @@ def ours_of(
     folder: Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Transformer, Params]:
     """A folder as our network."""
-    family, config = read_config(read_json(folder / "config.json"))
+    family, config = read_config(read_hf_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
     abstract = abstract_params(model, mesh or mesh_of())
     return model, read_params(open_tensors(folder), family, config, abstract)
@@ -339,7 +339,7 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", attn_implementation="eager"
     ).eval()
-    raw = read_json(tmp_path / "out" / "config.json")
+    raw = read_hf_json(tmp_path / "out" / "config.json")
     left = raw.get(interchange.SCORE_BIAS, 0.0)
     assert left == pytest.approx(0.0 if config.norm == "layernorm" else 0.77)
     assert raw["pad_token_id"] == 30 and theirs.config.num_labels == 1

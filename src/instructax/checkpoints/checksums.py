@@ -16,7 +16,7 @@ from instructax.config import ConfigError
 FORMAT = 1
 
 # The entries of a record and their types.
-FIELDS: dict[str, Any] = {
+RECORD_FIELDS: dict[str, Any] = {
     "best_metric": str,
     "best_mode": str,
     "metric": (float, int, type(None)),
@@ -59,7 +59,11 @@ def read_record(step: Path) -> dict[str, Any] | None:
         record = {**DEFAULTS, **json.loads(path.read_text())}
         # Records of the first version do not name their format.
         version = int(record.get("format", 1))
-        wrong = [name for name in FIELDS if not isinstance(record[name], FIELDS[name])]
+        wrong = [
+            name
+            for name in RECORD_FIELDS
+            if not isinstance(record[name], RECORD_FIELDS[name])
+        ]
         if wrong and version <= FORMAT:  # a newer format may have other types
             raise TypeError(f"{', '.join(wrong)} of another type")
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:

@@ -24,7 +24,7 @@ from instructax.runtime.files import to_jsonable, write_json
 from instructax.runtime.redaction import redact
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-FIELDS = (
+MANIFEST_FIELDS = (
     "stage",
     "config",
     "model",
@@ -93,7 +93,7 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
     """
     path = Path(workdir) / "manifest.json"
     manifest = upgrade_manifest(_load(path))
-    missing = [field for field in FIELDS if field not in manifest]
+    missing = [field for field in MANIFEST_FIELDS if field not in manifest]
     if missing:
         raise ConfigError(
             f"{path} lacks {', '.join(missing)}: it was not written by this program; "
@@ -218,7 +218,7 @@ RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
 # Group of a pretraining config -> fields that pretraining no longer has.
 PRETRAIN_DROPPED = {"": ("lora",), "data": ("demonstrations", "text_fraction", "chat")}
 # Head of the network that a run saves, for manifests that do not say it.
-HEADS = {
+EARLIER_HEADS = {
     "pretrain": "tokens",
     "sft": "tokens",
     "ppo": "tokens",
@@ -238,7 +238,7 @@ def upgrade_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if "stage" in upgraded:
         # The stage of an old run is named by its config; imported models have another one.
         upgraded["stage"] = config.get("stage", upgraded["stage"])
-        upgraded.setdefault("head", HEADS.get(str(upgraded["stage"])))
+        upgraded.setdefault("head", EARLIER_HEADS.get(str(upgraded["stage"])))
     return upgraded
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from instructax.data.schema import Comparison, DataRecord, Demonstration, Prompt, Text
 
-RecordT = TypeVar("RecordT", bound=DataRecord)
+_RecordT = TypeVar("_RecordT", bound=DataRecord)
 PromptedRecord = TypeVar("PromptedRecord", Demonstration, Comparison, Prompt)
 ItemT = TypeVar("ItemT")
 
@@ -66,10 +66,10 @@ def drop_long(
     return [item for item in items if 1 <= count_tokens(item) <= limit]
 
 
-def drop_containing(records: Sequence[RecordT], texts: Sequence[str]) -> list[RecordT]:
+def drop_containing(records: Sequence[_RecordT], texts: Sequence[str]) -> list[_RecordT]:
     """Keeps the records that contain none of `texts`."""
 
-    def contains(record: RecordT, text: str) -> bool:
+    def contains(record: _RecordT, text: str) -> bool:
         return any(text in own for own in record_texts(record))
 
     kept = []
@@ -189,7 +189,7 @@ def record_texts(record: DataRecord) -> tuple[str, ...]:
             return (record.text,)
 
 
-def drop_pii(records: Sequence[RecordT]) -> list[RecordT]:
+def drop_pii(records: Sequence[_RecordT]) -> list[_RecordT]:
     """Keeps the records without signs of personal data. The paper filters only the training
     split."""
     return [record for record in records if not any(map(has_pii, record_texts(record)))]

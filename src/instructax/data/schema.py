@@ -86,10 +86,10 @@ class Text:
 
 
 DataRecord = Demonstration | Comparison | Prompt | Text
-RecordT = TypeVar("RecordT", Demonstration, Comparison, Prompt, Text)
+_RecordT = TypeVar("_RecordT", Demonstration, Comparison, Prompt, Text)
 
 
-def read_jsonl(files: Sequence[Path], cls: type[RecordT]) -> Iterator[RecordT]:
+def read_jsonl(files: Sequence[Path], cls: type[_RecordT]) -> Iterator[_RecordT]:
     """Yields the records of `files`, skipping blank lines.
 
     The files form one data set, in which an id may occur only once. Raises DataError at the
@@ -153,7 +153,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{place}: cannot be read ({error})") from None
 
 
-def _parse_record(line: bytes, cls: type[RecordT]) -> RecordT:
+def _parse_record(line: bytes, cls: type[_RecordT]) -> _RecordT:
     """Returns the record on `line`, or raises _Fault."""
     values = _parse_object(line)
     # The fields of the dataclass define the format.

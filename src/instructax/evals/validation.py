@@ -99,7 +99,7 @@ def rank_pairs(
     )
 
 
-class TokenLoss:
+class ValidationLoss:
     """The loss of a language model on the validation split of packed rows.
 
     Args:
@@ -231,7 +231,7 @@ def validation_losses(
       config: the stage's config.
       sources: validation splits of packed rows by name.
     """
-    loss = TokenLoss(
+    loss = ValidationLoss(
         model,
         mesh,
         batch_size=config.batch_size,

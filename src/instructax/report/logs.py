@@ -13,14 +13,14 @@ from instructax.evals.intervals import Estimate
 JsonObject = Mapping[str, Any]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
     """Returns the object in `path`, or {} if the file does not exist."""
     if not path.exists():
         return {}
     return json.loads(path.read_text())
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Returns the object on each line of `path`, or [] if the file does not exist.
 
     Raises ConfigError with the line number if a line is not valid JSON.

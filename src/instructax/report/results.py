@@ -12,7 +12,7 @@ import numpy as np
 from instructax.checkpoints.manifest import upgrade_config, upgrade_metrics
 from instructax.config import ConfigError
 from instructax.data.tokenizer import END_OF_TEXT
-from instructax.report.logs import JsonObject, logged_estimate, read_json, read_json_lines
+from instructax.report.logs import JsonObject, logged_estimate, read_log, read_run_file
 from instructax.simulation.files import recreate_tasks
 from instructax.simulation.public_tasks import PUBLIC_TASKS
 from instructax.simulation.task_metrics import TaskMetric
@@ -86,7 +86,7 @@ def load_experiment(root: Path) -> ExperimentResults:
             "it nor in the folder of a size"
         )
     tasks = _load_tasks(root)
-    seed = read_json(root / "world" / "config.json")["seed"]
+    seed = read_run_file(root / "world" / "config.json")["seed"]
 
     # Sizes are ordered by their parameters: their names have no order.
     sizes = []
@@ -137,14 +137,14 @@ def _load_reward_runs(root: Path) -> dict[str, JsonObject]:
     """Reads the summaries of REWARD_RUNS, which may be of an earlier version."""
     summaries = {}
     for run in REWARD_RUNS:
-        summaries[run] = upgrade_metrics(read_json(root / run / "summary.json"))
+        summaries[run] = upgrade_metrics(read_run_file(root / run / "summary.json"))
     return summaries
 
 
 def _load_size(folder: Path, root: Path) -> SizeResults:
     """Reads what is known of a size before its samples are matched with prompts."""
-    config = upgrade_config(read_json(folder / "evaluate" / "config.json"))
-    summary = read_json(folder / "evaluate" / "summary.json")
+    config = upgrade_config(read_run_file(folder / "evaluate" / "config.json"))
+    summary = read_run_file(folder / "evaluate" / "summary.json")
     num_parameters = count_parameters(config["model"])
     # An experiment of one size has no folder that is named after it.
     name = format_parameter_count(num_parameters) if folder == root else folder.name
@@ -155,7 +155,7 @@ def _load_size(folder: Path, root: Path) -> SizeResults:
         best_of=config.get("best_of", 0),
         samples={},
         reward_model=summary.get("reward_model", {}),
-        public_tasks=public_results(read_json(folder / "tasks" / "summary.json")),
+        public_tasks=public_results(read_run_file(folder / "tasks" / "summary.json")),
     )
 
 
@@ -226,7 +226,7 @@ def _load_samples(folder: Path) -> dict[str, list[JsonObject]]:
     # A run writes its summary last: without one, its samples are incomplete.
     if not (folder / "summary.json").exists():
         return samples
-    for record in read_json_lines(folder / "samples.jsonl"):
+    for record in read_log(folder / "samples.jsonl"):
         samples.setdefault(record["policy"], []).append(record)
     return samples
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from instructax.report.judging import true_utilities
-from instructax.report.logs import read_json_lines
+from instructax.report.logs import read_log
 from instructax.report.results import (
     ExperimentResults,
     SizeResults,
@@ -33,7 +33,7 @@ def load_ppo_curve(
         return None
 
     # A run logs some samples of some iterations; they are judged here for the first time.
-    samples = read_json_lines(folder / "samples.jsonl")
+    samples = read_log(folder / "samples.jsonl")
     prompts = [record["prompt"].strip() for record in samples]
     check_prompts(results.tasks, prompts, folder)
     tasks = [results.tasks[prompt] for prompt in prompts]
@@ -47,7 +47,7 @@ def load_ppo_curve(
     # A metric is null if it was not finite; such iterations are left out.
     sampled_steps = set(steps.tolist())
     lines = []
-    for line in read_json_lines(folder / "metrics.jsonl"):
+    for line in read_log(folder / "metrics.jsonl"):
         is_finite = line.get("kl") is not None and line.get("scores") is not None
         if line["step"] in sampled_steps and is_finite:
             lines.append(line)
@@ -84,13 +84,13 @@ def load_overfitting(size: SizeResults) -> tuple[dict[int, float], dict[int, np.
 
     # The loss is logged at every evaluation step of training.
     losses = {}
-    for line in read_json_lines(run / "metrics.jsonl"):
+    for line in read_log(run / "metrics.jsonl"):
         if "demonstrations_loss" in line:
             losses[line["step"]] = line["demonstrations_loss"]
 
     # The evaluation names each checkpoint of the run as a policy, "step 300".
     scores: dict[int, list[float]] = {}
-    for record in read_json_lines(evaluation / "samples.jsonl"):
+    for record in read_log(evaluation / "samples.jsonl"):
         if record["policy"].startswith("step "):
             step = int(record["policy"].removeprefix("step "))
             scores.setdefault(step, []).append(record["score"])

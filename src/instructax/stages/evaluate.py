@@ -27,7 +27,7 @@ from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.intervals import mean_estimate, win_rate
 from instructax.evals.policy_responses import PolicyEvaluator, ResponseMode
-from instructax.evals.validation import Ranking, TokenLoss
+from instructax.evals.validation import Ranking, ValidationLoss
 from instructax.models import ComputeConfig, ModelConfig, Transformer
 from instructax.models.init import abstract_params
 from instructax.models.sequence_packing import packed_width
@@ -202,7 +202,7 @@ def train(run: Run) -> None:
     sets = {name: data[f"comparisons.{name}"] for name, _ in config.data.comparisons}
     longest = [tokens for rows in sets.values() for tokens in rows.report.longest.values()]
     width = packed_width(longest, limits.comparison_tokens, config.compute)
-    token_loss = TokenLoss(
+    token_loss = ValidationLoss(
         policy,
         mesh,
         batch_size=config.batch_size,

@@ -157,7 +157,7 @@ def _open_model(source: str) -> PretrainedModel:
             folder = Path(scratch)
             file.write_tokenizer(folder)
         else:
-            raw = hf_folder.read_json(path / "config.json")
+            raw = hf_folder.read_hf_json(path / "config.json")
             tensors = hf_folder.open_tensors(path)
             folder = path
         family, config = hf_configs.read_config(raw)
@@ -242,10 +242,10 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     save.save_tensors(to, exported, family, config, dtype)
     write_tokenizer(to, tokenizer, config, raw, run.workdir / KEPT_FOLDER)
     generation = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
-    save.write_json(to / "generation_config.json", generation)
+    save.write_hf_json(to / "generation_config.json", generation)
     write_readme(to, run.manifest, head, raw)
     # Last, so that a folder with a config is complete.
-    save.write_json(to / "config.json", raw)
+    save.write_hf_json(to / "config.json", raw)
 
     lines = [f"{to}: {raw['architectures'][0]}, {dtype}"]
     if verify:
@@ -288,7 +288,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
     Returns:
       A line with the largest difference.
     """
-    raw = hf_folder.read_json(path / "config.json")
+    raw = hf_folder.read_hf_json(path / "config.json")
     family, config = hf_configs.read_config(raw)
     abstract = abstract_params(model, _one_device_mesh())
     read = load.read_params(hf_folder.open_tensors(path), family, config, abstract)

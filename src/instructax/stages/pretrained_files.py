@@ -76,7 +76,7 @@ def write_tokenizer(
     padding = raw["pad_token_id"]
     if padding is not None and tokenizer.token(padding):
         values["pad_token"] = tokenizer.token(padding)
-    save.write_json(to / "tokenizer_config.json", values)
+    save.write_hf_json(to / "tokenizer_config.json", values)
     if (kept_files / "chat_template.jinja").is_file():
         shutil.copyfile(kept_files / "chat_template.jinja", to / "chat_template.jinja")
 

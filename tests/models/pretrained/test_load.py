@@ -58,12 +58,12 @@ def written(path: Path, config: ModelConfig, dtype: str = "float32") -> tuple[st
     family, raw = write_config(config)
     path.mkdir(exist_ok=True)
     save.save_tensors(path, params, family, config, dtype)
-    save.write_json(path / "config.json", raw)
+    save.write_hf_json(path / "config.json", raw)
     return family, params
 
 
 def read(path: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
-    family, config = read_config(hf_folder.read_json(path / "config.json"))
+    family, config = read_config(hf_folder.read_hf_json(path / "config.json"))
     return load.read_params(
         hf_folder.open_tensors(path), family, config, abstract_of(config, mesh)
     )
@@ -154,7 +154,7 @@ def test_round_trip_is_bitwise(family, tmp_path):
     named, params = written(tmp_path, config)
     assert (
         named == family
-        and read_config(hf_folder.read_json(tmp_path / "config.json"))[1].num_layers
+        and read_config(hf_folder.read_hf_json(tmp_path / "config.json"))[1].num_layers
         == config.num_layers
     )
     found = read(tmp_path)
@@ -347,10 +347,10 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no config\.json: give the folder of a model$"
     ):
-        hf_folder.read_json(tmp_path / "config.json")
+        hf_folder.read_hf_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        hf_folder.read_json(tmp_path / "config.json")
+        hf_folder.read_hf_json(tmp_path / "config.json")
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         hf_folder.open_tensors(tmp_path)

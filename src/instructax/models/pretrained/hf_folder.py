@@ -74,7 +74,7 @@ def locate_model(source: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_hf_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     indexed: dict[str, Any] = {}  # tensor → file
     # An index takes precedence over a single file.
     if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+        weight_map = read_hf_json(folder / INDEX).get("weight_map")
         require(
             isinstance(weight_map, dict) and bool(weight_map),
             f"{folder / INDEX} has no weight_map",

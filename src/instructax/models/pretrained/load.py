@@ -34,7 +34,7 @@ CHUNK_ELEMENTS = 1 << 22
 # Buffers that files of older versions of transformers hold beside the parameters.
 IGNORED = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 # Names of the output head. With tied embeddings a file may hold a copy of them under one.
-HEADS = ("lm_head.weight", "embed_out.weight")
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight")
 MAX_LISTED = 5  # names in an error
 
 
@@ -84,8 +84,8 @@ def match_names(
     for name in expected:
         # In order of preference.
         candidates = [name, name.removeprefix(PREFIXES[family])]
-        if name in HEADS:
-            candidates.extend(HEADS)
+        if name in OUTPUT_HEADS:
+            candidates.extend(OUTPUT_HEADS)
         present = [candidate for candidate in candidates if candidate in stored]
         if present:
             names[name] = present[0]
@@ -97,8 +97,8 @@ def match_names(
 
     unexpected = {name for name in stored - set(names.values()) if not IGNORED.search(name)}
     # With tied embeddings no head is expected, but a copy of the embedding may be stored.
-    if not any(name in HEADS for name in names):
-        unexpected -= set(HEADS)
+    if not any(name in OUTPUT_HEADS for name in names):
+        unexpected -= set(OUTPUT_HEADS)
     require(
         not unexpected,
         f"the file of this {family} model has tensors that it should not: "

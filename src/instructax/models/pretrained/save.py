@@ -82,10 +82,10 @@ def save_tensors(
         weight_map |= dict.fromkeys(names, file)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / INDEX, index)
+        write_hf_json(folder / INDEX, index)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_hf_json(path: Path, value: Any) -> None:
     """Writes JSON in transformers' format."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 A tensor's layout names its axes in the order of the file; axes joined by `*` are flattened
 into one. The names are `V` vocabulary, `T` positions, `D` embed dim, `F` MLP dim, `H`
 heads, `G` key-value heads, `d` head dim, and `3` for query, key and value fused in one
-tensor (then H = G). `AXES` gives the same for our parameters. Reshaping and transposing
+tensor (then H = G). `LEAF_AXES` gives the same for our parameters. Reshaping and transposing
 between the two follows from the names, for reading and for writing.
 
 Example: GPT-NeoX fuses query, key and value per head, "H*3*d D". `split_tensor` reshapes
@@ -33,7 +33,7 @@ class TensorSpec:
 
 QKV = ("query", "key", "value")
 # The axes of our parameters, for one layer. Others, norms and biases, are "D".
-AXES = {
+LEAF_AXES = {
     "embedding": "V D",
     "positions": "T D",
     "head/kernel": "V D",
@@ -56,7 +56,7 @@ AXES = {
 
 def axes_of(leaf: str) -> list[str]:
     """The axes of one of our parameters, for one layer."""
-    return AXES.get(leaf, "D").split()
+    return LEAF_AXES.get(leaf, "D").split()
 
 
 def _fused_qkv(name: str, layout: str, part: str) -> TensorSpec:
