@@ -1,2 +1,4 @@
-"""With which values one run goes: one `get_config(size)` per stage; every number of a run
-stands here."""
+"""The values of every run: one module per stage with `get_config(size)`, and `sizes`.
+
+Every number of a run is in one of these modules, with its unit or its place in the paper.
+"""

@@ -12,7 +12,7 @@ Read it:   `runs.png` shows the validation losses of pretraining and SFT, the ra
            of PPO by iteration.
 
 DATA is a folder with `pretrain/`, `demos/`, `comparisons/` and `prompts/`, which contain
-.jsonl.gz files in the schema of README.
+.jsonl.gz files in the schema of `docs/data.md`.
 """
 
 from pathlib import Path
@@ -23,6 +23,7 @@ from instructax.evals.intervals import Estimate
 from instructax.experiment import RunSpec
 from instructax.runtime.metric_log import read_metrics, read_summary
 
+# The model size, and the suffix of every config.
 SIZE = "small"
 # Kind of data -> patterns of its files in DATA, without .jsonl.gz.
 FILES = {

@@ -1,23 +1,24 @@
 """SmolLM2-135M, a pretrained model, through all stages with LoRA.
 
-The stages are SFT, a reward model on people's rankings, and PPO-ptx.
+The stages are SFT, a reward model trained on human rankings, and PPO-ptx.
 
 Command:   ./scripts/smollm2.sh DATA
            or, once SmolLM2 is imported:
            python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2
-Hardware:  two cores, one night (estimated from single steps; it has not been run whole).
+Hardware:  two cores, one night (estimated from single steps; never run in full).
            `DATA,hour,bf16_matmul`: one hour on two cores with AMX. `bf16_matmul`
            multiplies in bfloat16, for CPUs with AMX and for GPUs; `DATA,hour` alone takes
            longer.
-Expect:    a reward model that orders held-out pairs better than their length does, and
-           better than the same network without pretraining. PPO raises its score. After
-           `hour`, with an eighth of the comparisons, neither is visible yet.
-Read it:   the printed table has the accuracy on the held-out pairs of each file with 95%
-           intervals, and then the policies side by side. With --report_only it covers the
-           runs that are finished.
+Expect:    a reward model that ranks validation pairs better than a preference for the
+           longer response does, and better than the same network without pretraining. PPO
+           raises its score. With `hour`, which uses an eighth of the comparisons, neither
+           is visible yet.
+Read it:   the printed table has the accuracy on the validation pairs of each file with 95%
+           intervals, followed by the policies. With --report_only it covers the runs that
+           are finished.
 
 DATA is a folder with `demos/`, `comparisons/`, `prompts/` and `pretrain/`, which contain
-.jsonl.gz files in the schema of README. Prompts use the model's own chat template.
+.jsonl.gz files in the schema of `docs/data.md`. Prompts use the model's own chat template.
 """
 
 from pathlib import Path
@@ -52,8 +53,8 @@ FILES = {
     ),
     "prompts": ("prompts/*",),
 }
-# Demonstrations on which the mean score is set to 0. Two files are enough: all of them are
-# read at every checkpoint.
+# Demonstrations whose mean score is set to 0. Two files are enough: all their records are
+# scored at every checkpoint.
 CENTERING_FILES = ("demos/oasst*", "demos/selfinstruct*")
 
 # The reward model without pretraining: the shape of SmolLM2 with a sixth of its layers, all
@@ -66,7 +67,7 @@ FROM_SCRATCH = {
     "data.chat": False,
 }
 
-# RunSpec -> overrides of the variant `hour`.
+# Run -> overrides of the variant `hour`.
 HOUR = {
     "sft": {"steps": 12, "epochs": 0.0},
     # With so few steps, a learning rate of 1e-4 learns nothing.

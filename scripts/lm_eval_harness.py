@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Runs lm-evaluation-harness on a finished policy: python scripts/lm_eval_harness.py
---workdir runs/micro/ppo-ptx --tasks=arc_easy,lambada
+"""Runs lm-evaluation-harness on a finished policy.
 
-Tasks come from the harness, which downloads them, or from the folder --include_path. Exit
-codes are those of train.py.
+python scripts/lm_eval_harness.py --workdir runs/micro/ppo-ptx --tasks=arc_easy
+
+Tasks come from the harness, which downloads their data, or from the folder --include_path.
+The exit codes are those of train.py.
 """
 
 import json
@@ -17,37 +18,39 @@ from instructax import cli
 from instructax.config import ConfigError
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "finished run of pretraining, SFT or PPO, or WORKDIR@STEP"
+    "workdir",
+    None,
+    "A finished run of pretraining, SFT or PPO: WORKDIR, WORKDIR@STEP or WORKDIR@best.",
 )
-TASKS = flags.DEFINE_list("tasks", [], "comma-separated names of tasks")
+TASKS = flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.")
 INCLUDE_PATH = flags.DEFINE_string(
-    "include_path", None, "folder with your own task files (YAML)"
+    "include_path", None, "A folder with your own task files (YAML)."
 )
 FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "few-shot examples before each question", lower_bound=0
+    "num_fewshot", None, "Few-shot examples before each question.", lower_bound=0
 )
-LIMIT = flags.DEFINE_integer("limit", None, "most questions per task", lower_bound=1)
-CHAT = flags.DEFINE_bool("apply_chat_template", False, "format questions as conversations")
+LIMIT = flags.DEFINE_integer("limit", None, "The most questions per task.", lower_bound=1)
+CHAT = flags.DEFINE_bool("apply_chat_template", False, "Format questions as conversations.")
 SYSTEM = flags.DEFINE_string(
-    "system", None, "with --apply_chat_template: the system message"
+    "system", None, "With --apply_chat_template: the system message."
 )
 GEN_KWARGS = flags.DEFINE_string(
-    "gen_kwargs", None, "replaces the tasks' own, for example max_gen_toks=64"
+    "gen_kwargs", None, "Replaces the tasks' own, for example max_gen_toks=64."
 )
-OUTPUT = flags.DEFINE_string("output", None, "JSON file for all results")
+OUTPUT = flags.DEFINE_string("output", None, "The JSON file for all results.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "texts scored or completed at a time", lower_bound=1
+    "batch_size", 8, "Texts scored or completed at a time.", lower_bound=1
 )
 SEED = flags.DEFINE_integer(
-    "seed", 0, "random seed of tasks that sample", lower_bound=0, upper_bound=2**31 - 1
+    "seed", 0, "The seed of tasks that sample.", lower_bound=0, upper_bound=2**31 - 1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "dtype of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Parses flags, calls the library and returns an exit code."""
+    """Parses the flags, evaluates, and returns the exit code."""
     if len(argv) > 1 or not WORKDIR.value or not TASKS.value:
         print(
             "error: give --workdir=FOLDER of a finished run and --tasks=NAME,NAME",
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(workdir: str) -> None:
-    """Prints the harness's table and writes its results."""
+    """Runs the tasks, prints the harness's table and writes its results."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Samples from a finished policy: python scripts/sample.py --workdir runs/micro/ppo-ptx
+"""Samples from a finished policy.
+
+python scripts/sample.py --workdir runs/micro/ppo-ptx
 
 Reads one prompt per line from the terminal or standard input; `\\n` in a line is a line
 break. With --chat the lines are one conversation, and /new starts a new one. With --input
-and --output it completes a JSONL file whose lines have `prompt` or `messages`. Exit codes
-are those of train.py.
+and --output it completes a JSONL file whose lines have `prompt` or `messages`. The exit
+codes are those of train.py.
 """
 
 import io
@@ -17,37 +19,41 @@ from absl import app, flags, logging
 from instructax import cli
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "finished run of pretraining, SFT or PPO, or WORKDIR@STEP"
+    "workdir",
+    None,
+    "A finished run of pretraining, SFT or PPO: WORKDIR, WORKDIR@STEP or WORKDIR@best.",
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 32, "most tokens of a completion", lower_bound=1
+    "max_new_tokens", 32, "The most tokens of a completion.", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 1.0, "sampling temperature; 0 = greedy", lower_bound=0.0
+    "temperature", 1.0, "The sampling temperature; 0 is greedy.", lower_bound=0.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "random seed", lower_bound=0, upper_bound=2**31 - 1)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "The random seed.", lower_bound=0, upper_bound=2**31 - 1
+)
 NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "completions of each prompt", lower_bound=1
+    "num_samples", 1, "The number of completions of each prompt.", lower_bound=1
 )
 STOP = flags.DEFINE_multi_string(
-    "stop", [], "string that ends a completion, \\n for a line break; may be repeated"
+    "stop", [], "A string that ends a completion, \\n for a line break; may be repeated."
 )
-CHAT = flags.DEFINE_bool("chat", False, "the lines are one conversation")
-SYSTEM = flags.DEFINE_string("system", "", "with --chat: the system message")
-INPUT = flags.DEFINE_string("input", None, "JSONL file to complete")
+CHAT = flags.DEFINE_bool("chat", False, "The lines are one conversation.")
+SYSTEM = flags.DEFINE_string("system", "", "With --chat: the system message.")
+INPUT = flags.DEFINE_string("input", None, "The JSONL file to complete.")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "with --input: JSONL file to write; must not exist"
+    "output", None, "With --input: the JSONL file to write; it must not exist yet."
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "with --input: completions sampled at a time", lower_bound=1
+    "batch_size", 8, "With --input: completions sampled at a time.", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "dtype of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Parses flags, calls the library and returns an exit code."""
+    """Parses the flags, samples, and returns the exit code."""
     if mistake := find_mistake(argv):
         print(f"error: {mistake}", file=sys.stderr)
         return cli.USER_ERROR
@@ -57,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def sample() -> None:
-    """Samples as the flags say."""
+    """Completes a file, holds a conversation, or completes the lines of standard input."""
     from instructax.serving import chat
 
     stop_strings = [stop.replace("\\n", "\n") for stop in STOP.value]
@@ -86,7 +92,7 @@ def sample() -> None:
 
 
 def find_mistake(argv: list[str]) -> str:
-    """What is wrong with the arguments, or ""."""
+    """Returns what is wrong with the arguments, or ""."""
     if len(argv) > 1 or not WORKDIR.value:
         return "give --workdir=FOLDER of a finished run"
     if bool(INPUT.value) != bool(OUTPUT.value):

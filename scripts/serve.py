@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Serves a finished policy with OpenAI's API: python scripts/serve.py --workdir
-runs/micro/ppo-ptx
+"""Serves a finished policy with OpenAI's API.
 
-Endpoints: http://127.0.0.1:8000/v1 with /models, /completions and /chat/completions. Exit
-codes are those of train.py; 130 after Ctrl-C.
+python scripts/serve.py --workdir runs/micro/ppo-ptx
+
+The endpoints are /models, /completions and /chat/completions at http://127.0.0.1:8000/v1.
+The exit codes are those of train.py; 130 after Ctrl-C.
 """
 
 import pathlib
@@ -15,26 +16,32 @@ from instructax import cli
 from instructax.config import ConfigError
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "finished run of pretraining, SFT or PPO, or WORKDIR@STEP"
+    "workdir",
+    None,
+    "A finished run of pretraining, SFT or PPO: WORKDIR, WORKDIR@STEP or WORKDIR@best.",
 )
-NAME = flags.DEFINE_string("name", "", "model name in requests; default: the folder's name")
+NAME = flags.DEFINE_string(
+    "name", "", "The name of the model in requests; by default that of the folder."
+)
 HOST = flags.DEFINE_string(
-    "host", "127.0.0.1", "address to listen on; there is no authentication"
+    "host", "127.0.0.1", "The address to listen on; there is no authentication."
 )
 PORT = flags.DEFINE_integer(
-    "port", 8000, "port; 0 = any free one", lower_bound=0, upper_bound=65535
+    "port", 8000, "The port; 0 is any free one.", lower_bound=0, upper_bound=65535
 )
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "samples drawn at a time", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "The number of samples drawn at a time.", lower_bound=1
+)
 QUEUE_LIMIT = flags.DEFINE_integer(
-    "queue_limit", 256, "samples that may wait; more are refused (429)", lower_bound=1
+    "queue_limit", 256, "Samples that may wait; more are refused (429).", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "dtype of the computation"
+    "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
 )
 
 
 def main(argv: list[str]) -> int:
-    """Parses flags, calls the library and returns an exit code."""
+    """Parses the flags, serves, and returns the exit code."""
     if len(argv) > 1 or not WORKDIR.value:
         print("error: give --workdir=FOLDER of a finished run", file=sys.stderr)
         return cli.USER_ERROR
@@ -46,7 +53,6 @@ def main(argv: list[str]) -> int:
 
 def serve(workdir: str) -> None:
     """Serves until Ctrl-C."""
-
     try:
         from instructax.serving.server.app import serve
     except ModuleNotFoundError as error:

@@ -4,11 +4,15 @@
 python scripts/train.py --config configs/ppo.py:micro --config.kl_coef=0.05 \\
     --workdir runs/micro/ppo
 
-The same command resumes where it stopped; a finished run is left alone. Exit codes: 0 done,
-2 a value that cannot be used (one line says which), 3 diverged or an invariant of the run
-is broken, 42 asked to stop and saved (the same command resumes), 130 interrupted before
-anything could be saved, 134 stopped by the watchdog, 1 a bug or a failure of another
-process.
+The same command resumes where it stopped; a finished run is not run again. Exit codes:
+
+    0    done
+    1    an internal error, or another process of the run has failed
+    2    a value, file or folder that cannot be used; the error is one line
+    3    diverged, or an invariant of the run is broken
+    42   asked to stop, and saved; the same command resumes
+    130  interrupted before anything could be saved
+    134  aborted by the watchdog
 """
 
 import pathlib
