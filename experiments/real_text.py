@@ -23,7 +23,7 @@ from instructax.evals.intervals import Estimate
 from instructax.experiment import RunSpec
 from instructax.runtime.metric_log import read_metrics, read_summary
 
-# The model size, and the suffix of every config.
+# The argument of every config.
 SIZE = "small"
 # Kind of data -> patterns of its files in DATA, without .jsonl.gz.
 FILES = {

@@ -145,7 +145,7 @@ def training_runs(folder: str, root: str) -> list[RunSpec]:
 
 
 def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
-    """Returns the runs that rank held-out comparisons and compare the policies."""
+    """Returns the runs that rank validation comparisons and compare the policies."""
     comparisons = find_files(folder, FILES["comparisons"])
     common = {
         "data.folder": f"{root}/rows",
@@ -248,7 +248,7 @@ def report(root: Path) -> None:
 def ranking_table(summaries: dict[str, dict[str, Any]]) -> str:
     """Formats a table with a line for each file of comparisons.
 
-    Its columns are the number of held-out pairs, the share of pairs whose longer response
+    Its columns are the number of validation pairs, the share of pairs whose longer response
     is the better one, and the accuracy of each reward model, with 95% intervals.
 
     Args:

@@ -1,5 +1,6 @@
-# Sourced by the other scripts: creates a virtual environment in .venv with the project and its
-# extra $1, unless it exists, and activates it. PYTHON and VENV choose other ones.
+# Sourced by the other scripts. Installs the project with its extra $1 into the virtual
+# environment .venv, unless it is there, and activates it. PYTHON and VENV select another
+# interpreter and another environment.
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
   echo "error: $python is missing or older than Python 3.11; choose another with PYTHON=/path/to/python" >&2
@@ -15,8 +16,8 @@ if [[ ! -e "$stamp" ]]; then
     exit 2
   fi
   echo "installing into $venv …"
-  # Byte code is written when a module is first imported. Compiling all modules now would take
-  # a sixth of the disk space for modules that are never imported.
+  # Byte code is written when a module is first imported. Compiling all modules now would
+  # take a sixth of the disk space for modules that are never imported.
   "$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile -e ".[$1]"
   touch "$stamp"
 fi

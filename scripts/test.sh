@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Installs the project, then runs format, lint, types and tests: ./scripts/test.sh [pytest arguments]
-#   ./scripts/test.sh coverage   the same with the coverage of each line; takes a quarter longer
+# Installs the project, then checks format, lint and types, and runs the tests:
+#   ./scripts/test.sh [pytest arguments]
+#   ./scripts/test.sh coverage   the same with line coverage; takes a quarter longer
 #   ./scripts/test.sh slow       the tests that take minutes
-#   ./scripts/test.sh fuzz       100,000 random inputs
-#   ./scripts/test.sh interop    compares with transformers, in an environment of its own, because torch is large
+#   ./scripts/test.sh fuzz       more than 100,000 random inputs
+#   ./scripts/test.sh interop    compares with transformers in a separate environment,
+#                                because torch is large
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == "interop" ]]; then
