@@ -211,10 +211,15 @@ RENAMED_METRICS = {
 }
 # Group -> field, in its new name -> old value -> new value. `supervised` became two stages.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
-    "": {"stage": {"reward": "reward_model", "tasks": "public_tasks"}},
+    "": {
+        "stage": {"reward": "reward_model", "tasks": "public_tasks"},
+        "old_logprobs": {"scorer": "recomputed", "sampler": "sampled"},
+    },
     "compute": {"dtype": _DTYPES, "decoding_dtype": _DTYPES},
     "run": {"best_metric": RENAMED_METRICS},
 }
+# Stage -> field that earlier versions lacked -> what they did.
+ADDED_FIELDS = {"ppo": {"no_eos_rule": "subtract"}}
 # Group of a pretraining config -> fields that pretraining no longer has.
 PRETRAIN_DROPPED = {"": ("lora",), "data": ("demonstrations", "text_fraction", "chat")}
 # Head of the network that a run saves, for manifests that do not say it.
@@ -245,6 +250,8 @@ def upgrade_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The nested config of a run, as in `config.json`, in the names of this version."""
     upgraded = _renamed(config, "")
+    for name, value in ADDED_FIELDS.get(str(upgraded.get("stage")), {}).items():
+        upgraded.setdefault(name, value)
     if upgraded.get("stage") != "supervised":
         return upgraded
 
