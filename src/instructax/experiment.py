@@ -1,5 +1,8 @@
-"""Runs and experiments: load a config, run its stage, and run a list of configs in order,
-resuming where it stopped."""
+"""Runs and experiments.
+
+A run is one stage with one config. An experiment is a list of runs in order, followed by a
+report; started again, it skips finished runs and resumes the one that was interrupted.
+"""
 
 import dataclasses
 import importlib.util
@@ -29,15 +32,16 @@ class RunSpec:
 
 
 def load_file(path: str | Path) -> Any:
-    """The Python file `path` as a module. Configs and experiments are code, and are run."""
+    """The Python file `path` as a module. Configs and experiments are code, which runs."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
-    # Config files import each other from the working directory. It comes last, so that
-    # installed packages win.
+    # Config files import each other from the working directory. It is searched last, so
+    # that a folder in it cannot hide an installed package.
     root = str(Path.cwd())
     if root not in sys.path:
         sys.path.append(root)
+    # Not in `sys.modules`: two files may have the same name.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -68,8 +72,9 @@ def load_config(run: RunSpec) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """An ml_collections error without the dump of the whole config that it appends to
-    unknown names."""
+    """An ml_collections error on one line, without the dump of the whole config that it
+    appends to unknown names."""
+    # The suggestion, if there is one, is on the last line.
     lines = str(error.args[0] if error.args else error).splitlines() or [""]
     message = lines[0].partition(" Other fields present")[0]
     if len(lines) > 1 and lines[-1].startswith("Did you mean"):
@@ -85,11 +90,15 @@ def run_stage(values: Mapping[str, Any], workdir: Path) -> bool:
       workdir: folder of the run.
 
     Returns:
-      False if the run had finished before. Raises ConfigError (a ValueError) for a value
-      that cannot be used, and `training.loop.Interrupted` when asked to stop.
+      Whether anything was run; False if the run was finished already.
+
+    Raises:
+      ConfigError: a value cannot be used.
+      training.loop.Interrupted: the run was asked to stop.
     """
     config = build_config(values)
     stage = load_stage(config.stage)
+    # No lock: nothing writes to a finished workdir. `claim` compares the configs.
     if is_finished(workdir):
         claim(workdir, values)
         print(f"{workdir} is finished; nothing to do", flush=True)
@@ -109,8 +118,10 @@ def config_lines(config: Mapping[str, Any]) -> str:
 
 
 def dry_run(values: Mapping[str, Any]) -> str:
-    """Checks a config and reports the memory that its run needs on each device; reads no
-    data."""
+    """Checks a config and reports the memory that its run needs on each device.
+
+    Reads no data and needs no devices.
+    """
     config = build_config(values)
     stage = load_stage(config.stage)
     mesh = abstract_mesh(config.mesh) if hasattr(config, "mesh") else None
@@ -119,22 +130,23 @@ def dry_run(values: Mapping[str, Any]) -> str:
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError if no figure can be drawn, before hours are spent on its data."""
+    """Raises ConfigError if figures cannot be drawn, before hours of training for them."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "figures need matplotlib, which is not installed: pip install 'instructax[plots]'"
+            "figures need matplotlib, which is not installed: pip install "
+            "'instructax[plots]'"
         ) from None
 
 
 def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
-    """Runs an experiment in order, passing over finished runs, and writes its report.
+    """Runs an experiment in order, skipping finished runs, and writes its report.
 
     Args:
       spec: FILE:SIZE of the experiment.
       root: its workdir; each run gets a folder in it.
-      report_only: whether to write the report of finished runs and run nothing.
+      report_only: write the report of finished runs, and run nothing.
     """
     path, _, size = spec.partition(":")
     experiment = load_file(path)
@@ -147,5 +159,6 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
     if not report_only:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)
+            # Loaded one by one: a config may depend on files that an earlier run writes.
             run_stage(load_config(run), root / run.name)
     experiment.report(root)

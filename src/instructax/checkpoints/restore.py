@@ -1,4 +1,4 @@
-"""Reads saved steps, after comparing them with their checksums.
+"""Reads saved steps, after comparing their files with the checksums.
 
 In a run of several processes, all of them must call these functions.
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointMismatch(ConfigError):
-    """The stored leaves are not those requested; the message names the first of them."""
+    """The stored leaves differ from those requested; the message names the first one."""
 
 
 def load_params(path: Path, abstract_params: Params, *, step: int | None = None) -> Params:
@@ -38,6 +38,7 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
       CheckpointMismatch: a leaf is missing, unexpected or has another shape.
       ConfigError: there is no such step, or a file differs from its checksum.
     """
+    # Orbax accepts absolute paths only.
     path = Path(path).absolute()
     steps = committed_steps(path)
     if not steps or step not in (None, *steps):
@@ -107,7 +108,7 @@ def _checksum_problem(step_path: Path) -> str:
         problem = damage[0] if damage else ""
     if all_hosts(not problem):
         return ""
-    # The others know that there is a problem, but not its text.
+    # The other processes know that there is a problem, but not its text.
     return problem or f"{step_path}, as process 0 reports"
 
 
@@ -116,6 +117,7 @@ def _unreadable_item(step_path: Path, items: Iterable[str]) -> str:
 
     Detects folders that look like a step but have no checksums.
     """
+    # Each process looks for itself: one of them may see another state of the file system.
     unreadable = []
     try:
         stored = ocp.checkpointables_metadata(str(step_path)).metadata

@@ -217,7 +217,8 @@ def _weighted_gradients(
     valid = batch.valid & at_last_tokens(rows.segments != 0)
 
     def loss_of(trained: Params) -> tuple[Array, Array]:
-        # The bias cancels in differences of scores; with 0 its gradient cannot matter.
+        # The bias cancels in differences of scores. A constant in its place makes its
+        # gradient exactly 0, so the optimizer never moves it.
         merged = with_bias(merge_trees(trained, params), 0.0)
         outputs = packed_outputs(model, merged, rows)
         return pairwise_ranking_loss(at_last_tokens(outputs), batch.ranks, valid)
