@@ -27,7 +27,7 @@ from instructax.runtime.redaction import redact
 # Libraries whose versions a manifest records: they can change numbers.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Entries that every manifest has.
-FIELDS = (
+MANIFEST_FIELDS = (
     "stage",
     "config",
     "model",

@@ -11,7 +11,7 @@ Departure from the paper: the labelers are simulated, see `simulation.labelers`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from instructax.simulation.write import (
 )
 from instructax.training.attention import NO_ROWS, RowLengths
 from instructax.training.run import Run
+from instructax.types import Rollouts
 
 # Network, parameters, tokenizer.
 CollectPolicy = tuple[Transformer, Any, Tokenizer]
@@ -192,14 +193,7 @@ def sample_answers(
       (index of the prompt, response).
     """
     model, params, tokenizer = policy
-    sample = partial(
-        generate,
-        model,
-        length=config.response_tokens,
-        temperature=1.0,
-        eos_id=tokenizer.eos_id,
-    )
-    sample = jax.jit(sample)
+    sample = _compiled_sampler(config, model, tokenizer.eos_id)
     encoded = tokenizer.encode_batch([add_separator(one.task.prompt) for one in prompts])
     fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
 
@@ -211,11 +205,9 @@ def sample_answers(
         # The last batch is filled up with its first prompt, so that no shape changes and
         # `sample` is compiled once.
         filled = rows + rows[:1] * (config.batch_size - len(rows))
-        batch = left_pad(
-            [(i, encoded[row]) for i, row in enumerate(filled)],
-            len(filled),
-            config.prompt_tokens,
-        )
+        numbered = [(i, encoded[row]) for i, row in enumerate(filled)]
+        # [B, P]
+        batch = left_pad(numbered, len(filled), config.prompt_tokens)
         # [B, count] → [B · count], the responses to one prompt next to each other.
         draws = np.array(filled)[:, None] + np.arange(count) * len(prompts)
         keys = rng.sample_keys(key, jnp.array(draws.reshape(-1)))
@@ -226,6 +218,20 @@ def sample_answers(
             # The mask includes the end token, which is not part of the text.
             length = int(rollouts.mask[i].sum()) - bool(rollouts.ended[i])
             yield int(row), tokenizer.decode(rollouts.responses[i][:length])
+
+
+def _compiled_sampler(
+    config: Config, model: Transformer, eos_id: int
+) -> Callable[..., Rollouts]:
+    """`sample(params, prompts [B, P], keys [B · count])` at temperature 1, under jit."""
+    sample = partial(
+        generate,
+        model,
+        length=config.response_tokens,
+        temperature=1.0,
+        eos_id=eos_id,
+    )
+    return jax.jit(sample)
 
 
 def draw_compared(

@@ -217,7 +217,7 @@ def train(run: Run) -> None:
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    token_loss = TokenLoss(
+    validation_loss = ValidationLoss(
         policy,
         run.mesh,
         batch_size=config.batch_size,
@@ -234,7 +234,7 @@ def train(run: Run) -> None:
         console=True,
     )
     with log:
-        scores = _evaluate_policies(run, evaluator, token_loss, log, summary)
+        scores = _evaluate_policies(run, evaluator, validation_loss, log, summary)
         for name in scores:
             # Both answered the same prompts, so the scores are paired.
             wins = win_rate(scores[name], scores[config.reference])
@@ -247,7 +247,7 @@ def train(run: Run) -> None:
 def _evaluate_policies(
     run: Run,
     evaluator: PolicyEvaluator,
-    token_loss: TokenLoss,
+    validation_loss: ValidationLoss,
     log: MetricLog,
     summary: dict[str, Any],
 ) -> dict[str, np.ndarray]:
@@ -256,7 +256,7 @@ def _evaluate_policies(
     Args:
       run: the run.
       evaluator: samples and scores responses.
-      token_loss: computes the loss on validation text.
+      validation_loss: computes the loss on validation text.
       log: receives samples and metrics.
       summary: receives `policies` (metrics by policy) and `prefixes` (the few-shot text of
         each policy that has one).
@@ -271,14 +271,7 @@ def _evaluate_policies(
         # Without examples the prefix is empty, i32[0].
         prefix = np.zeros(0, np.int32)
         if mode == "few-shot":
-            summary["prefixes"][name], prefix = evaluator.best_prefix(
-                params,
-                run.data["prompts"].sources["train"],
-                read_examples(config),
-                shots=config.shots,
-                prefixes=config.prefixes,
-                seed=config.seed,
-            )
+            summary["prefixes"][name], prefix = _best_prefix(run, evaluator, params)
 
         responses = evaluator.responses(
             params,
@@ -294,11 +287,27 @@ def _evaluate_policies(
         metrics = figures_of(responses)
         if "text" in run.data:
             text = run.data["text"].sources["validation"]
-            metrics["text_loss"] = token_loss.estimate(params, text)
+            metrics["text_loss"] = validation_loss.estimate(params, text)
         summary["policies"][name] = metrics
         # The log has the values alone, the summary also their intervals.
         log.record(number, {metric: found["value"] for metric, found in metrics.items()})
     return scores
+
+
+def _best_prefix(
+    run: Run, evaluator: PolicyEvaluator, params: Params
+) -> tuple[str, np.ndarray]:
+    """Text and tokens i32[n] of the few-shot examples of one policy."""
+    config: Config = run.config
+    # Training prompts, so that no validation prompt takes part in the choice.
+    return evaluator.best_prefix(
+        params,
+        run.data["prompts"].sources["train"],
+        read_examples(config),
+        shots=config.shots,
+        prefixes=config.prefixes,
+        seed=config.seed,
+    )
 
 
 def _evaluate_reward_model(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
-from instructax.checkpoints.parents import Head, is_finished, open_parent
+from instructax.checkpoints.parents import Head, Parent, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, pad_vocab, save_tokenizer
 from instructax.models import (
@@ -249,24 +249,31 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     exported = params
     if head == "scalar":
         exported = fold_score_bias(params, config)
-        # What no norm could absorb is written down for the reader to add.
+        # What no norm could absorb is written down, for the reader to add.
         bias = float(exported["scalar_head"]["bias"])
         if bias:
             raw[SCORE_BIAS] = bias
     to.mkdir(parents=True, exist_ok=True)
     save.save_tensors(to, exported, family, config, dtype)
-    write_tokenizer(to, tokenizer, config, raw, run.workdir / KEPT_FOLDER)
-    generation = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
-    save.write_hf_json(to / "generation_config.json", generation)
-    write_readme(to, run.manifest, head, raw)
-    # Last, so that a folder with a config is complete.
-    save.write_hf_json(to / "config.json", raw)
+    _write_texts(to, run, tokenizer, config, raw)
 
     lines = [f"{to}: {raw['architectures'][0]}, {dtype}"]
     if verify:
         # Against the parameters before the bias was folded: the fold is checked as well.
         lines.append(verify_export(to, model, params, dtype))
     return "\n".join(lines)
+
+
+def _write_texts(
+    to: Path, run: Parent, tokenizer: Tokenizer, config: ModelConfig, raw: dict[str, Any]
+) -> None:
+    """Writes everything but the tensors of an export; `raw` is its config.json."""
+    write_tokenizer(to, tokenizer, config, raw, run.workdir / KEPT_FOLDER)
+    generation = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
+    save.write_hf_json(to / "generation_config.json", generation)
+    write_readme(to, run.manifest, run.manifest["head"], raw)
+    # Last, so that a folder with a config is complete.
+    save.write_hf_json(to / "config.json", raw)
 
 
 def _one_device_mesh() -> Mesh:

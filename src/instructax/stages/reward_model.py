@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax import rng, sharding
@@ -39,30 +37,23 @@ from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.validation import Ranking, demonstration_scores
-from instructax.losses import ordered_pairs, pairwise_ranking_loss
-from instructax.masking import token_count
 from instructax.models import (
     ComputeConfig,
     LoraConfig,
     ModelConfig,
     Transformer,
     merge_trees,
-    trainable,
 )
 from instructax.models.init import abstract_params
-from instructax.models.scoring import (
-    comparison_sequences,
-    last_token_columns,
-    packed_outputs,
-)
-from instructax.models.sequence_packing import (
-    pack,
-    packed_width,
-    plan_packing,
-)
+from instructax.models.sequence_packing import packed_width
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
-from instructax.training.accumulation import accumulate_packed, scale_tree
+from instructax.stages.reward_model_update import (
+    RewardModelProgram,
+    RewardModelSettings,
+    update_reward_model,
+    with_bias,
+)
 from instructax.training.attention import RowLengths, split_lengths
 from instructax.training.checks import (
     check_lengths,
@@ -70,187 +61,16 @@ from instructax.training.checks import (
     check_rows,
     count_steps,
 )
-from instructax.training.optimizer import (
-    OptimizerConfig,
-    apply_gradients,
-    learning_rate_at,
-    make_optimizer,
-    skipped,
-)
+from instructax.training.optimizer import OptimizerConfig, make_optimizer
 from instructax.training.run import Run, RunConfig
-from instructax.training.settings import OptimizerSettings, settings_from
+from instructax.training.settings import settings_from
 from instructax.training.state import (
     abstract_state,
     adapter_initializer,
     compile_update,
     init_state,
 )
-from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, pytree
-
-
-@pytree
-class RewardModelSettings:
-    """Hyperparameters that are traced: a sweep changes them without compiling anew."""
-
-    optimizer: OptimizerSettings
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardModelProgram:
-    """Everything that is fixed when the update is compiled."""
-
-    model: Transformer
-    optimizer: optax.GradientTransformation
-    schedule: OptimizerConfig
-    mesh: jax.sharding.Mesh
-    total_steps: int
-    row_tokens: int  # W of packed rows; no prompt with its responses is longer
-
-
-def update_reward_model(
-    program: RewardModelProgram,
-    state: TrainState,
-    batch: Comparisons,
-    settings: RewardModelSettings,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step on the ranking loss of a batch of prompts.
-
-    Args:
-      program: what is compiled in.
-      state: the state before the step; donated by the compiled update.
-      batch: B prompts with K responses each, sharded by rows.
-      settings: what may change without compiling anew.
-
-    Returns:
-      (state after the step, metrics f32[]).
-    """
-    # [B, P + K · R]: each prompt once, followed by its responses.
-    sequences = comparison_sequences(batch)
-    is_real = sequences.segments != 0
-    width = program.row_tokens
-    layout = plan_packing(
-        is_real,
-        width=width,
-        longest=width,
-        compute=program.model.compute,
-        mesh=program.mesh,
-    )
-    # i32[B, K], where each response's last token lies in the flattened packed rows.
-    last_tokens = jnp.take_along_axis(
-        layout.token_index,
-        last_token_columns(batch.mask, batch.prompts.tokens.shape[1]),
-        axis=1,
-    )
-    totals = _counts(batch, batch.valid)
-    num_cells = layout.segment_ids.size
-    cells = jnp.arange(num_cells, dtype=jnp.int32).reshape(layout.segment_ids.shape)
-    gradients, metrics = accumulate_packed(
-        partial(
-            _weighted_gradients,
-            program.model,
-            state.params,
-            batch,
-            last_tokens,
-            totals,
-            num_cells,
-        ),
-        (pack(sequences, layout), cells),
-        layout,
-    )
-
-    rate = learning_rate_at(
-        state.step,
-        peak=settings.optimizer.learning_rate,
-        config=program.schedule,
-        total_steps=program.total_steps,
-    )
-    state = apply_gradients(program.optimizer, state, gradients, rate)
-    norm = optax.tree.norm(gradients)
-    _, pairs = totals
-    return dataclasses.replace(state, step=state.step + 1), {
-        **metrics,
-        "pairs": pairs,
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "skipped": skipped(norm),
-        "tokens": token_count(is_real),
-        "padding": layout.padding_fraction(),
-    }
-
-
-def _weighted_gradients(
-    model: Transformer,
-    params: Params,
-    batch: Comparisons,
-    last_tokens: Array,
-    totals: tuple[Array, Array],
-    num_cells: int,
-    microbatch: tuple[LmBatch, Array],
-) -> tuple[Params, dict[str, Array]]:
-    """The share of one microbatch in the gradients and metrics of the whole batch.
-
-    A microbatch has whole packed rows, hence all responses to its prompts. Ranks stay in
-    the layout [B, K] of the whole batch, where prompts of other microbatches are invalid.
-
-    Args:
-      model: the reward model's architecture.
-      params: its parameters.
-      batch: the whole batch.
-      last_tokens: i32[B, K], cell of each response's last token.
-      totals: prompts with a pair, and pairs, of the whole batch.
-      num_cells: tokens of all packed rows, padding included.
-      microbatch: packed rows, and the cell of each of their tokens, i32 of equal shape.
-
-    Returns:
-      (gradients of the trainable parameters, {"loss", "accuracy"}). They add up to those of
-      the whole batch.
-    """
-    rows, cells = microbatch
-    prompts, pairs = totals
-
-    def at_last_tokens(x: Array) -> Array:
-        """Values of x [rows, columns] at the last token of each response, [B, K]; zero for
-        responses of other microbatches."""
-        spread = jnp.zeros((num_cells,), x.dtype).at[cells].set(x)
-        return spread.at[last_tokens].get(mode="fill", fill_value=0)
-
-    valid = batch.valid & at_last_tokens(rows.segments != 0)
-
-    def loss_of(trained: Params) -> tuple[Array, Array]:
-        # The bias cancels in differences of scores. A constant in its place makes its
-        # gradient exactly 0, so the optimizer never moves it.
-        merged = with_bias(merge_trees(trained, params), 0.0)
-        outputs = packed_outputs(model, merged, rows)
-        return pairwise_ranking_loss(at_last_tokens(outputs), batch.ranks, valid)
-
-    (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-        trainable(params)
-    )
-    # The loss is a mean over prompts, the accuracy a mean over pairs.
-    own_prompts, own_pairs = _counts(batch, valid)
-    gradients, loss = scale_tree(own_prompts / jnp.maximum(prompts, 1.0), (gradients, loss))
-    return gradients, {
-        "loss": loss,
-        "accuracy": own_pairs / jnp.maximum(pairs, 1.0) * accuracy,
-    }
-
-
-def with_bias(params: Params, bias: Array | float) -> Params:
-    """The parameters with another bias of the head.
-
-    Rankings do not depend on it, and training never moves it.
-    """
-    return {
-        **params,
-        "scalar_head": {**params["scalar_head"], "bias": jnp.asarray(bias, jnp.float32)},
-    }
-
-
-def _counts(batch: Comparisons, valid: Array) -> tuple[Array, Array]:
-    """(prompts with a pair, pairs) among the responses `valid` b[B, K], each f32[]."""
-    # [B, K, K] → [B]
-    pairs = jnp.sum(ordered_pairs(batch.ranks, valid), axis=(1, 2), dtype=jnp.float32)
-    return jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)
+from instructax.types import Comparisons, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
