@@ -26,9 +26,12 @@ from instructax.training.workdir import claim
 class RunSpec:
     """One run of an experiment, before it is set up."""
 
-    name: str  # its folder under the experiment's workdir
-    config: str  # file and argument: "configs/ppo.py:micro"
-    overrides: Mapping[str, Any]  # dotted name -> value
+    # Its folder under the experiment's workdir.
+    name: str
+    # Config file and its argument, such as "configs/ppo.py:micro".
+    config: str
+    # Dotted name of a config value -> its value in this run.
+    overrides: Mapping[str, Any]
 
 
 def load_file(path: str | Path) -> Any:
@@ -112,6 +115,7 @@ def run_stage(values: Mapping[str, Any], workdir: Path) -> bool:
 def config_lines(config: Mapping[str, Any]) -> str:
     """One line per value of a config, in the form of the command line."""
     lines = []
+    # Redacted, because the lines end up in logs.
     for name, value in flatten(redact(config)).items():
         lines.append(f"config.{name} = {value}")
     return "\n".join(lines)
@@ -124,6 +128,7 @@ def dry_run(values: Mapping[str, Any]) -> str:
     """
     config = build_config(values)
     stage = load_stage(config.stage)
+    # Shapes and shardings follow from the config alone.
     mesh = abstract_mesh(config.mesh) if hasattr(config, "mesh") else None
     stage.validate(config, mesh)
     return memory_report(config, stage.memory(config, mesh))
@@ -156,6 +161,7 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
     )
     require_matplotlib()
     runs = experiment.get_runs(size, str(root))
+    # A run that fails ends the experiment: later runs may start from it.
     if not report_only:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)

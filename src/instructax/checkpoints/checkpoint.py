@@ -139,12 +139,14 @@ class Checkpoints:
         self.wait()
         if step == self._saved:
             return
-        # A checkpoint with NaN would make the run unrecoverable.
+        # A checkpoint with NaN would make the run unrecoverable, because older steps are
+        # deleted.
         if not all_finite(state):
             raise Diverged(
                 f"the state of step {step} is not finite, nothing of it is saved: lower "
                 "the learning rate"
             )
+        # Only an evaluated step can become the best one.
         if evaluated:
             record = {"unevaluated": None, **self._rating(step, metrics)}
         else:
@@ -214,7 +216,8 @@ class Checkpoints:
         """In the background: waits for the commit, then hashes the step."""
         try:
             response.result()
-        except ValueError as error:  # how TensorStore reports an error of the system
+        # TensorStore reports errors of the operating system, such as a full disk, like this.
+        except ValueError as error:
             reason = " ".join(str(error).split())
             raise OSError(
                 f"the checkpoint of step {step} cannot be written ({reason}); the steps "

@@ -84,6 +84,7 @@ def write_manifest(
             }
         )
     )
+    # Other processes return the same content without writing it.
     if jax.process_index() == 0:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(Path(workdir) / "manifest.json", manifest)
@@ -128,6 +129,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """sha256 of the manifest as JSON with sorted keys, 64 hexadecimal digits."""
+    # Sorted keys: the order of entries in the file does not matter.
     text = json.dumps(to_jsonable(manifest), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -136,6 +138,7 @@ def check_parent(
     parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_path: str
 ) -> None:
     """Raises ValueError if the run with the manifest `parent` has another tokenizer."""
+    # By hash: a copy of the same tokenizer under another path is accepted.
     theirs = parent["tokenizer"]
     if theirs["hash"] != tokenizer_hash:
         raise ConfigError(
@@ -180,6 +183,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 # Names of earlier versions. Entries are only ever added, because workdirs outlive the
 # version that wrote them. Applying the tables twice changes nothing.
 
+# Fields of a ModelConfig, for policies and reward models.
 _MODEL_FIELDS = {
     "layers": "num_layers",
     "width": "embed_dim",
@@ -196,6 +200,7 @@ _MODEL_FIELDS = {
     "tied_head": "tied_embeddings",
     "logit_cap": "final_logit_softcap",
 }
+# "mixed" meant float32 activations with bf16 matrix products.
 _DTYPES = {"mixed": "bf16_matmul", "bfloat16": "bf16"}
 
 # Group of the config ("" is its top level) -> old field -> new field.

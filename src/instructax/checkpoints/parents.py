@@ -34,7 +34,8 @@ Head = Literal["tokens", "scalar"]
 class ExpectedParent:
     """A run that a config names, and the network that it must have saved."""
 
-    path: str  # "" = none
+    # WORKDIR, WORKDIR@STEP or WORKDIR@best; "" = none.
+    path: str
     model: ModelConfig
     head: Head
 
@@ -44,6 +45,7 @@ class Parent:
     """A finished run whose parameters another run starts from."""
 
     workdir: Path
+    # The step whose parameters are loaded; not always the last one.
     step: int
     manifest: Mapping[str, Any]
 
@@ -137,6 +139,7 @@ def open_parent(path: str | Path, named: str) -> Parent:
 
     # None if the run has no best step.
     step = best_step(workdir) if suffix == "best" else int(suffix or steps[-1])
+    # Deleted steps cannot be named, so the message lists those that are left.
     kept = f"{named} = {path!r}: it kept the steps {', '.join(map(str, steps))}"
     require(step is not None, f"{kept}, and its run.best_metric named none as the best")
     require(step in steps, kept)
@@ -157,7 +160,7 @@ def open_parents(
       Config field -> parent. Raises ConfigError or ValueError for a parent that is not
       finished, or has another tokenizer, head or architecture.
     """
-    # All paths are resolved first: a missing run is the commonest mistake.
+    # All paths are opened first: a missing run is the commonest mistake.
     parents: dict[str, Parent] = {}
     for name, wanted in expected.items():
         if wanted.path:
@@ -177,6 +180,7 @@ def _check_model(name: str, parent: Parent, wanted: ExpectedParent) -> None:
         f"config.{name} = {wanted.path!r} is a run of the stage {manifest['stage']!r} with "
         f"a {manifest['head']} head; it must have a {wanted.head} head",
     )
+    # Field by field: parameters of another architecture may have the same shapes.
     difference = config_difference(manifest["model"], dataclasses.asdict(wanted.model))
     require(
         not difference,

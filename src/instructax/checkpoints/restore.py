@@ -40,6 +40,7 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
     """
     # Orbax accepts absolute paths only.
     path = Path(path).absolute()
+    # A run that is still writing has steps as well; only committed ones count.
     steps = committed_steps(path)
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -48,6 +49,7 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
             "workdir"
         )
     step_path = path / "checkpoints" / str(steps[-1] if step is None else step)
+    # One item is read: the optimizer state, often twice as large, stays on disk.
     abstract = {"params": abstract_params}
     _refuse_damage(step_path, abstract)
     # Parents may be stored in another dtype than the reader computes in.
@@ -122,7 +124,8 @@ def _unreadable_item(step_path: Path, items: Iterable[str]) -> str:
     try:
         stored = ocp.checkpointables_metadata(str(step_path)).metadata
         for item in items:
-            if stored[item] is None:  # Orbax has logged the reason
+            # Orbax has logged the reason.
+            if stored[item] is None:
                 unreadable.append(item)
     except (OSError, ValueError, KeyError) as error:
         unreadable = [f"({error})"]
@@ -180,6 +183,7 @@ def _check_leaves(
 
 def _describe(leaf: Any, *, any_float: bool = False) -> str:
     """Such as `float32[8, 16]`; with `any_float` all floating dtypes look the same."""
+    # The shape with its dtype, as JAX prints it.
     if leaf is None:
         return "absent"
     if any_float and jnp.issubdtype(leaf.dtype, jnp.floating):

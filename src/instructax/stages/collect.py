@@ -56,15 +56,21 @@ class Config:
 
     stage: Literal["collect"]
     seed: Seed
-    world: str  # workdir of the world
-    policies: tuple[tuple[str, int], ...]  # (workdir, responses it gives to each prompt)
+    # Workdir of the world.
+    world: str
+    # (workdir, responses to each prompt) of each policy.
+    policies: tuple[tuple[str, int], ...]
     compute: ComputeConfig
-    prompts: int  # at most this many; the first prompts of the world are used
-    prompt_tokens: int  # longer prompts are left out
+    # At most this many; the first prompts of the world are used.
+    prompts: int
+    # Longer prompts are left out.
+    prompt_tokens: int
     response_tokens: int
     batch_size: int
-    noise: float  # multiplies the labelers' own noise; 0 = labelers without noise
-    round: int  # another round samples other responses and draws other labelers
+    # Multiplies the labelers' own noise; 0 = labelers without noise.
+    noise: float
+    # Another round samples other responses and draws other labelers.
+    round: int
 
     def __post_init__(self):
         least = {
@@ -109,8 +115,9 @@ def train(run: Run) -> None:
     config: Config = run.config
     prompts = recreate_prompts(Path(config.world), "comparisons")[: config.prompts]
 
-    # Everything that can be refused is refused before anything is sampled.
-    parents = []
+    # Everything that can be refused is refused before anything is sampled. Parents are
+    # opened for the summary, policies for sampling.
+    parents: list[Parent] = []
     for i, (path, _) in enumerate(config.policies):
         parents.append(open_parent(path, f"config.policies.{i}"))
     policies = [open_policy(path, config.compute) for path, _ in config.policies]
@@ -126,7 +133,7 @@ def train(run: Run) -> None:
         "config.policies give more",
     )
 
-    # Both groups of labelers rank the same responses.
+    # Both groups rank the same responses, so their agreement can be measured.
     for file, group in FILES.items():
         records = rankings(config, group, prompts, compared)
         write_jsonl_gz(run.workdir / f"{file}.jsonl.gz", records)
@@ -165,6 +172,7 @@ def sampled(
     """The responses of all policies to each prompt, in the order of the policies."""
     responses: list[list[str]] = [[] for _ in prompts]
     for number, (path, count) in enumerate(config.policies):
+        # One policy after the other: responses are few, networks are large.
         for index, response in sample_answers(
             config, policies[number], count, number, prompts
         ):
@@ -194,6 +202,7 @@ def sample_answers(
     """
     model, params, tokenizer = policy
     sample = _compiled_sampler(config, model, tokenizer.eos_id)
+    # The separator that precedes a completion in every stage.
     encoded = tokenizer.encode_batch([add_separator(one.task.prompt) for one in prompts])
     fits = [i for i, tokens in enumerate(encoded) if len(tokens) <= config.prompt_tokens]
 
@@ -271,6 +280,7 @@ def rankings(
     seed, _ = read_world_spec(Path(config.world))
     labelers = create_labelers(seed, group, LABELERS_PER_GROUP)
     for index, responses in compared.items():
+        # One labeler per prompt, as in the paper: a ranking is one person's.
         labeler = pick(random, labelers)
         labeler = dataclasses.replace(labeler, noise=labeler.noise * config.noise)
         yield comparison_record(index, prompts[index], responses, labeler, random)

@@ -51,37 +51,51 @@ class EvaluateData:
     text: tuple[str, ...]
     # (name of a group of labelers, files of their rankings)
     comparisons: tuple[tuple[str, tuple[str, ...]], ...]
-    demonstrations: tuple[str, ...]  # source of few-shot examples
-    chat: bool  # whether prompts are formatted with the policies' chat template
+    # Source of few-shot examples.
+    demonstrations: tuple[str, ...]
+    # Whether prompts are formatted with the policies' chat template.
+    chat: bool
     limits: DataLimits
-    folder: str  # where prepared rows are kept
+    # Where prepared rows are kept.
+    folder: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A comparison of policies."""
 
+    # The run saves no network.
     head: ClassVar[Head | None] = None
 
     stage: Literal["evaluate"]
     seed: Seed
     # (name, workdir, mode: one of `policy_responses.ResponseMode`)
     policies: tuple[tuple[str, str, str], ...]
-    reference: str  # name of the policy that win rates and KL are measured against
-    reward_parent: str  # workdir of the reward model
-    tokenizer: str  # path, or "bytes"
-    model: ModelConfig  # of the policies
+    # Name of the policy that win rates and KL are measured against.
+    reference: str
+    # Workdir of the reward model.
+    reward_parent: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
+    # Architecture of the policies.
+    model: ModelConfig
     reward_model: ModelConfig
     compute: ComputeConfig
     mesh: MeshConfig
     data: EvaluateData
     batch_size: int
-    prompts: int  # at most this many validation prompts
-    batches: int  # at most this many batches of validation text and of comparisons
-    temperature: float  # 0 = greedy
-    best_of: int  # responses that "best-of" chooses from
-    shots: int  # examples before a prompt in the mode "few-shot"
-    prefixes: int  # random sets of examples that are compared
+    # At most this many validation prompts.
+    prompts: int
+    # At most this many batches of validation text and of comparisons.
+    batches: int
+    # Sampling temperature; 0 = greedy.
+    temperature: float
+    # Responses that "best-of" chooses from.
+    best_of: int
+    # Examples before a prompt in the mode "few-shot".
+    shots: int
+    # Random sets of examples that are compared.
+    prefixes: int
 
     def __post_init__(self):
         least = {
@@ -94,6 +108,7 @@ class Config:
             "temperature": 0,
         }
         check_range(self, least)
+        # Names are keys of the summary, so they must be unique.
         names = [name for name, _, _ in self.policies]
         require_distinct("policies", names)
         require_distinct("data.comparisons", [name for name, _ in self.data.comparisons])
@@ -139,6 +154,7 @@ class Config:
         expected: dict[str, ExpectedParent] = {}
         for name, path, _ in self.policies:
             expected[f"policies.{name}"] = ExpectedParent(path, self.model, "tokens")
+        # The only network with another head.
         expected["reward_parent"] = ExpectedParent(
             self.reward_parent, self.reward_model, "scalar"
         )
@@ -170,6 +186,7 @@ class Config:
 
 def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
+    # 1: no gradients are accumulated.
     check_rows("batch_size", config.batch_size, 1, mesh)
     check_lengths(config.data.limits, config.model)
     check_lengths(config.data.limits, config.reward_model)
@@ -200,6 +217,7 @@ def train(run: Run) -> None:
     """Runs the comparison; an interrupted run starts over."""
     config: Config = run.config
     run.write_manifest()
+    # The reference and the reward model stay in memory; policies are loaded one by one.
     ref_params = _load(run, run.parents[f"policies.{config.reference}"], "tokens")
     reward_params = _load(run, run.parents["reward_parent"], "scalar")
     policy = Transformer(config.model, config.compute, "tokens", run.mesh)
@@ -224,7 +242,9 @@ def train(run: Run) -> None:
         max_batches=config.batches,
         sequence_tokens=config.data.limits.sequence_tokens,
     )
+    # Filled below, in the order of the file.
     summary: dict[str, Any] = {"stage": config.stage, "policies": {}, "prefixes": {}}
+    # No TensorBoard: a curve over policies would mean nothing.
     log = MetricLog(
         run.workdir,
         total_steps=len(config.policies),
@@ -273,6 +293,7 @@ def _evaluate_policies(
         if mode == "few-shot":
             summary["prefixes"][name], prefix = _best_prefix(run, evaluator, params)
 
+        # The reward model scores every response; "best-of" keeps the best of several.
         responses = evaluator.responses(
             params,
             run.data["prompts"].sources["validation"],
@@ -317,6 +338,7 @@ def _evaluate_reward_model(
     config: Config = run.config
     limits = config.data.limits
     comparisons: dict[str, PreparedData] = {}
+    # Tokens of the longest sequence of each split.
     longest: list[int] = []
     for name, _ in config.data.comparisons:
         comparisons[name] = run.data[f"comparisons.{name}"]
@@ -346,6 +368,7 @@ def read_examples(config: Config) -> list[Demonstration]:
 def _load(run: Run, parent: Parent, head: Head) -> Params:
     """The parameters of a parent, sharded over the mesh."""
     config: Config = run.config
+    # Policies share one architecture; the reward model has its own.
     architecture = config.model if head == "tokens" else config.reward_model
     network = Transformer(architecture, config.compute, head)
     return parent.load(abstract_params(network, run.mesh))
@@ -360,7 +383,7 @@ def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
       Name of a metric → the fields of its `Estimate`.
     """
-    # Metric → field of a response.
+    # Metric → field of a response. A truth value counts as 0 or 1, so its mean is a share.
     fields = {
         "scores": "score",
         "kl": "kl",

@@ -86,6 +86,7 @@ def training_bytes(
     Returns:
       `name` -> bytes of the parameters, "optimizer of the `name`" -> bytes of its state.
     """
+    # Stages without LoRA train every parameter.
     network = Transformer(model, config.compute, head)
     add_adapters = adapter_initializer(config) if hasattr(config, "lora") else no_adapters
     # With LoRA the optimizer holds moments of the adapters alone.
@@ -133,6 +134,7 @@ def memory_report(config: Any, held: Mapping[str, int]) -> str:
     more = ", or a multiple (config.mesh.data = -1)" if config.mesh.data == -1 else ""
     lines.append(f"mesh: {axes} = {mesh.size} devices{more}")
 
+    # Columns: name, GiB.
     for name, size in held.items():
         lines.append(f"{name:<32}{size / GIB:10.3f} GiB per device")
     total = sum(held.values()) / GIB

@@ -36,7 +36,8 @@ class PretrainData:
 
     text: tuple[str, ...]
     limits: DataLimits
-    folder: str  # where prepared rows are kept
+    # Where prepared rows are kept.
+    folder: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,18 +48,25 @@ class Config:
 
     stage: Literal["pretrain"]
     seed: Seed
-    parent: str  # workdir of the run to start from; "" = fresh parameters
-    tokenizer: str  # path, or "bytes"
+    # Workdir of the run to start from; "" = fresh parameters.
+    parent: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
     model: ModelConfig
     compute: ComputeConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: PretrainData
-    batch_size: int  # packed rows
-    accumulate: int  # microbatches of a batch, computed one after the other
-    dropout: float  # of residual branches
-    epochs: float  # passes over the text; 0 = use `steps`
-    steps: int  # 0 = use `epochs`
+    # Packed rows per batch.
+    batch_size: int
+    # Microbatches of a batch, computed one after the other.
+    accumulate: int
+    # Dropout rate of the residual branches.
+    dropout: float
+    # Passes over the text; 0 = use `steps`.
+    epochs: float
+    # Optimizer steps; 0 = use `epochs`.
+    steps: int
     run: RunConfig
 
     def __post_init__(self):

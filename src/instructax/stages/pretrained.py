@@ -76,12 +76,16 @@ TOLERANCE = 1e-4
 class PretrainedModel:
     """A model that has been located and read, except for its tensors."""
 
-    path: Path  # a folder or a GGUF file
-    family: str  # such as "llama"
+    # A folder, or a GGUF file.
+    path: Path
+    # Model family, such as "llama".
+    family: str
     config: ModelConfig
-    tensors: hf_folder.Tensors  # open; tensors are read one by one
+    # Readers of the tensors, by name; nothing is in memory yet.
+    tensors: hf_folder.Tensors
     tokenizer: Tokenizer
-    kept_files: dict[str, bytes]  # name → content
+    # Name → content.
+    kept_files: dict[str, bytes]
 
 
 def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
@@ -98,6 +102,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     Raises:
       ConfigError: our network cannot express the model, or `workdir` holds another run.
     """
+    # What identifies the run: another source needs another workdir.
     run_config = {"stage": "pretrained", "source": source}
     if is_finished(workdir):
         claim(workdir, run_config)
@@ -171,6 +176,7 @@ def _open_model(source: str) -> PretrainedModel:
             raw = hf_folder.read_hf_json(path / "config.json")
             tensors = hf_folder.open_tensors(path)
             folder = path
+        # Refuses architectures that the network cannot express.
         family, config = hf_configs.read_config(raw)
         tokenizer = _load_tokenizer(folder, config)
         kept_files = {}
@@ -237,21 +243,20 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     run = open_parent(checkpoint, "--checkpoint")
     head: Head = run.manifest["head"]
     config = construct(ModelConfig, run.manifest["model"], "model")
+    # The family whose classes compute the same function, and its config.json.
     family, raw = hf_configs.write_config(config)
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
     model = Transformer(config, COMPUTE, head)
     params = run.load(abstract_params(model, _one_device_mesh()))
 
-    # `raw` becomes config.json of the export.
     raw |= class_config(family, head, tokenizer)
-    # Both names of the dtype: old versions of transformers read the second.
+    # Old versions of transformers read the second name.
     raw |= {"dtype": dtype, "torch_dtype": dtype}
     exported = params
     if head == "scalar":
         exported = fold_score_bias(params, config)
-        # What no norm could absorb is written down, for the reader to add.
         bias = float(exported["scalar_head"]["bias"])
-        if bias:
+        if bias:  # no norm could absorb it; whoever reads the scores has to add it
             raw[SCORE_BIAS] = bias
     to.mkdir(parents=True, exist_ok=True)
     save.save_tensors(to, exported, family, config, dtype)
@@ -341,6 +346,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
     ours = np.asarray(outputs(params))
     theirs = np.asarray(outputs(read))
     kind = "scores" if model.head == "scalar" else "logits"
+    # bf16 tensors are rounded, so only the difference is reported for them.
     worst = float(np.abs(ours - theirs).max())
     close = bool(np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE))
     require(

@@ -64,6 +64,7 @@ def _padding_id(tokenizer: Tokenizer) -> int | None:
     Transformers reads the score at the last token before the padding, so padding with the
     end token would move it.
     """
+    # Tokens such as <|pad|>: the tokenizer never produces them from plain text.
     special = set()
     for token in json.loads(tokenizer.content)["added_tokens"]:
         if token.get("special"):
@@ -94,6 +95,7 @@ def write_tokenizer(
     if padding is not None and tokenizer.token(padding):
         values["pad_token"] = tokenizer.token(padding)
     save.write_hf_json(to / "tokenizer_config.json", values)
+    # Copied, not generated: a template is code of the imported model.
     if (kept_files / "chat_template.jinja").is_file():
         shutil.copyfile(kept_files / "chat_template.jinja", to / "chat_template.jinja")
 

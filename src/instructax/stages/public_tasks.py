@@ -43,19 +43,28 @@ from instructax.types import Params
 class Config:
     """Policies to measure, and the size of the tasks."""
 
+    # The run saves no network.
     head: ClassVar[Head | None] = None
 
     stage: Literal["public_tasks"]
-    seed: Seed  # of the items and their few-shot examples
-    policies: tuple[tuple[str, str], ...]  # (name, workdir)
-    world: str  # workdir of the world
-    tokenizer: str  # path, or "bytes"
-    model: ModelConfig  # of the policies
+    # Draws the items and their few-shot examples.
+    seed: Seed
+    # (name, workdir) of each policy.
+    policies: tuple[tuple[str, str], ...]
+    # Workdir of the world.
+    world: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
+    # Architecture of the policies.
+    model: ModelConfig
     compute: ComputeConfig
     mesh: MeshConfig
-    items: int  # at most this many of each task
-    context_tokens: int  # longest context: instructions, few-shot examples, item
-    answer_tokens: int  # longest answer, generated or to choose from
+    # At most this many items of each task.
+    items: int
+    # Longest context: instructions, few-shot examples, item.
+    context_tokens: int
+    # Longest answer, generated or to choose from.
+    answer_tokens: int
     batch_size: int
 
     def __post_init__(self):
@@ -65,6 +74,7 @@ class Config:
             raise ConfigError(
                 "world, policies and the workdir of every policy must be given"
             )
+        # Names are keys of the summary, so they must be unique.
         require_distinct("policies", [name for name, _ in self.policies])
 
     def parents(self) -> dict[str, ExpectedParent]:
@@ -85,14 +95,18 @@ class Config:
 class Sheet:
     """A task in one of its forms, the same for all policies."""
 
-    task: str  # a name in PUBLIC_TASKS
-    form: str  # one of the task's conditions, such as zero-shot
+    # A name in PUBLIC_TASKS.
+    task: str
+    # One of the task's conditions, such as zero-shot.
+    form: str
     items: Sequence[TaskItem]
-    contexts: Sequence[str]  # one per item
+    # One context per item.
+    contexts: Sequence[str]
 
 
 def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
+    # 1: no gradients are accumulated.
     check_rows("batch_size", config.batch_size, 1, mesh)
     length = config.context_tokens + config.answer_tokens
     # Rotary positions have no table that could end.
@@ -134,6 +148,7 @@ def train(run: Run) -> None:
         stop_token_mask=run.tokenizer.tokens_containing("\n"),
     )
 
+    # Policy → task → form → metric.
     metrics: dict[str, dict[str, dict[str, Any]]] = {}
     log = MetricLog(
         run.workdir,
@@ -168,6 +183,7 @@ def _measure_policy(
     Returns:
       Task → form → metric, as in `summary.json`.
     """
+    # Every task has an entry, in the order of the table.
     metrics: dict[str, dict[str, Any]] = {task: {} for task in PUBLIC_TASKS}
     for sheet in sheets:
         found, samples = answered(sheet, completer, params, run.tokenizer, run.config.seed)
@@ -204,6 +220,7 @@ def record_of(figure: TaskMetric) -> dict[str, Any]:
 def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
     """Every task in every form; the items of a task are the same in all of them."""
     for name, task in PUBLIC_TASKS.items():
+        # Once per task: forms can be compared only on the same items.
         drawn = create_items(world, seed, name, items)
         for form in task.conditions:
             yield Sheet(name, form, drawn, create_contexts(world, seed, name, drawn, form))
@@ -227,18 +244,21 @@ def answered(
     """
     contexts = tokenizer.encode_batch(sheet.contexts)
     metric = PUBLIC_TASKS[sheet.task].metric
+    # Multiple choice: the log-probability of each candidate decides.
     if metric in ("accuracy", "entropy"):
         candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
         questions = list(zip(contexts, candidates, strict=True))
         scored = completer.candidate_logprobs(params, questions)
         return {sheet.form: score_choices(metric, sheet.items, *scored)}, []
 
+    # Free answers. Their metrics compare texts, so token ids are decoded first.
     answers = completer.complete(params, contexts)
     completions = [tokenizer.decode(answer) for answer in answers]
     metrics = {}
     by_suffix = score_completions(metric, sheet.items, completions, seed)
     for suffix, found in by_suffix.items():
         metrics[f"{sheet.form}{suffix}"] = found
+    # The expected answers go along, so that a sample can be judged by itself.
     samples = []
     for context, completion, item in zip(
         sheet.contexts, completions, sheet.items, strict=True

@@ -79,9 +79,11 @@ class RewardModelData:
 
     comparisons: tuple[str, ...]
     demonstrations: tuple[str, ...]
-    chat: bool  # whether prompts are formatted with the parent's chat template
+    # Whether prompts are formatted with the parent's chat template.
+    chat: bool
     limits: DataLimits
-    folder: str  # where prepared rows are kept
+    # Where prepared rows are kept.
+    folder: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,17 +94,22 @@ class Config:
 
     stage: Literal["reward_model"]
     seed: Seed
-    parent: str  # workdir of the run whose trunk it starts from
-    tokenizer: str  # path, or "bytes"
+    # Workdir of the run whose trunk it starts from.
+    parent: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
     model: ModelConfig
     compute: ComputeConfig
     lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: RewardModelData
-    batch_size: int  # prompts
-    epochs: float  # more than one overfits (paper, C.2); 0 = use `steps`
-    steps: int  # 0 = use `epochs`
+    # Prompts per batch, each with all its responses.
+    batch_size: int
+    # Passes over the prompts; more than one overfits (paper, C.2). 0 = use `steps`.
+    epochs: float
+    # Optimizer steps; 0 = use `epochs`.
+    steps: int
     run: RunConfig
 
     def __post_init__(self):
@@ -132,6 +139,7 @@ class Config:
 
 def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
+    # 1: microbatches are packed rows, whatever the number of prompts.
     check_rows("batch_size", config.batch_size, 1, mesh)
     check_lengths(config.data.limits, config.model)
     check_lora(config.lora, config.model, config.parent)
@@ -160,10 +168,12 @@ def train(run: Run) -> None:
     comparisons = run.data["comparisons"]
     program = _program(run)
     settings = settings_from(RewardModelSettings, config)
+    # Shapes and shardings; `_start_state` or a checkpoint fills them.
     abstract = abstract_state(
         program.model, program.optimizer, mesh, adapter_initializer(config)
     )
     update = compile_update(partial(update_reward_model, program), abstract, mesh)
+    # Validation uses the packed width of training.
     ranking = Ranking(
         program.model,
         mesh,
@@ -173,10 +183,12 @@ def train(run: Run) -> None:
         width=program.row_tokens,
     )
     validation = comparisons.sources["validation"]
+    # The paper does not say which demonstrations; here those of the training split.
     demonstrations = run.data["demonstrations"].sources["train"]
     normalize = normalizer(program.model, mesh, config, demonstrations)
 
     def prepare_save(state: TrainState) -> TrainState:
+        # Every checkpoint is normalized, so any of them can serve as a parent.
         return dataclasses.replace(state, params=normalize(state.params))
 
     run.fit(
@@ -217,12 +229,14 @@ def _program(run: Run) -> RewardModelProgram:
 def _start_state(run: Run, program: RewardModelProgram) -> TrainState:
     """The state of step 0: a fresh head on the trunk of the parent, if there is one."""
     config: Config = run.config
+    # Initialized even with a parent: the head and LoRA factors are always fresh.
     key = rng.step_key(config.seed, "init", 0)
     fresh = init_state(
         program.model, program.optimizer, key, run.mesh, adapter_initializer(config)
     )
     if "parent" not in run.parents:
         return fresh
+    # The parent is a policy, with a head over the vocabulary.
     policy = Transformer(config.model, config.compute, "tokens")
     loaded = run.parents["parent"].load(abstract_params(policy, run.mesh))
     # The unembedding is removed (paper, section 3.5), unless it is also the input
@@ -249,6 +263,7 @@ def normalizer(
 ) -> Callable[[Params], Params]:
     """A function that sets the bias of the head so that the demonstrations of `source`
     score 0 on average (paper, section 3.5)."""
+    # (sum of scores, number of demonstrations) of a batch of packed rows.
     scores = jax.jit(
         partial(demonstration_scores, model), out_shardings=sharding.replicated(mesh)
     )
@@ -257,7 +272,7 @@ def normalizer(
     def normalize(params: Params) -> Params:
         # From a bias of 0, so that the result does not depend on earlier calls.
         unbiased = with_bias(params, 0.0)
-        # Sums of float32 batches, taken on the host in float64.
+        # Batches are summed on the host in float64.
         total = 0.0
         count = 0.0
         for batch in validation_batches(source, config.batch_size, len(source), length):

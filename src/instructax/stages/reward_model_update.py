@@ -37,6 +37,7 @@ from instructax.types import Array, Comparisons, LmBatch, Params, TrainState, py
 class RewardModelSettings:
     """Hyperparameters that are traced: a sweep changes them without compiling anew."""
 
+    # Learning rate; the schedule multiplies it.
     optimizer: OptimizerSettings
 
 
@@ -46,10 +47,12 @@ class RewardModelProgram:
 
     model: Transformer
     optimizer: optax.GradientTransformation
+    # Shape of the learning-rate schedule, a fraction of the peak.
     schedule: OptimizerConfig
     mesh: jax.sharding.Mesh
     total_steps: int
-    row_tokens: int  # W of packed rows; no prompt with its responses is longer
+    # W of packed rows; no prompt with its responses is longer.
+    row_tokens: int
 
 
 def update_reward_model(
@@ -83,6 +86,8 @@ def update_reward_model(
         program.model, state.params, batch, sequences, layout
     )
 
+    # Non-finite gradients leave parameters and optimizer state as they are; the metric
+    # `skipped` says so.
     rate = learning_rate_at(
         state.step,
         peak=settings.optimizer.learning_rate,
@@ -162,12 +167,15 @@ def _weighted_gradients(
         spread = jnp.zeros((num_cells,), x.dtype).at[cells].set(x)
         return spread.at[last_tokens].get(mode="fill", fill_value=0)
 
+    # b[B, K], the responses that this microbatch has.
     valid = batch.valid & at_last_tokens(rows.segments != 0)
 
     def loss_of(trained: Params) -> tuple[Array, Array]:
         # The bias cancels in differences of scores. A constant in its place makes its
         # gradient exactly 0, so the optimizer never moves it.
+        # Only trainable parameters are differentiated; with LoRA the kernels are constants.
         merged = with_bias(merge_trees(trained, params), 0.0)
+        # f32[rows, W], a score at every token; the loss reads the last ones.
         outputs = packed_outputs(model, merged, rows)
         return pairwise_ranking_loss(at_last_tokens(outputs), batch.ranks, valid)
 
@@ -194,6 +202,6 @@ def with_bias(params: Params, bias: Array | float) -> Params:
 
 def _counts(batch: Comparisons, valid: Array) -> tuple[Array, Array]:
     """(prompts with a pair, pairs) among the responses `valid` b[B, K], each f32[]."""
-    # [B, K, K] → [B]
+    # [B, K, K] → [B], pairs (better, worse) of each prompt; ties are no pairs.
     pairs = jnp.sum(ordered_pairs(batch.ranks, valid), axis=(1, 2), dtype=jnp.float32)
     return jnp.sum(pairs > 0, dtype=jnp.float32), jnp.sum(pairs)

@@ -44,20 +44,26 @@ class Config:
 
     stage: Literal["sft"]
     seed: Seed
-    parent: str  # workdir of the run to start from; "" = fresh parameters
-    tokenizer: str  # path, or "bytes"
+    # Workdir of the run to start from; "" = fresh parameters.
+    parent: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
     model: ModelConfig
     compute: ComputeConfig
     lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: LmData
-    batch_size: int  # packed rows
-    accumulate: int  # microbatches of a batch, computed one after the other
-    dropout: float  # of residual branches
+    # Packed rows per batch.
+    batch_size: int
+    # Microbatches of a batch, computed one after the other.
+    accumulate: int
+    # Dropout rate of the residual branches.
+    dropout: float
     # Passes over the demonstrations, or over the text if there are none; 0 = use `steps`.
     epochs: float
-    steps: int  # 0 = use `epochs`
+    # Optimizer steps; 0 = use `epochs`.
+    steps: int
     run: RunConfig
 
     def __post_init__(self):
@@ -106,6 +112,8 @@ def train(run: Run) -> None:
     for name, prepared in run.data.items():
         validation[name] = prepared.sources["validation"]
 
+    # The preview prints the first row of the first batch: a wrong prompt format or loss mask
+    # is visible there.
     train_supervised(
         run,
         model,

@@ -27,8 +27,10 @@ class Config:
 
     stage: Literal["world"]
     seed: Seed
-    vocab_size: int  # of the tokenizer trained on the world's text
-    lines: WorldSizes  # records in each file
+    # Token ids of the tokenizer that is trained on the world's text.
+    vocab_size: int
+    # Records in each file.
+    lines: WorldSizes
 
 
 def validate(config: Config, mesh: Any) -> None:
@@ -63,6 +65,7 @@ def _write_files(config: Config, workdir: Path) -> None:
         file.replace(workdir / file.name)
     staging.rmdir()
 
+    # Printed now, because training the tokenizer takes a while without output.
     counts = dataclasses.asdict(config.lines)
     described = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     print(
