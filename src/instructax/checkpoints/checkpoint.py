@@ -158,15 +158,19 @@ class Checkpoints:
         if jax.process_index() == 0:
             write_json(record_path(path), {"format": FORMAT, **record, "files": None})
 
+        # Returns when the arrays are on the host; the rest happens in the background.
+        response = self._start_writing(path, state)
+        self._pending = (step, self._thread.submit(self._finish, step, response, record))
+
+    def _start_writing(self, path: Path, state: Any) -> ocp.AsyncResponse[None]:
         context = ocp.Context()
         # A folder that cannot be created must fail here: otherwise Orbax's threads wait for
         # it for 20 minutes, even at exit.
         context.async_options.create_directories_asynchronously = False
-        items = self._items(state)
         with context:
-            response = ocp.save_checkpointables_async(str(path), items, overwrite=True)
-        # The arrays are on the host now; the rest happens in the background.
-        self._pending = (step, self._thread.submit(self._finish, step, response, record))
+            return ocp.save_checkpointables_async(
+                str(path), self._items(state), overwrite=True
+            )
 
     def _items(self, state: Any) -> dict[str, Any]:
         """The two items of a step; the exported field is None in the second."""
@@ -216,7 +220,7 @@ class Checkpoints:
         """In the background: waits for the commit, then hashes the step."""
         try:
             response.result()
-        # TensorStore reports errors of the operating system, such as a full disk, like this.
+        # How TensorStore reports errors of the operating system, such as a full disk.
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise OSError(

@@ -119,8 +119,8 @@ def verify_checkpoints(workdir: Path, step: int | None) -> tuple[list[str], list
         record = read_record(path)
         if record is None or record["files"] is None:
             wrong.append(
-                f"{path} has no hashes: the run was killed before it wrote them; it writes "
-                "them when it goes on"
+                f"{path} has no hashes: the run was killed before it wrote them; resuming "
+                "the run writes them"
             )
             continue
         # Missing and changed files first, then files that should not be there.

@@ -129,7 +129,7 @@ def open_parent(path: str | Path, named: str) -> Parent:
     require(
         manifest is not None and manifest["head"] is not None,
         f"{named} = {path!r} is a run that trained no network: name a run of a stage that "
-        "does",
+        "trains one",
     )
     assert manifest is not None  # for type checkers
     steps = committed_steps(workdir)

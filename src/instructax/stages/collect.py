@@ -172,7 +172,6 @@ def sampled(
     """The responses of all policies to each prompt, in the order of the policies."""
     responses: list[list[str]] = [[] for _ in prompts]
     for number, (path, count) in enumerate(config.policies):
-        # One policy after the other: responses are few, networks are large.
         for index, response in sample_answers(
             config, policies[number], count, number, prompts
         ):

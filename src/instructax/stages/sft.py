@@ -112,8 +112,8 @@ def train(run: Run) -> None:
     for name, prepared in run.data.items():
         validation[name] = prepared.sources["validation"]
 
-    # The preview prints the first row of the first batch: a wrong prompt format or loss mask
-    # is visible there.
+    # The preview prints the first row of the first batch, where a wrong prompt format or
+    # loss mask is visible.
     train_supervised(
         run,
         model,
