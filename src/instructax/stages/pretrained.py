@@ -256,7 +256,7 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     if head == "scalar":
         exported = fold_score_bias(params, config)
         bias = float(exported["scalar_head"]["bias"])
-        if bias:  # no norm could absorb it; whoever reads the scores has to add it
+        if bias:  # no norm could absorb it: readers of the scores must add it
             raw[SCORE_BIAS] = bias
     to.mkdir(parents=True, exist_ok=True)
     save.save_tensors(to, exported, family, config, dtype)

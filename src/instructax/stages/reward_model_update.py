@@ -86,14 +86,14 @@ def update_reward_model(
         program.model, state.params, batch, sequences, layout
     )
 
-    # Non-finite gradients leave parameters and optimizer state as they are; the metric
-    # `skipped` says so.
     rate = learning_rate_at(
         state.step,
         peak=settings.optimizer.learning_rate,
         config=program.schedule,
         total_steps=program.total_steps,
     )
+    # Non-finite gradients leave parameters and optimizer state as they are; the metric
+    # `skipped` says so.
     state = apply_gradients(program.optimizer, state, gradients, rate)
     norm = optax.tree.norm(gradients)
     return dataclasses.replace(state, step=state.step + 1), {
@@ -171,9 +171,9 @@ def _weighted_gradients(
     valid = batch.valid & at_last_tokens(rows.segments != 0)
 
     def loss_of(trained: Params) -> tuple[Array, Array]:
+        # Only trainable parameters are differentiated; with LoRA the kernels are constants.
         # The bias cancels in differences of scores. A constant in its place makes its
         # gradient exactly 0, so the optimizer never moves it.
-        # Only trainable parameters are differentiated; with LoRA the kernels are constants.
         merged = with_bias(merge_trees(trained, params), 0.0)
         # f32[rows, W], a score at every token; the loss reads the last ones.
         outputs = packed_outputs(model, merged, rows)
