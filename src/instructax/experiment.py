@@ -1,5 +1,8 @@
-"""Runs and experiments: load a config, run its stage, and run a list of configs in order,
-resuming where it stopped."""
+"""Runs and experiments.
+
+A run is one stage with one config. An experiment is a list of runs in order, followed by a
+report; started again, it skips finished runs and resumes the one that was interrupted.
+"""
 
 import dataclasses
 import importlib.util
@@ -23,21 +26,25 @@ from instructax.training.workdir import claim
 class RunSpec:
     """One run of an experiment, before it is set up."""
 
-    name: str  # its folder under the experiment's workdir
-    config: str  # file and argument: "configs/ppo.py:micro"
-    overrides: Mapping[str, Any]  # dotted name -> value
+    # Its folder under the experiment's workdir.
+    name: str
+    # Config file and its argument, such as "configs/ppo.py:micro".
+    config: str
+    # Dotted name of a config value -> its value in this run.
+    overrides: Mapping[str, Any]
 
 
 def load_file(path: str | Path) -> Any:
-    """The Python file `path` as a module. Configs and experiments are code, and are run."""
+    """The Python file `path` as a module. Configs and experiments are code, which runs."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no such file: {path}")
-    # Config files import each other from the working directory. It comes last, so that
-    # installed packages win.
+    # Config files import each other from the working directory. It is searched last, so
+    # that a folder in it cannot hide an installed package.
     root = str(Path.cwd())
     if root not in sys.path:
         sys.path.append(root)
+    # Not in `sys.modules`: two files may have the same name.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -68,8 +75,9 @@ def load_config(run: RunSpec) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """An ml_collections error without the dump of the whole config that it appends to
-    unknown names."""
+    """An ml_collections error on one line, without the dump of the whole config that it
+    appends to unknown names."""
+    # The suggestion, if there is one, is on the last line.
     lines = str(error.args[0] if error.args else error).splitlines() or [""]
     message = lines[0].partition(" Other fields present")[0]
     if len(lines) > 1 and lines[-1].startswith("Did you mean"):
@@ -85,11 +93,15 @@ def run_stage(values: Mapping[str, Any], workdir: Path) -> bool:
       workdir: folder of the run.
 
     Returns:
-      False if the run had finished before. Raises ConfigError (a ValueError) for a value
-      that cannot be used, and `training.loop.Interrupted` when asked to stop.
+      Whether anything was run; False if the run was finished already.
+
+    Raises:
+      ConfigError: a value cannot be used.
+      training.loop.Interrupted: the run was asked to stop.
     """
     config = build_config(values)
     stage = load_stage(config.stage)
+    # No lock: nothing writes to a finished workdir. `claim` compares the configs.
     if is_finished(workdir):
         claim(workdir, values)
         print(f"{workdir} is finished; nothing to do", flush=True)
@@ -103,38 +115,43 @@ def run_stage(values: Mapping[str, Any], workdir: Path) -> bool:
 def config_lines(config: Mapping[str, Any]) -> str:
     """One line per value of a config, in the form of the command line."""
     lines = []
+    # Redacted, because the lines end up in logs.
     for name, value in flatten(redact(config)).items():
         lines.append(f"config.{name} = {value}")
     return "\n".join(lines)
 
 
 def dry_run(values: Mapping[str, Any]) -> str:
-    """Checks a config and reports the memory that its run needs on each device; reads no
-    data."""
+    """Checks a config and reports the memory that its run needs on each device.
+
+    Reads no data and needs no devices.
+    """
     config = build_config(values)
     stage = load_stage(config.stage)
+    # Shapes and shardings follow from the config alone.
     mesh = abstract_mesh(config.mesh) if hasattr(config, "mesh") else None
     stage.validate(config, mesh)
     return memory_report(config, stage.memory(config, mesh))
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError if no figure can be drawn, before hours are spent on its data."""
+    """Raises ConfigError if figures cannot be drawn, before hours of training for them."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "figures need matplotlib, which is not installed: pip install 'instructax[plots]'"
+            "figures need matplotlib, which is not installed: pip install "
+            "'instructax[plots]'"
         ) from None
 
 
 def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
-    """Runs an experiment in order, passing over finished runs, and writes its report.
+    """Runs an experiment in order, skipping finished runs, and writes its report.
 
     Args:
       spec: FILE:SIZE of the experiment.
       root: its workdir; each run gets a folder in it.
-      report_only: whether to write the report of finished runs and run nothing.
+      report_only: write the report of finished runs, and run nothing.
     """
     path, _, size = spec.partition(":")
     experiment = load_file(path)
@@ -144,8 +161,10 @@ def run_experiment(spec: str, root: Path, *, report_only: bool) -> None:
     )
     require_matplotlib()
     runs = experiment.get_runs(size, str(root))
+    # A run that fails ends the experiment: later runs may start from it.
     if not report_only:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}: {run.config}", flush=True)
+            # Loaded one by one: a config may depend on files that an earlier run writes.
             run_stage(load_config(run), root / run.name)
     experiment.report(root)

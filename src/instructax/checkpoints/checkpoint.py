@@ -4,12 +4,12 @@ A step is stored in `workdir/checkpoints/<step>` as two items: `params`, the fie
 next stage reads, and `state`, everything else, so nothing is stored twice. Orbax commits a
 step by renaming its folder, so a killed save leaves nothing that looks like a step. But its
 data files have no checksums, and a flipped bit would be loaded as a wrong number. Therefore
-`<step>.sha256.json` lies beside each committed step (see `checksums`) and is verified
-before every load. A step without hashes, which a process leaves that is killed between
-commit and hashing, is loaded with a warning and hashed then.
+each committed step has a file `<step>.sha256.json` next to it (see `checksums`), which is
+verified before every load. If a process is killed between commit and hashing, its step has
+no hashes: the next process loads it with a warning and hashes it.
 
-In a run of several processes, all of them call every function and share the folder;
-process 0 alone hashes, deletes and writes JSON.
+In a run of several processes, all of them call every function and share the folder. Only
+process 0 hashes, deletes and writes JSON.
 """
 
 import concurrent.futures
@@ -81,20 +81,22 @@ class Checkpoints:
         # The step that this object saved or restored last, and the save in progress.
         self._saved: int | None = None
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
-        # One thread: saves finish in order.
+        # One thread, so saves finish in order and never compete for the disk.
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         if jax.process_index() == 0:
             self._remove_remains()
 
     def _remove_remains(self) -> None:
-        """Creates the folder, and deletes what killed processes have left in it."""
+        """Creates the folder, and deletes the leftovers of killed processes."""
+        # Unfinished saves of Orbax, and steps that were about to be deleted.
         self._root.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.orbax-checkpoint-tmp*", "*.deleted"):
             for path in self._root.glob(pattern):
                 delete_folder(path)
+        # Records without a step: the record is written first.
         for path in self._root.glob("*.sha256.json"):
             step = path.name.partition(".")[0]
-            if not path.with_name(step).exists():  # the record is written before the step
+            if not path.with_name(step).exists():
                 path.unlink()
 
     def steps(self) -> list[int]:
@@ -137,12 +139,14 @@ class Checkpoints:
         self.wait()
         if step == self._saved:
             return
-        # A checkpoint with NaN would make the run unrecoverable.
+        # A checkpoint with NaN would make the run unrecoverable, because older steps are
+        # deleted.
         if not all_finite(state):
             raise Diverged(
                 f"the state of step {step} is not finite, nothing of it is saved: lower "
                 "the learning rate"
             )
+        # Only an evaluated step can become the best one.
         if evaluated:
             record = {"unevaluated": None, **self._rating(step, metrics)}
         else:
@@ -154,15 +158,19 @@ class Checkpoints:
         if jax.process_index() == 0:
             write_json(record_path(path), {"format": FORMAT, **record, "files": None})
 
+        # Returns when the arrays are on the host; the rest happens in the background.
+        response = self._start_writing(path, state)
+        self._pending = (step, self._thread.submit(self._finish, step, response, record))
+
+    def _start_writing(self, path: Path, state: Any) -> ocp.AsyncResponse[None]:
         context = ocp.Context()
         # A folder that cannot be created must fail here: otherwise Orbax's threads wait for
         # it for 20 minutes, even at exit.
         context.async_options.create_directories_asynchronously = False
         with context:
-            response = ocp.save_checkpointables_async(
+            return ocp.save_checkpointables_async(
                 str(path), self._items(state), overwrite=True
             )
-        self._pending = (step, self._thread.submit(self._finish, step, response, record))
 
     def _items(self, state: Any) -> dict[str, Any]:
         """The two items of a step; the exported field is None in the second."""
@@ -172,7 +180,10 @@ class Checkpoints:
         }
 
     def _rating(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a step's record that `best_step` reads."""
+        """The part of a step's record that `best_step` reads.
+
+        A missing metric is a warning, not an error: a typo should not end a long run.
+        """
         if self._best_metric in metrics:
             value = float(metrics[self._best_metric])
             return {**self._no_rating(), "metric": value}
@@ -196,7 +207,7 @@ class Checkpoints:
     def mark_evaluated(self, metrics: Mapping[str, Any]) -> None:
         """Records the metrics of the restored step, which was `unevaluated`."""
         self.unevaluated = None
-        # The record exists: `restore` has hashed the step if need be.
+        # The record exists: `restore` hashes steps that were not hashed.
         if jax.process_index() == 0 and self._saved is not None:
             path = self._root / str(self._saved)
             record = read_record(path) or {}
@@ -209,7 +220,8 @@ class Checkpoints:
         """In the background: waits for the commit, then hashes the step."""
         try:
             response.result()
-        except ValueError as error:  # how TensorStore reports an error of the system
+        # How TensorStore reports errors of the operating system, such as a full disk.
+        except ValueError as error:
             reason = " ".join(str(error).split())
             raise OSError(
                 f"the checkpoint of step {step} cannot be written ({reason}); the steps "
@@ -223,6 +235,7 @@ class Checkpoints:
             return
         path = self._root / str(step)
         write_json(record_path(path), {"format": FORMAT, **record, **hash_files(path)})
+        # After hashing: until the new step is verifiable, the old ones stay.
         delete_old_steps(self._workdir, step, self._keep)
 
     def wait(self) -> None:
@@ -271,24 +284,12 @@ class Checkpoints:
                 continue
             # Exact dtypes: a resumed run must continue bit for bit.
             items = load_items(path, abstract, cast=False)
-            # Only now is it certain that a good step exists to fall back to.
-            for newer, reason in damaged.items():
-                logger.warning(
-                    "checkpoint %d IS DAMAGED and set aside, going on from %d: %s",
-                    newer,
-                    step,
-                    reason,
-                )
-                self._set_aside(newer)
-
-            self._saved = step
-            record = read_record(path) or self._no_rating()
-            self.unevaluated = record.get("unevaluated")
-            # The process that saved it was killed before hashing.
-            if not record.get("files"):
-                self._hash_and_clean_up(step, record)
+            # Only now is it certain that there is a good step to fall back to.
+            self._set_aside(damaged, good_step=step)
+            self._mark_restored(step)
             state = dataclasses.replace(items["state"], **{self._exported: items["params"]})
             return state, step
+        # Starting anew would silently throw away the work in these folders.
         if damaged:
             raise ConfigError(
                 f"every checkpoint is damaged; restore a copy of {self._root}: "
@@ -296,12 +297,35 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> None:
-        if jax.process_index() > 0:
-            return
+    def _mark_restored(self, step: int) -> None:
+        """Remembers the restored step and its metrics; hashes it if it has no hashes."""
+        self._saved = step
         path = self._root / str(step)
-        target = self._root / f"{step}.damaged"
-        # An earlier damaged copy of the same step.
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
-        record_path(path).unlink(missing_ok=True)
+        record = read_record(path) or self._no_rating()
+        self.unevaluated = record.get("unevaluated")
+        # The process that saved it was killed before hashing.
+        if not record.get("files"):
+            self._hash_and_clean_up(step, record)
+
+    def _set_aside(self, damaged: Mapping[int, str], *, good_step: int) -> None:
+        """Renames damaged steps to `<step>.damaged`, which no reader takes for a step.
+
+        Args:
+          damaged: step → what is wrong with it.
+          good_step: the step that is restored instead.
+        """
+        for step, reason in damaged.items():
+            logger.warning(
+                "checkpoint %d IS DAMAGED and set aside, going on from %d: %s",
+                step,
+                good_step,
+                reason,
+            )
+            if jax.process_index() > 0:
+                continue
+            path = self._root / str(step)
+            target = self._root / f"{step}.damaged"
+            # An earlier damaged copy of the same step.
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            record_path(path).unlink(missing_ok=True)

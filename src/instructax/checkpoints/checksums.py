@@ -12,7 +12,8 @@ from typing import Any
 
 from instructax.config import ConfigError
 
-# Format of a step and its record. Must be raised when older programs could misread them.
+# Format of a step and its record. Raise it when older programs could misread them; they
+# refuse a higher number.
 FORMAT = 1
 
 # The entries of a record and their types.
@@ -25,7 +26,7 @@ RECORD_FIELDS: dict[str, Any] = {
     "bytes": dict,  # name → size
 }
 
-# What a record contains if an entry is absent.
+# Values of entries that a record does not have, such as records of earlier versions.
 DEFAULTS: dict[str, Any] = {
     "best_metric": "",
     "best_mode": "",
@@ -50,7 +51,8 @@ def read_record(step: Path) -> dict[str, Any] | None:
 
     If it cannot be read, `files` is {} and the additional entry `unreadable` says why.
 
-    Raises NewerFormatError.
+    Raises:
+      NewerFormatError: a newer version of this program has written the step.
     """
     path = record_path(step)
     if not path.exists():
@@ -66,6 +68,7 @@ def read_record(step: Path) -> dict[str, Any] | None:
         ]
         if wrong and version <= FORMAT:  # a newer format may have other types
             raise TypeError(f"{', '.join(wrong)} of another type")
+    # Everything that damaged JSON can cause, deep nesting and huge numbers included.
     except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
         return {**DEFAULTS, "files": {}, "unreadable": str(error)}
     if version > FORMAT:
@@ -85,7 +88,7 @@ def hash_files(step: Path) -> dict[str, dict[str, Any]]:
 
     # Sorted, so that records of equal steps are equal files.
     paths = _files_under(step)
-    # hashlib releases the global lock, so threads use all cores.
+    # hashlib releases the interpreter lock, so threads use all cores.
     with concurrent.futures.ThreadPoolExecutor() as threads:
         hashes = list(threads.map(sha256, paths.values()))
     return {
@@ -118,6 +121,7 @@ def find_damage(step: Path) -> list[str]:
       NewerFormatError: a newer version of this program has written the step.
     """
     record = read_record(step)
+    # Not an error: a process killed before hashing leaves such steps.
     if record is None or record["files"] is None:
         return []
     if "unreadable" in record:
@@ -138,7 +142,8 @@ def _file_damage(
     if name not in found["files"]:
         return f"{file} is missing"
     size = found["bytes"][name]
-    expected = record["bytes"].get(name)  # records of older versions have no sizes
+    # Records of earlier versions have no sizes.
+    expected = record["bytes"].get(name)
     if expected is not None and size != expected:
         return f"{file} has {size} bytes instead of {expected}"
     if found["files"][name] != record["files"][name]:
@@ -149,7 +154,7 @@ def _file_damage(
 def unlisted_files(step: Path) -> list[str]:
     """One line for each file of a step that its record does not list.
 
-    Nothing reads such a file, but somebody has put it there.
+    Nothing reads such a file, so it is no damage, but someone has put it there.
     """
     record = read_record(step)
     if record is None or record["files"] is None:

@@ -1,4 +1,7 @@
-"""For `scripts/checkpoint.py`: lists, verifies and exports the checkpoints of a run."""
+"""Lists, verifies and exports the checkpoints of a run, for `scripts/checkpoint.py`.
+
+Nothing here changes a checkpoint.
+"""
 
 import datetime
 from pathlib import Path
@@ -20,6 +23,7 @@ from instructax.runtime.goodput import format_totals, read_totals
 
 # Which arrays `write_arrays` writes; see its docstring.
 LEAVES = ("exported", "trained", "all")
+# File formats that other programs can read without this package.
 SUFFIXES = (".npz", ".safetensors")
 
 
@@ -35,12 +39,13 @@ def list_checkpoints(workdir: Path) -> list[str]:
         f"{workdir} has no checkpoints: give the workdir of a run that trains",
     )
     steps = committed_steps(workdir)
+    # A newer format does not end the listing: the line of that step says so.
     try:
         best = best_step(workdir)
-    except NewerFormatError:  # the line of that step says so
+    except NewerFormatError:
         best = None
 
-    # Also folders that are not steps, such as `40.damaged`: they take space.
+    # Folders that are not steps, such as `40.damaged`, are listed as well: they take space.
     folders = [path for path in root.iterdir() if path.is_dir()]
     # By step, with the leftovers of a step after it.
     folders.sort(key=lambda path: (_leading_number(path), path.name))
@@ -85,6 +90,7 @@ def _state(path: Path) -> list[str]:
         return [str(error)]
     if record is None or record["files"] is None:
         return ["not hashed"]
+    # "whole" means that the step was saved and evaluated, not that it was verified.
     state = ["hashes unreadable" if "unreadable" in record else "hashed"]
     state.append("evaluation given up" if record["unevaluated"] is not None else "whole")
     if record["metric"] is not None:
@@ -113,12 +119,13 @@ def verify_checkpoints(workdir: Path, step: int | None) -> tuple[list[str], list
         record = read_record(path)
         if record is None or record["files"] is None:
             wrong.append(
-                f"{path} has no hashes: the run was killed before it wrote them; it writes "
-                "them when it goes on"
+                f"{path} has no hashes: the run was killed before it wrote them; resuming "
+                "the run writes them"
             )
             continue
-        # Missing and changed files, then files that should not be there.
+        # Missing and changed files first, then files that should not be there.
         problems = find_damage(path)
+        # Without a readable record every file would be unlisted.
         if "unreadable" not in record:
             problems += unlisted_files(path)
         wrong += problems
@@ -158,6 +165,7 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
     Raises:
       ConfigError: a value cannot be used, or the step is damaged.
     """
+    # Refuse before reading: a step can have hundreds of gigabytes.
     require(leaves in LEAVES, f"--leaves={leaves} must be one of {', '.join(LEAVES)}")
     require(to.suffix in SUFFIXES, f"--to={to} must end in {' or '.join(SUFFIXES)}")
     require(not to.exists(), f"--to={to} is there already: give a new file")
@@ -176,9 +184,10 @@ def write_arrays(workdir: Path, step: int | None, to: Path, leaves: str) -> str:
         not as_npz or all(value.dtype.isbuiltin for value in arrays.values()),
         f"--to={to}: .npz has no bfloat16, which step {number} uses: give a .safetensors",
     )
-    # Renamed when it is complete, so that `to` never holds half a file.
+    # Renamed when it is complete, so that `to` never exists with half of its content. The
+    # suffix stays last, because NumPy would append its own.
     temporary = to.with_name(f"{to.name}.tmp{to.suffix}")
-    # Left by a killed process.
+    # A killed process may have left one.
     temporary.unlink(missing_ok=True)
     if as_npz:
         np.savez(temporary, allow_pickle=False, **arrays)
@@ -193,8 +202,10 @@ def select_arrays(stored: dict[str, Any], leaves: str) -> dict[str, Any]:
     """The arrays of a step that `write_arrays` writes, under the names it gives them."""
     if leaves == "all":
         return stored
+    # The item `params` has the exported parameters. In steps of PPO these are an average,
+    # and the policy itself is part of the item `state`.
     prefix = "params/"
-    policy_prefix = "state/policy/params/"  # only in steps of PPO
+    policy_prefix = "state/policy/params/"
     if leaves == "trained" and any(name.startswith(policy_prefix) for name in stored):
         prefix = policy_prefix
     selected = {}

@@ -1,12 +1,13 @@
 """The manifest of a run: `workdir/manifest.json` names its stage, config, model and head,
 tokenizer, data, parents and library versions.
 
-A workdir explains itself: readers need the manifest alone, never the stage's code. Parents
-are the runs whose parameters this one started from, so the manifests of a chain of stages
-lead back to its first data. A manifest holds nothing about time or progress, so a resumed
-run writes the same bytes.
+Reading a workdir needs its manifest alone, never the code of its stage. Parents are the
+runs whose parameters this one started from, so the manifests of a chain of stages lead back
+to its first data. A manifest has nothing about time or progress, so a resumed run writes
+the same bytes.
 
-Workdirs of earlier versions are read through the rename tables at the end of this file.
+Workdirs of earlier versions are read through the rename tables further down. A reader of
+current workdirs may skip that part.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ from instructax.config import ConfigError
 from instructax.runtime.files import to_jsonable, write_json
 from instructax.runtime.redaction import redact
 
+# Libraries whose versions a manifest records: they can change numbers.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Entries that every manifest has.
 MANIFEST_FIELDS = (
     "stage",
     "config",
@@ -56,16 +59,17 @@ def write_manifest(
       config: the whole config of the run, nested.
       model: fields of the ModelConfig of the saved network.
       head: head of the saved network, "tokens" or "scalar"; None if the run saves none.
-      tokenizer_hash: what later stages compare.
+      tokenizer_hash: hash of the tokenizer; later stages compare it with their own.
       tokenizer_path: where the tokenizer came from, for human readers.
       data_hashes: name of a data set -> its hash.
-      parents: config field that names a parent -> its workdir, stage, step and hashes; {}
-        for a first stage.
+      parents: config field that names a parent -> its workdir, stage, step and hashes;
+        {} if there is none.
 
     Returns:
       The content of the manifest.
     """
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    # As JSON stores it, and without anything that looks like a secret.
     manifest = to_jsonable(
         redact(
             {
@@ -80,6 +84,7 @@ def write_manifest(
             }
         )
     )
+    # Other processes return the same content without writing it.
     if jax.process_index() == 0:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(Path(workdir) / "manifest.json", manifest)
@@ -103,8 +108,8 @@ def read_manifest(workdir: Path) -> dict[str, Any]:
 
 
 def stored_manifest_hash(workdir: Path) -> str:
-    """Hash of the manifest as it is stored: it stays the same when names change in a later
-    version."""
+    """Hash of the manifest as it is stored, so that it stays the same when a later version
+    renames entries."""
     return manifest_hash(_load(Path(workdir) / "manifest.json"))
 
 
@@ -118,11 +123,13 @@ def _load(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}): restore a copy of it") from None
+    # Any other JSON is reported as a manifest without entries.
     return content if isinstance(content, dict) else {}
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """sha256 of the manifest as JSON with sorted keys, 64 hexadecimal digits."""
+    # Sorted keys: the order of entries in the file does not matter.
     text = json.dumps(to_jsonable(manifest), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -131,12 +138,13 @@ def check_parent(
     parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_path: str
 ) -> None:
     """Raises ValueError if the run with the manifest `parent` has another tokenizer."""
+    # By hash: a copy of the same tokenizer under another path is accepted.
     theirs = parent["tokenizer"]
     if theirs["hash"] != tokenizer_hash:
         raise ConfigError(
             f"the parent ({parent['stage']}) has the tokenizer {theirs['hash']} of "
-            f"{theirs['path']}, this run has {tokenizer_hash} of {tokenizer_path}: token ids "
-            "would mean other text; set config.tokenizer to the parent's"
+            f"{theirs['path']}, this run has {tokenizer_hash} of {tokenizer_path}: token "
+            "ids would mean other text; set config.tokenizer to the parent's"
         )
 
 
@@ -146,18 +154,24 @@ def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 
     Compares what JSON keeps, so a tuple equals the list that it is stored as.
     """
+    # Values are compared as text, with their types: see `flatten`.
     stored = flatten(to_jsonable(old))
     given = flatten(to_jsonable(new))
-    return [
-        f"{name}: {stored.get(name, 'absent')} (stored) != {given.get(name, 'absent')} (given)"
-        for name in sorted(stored | given)
-        if stored.get(name) != given.get(name)
-    ]
+    lines = []
+    for name in sorted(stored | given):
+        before = stored.get(name, "absent")
+        after = given.get(name, "absent")
+        # No leaf is the text `absent`: a string has quotes here.
+        if before != after:
+            lines.append(f"{name}: {before} (stored) != {after} (given)")
+    return lines
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted name -> repr of the leaf, so that 1, 1.0 and True differ, as they do in a
-    config. An empty dict is a leaf."""
+    """Dotted name -> repr of the leaf.
+
+    With repr, 1, 1.0 and True differ, as they do in a config. An empty dict is a leaf.
+    """
     if not isinstance(tree, dict) or not tree:
         return {prefix: repr(tree)}
     leaves: dict[str, str] = {}
@@ -166,9 +180,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-# Names of earlier versions. Rows are only added: workdirs outlive the version that wrote
-# them. Applying the tables twice changes nothing.
+# Names of earlier versions. Entries are only ever added, because workdirs outlive the
+# version that wrote them. Applying the tables twice changes nothing.
 
+# Fields of a ModelConfig, for policies and reward models.
 _MODEL_FIELDS = {
     "layers": "num_layers",
     "width": "embed_dim",
@@ -185,6 +200,7 @@ _MODEL_FIELDS = {
     "tied_head": "tied_embeddings",
     "logit_cap": "final_logit_softcap",
 }
+# "mixed" meant float32 activations with bf16 matrix products.
 _DTYPES = {"mixed": "bf16_matmul", "bfloat16": "bf16"}
 
 # Group of the config ("" is its top level) -> old field -> new field.
@@ -233,7 +249,7 @@ EARLIER_HEADS = {
 
 
 def upgrade_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """`manifest` in the names of this version; one of this version is returned unchanged."""
+    """`manifest` in the names of this version, which may already be its names."""
     upgraded = dict(manifest)
     config = upgrade_config(_group(upgraded.get("config")))
     if "config" in upgraded:
@@ -255,7 +271,8 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if upgraded.get("stage") != "supervised":
         return upgraded
 
-    # The stage `supervised` trained on demonstrations, on text, or on both.
+    # The stage `supervised` trained on demonstrations, on text, or on both. Pretraining has
+    # no LoRA, so runs with adapters are SFT even on text alone.
     data = _group(upgraded.get("data"))
     lora = _group(upgraded.get("lora"))
     if data.get("demonstrations") or lora.get("rank"):
@@ -281,6 +298,7 @@ def _renamed(group: Mapping[str, Any], name: str) -> dict[str, Any]:
     values = RENAMED_VALUES.get(name, {})
     upgraded: dict[str, Any] = {}
     for key, value in group.items():
+        # Values are renamed by the new name of their field; groups by their own name.
         field = fields.get(key, key)
         if isinstance(value, Mapping):
             upgraded[field] = _renamed(value, key)

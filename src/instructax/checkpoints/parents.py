@@ -1,8 +1,8 @@
 """Parents: finished runs that another run starts from.
 
-They are found by path, and refused unless they are finished, use the same tokenizer and
-have the expected architecture and head. A path is WORKDIR for the last step of that run, or
-WORKDIR@STEP or WORKDIR@best for another step that it kept.
+A parent is named by its path: WORKDIR for the last step of that run, WORKDIR@STEP or
+WORKDIR@best for another step that it kept. It is refused unless it is finished, uses the
+same tokenizer and has the expected architecture and head.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from instructax.data.tokenizer import Tokenizer, load_tokenizer
 from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora
 from instructax.types import Params
 
+# What a network predicts: the next token, or one score.
 Head = Literal["tokens", "scalar"]
 
 
@@ -33,7 +34,8 @@ Head = Literal["tokens", "scalar"]
 class ExpectedParent:
     """A run that a config names, and the network that it must have saved."""
 
-    path: str  # "" = none
+    # WORKDIR, WORKDIR@STEP or WORKDIR@best; "" = none.
+    path: str
     model: ModelConfig
     head: Head
 
@@ -43,6 +45,7 @@ class Parent:
     """A finished run whose parameters another run starts from."""
 
     workdir: Path
+    # The step whose parameters are loaded; not always the last one.
     step: int
     manifest: Mapping[str, Any]
 
@@ -54,6 +57,8 @@ class Parent:
         values = self.manifest["config"].get("lora")
         if not values or not values["rank"]:
             return load_params(self.workdir, abstract, step=self.step)
+        # The stored tree also has the LoRA factors. Only its shapes are computed here, so
+        # the random key does not matter.
         lora = construct(LoraConfig, values, "lora")
         mesh = jax.tree.leaves(abstract)[0].sharding.mesh
         shapes = jax.eval_shape(
@@ -62,6 +67,7 @@ class Parent:
         stored = load_params(
             self.workdir, sharding.abstract_arrays(shapes, mesh), step=self.step
         )
+        # The merged kernels get the shardings that the caller asked for.
         layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return jax.jit(merge_lora, out_shardings=layouts)(stored)
 
@@ -94,36 +100,46 @@ def tokenizer_of(path: str, model: ModelConfig) -> Tokenizer:
 
 
 def open_parent(path: str | Path, named: str) -> Parent:
-    """The finished run at `path`; `named` is what the user calls it in errors.
+    """Opens the finished run at `path`.
 
-    Raises ConfigError or ValueError.
+    Args:
+      path: WORKDIR, WORKDIR@STEP or WORKDIR@best.
+      named: the config field or flag that names the run, for error messages.
+
+    Returns:
+      The run. Raises ConfigError or ValueError if it cannot be used.
     """
     path = str(path)
     folder, _, suffix = path.rpartition("@")
-    # A folder whose own name ends like a step is taken as it is.
-    if not (suffix == "best" or suffix.isdecimal()) or Path(path).exists():
-        folder, suffix = path, ""
+    # A folder whose own name ends in `@7` or `@best` is taken as it is.
+    names_step = suffix == "best" or suffix.isdecimal()
+    if not names_step or Path(path).exists():
+        folder = path
+        suffix = ""
     workdir = Path(folder)
 
     require(
         is_finished(workdir),
         f"{named} = {path!r} is not a finished run: train it first, or change the path",
     )
+    # Runs of stages without a network, such as a world, have no manifest.
     manifest = None
     if (workdir / "manifest.json").exists():
         manifest = read_manifest(workdir)
     require(
         manifest is not None and manifest["head"] is not None,
         f"{named} = {path!r} is a run that trained no network: name a run of a stage that "
-        "does",
+        "trains one",
     )
-    assert manifest is not None
+    assert manifest is not None  # for type checkers
     steps = committed_steps(workdir)
     require(
         bool(steps), f"{named} = {path!r} has no checkpoint: delete it and train it again"
     )
 
+    # None if the run has no best step.
     step = best_step(workdir) if suffix == "best" else int(suffix or steps[-1])
+    # Deleted steps cannot be named, so the message lists those that are left.
     kept = f"{named} = {path!r}: it kept the steps {', '.join(map(str, steps))}"
     require(step is not None, f"{kept}, and its run.best_metric named none as the best")
     require(step in steps, kept)
@@ -136,7 +152,7 @@ def open_parents(
     """Opens the runs that a config starts from.
 
     Args:
-      expected: config field -> the parent that it names; empty paths are left out.
+      expected: config field -> the parent that it names; empty paths are skipped.
       tokenizer: the tokenizer of this run; each parent must have the same.
       tokenizer_path: its path, for errors.
 
@@ -144,7 +160,7 @@ def open_parents(
       Config field -> parent. Raises ConfigError or ValueError for a parent that is not
       finished, or has another tokenizer, head or architecture.
     """
-    # All paths are resolved first: a missing run is the commonest mistake.
+    # All paths are opened first: a missing run is the commonest mistake.
     parents: dict[str, Parent] = {}
     for name, wanted in expected.items():
         if wanted.path:
@@ -161,9 +177,10 @@ def _check_model(name: str, parent: Parent, wanted: ExpectedParent) -> None:
     manifest = parent.manifest
     require(
         manifest["head"] == wanted.head,
-        f"config.{name} = {wanted.path!r} is a run of the stage {manifest['stage']!r} with a "
-        f"{manifest['head']} head; it must have a {wanted.head} head",
+        f"config.{name} = {wanted.path!r} is a run of the stage {manifest['stage']!r} with "
+        f"a {manifest['head']} head; it must have a {wanted.head} head",
     )
+    # Field by field: parameters of another architecture may have the same shapes.
     difference = config_difference(manifest["model"], dataclasses.asdict(wanted.model))
     require(
         not difference,

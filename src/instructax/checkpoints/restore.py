@@ -1,4 +1,4 @@
-"""Reads saved steps, after comparing them with their checksums.
+"""Reads saved steps, after comparing their files with the checksums.
 
 In a run of several processes, all of them must call these functions.
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointMismatch(ConfigError):
-    """The stored leaves are not those requested; the message names the first of them."""
+    """The stored leaves differ from those requested; the message names the first one."""
 
 
 def load_params(path: Path, abstract_params: Params, *, step: int | None = None) -> Params:
@@ -38,7 +38,9 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
       CheckpointMismatch: a leaf is missing, unexpected or has another shape.
       ConfigError: there is no such step, or a file differs from its checksum.
     """
+    # Orbax accepts absolute paths only.
     path = Path(path).absolute()
+    # A run that is still writing has steps as well; only committed ones count.
     steps = committed_steps(path)
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -47,6 +49,7 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
             "workdir"
         )
     step_path = path / "checkpoints" / str(steps[-1] if step is None else step)
+    # One item is read: the optimizer state, often twice as large, stays on disk.
     abstract = {"params": abstract_params}
     _refuse_damage(step_path, abstract)
     # Parents may be stored in another dtype than the reader computes in.
@@ -107,7 +110,7 @@ def _checksum_problem(step_path: Path) -> str:
         problem = damage[0] if damage else ""
     if all_hosts(not problem):
         return ""
-    # The others know that there is a problem, but not its text.
+    # The other processes know that there is a problem, but not its text.
     return problem or f"{step_path}, as process 0 reports"
 
 
@@ -116,11 +119,13 @@ def _unreadable_item(step_path: Path, items: Iterable[str]) -> str:
 
     Detects folders that look like a step but have no checksums.
     """
+    # Each process looks for itself: one of them may see another state of the file system.
     unreadable = []
     try:
         stored = ocp.checkpointables_metadata(str(step_path)).metadata
         for item in items:
-            if stored[item] is None:  # Orbax has logged the reason
+            # Orbax has logged the reason.
+            if stored[item] is None:
                 unreadable.append(item)
     except (OSError, ValueError, KeyError) as error:
         unreadable = [f"({error})"]
@@ -178,6 +183,7 @@ def _check_leaves(
 
 def _describe(leaf: Any, *, any_float: bool = False) -> str:
     """Such as `float32[8, 16]`; with `any_float` all floating dtypes look the same."""
+    # The shape with its dtype, as JAX prints it.
     if leaf is None:
         return "absent"
     if any_float and jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -22,8 +22,8 @@ def committed_steps(workdir: Path) -> list[int]:
         return []
     steps = []
     for path in root.iterdir():
-        # `int` accepts more than the names that steps are saved under: `0099`, or digits of
-        # other scripts.
+        # `int` would also accept names that no step is saved under, such as `0099` or
+        # digits of other scripts.
         is_number = re.fullmatch("0|[1-9][0-9]*", path.name)
         if is_number and all((path / item).is_dir() for item in ITEMS):
             steps.append(int(path.name))
@@ -36,7 +36,7 @@ def files_hash(workdir: Path, step: int) -> str:
     files = record["files"] if record else None
     if not files:
         return ""
-    # Of the hashes, not of the files: these may be hundreds of gigabytes.
+    # Hashes the hashes: the files may have hundreds of gigabytes.
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -50,20 +50,22 @@ def best_step(workdir: Path) -> int | None:
     steps = committed_steps(workdir)
     if not steps:
         return None
-    # Runs may change their metric: only records of the current one can be compared.
+    # A resumed run may have another metric; only records of the current one are compared.
     newest = read_record(root / str(steps[-1]))
     name = newest["best_metric"] if newest else ""
     mode = newest["best_mode"] if newest else ""
     if not mode:
         # Records of earlier versions have no mode: their rule depended on the name.
         mode = "min" if name.endswith("loss") else "max"
+    # Negated metrics turn the lowest value into the highest.
     sign = -1 if mode == "min" else 1
 
-    # `>=`: the newest of equal steps wins.
+    # In rising order and with `>=`, so that the newest of equal steps wins.
     best = None
     best_value = 0.0
     for step in steps:
         record = read_record(root / str(step)) or {"best_metric": "", "metric": None}
+        # Not rated, or rated by another metric.
         if record["best_metric"] != name or record["metric"] is None:
             continue
         value = sign * record["metric"]
@@ -82,21 +84,22 @@ def delete_old_steps(workdir: Path, newest: int, keep: int) -> None:
     """
     root = Path(workdir).absolute() / "checkpoints"
     steps = [step for step in committed_steps(workdir) if step <= newest]
-    # Rising order, so the newest are at the end.
+    # In rising order, so the newest are at the end.
     hashed = [step for step in steps if has_checksums(root / str(step))]
     kept = {*hashed[-keep:], best_step(workdir)}
     for step in steps:
         if step in kept:
             continue
         path = root / str(step)
-        # Renaming is atomic: a half-deleted folder never looks like a step.
+        # Renaming is atomic: a half-deleted folder never looks like a step. If the process
+        # is killed here, the next one deletes the renamed folder.
         condemned = path.rename(root / f"{step}.deleted")
         record_path(path).unlink(missing_ok=True)
         delete_folder(condemned)
 
 
 def delete_folder(path: Path) -> None:
-    """Deletes a folder. Of a symbolic link only the link, never what it leads to."""
+    """Deletes a folder, or a symbolic link to one without touching its target."""
     if path.is_symlink():
         path.unlink()
     else:

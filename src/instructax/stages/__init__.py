@@ -4,10 +4,14 @@ A stage is a module with five names: `Config`, `validate(config, mesh)`, `train(
 `row_lengths(config)` and `memory(config, mesh)`. Its name in the table is also the name of
 its config file and the `stage` entry of its manifests. Stages do not import each other.
 
-Beside the fields, a Config states what its run is made of: `head`, the head of the network
-that the run saves (None if it saves none), `parents()`, the finished runs it starts from,
-and `prepare_data(tokenizer, prompt_format)`, its data sets. `training.run.open_run` reads
-them. The stages `world` and `collect`, which run no network on a mesh, have none of these.
+In the order of the paper: `pretrain` trains the base model, `sft` is step 1, `collect` and
+`reward_model` are step 2, `ppo` is step 3; `evaluate` and `public_tasks` measure the
+results. `world` writes the simulated data that all of them can use.
+
+Besides its fields, a Config states what its run needs: `head`, the head of the network that
+the run saves (None if it saves none), `parents()`, the finished runs it starts from, and
+`prepare_data(tokenizer, prompt_format)`, its data sets. `training.run.open_run` reads them.
+The stages `world` and `collect`, which run no network on a mesh, have none of these.
 """
 
 import importlib
@@ -17,8 +21,8 @@ from typing import Any
 
 from instructax.config import ConfigError, construct, format_value
 
-# Name -> module. Modules are imported when a config asks for them: the serving stack that
-# `collect` needs should not slow down `world`.
+# Name -> module. A module is imported only when a config names its stage: the serving stack
+# that `collect` needs should not slow down `world`.
 MODULES = {
     "world": "instructax.stages.world",
     "collect": "instructax.stages.collect",
@@ -33,7 +37,7 @@ MODULES = {
 
 def load_stage(name: Any) -> ModuleType:
     """The module of the stage `name`. Raises ConfigError if there is no such stage."""
-    # A config may hold anything here, also a value without a hash.
+    # A config may have any value here, even one that cannot be hashed.
     if not isinstance(name, str) or name not in MODULES:
         raise ConfigError(
             f"config.stage = {format_value(name)} must be one of {', '.join(MODULES)}"

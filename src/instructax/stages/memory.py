@@ -1,7 +1,8 @@
-"""Device memory of a run from shapes alone: nothing is read and nothing is allocated.
+"""Device memory of a run, computed from shapes alone: no file is read and no array is
+allocated.
 
-Each stage adds up its own arrays in `memory(config, mesh)`; here is what they share, and
-the report of a dry run.
+Each stage adds up its own arrays in `memory(config, mesh)`. This module has the functions
+that stages share, and the report of a dry run.
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from instructax.sharding import MeshConfig
 from instructax.training.optimizer import OptimizerConfig, make_optimizer
 from instructax.training.state import abstract_state, adapter_initializer, no_adapters
 
+# Bytes in a GiB.
 GIB = 2**30
 
 
@@ -40,14 +42,16 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
         f"config.mesh = {config.data} × {config.fsdp} × {config.tensor}: axes must be "
         "positive (data may be -1)",
     )
+    # In the order of `sharding.AXES`.
     shape = (max(config.data, 1), config.fsdp, config.tensor)
     return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of the largest shard of each leaf of an abstract tree."""
+    """Bytes of one shard of each leaf of an abstract tree, added up."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        # Raises ValueError if the mesh does not divide the shape.
         shard = leaf.sharding.shard_shape(leaf.shape)
         total += int(np.prod(shard)) * leaf.dtype.itemsize
     return total
@@ -82,8 +86,10 @@ def training_bytes(
     Returns:
       `name` -> bytes of the parameters, "optimizer of the `name`" -> bytes of its state.
     """
+    # Stages without LoRA train every parameter.
     network = Transformer(model, config.compute, head)
     add_adapters = adapter_initializer(config) if hasattr(config, "lora") else no_adapters
+    # With LoRA the optimizer holds moments of the adapters alone.
     state = abstract_state(network, make_optimizer(optimizer), mesh, add_adapters)
     return {
         name: bytes_per_device(state.params),
@@ -95,6 +101,7 @@ def cache_bytes(
     model: ModelConfig, compute: ComputeConfig, rows: int, length: int, mesh: Any
 ) -> int:
     """Bytes per device of a KV cache for `rows` rows of `length` tokens on that device."""
+    # Shapes only: a cache of the whole batch may not fit into host memory.
     cache = jax.eval_shape(
         lambda: init_cache(model, decoding_config(compute), rows, length)
     )
@@ -107,7 +114,7 @@ def cache_bytes(
 
 
 def memory_report(config: Any, held: Mapping[str, int]) -> str:
-    """Parameters, mesh and memory per device, as lines to print.
+    """The report of a dry run: parameters, mesh and memory per device, one per line.
 
     Args:
       config: Config of a stage.
@@ -116,20 +123,24 @@ def memory_report(config: Any, held: Mapping[str, int]) -> str:
     if not held:
         return "nothing is trained"
     mesh: Any = abstract_mesh(config.mesh)
+    # Stages that use a reward model count its parameters on a line of their own.
     lines = [_parameter_line("model", config.model, config.head, config.compute, mesh)]
     if hasattr(config, "reward_model"):
         scalar = (config.reward_model, "scalar", config.compute, mesh)
         lines.append(_parameter_line("reward_model", *scalar))
 
+    # An AbstractMesh has the smallest size if `data` is left open.
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     more = ", or a multiple (config.mesh.data = -1)" if config.mesh.data == -1 else ""
     lines.append(f"mesh: {axes} = {mesh.size} devices{more}")
 
+    # Columns: name, GiB.
     for name, size in held.items():
         lines.append(f"{name:<32}{size / GIB:10.3f} GiB per device")
     total = sum(held.values()) / GIB
     lines.append(
-        f"{'held throughout':<32}{total:10.3f} GiB per device; gradients and activations on top"
+        f"{'held throughout':<32}{total:10.3f} GiB per device; gradients and activations "
+        "on top"
     )
     return "\n".join(lines)
 
@@ -137,5 +148,6 @@ def memory_report(config: Any, held: Mapping[str, int]) -> str:
 def _parameter_line(
     name: str, model: ModelConfig, head: Head, compute: ComputeConfig, mesh: Any
 ) -> str:
+    # The number of parameters of the whole network, not of one device.
     shapes = abstract_params(Transformer(model, compute, head), mesh)
     return f"{name}: {parameter_count(shapes):,} parameters"

@@ -1,7 +1,8 @@
 """Pretraining on text: the base model, "GPT" in the paper's figures.
 
-The paper starts from GPT-3. Pretraining is part of this pipeline so that every claim can be
-tested from random parameters on.
+Departure from the paper: it starts from GPT-3 (section 3.5), this pipeline also trains the
+base model, so that every claim can be tested starting from random parameters. The loss is
+the mean next-token loss over packed rows of text.
 """
 
 import dataclasses
@@ -31,11 +32,12 @@ from instructax.training.supervised import train_supervised
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainData:
-    """Files of text."""
+    """Files of text; a part of their documents is split off for validation."""
 
     text: tuple[str, ...]
     limits: DataLimits
-    folder: str  # where prepared rows are kept
+    # Where prepared rows are kept.
+    folder: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,18 +48,25 @@ class Config:
 
     stage: Literal["pretrain"]
     seed: Seed
-    parent: str  # workdir of the run to start from; "" = fresh parameters
-    tokenizer: str  # path, or "bytes"
+    # Workdir of the run to start from; "" = fresh parameters.
+    parent: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
     model: ModelConfig
     compute: ComputeConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: PretrainData
-    batch_size: int  # packed rows
-    accumulate: int  # microbatches, in memory one after the other
-    dropout: float  # residual
-    epochs: float  # over the text; 0 = use `steps`
-    steps: int  # 0 = use `epochs`
+    # Packed rows per batch.
+    batch_size: int
+    # Microbatches of a batch, computed one after the other.
+    accumulate: int
+    # Dropout rate of the residual branches.
+    dropout: float
+    # Passes over the text; 0 = use `steps`.
+    epochs: float
+    # Optimizer steps; 0 = use `epochs`.
+    steps: int
     run: RunConfig
 
     def __post_init__(self):
@@ -73,7 +82,8 @@ class Config:
     def prepare_data(
         self, tokenizer: Tokenizer, prompt_format: PromptFormat
     ) -> dict[str, PreparedData]:
-        """Packed rows of text, which has no prompts to format."""
+        """Packed rows of text."""
+        # Text has no prompts, so `prompt_format` is not used.
         data = self.data
         files = [Path(path) for path in data.text]
         return {"text": prepare_text(files, tokenizer, data.limits, Path(data.folder))}
@@ -87,6 +97,7 @@ def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 def row_lengths(config: Config) -> RowLengths:
     """Training runs whole rows, evaluation also pieces of them."""
+    # False: no rows have a shared prefix.
     return split_lengths(config.compute, config.data.limits.sequence_tokens), False
 
 
@@ -100,7 +111,7 @@ def train(run: Run) -> None:
     config: Config = run.config
     model = Transformer(config.model, config.compute, "tokens", run.mesh)
     rows = run.data["text"].sources
-    # Batches of text alone.
+    # The loader mixes demonstrations and text; here batches have text alone.
     files = LmData(
         demonstrations=(),
         text=config.data.text,
@@ -112,6 +123,7 @@ def train(run: Run) -> None:
     read_batch = lm_reader(
         files, run.data, "train", batch_size=config.batch_size, seed=config.seed
     )
+    # A row holds several documents, so an epoch is counted in rows.
     total_steps = count_steps(
         steps=config.steps,
         epochs=config.epochs,

@@ -1,9 +1,9 @@
-"""Imports pretrained models as runs and exports runs as pretrained models: the library side
-of `scripts/import_hf.py` and `scripts/export_hf.py`.
+"""Imports pretrained models as runs and exports runs as pretrained models, for
+`scripts/import_hf.py` and `scripts/export_hf.py`.
 
 An import is a finished run of the stage "pretrained", with a checkpoint, a manifest and a
-tokenizer, so every stage accepts it as a parent. An export is a folder that transformers
-loads.
+tokenizer, so every stage accepts it as a parent. It takes the place of the paper's GPT-3
+(section 3.5). An export is a folder that transformers loads.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
-from instructax.checkpoints.parents import Head, is_finished, open_parent
+from instructax.checkpoints.parents import Head, Parent, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, pad_vocab, save_tokenizer
 from instructax.models import (
@@ -46,16 +46,17 @@ from instructax.stages.pretrained_files import (
 from instructax.training.workdir import claim
 from instructax.types import Params, TrainState
 
-# Files that an import keeps and an export copies; their content is not used here.
+# Files of the source that an import keeps. Chat prompts need the template, which may be in
+# either of two files; the others are kept for people.
 KEPT_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-# The folder of an import that holds them.
+# The folder in the workdir of an import that holds them.
 KEPT_FOLDER = "source"
-# Models are only loaded and compared, never trained.
+# Models are only loaded and compared here, never trained, so speed does not matter.
 COMPUTE = ComputeConfig(
     dtype="float32",
     decoding_dtype="float32",
@@ -75,12 +76,15 @@ TOLERANCE = 1e-4
 class PretrainedModel:
     """A model that has been located and read, except for its tensors."""
 
+    # A folder, or a GGUF file.
     path: Path
+    # Model family, such as "llama".
     family: str
     config: ModelConfig
+    # Readers of the tensors, by name; nothing is in memory yet.
     tensors: hf_folder.Tensors
     tokenizer: Tokenizer
-    # Name → content
+    # Name → content.
     kept_files: dict[str, bytes]
 
 
@@ -98,6 +102,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     Raises:
       ConfigError: our network cannot express the model, or `workdir` holds another run.
     """
+    # What identifies the run: another source needs another workdir.
     run_config = {"stage": "pretrained", "source": source}
     if is_finished(workdir):
         claim(workdir, run_config)
@@ -107,38 +112,14 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     mesh = sharding.make_mesh(
         MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices=jax.devices()[: fsdp * tensor]
     )
+    # Tensors go directly into their shards: one device may be too small for the model.
     abstract = abstract_params(Transformer(model.config, COMPUTE, "tokens"), mesh)
     params = load.read_params(model.tensors, model.family, model.config, abstract)
-
+    count = parameter_count(params)
     with lock_workdir(workdir):
         claim(workdir, run_config)
-        checkpoints = Checkpoints(
-            workdir,
-            save_every=1,
-            keep=1,
-            best_metric="",
-            best_mode="max",
-            exported="params",
-        )
-        checkpoints.save(0, TrainState(step=jnp.int32(0), params=params, opt_state=()), {})
-        checkpoints.close()
-        save_tokenizer(model.tokenizer, str(workdir / "tokenizer.json"))
-        for name, content in model.kept_files.items():
-            (workdir / KEPT_FOLDER).mkdir(exist_ok=True)
-            (workdir / KEPT_FOLDER / name).write_bytes(content)
-        write_manifest(
-            workdir,
-            stage="pretrained",
-            config=run_config,
-            model=dataclasses.asdict(model.config),
-            head="tokens",
-            tokenizer_hash=model.tokenizer.hash,
-            tokenizer_path=str(model.path),
-            data_hashes=_file_hashes(model.path),
-            parents={},
-        )
+        _write_run(workdir, run_config, model, params)
         # The summary marks the run as finished, so it is written last.
-        count = parameter_count(params)
         summary = {**run_config, "family": model.family, "parameters": count}
         write_json(workdir / "summary.json", summary)
     return (
@@ -146,7 +127,42 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     )
 
 
+def _write_run(
+    workdir: Path, run_config: dict[str, Any], model: PretrainedModel, params: Params
+) -> None:
+    """Writes everything that later stages read: checkpoint, tokenizer, kept files and
+    manifest."""
+    checkpoints = Checkpoints(
+        workdir,
+        save_every=1,
+        keep=1,
+        best_metric="",
+        best_mode="max",
+        exported="params",
+    )
+    # Step 0 without an optimizer: this run is never resumed, only read.
+    checkpoints.save(0, TrainState(step=jnp.int32(0), params=params, opt_state=()), {})
+    checkpoints.close()
+
+    save_tokenizer(model.tokenizer, str(workdir / "tokenizer.json"))
+    for name, content in model.kept_files.items():
+        (workdir / KEPT_FOLDER).mkdir(exist_ok=True)
+        (workdir / KEPT_FOLDER / name).write_bytes(content)
+    write_manifest(
+        workdir,
+        stage="pretrained",
+        config=run_config,
+        model=dataclasses.asdict(model.config),
+        head="tokens",
+        tokenizer_hash=model.tokenizer.hash,
+        tokenizer_path=str(model.path),
+        data_hashes=_file_hashes(model.path),
+        parents={},
+    )
+
+
 def _open_model(source: str) -> PretrainedModel:
+    """Locates the model, downloads it if need be, and reads all but its tensors."""
     path = hf_folder.locate_model(source)
     # A GGUF file's tokenizer is converted into a temporary folder.
     with tempfile.TemporaryDirectory() as scratch:
@@ -160,6 +176,7 @@ def _open_model(source: str) -> PretrainedModel:
             raw = hf_folder.read_hf_json(path / "config.json")
             tensors = hf_folder.open_tensors(path)
             folder = path
+        # Refuses architectures that the network cannot express.
         family, config = hf_configs.read_config(raw)
         tokenizer = _load_tokenizer(folder, config)
         kept_files = {}
@@ -189,6 +206,7 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 def _file_hashes(path: Path) -> dict[str, str]:
     """sha256 of the files that parameters and architecture come from."""
+    # Sorted, so that the manifest has the same bytes on every file system.
     files = [path]
     if not path.is_file():
         files = sorted((*path.glob("*.safetensors"), path / "config.json"))
@@ -225,32 +243,42 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     run = open_parent(checkpoint, "--checkpoint")
     head: Head = run.manifest["head"]
     config = construct(ModelConfig, run.manifest["model"], "model")
+    # The family whose classes compute the same function, and its config.json.
     family, raw = hf_configs.write_config(config)
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
     model = Transformer(config, COMPUTE, head)
     params = run.load(abstract_params(model, _one_device_mesh()))
 
     raw |= class_config(family, head, tokenizer)
+    # Old versions of transformers read the second name.
     raw |= {"dtype": dtype, "torch_dtype": dtype}
     exported = params
     if head == "scalar":
         exported = fold_score_bias(params, config)
         bias = float(exported["scalar_head"]["bias"])
-        if bias:
+        if bias:  # no norm could absorb it: readers of the scores must add it
             raw[SCORE_BIAS] = bias
     to.mkdir(parents=True, exist_ok=True)
     save.save_tensors(to, exported, family, config, dtype)
-    write_tokenizer(to, tokenizer, config, raw, run.workdir / KEPT_FOLDER)
-    generation = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
-    save.write_hf_json(to / "generation_config.json", generation)
-    write_readme(to, run.manifest, head, raw)
-    # Last, so that a folder with a config is complete.
-    save.write_hf_json(to / "config.json", raw)
+    _write_texts(to, run, tokenizer, config, raw)
 
     lines = [f"{to}: {raw['architectures'][0]}, {dtype}"]
     if verify:
+        # Against the parameters before the bias was folded: the fold is checked as well.
         lines.append(verify_export(to, model, params, dtype))
     return "\n".join(lines)
+
+
+def _write_texts(
+    to: Path, run: Parent, tokenizer: Tokenizer, config: ModelConfig, raw: dict[str, Any]
+) -> None:
+    """Writes everything but the tensors of an export; `raw` is its config.json."""
+    write_tokenizer(to, tokenizer, config, raw, run.workdir / KEPT_FOLDER)
+    generation = {name: raw[name] for name in ("bos_token_id", "eos_token_id")}
+    save.write_hf_json(to / "generation_config.json", generation)
+    write_readme(to, run.manifest, run.manifest["head"], raw)
+    # Last, so that a folder with a config is complete.
+    save.write_hf_json(to / "config.json", raw)
 
 
 def _one_device_mesh() -> Mesh:
@@ -261,14 +289,15 @@ def _one_device_mesh() -> Mesh:
 
 def fold_score_bias(params: Params, config: ModelConfig) -> Params:
     """Moves the bias b of the scalar head into the bias of the final layer norm, because
-    transformers' classes have none: w · (h + w b / w · w) = w · h + b.
+    the classes of transformers have none: w · (h + w b / (w · w)) = w · h + b.
 
-    An RMS norm has no bias either; then the parameters are unchanged.
+    An RMS norm has no bias either; in that case the parameters are unchanged.
     """
     if config.norm != "layernorm":
         return params
     head = params["scalar_head"]
     norm = params["final_norm"]
+    # f32[D]; the small constant avoids 0 / 0 for a kernel of zeros.
     shift = head["kernel"] * head["bias"] / jnp.maximum(jnp.sum(head["kernel"] ** 2), 1e-30)
     return {
         **params,
@@ -296,7 +325,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
         bias = jnp.float32(raw.get(SCORE_BIAS, 0.0))
         read = {**read, "scalar_head": {**read["scalar_head"], "bias": bias}}
 
-    # Two short random sequences.
+    # i32[2, T], two short random sequences, one segment each.
     rng = np.random.default_rng(0)
     length = min(16, config.max_length)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=(2, length)), jnp.int32)
@@ -304,6 +333,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
 
     @jax.jit
     def outputs(params: Params) -> jax.Array:
+        # [2, T, D], or the scores [2, T] of a reward model.
         hidden: Any
         hidden, _ = model.apply(
             {"params": params}, tokens, jnp.ones_like(tokens), positions
@@ -316,6 +346,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
     ours = np.asarray(outputs(params))
     theirs = np.asarray(outputs(read))
     kind = "scores" if model.head == "scalar" else "logits"
+    # bf16 tensors are rounded, so only the difference is reported for them.
     worst = float(np.abs(ours - theirs).max())
     close = bool(np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE))
     require(

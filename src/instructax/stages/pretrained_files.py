@@ -1,5 +1,5 @@
-"""The files of an exported model beside its tensors: class values of config.json, tokenizer
-and README."""
+"""The files of an exported model besides its tensors: its class and token ids in
+config.json, its tokenizer and its README."""
 
 import json
 import shutil
@@ -29,8 +29,18 @@ CLASSES = {
 
 
 def class_config(family: str, head: Head, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The values of config.json that depend on transformers' class."""
+    """The values of config.json that depend on the class that loads the export.
+
+    Args:
+      family: a key of CLASSES.
+      head: head of the exported network.
+      tokenizer: its tokenizer.
+
+    Returns:
+      Names and values to add to config.json.
+    """
     name, suffix = CLASSES[family]
+    # Texts have no start token, but transformers expects one: it gets the end token.
     raw: dict[str, Any] = {
         "bos_token_id": tokenizer.eos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -40,6 +50,7 @@ def class_config(family: str, head: Head, tokenizer: Tokenizer) -> dict[str, Any
         raw["architectures"] = [name + suffix]
         raw["pad_token_id"] = None
         return raw
+    # One label makes transformers treat the output as a score, not as a class.
     raw["architectures"] = [f"{name}ForSequenceClassification"]
     raw["id2label"] = {"0": "score"}
     raw["label2id"] = {"score": 0}
@@ -48,12 +59,18 @@ def class_config(family: str, head: Head, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def _padding_id(tokenizer: Tokenizer) -> int | None:
-    """An id that never occurs in text and is not the end token, if there is one:
-    transformers locates a response's last token by its padding."""
+    """An id that never occurs in text and is not the end token; None if there is none.
+
+    Transformers reads the score at the last token before the padding, so padding with the
+    end token would move it.
+    """
+    # Tokens such as <|pad|>: the tokenizer never produces them from plain text.
     special = set()
     for token in json.loads(tokenizer.content)["added_tokens"]:
         if token.get("special"):
             special.add(token["id"])
+    # Special tokens first, then ids that the tokenizer does not use. The lowest one, so
+    # that exports of the same run are equal.
     candidates = sorted(special - {tokenizer.eos_id}) or tokenizer.unused_ids()
     return candidates[0] if candidates else None
 
@@ -73,10 +90,12 @@ def write_tokenizer(
         "model_max_length": config.max_length,
         "clean_up_tokenization_spaces": False,
     }
+    # A padding id without a text cannot be named here; config.json has its number.
     padding = raw["pad_token_id"]
     if padding is not None and tokenizer.token(padding):
         values["pad_token"] = tokenizer.token(padding)
     save.write_hf_json(to / "tokenizer_config.json", values)
+    # Copied, not generated: a template is code of the imported model.
     if (kept_files / "chat_template.jinja").is_file():
         shutil.copyfile(kept_files / "chat_template.jinja", to / "chat_template.jinja")
 
@@ -84,7 +103,7 @@ def write_tokenizer(
 def write_readme(
     to: Path, manifest: Mapping[str, Any], head: Head, raw: Mapping[str, Any]
 ) -> None:
-    """Writes how to load the exported model, and what to know about it."""
+    """Writes README.md: how to load the exported model, and what to know about it."""
     auto_class = "AutoModelForCausalLM"
     if head == "scalar":
         auto_class = "AutoModelForSequenceClassification"
@@ -95,6 +114,7 @@ def write_readme(
         "without added special tokens: encode with `add_special_tokens=False`; a text ends "
         "with the end token.",
     ]
+    # Each paragraph below is a case where a plain `from_pretrained` gives other results.
     if raw["model_type"] == "qwen2":
         paragraphs.append(
             "AutoTokenizer of transformers 5 replaces the word splitting of every qwen2 "

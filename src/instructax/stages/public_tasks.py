@@ -1,9 +1,13 @@
-"""Finished policies on the public tasks of the simulated world, the paper's table 14: a run
-that trains nothing.
+"""Measures finished policies on the public tasks of the simulated world. Trains nothing.
 
-Every policy gets the same items in the same forms, its contexts as they are: no empty line
-opens the answer, as it does after a prompt of a customer. Generated answers go to
-`samples.jsonl`, figures to `summary.json`.
+This is the paper's table 14 and appendix D: every task is run in several forms (zero-shot,
+few-shot, with instructions), choices are scored by their log-probability and other answers
+are generated at temperature 0. All policies get the same items in the same forms. Generated
+answers go to `samples.jsonl`, metrics to `summary.json`.
+
+Departures from the paper: the tasks are synthetic counterparts of the public ones, and
+contexts are used as they are, without the empty line that separates a prompt from its
+response elsewhere in this package.
 """
 
 import dataclasses
@@ -37,31 +41,40 @@ from instructax.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Policies to be measured."""
+    """Policies to measure, and the size of the tasks."""
 
+    # The run saves no network.
     head: ClassVar[Head | None] = None
 
     stage: Literal["public_tasks"]
-    seed: Seed  # of the items and their worked examples
-    policies: tuple[tuple[str, str], ...]  # (name, workdir)
-    world: str  # workdir of the world
-    tokenizer: str  # path, or "bytes"
-    model: ModelConfig  # of the policies
+    # Draws the items and their few-shot examples.
+    seed: Seed
+    # (name, workdir) of each policy.
+    policies: tuple[tuple[str, str], ...]
+    # Workdir of the world.
+    world: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
+    # Architecture of the policies.
+    model: ModelConfig
     compute: ComputeConfig
     mesh: MeshConfig
-    items: int  # the most of each task
-    context_tokens: int  # the longest context: opening, worked examples, item
-    answer_tokens: int  # the longest answer, generated or to choose
+    # At most this many items of each task.
+    items: int
+    # Longest context: instructions, few-shot examples, item.
+    context_tokens: int
+    # Longest answer, generated or to choose from.
+    answer_tokens: int
     batch_size: int
 
     def __post_init__(self):
-        check_range(
-            self, {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1}
-        )
+        least = {"items": 1, "context_tokens": 1, "answer_tokens": 1, "batch_size": 1}
+        check_range(self, least)
         if not (self.world and self.policies and all(path for _, path in self.policies)):
             raise ConfigError(
                 "world, policies and the workdir of every policy must be given"
             )
+        # Names are keys of the summary, so they must be unique.
         require_distinct("policies", [name for name, _ in self.policies])
 
     def parents(self) -> dict[str, ExpectedParent]:
@@ -80,23 +93,28 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A task in one of its forms, as all policies get it."""
+    """A task in one of its forms, the same for all policies."""
 
+    # A name in PUBLIC_TASKS.
     task: str
+    # One of the task's conditions, such as zero-shot.
     form: str
     items: Sequence[TaskItem]
+    # One context per item.
     contexts: Sequence[str]
 
 
 def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
+    # 1: no gradients are accumulated.
     check_rows("batch_size", config.batch_size, 1, mesh)
     length = config.context_tokens + config.answer_tokens
+    # Rotary positions have no table that could end.
     require(
-        length <= config.model.max_length
-        or config.model.positions == "rotary",  # which have no last one
-        f"config.context_tokens + config.answer_tokens = {length} is above config.model.max_length = "
-        f"{config.model.max_length}, the rows of its position table: lower one of them",
+        length <= config.model.max_length or config.model.positions == "rotary",
+        f"config.context_tokens + config.answer_tokens = {length} is above "
+        f"config.model.max_length = {config.model.max_length}, the rows of its position "
+        "table: lower one of them",
     )
 
 
@@ -114,29 +132,26 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 def train(run: Run) -> None:
     """Measures the policies; an interrupted run starts over."""
     config: Config = run.config
-    mesh, tokenizer, parents = run.mesh, run.tokenizer, run.parents
-    workdir = run.workdir
-    seed, _ = read_world_spec(Path(config.world))
-    sheets = list(sheets_of(create_world(seed), config.seed, config.items))
+    # The seed of the world fixes its facts, the seed of the run draws the items.
+    world_seed, _ = read_world_spec(Path(config.world))
+    sheets = list(sheets_of(create_world(world_seed), config.seed, config.items))
     run.write_manifest()
-    model = Transformer(config.model, config.compute, "tokens", mesh)
-    lengths = {
-        "context_tokens": config.context_tokens,
-        "answer_tokens": config.answer_tokens,
-    }
-    # What stands after a line break is never read.
-    stops = tokenizer.tokens_containing("\n")
+    model = Transformer(config.model, config.compute, "tokens", run.mesh)
     completer = Completer(
         model,
-        mesh,
+        run.mesh,
+        context_tokens=config.context_tokens,
+        answer_tokens=config.answer_tokens,
         batch_size=config.batch_size,
-        eos_id=tokenizer.eos_id,
-        stop_token_mask=stops,
-        **lengths,
+        eos_id=run.tokenizer.eos_id,
+        # Metrics read the first line only, so decoding can stop at a line break.
+        stop_token_mask=run.tokenizer.tokens_containing("\n"),
     )
-    policies: dict[str, dict[str, dict[str, Any]]] = {}
+
+    # Policy → task → form → metric.
+    metrics: dict[str, dict[str, dict[str, Any]]] = {}
     log = MetricLog(
-        workdir,
+        run.workdir,
         total_steps=len(config.policies),
         log_every=1,
         start_step=0,
@@ -144,45 +159,68 @@ def train(run: Run) -> None:
         console=True,
     )
     with log:
-        for number, (name, _) in enumerate(config.policies, start=1):
-            params = parents[f"policies.{name}"].load(abstract_params(model, mesh))
-            policies[name] = {task: {} for task in PUBLIC_TASKS}
-            for sheet in sheets:
-                found, samples = answered(sheet, completer, params, tokenizer, config.seed)
-                for sample in samples:
-                    log.write_sample(
-                        number,
-                        {"policy": name, "task": sheet.task, "form": sheet.form, **sample},
-                    )
-                policies[name][sheet.task] |= {
-                    form: record_of(figure) for form, figure in found.items()
-                }
-            log.record(
-                number,
-                {
-                    f"{task}/{f}": x["value"]
-                    for task, group in policies[name].items()
-                    for f, x in group.items()
-                },
-            )
+        # One policy is a step of the log.
+        for step, (name, _) in enumerate(config.policies, start=1):
+            parent = run.parents[f"policies.{name}"]
+            params = parent.load(abstract_params(model, run.mesh))
+            metrics[name] = _measure_policy(run, name, step, sheets, completer, params, log)
+            log.record(step, _values(metrics[name]))
         log.flush()
-        log.write_summary({"stage": config.stage, "policies": policies})
+        log.write_summary({"stage": config.stage, "policies": metrics})
+
+
+def _measure_policy(
+    run: Run,
+    name: str,
+    step: int,
+    sheets: Sequence[Sheet],
+    completer: Completer,
+    params: Params,
+    log: MetricLog,
+) -> dict[str, dict[str, Any]]:
+    """Runs one policy on all sheets and logs its generated answers.
+
+    Returns:
+      Task → form → metric, as in `summary.json`.
+    """
+    # Every task has an entry, in the order of the table.
+    metrics: dict[str, dict[str, Any]] = {task: {} for task in PUBLIC_TASKS}
+    for sheet in sheets:
+        found, samples = answered(sheet, completer, params, run.tokenizer, run.config.seed)
+        labels = {"policy": name, "task": sheet.task, "form": sheet.form}
+        for sample in samples:
+            log.write_sample(step, {**labels, **sample})
+        for form, metric in found.items():
+            metrics[sheet.task][form] = record_of(metric)
+    return metrics
+
+
+def _values(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """`task/form` → value, for the log: no intervals and no values of single items."""
+    values = {}
+    for task, forms in metrics.items():
+        for form, metric in forms.items():
+            values[f"{task}/{form}"] = metric["value"]
+    return values
 
 
 def record_of(figure: TaskMetric) -> dict[str, Any]:
-    """The figure for the log: its estimate, and the values of the items where it is their
-    mean."""
-    values = (
-        {}
-        if figure.values is None
-        else {"values": np.round(np.asarray(figure.values, float), 6).tolist()}
-    )
-    return {**dataclasses.asdict(figure.estimate), **values}
+    """A metric as it is written to `summary.json`.
+
+    Contains the fields of its estimate, and the values of the items if the metric is their
+    mean: reports compare policies item by item.
+    """
+    record = dataclasses.asdict(figure.estimate)
+    if figure.values is not None:
+        # Six digits keep the file small.
+        record["values"] = np.round(np.asarray(figure.values, float), 6).tolist()
+    return record
 
 
 def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
     """Every task in every form; the items of a task are the same in all of them."""
     for name, task in PUBLIC_TASKS.items():
+        # Once per task: forms can be compared only on the same items.
         drawn = create_items(world, seed, name, items)
         for form in task.conditions:
             yield Sheet(name, form, drawn, create_contexts(world, seed, name, drawn, form))
@@ -191,25 +229,41 @@ def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
 def answered(
     sheet: Sheet, completer: Completer, params: Params, tokenizer: Tokenizer, seed: int
 ) -> tuple[dict[str, TaskMetric], list[dict[str, Any]]]:
-    """(figures of one policy by name, its generated answers; none of a choice)."""
-    contexts, metric = (
-        tokenizer.encode_batch(sheet.contexts),
-        PUBLIC_TASKS[sheet.task].metric,
-    )
+    """Runs one policy on a sheet.
+
+    Args:
+      sheet: the task and form.
+      completer: generates answers and scores choices.
+      params: parameters of the policy.
+      tokenizer: the tokenizer of the policy.
+      seed: for metrics that draw random numbers.
+
+    Returns:
+      (form → metric, generated answers). Some tasks have several metrics, under the form
+      with a suffix. A multiple-choice task generates no answers.
+    """
+    contexts = tokenizer.encode_batch(sheet.contexts)
+    metric = PUBLIC_TASKS[sheet.task].metric
+    # Multiple choice: the log-probability of each candidate decides.
     if metric in ("accuracy", "entropy"):
         candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
-        scored = completer.candidate_logprobs(
-            params, list(zip(contexts, candidates, strict=True))
-        )
+        questions = list(zip(contexts, candidates, strict=True))
+        scored = completer.candidate_logprobs(params, questions)
         return {sheet.form: score_choices(metric, sheet.items, *scored)}, []
-    completions = [
-        tokenizer.decode(answer) for answer in completer.complete(params, contexts)
-    ]
-    figures = score_completions(metric, sheet.items, completions, seed)
-    samples = [
-        {"context": context, "completion": completion, "answers": item.answers}
-        for context, completion, item in zip(
-            sheet.contexts, completions, sheet.items, strict=True
+
+    # Free answers. Their metrics compare texts, so token ids are decoded first.
+    answers = completer.complete(params, contexts)
+    completions = [tokenizer.decode(answer) for answer in answers]
+    metrics = {}
+    by_suffix = score_completions(metric, sheet.items, completions, seed)
+    for suffix, found in by_suffix.items():
+        metrics[f"{sheet.form}{suffix}"] = found
+    # The expected answers go along, so that a sample can be judged by itself.
+    samples = []
+    for context, completion, item in zip(
+        sheet.contexts, completions, sheet.items, strict=True
+    ):
+        samples.append(
+            {"context": context, "completion": completion, "answers": item.answers}
         )
-    ]
-    return {f"{sheet.form}{suffix}": x for suffix, x in figures.items()}, samples
+    return metrics, samples

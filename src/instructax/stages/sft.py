@@ -1,7 +1,9 @@
 """Supervised fine-tuning on demonstrations: the SFT baseline (paper, C.1) and the policy
-that PPO starts from (C.3).
+that PPO starts from (C.3), which also trains on pretraining text.
 
-Departure from the paper: several demonstrations are packed into a row and a batch counts
+The loss covers the tokens of the completions, not those of the prompts.
+
+Departure from the paper: several demonstrations are packed into a row, and a batch counts
 rows, so a batch of 32 holds more than 32 demonstrations.
 """
 
@@ -42,19 +44,26 @@ class Config:
 
     stage: Literal["sft"]
     seed: Seed
-    parent: str  # workdir of the run to start from; "" = fresh parameters
-    tokenizer: str  # path, or "bytes"
+    # Workdir of the run to start from; "" = fresh parameters.
+    parent: str
+    # Path of a tokenizer, or "bytes".
+    tokenizer: str
     model: ModelConfig
     compute: ComputeConfig
     lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
     data: LmData
-    batch_size: int  # packed rows
-    accumulate: int  # microbatches, in memory one after the other
-    dropout: float  # residual
-    epochs: float  # over the demonstrations, or the text if there are none; 0 = use `steps`
-    steps: int  # 0 = use `epochs`
+    # Packed rows per batch.
+    batch_size: int
+    # Microbatches of a batch, computed one after the other.
+    accumulate: int
+    # Dropout rate of the residual branches.
+    dropout: float
+    # Passes over the demonstrations, or over the text if there are none; 0 = use `steps`.
+    epochs: float
+    # Optimizer steps; 0 = use `epochs`.
+    steps: int
     run: RunConfig
 
     def __post_init__(self):
@@ -68,7 +77,7 @@ class Config:
     def prepare_data(
         self, tokenizer: Tokenizer, prompt_format: PromptFormat
     ) -> dict[str, PreparedData]:
-        """Packed demonstrations and text, whichever there are files of."""
+        """Packed demonstrations and text, as far as there are files of them."""
         return read_lm_data(self.data, tokenizer, prompt_format)
 
 
@@ -81,6 +90,7 @@ def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
 
 def row_lengths(config: Config) -> RowLengths:
     """Training runs whole rows, evaluation also pieces of them."""
+    # False: no rows have a shared prefix.
     return split_lengths(config.compute, config.data.limits.sequence_tokens), False
 
 
@@ -90,16 +100,20 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def train(run: Run) -> None:
-    """Fine-tunes the model on demonstrations, mixed with pretraining text if asked."""
+    """Fine-tunes the model on demonstrations, mixed with pretraining text if the config
+    names any."""
     config: Config = run.config
     model = Transformer(config.model, config.compute, "tokens", run.mesh)
     read_batch = lm_reader(
         config.data, run.data, "train", batch_size=config.batch_size, seed=config.seed
     )
+    # Demonstrations and text are evaluated separately: their losses cannot be compared.
     validation = {}
     for name, prepared in run.data.items():
         validation[name] = prepared.sources["validation"]
 
+    # The preview prints the first row of the first batch, where a wrong prompt format or
+    # loss mask is visible.
     train_supervised(
         run,
         model,
@@ -112,10 +126,13 @@ def train(run: Run) -> None:
 
 
 def _total_steps(config: Config, data: Mapping[str, PreparedData]) -> int:
-    # Epochs count the demonstrations, which get their share of each batch.
-    source, share = "text", 1.0
+    # Epochs count the demonstrations, which fill only a part of each batch if it is mixed
+    # with text.
+    source = "text"
+    share = 1.0
     if config.data.demonstrations:
-        source, share = "demonstrations", 1.0 - config.data.text_fraction
+        source = "demonstrations"
+        share = 1.0 - config.data.text_fraction
     return count_steps(
         steps=config.steps,
         epochs=config.epochs,

@@ -1,7 +1,7 @@
 """The simulated world as a run: its data files and the tokenizer trained on them.
 
-It stands in for the paper's API prompts and labelers; everything it writes is a function of
-the seed.
+It stands in for the prompts that the paper collected from its API and for its labelers
+(section 3.2). Everything it writes is a function of the seed.
 """
 
 import dataclasses
@@ -23,12 +23,14 @@ from instructax.training.run import Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A world to write."""
+    """Seed and sizes of a simulated world."""
 
     stage: Literal["world"]
     seed: Seed
-    vocab_size: int  # of the tokenizer trained on the world's text
-    lines: WorldSizes  # records in each file
+    # Token ids of the tokenizer that is trained on the world's text.
+    vocab_size: int
+    # Records in each file.
+    lines: WorldSizes
 
 
 def validate(config: Config, mesh: Any) -> None:
@@ -41,19 +43,21 @@ def row_lengths(config: Config) -> tuple[tuple[int, ...], bool]:
 
 
 def memory(config: Config, mesh: Any) -> dict[str, int]:
-    """Nothing stays on a device."""
+    """Nothing is held on a device."""
     return {}
 
 
 def train(run: Run) -> None:
-    """Writes the six files and `tokenizer.json` on the first process; the others wait."""
+    """Writes the six files and `tokenizer.json` on process 0; the others wait."""
     if jax.process_index() == 0:
         _write_files(run.config, run.workdir)
+    # A barrier: no process continues before the files are complete.
     all_hosts(True)
 
 
 def _write_files(config: Config, workdir: Path) -> None:
-    # Files move into the workdir only when all of them are complete.
+    # Files move into the workdir only when all of them are complete. What a killed process
+    # left in the staging folder is deleted first.
     staging = workdir / "world"
     shutil.rmtree(staging, ignore_errors=True)
     write_world(staging, seed=config.seed, sizes=config.lines)
@@ -61,6 +65,7 @@ def _write_files(config: Config, workdir: Path) -> None:
         file.replace(workdir / file.name)
     staging.rmdir()
 
+    # Printed now, because training the tokenizer takes a while without output.
     counts = dataclasses.asdict(config.lines)
     described = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     print(
@@ -68,10 +73,12 @@ def _write_files(config: Config, workdir: Path) -> None:
         flush=True,
     )
 
+    # The tokenizer sees only what the first two training stages read, no comparisons.
     texts = _fields(workdir / "text.jsonl.gz", ("text",))
     texts += _fields(workdir / "demonstrations.jsonl.gz", ("prompt", "completion"))
     tokenizer = train_bpe(texts, config.vocab_size)
     save_tokenizer(tokenizer, str(workdir / "tokenizer.json"))
+
     # The summary marks the run as finished, so it comes last.
     summary = {"stage": config.stage, "vocab_size": tokenizer.size}
     write_json(workdir / "summary.json", summary)
