@@ -34,7 +34,7 @@ from instructax.models.scoring import (
     rollout_sequences,
     select_last_token,
 )
-from instructax.models.sequence_packing import pack_and_map
+from instructax.models.sequence_packing import PackedLayout, pack_and_map
 from instructax.stages.ppo.experience import (
     SAMPLER_GAPS,
     AdvantageSettings,
@@ -98,6 +98,7 @@ def iteration(
     Returns:
       (new state, metrics, rollouts, scores f32[B])
     """
+    # Three parts, as `compiled` runs them: they exchange rollouts and experience only.
     rollouts = rollout(program, state.policy.params, prompts, state.step, settings)
     experience, scored, metrics = score(
         program, state, ref_params, reward_params, rollouts, settings
@@ -110,6 +111,7 @@ def iteration(
 class PpoOptions:
     """Compile-time choices of the algorithm: the part of the stage's config read here."""
 
+    # The fields here are static: another value of one compiles another program.
     steps: int  # iterations
     minibatches: int  # optimizer steps of one inner epoch
     inner_epochs: int  # passes over the rollouts of one iteration
@@ -129,6 +131,7 @@ class PpoOptions:
 class PpoSettings(AdvantageSettings):
     """Hyperparameters that a sweep varies: arrays, so that all values share one program."""
 
+    # All f32[] (the seed i32[]), with a leading axis of runs in a sweep.
     seed: Array  # i32[], of rollouts and of the order of minibatches
     temperature: Array  # f32[]
     clip: Array  # f32[], of the probability ratio
@@ -143,6 +146,8 @@ class PpoSettings(AdvantageSettings):
 class PpoProgram:
     """What is compiled in: networks, optimizers, shapes and options."""
 
+    # Only static values: the functions below close over the program, so jit compiles them
+    # once per program.
     options: PpoOptions
     policy: Transformer
     value_model: Transformer  # architecture of the value network and of the reward model
@@ -163,16 +168,20 @@ def rollout(
     settings: PpoSettings,
 ) -> Rollouts:
     """Samples one response to each prompt; each sample of an iteration has its own key."""
+    # Row b of iteration `step` always draws with the same key, however rows are sharded and
+    # however often the run is resumed.
     samples = jnp.arange(prompts.tokens.shape[0])
     keys = rng.sample_keys(rng.step_key(settings.seed, "rollout", step), samples)
     return generate(
         program.policy,
+        # An adapter would add two small products per matrix to every token, so merge once.
         merge_lora(params),
         prompts,
         keys,
         length=program.response_tokens,
         temperature=settings.temperature,
         eos_id=program.eos_id,
+        # Rows of one device are decoded together; no token crosses devices.
         groups=sharding.num_row_shards(program.mesh),
     )
 
@@ -194,44 +203,9 @@ def score(
       (experience for the update, the networks' outputs, metrics)
     """
     options = program.options
-    policy = program.policy
-    temperature = settings.temperature
-    recompute = options.old_logprobs == "recomputed"
-
-    def run_networks(rows: LmBatch) -> tuple[Array, ...]:
-        ref_logprobs = packed_logprobs(policy, ref_params, rows, temperature=temperature)
-        values = packed_values(program.value_model, state.value.params, rows)
-        outputs = packed_outputs(program.value_model, reward_params, rows)
-        if not recompute:
-            return ref_logprobs, values, outputs
-        logprobs, entropy = packed_logprobs_and_entropy(
-            policy, state.policy.params, rows, temperature=temperature
-        )
-        return ref_logprobs, values, outputs, logprobs, entropy
-
-    # Packed and back: every output is f32[B, P + R].
-    found, layout = pack_and_map(
-        run_networks,
-        rollout_sequences(rollouts),
-        width=program.row_tokens,
-        compute=policy.compute,
-        mesh=program.mesh,
+    scored, logprobs, entropy, layout = _run_networks(
+        program, state, ref_params, reward_params, rollouts, settings
     )
-    ref_logprobs, values, outputs = found[:3]
-    start = rollouts.prompts.tokens.shape[1]  # P, where responses begin
-    scored = Scored(
-        rollouts=rollouts,
-        ref_logprobs=ref_logprobs[:, start:],
-        values=values[:, start:],
-        scores=select_last_token(outputs, rollouts),
-    )
-    if recompute:
-        logprobs = found[3][:, start:]
-        entropy = found[4][:, start:]
-    else:
-        logprobs = rollouts.logprobs
-        entropy = -rollouts.logprobs
-
     experience, rewards = make_experience(
         scored,
         logprobs,
@@ -241,14 +215,97 @@ def score(
         whiten_advantages=options.whiten_advantages,
     )
     metrics = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
-    if not recompute:
+    if options.old_logprobs == "sampled":
         # Zero by construction; the gap to the sampler shows in the update's first ratio.
         for name in SAMPLER_GAPS:
             del metrics[name]
+
+    # Fractions of computed tokens that are padding, in the prompt pass and in the rows.
     ways = sharding.num_row_shards(program.mesh)
-    metrics["prefill_padding"] = prefill_padding(policy, rollouts.prompts, ways)
+    metrics["prefill_padding"] = prefill_padding(program.policy, rollouts.prompts, ways)
     metrics["padding"] = layout.padding_fraction()
     return experience, scored, metrics
+
+
+def _run_networks(
+    program: PpoProgram,
+    state: PpoState,
+    ref_params: Params,
+    reward_params: Params,
+    rollouts: Rollouts,
+    settings: PpoSettings,
+) -> tuple[Scored, Array, Array, PackedLayout]:
+    """Runs all networks on the rollouts, microbatch by microbatch of packed rows.
+
+    Returns:
+      (the networks' outputs, the policy's log-probabilities f32[B, R], its entropy
+      f32[B, R], the layout of the packed rows)
+    """
+    recompute = program.options.old_logprobs == "recomputed"
+
+    def run_networks(rows: LmBatch) -> tuple[Array, ...]:
+        return _network_outputs(program, state, ref_params, reward_params, rows, settings)
+
+    # Packed and back: every output is f32[B, P + R].
+    found, layout = pack_and_map(
+        run_networks,
+        rollout_sequences(rollouts),
+        width=program.row_tokens,
+        compute=program.policy.compute,
+        mesh=program.mesh,
+    )
+    ref_logprobs, values, outputs = found[:3]
+    # Outputs at prompt tokens are not needed: cut them off, [B, P + R] → [B, R].
+    start = rollouts.prompts.tokens.shape[1]  # P, where responses begin
+    scored = Scored(
+        rollouts=rollouts,
+        ref_logprobs=ref_logprobs[:, start:],
+        values=values[:, start:],
+        # The reward model scores a response once, at its last token: f32[B].
+        scores=select_last_token(outputs, rollouts),
+    )
+    # Column 0 of these is the first response token: f32[B, R].
+    if recompute:
+        logprobs = found[3][:, start:]
+        entropy = found[4][:, start:]
+    else:
+        logprobs = rollouts.logprobs
+        entropy = -rollouts.logprobs
+    return scored, logprobs, entropy, layout
+
+
+def _network_outputs(
+    program: PpoProgram,
+    state: PpoState,
+    ref_params: Params,
+    reward_params: Params,
+    rows: LmBatch,
+    settings: PpoSettings,
+) -> tuple[Array, ...]:
+    """Outputs of all networks on a microbatch of packed rows, f32[rows, W] each.
+
+    All networks read the same rows, so one loop over microbatches serves them all.
+
+    Returns:
+      (reference log-probabilities, values, outputs of the reward model), and, if
+      log-probabilities are recomputed, (…, log-probabilities and entropy of the policy)
+    """
+    policy = program.policy
+    temperature = settings.temperature
+    # The reference is scored at the sampling temperature too, so that the KL is between the
+    # distributions that were sampled from.
+    ref_logprobs = packed_logprobs(policy, ref_params, rows, temperature=temperature)
+    # The reward model has the value network's architecture, but its own parameters.
+    values = packed_values(program.value_model, state.value.params, rows)
+    outputs = packed_outputs(program.value_model, reward_params, rows)
+    if program.options.old_logprobs == "sampled":
+        return ref_logprobs, values, outputs
+
+    # Computed as the update does it, so the ratio of the first optimizer step is 1.
+    logprobs, entropy = packed_logprobs_and_entropy(
+        policy, state.policy.params, rows, temperature=temperature
+    )
+    return ref_logprobs, values, outputs, logprobs, entropy
 
 
 def update(
@@ -272,45 +329,22 @@ def update(
       which are those of the first step.
     """
     options = program.options
+    # The paper makes one inner epoch; more reuse the same rollouts in a new order.
     num_steps = options.inner_epochs * options.minibatches
-    step = state.step
-
-    def pack(minibatch: Experience) -> Minibatch:
-        return pack_minibatch(
-            minibatch,
-            width=program.row_tokens,
-            compute=program.policy.compute,
-            mesh=program.mesh,
-        )
-
+    # [rows, T] → [num_steps, rows / num_steps, T]: each step has its own pretraining rows.
     text_rows = None
     if text is not None:
         text_rows = split_microbatches(text, num_steps, program.mesh)
-    shuffled = shuffled_minibatches(
-        experience,
-        rng.step_key(settings.seed, "minibatches", step),
-        epochs=options.inner_epochs,
-        minibatches=options.minibatches,
-        mesh=program.mesh,
-    )
-    minibatches = jax.lax.map(pack, shuffled)
-
-    policy_rate = learning_rate_at(
-        step,
-        peak=settings.optimizer.learning_rate,
-        config=options.optimizer,
-        total_steps=options.steps,
-    )
-    value_rate = learning_rate_at(
-        step,
-        peak=settings.value_optimizer.learning_rate,
-        config=options.value_optimizer,
-        total_steps=options.steps,
-    )
+    key = rng.step_key(settings.seed, "minibatches", state.step)
+    minibatches = _packed_minibatches(program, experience, key)
+    # Schedules count iterations, so all optimizer steps of one have the same learning rate.
+    policy_rate, value_rate = _learning_rates(program, settings, state.step)
+    # The scan compiles one optimizer step, however many there are.
     take_step = partial(_optimizer_step, program, settings, policy_rate, value_rate)
     state, step_metrics = jax.lax.scan(take_step, state, (minibatches, text_rows))
 
     metrics = {name: jnp.mean(values) for name, values in step_metrics.items()}
+    # The first step starts from the policy that sampled, which the invariants check.
     for name in ("ratio_gap", "clipped_fraction"):
         metrics[f"first_{name}"] = step_metrics[name][0]
     metrics["learning_rate"] = policy_rate
@@ -323,6 +357,50 @@ def update(
     return state, metrics
 
 
+def _packed_minibatches(
+    program: PpoProgram, experience: Experience, key: Array
+) -> Minibatch:
+    """The minibatches of all optimizer steps, stacked on a leading axis for the scan."""
+
+    def pack(minibatch: Experience) -> Minibatch:
+        return pack_minibatch(
+            minibatch,
+            width=program.row_tokens,
+            compute=program.policy.compute,
+            mesh=program.mesh,
+        )
+
+    shuffled = shuffled_minibatches(
+        experience,
+        key,
+        epochs=program.options.inner_epochs,
+        minibatches=program.options.minibatches,
+        mesh=program.mesh,
+    )
+    # One minibatch at a time, each with its own layout.
+    return jax.lax.map(pack, shuffled)
+
+
+def _learning_rates(
+    program: PpoProgram, settings: PpoSettings, step: Array
+) -> tuple[Array, Array]:
+    """Learning rates of the policy and of the value network in iteration `step`."""
+    options = program.options
+    policy_rate = learning_rate_at(
+        step,
+        peak=settings.optimizer.learning_rate,
+        config=options.optimizer,
+        total_steps=options.steps,
+    )
+    value_rate = learning_rate_at(
+        step,
+        peak=settings.value_optimizer.learning_rate,
+        config=options.value_optimizer,
+        total_steps=options.steps,
+    )
+    return policy_rate, value_rate
+
+
 def _optimizer_step(
     program: PpoProgram,
     settings: PpoSettings,
@@ -332,6 +410,8 @@ def _optimizer_step(
     inputs: tuple[Minibatch, LmBatch | None],
 ) -> tuple[PpoState, dict[str, Array]]:
     """One Adam step of both networks on one minibatch, and one of the moving average."""
+    # Eq. 2: the reinforcement-learning objective plus γ times the pretraining objective.
+    # The gradients are summed before Adam, so both share its moments.
     minibatch, text = inputs
     gradients, metrics = policy_loss_gradients(
         program.policy,
@@ -344,9 +424,11 @@ def _optimizer_step(
         ptx_gradients, metrics["ptx_loss"] = ptx_loss_gradients(
             program.policy, state.policy.params, text, mesh=program.mesh
         )
+        # The same parameters in both losses, so the trees match leaf by leaf.
         gradients = jax.tree.map(
             lambda g, ptx: g + settings.ptx_coef * ptx, gradients, ptx_gradients
         )
+    # The value network has its own parameters and optimizer; the losses share nothing.
     value_gradients, value_metrics = value_loss_gradients(
         program.value_model,
         state.value.params,
@@ -354,12 +436,14 @@ def _optimizer_step(
         clip=settings.value_clip if program.clip_values else None,
     )
 
+    # Both gradients come from the state before the step.
     policy = apply_gradients(program.policy_optimizer, state.policy, gradients, policy_rate)
     value = apply_gradients(
         program.value_optimizer, state.value, value_gradients, value_rate
     )
     ema = moving_average(state.ema, policy.params, settings.ema_decay)
 
+    # Norms before clipping. A non-finite one means that `apply_gradients` skipped the step.
     policy_norm = optax.tree.norm(gradients)
     value_norm = optax.tree.norm(value_gradients)
     metrics |= value_metrics
@@ -370,5 +454,6 @@ def _optimizer_step(
     return PpoState(policy=policy, value=value, ema=ema), metrics
 
 
+# The optimizer's own step count, which Adam's bias correction reads, is in `opt_state`.
 def _count_iteration(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=state.step + 1)
