@@ -424,7 +424,6 @@ def _optimizer_step(
         ptx_gradients, metrics["ptx_loss"] = ptx_loss_gradients(
             program.policy, state.policy.params, text, mesh=program.mesh
         )
-        # The same parameters in both losses, so the trees match leaf by leaf.
         gradients = jax.tree.map(
             lambda g, ptx: g + settings.ptx_coef * ptx, gradients, ptx_gradients
         )
