@@ -38,11 +38,13 @@ def random_prefixes(
     num_found = 0
     for _ in range(ATTEMPTS_PER_PREFIX * count):
         # Different examples in random order.
+        # The format of the paper's few-shot prompts: prompt, completion, blank line.
         text = ""
         for index in generator.permutation(len(examples))[:shots]:
             example = examples[index]
             text += f"{add_separator(example.prompt)}{example.completion}\n\n"
         tokens = tokenizer.encode(text)
+        # Too long ones are skipped rather than cut: half an example is a bad example.
         if len(tokens) <= max_tokens:
             num_found += 1
             yield text, tokens
