@@ -180,6 +180,7 @@ class Completer:
 
     def _as_rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
         """Rollouts whose responses are the candidates."""
+        # A context is repeated for each of its candidates.
         contexts = [context for context, _ in pairs]
         candidates = [candidate for _, candidate in pairs]
         _check_lengths(candidates, self._answer_tokens, "candidate", "answer_tokens")

@@ -62,6 +62,7 @@ def share_estimate(x: np.ndarray) -> Estimate:
     n = len(x)
     if not n:
         return _UNKNOWN
+    # Wilson's interval inverts the test of a share, so it never leaves [0, 1].
     share = float(x.mean())
     # Wilson's center and half-width, both divided by the same scale.
     center = share + Z**2 / (2 * n)

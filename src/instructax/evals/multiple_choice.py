@@ -56,6 +56,7 @@ def correct_choices(
     Raises:
         ValueError: As `predicted_choices`, or an answer is not a candidate.
     """
+    # i64[N]; also checks the shapes and values of all arguments but `answers`.
     chosen = predicted_choices(total_logprobs, lengths, valid)
     answers = np.asarray(answers)
     if answers.shape != chosen.shape:

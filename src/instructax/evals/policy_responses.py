@@ -31,7 +31,12 @@ from instructax.data.batches import (
 from instructax.data.limits import DataLimits
 from instructax.data.schema import Demonstration
 from instructax.data.tokenizer import Tokenizer
-from instructax.evals.few_shot import prepend_prefix, random_prefixes
+from instructax.evals.few_shot import (
+    plain_examples,
+    prepend_prefix,
+    random_prefixes,
+    truncate_at_stops,
+)
 from instructax.generation import generate
 from instructax.models import Transformer
 from instructax.models.scoring import (
@@ -295,13 +300,7 @@ class PolicyEvaluator:
         Raises:
             ConfigError: There are fewer than `shots` examples, or they never fit.
         """
-        # Chat examples cannot be written as plain text before a prompt.
-        plain = [example for example in examples if example.format == "plain"]
-        require(
-            len(plain) >= shots,
-            f"config.shots = {shots} is more than the {len(plain)} plain demonstrations: "
-            "lower it, or give more",
-        )
+        plain = plain_examples(examples, shots)
         best_score = -np.inf
         best_text = ""
         best_tokens = np.zeros(0, np.int32)
@@ -386,33 +385,3 @@ def _best_of(responses: _Sampled, num_samples: int) -> _Sampled:
     offsets = jnp.argmax(scores.reshape(-1, num_samples), axis=1)
     best = jnp.arange(0, len(scores), num_samples) + offsets
     return jax.tree.map(lambda x: x[best], responses)
-
-
-def truncate_at_stops(
-    rollouts: Rollouts, stop_token_mask: Array, eos_id: int
-) -> tuple[Rollouts, Array]:
-    """Truncates responses at their first stop token.
-
-    Args:
-        rollouts: Responses [B, R].
-        stop_token_mask: Stop tokens, b[V].
-        eos_id: The end token, which replaces the stop token.
-
-    Returns:
-        The truncated rollouts, and the mask b[B, R] of the tokens before the stop token.
-    """
-    # b[B, R]; sampled tokens only, since padding has an arbitrary id.
-    is_stop = stop_token_mask[rollouts.responses] & rollouts.mask
-    # From the first stop token on.
-    stopped = jnp.cumsum(is_stop, axis=1) > 0
-    # The first stop token becomes the end token; what follows is masked out.
-    first = stopped & ~jnp.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
-    kept = rollouts.mask & ~stopped
-    truncated = Rollouts(
-        prompts=rollouts.prompts,
-        responses=jnp.where(stopped, eos_id, rollouts.responses),
-        mask=kept | first,
-        logprobs=jnp.where(kept, rollouts.logprobs, 0.0),
-        ended=rollouts.ended | jnp.any(stopped, axis=1),
-    )
-    return truncated, kept

@@ -295,6 +295,7 @@ def calibration(score_gaps: np.ndarray) -> list[dict[str, Any]]:
         in_bin = bins == index
         if not in_bin.any():
             continue
+        # Fractions of the pairs in this bin.
         entry = {
             "predicted": float(confidence[in_bin].mean()),
             "share": float((score_gaps[in_bin] > 0).mean()),
@@ -307,6 +308,7 @@ def calibration(score_gaps: np.ndarray) -> list[dict[str, Any]]:
 def _pair_fraction(correct: np.ndarray, among: np.ndarray) -> dict[str, Any]:
     """Fraction of the pairs `among` that are `correct`, b[B, K, K] each, with an interval
     over prompts."""
+    # Sums per prompt: i64[B].
     numerators = (correct & among).sum(axis=(1, 2))
     denominators = among.sum(axis=(1, 2))
     return dataclasses.asdict(ratio_estimate(numerators, denominators))
