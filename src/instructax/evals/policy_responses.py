@@ -304,7 +304,6 @@ class PolicyEvaluator:
         best_score = -np.inf
         best_text = ""
         best_tokens = np.zeros(0, np.int32)
-        # A generator: prefixes are tried one after the other.
         candidates = random_prefixes(
             plain,
             self._tokenizer,
