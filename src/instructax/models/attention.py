@@ -145,6 +145,7 @@ def attend(
     """
     batch, heads, length, head_dim = query.shape
     dtype = query.dtype
+    # 1 in multi-head attention; more in grouped-query attention (Ainslie et al., 2023).
     group = heads // key.shape[1]  # query heads that share a key head
 
     # Stack the queries that share a key: with [B, kv_heads, group · T, d] against

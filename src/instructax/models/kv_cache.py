@@ -48,6 +48,7 @@ def write_columns(cached: Array, new: Array, column: Array, axis: int) -> Array:
 
     `column` is i32[], or i32[B] with a start for each row.
     """
+    # All rows have filled the same columns: one write for the whole batch.
     if column.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cached, new, column, axis=axis)
     # Without the batch axis, which `vmap` removes.

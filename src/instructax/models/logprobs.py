@@ -153,7 +153,7 @@ def loss_and_gradients(
       (loss f32[], metrics, gradient of hidden dtype[B, T, D], of kernel f32[V, D]).
     """
     chunks, to_rows, used = _split_chunks((hidden, targets, mask, extras), mask, chunk)
-    # Of the whole batch, not of a chunk; at least 1, since all positions may be masked out.
+    # Of the whole batch, not of a chunk.
     total = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
     def weighted_loss(

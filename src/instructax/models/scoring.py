@@ -203,7 +203,6 @@ def packed_loss_and_gradients(
         chunk=model.compute.head_chunk,
         cap=model.config.final_logit_softcap,
     )
-    # Backward through the layers, from the gradients that the chunks have summed.
     (gradients,) = pull_back((hidden_gradient, kernel_gradient))
     return loss, metrics, gradients
 

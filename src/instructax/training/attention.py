@@ -56,6 +56,7 @@ def select_attention_kernel(
     for name in ("model", "reward_model"):
         if hasattr(config, name):
             networks.append(getattr(config, name))
+    # What the strictest network of the run needs.
     conditions = KernelConditions(
         platform=platform,
         version=version,

@@ -62,6 +62,7 @@ def check_rows(name: str, rows: int, parts: int, mesh: Mesh | AbstractMesh) -> N
       parts: microbatches or minibatches that run one after the other.
       mesh: the mesh of the run.
     """
+    # Devices that hold different rows; the others hold parts of the same parameters.
     row_ways = sharding.num_row_shards(mesh)
     # Every part is a batch of its own, with the same number of rows on every device.
     multiple = parts * row_ways

@@ -107,6 +107,7 @@ def _update(
       (batch, new state, its metrics)
     """
     try:
+        # Phases time the parts of a step; their names appear in the log.
         with outputs.log.phase("data"):
             batch = callbacks.read_batch(step)
         with outputs.log.phase("update"):

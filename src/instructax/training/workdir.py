@@ -47,6 +47,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def fixed_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that a workdir is bound to."""
+    # `run` and `mesh` may change between two starts of a run.
     return {name: value for name, value in config.items() if name not in FREE_GROUPS}
 
 

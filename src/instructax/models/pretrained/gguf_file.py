@@ -186,7 +186,7 @@ class GgufFile:
     def _added_tokens(self, tokens: list[str]) -> list[dict[str, Any]]:
         added = []
         for index, kind in enumerate(self._value("tokenizer.ggml.token_type")):
-            # Never produced by merges: text must not be able to contain them.
+            # Matched as a whole, before the text is split and merged.
             if kind in (CONTROL, USER_DEFINED):
                 token = {
                     "id": index,

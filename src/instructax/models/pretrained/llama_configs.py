@@ -55,7 +55,7 @@ def _read_windows(raw: RawConfig, family: str, num_layers: int) -> dict[str, Any
 
 
 def _read_head_dim(raw: RawConfig, family: str, embed_dim: int, num_heads: int) -> int:
-    # Their products with the number of heads need not equal the embed dim.
+    # num_heads · head_dim need not equal the embed dim, as in Gemma.
     head_dim = raw.get("head_dim") or HEAD_DIMS.get(family)
     if not head_dim:
         head_dim = default_head_dim(embed_dim, num_heads)

@@ -194,6 +194,7 @@ def _speed(
     tokens_rate = statistics.median(map(truediv, tokens, seconds))
     rate = statistics.median(map(truediv, operations, seconds))
 
+    # The dtype whose peak the measured rate is compared with.
     compute = decoding_config(config.compute) if sampling_alone else config.compute
     peak = matmul_rate(compute.matmul_dtype)
     # In PPO the sampler may compute in another dtype than the rest. Then there is no single
@@ -310,6 +311,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
     tokens_rate = record["tokens_per_second_per_device"]
     compilations = record["compilations"]
 
+    # Name and text of each line.
     rows = (
         (
             "device",

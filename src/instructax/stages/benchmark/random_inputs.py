@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax.models import ModelConfig
-from instructax.stages.ppo.algorithm import PpoProgram
+from instructax.stages.ppo.program import PpoProgram
 from instructax.training.state import init_state
 from instructax.types import Comparisons, LmBatch, Params, Prompts
 
@@ -82,6 +82,7 @@ def random_policy(program: PpoProgram, ending: float) -> Params:
     ).params
     if ending == 0:
         return params
+    # With logit z of the end token its probability is e^z / (e^z + V · mean of the others).
     vocabulary, width = params["embedding"].shape
     direction = jnp.full((width,), width**-0.5)  # f32[D], a unit vector
     # The other logits are spread around 0 with this variance, so the mean of their

@@ -86,6 +86,7 @@ def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
       ConfigError if the stage trains nothing, or if the values of the config do not fit
       each other or the mesh.
     """
+    # Stage → (check of the config, maker of the workload).
     stages = {
         # Both have the same update and differ in their data only.
         "pretrain": (pretrain.validate, supervised_work),
@@ -188,6 +189,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         total_steps=TOTAL_STEPS,
         row_tokens=limits.comparison_tokens,
     )
+    # The peak learning rate is an argument of the compiled update.
     settings = settings_from(reward.RewardModelSettings, config)
     add_adapters = adapter_initializer(config)
     step = _compile_step(
@@ -326,6 +328,7 @@ def _iterate_runs(
     vmapped = jax.vmap(
         partial(algorithm.iteration, program), in_axes=(0, None, None, None, None, 0)
     )
+    # The states are donated, as in a normal run.
     compiled: Any = jax.jit(vmapped, donate_argnums=0)
 
     def iterate(state: Any, batch: Any, phase: Any) -> Any:
@@ -374,6 +377,7 @@ def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
     step = [0]  # the number of the repetition, which selects its random keys
 
     def run(phase: Any) -> Mapping[str, float]:
+        # Other keys, other responses: with `ending` their lengths vary between repetitions.
         step[0] += 1
         with phase("rollout"):
             rollouts = jax.block_until_ready(

@@ -12,12 +12,8 @@ pretraining loss is a mean per token, so `ptx_coef` has another scale than it wo
 a sum per document.
 """
 
-# `iteration` comes first and names classes that follow it.
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +21,7 @@ import optax
 
 from instructax import rng, sharding
 from instructax.generation import generate, prefill_padding
-from instructax.models import Transformer, merge_lora
+from instructax.models import merge_lora
 from instructax.models.scoring import (
     packed_logprobs,
     packed_logprobs_and_entropy,
@@ -37,7 +33,6 @@ from instructax.models.scoring import (
 from instructax.models.sequence_packing import PackedLayout, pack_and_map
 from instructax.stages.ppo.experience import (
     SAMPLER_GAPS,
-    AdvantageSettings,
     Minibatch,
     diagnostics,
     make_experience,
@@ -49,15 +44,14 @@ from instructax.stages.ppo.gradients import (
     ptx_loss_gradients,
     value_loss_gradients,
 )
+from instructax.stages.ppo.program import PpoOptions, PpoProgram, PpoSettings
 from instructax.training.accumulation import split_microbatches
 from instructax.training.optimizer import (
-    OptimizerConfig,
     apply_gradients,
     learning_rate_at,
     moving_average,
     skipped,
 )
-from instructax.training.settings import OptimizerSettings
 from instructax.types import (
     Array,
     Experience,
@@ -68,7 +62,6 @@ from instructax.types import (
     Rollouts,
     Scored,
     TrainState,
-    pytree,
 )
 
 
@@ -105,59 +98,6 @@ def iteration(
     )
     state, update_metrics = update(program, state, experience, text, settings)
     return state, {**metrics, **update_metrics}, rollouts, scored.scores
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoOptions:
-    """Compile-time choices of the algorithm: the part of the stage's config read here."""
-
-    # The fields here are static: another value of one compiles another program.
-    steps: int  # iterations
-    minibatches: int  # optimizer steps of one inner epoch
-    inner_epochs: int  # passes over the rollouts of one iteration
-    optimizer: OptimizerConfig  # the policy's; schedules count iterations
-    value_optimizer: OptimizerConfig
-    # Where the ratio's denominator comes from: a forward pass of the policy before the
-    # update, or the sampler, which saves that pass.
-    old_logprobs: Literal["recomputed", "sampled"]
-    # What `no_eos_penalty` does to the score of a response without an end token:
-    # "subtract": score − penalty; "replace": −penalty, whatever the score.
-    no_eos_rule: Literal["subtract", "replace"]
-    whiten_rewards: bool
-    whiten_advantages: bool
-
-
-@pytree
-class PpoSettings(AdvantageSettings):
-    """Hyperparameters that a sweep varies: arrays, so that all values share one program."""
-
-    # All f32[] (the seed i32[]), with a leading axis of runs in a sweep.
-    seed: Array  # i32[], of rollouts and of the order of minibatches
-    temperature: Array  # f32[]
-    clip: Array  # f32[], of the probability ratio
-    value_clip: Array  # f32[], of the change of a value estimate
-    ptx_coef: Array  # f32[], γ of Eq. 2
-    ema_decay: Array  # f32[], at every optimizer step
-    optimizer: OptimizerSettings  # the policy's
-    value_optimizer: OptimizerSettings
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoProgram:
-    """What is compiled in: networks, optimizers, shapes and options."""
-
-    # Only static values: the functions below close over the program, so jit compiles them
-    # once per program.
-    options: PpoOptions
-    policy: Transformer
-    value_model: Transformer  # architecture of the value network and of the reward model
-    policy_optimizer: optax.GradientTransformation
-    value_optimizer: optax.GradientTransformation
-    mesh: jax.sharding.Mesh
-    eos_id: int
-    response_tokens: int  # R, the longest response
-    row_tokens: int  # W, width of the rows that prompts and responses are packed into
-    clip_values: bool
 
 
 def rollout(
@@ -264,7 +204,6 @@ def _run_networks(
         # The reward model scores a response once, at its last token: f32[B].
         scores=select_last_token(outputs, rollouts),
     )
-    # Column 0 of these is the first response token: f32[B, R].
     if recompute:
         logprobs = found[3][:, start:]
         entropy = found[4][:, start:]
@@ -338,7 +277,7 @@ def update(
     key = rng.step_key(settings.seed, "minibatches", state.step)
     minibatches = _packed_minibatches(program, experience, key)
     # Schedules count iterations, so all optimizer steps of one have the same learning rate.
-    policy_rate, value_rate = _learning_rates(program, settings, state.step)
+    policy_rate, value_rate = _learning_rates(options, settings, state.step)
     # The scan compiles one optimizer step, however many there are.
     take_step = partial(_optimizer_step, program, settings, policy_rate, value_rate)
     state, step_metrics = jax.lax.scan(take_step, state, (minibatches, text_rows))
@@ -382,10 +321,9 @@ def _packed_minibatches(
 
 
 def _learning_rates(
-    program: PpoProgram, settings: PpoSettings, step: Array
+    options: PpoOptions, settings: PpoSettings, step: Array
 ) -> tuple[Array, Array]:
     """Learning rates of the policy and of the value network in iteration `step`."""
-    options = program.options
     policy_rate = learning_rate_at(
         step,
         peak=settings.optimizer.learning_rate,

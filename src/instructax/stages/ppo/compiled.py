@@ -9,8 +9,8 @@ import jax
 from instructax import sharding
 from instructax.runtime.preemption import check_stop_requested
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.algorithm import PpoProgram, PpoSettings
 from instructax.stages.ppo.invariants import check_rollouts, check_update
+from instructax.stages.ppo.program import PpoProgram, PpoSettings
 from instructax.training.state import (
     AddAdapters,
     abstract_state,
@@ -64,6 +64,7 @@ class CompiledIteration:
         mesh = program.mesh
         state = layouts(abstract)
         policy = layouts(abstract.policy.params)
+        # Parents have no adapters, so their trees differ from those of the state.
         reference = sharding.shardings(ref_params, mesh)
         reward = sharding.shardings(reward_params, mesh)
         rows = sharding.row_sharding(mesh)
@@ -75,6 +76,7 @@ class CompiledIteration:
             in_shardings=(policy, rows, replicated, replicated),
             out_shardings=rows,
         )
+        # Rollouts are an input of this program and, inside the experience, an output.
         self._score = jax.jit(
             partial(algorithm.score, program),
             in_shardings=(state, reference, reward, rows, replicated),
@@ -86,6 +88,7 @@ class CompiledIteration:
             out_shardings=(state, replicated),
             donate_argnums=0,  # the old state's memory is reused
         )
+        # Held here rather than in the state: they do not change during the run.
         self._settings = settings
         self._ref_params = ref_params
         self._reward_params = reward_params
@@ -117,6 +120,7 @@ class CompiledIteration:
             rollouts = self._rollout(state.policy.params, prompts, state.step, settings)
             # Dispatch is asynchronous; without waiting the time would be the next phase's.
             jax.block_until_ready(rollouts)
+        # The state is unchanged so far, so the iteration can be dropped and repeated later.
         check_stop_requested()
 
         with phase("score"):

@@ -139,6 +139,7 @@ class Minibatch:
     """The rollouts of one optimizer step in packed rows; per-token arrays are aligned with
     the response tokens."""
 
+    # Prompts are in the rows too, since responses attend to them, but have no loss.
     rows: LmBatch  # [rows, shards, W], the loss mask marks response tokens
     old_logprobs: Array  # f32[rows, shards, W], like the next three
     values: Array

@@ -107,6 +107,7 @@ def value_loss_gradients(
             )
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
+        # The scalar head is small, so the whole microbatch is differentiated at once.
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
         (_, metrics), gradients = differentiate(trainable(params))
         return gradients, metrics
@@ -151,6 +152,7 @@ def _accumulate_minibatch(
     total = jnp.maximum(token_count(minibatch.rows.loss_mask), 1.0)
 
     def weighted_gradients_of(microbatch: Microbatch) -> Any:
+        # This microbatch's fraction of the minibatch's response tokens.
         weight = token_count(microbatch[0].loss_mask) / total
         return scale_tree(weight, gradients_of(microbatch))
 

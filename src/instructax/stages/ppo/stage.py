@@ -35,8 +35,8 @@ from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transforme
 from instructax.models.init import abstract_params
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import cache_bytes, parameter_bytes, training_bytes
-from instructax.stages.ppo.algorithm import PpoOptions, PpoProgram, PpoSettings
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
+from instructax.stages.ppo.program import PpoOptions, PpoProgram, PpoSettings
 from instructax.training.accumulation import microbatch_count
 from instructax.training.attention import RowLengths, split_lengths
 from instructax.training.checks import check_lengths, check_lora, check_rows
@@ -107,6 +107,7 @@ class Config(PpoOptions):
         check_range(self, at_least)
         check_positive(self, "temperature", "clip", "tolerance")
         check_fractions(self, "discount", "lambda_", "ema_decay")
+        # Text without `ptx_coef` is allowed: its validation loss is still reported.
         if self.ptx_coef > 0 and not self.data.text:
             raise ConfigError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
         if not (self.policy_parent and self.reward_parent):
@@ -155,6 +156,7 @@ def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
         f"{limits.prompt_tokens} + {limits.response_tokens}",
     )
     if config.ptx_coef > 0:
+        # Each optimizer step splits its text rows into equal microbatches.
         count = microbatch_count(config.ptx_rows, config.compute.microbatch_rows, mesh)
         check_rows("ptx_rows", config.ptx_rows, count, mesh)
 
@@ -168,6 +170,7 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes per device of the four networks, two optimizers and the sampler's caches."""
     compute = config.compute
     limits = config.data.limits
+    # Parameters, gradients and optimizer state of the two networks that are trained.
     policy = training_bytes(
         "policy", config, config.model, "tokens", config.optimizer, mesh
     )
@@ -297,11 +300,13 @@ def batch_reader(
 
     The text has the rows of all optimizer steps of the iteration.
     """
+    # Prompts are repeated in a new order when all have been used.
     prompts = data["prompts"].sources["train"]
     limits = config.data.limits
     # One batch of text per iteration holds the rows of all its optimizer steps.
     read_text = None
     if config.ptx_coef > 0:
+        # Only text, no demonstrations: the pretraining term of Eq. 2.
         files = LmData(
             demonstrations=(),
             text=config.data.text,
