@@ -3,8 +3,8 @@
 A tensor's layout names its axes in the order of the file; axes joined by `*` are flattened
 into one. The names are `V` vocabulary, `T` positions, `D` embed dim, `F` MLP dim, `H`
 heads, `G` key-value heads, `d` head dim, and `3` for query, key and value fused in one
-tensor (then H = G). `LEAF_AXES` gives the same for our parameters. Reshaping and transposing
-between the two follows from the names, for reading and for writing.
+tensor (then H = G). `LEAF_AXES` gives the same for our parameters. Reshaping and
+transposing between the two follows from the names, for reading and for writing.
 
 Example: GPT-NeoX fuses query, key and value per head, "H*3*d D". `split_tensor` reshapes
 the tensor to [H, 3, d, D], takes the three parts [H, d, D], and transposes each to our
