@@ -29,6 +29,17 @@ class Completer:
 
     Contexts are padded on the left to `context_tokens` and candidates on the right to
     `answer_tokens`. Every process must pass the same contexts and gets all results.
+
+    The programs are compiled at their first use.
+
+    Args:
+        model: The network.
+        mesh: The device mesh.
+        context_tokens: Most tokens of a context.
+        answer_tokens: Most tokens of a completion or candidate.
+        batch_size: Rows of a batch; the mesh must divide it.
+        eos_id: The end token.
+        stop_token_mask: Further tokens that end a completion, b[V].
     """
 
     def __init__(
@@ -42,23 +53,13 @@ class Completer:
         eos_id: int,
         stop_token_mask: np.ndarray,
     ):
-        """Creates the programs; they are compiled at their first use.
-
-        Args:
-            model: The network.
-            mesh: The device mesh.
-            context_tokens: Most tokens of a context.
-            answer_tokens: Most tokens of a completion or candidate.
-            batch_size: Rows of a batch; the mesh must divide it.
-            eos_id: The end token.
-            stop_token_mask: Further tokens that end a completion, b[V].
-        """
         self._mesh = mesh
         self._batch_size = batch_size
         self._eos_id = eos_id
         self._context_tokens = context_tokens
         self._answer_tokens = answer_tokens
 
+        # Closures over the network: parameters are the only large argument.
         def complete(params: Params, prompts: Prompts) -> Rollouts:
             # Temperature 0 draws nothing, so the keys do not matter.
             keys = jax.random.split(jax.random.key(0), batch_size)
@@ -80,6 +81,7 @@ class Completer:
             # [B, T] -> [B]
             return jnp.sum(map_packed_rows(score, sequences, model, mesh), axis=1)
 
+        # Every process needs all results.
         replicated = sharding.replicated(mesh)
         self._complete_batch = jax.jit(complete, out_shardings=replicated)
         self._total_logprobs = jax.jit(total_logprobs, out_shardings=replicated)
@@ -160,6 +162,7 @@ class Completer:
     def _batches(self, count: int) -> list[np.ndarray]:
         """Rows 0 … count − 1 in batches i64[batch_size]; the last batch is filled up."""
         batches = []
+        # All batches have one shape, so one program serves them all.
         for start in range(0, count, self._batch_size):
             rows = np.arange(start, start + self._batch_size)
             batches.append(np.minimum(rows, count - 1))
@@ -177,6 +180,7 @@ class Completer:
 
     def _as_rollouts(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rollouts:
         """Rollouts whose responses are the candidates."""
+        # A context is repeated for each of its candidates.
         contexts = [context for context, _ in pairs]
         candidates = [candidate for _, candidate in pairs]
         _check_lengths(candidates, self._answer_tokens, "candidate", "answer_tokens")

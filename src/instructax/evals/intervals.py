@@ -45,6 +45,7 @@ def mean_estimate(x: np.ndarray) -> Estimate:
     # One value says nothing about the spread.
     half_width = np.inf
     if len(x) > 1:
+        # The sample standard deviation (n − 1), since the mean is estimated too.
         half_width = Z * float(np.std(x, ddof=1)) / np.sqrt(len(x))
     mean = x.mean()
     return Estimate(float(mean), float(mean - half_width), float(mean + half_width), len(x))
@@ -61,6 +62,7 @@ def share_estimate(x: np.ndarray) -> Estimate:
     n = len(x)
     if not n:
         return _UNKNOWN
+    # Wilson's interval inverts the test of a share, so it never leaves [0, 1].
     share = float(x.mean())
     # Wilson's center and half-width, both divided by the same scale.
     center = share + Z**2 / (2 * n)
@@ -79,6 +81,7 @@ def share_difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     each of the two disagreements is added, so that its width is positive even if the shares
     agree everywhere.
     """
+    # 1, 0 or −1 per unit.
     gap = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     if not len(gap):
         return _UNKNOWN
@@ -116,6 +119,7 @@ def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
     # A single unit always has the residual 0, which says nothing about the spread.
     half_width = np.inf
     if units > 1:
+        # Units with a denominator of 0 have the residual 0 and are not counted.
         variance = units / (units - 1) * (residuals**2).sum()
         half_width = Z * float(np.sqrt(variance)) / total
     return Estimate(ratio, float(ratio - half_width), float(ratio + half_width), units)
@@ -125,4 +129,5 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     """Share of prompts where `ours` f[n] beats `theirs` f[n]; a tie counts one half."""
     ours = np.asarray(ours)
     theirs = np.asarray(theirs)
+    # Values of 0, ½ and 1.
     return mean_estimate((ours > theirs) + 0.5 * (ours == theirs))

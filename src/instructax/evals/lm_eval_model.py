@@ -36,6 +36,7 @@ class InstructaxLM(TemplateLM):
         self._tokenizer = policy.tokenizer
         self._template = policy.template
         self._seed = seed
+        # A chat model ends its answers with the template's token instead of the end token.
         self._turn_end_mask = turn_end_mask(policy.tokenizer, policy.template)
 
         # The template's beginning-of-text token, which the harness calls the prefix.
@@ -74,6 +75,7 @@ class InstructaxLM(TemplateLM):
         # The harness asks for an open last turn if a task gives the answer's beginning.
         if add_generation_prompt:
             return render_messages(chat_history, self._template, add_generation_prompt=True)
+        # The last turn is appended as text, so the model continues it.
         *before, last = chat_history
         rendered = ""
         if before:
@@ -103,6 +105,7 @@ class InstructaxLM(TemplateLM):
             (Σ log p(token | all tokens before it) over the continuation at temperature 1,
             whether all its tokens are the most likely ones) of each.
         """
+        # All requests at once: the engine groups them into batches itself.
         score_requests = []
         for _, context, continuation in requests:
             # The last token is only predicted, so one more than the model's length fits.
@@ -135,6 +138,8 @@ class InstructaxLM(TemplateLM):
         totals = []
         for request in requests:
             (text,) = request.args
+            # The prefix token stands before the first window, so the first token is scored
+            # too.
             windows = get_rolling_token_windows(
                 self.tok_encode(text),
                 prefix_token=self._prefix_id,
@@ -174,6 +179,7 @@ class InstructaxLM(TemplateLM):
         self, index: int, context: str, gen_kwargs: dict[str, Any]
     ) -> tuple[SampleRequest, list[str]]:
         """Returns (the sample to draw, its stop strings) of one request."""
+        # The harness merges the task's options with its defaults.
         options: dict[str, Any] = dict(
             normalize_gen_kwargs(gen_kwargs, DEFAULT_MAX_GEN_TOKS)
         )
@@ -219,6 +225,7 @@ class InstructaxLM(TemplateLM):
             stop_strings = [stop for stop in stop_strings if stop]
             streams.append(TextStream(self._tokenizer, stop_strings))
 
+        # A chunk holds the new tokens of every request of the batch.
         for chunks in self._engine.stream(requests, self._turn_end_mask):
             for stream, chunk in zip(streams, chunks, strict=True):
                 stream.add(chunk.tokens, done=chunk.done, hit_eos=chunk.hit_eos)

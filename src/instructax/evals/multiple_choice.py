@@ -26,6 +26,7 @@ def predicted_choices(
         ValueError: The shapes differ, a candidate has no token or a log-probability of NaN
             or +inf, or a question has no candidate with a positive probability.
     """
+    # The mean per token keeps long candidates comparable to short ones.
     scores = _masked_scores(total_logprobs, valid)
     valid = np.asarray(valid, bool)
     lengths = np.asarray(lengths)
@@ -55,6 +56,7 @@ def correct_choices(
     Raises:
         ValueError: As `predicted_choices`, or an answer is not a candidate.
     """
+    # i64[N]; also checks the shapes and values of all arguments but `answers`.
     chosen = predicted_choices(total_logprobs, lengths, valid)
     answers = np.asarray(answers)
     if answers.shape != chosen.shape:
@@ -93,6 +95,7 @@ def choice_entropy_bits(total_logprobs: np.ndarray, valid: np.ndarray) -> np.nda
     # Subtract the best score first: sums of a sentence's log-probabilities reach −800,
     # where exp underflows in float64.
     logs = scores - scores.max(axis=1, keepdims=True)
+    # Log of the normalized probabilities.
     logs = logs - np.log(np.exp(logs).sum(axis=1, keepdims=True))
     # The limit of p log p at p = 0 is 0, but 0 · −inf would be NaN.
     finite_logs = np.where(np.isneginf(logs), 0.0, logs)

@@ -31,7 +31,12 @@ from instructax.data.batches import (
 from instructax.data.limits import DataLimits
 from instructax.data.schema import Demonstration
 from instructax.data.tokenizer import Tokenizer
-from instructax.evals.few_shot import prepend_prefix, random_prefixes
+from instructax.evals.few_shot import (
+    plain_examples,
+    prepend_prefix,
+    random_prefixes,
+    truncate_at_stops,
+)
 from instructax.generation import generate
 from instructax.models import Transformer
 from instructax.models.scoring import (
@@ -74,7 +79,22 @@ class _Sampled:
 
 
 class PolicyEvaluator:
-    """Compiled programs to sample and score, shared by all policies of an architecture."""
+    """Compiled programs to sample and score, shared by all policies of an architecture.
+
+    The programs are compiled at their first use.
+
+    Args:
+        policy: Architecture of the policies.
+        reward_model: Architecture of the reward model.
+        mesh: The device mesh.
+        tokenizer: The tokenizer.
+        limits: Prompt and response lengths.
+        ref_params: Parameters of the reference policy.
+        reward_params: Parameters of the reward model.
+        temperature: Sampling temperature; 0 = greedy, scored at temperature 1.
+        batch_size: Prompts per batch.
+        seed: Random seed of the responses.
+    """
 
     def __init__(
         self,
@@ -90,20 +110,6 @@ class PolicyEvaluator:
         batch_size: int,
         seed: int,
     ):
-        """Creates the programs; they are compiled at their first use.
-
-        Args:
-            policy: Architecture of the policies.
-            reward_model: Architecture of the reward model.
-            mesh: The device mesh.
-            tokenizer: The tokenizer.
-            limits: Prompt and response lengths.
-            ref_params: Parameters of the reference policy.
-            reward_params: Parameters of the reward model.
-            temperature: Sampling temperature; 0 = greedy, scored at temperature 1.
-            batch_size: Prompts per batch.
-            seed: Random seed of the responses.
-        """
         self._policy = policy
         self._reward_model = reward_model
         self._mesh = mesh
@@ -151,11 +157,7 @@ class PolicyEvaluator:
             samples: Row of each prompt in its source, i32[B]; determines the random key.
             num_samples: Responses to each prompt.
         """
-        # key[B * num_samples], the responses to one prompt adjacent.
-        draws = jnp.arange(num_samples)
-        step_keys = jax.vmap(partial(rng.step_key, self._seed, "evaluate"))(draws)
-        keys = jax.vmap(rng.sample_keys, (0, None), 1)(step_keys, samples).reshape(-1)
-
+        keys = self._sample_keys(samples, num_samples)
         # Known at compile time: prefixed prompts are wider.
         few_shot = prefixed.tokens.shape != prompts.tokens.shape
         eos_id = self._tokenizer.eos_id
@@ -184,10 +186,18 @@ class PolicyEvaluator:
         responses = _Sampled(sampled=sampled, rollouts=truncated, kept=kept, scores=scores)
         if num_samples == 1:
             return responses
-        # The first of several equally good responses.
-        offsets = jnp.argmax(scores.reshape(-1, num_samples), axis=1)
-        best = jnp.arange(0, len(keys), num_samples) + offsets
-        return jax.tree.map(lambda x: x[best], responses)
+        return _best_of(responses, num_samples)
+
+    def _sample_keys(self, samples: Array, num_samples: int) -> Array:
+        """Random keys, key[B * num_samples], with those of one prompt adjacent.
+
+        A key depends on the prompt's row in its source and on the number of the draw alone,
+        so the first of n responses is the one that is drawn for n = 1.
+        """
+        draws = jnp.arange(num_samples)
+        step_keys = jax.vmap(partial(rng.step_key, self._seed, "evaluate"))(draws)
+        # key[num_samples] and i32[B] → key[B, num_samples]
+        return jax.vmap(rng.sample_keys, (0, None), 1)(step_keys, samples).reshape(-1)
 
     def _response_logprobs(self, params: Params, rollouts: Rollouts) -> Array:
         """Log-probabilities of the responses, f32[B, R]."""
@@ -199,6 +209,7 @@ class PolicyEvaluator:
 
     def _map_packed(self, function: Any, rollouts: Rollouts) -> Array:
         """Applies `function` to packed prompts and responses: [B, P + R]."""
+        # The prompt is scored with its response, since the response attends to it.
         sequences = rollout_sequences(rollouts)
         # Rows are at least as wide as those of training; few-shot prompts need more.
         width = max(self._limits.sequence_tokens, sequences.tokens.shape[1])
@@ -224,6 +235,8 @@ class PolicyEvaluator:
             prefixed = prompts
             if len(prefix):
                 prefixed = prepend_prefix(prefix, prompts, self._prefix_room)
+            # The row ids select the random keys, so a response does not depend on the batch
+            # size.
             batch = (prefixed, prompts, np.asarray(own, np.int32))
             yield rows != NO_ROW, sharding.shard_rows(batch, self._mesh)
 
@@ -287,12 +300,7 @@ class PolicyEvaluator:
         Raises:
             ConfigError: There are fewer than `shots` examples, or they never fit.
         """
-        plain = [example for example in examples if example.format == "plain"]
-        require(
-            len(plain) >= shots,
-            f"config.shots = {shots} is more than the {len(plain)} plain demonstrations: "
-            "lower it, or give more",
-        )
+        plain = plain_examples(examples, shots)
         best_score = -np.inf
         best_text = ""
         best_tokens = np.zeros(0, np.int32)
@@ -305,10 +313,7 @@ class PolicyEvaluator:
             seed=seed,
         )
         for text, tokens in candidates:
-            ((real, batch),) = self._prompt_batches(source, self._batch_size, tokens)
-            sampled = self._sample(params, self._reward_params, *batch, num_samples=1)
-            scores = self._replicate(sampled.scores)
-            score = float(scores[real].mean())
+            score = self._mean_score(params, source, tokens)
             # The first one of a tie.
             if score > best_score:
                 best_score = score
@@ -319,6 +324,13 @@ class PolicyEvaluator:
             f"no {shots} examples fit into {self._prefix_room} tokens: lower config.shots",
         )
         return best_text, best_tokens
+
+    def _mean_score(self, params: Params, source: Source, prefix: np.ndarray) -> float:
+        """Mean score of one response to each prompt of the first batch, after `prefix`."""
+        ((real, batch),) = self._prompt_batches(source, self._batch_size, prefix)
+        sampled = self._sample(params, self._reward_params, *batch, num_samples=1)
+        scores = self._replicate(sampled.scores)
+        return float(scores[real].mean())
 
     def responses(
         self,
@@ -342,11 +354,14 @@ class PolicyEvaluator:
 
     def _record(self, responses: PolicyResponses, row: int) -> dict[str, Any]:
         """One response as it is written to samples.jsonl."""
+        # Arrays are on the host here; rows are read one by one.
         rollouts = responses.rollouts
         decode = self._tokenizer.decode
         mask = np.asarray(rollouts.mask[row])
         response = np.asarray(rollouts.responses[row])[mask]
         prompt_mask = np.asarray(rollouts.prompts.mask[row])
+        # Padding is cut from both sides: prompts are padded on the left, responses on the
+        # right.
         prompt = np.asarray(rollouts.prompts.tokens[row])[prompt_mask]
         token_kl = np.asarray(responses.token_kl[row])[mask]
         # Pieces are the texts of single tokens, for a viewer that colors them by KL.
@@ -362,29 +377,10 @@ class PolicyEvaluator:
         }
 
 
-def truncate_at_stops(
-    rollouts: Rollouts, stop_token_mask: Array, eos_id: int
-) -> tuple[Rollouts, Array]:
-    """Truncates responses at their first stop token.
-
-    Args:
-        rollouts: Responses [B, R].
-        stop_token_mask: Stop tokens, b[V].
-        eos_id: The end token, which replaces the stop token.
-
-    Returns:
-        The truncated rollouts, and the mask b[B, R] of the tokens before the stop token.
-    """
-    is_stop = stop_token_mask[rollouts.responses] & rollouts.mask
-    # From the first stop token on.
-    stopped = jnp.cumsum(is_stop, axis=1) > 0
-    first = stopped & ~jnp.pad(stopped, ((0, 0), (1, 0)))[:, :-1]
-    kept = rollouts.mask & ~stopped
-    truncated = Rollouts(
-        prompts=rollouts.prompts,
-        responses=jnp.where(stopped, eos_id, rollouts.responses),
-        mask=kept | first,
-        logprobs=jnp.where(kept, rollouts.logprobs, 0.0),
-        ended=rollouts.ended | jnp.any(stopped, axis=1),
-    )
-    return truncated, kept
+def _best_of(responses: _Sampled, num_samples: int) -> _Sampled:
+    """The best-scored response to each prompt: [B * num_samples, ...] → [B, ...]."""
+    scores = responses.scores
+    # The first of several equally good responses.
+    offsets = jnp.argmax(scores.reshape(-1, num_samples), axis=1)
+    best = jnp.arange(0, len(scores), num_samples) + offsets
+    return jax.tree.map(lambda x: x[best], responses)

@@ -180,6 +180,7 @@ def _bag_f1(ours: Collection[str], theirs: Collection[str]) -> float:
     """F1 of two bags of words; 1 if both are empty."""
     if not ours and not theirs:
         return 1.0
+    # The intersection of bags: each word as often as in both.
     shared = collections.Counter(ours) & collections.Counter(theirs)
     return _f1(shared.total(), len(ours), len(theirs))
 
@@ -278,6 +279,7 @@ def _bleu_counts(
         allowed = collections.Counter[tuple[str, ...]]()
         for words in theirs:
             allowed |= _ngrams(words)
+        # Columns n − 1 (matching) and n + 3 (all), for n = len(ngram).
         for ngram, count in _ngrams(ours).items():
             row[len(ngram) - 1] += min(count, allowed[ngram])
             row[len(ngram) + 3] += count
@@ -291,6 +293,7 @@ def _bleu_of(counts: np.ndarray) -> float:
     length, reference_length = counts[8:].tolist()
     if not matched[0] or not total[3]:
         return 0.0
+    # Predictions shorter than the references are penalized; longer ones are by precision.
     log_brevity_penalty = min(0.0, 1.0 - reference_length / length)
     return 100.0 * math.exp(log_brevity_penalty + _mean_log_precision(matched, total))
 
@@ -315,6 +318,7 @@ def _rouge_f1(ours: Sequence[str], theirs: Sequence[str]) -> float:
     # longest[j]: length of the longest common subsequence of the words of `ours` so far and
     # the first j words of `theirs`.
     longest = [0] * (len(theirs) + 1)
+    # Two rows of the dynamic program are enough: time O(n · m), memory O(m).
     for our_word in ours:
         before = longest
         longest = [0]

@@ -39,6 +39,7 @@ BINS = 10  # calibration bins, from a probability of 0.5 to 1
 class RowLosses:
     """The token loss of each row, without dropout."""
 
+    # Rows differ in their number of tokens, so the mean is taken over all rows at the end.
     losses: Array  # f32[B], nats, summed over the row's trained tokens
     tokens: Array  # i32[B], how many these are
 
@@ -48,6 +49,7 @@ class RankedPairs:
     """How a reward model and people order each two responses to a prompt."""
 
     losses: Array  # f32[B], the ranking loss of each prompt; 0 without a pair
+    # Each pair occurs once, with the preferred response first; ties occur not at all.
     pairs: Array  # b[B, K, K], whether people rank the first above the second
     score_gaps: Array  # f32[B, K, K], score of the first − score of the second
     length_gaps: Array  # i32[B, K, K], length of the first − length of the second
@@ -55,6 +57,7 @@ class RankedPairs:
 
 def row_losses(model: Transformer, mesh: Mesh, params: Params, batch: LmBatch) -> RowLosses:
     """The next-token loss of each row of a batch."""
+    # f32[B, T], zero outside the loss mask.
     logprobs = map_packed_rows(
         partial(packed_logprobs, model, params, temperature=1.0), batch, model, mesh
     )
@@ -77,6 +80,7 @@ def rank_pairs(
       width: of packed rows, at least the tokens of a prompt with all its responses; 0 = as
         wide as the batch is padded.
     """
+    # f32[B, P + K · R]: a prompt and its K responses are one row.
     outputs = map_packed_rows(
         partial(packed_outputs, model, params),
         comparison_sequences(batch),
@@ -87,6 +91,7 @@ def rank_pairs(
     scores = select_last_token(outputs, batch)  # f32[B, K]
     lengths = jnp.sum(batch.mask, axis=2)  # i32[B, K]
 
+    # The loss averages over a batch; one prompt at a time gives the terms of that mean.
     def prompt_loss(scores: Array, ranks: Array, valid: Array) -> Array:
         loss, _ = pairwise_ranking_loss(scores[None], ranks[None], valid[None])
         return loss
@@ -123,6 +128,7 @@ class ValidationLoss:
         self._batch_size = batch_size
         self._max_batches = max_batches
         self._sequence_tokens = sequence_tokens
+        # Replicated, so that every process can compute the same sums.
         self._row_losses = jax.jit(
             partial(row_losses, model, mesh), out_shardings=sharding.replicated(mesh)
         )
@@ -172,6 +178,7 @@ class Ranking:
         self._limits = limits
         self._batch_size = batch_size
         self._max_batches = max_batches
+        # As in ValidationLoss.
         self._rank_pairs = jax.jit(
             partial(rank_pairs, model, mesh, width=width),
             out_shardings=sharding.replicated(mesh),
@@ -179,6 +186,8 @@ class Ranking:
 
     def means(self, params: Params, source: Source) -> dict[str, float]:
         """What training logs: loss, accuracy (equal scores count as wrong) and pairs."""
+        # All counts are over pairs, except the loss, which is a mean over prompts with a
+        # pair.
         ranked = self._ranked(params, source)
         pairs = int(ranked.pairs.sum())
         prompts = int(ranked.pairs.any(axis=(1, 2)).sum())
@@ -192,6 +201,7 @@ class Ranking:
     def estimates(self, params: Params, source: Source) -> dict[str, Any]:
         """Ranking accuracy with an interval over prompts, the longer-response baseline, and
         calibration: accuracy by bin of the predicted probability σ(|Δ score|)."""
+        # Pairs of one prompt are not independent, so the intervals count prompts as units.
         ranked = self._ranked(params, source)
         pairs = ranked.pairs
         score_gaps = ranked.score_gaps
@@ -205,6 +215,7 @@ class Ranking:
         }
 
     def _ranked(self, params: Params, source: Source) -> Any:
+        # A generator: one batch is on the host at a time.
         def batches() -> Iterator[Comparisons]:
             for rows in validation_rows(source, self._batch_size, self._max_batches):
                 yield read_comparisons(source, rows, self._limits)
@@ -231,6 +242,7 @@ def validation_losses(
       config: the stage's config.
       sources: validation splits of packed rows by name.
     """
+    # One compiled program serves all sources and all evaluations of a run.
     loss = ValidationLoss(
         model,
         mesh,
@@ -256,6 +268,7 @@ def demonstration_scores(
         {"params": params}, batch.tokens, batch.segments, batch.positions
     )[0]
     # A demonstration is scored at its last token, the one before another segment begins.
+    # Segment of the next token; 0 after the last column.
     following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
     is_last = (batch.segments > 0) & (batch.segments != following)
     return masked_sum(outputs, is_last), token_count(is_last)
@@ -273,13 +286,16 @@ def calibration(score_gaps: np.ndarray) -> list[dict[str, Any]]:
     Returns:
       For each bin with pairs: the mean p, the fraction ordered correctly, and the pairs.
     """
+    # From 0.5 (equal scores) to 1.
     confidence = 1 / (1 + np.exp(-np.abs(score_gaps)))
+    # Equal widths; a probability of exactly 1 belongs to the last bin.
     bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     table: list[dict[str, Any]] = []
     for index in range(BINS):
         in_bin = bins == index
         if not in_bin.any():
             continue
+        # Fractions of the pairs in this bin.
         entry = {
             "predicted": float(confidence[in_bin].mean()),
             "share": float((score_gaps[in_bin] > 0).mean()),
@@ -292,6 +308,7 @@ def calibration(score_gaps: np.ndarray) -> list[dict[str, Any]]:
 def _pair_fraction(correct: np.ndarray, among: np.ndarray) -> dict[str, Any]:
     """Fraction of the pairs `among` that are `correct`, b[B, K, K] each, with an interval
     over prompts."""
+    # Sums per prompt: i64[B].
     numerators = (correct & among).sum(axis=(1, 2))
     denominators = among.sum(axis=(1, 2))
     return dataclasses.asdict(ratio_estimate(numerators, denominators))
@@ -315,6 +332,7 @@ def _concatenate(
     """
     outputs = []
     for batch in batches:
+        # An evaluation can take long; a stop request need not wait for its end.
         check_stop_requested()
         outputs.append(jax.device_get(function(params, sharding.shard_rows(batch, mesh))))
     if not outputs:

@@ -27,6 +27,7 @@ def positions_from_mask(mask: Array) -> Array:
 
     Padding before the first real token gets position 0.
     """
+    # Padding between real tokens repeats the position before it, which nothing reads.
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
@@ -58,6 +59,7 @@ def attention_mask(
     prefix = -((query_segments - 1) // SEGMENTS_PER_PREFIX) - 1
     prefix = jnp.where(query_segments > 0, prefix, query_segments)
     keys = key_segments[:, None, :]
+    # [B, T, S]. Comparing ids is all that is needed: causality is in `future`.
     same = (keys == query_segments[:, :, None]) | (keys == prefix[:, :, None])
     return ~future & same & (keys != 0)
 
@@ -65,6 +67,7 @@ def attention_mask(
 def window_mask(query_positions: Array, key_positions: Array, window: int) -> Array:
     """Which keys are among the last `window` tokens up to each query,
     itself included: i32[B, T], i32[B, S] → b[B, T, S]."""
+    # Positions, not columns: rows of a cache may contain padding.
     return key_positions[:, None, :] > query_positions[:, :, None] - window
 
 
@@ -80,9 +83,11 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
         return frequencies / scaling.factor
 
     # Llama 3.1: high frequencies are kept, low ones scaled, interpolated in between.
+    # Rotations over the original context: few = low frequency.
     turns = scaling.original_max_length * frequencies / (2 * np.pi)
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor
+    # 1 where the frequency is kept, 0 where it is divided by `factor`.
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
@@ -98,6 +103,7 @@ def apply_rotary(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     Returns:
       An array like `x`.
     """
+    # Only some components of each head are rotated in GPT-NeoX.
     rotary_dim = 2 * len(frequencies)
     if rotary_dim < x.shape[-1]:
         rotated = apply_rotary(x[..., :rotary_dim], positions, frequencies)
@@ -111,6 +117,8 @@ def apply_rotary(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     # Angles of thousands of radians need float32, whatever the dtype of x.
     cos = jnp.cos(angles)
     sin = jnp.sin(angles)
+    # "Halves": component i is rotated with component i + rotary_dim / 2, as in GPT-NeoX and
+    # Hugging Face's Llama. Meta's own files pair adjacent components.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -137,16 +145,19 @@ def attend(
     """
     batch, heads, length, head_dim = query.shape
     dtype = query.dtype
+    # 1 in multi-head attention; more in grouped-query attention (Ainslie et al., 2023).
     group = heads // key.shape[1]  # query heads that share a key head
 
     # Stack the queries that share a key: with [B, kv_heads, group · T, d] against
     # [B, kv_heads, S, d], the one layout that XLA:CPU multiplies fast.
     query = query.reshape(batch, -1, group * length, head_dim)
     scores = einsum("bgqd,bgsd->bgqs", query.astype(jnp.float32), key, matmul_dtype)
+    # In float32; the cap (Gemma 2) applies to scaled scores, before the mask.
     scores = softcap(scores / np.sqrt(head_dim), cap)
 
     visible = jnp.tile(mask, (1, group, 1))[:, None]  # [B, 1, group · T, S]
     scores = jnp.where(visible, scores, MASKED_SCORE)
+    # Back from [B, kv_heads, group · T, d] to one entry per query head.
     output = softmax_weighted_sum(scores, value, matmul_dtype)
     return output.astype(dtype).reshape(batch, heads, length, head_dim)
 
@@ -156,6 +167,7 @@ def attend_causally(
 ) -> Array:
     """`attend` for S = T and a causal mask, computed in blocks of queries, so that most
     keys after a query are never multiplied."""
+    # Later keys are half of all products in full attention; blocks skip most of these.
     length = query.shape[2]
     block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     outputs = []

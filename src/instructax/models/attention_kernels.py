@@ -87,6 +87,7 @@ def obstacle(kernel: str, given: KernelConditions) -> str:
     step = support.head_dims.step
     largest = support.head_dims[-1]
     is_splash = kernel == "splash"
+    # In the order in which a user would want to hear of them: the device first.
     obstacles = (
         (
             given.platform != support.platform,
@@ -131,6 +132,7 @@ def select_kernel(requested: str, given: KernelConditions) -> tuple[str, str]:
     if a kernel that is requested by name cannot run.
     """
     if requested == "auto":
+        # At most one fused kernel exists for a platform.
         native = None
         for kernel, support in KERNEL_SUPPORT.items():
             if support.platform == given.platform:
@@ -158,6 +160,7 @@ def device_platform(device: Any) -> tuple[str, float]:
         return "tpu", float(generation[0]) if generation else 0.0
     if device.platform != "gpu":
         return device.platform, 0.0
+    # JAX calls both NVIDIA and AMD devices "gpu".
     if "cuda" in device.client.platform_version:
         return "cuda", float(device.compute_capability)
     return "rocm", 0.0
@@ -191,9 +194,11 @@ def packed_attention(
     def attend(
         query: Array, key: Array, value: Array, mask: Array, matmul_dtype: str
     ) -> Array:
+        # Batch and heads are split over devices; no device needs another one's keys.
         local = partial(kernel, matmul_dtype=matmul_dtype)
         return sharding.shard_map_attention(local, mesh)(query, key, value, mask)
 
+    # i32[B, T] for splash, b[B, T, T] for cuDNN.
     mask = segments if name == "splash" else attention_mask(segments, segments, 0)
     return attend, mask
 
@@ -244,6 +249,7 @@ def attend_with_splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, heads, length, head_dim = query.shape
+    # The largest power of two up to MAX_BLOCK that divides the length.
     block = math.gcd(length, MAX_BLOCK)
     blocks = splash.BlockSizes(
         block_q=block,
@@ -253,12 +259,14 @@ def attend_with_splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
+    # Masks of segments and causality are combined inside the kernel.
     causal = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     attend: Any = splash.make_splash_mha(
         causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )
     # Splash does not scale the scores.
     scaled = (query.astype(jnp.float32) / np.sqrt(head_dim)).astype(matmul_dtype)
+    # The kernel takes one row: [heads, T, d].
     output = jax.vmap(attend)(
         scaled,
         key.astype(matmul_dtype),

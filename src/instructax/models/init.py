@@ -18,5 +18,6 @@ def init_params(model: Transformer, key: Array) -> Params:
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the parameters; allocates nothing."""
+    # Any key gives the same shapes.
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return sharding.abstract_arrays(shapes, mesh)

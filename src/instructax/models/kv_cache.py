@@ -29,8 +29,10 @@ def init_cache(
     config: ModelConfig, compute: ComputeConfig, batch: int, length: int
 ) -> Cache:
     """An empty cache of `batch` rows and `length` columns."""
+    # Heads before columns: the layout in which attention multiplies keys.
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     empty = tuple(jnp.zeros(shape, compute.matmul_dtype) for _ in range(config.num_layers))
+    # Segment 0 in all columns: no query sees what has not been written.
     columns = jnp.zeros((batch, length), jnp.int32)
     return Cache(
         keys=empty,
@@ -46,7 +48,9 @@ def write_columns(cached: Array, new: Array, column: Array, axis: int) -> Array:
 
     `column` is i32[], or i32[B] with a start for each row.
     """
+    # All rows have filled the same columns: one write for the whole batch.
     if column.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cached, new, column, axis=axis)
+    # Without the batch axis, which `vmap` removes.
     write_row = partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
     return jax.vmap(write_row)(cached, new, column)

@@ -38,6 +38,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        # [contracted axes, features]
         shape = (*x.shape[-self.contracted :], *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape, jnp.float32)
 
@@ -49,6 +50,7 @@ class Linear(nn.Module):
             f"{lead}{summed},{summed}{out}->{lead}{out}", x, kernel, self.matmul_dtype
         )
 
+        # W · x + scale · B · (A · x): two thin products instead of the sum W + A · B.
         if self.has_variable("params", lora.A):
             a = self.get_variable("params", lora.A)
             b = self.get_variable("params", lora.B)
@@ -56,6 +58,7 @@ class Linear(nn.Module):
             # [..., rank], then [..., *features]
             low_rank = einsum(f"{lead}{summed},{summed}r->{lead}r", x, a, self.matmul_dtype)
             delta = einsum(f"{lead}r,r{out}->{lead}{out}", low_rank, b, self.matmul_dtype)
+            # `scale` is a parameter, so a loaded network needs no config of its adapters.
             y = y + delta * scale.astype(y.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
@@ -71,6 +74,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         features = x.shape[-1]
+        # RMSNorm has neither a mean nor a bias.
         center = self.config.norm == "layernorm"
         y = normalize(x.astype(jnp.float32), center, self.config.norm_epsilon)
 
@@ -164,10 +168,12 @@ class Mlp(nn.Module):
         linear = partial(Linear, bias=c.biases, matmul_dtype=self.matmul_dtype)
         y = linear((c.mlp_dim,), 1, c.init_std, name="up")(x)  # [B, T, F]
         if c.gated_mlp:
+            # [B, T, F]; multiplied into the up projection.
             gate = linear((c.mlp_dim,), 1, c.init_std, name="gate")(x)
             y = y * (jax.nn.silu(gate) if c.activation == "swiglu" else gelu(gate))
         else:
             y = gelu(y, c.activation == "gelu")
+        # As for the attention's output.
         residual_std = c.init_std / np.sqrt(2 * c.num_layers)
         return linear((c.embed_dim,), 1, residual_std, name="down")(y)
 
@@ -196,6 +202,7 @@ def apply_dropout(x: Array, dropout: Dropout | None, branch: int) -> Array:
     def keep_mask(key: Array) -> Array:
         return jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape[1:])
 
+    # b[B, T, D]
     kept = jax.vmap(keep_mask)(keys)
     scaled = x / (1.0 - dropout.rate).astype(x.dtype)
     return jnp.where(kept, scaled, jnp.zeros((), x.dtype))
@@ -218,6 +225,7 @@ class Block(nn.Module):
         self, x: Array, mask: Array, positions: Array, past, dropout: Dropout | None
     ):
         c = self.config
+        # Pre-norm: each branch reads a normalized input and adds to the residual stream.
         attention = Attention(c, self.matmul_dtype, self.attend, name="attention")
         mlp = Mlp(c, self.matmul_dtype, name="mlp")
 
@@ -225,6 +233,7 @@ class Block(nn.Module):
         attended, present = attention(attention_input, mask, positions, past)
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)
+        # A parallel MLP reads the stream as it was before attention was added.
         layer_input = x
         x = x + apply_dropout(attended, dropout, 0)
 

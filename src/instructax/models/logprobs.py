@@ -36,6 +36,7 @@ def compute_logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
     """
     # Axis names of the leading axes.
     lead = "abc"[: hidden.ndim - 1]
+    # The largest array of the network, f32[..., V], so its leading axes are kept small.
     logits = einsum(
         f"{lead}d,vd->{lead}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name
     )
@@ -113,6 +114,7 @@ def top_logprobs(
     batch, length, features = hidden.shape
     chunk = min(chunk, length)
     # Every position is computed here, so the order stays as it is.
+    # [B, T, D] → [chunks, B, chunk, D]; the padding is cut off again in `to_rows`.
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
     chunks = padded.reshape(batch, -1, chunk, features).swapaxes(0, 1)
 
@@ -151,6 +153,7 @@ def loss_and_gradients(
       (loss f32[], metrics, gradient of hidden dtype[B, T, D], of kernel f32[V, D]).
     """
     chunks, to_rows, used = _split_chunks((hidden, targets, mask, extras), mask, chunk)
+    # Of the whole batch, not of a chunk.
     total = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
     def weighted_loss(
@@ -163,6 +166,7 @@ def loss_and_gradients(
         weighted = {name: share * value for name, value in metrics.items()}
         return share * loss, {"loss": share * loss} | weighted
 
+    # With respect to hidden states and kernel; targets and mask are data.
     gradients_of = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
 
     # The chunk at `index` of every array: [B, chunk, ...].
@@ -178,6 +182,7 @@ def loss_and_gradients(
     def add(index: Array, state: Any) -> Any:
         (hidden_gradient, kernel_gradient), metrics = gradients_at(index)
         hidden_gradients, sums = state
+        # Each chunk owns its positions, but all chunks add to the kernel's gradient.
         hidden_gradients = jax.lax.dynamic_update_index_in_dim(
             hidden_gradients, hidden_gradient, index, 0
         )
@@ -197,12 +202,14 @@ def loss_and_gradients(
 
 def _logprobs(hidden, kernel, targets, *, temperature, cap):
     logits = compute_logits(hidden, kernel, cap) / temperature
+    # Only the chosen logit and the normalizer: no f32[B, c, V] of log-probabilities.
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _logprobs_and_entropy(hidden, kernel, targets, *, temperature, cap):
     logits = compute_logits(hidden, kernel, cap) / temperature
+    # The entropy needs the whole distribution.
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
@@ -227,10 +234,12 @@ def _split_chunks(
     batch, length = mask.shape
     chunk = min(chunk, length)
     padding = -length % chunk
+    # A stable sort of booleans: False (masked in) first, each group in its old order.
     order = jnp.argsort(~mask, axis=1, stable=True)  # [B, T]
     inverse = jnp.argsort(order, axis=1)
 
     def to_chunks(x: Array) -> Array:
+        # Padding comes last, and its mask is False.
         x = _take_positions(x, order)
         x = jnp.pad(x, ((0, 0), (0, padding), *(((0, 0),) * (x.ndim - 2))))
         return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
@@ -241,6 +250,7 @@ def _split_chunks(
 
     # Rows differ in their number of masked-in positions; the longest row decides.
     longest = jnp.max(jnp.sum(mask, axis=1, dtype=jnp.int32))
+    # Under `vmap` all runs loop equally long.
     used = max_over_batch(-(-longest // chunk))
     return jax.tree.map(to_chunks, tree), to_rows, used
 

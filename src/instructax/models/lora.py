@@ -64,6 +64,7 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
         kernel = linear["kernel"]  # [num_layers, *inputs, *outputs]
         layers = kernel.shape[0]
         inputs, outputs = _inputs_and_outputs(name, kernel)
+        # Std 1 / √inputs, so A · x has the scale of x.
         a = jax.random.normal(keys[name], (layers, *inputs, config.rank), jnp.float32)
         return {
             **linear,
@@ -79,12 +80,14 @@ def merge_lora(params: Params) -> Params:
     """The same network without adapters; parameters without adapters are unchanged."""
 
     def merge(name: str, linear: Params) -> Params:
+        # Such as the linear maps of a network that was trained in full.
         if A not in linear:
             return linear
         kernel = linear["kernel"]
         rank = linear[A].shape[-1]
         a = linear[A].reshape(len(kernel), -1, rank)  # [layers, inputs, rank]
         b = linear[B].reshape(len(kernel), rank, -1)  # [layers, rank, outputs]
+        # Full precision: the merged network must equal the adapted one up to rounding.
         delta = jnp.einsum("lir,lro->lio", a, b, precision="highest")
         # [layers, 1, ..., 1], to multiply a kernel [layers, *inputs, *outputs]
         scale = linear[SCALE].reshape(-1, *(1,) * (kernel.ndim - 1))
@@ -127,6 +130,7 @@ def merge_trees(part: Params, params: Params) -> Params:
     """`params` with the leaves of its subtree `part` replaced."""
     if not isinstance(params, dict) or not isinstance(part, dict):
         return part
+    # Shallow copies along the path; leaves are shared, not copied.
     merged = dict(params)
     for name in params:
         if name in part:
@@ -137,6 +141,7 @@ def merge_trees(part: Params, params: Params) -> Params:
 def _has_lora(params: Params) -> bool:
     if not isinstance(params, dict):
         return False
+    # All linear maps of a network are adapted or none, so looking at one group suffices.
     mlp = params.get("blocks", {}).get("mlp", {})
     return any(A in linear for linear in mlp.values())
 
@@ -145,6 +150,7 @@ def _inputs_and_outputs(
     name: str, kernel: Array
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The input and output axes of a kernel [num_layers, *inputs, *outputs]."""
+    # Axis 0 is the layer.
     first_output = 1 + CONTRACTED_AXES[name]
     return kernel.shape[1:first_output], kernel.shape[first_output:]
 

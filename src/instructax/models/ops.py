@@ -58,9 +58,11 @@ def _einsum_forward(
 def _einsum_backward(
     axes: str, matmul_dtype: str, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
+    # For z = x · y: dx = dz · yᵀ and dy = xᵀ · dz, both as einsums over the same names.
     x_axes, y_axes, out_axes = axes.replace("->", ",").split(",")
     x, y = residuals
     dtype = gradient.dtype
+    # Computed once, not again inside each matrix product that reads them.
     x = materialize(x)
     gradient = materialize(gradient.astype(matmul_dtype))
     x_gradient = _contract(
@@ -78,6 +80,7 @@ def _einsum_backward(
 def _contract(axes: str, x: Array, y: Array, dtype: Any) -> Array:
     """As `einsum`, with the result in `dtype`; what is transposed is materialized."""
     x_axes, y_axes, out_axes = axes.replace("->", ",").split(",")
+    # Every axis is in one of four groups, by the arrays that have it.
     batch = "".join(a for a in x_axes if a in y_axes and a in out_axes)
     summed = "".join(a for a in x_axes if a in y_axes and a not in out_axes)
     x_only = "".join(a for a in x_axes if a not in y_axes)
@@ -112,6 +115,7 @@ def _contract(axes: str, x: Array, y: Array, dtype: Any) -> Array:
 def _transpose(x: Array, axes: str, wanted: str) -> Array:
     if axes == wanted:
         return x
+    # On both sides, or XLA:CPU would fuse the transposition into the product.
     order = tuple(map(axes.index, wanted))
     return materialize(jnp.transpose(materialize(x), order))
 
@@ -134,6 +138,7 @@ def _normalize_forward(
 ) -> tuple[Array, tuple[Array, Array]]:
     if center:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
+    # 1 / the standard deviation: f32[..., 1].
     inverse = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + epsilon)
     y = x * inverse
     return y, (y, inverse)
@@ -168,6 +173,7 @@ def _gelu_forward(x: Array, approximate: bool) -> tuple[Array, Array]:
 
 
 def _gelu_backward(approximate: bool, x: Array, gradient: Array) -> tuple[Array]:
+    # Recomputes the activation from x, which is cheap next to storing its parts.
     derived = partial(jax.nn.gelu, approximate=approximate)
     return jax.vjp(derived, materialize(x))[1](gradient)
 
@@ -188,6 +194,7 @@ def softmax_weighted_sum(scores: Array, values: Array, matmul_dtype: str) -> Arr
 def _softmax_weighted_sum_forward(
     scores: Array, values: Array, matmul_dtype: str
 ) -> tuple[Array, tuple[Array, Array, Array]]:
+    # Saved for the backward pass in float32; the product rounds its own copy.
     weights = jax.nn.softmax(scores, axis=-1)
     output = einsum("bhqs,bhsd->bhqd", weights, values, matmul_dtype)
     return output, (weights, values, output)
@@ -225,6 +232,7 @@ def any_over_batch(flag: Array) -> Array:
 
 @any_over_batch.def_vmap
 def _(_size: int, _batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    # The result is not batched: one flag for all.
     return jnp.any(flags, axis=0), False
 
 

@@ -33,10 +33,12 @@ def rollout_sequences(rollouts: Rollouts) -> LmBatch:
     """Each prompt followed by its response: LmBatch [B, P + R]. The loss mask covers the
     response."""
     prompts = rollouts.prompts
+    # Prompts are padded on the left, responses on the right, so real tokens are adjacent.
     real = jnp.concatenate([prompts.mask, rollouts.mask], axis=1)
     no_prompt = jnp.zeros_like(prompts.mask)
     return LmBatch(
         tokens=jnp.concatenate([prompts.tokens, rollouts.responses], axis=1),
+        # One sequence per row, segment 1; 0 is padding.
         segments=real.astype(jnp.int32),
         positions=positions_from_mask(real),
         loss_mask=jnp.concatenate([no_prompt, rollouts.mask], axis=1),
@@ -51,12 +53,14 @@ def comparison_sequences(comparisons: Comparisons) -> LmBatch:
     """
     prompts = comparisons.prompts
     batch, count, length = comparisons.responses.shape
+    # Responses that do not exist have no tokens.
     mask = comparisons.mask & comparisons.valid[:, :, None]  # [B, K, R]
 
     # Responses are segments 1 … K; the prompt is their shared prefix, segment −1.
     numbers = jnp.arange(1, count + 1, dtype=jnp.int32)[None, :, None]
     offsets = jnp.arange(length, dtype=jnp.int32)[None, None, :]
     prompt_lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)[:, None, None]
+    # [B, K, R]: all responses continue right after the prompt.
     positions = jnp.broadcast_to(prompt_lengths + offsets, mask.shape)
 
     # [B, P] and [B, K, R] → [B, P + K · R]
@@ -74,6 +78,7 @@ def comparison_sequences(comparisons: Comparisons) -> LmBatch:
 def last_token_columns(mask: Array, prompt_columns: int) -> Array:
     """Column of each response's last token in the rows above, or of the prompt's last token
     if the response is empty: b[B, K, R] → i32[B, K]."""
+    # Responses are padded on the right, so the length gives the last column.
     lengths = jnp.sum(mask, axis=2, dtype=jnp.int32)
     # [K], the first column of each response
     starts = prompt_columns + jnp.arange(mask.shape[1], dtype=jnp.int32) * mask.shape[2]
@@ -118,6 +123,7 @@ def packed_logprobs(
     """Log-probability of each token given its segment so far, at `temperature`: LmBatch
     [B, T] → f32[B, T], zero outside the loss mask. Nothing predicts column 0, which no loss
     mask covers."""
+    # Position t predicts token t + 1, so the result has T − 1 columns until it is shifted.
     hidden, kernel, targets, mask = _hidden_and_targets(model, params, batch, None)
     logprobs = sequence_logprobs(
         hidden,
@@ -203,6 +209,7 @@ def packed_loss_and_gradients(
 
 def packed_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
     """The scalar head at each token: LmBatch [B, T] → f32[B, T]."""
+    # The scalar head needs no chunks: one number per token.
     outputs, _ = model.apply(
         {"params": params}, batch.tokens, batch.segments, batch.positions
     )
@@ -212,5 +219,6 @@ def packed_outputs(model: Transformer, params: Params, batch: LmBatch) -> Array:
 def packed_values(model: Transformer, params: Params, batch: LmBatch) -> Array:
     """The value model's estimate before each token: LmBatch [B, T] → f32[B, T], zero
     outside the loss mask."""
+    # The output at t − 1 is the estimate before token t, as for log-probabilities.
     outputs = packed_outputs(model, params, batch)
     return jnp.where(batch.loss_mask, _shift_right(outputs[:, :-1]), 0.0)

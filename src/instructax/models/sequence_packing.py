@@ -51,6 +51,7 @@ class PackedLayout:
 
     def scatter(self, x: Array) -> Array:
         """Packs an array: [N, L] → [rows, shards, W], zero at padding."""
+        # Tokens that do not exist have an index past the end, which "drop" ignores.
         flat = jnp.zeros((self.segment_ids.size,), x.dtype)
         return flat.at[self.token_index].set(x, mode="drop").reshape(self.segment_ids.shape)
 
@@ -76,6 +77,7 @@ class PackedLayout:
         shards = self.segment_ids.shape[1]
 
         def take(x: Array) -> Array:
+            # A microbatch of fewer columns than W takes the first columns of its rows.
             start = (row, *(0,) * (x.ndim - 1))
             taken = jax.lax.dynamic_slice(x, start, (rows, shards, columns, *x.shape[3:]))
             return taken.swapaxes(0, 1).reshape(shards * rows, columns, *x.shape[3:])
@@ -90,6 +92,7 @@ class PackedLayout:
         shards = self.segment_ids.shape[1]
 
         def put(x: Array, part: Array) -> Array:
+            # Back from the order of devices to [rows, shards, columns, ...].
             part = part.reshape(shards, rows, columns, *part.shape[2:]).swapaxes(0, 1)
             return jax.lax.dynamic_update_slice(x, part, (row, *(0,) * (x.ndim - 1)))
 
@@ -97,6 +100,7 @@ class PackedLayout:
 
     def padding_fraction(self) -> Array:
         """Fraction of the computed tokens that are padding: f32[]."""
+        # All devices compute as many rows as the fullest one.
         computed = self.used_tokens * self.segment_ids.shape[1]
         real = jnp.sum(self.segment_ids > 0, dtype=jnp.float32)
         return 1.0 - real / jnp.maximum(computed, 1)
@@ -146,8 +150,11 @@ def plan_packing(
 
     # First fit wastes less if the longest come first.
     order = jnp.argsort(-lengths, stable=True)
+    # i32[rows · shards], the free tokens of each row; consecutive rows belong to different
+    # devices, which balances them.
     empty_rows = jnp.full((rows * shards,), width, jnp.int32)
     free, starts = jax.lax.scan(place, empty_rows, lengths[order])
+    # From the order of lengths back to that of the batch: i32[N], first flat index.
     starts = jnp.zeros_like(starts).at[order].set(starts)
 
     offset = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # [N, L], within the sequence
@@ -217,6 +224,7 @@ def pack(batch: LmBatch, layout: PackedLayout) -> LmBatch:
     its responses. Segments are renumbered, so that those of one row differ.
     """
     numbers = layout.segment_ids
+    # [rows, shards, W]; 0 is padding here too.
     segments = layout.scatter(batch.segments)
     # Sequence n gets segments from (n − 1) · SEGMENTS_PER_PREFIX + 1 on. A shared prompt
     # gets the segment −n, which is what those attend to.
@@ -303,6 +311,7 @@ def scan_packed_rows(
       The last carry, and the outs as a tree of [rows, shards, W, ...], zero where not used.
     """
     width = layout.segment_ids.shape[2]
+    # Shapes of the outs beyond rows and columns come from tracing `step` once.
     example = layout.take_microbatch(packed, 0, layout.microbatch_shapes[0])
     out_shapes = jax.eval_shape(lambda: step(carry, example)[1])
 

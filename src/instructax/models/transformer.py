@@ -118,6 +118,7 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(c.init_std)
         embedding = self.param("embedding", init, (c.vocab_size, c.embed_dim), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(self.compute.activation_dtype)
+        # Rounded to the activation dtype, as in Gemma's own code.
         if c.scale_embedding:
             x = x * jnp.asarray(np.sqrt(c.embed_dim), x.dtype)
         if c.positions == "learned":
@@ -139,6 +140,7 @@ def head_kernel(config: ModelConfig, params: Params) -> Array:
 
 def init_blocks(key: Array, config: ModelConfig) -> Params:
     """Parameters of all layers, stacked on a leading axis [num_layers, ...]."""
+    # Values do not matter: only shapes decide what `init` creates.
     x = jnp.zeros((1, 1, config.embed_dim))
     mask = jnp.ones((1, 1, 1), bool)
     positions = jnp.zeros((1, 1), jnp.int32)
@@ -147,6 +149,7 @@ def init_blocks(key: Array, config: ModelConfig) -> Params:
         block = Block(config, "float32", attend, parent=None)
         return block.init(key, x, mask, positions, None, None)["params"]
 
+    # One key per layer, so layers start differently.
     return jax.vmap(init_layer)(jax.random.split(key, config.num_layers))
 
 
@@ -206,6 +209,7 @@ def layer_masks(
     windowed_mask = mask & window_mask(
         query_positions, key_positions, config.sliding_window
     )
+    # b[num_layers], known at trace time.
     has_window = np.isin(np.arange(config.num_layers), config.window_layers)
 
     def mask_of_layer(index: int | Array) -> Array:
@@ -233,6 +237,7 @@ def cast_matrices(params: Params, compute: ComputeConfig) -> Params:
     The network would cast them itself; casting first lets a decoding loop read fewer bytes.
     Norms and biases stay float32.
     """
+    # By the last part of a parameter's path.
     dtypes = {
         "kernel": compute.matmul_dtype,
         "embedding": compute.activation_dtype,
@@ -270,6 +275,7 @@ def unroll_blocks(
     keys = []
     values = []
     for index, params in enumerate(layers):
+        # The layer's own cache, and the column where its new keys and values go.
         past = (cache.keys[index], cache.values[index], column)
         block = Block(config, compute.matmul_dtype, attend_cached, parent=None)
         x, (key, value) = block.apply(

@@ -22,12 +22,15 @@ from instructax.types import Array, LmBatch, Params
 
 def microbatch_count(rows: int, microbatch_rows: int, mesh: Mesh | AbstractMesh) -> int:
     """The fewest microbatches of `rows` with at most `microbatch_rows` rows per device."""
+    # The limit holds per device: more devices take more rows at a time.
     rows_at_a_time = microbatch_rows * sharding.num_row_shards(mesh)
     return -(-rows // rows_at_a_time)
 
 
 def split_microbatches(tree: Any, count: int, mesh: Mesh) -> Any:
     """[B, ...] → [count, B / count, ...], with the rows of each microbatch sharded."""
+    # Microbatch i is the i-th contiguous part of the batch. Axis 1 holds its rows, so the
+    # split of rows over devices moves there.
     split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
     return sharding.constrain_rows(split, mesh, axis=1)
 
@@ -37,6 +40,7 @@ def microbatch_weights(token_counts: Array) -> Array:
 
     Zeros if there are no tokens at all.
     """
+    # The lower bound avoids 0 / 0; whatever it divides is then 0.
     return token_counts / jnp.maximum(jnp.sum(token_counts), 1.0)
 
 
@@ -54,16 +58,19 @@ def accumulate(
       The weighted sum of the gradients, and the metrics stacked along the first axis.
     """
     first = jax.tree.map(lambda x: x[0], microbatches)
+    # One microbatch needs no loop and no accumulator. Metrics keep their leading axis.
     if weights.shape[0] == 1:
         gradients, metrics = gradients_of(first)
         stacked = jax.tree.map(lambda x: x[None], metrics)
         return scale_tree(weights[0], gradients), stacked
 
+    # The sum is a carry of the scan: one copy of the gradients, updated in place.
     def add(total: Params, inputs: tuple[Any, Array]) -> tuple[Params, Any]:
         microbatch, weight = inputs
         gradients, metrics = gradients_of(microbatch)
         return jax.tree.map(lambda t, g: t + weight * g, total, gradients), metrics
 
+    # Only the trainable parameters have gradients; their structure comes from tracing.
     shapes = jax.eval_shape(lambda microbatch: gradients_of(microbatch)[0], first)
     return jax.lax.scan(add, _zeros(shapes), (microbatches, weights))
 
@@ -82,11 +89,14 @@ def accumulate_packed(
       rows: a pytree of [rows, shards, W] arrays.
       layout: the layout of `rows`.
     """
+    # Any microbatch would do: the shapes of gradients do not depend on its rows.
     first = layout.take_microbatch(rows, 0, layout.microbatch_shapes[0])
+    # (rows, W) of all packed rows on one device.
     everything = (len(layout.segment_ids), layout.segment_ids.shape[2])
     if layout.microbatch_shapes == (everything,):  # a single microbatch needs no loop
         return weighted_gradients_of(first)
 
+    # Already weighted, so a plain sum is the gradient of the whole minibatch.
     def add(total: Any, microbatch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, weighted_gradients_of(microbatch)), None
 
@@ -108,6 +118,7 @@ def next_token_gradients(
     def loss_of(logprobs: Array, mask: Array, _: None) -> tuple[Array, dict[str, Array]]:
         return next_token_loss(logprobs, mask), {}
 
+    # Temperature 1: the loss is the model's own cross-entropy.
     loss, _, gradients = packed_loss_and_gradients(
         model, params, batch, loss_of, None, temperature=1.0, dropout=dropout
     )

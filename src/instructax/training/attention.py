@@ -27,6 +27,8 @@ def split_lengths(compute: ComputeConfig, *widths: int) -> tuple[int, ...]:
     lengths: set[int] = set()
     for width in widths:
         for split in range(compute.tail_splits + 1):
+            # Splits halve rows first and then columns, so the narrowest piece is never
+            # below this.
             lengths.add(width >> split)
     return tuple(sorted(lengths))
 
@@ -46,12 +48,15 @@ def select_attention_kernel(
       The config with the kernel as `compute.attention`, and the kernel with the reason.
       Raises ConfigError if the config names a kernel that cannot run.
     """
+    # All devices of a run are alike.
     platform, version = device_platform(jax.devices()[0])
     lengths, shared_prefixes = row_lengths
+    # A stage has one network or, in PPO, two; the kernel must run both.
     networks = []
     for name in ("model", "reward_model"):
         if hasattr(config, name):
             networks.append(getattr(config, name))
+    # What the strictest network of the run needs.
     conditions = KernelConditions(
         platform=platform,
         version=version,
@@ -64,6 +69,8 @@ def select_attention_kernel(
         vmapped_runs=side_by_side,
     )
     kernel, reason = select_kernel(config.compute.attention, conditions)
+    # The manifest keeps the config as given ("auto"); only the run sees the resolved
+    # kernel.
     compute = dataclasses.replace(config.compute, attention=kernel)
     return dataclasses.replace(config, compute=compute), f"{kernel} ({reason})"
 

@@ -24,6 +24,7 @@ MATRICES = ("kernel", "embedding", "positions", "lora_a", "lora_b")
 class OptimizerConfig:
     """Adam and its learning-rate schedule; a step is one call of the stage's update."""
 
+    # The paper's Adam has beta1 = 0.9 and beta2 = 0.95 (appendix C).
     learning_rate: float  # the peak
     schedule: Literal["constant", "cosine", "linear"]  # after the warm-up
     warmup_steps: int
@@ -55,9 +56,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     With clipping, its `update` takes the global norm of the gradients as `norm` f32[].
     """
+    # The order matters: clip the raw gradient, then scale by Adam's moments, then decay the
+    # weights, which Adam must not rescale (AdamW, Loshchilov and Hutter 2019).
     transforms: list[Any] = []
     if config.clip_norm > 0:
         transforms.append(clip_by_given_norm(config.clip_norm))
+    # Scales to unit step size; the learning rate is applied in `apply_gradients`.
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     transforms.append(adam)
     if config.weight_decay > 0:
@@ -76,6 +80,7 @@ def clip_by_given_norm(max_norm: float) -> optax.GradientTransformationExtraArgs
     def update(
         updates: Params, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Params, Any]:
+        # A norm of 0 gives infinity here, and a scale of 1.
         scale = jnp.minimum(1.0, max_norm / extra["norm"])
         return jax.tree.map(lambda gradient: gradient * scale, updates), state
 
@@ -113,21 +118,26 @@ def learning_rate_at(
     Returns:
       f32[]
     """
+    # float32 holds all integers up to 2²⁴ exactly.
     step = step.astype(jnp.float32)
     warmup_steps = config.warmup_steps
     start = config.warmup_from
+    # Fraction of the peak, which reaches 1 at step `warmup_steps`.
     warmup = start + (1.0 - start) * step / max(warmup_steps, 1)
 
     # Fraction of the steps after the warm-up that are done: f32[].
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     progress = jnp.clip(progress, 0.0, 1.0)
+    # Each falls from 1 to 0 (or stays at 1) as progress goes from 0 to 1.
     shapes = {
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
     }
+    # A constant schedule ignores `final_fraction`.
     final = 1.0 if config.schedule == "constant" else config.final_fraction
     decayed = final + (1.0 - final) * shapes[config.schedule]
+    # The peak is the only factor that a sweep varies.
     return peak * jnp.where(step < warmup_steps, warmup, decayed)
 
 
@@ -149,14 +159,18 @@ def apply_gradients(
       gradients: of the trainable parameters.
       learning_rate: f32[].
     """
+    # One pass over the gradients serves the finite check and the clipping.
     norm = optax.tree.norm(gradients)
+    # Without clipping no transform takes `norm`; this drops it then.
     optimizer = optax.with_extra_args_support(optimizer)
 
     def take_step(params: Params, opt_state: Any) -> tuple[Params, Any]:
+        # Directions point uphill and have no learning rate yet.
         directions, opt_state = optimizer.update(gradients, opt_state, params, norm=norm)
         params = jax.tree.map(lambda p, d: p - learning_rate * d, params, directions)
         return params, opt_state
 
+    # Both branches must return the same structure and dtypes.
     def skip_step(params: Params, opt_state: Any) -> tuple[Params, Any]:
         return params, opt_state
 
@@ -164,6 +178,7 @@ def apply_gradients(
     params, opt_state = jax.lax.cond(
         jnp.isfinite(norm), take_step, skip_step, trainable(state.params), state.opt_state
     )
+    # Frozen parameters are put back beside the trained ones.
     params = merge_trees(params, state.params)
     return dataclasses.replace(state, params=params, opt_state=opt_state)
 
@@ -173,6 +188,7 @@ def skipped(*norms: Array) -> Array:
 
     f32[] each → f32[].
     """
+    # Finite exactly if all gradients are and the sum of their squares does not overflow.
     all_finite = jnp.all(jnp.isfinite(jnp.stack(norms)))
     return 1.0 - all_finite.astype(jnp.float32)
 

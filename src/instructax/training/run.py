@@ -55,6 +55,7 @@ class RunConfig:
     watchdog_seconds: float  # limit for each phase of a step, with compiling; 0 = none
 
     def __post_init__(self):
+        # 0 is allowed where it turns something off.
         least = {
             "log_every": 1,
             "evaluate_every": 0,
@@ -65,11 +66,26 @@ class RunConfig:
             "watchdog_seconds": 0,
         }
         check_range(self, least)
+        # The log is flushed every `log_every` steps, and a resumed run drops later lines.
         if self.save_every % self.log_every:
             raise ConfigError(
                 f"save_every = {self.save_every} must be a multiple of log_every = "
                 f"{self.log_every}: a resumed run would have a gap in its log"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Monitors:
+    """What observes a run from outside: each hears of a phase as it begins."""
+
+    watchdog: Watchdog  # stops a process whose phase takes too long
+    heartbeat: Heartbeat  # the current phase, in a file
+    goodput_log: GoodputLog  # seconds spent in each phase
+
+    def beat(self, name: str) -> None:
+        """Announces the phase `name` to all of them."""
+        for monitor in (self.watchdog, self.heartbeat, self.goodput_log):
+            monitor.beat(name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,15 +102,19 @@ class Run:
     data: Mapping[str, PreparedData] = dataclasses.field(default_factory=dict)
 
     def write_manifest(self) -> None:
-        """Writes `manifest.json`, and beside it the tokenizer and the chat template, so that
-        the workdir can be moved. Process 0 only."""
+        """Writes `manifest.json`, the tokenizer and the chat template. Process 0 only.
+
+        The copies make the workdir complete, so that it can be moved.
+        """
         if jax.process_index() > 0:
             return
         config = self.config
         save_tokenizer(self.tokenizer, str(self.workdir / "tokenizer.json"))
+        # All parents have the same template (`select_prompt_format`).
         if uses_chat(config) and self.parents:
             first = next(iter(self.parents.values()))
             copy_template(first.workdir, self.workdir)
+        # Identities of data and parents, which `check_manifest` compares on every restart.
         inputs = self._inputs()
         write_manifest(
             self.workdir,
@@ -112,6 +132,7 @@ class Run:
         """Raises ConfigError if the config, data or parents have changed since the manifest
         was written."""
         manifest = read_manifest(self.workdir)
+        # Stored values were redacted too when the manifest was written.
         inputs = redact({**self._inputs(), "config": fixed_values(self.given)})
         stored = {
             "data": manifest["data"],
@@ -127,6 +148,8 @@ class Run:
 
     def _inputs(self) -> dict[str, dict[str, Any]]:
         """Hashes of the data, and the identity of each parent, by name."""
+        # Hashes of the prepared rows, so files may move as long as their content is the
+        # same.
         data: dict[str, Any] = {}
         for name, prepared in self.data.items():
             data[name] = prepared.report.hash
@@ -160,75 +183,110 @@ class Run:
           evaluate: metrics of a state on validation data.
           prepare_save: changes a state before it is saved, as in `loop.LoopCallbacks`.
         """
-        config: RunConfig = self.config.run
-        workdir = self.workdir
-        process = jax.process_index()
         with contextlib.ExitStack() as stack:
-            # Whoever watches the run from outside hears of each phase as it begins.
-            watchdog = Watchdog(config.watchdog_seconds, workdir / f"hang-{process}.txt")
-            heartbeat = Heartbeat(workdir / f"heartbeat-{process}.json")
-            stack.enter_context(contextlib.closing(heartbeat))
-            ledger = GoodputLog(workdir / "goodput.jsonl", writes=process == 0)
-            stack.enter_context(contextlib.closing(ledger))
-
-            def beat(name: str) -> None:
-                for listener in (watchdog, heartbeat, ledger):
-                    listener.beat(name)
-
-            beat("restore")
+            monitors = self._open_monitors(stack)
+            # Restoring and the first compilation can take minutes, so they are phases as
+            # well.
+            monitors.beat("restore")
             checkpoints = self._checkpoints(exported)
-            restored = checkpoints.restore(abstract)
-            if restored:
-                state, step = restored
-                self.check_manifest()
-            else:
-                state, step = start(), 0
-            self.write_manifest()
-            beat("start")
-            ledger.begin(step)
+            state, step = self._restore_or_start(checkpoints, abstract, start)
+            monitors.beat("start")
+            monitors.goodput_log.begin(step)
 
-            log = MetricLog(
-                workdir,
-                total_steps=total_steps,
-                start_step=step,
-                log_every=config.log_every,
-                tensorboard=config.tensorboard,
-                console=True,
-                beat=beat,
-                on_flush=ledger.write,
-                start_recorded=checkpoints.unevaluated is None,
-            )
-            stack.enter_context(watchdog)
+            log = self._metric_log(monitors, checkpoints, step, total_steps)
+            # Closed in reverse order: the last flush of the log writes to the goodput log.
+            stack.enter_context(monitors.watchdog)
             stack.enter_context(log)
-            try:
-                loop.fit(
-                    state,
-                    loop.LoopCallbacks(
-                        read_batch=read_batch,
-                        update=lambda state, batch: update(state, batch, log),
-                        evaluate=evaluate,
-                        prepare_save=prepare_save,
-                    ),
-                    loop.LoopOutputs(
-                        checkpoints=checkpoints,
-                        log=log,
-                        nonfinite_guard=NonFiniteGuard(
-                            config.most_skipped, workdir / "skipped"
-                        ),
-                    ),
-                    total_steps=total_steps,
-                    evaluate_every=config.evaluate_every,
-                )
-            finally:
-                checkpoints.close()
-            log.flush()
-            beat("finish")
-            # From the file: a run that was killed after its last save computes nothing more.
-            last = _last_record(workdir / "metrics.jsonl")
-            log.write_summary({"stage": self.config.stage, **last})
-        if process == 0:
-            totals = goodput.read_totals(workdir / "goodput.jsonl")
+            callbacks = loop.LoopCallbacks(
+                read_batch=read_batch,
+                update=lambda state, batch: update(state, batch, log),
+                evaluate=evaluate,
+                prepare_save=prepare_save,
+            )
+            self._run_loop(state, callbacks, checkpoints, log, total_steps)
+            self._write_summary(log, monitors)
+        if jax.process_index() == 0:
+            totals = goodput.read_totals(self.workdir / "goodput.jsonl")
             print(goodput.format_totals(totals), flush=True)
+
+    def _open_monitors(self, stack: contextlib.ExitStack) -> _Monitors:
+        """Opens what observes the run from outside; `stack` closes it."""
+        process = jax.process_index()
+        seconds = self.config.run.watchdog_seconds
+        watchdog = Watchdog(seconds, self.workdir / f"hang-{process}.txt")
+        heartbeat = Heartbeat(self.workdir / f"heartbeat-{process}.json")
+        stack.enter_context(contextlib.closing(heartbeat))
+        goodput_log = GoodputLog(self.workdir / "goodput.jsonl", writes=process == 0)
+        stack.enter_context(contextlib.closing(goodput_log))
+        return _Monitors(watchdog, heartbeat, goodput_log)
+
+    def _restore_or_start(
+        self, checkpoints: Checkpoints, abstract: Any, start: Callable[[], Any]
+    ) -> tuple[Any, int]:
+        """(the state of the newest checkpoint, or that of step 0; its step)."""
+        restored = checkpoints.restore(abstract)
+        if restored:
+            state, step = restored
+            self.check_manifest()
+        else:
+            state = start()
+            step = 0
+        # Only now: a run that cannot continue must not overwrite what it started from.
+        self.write_manifest()
+        return state, step
+
+    def _metric_log(
+        self,
+        monitors: _Monitors,
+        checkpoints: Checkpoints,
+        step: int,
+        total_steps: int,
+    ) -> MetricLog:
+        """The log of metrics from `step` on; later lines of the file are dropped."""
+        config: RunConfig = self.config.run
+        return MetricLog(
+            self.workdir,
+            total_steps=total_steps,
+            start_step=step,
+            log_every=config.log_every,
+            tensorboard=config.tensorboard,
+            console=True,
+            beat=monitors.beat,
+            on_flush=monitors.goodput_log.write,
+            # A step saved before its evaluation ended has no line in the log yet.
+            start_recorded=checkpoints.unevaluated is None,
+        )
+
+    def _run_loop(
+        self,
+        state: Any,
+        callbacks: loop.LoopCallbacks,
+        checkpoints: Checkpoints,
+        log: MetricLog,
+        total_steps: int,
+    ) -> None:
+        """Trains to the end, or until the run is asked to stop; closes the checkpoints."""
+        config: RunConfig = self.config.run
+        try:
+            guard = NonFiniteGuard(config.most_skipped, self.workdir / "skipped")
+            loop.fit(
+                state,
+                callbacks,
+                loop.LoopOutputs(checkpoints=checkpoints, log=log, nonfinite_guard=guard),
+                total_steps=total_steps,
+                evaluate_every=config.evaluate_every,
+            )
+        finally:
+            # Saving is asynchronous: waits until the last step is on disk.
+            checkpoints.close()
+
+    def _write_summary(self, log: MetricLog, monitors: _Monitors) -> None:
+        """Writes `summary.json`, which marks the run as finished."""
+        log.flush()
+        monitors.beat("finish")
+        # From the file: a run that was killed after its last save computes nothing more.
+        last = _last_record(self.workdir / "metrics.jsonl")
+        log.write_summary({"stage": self.config.stage, **last})
 
     def _checkpoints(self, exported: str) -> Checkpoints:
         config: RunConfig = self.config.run
@@ -254,15 +312,20 @@ def open_run(stage: Any, config: Any, workdir: Path, given: Mapping[str, Any]) -
     Returns:
       The run. Raises ConfigError or ValueError for inputs that cannot be used.
     """
+    # Stages that train and evaluate have a mesh; those that only write files have none.
     mesh = sharding.make_mesh(config.mesh) if hasattr(config, "mesh") else None
+    # Before anything is loaded: errors in a config should appear within seconds.
     stage.validate(config, mesh)
     if hasattr(config, "compute"):
+        # From here on the config names the kernel that runs.
         config = with_attention_kernel(config, stage.row_lengths(config))
     if mesh is None:
         return Run(config=config, given=given, workdir=workdir)
 
+    # Parents are opened before the data is prepared: the prompt format comes from them.
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     parents = open_parents(config.parents(), tokenizer, config.tokenizer)
+    # The format applies to prompts; pretraining text has none.
     prompt_format = select_prompt_format(uses_chat(config), parents, tokenizer)
     return Run(
         config=config,
@@ -284,6 +347,7 @@ def select_prompt_format(
     """
     if not chat:
         return PLAIN_FORMAT
+    # Parent's config field → its template, or None.
     templates = {}
     for name, parent in parents.items():
         templates[name] = load_template(parent.workdir, tokenizer)
@@ -292,6 +356,8 @@ def select_prompt_format(
         "config.data.chat = True, but there is no parent that has a chat template: name "
         "one, or set it to False",
     )
+    # All must agree with the first: each network must see prompts as it was trained on
+    # them.
     first, expected = next(iter(templates.items()))
     for name, template in templates.items():
         problem = ""

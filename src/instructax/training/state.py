@@ -31,6 +31,7 @@ def adapter_initializer(config: Any, network: int = 0) -> AddAdapters:
     """
 
     def add_adapters(params: Params) -> Params:
+        # Policy and value network of PPO share a seed, but not their adapters.
         key = rng.step_key(config.seed, "adapters", network)
         return add_lora(params, config.lora, key)
 
@@ -39,6 +40,8 @@ def adapter_initializer(config: Any, network: int = 0) -> AddAdapters:
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0; the optimizer state covers only the trainable parameters."""
+    # Frozen parameters have no moments, which saves most of the optimizer's memory with
+    # LoRA.
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -54,10 +57,12 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of a train state; allocates nothing."""
 
+    # Traced for shapes only, so any key will do.
     def create() -> TrainState:
         params = init_params(model, jax.random.key(0))
         return new_state(add_adapters(params), optimizer)
 
+    # The optimizer's moments are sharded like the parameters that they belong to.
     return sharding.abstract_arrays(jax.eval_shape(create), mesh)
 
 
@@ -78,6 +83,7 @@ def init_state(
     def create(key: Array) -> TrainState:
         return new_state(add_adapters(init_params(model, key)), optimizer)
 
+    # Under jit with these shardings no device ever holds a whole large parameter.
     shardings = layouts(abstract_state(model, optimizer, mesh, add_adapters))
     return jax.jit(create, out_shardings=shardings)(key)
 
@@ -96,6 +102,7 @@ def start_from(
     def create(params: Params) -> TrainState:
         return new_state(add_adapters(params), optimizer)
 
+    # No donation: PPO's reference policy keeps using `params`.
     shapes = jax.eval_shape(create, params)
     return jax.jit(create, out_shardings=sharding.shardings(shapes, mesh))(params)
 
@@ -115,6 +122,7 @@ def compile_update(
     """
     state = layouts(abstract)
     replicated = sharding.replicated(mesh)
+    # Donation lets XLA write the new state over the old one: one state in memory, not two.
     return jax.jit(
         update,
         in_shardings=(state, sharding.row_sharding(mesh), replicated),

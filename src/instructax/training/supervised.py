@@ -55,6 +55,7 @@ class SupervisedSettings:
 class SupervisedProgram:
     """What is compiled in."""
 
+    # Static: closed over by the compiled update.
     model: Transformer
     optimizer: optax.GradientTransformation
     schedule: OptimizerConfig
@@ -96,6 +97,42 @@ def supervised_update(
     Returns:
       The new state and the metrics, scalars.
     """
+    gradients, losses, weights = _batch_gradients(program, state, batch, settings)
+    learning_rate = learning_rate_at(
+        state.step,
+        peak=settings.optimizer.learning_rate,
+        config=program.schedule,
+        total_steps=program.total_steps,
+    )
+    state = apply_gradients(program.optimizer, state, gradients, learning_rate)
+    # Before clipping.
+    norm = optax.tree.norm(gradients)
+
+    # Trained tokens are those of the loss mask; `tokens` also counts prompts.
+    tokens = token_count(batch.segments > 0)
+    metrics = {
+        "loss": jnp.sum(weights * losses),
+        "learning_rate": learning_rate,
+        "grad_norm": norm,
+        "skipped": skipped(norm),
+        "trained_tokens": token_count(batch.loss_mask),
+        "tokens": tokens,
+        "padding": 1.0 - tokens / batch.segments.size,
+    }
+    return dataclasses.replace(state, step=state.step + 1), metrics
+
+
+def _batch_gradients(
+    program: SupervisedProgram,
+    state: TrainState,
+    batch: LmBatch,
+    settings: SupervisedSettings,
+) -> tuple[Params, Array, Array]:
+    """Gradients of the whole batch, one microbatch at a time.
+
+    Returns:
+      (gradients, losses f32[microbatches], their weights f32[microbatches])
+    """
     # [B, T] -> [microbatches, B / microbatches, T]
     parts = split_microbatches(batch, program.accumulate, program.mesh)
     # Weighted by trained tokens, the sum over microbatches is the whole batch's gradient.
@@ -106,33 +143,16 @@ def supervised_update(
 
     def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
         part, keys = inputs
+        # Without dropout no random bits are drawn, so the program is smaller.
         dropout = None
         if program.drops:
             dropout = Dropout(rate=settings.dropout, keys=keys)
         return next_token_gradients(program.model, state.params, part, dropout)
 
+    # key[B] → key[microbatches, B / microbatches]
     inputs = (parts, keys.reshape(program.accumulate, -1))
     gradients, metrics = accumulate(gradients_of, inputs, weights)
-    learning_rate = learning_rate_at(
-        state.step,
-        peak=settings.optimizer.learning_rate,
-        config=program.schedule,
-        total_steps=program.total_steps,
-    )
-    state = apply_gradients(program.optimizer, state, gradients, learning_rate)
-    norm = optax.tree.norm(gradients)
-
-    tokens = token_count(batch.segments > 0)
-    metrics = {
-        "loss": jnp.sum(weights * metrics["loss"]),
-        "learning_rate": learning_rate,
-        "grad_norm": norm,
-        "skipped": skipped(norm),
-        "trained_tokens": token_count(batch.loss_mask),
-        "tokens": tokens,
-        "padding": 1.0 - tokens / batch.segments.size,
-    }
-    return dataclasses.replace(state, step=state.step + 1), metrics
+    return gradients, metrics["loss"], weights
 
 
 def train_supervised(
@@ -157,17 +177,21 @@ def train_supervised(
       preview: whether to print the first row of the first batch.
     """
     config = run.config
+    # The program is static; seed, peak learning rate and dropout are its arguments.
     program = supervised_program(config, model, run.mesh, total_steps)
     settings = settings_from(SupervisedSettings, config)
     abstract = abstract_state(model, program.optimizer, run.mesh, add_adapters)
     update = compile_update(partial(supervised_update, program), abstract, run.mesh)
 
     def start() -> TrainState:
+        # Only for a fresh run: `start` is not called if there is a checkpoint.
         if preview and jax.process_index() == 0:
             print_preview(read_batch(0), run.tokenizer.decode)
+        # Without a parent the run starts from fresh parameters.
         if "parent" in run.parents:
             params = run.parents["parent"].load(abstract_params(model, run.mesh))
             return start_from(params, program.optimizer, run.mesh, add_adapters)
+        # Random weights have no adapters: `check_lora` requires a parent for them.
         key = rng.step_key(config.seed, "init", 0)
         return init_state(model, program.optimizer, key, run.mesh)
 

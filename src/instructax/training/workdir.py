@@ -26,8 +26,10 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     claim it. Raises ConfigError with the differences.
     """
     path = workdir / "config.json"
+    # Files of a workdir may be shared, so they contain no credentials.
     config = redact(config)
     if path.exists() and (is_finished(workdir) or committed_steps(workdir)):
+        # Workdirs of earlier versions have the field names of their time.
         stored = upgrade_config(_read_config(path))
         difference = config_difference(fixed_values(stored), fixed_values(config))
         if stored.get("stage") != config.get("stage"):
@@ -38,18 +40,21 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             f"{workdir} holds a run with another config ({'; '.join(difference)}); "
             "give the stored values again or choose another --workdir",
         )
+    # A finished run keeps its file; the free groups of a repeated command change nothing.
     if jax.process_index() == 0 and not is_finished(workdir):
         write_json(path, config)
 
 
 def fixed_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that a workdir is bound to."""
+    # `run` and `mesh` may change between two starts of a run.
     return {name: value for name, value in config.items() if name not in FREE_GROUPS}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_bytes())
+        # Valid JSON that is not an object, such as a bare number.
         require(isinstance(stored, dict), "it is not a group of values")
     except (ValueError, RecursionError) as error:
         raise ConfigError(

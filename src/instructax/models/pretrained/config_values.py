@@ -16,6 +16,7 @@ def require_values(raw: RawConfig, **allowed: tuple[Any, ...]) -> None:
     The first allowed value of each name is the default of configs that do not name it.
     """
     for name, values in allowed.items():
+        # A missing name means the default of transformers, so it must be checked too.
         value = raw.get(name, values[0])
         require(
             value in values,
@@ -33,6 +34,7 @@ def required_value(raw: RawConfig, name: str) -> Any:
 def read_rotary(raw: RawConfig, default_fraction: float) -> dict[str, Any]:
     """The fields `rotary_*` of ModelConfig. Versions of transformers differ in where they
     write them."""
+    # `rope_scaling` is the older of the two names; `null` counts as absent.
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
@@ -47,7 +49,10 @@ def read_rotary(raw: RawConfig, default_fraction: float) -> dict[str, Any]:
     fraction = raw.get("partial_rotary_factor", raw.get("rotary_pct", default_fraction))
     fraction = rope.get("partial_rotary_factor", fraction)
 
+    # Llama 3.1 scales relative to the context of pretraining, not to its own.
     max_length = raw.get("max_position_embeddings", 2048)
+    # Built for all kinds, so that the values are checked; used unless the kind is
+    # "default".
     scaling = RotaryScaling(
         kind="linear" if kind == "linear" else "llama3",
         factor=float(rope.get("factor", 1.0)),
@@ -65,6 +70,7 @@ def read_rotary(raw: RawConfig, default_fraction: float) -> dict[str, Any]:
 def write_rotary(c: ModelConfig) -> dict[str, Any]:
     """The group `rope_parameters`."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rotary_base}
+    # Written only where they differ, since not all families know these names.
     if c.rotary_fraction != 1.0:
         rope["partial_rotary_factor"] = c.rotary_fraction
     scaling = c.rotary_scaling

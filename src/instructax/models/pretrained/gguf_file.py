@@ -58,6 +58,7 @@ class GgufFile:
 
     def __init__(self, path: Path):
         try:
+            # An optional dependency.
             import gguf
         except ImportError:
             raise ConfigError(
@@ -70,6 +71,7 @@ class GgufFile:
         self._path = path
         self._dequantize = gguf.dequantize
         self._fields = reader.fields
+        # Memory-mapped: opening reads no tensor.
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture = self._value("general.architecture")
         require(
@@ -97,6 +99,8 @@ class GgufFile:
             f"{self._path}: rope.scaling.type = {scaling_type!r} or rope_freqs.weight is "
             "not supported: give the Hugging Face folder of the model",
         )
+        # Llama 3.1's scaling is stored as a tensor of factors, which `config.json` cannot
+        # hold.
         scaling = None
         if scaling_type == "linear":
             factor = self._model_value("rope.scaling.factor", 1.0)
@@ -131,6 +135,7 @@ class GgufFile:
         query_or_key = re.search(r"attn_([qk])\.weight$", name)
 
         def read() -> np.ndarray:
+            # One tensor at a time, from its quantized blocks to float32.
             x = self._dequantize(tensor.data, tensor.tensor_type)
             x = np.asarray(x, np.float32)
             if self.architecture != "llama" or not query_or_key:
@@ -155,6 +160,7 @@ class GgufFile:
             f"{pre!r} is not read, only gpt2 with {', '.join(SPLITS)}: give the Hugging "
             "Face folder of the model",
         )
+        # The position of a token in this list is its id.
         tokens = self._value("tokenizer.ggml.tokens")
         content = {
             "version": "1.0",
@@ -165,6 +171,7 @@ class GgufFile:
             "model": {
                 "type": "BPE",
                 "eos_token": tokens[self._value("tokenizer.ggml.eos_token_id")],
+                # Llama 3 takes words that are in the vocabulary as they are.
                 "ignore_merges": pre == "llama-bpe",
                 "vocab": {token: index for index, token in enumerate(tokens)},
                 "merges": self._value("tokenizer.ggml.merges"),
@@ -179,6 +186,7 @@ class GgufFile:
     def _added_tokens(self, tokens: list[str]) -> list[dict[str, Any]]:
         added = []
         for index, kind in enumerate(self._value("tokenizer.ggml.token_type")):
+            # Matched as a whole, before the text is split and merged.
             if kind in (CONTROL, USER_DEFINED):
                 token = {
                     "id": index,
@@ -195,6 +203,7 @@ class GgufFile:
 
 def _hf_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
+    # "blk.7.attn_q.weight" → "model.layers.7.self_attn.q_proj.weight"
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if layer and layer[2] in LAYER_TENSORS:
         return f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}.{kind}"
@@ -204,6 +213,7 @@ def _hf_name(name: str) -> str:
 def _pre_tokenizers(pre: str) -> list[dict[str, Any]]:
     """The splitting steps of `tokenizer.json` for a value of tokenizer.ggml.pre."""
     split = SPLITS[pre]
+    # A regular expression of its own, or GPT-2's, which ByteLevel has built in.
     if split == "":
         return [_byte_level(use_regex=True)]
     if split == "digits":

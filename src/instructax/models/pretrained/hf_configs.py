@@ -34,6 +34,7 @@ NEOX_ROTARY_FRACTION = 0.25
 
 
 def _read_gpt2(raw: RawConfig) -> ModelConfig:
+    # Variants of attention that change the network.
     require_values(
         raw,
         scale_attn_weights=(True,),
@@ -53,6 +54,7 @@ def _read_gpt2(raw: RawConfig) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=default_head_dim(embed_dim, num_heads),
+        # `null` means 4 · D, in transformers too.
         mlp_dim=raw.get("n_inner") or 4 * embed_dim,
         norm="layernorm",
         norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
@@ -77,6 +79,7 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
         "activation_function": "gelu" if c.activation == "gelu_exact" else "gelu_new",
         "tie_word_embeddings": c.tied_embeddings,
         "initializer_range": c.init_std,
+        # No dropout: transformers would otherwise apply its default of 0.1 in training.
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
@@ -104,6 +107,7 @@ def _read_neox(raw: RawConfig) -> ModelConfig:
         norm_epsilon=raw.get("layer_norm_eps", 1e-5),
         positions="rotary",
         **read_rotary(raw, NEOX_ROTARY_FRACTION),
+        # GPT-NeoX uses the exact GELU unless its config says otherwise.
         activation=ACTIVATIONS[raw.get("hidden_act", "gelu")],
         biases=True,
         parallel_residual=raw.get("use_parallel_residual", True),
@@ -170,6 +174,7 @@ def write_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
     Raises ConfigError if there is none, with what the closest family cannot express.
     """
+    # The family with the fewest differences, for the error message.
     closest = ""
     fewest: list[str] | None = None
     refusals: dict[str, str] = {}

@@ -45,6 +45,7 @@ def locate_model(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
+    # "name" or "organization/name"; anything else looks like a path.
     may_be_repository = (
         source.count("/") <= 1
         and not source.startswith((".", "/", "~"))
@@ -114,6 +115,7 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
     readers: dict[str, Callable[[], np.ndarray]] = {}
     stored: dict[str, str] = {}  # tensor → file
     for name in names:
+        # Opening reads the header only; tensors are read when their function is called.
         shard = _open(folder / name)
         for tensor in shard.keys():  # noqa: SIM118 (not a mapping)
             stored[tensor] = name
@@ -159,6 +161,7 @@ def _open(path: Path) -> Any:
 
 def _reader(shard: Any, tensor: str, path: Path) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
+        # From the header. Quantized and integer tensors need other code.
         dtype = shard.get_slice(tensor).get_dtype()
         require(
             dtype in FLOAT_DTYPES,

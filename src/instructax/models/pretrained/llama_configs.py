@@ -43,6 +43,7 @@ def _read_windows(raw: RawConfig, family: str, num_layers: int) -> dict[str, Any
         return {}
     if family in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
         return {}
+    # `null` in a config turns the window off; a missing name means the default.
     default = DEFAULT_WINDOW if family in ("mistral", "gemma2") else None
     window = raw.get("sliding_window", default)
     if window is None:
@@ -54,6 +55,7 @@ def _read_windows(raw: RawConfig, family: str, num_layers: int) -> dict[str, Any
 
 
 def _read_head_dim(raw: RawConfig, family: str, embed_dim: int, num_heads: int) -> int:
+    # num_heads · head_dim need not equal the embed dim, as in Gemma.
     head_dim = raw.get("head_dim") or HEAD_DIMS.get(family)
     if not head_dim:
         head_dim = default_head_dim(embed_dim, num_heads)
@@ -69,6 +71,7 @@ def _read_head_dim(raw: RawConfig, family: str, embed_dim: int, num_heads: int) 
 
 
 def _check_activation(raw: RawConfig, gemma: bool) -> None:
+    # `hidden_activation` is Gemma's later name for `hidden_act`.
     default = "gelu_pytorch_tanh" if gemma else "silu"
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or default
     # Gemma's first files say "gelu" and mean the tanh approximation.
@@ -89,6 +92,7 @@ def _read_biases(raw: RawConfig, family: str) -> bool:
 
 def _read_gemma2(raw: RawConfig, head_dim: int) -> dict[str, Any]:
     """The fields that only Gemma 2 sets."""
+    # 0 is our name for the usual scaling by head_dim, so both read as the same model.
     scalar = raw.get("query_pre_attn_scalar", 256)
     return {
         "query_pre_attn_scalar": 0.0 if scalar == head_dim else float(scalar),
@@ -157,6 +161,8 @@ def write_llama(family: Family) -> Callable[[ModelConfig], dict[str, Any]]:
         }
 
         # What a family does not name stays out; reading back finds what is lost.
+        # The newer way to say which layers have a window; some families know only the older
+        # one.
         layer_types = ["full_attention"] * c.num_layers
         for layer in c.window_layers:
             layer_types[layer] = "sliding_attention"

@@ -134,10 +134,12 @@ def read_params(
     shapes = {leaf_path(path): leaf for path, leaf in paths}
     places = expected_tensors(family, config, shapes)
     names = match_names(family, tensors, places)
+    # All parameters are allocated first, each in its final sharding, and then filled.
     params = {path: _zeros(leaf) for path, leaf in shapes.items()}
 
     # A function of its own, so that each tensor is freed before the next one is read.
     def load_tensor(name: str, place: Place) -> None:
+        # On the host, in the dtype of the file.
         tensor = tensors[name]()
         wanted = tensor_shape(place.spec, config)
         require(
@@ -145,6 +147,7 @@ def read_params(
             f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it "
             f"{list(wanted)}",
         )
+        # Views of it: a fused tensor gives several parameters.
         parts = split_tensor(tensor, place.spec, config)
         for leaf, part in zip(place.spec.leaves, parts, strict=True):
             path = parameter_path(leaf, place.layer is not None)
@@ -168,6 +171,7 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
       layer: the layer; None for all of it.
       offset: added to the values.
     """
+    # The parameter's own sharding, which the result must have again.
     target: Any = leaf.sharding
     # The layout of one layer: the parameter's without the leading layer axis.
     spec = [*target.spec, *(None,) * leaf.ndim][: leaf.ndim]
@@ -185,6 +189,7 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
         def shard_of(index: Any, chunk: np.ndarray = chunk) -> np.ndarray:
             return np.ascontiguousarray(chunk[index])
 
+        # Each device gets only its shard of the chunk.
         array = jax.make_array_from_callback(chunk.shape, layout, shard_of)
         leaf = _write(leaf, array, layer or 0, start, axis, offset, target)
         # Wait, or the chunks of calls that have not run yet accumulate on the host.
@@ -203,6 +208,7 @@ def _write(
     layout: NamedSharding,
 ) -> Array:
     chunk = chunk.astype(leaf.dtype)
+    # In float32, after the cast.
     if offset:
         chunk = chunk + offset
     has_layers = leaf.ndim - chunk.ndim  # 0 or 1 leading axis of layers

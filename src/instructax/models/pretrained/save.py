@@ -42,6 +42,7 @@ def export_tensors(
             value = leaves[parameter_path(leaf, in_layer)]
             value = value[place.layer] if in_layer else value
             parts.append(np.asarray(value) - np.float32(place.spec.offset))
+        # A generator: the whole model is never on the host in the file's layout.
         yield name, join_tensor(parts, place.spec, config).astype(DTYPES[dtype])
 
 
@@ -79,6 +80,7 @@ def save_tensors(
     weight_map: dict[str, str] = {}
     for file, names in zip(files, shards, strict=True):
         save_file(dict(islice(tensors, len(names))), folder / file, {"format": "pt"})
+        # The index names the file of every tensor.
         weight_map |= dict.fromkeys(names, file)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -87,5 +89,6 @@ def save_tensors(
 
 def write_hf_json(path: Path, value: Any) -> None:
     """Writes JSON in transformers' format."""
+    # Sorted, so that equal models give equal files.
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -3,8 +3,8 @@
 A tensor's layout names its axes in the order of the file; axes joined by `*` are flattened
 into one. The names are `V` vocabulary, `T` positions, `D` embed dim, `F` MLP dim, `H`
 heads, `G` key-value heads, `d` head dim, and `3` for query, key and value fused in one
-tensor (then H = G). `LEAF_AXES` gives the same for our parameters. Reshaping and transposing
-between the two follows from the names, for reading and for writing.
+tensor (then H = G). `LEAF_AXES` gives the same for our parameters. Reshaping and
+transposing between the two follows from the names, for reading and for writing.
 
 Example: GPT-NeoX fuses query, key and value per head, "H*3*d D". `split_tensor` reshapes
 the tensor to [H, 3, d, D], takes the three parts [H, d, D], and transposes each to our
@@ -60,6 +60,7 @@ def axes_of(leaf: str) -> list[str]:
 
 
 def _fused_qkv(name: str, layout: str, part: str) -> TensorSpec:
+    # Query, key and value, in the order of the fused axis "3".
     leaves = tuple(f"attention/{projection}/{part}" for projection in QKV)
     return TensorSpec(name, layout, leaves)
 
@@ -73,6 +74,7 @@ def _norm(name: str, leaf: str) -> tuple[TensorSpec, TensorSpec]:
 def _linear(name: str, layout: str, leaf: str) -> tuple[TensorSpec, TensorSpec]:
     """torch's Linear, whose weight maps the last axis of `layout` to the others, and its
     bias."""
+    # torch stores [outputs, inputs]; the bias has the outputs' axes.
     outputs = layout.rpartition(" ")[0]
     weight = TensorSpec(f"{name}.weight", layout, (f"{leaf}/kernel",))
     bias = TensorSpec(f"{name}.bias", outputs, (f"{leaf}/bias",))
@@ -197,6 +199,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 def tensor_shape(spec: TensorSpec, config: ModelConfig) -> tuple[int, ...]:
     """The shape of the file's tensor."""
+    # Axes that are joined by `*` are one dimension of the file's tensor.
     sizes = axis_sizes(config)
     shape = []
     for group in spec.layout.split():
@@ -223,6 +226,7 @@ def split_tensor(
     tensor: np.ndarray, spec: TensorSpec, config: ModelConfig
 ) -> list[np.ndarray]:
     """Views of the file's tensor as our parameters, one per leaf; `offset` is not added."""
+    # [H · 3 · d, D] → [H, 3, d, D], for example.
     sizes = axis_sizes(config)
     theirs, ours = _axes(spec)
     unflattened = tensor.reshape([sizes[axis] for axis in theirs])
@@ -233,6 +237,7 @@ def split_tensor(
     else:
         parts = unflattened[None]
     rest = [axis for axis in theirs if axis != "3"]
+    # The scalar head's output axis, which our kernel does not have.
     if "1" in rest:
         parts = parts.squeeze(1 + rest.index("1"))
         rest.remove("1")
@@ -254,6 +259,7 @@ def join_tensor(
     transposed = []
     for part, axes in zip(parts, ours, strict=True):
         transposed.append(part.transpose([axes.index(axis) for axis in rest]))
+    # Only fused tensors have several parts.
     joined = transposed[0]
     if "3" in theirs:
         joined = np.stack(transposed, axis=theirs.index("3"))

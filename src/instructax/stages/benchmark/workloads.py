@@ -1,10 +1,11 @@
-"""What the benchmark measures: a stage's own programs, on random parameters and tokens.
+"""The workloads that the benchmark times: a stage's own programs on random parameters and
+tokens.
 
-Operations are those of the model, 2 for each multiplication and addition: per token of a
-forward pass 2 · (N + V · D) with N the parameters of the layers and V · D those of the head
-(where its scores are needed), and 2 · L · H · d · T for causal attention over T tokens;
-three times as many with the backward pass, or twice where adapters alone are trained. What
-is computed twice is counted once.
+Operations are those of the model, 2 for each multiply-add: per token of a forward pass
+2 · (N + V · D), with N the parameters of the layers and V · D those of the head (where
+logits are needed), and 2 · L · H · d · T for causal attention over T tokens. A backward
+pass costs twice as much, or as much if only adapters are trained. Recomputation is not
+counted.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from instructax import sharding
 from instructax.config import require
@@ -23,16 +23,25 @@ from instructax.generation import prefill_padding
 from instructax.models import ModelConfig, Transformer
 from instructax.stages import pretrain, sft
 from instructax.stages import reward_model as reward
+from instructax.stages.benchmark.random_inputs import (
+    eos_id_for,
+    random_comparisons,
+    random_policy,
+    random_prompts,
+    random_text,
+)
 from instructax.stages.ppo import algorithm
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import settings_from
 from instructax.training.state import (
+    AddAdapters,
     abstract_state,
     adapter_initializer,
     compile_update,
     init_state,
+    no_adapters,
     start_from,
 )
 from instructax.training.supervised import (
@@ -40,32 +49,46 @@ from instructax.training.supervised import (
     supervised_program,
     supervised_update,
 )
-from instructax.types import Comparisons, LmBatch, Params, PpoState, Prompts
+from instructax.types import Params, PpoState, Prompts
+
+# Length of the learning-rate schedule; no speed depends on it.
+TOTAL_STEPS = 1000
+
+# Metrics of a PPO iteration that the record needs.
+PPO_METRICS = ("tokens", "response_length", "padding", "prefill_padding", "update_padding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is measured: a call, and what it does."""
+    """A workload: a call that runs one repetition, and how much it computes."""
 
-    run: Callable[
-        [Any], Mapping[str, float]
-    ]  # (phase) → figures of one repetition; phases are timed by it
-    tokens: Callable[[Mapping[str, float]], float]  # of one repetition, from its figures
+    # (phase) → metrics of one repetition; `phase(name)` is a context manager that times it
+    run: Callable[[Any], Mapping[str, float]]
+    # metrics of a repetition → its tokens
+    tokens: Callable[[Mapping[str, float]], float]
+    # metrics of a repetition → its operations
     operations: Callable[[Mapping[str, float]], float]
-    state: Callable[[], Any]  # what is trained, as it is now, or sampled from
+    # () → the current state that is trained, or the parameters that are sampled from
+    state: Callable[[], Any]
 
 
 @contextlib.contextmanager
 def untimed(name: str) -> Iterator[None]:
-    """A phase that nobody times."""
+    """A phase that is not timed."""
     yield
 
 
 def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
-    """(what makes the work of a config's stage from (config, mesh, ending); the config's
-    mesh). Raises ConfigError if the stage trains nothing, or the config's values do not fit
-    each other or the mesh."""
+    """Looks up the workload of a config's stage.
+
+    Returns:
+      (a function from (config, mesh, ending) to the workload, the config's mesh). Raises
+      ConfigError if the stage trains nothing, or if the values of the config do not fit
+      each other or the mesh.
+    """
+    # Stage → (check of the config, maker of the workload).
     stages = {
+        # Both have the same update and differ in their data only.
         "pretrain": (pretrain.validate, supervised_work),
         "sft": (sft.validate, supervised_work),
         "reward_model": (reward.validate, reward_work),
@@ -77,33 +100,48 @@ def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
     )
     check, make = stages[config.stage]
     mesh = sharding.make_mesh(config.mesh)
+    # The benchmark skips `open_run`, so it has to validate the config itself.
     check(config, mesh)
     return make, mesh
 
 
 def passes(config: Any) -> int:
-    """Forward passes that the operations of a forward and a backward pass are: gradients by
-    inputs and by what is trained are one each."""
+    """Cost of a forward and a backward pass, in forward passes.
+
+    The backward pass computes two gradients, each at the cost of a forward pass: of the
+    inputs and of the parameters. With adapters the second one costs almost nothing.
+    """
+    # `pretrain` has no adapters and no field for them.
     return 2 if hasattr(config, "lora") and config.lora.rank else 3
 
 
 def forward_operations(
     config: ModelConfig, tokens: float, length: float, scored: float
 ) -> float:
-    """Of `tokens` in texts of `length`, of which the head scores the vocabulary at
-    `scored`."""
+    """Operations of a forward pass.
+
+    Args:
+      config: the architecture.
+      tokens: number of tokens.
+      length: tokens of each sequence, which attend to each other.
+      scored: number of positions at which the head computes logits.
+    """
+    # Multiply-adds per token in the matrices of one layer: attention, then MLP.
     block = (
         config.embed_dim
         * config.head_dim
         * (2 * config.num_heads + 2 * config.num_kv_heads)
     )
     block += config.embed_dim * config.mlp_dim * (3 if config.gated_mlp else 2)
+
+    # In a sequence of T tokens a token sees T / 2 of them on average, and with a window of
+    # w tokens w − w² / 2T. `seen` is the sum over layers.
     near = min(config.sliding_window, length)
-    # A window of w lets the tokens of a text of T see w − w² / 2T of them on average, the
-    # whole text T / 2.
-    seen = (config.num_layers - len(config.window_layers)) * length / 2 + len(
-        config.window_layers
-    ) * (near - near**2 / (2 * max(length, 1)))
+    window_layers = len(config.window_layers)
+    seen = (config.num_layers - window_layers) * length / 2 + window_layers * (
+        near - near**2 / (2 * max(length, 1))
+    )
+    # Two products with each key: the scores, and the weighted sum of values.
     attention = 4 * config.num_heads * config.head_dim * seen
     return (
         tokens * (2 * config.num_layers * block + attention)
@@ -111,189 +149,235 @@ def forward_operations(
     )
 
 
-def _tokens(config: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return np.random.default_rng(0).integers(config.vocab_size, size=shape).astype(np.int32)
-
-
-def _filled(shape: tuple[int, ...], value: Any) -> Any:
-    """A numpy array; typed as Any since `types` names the jax arrays that it becomes on a
-    device."""
-    return np.full(shape, value)
-
-
 def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
+    """Updates of `pretrain` or `sft`, on rows without padding."""
     model = Transformer(config.model, config.compute, "tokens", mesh)
-    program = supervised_program(config, model, mesh, 1000)
+    program = supervised_program(config, model, mesh, TOTAL_STEPS)
+    # The same program, settings and compiled update as `train_supervised`.
     settings = settings_from(SupervisedSettings, config)
-    adapt = (
-        adapter_initializer(config) if hasattr(config, "lora") else lambda params: params
+    add_adapters = no_adapters
+    if hasattr(config, "lora"):
+        add_adapters = adapter_initializer(config)
+    step = _compile_step(
+        partial(supervised_update, program), model, program.optimizer, mesh, add_adapters
     )
-    abstract = abstract_state(model, program.optimizer, mesh, adapt)
-    step = compile_update(partial(supervised_update, program), abstract, mesh)
-    state = [init_state(model, program.optimizer, jax.random.key(0), mesh, adapt)]
+    state = init_state(model, program.optimizer, jax.random.key(0), mesh, add_adapters)
+    # Each row is one document, so attention covers the whole row.
     length = config.data.limits.sequence_tokens
-    batch = sharding.shard_rows(_text(config, config.batch_size), mesh)
+    batch = sharding.shard_rows(random_text(config, config.batch_size), mesh)
 
-    def run(phase: Any) -> Mapping[str, float]:
-        with phase("update"):
-            state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
-        return {name: float(metrics[name]) for name in ("tokens", "padding")}
-
-    def operations(figures: Mapping[str, float]) -> float:
-        return passes(config) * forward_operations(
-            config.model, figures["tokens"], length, figures["tokens"]
+    def operations(metrics: Mapping[str, float]) -> float:
+        # Every token has a loss, so the head computes logits everywhere.
+        forward = forward_operations(
+            config.model, metrics["tokens"], length, metrics["tokens"]
         )
+        return passes(config) * forward
 
-    return Work(run, lambda figures: figures["tokens"], operations, lambda: state[0])
+    return _update_work(step, state, batch, settings, operations)
 
 
 def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
-    model, optimizer = (
-        Transformer(config.model, config.compute, "scalar", mesh),
-        make_optimizer(config.optimizer),
-    )
-    limits, rows = config.data.limits, config.batch_size
+    """Updates of the reward model, on prompts and responses of full length."""
+    model = Transformer(config.model, config.compute, "scalar", mesh)
+    optimizer = make_optimizer(config.optimizer)
+    limits = config.data.limits
     program = reward.RewardModelProgram(
         model=model,
         optimizer=optimizer,
         schedule=config.optimizer,
         mesh=mesh,
-        total_steps=1000,
+        total_steps=TOTAL_STEPS,
         row_tokens=limits.comparison_tokens,
     )
+    # The peak learning rate is an argument of the compiled update.
     settings = settings_from(reward.RewardModelSettings, config)
-    adapt = adapter_initializer(config)
-    abstract = abstract_state(model, optimizer, mesh, adapt)
-    step = compile_update(partial(reward.update_reward_model, program), abstract, mesh)
-    state = [init_state(model, optimizer, jax.random.key(0), mesh, adapt)]
-    shape = (rows, limits.completions, limits.response_tokens)
-    ranks: Any = np.broadcast_to(np.arange(limits.completions, dtype=np.int32), shape[:2])
-    batch = Comparisons(
-        prompts=_prompts(config),
-        responses=_tokens(config.model, shape),
-        mask=_filled(shape, True),
-        ranks=ranks,
-        valid=_filled(shape[:2], True),
-        labeler=_filled((rows,), np.int32(0)),
+    add_adapters = adapter_initializer(config)
+    step = _compile_step(
+        partial(reward.update_reward_model, program), model, optimizer, mesh, add_adapters
     )
-    batch = sharding.shard_rows(batch, mesh)
+    state = init_state(model, optimizer, jax.random.key(0), mesh, add_adapters)
+    batch = sharding.shard_rows(random_comparisons(config), mesh)
+
+    def operations(metrics: Mapping[str, float]) -> float:
+        # The prompt runs once. Each response costs what it adds to the prompt alone: its
+        # tokens attend to the prompt.
+        prompt_tokens = limits.prompt_tokens
+        sequence_tokens = prompt_tokens + limits.response_tokens
+        prompt = forward_operations(config.model, prompt_tokens, prompt_tokens, 0)
+        sequence = forward_operations(config.model, sequence_tokens, sequence_tokens, 0)
+        comparison = prompt + limits.completions * (sequence - prompt)
+        return passes(config) * config.batch_size * comparison
+
+    return _update_work(step, state, batch, settings, operations)
+
+
+def _compile_step(
+    update: Callable[..., Any],
+    model: Transformer,
+    optimizer: Any,
+    mesh: jax.sharding.Mesh,
+    add_adapters: AddAdapters,
+) -> Callable[[Any, Any, Any], Any]:
+    """The compiled update, as the stage runs it: `step(state, batch, settings)`."""
+    abstract = abstract_state(model, optimizer, mesh, add_adapters)
+    return compile_update(update, abstract, mesh)
+
+
+def _update_work(
+    step: Callable[[Any, Any, Any], Any],
+    state: Any,
+    batch: Any,
+    settings: Any,
+    operations: Callable[[Mapping[str, float]], float],
+) -> Work:
+    """The workload that repeats one update on the same batch."""
+    # A list, because the state is donated: only its newest version may be used.
+    states = [state]
 
     def run(phase: Any) -> Mapping[str, float]:
         with phase("update"):
-            state[0], metrics = jax.block_until_ready(step(state[0], batch, settings))
+            states[0], metrics = jax.block_until_ready(step(states[0], batch, settings))
         return {name: float(metrics[name]) for name in ("tokens", "padding")}
 
-    def operations(figures: Mapping[str, float]) -> float:
-        # A response is what prompt and response have more than the prompt.
-        prompt, whole = limits.prompt_tokens, limits.prompt_tokens + limits.response_tokens
-        asked, answered = (
-            forward_operations(config.model, length, length, 0)
-            for length in (prompt, whole)
-        )
-        return passes(config) * rows * (asked + limits.completions * (answered - asked))
-
-    return Work(run, lambda figures: figures["tokens"], operations, lambda: state[0])
+    return Work(
+        run=run,
+        tokens=lambda metrics: metrics["tokens"],
+        operations=operations,
+        state=lambda: states[0],
+    )
 
 
 def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0) -> Work:
-    """The three programs of an iteration; with `runs`, that many runs of other seeds side
-    by side in one program."""
-    program, settings = (
-        ppo_train.make_program(config, mesh, _eos_id(config, ending)),
-        settings_from(algorithm.PpoSettings, config),
-    )
-    policy = _policy(program, ending)
-    scorer = init_state(
+    """Iterations of PPO.
+
+    Args:
+      config: config of the stage `ppo`.
+      mesh: its mesh.
+      ending: probability that a response ends at a token.
+      runs: 0 runs the three programs of a normal run; n > 0 runs n runs with different
+        seeds in one program.
+    """
+    program = ppo_train.make_program(config, mesh, eos_id_for(config, ending))
+    settings = settings_from(algorithm.PpoSettings, config)
+    policy = random_policy(program, ending)
+    # The reward model, and the first value network.
+    reward_params = init_state(
         program.value_model, program.value_optimizer, jax.random.key(1), mesh
     ).params
-    adapt = adapter_initializer(config, 0), adapter_initializer(config, 1)
-    started = start_from(policy, program.policy_optimizer, mesh, adapt[0])
-    state = PpoState(
-        policy=started,
-        value=start_from(scorer, program.value_optimizer, mesh, adapt[1]),
-        ema=jax.tree.map(jnp.copy, started.params),
-    )
-    rows = (
-        config.ptx_rows * config.minibatches * config.inner_epochs
-        if config.ptx_coef > 0
-        else 0
-    )
-    batch = sharding.shard_rows(
-        (_prompts(config), _text(config, rows) if rows else None), mesh
-    )
-    iterate: Any
+    state = _ppo_state(config, program, policy, reward_params)
+    text_rows = 0
+    if config.ptx_coef > 0:
+        text_rows = config.ptx_rows * config.minibatches * config.inner_epochs
+    text = random_text(config, text_rows) if text_rows else None
+    batch = sharding.shard_rows((random_prompts(config), text), mesh)
+
     if runs:
-        settings = jax.tree.map(lambda x: jnp.stack([x] * runs), settings)
-        settings = dataclasses.replace(settings, seed=jnp.arange(runs, dtype=jnp.int32))
-        states = [jax.tree.map(lambda x: jnp.stack([x] * runs), state)]
-        many = jax.vmap(
-            partial(algorithm.iteration, program), in_axes=(0, None, None, None, None, 0)
-        )
-        iterate = jax.jit(many, donate_argnums=0)
+        # All leaves of state and settings get a leading axis of runs.
+        state = jax.tree.map(lambda x: jnp.stack([x] * runs), state)
+        iterate = _iterate_runs(program, settings, policy, reward_params, runs)
     else:
-        states = [state]
-        iterate = CompiledIteration(
-            program,
-            abstract_ppo_state(program, *adapt),
-            settings,
-            policy,
-            scorer,
-            config.tolerance,
+        abstract = abstract_ppo_state(
+            program, adapter_initializer(config, 0), adapter_initializer(config, 1)
         )
+        iterate = CompiledIteration(
+            program, abstract, settings, policy, reward_params, config.tolerance
+        )
+    states = [state]
 
     def run(phase: Any) -> Mapping[str, float]:
-        if runs:
-            with phase("iteration"):
-                states[0], metrics, _, _ = jax.block_until_ready(
-                    iterate(states[0], policy, scorer, *batch, settings)
-                )
-        else:
-            states[0], metrics, _, _ = iterate(states[0], batch, phase)
-        names = (
-            "tokens",
-            "response_length",
-            "padding",
-            "prefill_padding",
-            "update_padding",
-        )
-        return {name: float(jnp.mean(metrics[name])) for name in names}
-
-    def operations(figures: Mapping[str, float]) -> float:
-        length = figures["tokens"] / config.batch_size
-        answers = config.batch_size * figures["response_length"]
-        policy = forward_operations(config.model, figures["tokens"], length, answers)
-        scalar = forward_operations(config.reward_model, figures["tokens"], length, 0)
-        width = config.data.limits.sequence_tokens
-        text = forward_operations(config.model, rows * width, width, rows * width)
-        # The sampler, the reference, the value and the reward; both networks' updates; and
-        # the text's.
-        once = (
-            2 * policy
-            + 2 * scalar
-            + passes(config) * (config.inner_epochs * (policy + scalar) + text)
-        )
-        return max(runs, 1) * once
+        states[0], metrics, _, _ = iterate(states[0], batch, phase)
+        # The mean over runs, if there are several.
+        return {name: float(jnp.mean(metrics[name])) for name in PPO_METRICS}
 
     return Work(
-        run, lambda figures: max(runs, 1) * figures["tokens"], operations, lambda: states[0]
+        run=run,
+        tokens=lambda metrics: max(runs, 1) * metrics["tokens"],
+        operations=lambda metrics: (
+            max(runs, 1) * _iteration_operations(config, metrics, text_rows)
+        ),
+        state=lambda: states[0],
+    )
+
+
+def _ppo_state(
+    config: Any, program: algorithm.PpoProgram, policy: Params, reward_params: Params
+) -> PpoState:
+    """The state of step 0, as the stage creates it from its two parents."""
+    started = start_from(
+        policy, program.policy_optimizer, program.mesh, adapter_initializer(config, 0)
+    )
+    value = start_from(
+        reward_params, program.value_optimizer, program.mesh, adapter_initializer(config, 1)
+    )
+    # A copy, because the state is donated and must not hold a buffer twice.
+    return PpoState(policy=started, value=value, ema=jax.tree.map(jnp.copy, started.params))
+
+
+def _iterate_runs(
+    program: algorithm.PpoProgram,
+    settings: algorithm.PpoSettings,
+    policy: Params,
+    reward_params: Params,
+    runs: int,
+) -> Callable[..., Any]:
+    """An iteration of `runs` runs in one program, called like `CompiledIteration`."""
+    settings = jax.tree.map(lambda x: jnp.stack([x] * runs), settings)
+    # Different seeds, so the runs sample responses of different lengths.
+    settings = dataclasses.replace(settings, seed=jnp.arange(runs, dtype=jnp.int32))
+    # State and settings differ between runs; parents, prompts and text are shared.
+    vmapped = jax.vmap(
+        partial(algorithm.iteration, program), in_axes=(0, None, None, None, None, 0)
+    )
+    # The states are donated, as in a normal run.
+    compiled: Any = jax.jit(vmapped, donate_argnums=0)
+
+    def iterate(state: Any, batch: Any, phase: Any) -> Any:
+        with phase("iteration"):
+            return jax.block_until_ready(
+                compiled(state, policy, reward_params, *batch, settings)
+            )
+
+    return iterate
+
+
+def _iteration_operations(
+    config: Any, metrics: Mapping[str, float], text_rows: int
+) -> float:
+    """Operations of one iteration of PPO, from its metrics."""
+    length = metrics["tokens"] / config.batch_size
+    response_tokens = config.batch_size * metrics["response_length"]
+    # Logits are needed at the response tokens only.
+    policy = forward_operations(config.model, metrics["tokens"], length, response_tokens)
+    scalar = forward_operations(config.reward_model, metrics["tokens"], length, 0)
+    width = config.data.limits.sequence_tokens
+    text_tokens = text_rows * width
+    text = forward_operations(config.model, text_tokens, width, text_tokens)
+    # Forward passes: sampler and reference, value network and reward model. Then the
+    # updates of policy and value network, and the pretraining text.
+    return (
+        2 * policy
+        + 2 * scalar
+        + passes(config) * (config.inner_epochs * (policy + scalar) + text)
     )
 
 
 def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
-    program, settings = (
-        ppo_train.make_program(config, mesh, _eos_id(config, ending)),
-        settings_from(algorithm.PpoSettings, config),
-    )
-    policy, prompts = _policy(program, ending), sharding.shard_rows(_prompts(config), mesh)
+    """The rollout of PPO alone, with new random keys in each repetition."""
+    program = ppo_train.make_program(config, mesh, eos_id_for(config, ending))
+    settings = settings_from(algorithm.PpoSettings, config)
+    policy = random_policy(program, ending)
+    prompts = sharding.shard_rows(random_prompts(config), mesh)
     rollout = jax.jit(partial(algorithm.rollout, program))
-    padding = float(
-        jax.jit(
-            lambda p: prefill_padding(program.policy, p, sharding.num_row_shards(mesh))
-        )(prompts)
-    )
-    step = [0]
+
+    # The same in every repetition: it depends on the prompts only.
+    def padding_of(prompts: Prompts) -> jax.Array:
+        return prefill_padding(program.policy, prompts, sharding.num_row_shards(mesh))
+
+    padding = float(jax.jit(padding_of)(prompts))
+    step = [0]  # the number of the repetition, which selects its random keys
 
     def run(phase: Any) -> Mapping[str, float]:
+        # Other keys, other responses: with `ending` their lengths vary between repetitions.
         step[0] += 1
         with phase("rollout"):
             rollouts = jax.block_until_ready(
@@ -301,56 +385,16 @@ def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:
             )
         return {"tokens": float(rollouts.mask.sum()), "prefill_padding": padding}
 
-    def operations(figures: Mapping[str, float]) -> float:
-        asked = config.batch_size * config.data.limits.prompt_tokens
-        length = (asked + figures["tokens"]) / config.batch_size
-        return forward_operations(
-            config.model, asked + figures["tokens"], length, figures["tokens"]
-        )
+    def operations(metrics: Mapping[str, float]) -> float:
+        # Prompts run through the network as well, but only responses need logits.
+        prompt_tokens = config.batch_size * config.data.limits.prompt_tokens
+        all_tokens = prompt_tokens + metrics["tokens"]
+        length = all_tokens / config.batch_size
+        return forward_operations(config.model, all_tokens, length, metrics["tokens"])
 
-    return Work(run, lambda figures: figures["tokens"], operations, lambda: policy)
-
-
-def _text(config: Any, rows: int) -> LmBatch:
-    """Rows of one text each, without padding."""
-    shape = (rows, config.data.limits.sequence_tokens)
-    positions: Any = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    return LmBatch(
-        tokens=_tokens(config.model, shape),
-        segments=_filled(shape, np.int32(1)),
-        positions=positions,
-        loss_mask=positions > 0,
+    return Work(
+        run=run,
+        tokens=lambda metrics: metrics["tokens"],
+        operations=operations,
+        state=lambda: policy,
     )
-
-
-def _prompts(config: Any) -> Prompts:
-    shape = (config.batch_size, config.data.limits.prompt_tokens)
-    return Prompts(tokens=_tokens(config.model, shape), mask=_filled(shape, True))
-
-
-def _eos_id(config: Any, ending: float) -> int:
-    """The last token's, or one that no token has: then nothing ends before the limit."""
-    return config.model.vocab_size - (ending > 0)
-
-
-def _policy(program: algorithm.PpoProgram, ending: float) -> Params:
-    """Random parameters. To end a response with about the probability `ending` at each
-    token, the final norm's bias and the end token's embedding share a direction that no
-    other token has."""
-    params = init_state(
-        program.policy, program.policy_optimizer, jax.random.key(0), program.mesh
-    ).params
-    if ending == 0:
-        return params
-    vocabulary, width = params["embedding"].shape
-    direction = jnp.full((width,), width**-0.5)
-    # The other logits are spread around 0, so that their exponentials are more than 1 on
-    # average.
-    spread = program.policy.config.init_std**2 * (width + 1)
-    logit = jnp.log(ending / (1 - ending) * vocabulary) + spread / 2
-    norm = {**params["final_norm"], "bias": direction}
-    return {
-        **params,
-        "final_norm": norm,
-        "embedding": params["embedding"].at[program.eos_id].set(logit * direction),
-    }

@@ -12,12 +12,8 @@ pretraining loss is a mean per token, so `ptx_coef` has another scale than it wo
 a sum per document.
 """
 
-# `iteration` comes first and names classes that follow it.
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +21,7 @@ import optax
 
 from instructax import rng, sharding
 from instructax.generation import generate, prefill_padding
-from instructax.models import Transformer, merge_lora
+from instructax.models import merge_lora
 from instructax.models.scoring import (
     packed_logprobs,
     packed_logprobs_and_entropy,
@@ -34,10 +30,9 @@ from instructax.models.scoring import (
     rollout_sequences,
     select_last_token,
 )
-from instructax.models.sequence_packing import pack_and_map
+from instructax.models.sequence_packing import PackedLayout, pack_and_map
 from instructax.stages.ppo.experience import (
     SAMPLER_GAPS,
-    AdvantageSettings,
     Minibatch,
     diagnostics,
     make_experience,
@@ -49,15 +44,14 @@ from instructax.stages.ppo.gradients import (
     ptx_loss_gradients,
     value_loss_gradients,
 )
+from instructax.stages.ppo.program import PpoOptions, PpoProgram, PpoSettings
 from instructax.training.accumulation import split_microbatches
 from instructax.training.optimizer import (
-    OptimizerConfig,
     apply_gradients,
     learning_rate_at,
     moving_average,
     skipped,
 )
-from instructax.training.settings import OptimizerSettings
 from instructax.types import (
     Array,
     Experience,
@@ -68,7 +62,6 @@ from instructax.types import (
     Rollouts,
     Scored,
     TrainState,
-    pytree,
 )
 
 
@@ -98,61 +91,13 @@ def iteration(
     Returns:
       (new state, metrics, rollouts, scores f32[B])
     """
+    # Three parts, as `compiled` runs them: they exchange rollouts and experience only.
     rollouts = rollout(program, state.policy.params, prompts, state.step, settings)
     experience, scored, metrics = score(
         program, state, ref_params, reward_params, rollouts, settings
     )
     state, update_metrics = update(program, state, experience, text, settings)
     return state, {**metrics, **update_metrics}, rollouts, scored.scores
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoOptions:
-    """Compile-time choices of the algorithm: the part of the stage's config read here."""
-
-    steps: int  # iterations
-    minibatches: int  # optimizer steps of one inner epoch
-    inner_epochs: int  # passes over the rollouts of one iteration
-    optimizer: OptimizerConfig  # the policy's; schedules count iterations
-    value_optimizer: OptimizerConfig
-    # Where the ratio's denominator comes from: a forward pass of the policy before the
-    # update, or the sampler, which saves that pass.
-    old_logprobs: Literal["recomputed", "sampled"]
-    # What `no_eos_penalty` does to the score of a response without an end token:
-    # "subtract": score − penalty; "replace": −penalty, whatever the score.
-    no_eos_rule: Literal["subtract", "replace"]
-    whiten_rewards: bool
-    whiten_advantages: bool
-
-
-@pytree
-class PpoSettings(AdvantageSettings):
-    """Hyperparameters that a sweep varies: arrays, so that all values share one program."""
-
-    seed: Array  # i32[], of rollouts and of the order of minibatches
-    temperature: Array  # f32[]
-    clip: Array  # f32[], of the probability ratio
-    value_clip: Array  # f32[], of the change of a value estimate
-    ptx_coef: Array  # f32[], γ of Eq. 2
-    ema_decay: Array  # f32[], at every optimizer step
-    optimizer: OptimizerSettings  # the policy's
-    value_optimizer: OptimizerSettings
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoProgram:
-    """What is compiled in: networks, optimizers, shapes and options."""
-
-    options: PpoOptions
-    policy: Transformer
-    value_model: Transformer  # architecture of the value network and of the reward model
-    policy_optimizer: optax.GradientTransformation
-    value_optimizer: optax.GradientTransformation
-    mesh: jax.sharding.Mesh
-    eos_id: int
-    response_tokens: int  # R, the longest response
-    row_tokens: int  # W, width of the rows that prompts and responses are packed into
-    clip_values: bool
 
 
 def rollout(
@@ -163,16 +108,20 @@ def rollout(
     settings: PpoSettings,
 ) -> Rollouts:
     """Samples one response to each prompt; each sample of an iteration has its own key."""
+    # Row b of iteration `step` always draws with the same key, however rows are sharded and
+    # however often the run is resumed.
     samples = jnp.arange(prompts.tokens.shape[0])
     keys = rng.sample_keys(rng.step_key(settings.seed, "rollout", step), samples)
     return generate(
         program.policy,
+        # An adapter would add two small products per matrix to every token, so merge once.
         merge_lora(params),
         prompts,
         keys,
         length=program.response_tokens,
         temperature=settings.temperature,
         eos_id=program.eos_id,
+        # Rows of one device are decoded together; no token crosses devices.
         groups=sharding.num_row_shards(program.mesh),
     )
 
@@ -194,44 +143,9 @@ def score(
       (experience for the update, the networks' outputs, metrics)
     """
     options = program.options
-    policy = program.policy
-    temperature = settings.temperature
-    recompute = options.old_logprobs == "recomputed"
-
-    def run_networks(rows: LmBatch) -> tuple[Array, ...]:
-        ref_logprobs = packed_logprobs(policy, ref_params, rows, temperature=temperature)
-        values = packed_values(program.value_model, state.value.params, rows)
-        outputs = packed_outputs(program.value_model, reward_params, rows)
-        if not recompute:
-            return ref_logprobs, values, outputs
-        logprobs, entropy = packed_logprobs_and_entropy(
-            policy, state.policy.params, rows, temperature=temperature
-        )
-        return ref_logprobs, values, outputs, logprobs, entropy
-
-    # Packed and back: every output is f32[B, P + R].
-    found, layout = pack_and_map(
-        run_networks,
-        rollout_sequences(rollouts),
-        width=program.row_tokens,
-        compute=policy.compute,
-        mesh=program.mesh,
+    scored, logprobs, entropy, layout = _run_networks(
+        program, state, ref_params, reward_params, rollouts, settings
     )
-    ref_logprobs, values, outputs = found[:3]
-    start = rollouts.prompts.tokens.shape[1]  # P, where responses begin
-    scored = Scored(
-        rollouts=rollouts,
-        ref_logprobs=ref_logprobs[:, start:],
-        values=values[:, start:],
-        scores=select_last_token(outputs, rollouts),
-    )
-    if recompute:
-        logprobs = found[3][:, start:]
-        entropy = found[4][:, start:]
-    else:
-        logprobs = rollouts.logprobs
-        entropy = -rollouts.logprobs
-
     experience, rewards = make_experience(
         scored,
         logprobs,
@@ -241,14 +155,96 @@ def score(
         whiten_advantages=options.whiten_advantages,
     )
     metrics = diagnostics(scored, logprobs, entropy, rewards, experience.returns)
-    if not recompute:
+    if options.old_logprobs == "sampled":
         # Zero by construction; the gap to the sampler shows in the update's first ratio.
         for name in SAMPLER_GAPS:
             del metrics[name]
+
+    # Fractions of computed tokens that are padding, in the prompt pass and in the rows.
     ways = sharding.num_row_shards(program.mesh)
-    metrics["prefill_padding"] = prefill_padding(policy, rollouts.prompts, ways)
+    metrics["prefill_padding"] = prefill_padding(program.policy, rollouts.prompts, ways)
     metrics["padding"] = layout.padding_fraction()
     return experience, scored, metrics
+
+
+def _run_networks(
+    program: PpoProgram,
+    state: PpoState,
+    ref_params: Params,
+    reward_params: Params,
+    rollouts: Rollouts,
+    settings: PpoSettings,
+) -> tuple[Scored, Array, Array, PackedLayout]:
+    """Runs all networks on the rollouts, microbatch by microbatch of packed rows.
+
+    Returns:
+      (the networks' outputs, the policy's log-probabilities f32[B, R], its entropy
+      f32[B, R], the layout of the packed rows)
+    """
+    recompute = program.options.old_logprobs == "recomputed"
+
+    def run_networks(rows: LmBatch) -> tuple[Array, ...]:
+        return _network_outputs(program, state, ref_params, reward_params, rows, settings)
+
+    # Packed and back: every output is f32[B, P + R].
+    found, layout = pack_and_map(
+        run_networks,
+        rollout_sequences(rollouts),
+        width=program.row_tokens,
+        compute=program.policy.compute,
+        mesh=program.mesh,
+    )
+    ref_logprobs, values, outputs = found[:3]
+    # Outputs at prompt tokens are not needed: cut them off, [B, P + R] → [B, R].
+    start = rollouts.prompts.tokens.shape[1]  # P, where responses begin
+    scored = Scored(
+        rollouts=rollouts,
+        ref_logprobs=ref_logprobs[:, start:],
+        values=values[:, start:],
+        # The reward model scores a response once, at its last token: f32[B].
+        scores=select_last_token(outputs, rollouts),
+    )
+    if recompute:
+        logprobs = found[3][:, start:]
+        entropy = found[4][:, start:]
+    else:
+        logprobs = rollouts.logprobs
+        entropy = -rollouts.logprobs
+    return scored, logprobs, entropy, layout
+
+
+def _network_outputs(
+    program: PpoProgram,
+    state: PpoState,
+    ref_params: Params,
+    reward_params: Params,
+    rows: LmBatch,
+    settings: PpoSettings,
+) -> tuple[Array, ...]:
+    """Outputs of all networks on a microbatch of packed rows, f32[rows, W] each.
+
+    All networks read the same rows, so one loop over microbatches serves them all.
+
+    Returns:
+      (reference log-probabilities, values, outputs of the reward model), and, if
+      log-probabilities are recomputed, (…, log-probabilities and entropy of the policy)
+    """
+    policy = program.policy
+    temperature = settings.temperature
+    # The reference is scored at the sampling temperature too, so that the KL is between the
+    # distributions that were sampled from.
+    ref_logprobs = packed_logprobs(policy, ref_params, rows, temperature=temperature)
+    # The reward model has the value network's architecture, but its own parameters.
+    values = packed_values(program.value_model, state.value.params, rows)
+    outputs = packed_outputs(program.value_model, reward_params, rows)
+    if program.options.old_logprobs == "sampled":
+        return ref_logprobs, values, outputs
+
+    # Computed as the update does it, so the ratio of the first optimizer step is 1.
+    logprobs, entropy = packed_logprobs_and_entropy(
+        policy, state.policy.params, rows, temperature=temperature
+    )
+    return ref_logprobs, values, outputs, logprobs, entropy
 
 
 def update(
@@ -272,45 +268,22 @@ def update(
       which are those of the first step.
     """
     options = program.options
+    # The paper makes one inner epoch; more reuse the same rollouts in a new order.
     num_steps = options.inner_epochs * options.minibatches
-    step = state.step
-
-    def pack(minibatch: Experience) -> Minibatch:
-        return pack_minibatch(
-            minibatch,
-            width=program.row_tokens,
-            compute=program.policy.compute,
-            mesh=program.mesh,
-        )
-
+    # [rows, T] → [num_steps, rows / num_steps, T]: each step has its own pretraining rows.
     text_rows = None
     if text is not None:
         text_rows = split_microbatches(text, num_steps, program.mesh)
-    shuffled = shuffled_minibatches(
-        experience,
-        rng.step_key(settings.seed, "minibatches", step),
-        epochs=options.inner_epochs,
-        minibatches=options.minibatches,
-        mesh=program.mesh,
-    )
-    minibatches = jax.lax.map(pack, shuffled)
-
-    policy_rate = learning_rate_at(
-        step,
-        peak=settings.optimizer.learning_rate,
-        config=options.optimizer,
-        total_steps=options.steps,
-    )
-    value_rate = learning_rate_at(
-        step,
-        peak=settings.value_optimizer.learning_rate,
-        config=options.value_optimizer,
-        total_steps=options.steps,
-    )
+    key = rng.step_key(settings.seed, "minibatches", state.step)
+    minibatches = _packed_minibatches(program, experience, key)
+    # Schedules count iterations, so all optimizer steps of one have the same learning rate.
+    policy_rate, value_rate = _learning_rates(options, settings, state.step)
+    # The scan compiles one optimizer step, however many there are.
     take_step = partial(_optimizer_step, program, settings, policy_rate, value_rate)
     state, step_metrics = jax.lax.scan(take_step, state, (minibatches, text_rows))
 
     metrics = {name: jnp.mean(values) for name, values in step_metrics.items()}
+    # The first step starts from the policy that sampled, which the invariants check.
     for name in ("ratio_gap", "clipped_fraction"):
         metrics[f"first_{name}"] = step_metrics[name][0]
     metrics["learning_rate"] = policy_rate
@@ -323,6 +296,49 @@ def update(
     return state, metrics
 
 
+def _packed_minibatches(
+    program: PpoProgram, experience: Experience, key: Array
+) -> Minibatch:
+    """The minibatches of all optimizer steps, stacked on a leading axis for the scan."""
+
+    def pack(minibatch: Experience) -> Minibatch:
+        return pack_minibatch(
+            minibatch,
+            width=program.row_tokens,
+            compute=program.policy.compute,
+            mesh=program.mesh,
+        )
+
+    shuffled = shuffled_minibatches(
+        experience,
+        key,
+        epochs=program.options.inner_epochs,
+        minibatches=program.options.minibatches,
+        mesh=program.mesh,
+    )
+    # One minibatch at a time, each with its own layout.
+    return jax.lax.map(pack, shuffled)
+
+
+def _learning_rates(
+    options: PpoOptions, settings: PpoSettings, step: Array
+) -> tuple[Array, Array]:
+    """Learning rates of the policy and of the value network in iteration `step`."""
+    policy_rate = learning_rate_at(
+        step,
+        peak=settings.optimizer.learning_rate,
+        config=options.optimizer,
+        total_steps=options.steps,
+    )
+    value_rate = learning_rate_at(
+        step,
+        peak=settings.value_optimizer.learning_rate,
+        config=options.value_optimizer,
+        total_steps=options.steps,
+    )
+    return policy_rate, value_rate
+
+
 def _optimizer_step(
     program: PpoProgram,
     settings: PpoSettings,
@@ -332,6 +348,8 @@ def _optimizer_step(
     inputs: tuple[Minibatch, LmBatch | None],
 ) -> tuple[PpoState, dict[str, Array]]:
     """One Adam step of both networks on one minibatch, and one of the moving average."""
+    # Eq. 2: the reinforcement-learning objective plus γ times the pretraining objective.
+    # The gradients are summed before Adam, so both share its moments.
     minibatch, text = inputs
     gradients, metrics = policy_loss_gradients(
         program.policy,
@@ -347,6 +365,7 @@ def _optimizer_step(
         gradients = jax.tree.map(
             lambda g, ptx: g + settings.ptx_coef * ptx, gradients, ptx_gradients
         )
+    # The value network has its own parameters and optimizer; the losses share nothing.
     value_gradients, value_metrics = value_loss_gradients(
         program.value_model,
         state.value.params,
@@ -354,12 +373,14 @@ def _optimizer_step(
         clip=settings.value_clip if program.clip_values else None,
     )
 
+    # Both gradients come from the state before the step.
     policy = apply_gradients(program.policy_optimizer, state.policy, gradients, policy_rate)
     value = apply_gradients(
         program.value_optimizer, state.value, value_gradients, value_rate
     )
     ema = moving_average(state.ema, policy.params, settings.ema_decay)
 
+    # Norms before clipping. A non-finite one means that `apply_gradients` skipped the step.
     policy_norm = optax.tree.norm(gradients)
     value_norm = optax.tree.norm(value_gradients)
     metrics |= value_metrics
@@ -370,5 +391,6 @@ def _optimizer_step(
     return PpoState(policy=policy, value=value, ema=ema), metrics
 
 
+# The optimizer's own step count, which Adam's bias correction reads, is in `opt_state`.
 def _count_iteration(state: TrainState) -> TrainState:
     return dataclasses.replace(state, step=state.step + 1)

@@ -9,8 +9,8 @@ import jax
 from instructax import sharding
 from instructax.runtime.preemption import check_stop_requested
 from instructax.stages.ppo import algorithm
-from instructax.stages.ppo.algorithm import PpoProgram, PpoSettings
 from instructax.stages.ppo.invariants import check_rollouts, check_update
+from instructax.stages.ppo.program import PpoProgram, PpoSettings
 from instructax.training.state import (
     AddAdapters,
     abstract_state,
@@ -26,6 +26,8 @@ def abstract_ppo_state(
     add_value_adapters: AddAdapters = no_adapters,
 ) -> PpoState:
     """Shapes, dtypes and shardings of the whole state; allocates nothing."""
+    # The average starts as a copy of the policy, adapters included, so it has the same
+    # layout.
     policy = abstract_state(
         program.policy, program.policy_optimizer, program.mesh, add_policy_adapters
     )
@@ -56,18 +58,25 @@ class CompiledIteration:
         reward_params: Params,
         tolerance: float,
     ):
+        # Rows of prompts, rollouts and experience are split over devices alike in all three
+        # programs, so nothing is moved between them. Settings and metrics are on every
+        # device.
         mesh = program.mesh
         state = layouts(abstract)
         policy = layouts(abstract.policy.params)
+        # Parents have no adapters, so their trees differ from those of the state.
         reference = sharding.shardings(ref_params, mesh)
         reward = sharding.shardings(reward_params, mesh)
         rows = sharding.row_sharding(mesh)
         replicated = sharding.replicated(mesh)
+        # Three programs rather than one: each is timed alone, the invariants between them
+        # can stop the run, and a stop request need not wait for the whole iteration.
         self._rollout = jax.jit(
             partial(algorithm.rollout, program),
             in_shardings=(policy, rows, replicated, replicated),
             out_shardings=rows,
         )
+        # Rollouts are an input of this program and, inside the experience, an output.
         self._score = jax.jit(
             partial(algorithm.score, program),
             in_shardings=(state, reference, reward, rows, replicated),
@@ -79,6 +88,7 @@ class CompiledIteration:
             out_shardings=(state, replicated),
             donate_argnums=0,  # the old state's memory is reused
         )
+        # Held here rather than in the state: they do not change during the run.
         self._settings = settings
         self._ref_params = ref_params
         self._reward_params = reward_params
@@ -103,22 +113,28 @@ class CompiledIteration:
         """
         prompts, text = batch
         settings = self._settings
+        # Only then is the policy still the reference.
         first = int(state.step) == 0
 
         with phase("rollout"):
             rollouts = self._rollout(state.policy.params, prompts, state.step, settings)
+            # Dispatch is asynchronous; without waiting the time would be the next phase's.
             jax.block_until_ready(rollouts)
+        # The state is unchanged so far, so the iteration can be dropped and repeated later.
         check_stop_requested()
 
         with phase("score"):
             experience, scored, metrics = self._score(
                 state, self._ref_params, self._reward_params, rollouts, settings
             )
+            # Reads metrics, so it waits for the program as well.
             check_rollouts(metrics, first=first, tolerance=self._tolerance)
         check_stop_requested()
 
         # From here on the old state is gone, so an interruption waits for the new one.
         with phase("ppo_update"):
             state, update_metrics = self._update(state, experience, text, settings)
+            # Raises after the donation: a broken run must not go on, so its state is not
+            # needed.
             check_update(update_metrics, tolerance=self._tolerance)
         return state, {**metrics, **update_metrics}, rollouts, scored.scores

@@ -31,6 +31,7 @@ MAX_LOG_RATIO = 30.0
 class AdvantageSettings:
     """What turns scores into advantages; arrays, so that a sweep compiles once."""
 
+    # All f32[] scalars, or f32[runs] under a sweep's vmap.
     kl_coef: Array  # f32[], β of Eq. 2
     discount: Array  # f32[]
     lambda_: Array  # f32[], of generalized advantage estimation
@@ -58,6 +59,7 @@ def penalized_scores(
     Returns:
       f32[B]
     """
+    # Where the response ended both rules return the score itself.
     if rule == "replace":
         return jnp.where(ended, scores, -penalty)
     return scores - penalty * (~ended)
@@ -89,15 +91,13 @@ def make_experience(
     """
     rollouts = scored.rollouts
     mask = rollouts.mask
-    scores = penalized_scores(
-        scored.scores, rollouts.ended, settings.no_eos_penalty, no_eos_rule
-    )
-    rewards = kl_penalized_rewards(
-        scores, logprobs, scored.ref_logprobs, mask, kl_coef=settings.kl_coef
-    )
+    rewards = _token_rewards(scored, logprobs, settings, no_eos_rule)
+
+    # Whitening keeps the mean of the rewards: a shift would be a bonus for length.
     scaled_rewards = rewards
     if whiten_rewards:
         scaled_rewards = whiten(rewards, mask, shift_mean=False)
+    # Returns are the target of the value loss: advantages before whitening + values.
     advantages, returns = generalized_advantages(
         scaled_rewards,
         scored.values,
@@ -117,11 +117,29 @@ def make_experience(
     return experience, rewards
 
 
+def _token_rewards(
+    scored: Scored,
+    logprobs: Array,
+    settings: AdvantageSettings,
+    no_eos_rule: Literal["subtract", "replace"],
+) -> Array:
+    """The reward of each token, f32[B, R]: −β · log(π / π_ref) everywhere, and the score,
+    with the penalty for a missing end token, at the last one (paper, Eq. 2)."""
+    rollouts = scored.rollouts
+    scores = penalized_scores(
+        scored.scores, rollouts.ended, settings.no_eos_penalty, no_eos_rule
+    )
+    return kl_penalized_rewards(
+        scores, logprobs, scored.ref_logprobs, rollouts.mask, kl_coef=settings.kl_coef
+    )
+
+
 @pytree
 class Minibatch:
     """The rollouts of one optimizer step in packed rows; per-token arrays are aligned with
     the response tokens."""
 
+    # Prompts are in the rows too, since responses attend to them, but have no loss.
     rows: LmBatch  # [rows, shards, W], the loss mask marks response tokens
     old_logprobs: Array  # f32[rows, shards, W], like the next three
     values: Array
@@ -137,10 +155,13 @@ def shuffled_minibatches(
 
     [B, ...] → [epochs · minibatches, B / minibatches, ...]
     """
+    # [epochs] keys, one permutation of B rollouts each.
     count = experience.advantages.shape[0]
     epoch_keys = jax.random.split(key, epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, count))(epoch_keys)
     order = order.reshape(-1)  # i32[epochs · B]
+    # Every rollout occurs once per epoch, since B is a multiple of the number of
+    # minibatches.
     shuffled = jax.tree.map(lambda x: jnp.take(x, order, axis=0), experience)
     return split_microbatches(shuffled, epochs * minibatches, mesh)
 
@@ -149,10 +170,12 @@ def pack_minibatch(
     experience: Experience, *, width: int, compute: ComputeConfig, mesh: Mesh
 ) -> Minibatch:
     """Packs the rollouts of one minibatch into rows of `width` tokens."""
+    # Each minibatch is packed anew: the rollouts that share a row change with the order.
     sequences = rollout_sequences(experience.rollouts)
     layout = plan_packing(sequences.segments != 0, width=width, compute=compute, mesh=mesh)
     start = experience.rollouts.prompts.tokens.shape[1]  # P, where responses begin
 
+    # The prompt's columns are zero-filled; the loss mask excludes them.
     def spread(per_token: Array) -> Array:
         """f32[B, R] → f32[rows, shards, W]"""
         return layout.scatter(jnp.pad(per_token, ((0, 0), (start, 0))))
@@ -189,10 +212,12 @@ def diagnostics(
     mask = rollouts.mask
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
 
+    # Both KL estimates have the same expectation; k3 has less variance (Schulman 2020).
     log_ratios = jnp.where(mask, logprobs - scored.ref_logprobs, 0.0)
     kl = jnp.sum(log_ratios, axis=1)  # f32[B]
     capped = jnp.minimum(-log_ratios, MAX_LOG_RATIO)
     k3 = jnp.where(mask, jnp.expm1(capped) + log_ratios, 0.0)
+    # Not zero in a correct run either: the sampler rounds differently.
     sampler_gaps = jnp.abs(logprobs - rollouts.logprobs)
 
     residual = _variance(returns - scored.values, mask)
@@ -218,5 +243,6 @@ def diagnostics(
 
 
 def _variance(x: Array, mask: Array) -> Array:
+    # Population variance over real tokens.
     mean = masked_mean(x, mask)
     return masked_mean((x - mean) ** 2, mask)

@@ -49,6 +49,7 @@ def policy_loss_gradients(
       (gradients of the trainable parameters, metrics f32[])
     """
 
+    # Called chunk by chunk with f32[rows, chunk]: whole logits [rows, W, V] never exist.
     def loss_of(
         logprobs: Array, mask: Array, extras: tuple[Array, Array]
     ) -> tuple[Array, dict[str, Array]]:
@@ -56,11 +57,13 @@ def policy_loss_gradients(
         loss, clipped_fraction = clipped_policy_loss(
             logprobs, old_logprobs, advantages, mask, clip=clip
         )
+        # log(π / π_old); masked first, since the exponential of padding could overflow
         log_ratios = jnp.where(mask, logprobs - old_logprobs, 0.0)
         metrics = {
             "clipped_fraction": clipped_fraction,
             # The k3 estimate of KL(old policy ‖ policy): E_old[ratio − 1 − log ratio].
             "update_kl": masked_mean(jnp.expm1(log_ratios) - log_ratios, mask),
+            # Mean of |ratio − 1|, zero (up to rounding) at the first step of an iteration.
             "ratio_gap": masked_mean(jnp.abs(jnp.expm1(log_ratios)), mask),
         }
         return loss, metrics
@@ -72,6 +75,7 @@ def policy_loss_gradients(
         )
         return gradients, {"policy_loss": loss, **metrics}
 
+    # Constants of the loss: no gradient flows into them.
     extras = (minibatch.old_logprobs, minibatch.advantages)
     return _accumulate_minibatch(gradients_of, minibatch, extras)
 
@@ -95,16 +99,20 @@ def value_loss_gradients(
         rows, (old_values, returns) = microbatch
 
         def loss_of(trained: Params) -> tuple[Array, dict[str, Array]]:
+            # With adapters `trained` is a small part of the tree; the rest is not
+            # differentiated.
             values = packed_values(value_model, merge_trees(trained, params), rows)
             loss, clipped_fraction = clipped_value_loss(
                 values, old_values, returns, rows.loss_mask, clip=clip
             )
             return loss, {"value_loss": loss, "value_clipped_fraction": clipped_fraction}
 
+        # The scalar head is small, so the whole microbatch is differentiated at once.
         differentiate = jax.value_and_grad(loss_of, has_aux=True)
         (_, metrics), gradients = differentiate(trainable(params))
         return gradients, metrics
 
+    # The values from before the update, around which the new ones are clipped.
     extras = (minibatch.values, minibatch.returns)
     return _accumulate_minibatch(gradients_of, minibatch, extras)
 
@@ -114,9 +122,11 @@ def ptx_loss_gradients(
 ) -> tuple[Params, Array]:
     """Gradient of the pretraining loss over one optimizer step's text, before `ptx_coef`,
     and the loss f32[]."""
+    # The number of text rows is static, so they need no packing on the device.
     rows = text.tokens.shape[0]
     count = microbatch_count(rows, policy.compute.microbatch_rows, mesh)
     microbatches = split_microbatches(text, count, mesh)
+    # f32[count], trained tokens of each microbatch.
     token_counts = jnp.sum(microbatches.loss_mask, axis=(1, 2), dtype=jnp.float32)
     weights = microbatch_weights(token_counts)
     gradients, metrics = accumulate(
@@ -137,9 +147,12 @@ def _accumulate_minibatch(
       minibatch: the rows.
       extras: arrays [rows, shards, W] that the loss reads beside the rows.
     """
+    # Weighted by tokens, not by microbatches, so the result does not depend on how rows are
+    # split. At least 1: a minibatch without response tokens gives zeros, not NaN.
     total = jnp.maximum(token_count(minibatch.rows.loss_mask), 1.0)
 
     def weighted_gradients_of(microbatch: Microbatch) -> Any:
+        # This microbatch's fraction of the minibatch's response tokens.
         weight = token_count(microbatch[0].loss_mask) / total
         return scale_tree(weight, gradients_of(microbatch))
 

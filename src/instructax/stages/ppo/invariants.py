@@ -22,7 +22,10 @@ def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) ->
       InvariantError: with the gap and its likely causes.
     """
     # `not gap <= tolerance`, unlike `gap > tolerance`, is also true for NaN.
+    # Sampler and scoring pass share parameters and tokens, so they must agree up to
+    # rounding.
     if "sampler_gap" in metrics:
+        # A mean, because single tokens may differ by much more in 16 bits.
         gap = float(metrics["sampler_gap"])
         if not gap <= tolerance:
             raise InvariantError(
@@ -32,6 +35,7 @@ def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) ->
                 "config.compute.decoding_dtype has 16 bits, config.tolerance = 0.03 "
                 "allows for their rounding"
             )
+    # The reference is the policy's parent, so before the first update their KL is zero.
     gap = float(metrics["ref_gap"])
     if first and not gap <= tolerance:
         raise InvariantError(
@@ -49,6 +53,8 @@ def check_update(metrics: dict[str, Any], *, tolerance: float) -> None:
     Raises:
       InvariantError: with the value and its likely causes.
     """
+    # Old log-probabilities were computed with the parameters that the first step starts
+    # from. A mismatch does not crash PPO; it silently biases every update.
     gap = float(metrics["first_ratio_gap"])
     clipped = float(metrics["first_clipped_fraction"])
     if not (gap <= tolerance and clipped <= tolerance):
@@ -58,6 +64,7 @@ def check_update(metrics: dict[str, Any], *, tolerance: float) -> None:
             "the update disagree; check parameters, temperature, dropout and dtype of the "
             "pass (or, with old_logprobs = 'sampled', the sampler) that produced them"
         )
+    # "ptx_loss" is missing if there is no pretraining text.
     for name in ("policy_loss", "value_loss", "ptx_loss"):
         if name in metrics and not jnp.isfinite(metrics[name]):
             raise InvariantError(

@@ -35,8 +35,8 @@ from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transforme
 from instructax.models.init import abstract_params
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import cache_bytes, parameter_bytes, training_bytes
-from instructax.stages.ppo.algorithm import PpoOptions, PpoProgram, PpoSettings
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
+from instructax.stages.ppo.program import PpoOptions, PpoProgram, PpoSettings
 from instructax.training.accumulation import microbatch_count
 from instructax.training.attention import RowLengths, split_lengths
 from instructax.training.checks import check_lengths, check_lora, check_rows
@@ -44,7 +44,7 @@ from instructax.training.optimizer import make_optimizer
 from instructax.training.run import Run, RunConfig
 from instructax.training.settings import settings_from
 from instructax.training.state import adapter_initializer, start_from
-from instructax.types import Array, PpoState, Prompts, Rollouts
+from instructax.types import Array, Params, PpoState, Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class PpoData:
 class Config(PpoOptions):
     """A run of this stage; one step is one iteration. PpoOptions has the other fields."""
 
+    # Of the exported parameters, so that a later stage can read this workdir as a policy.
     head: ClassVar[Head] = "tokens"
 
     stage: Literal["ppo"]
@@ -91,6 +92,7 @@ class Config(PpoOptions):
     run: RunConfig
 
     def __post_init__(self):
+        # Least values of the integers and of the coefficients that may be 0.
         at_least = {
             "steps": 1,
             "batch_size": 1,
@@ -105,6 +107,7 @@ class Config(PpoOptions):
         check_range(self, at_least)
         check_positive(self, "temperature", "clip", "tolerance")
         check_fractions(self, "discount", "lambda_", "ema_decay")
+        # Text without `ptx_coef` is allowed: its validation loss is still reported.
         if self.ptx_coef > 0 and not self.data.text:
             raise ConfigError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
         if not (self.policy_parent and self.reward_parent):
@@ -123,6 +126,7 @@ class Config(PpoOptions):
         self, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
     ) -> dict[str, PreparedData]:
         """Prompts, and text if there are files of it."""
+        # Rows are kept in `folder`; a later run with the same inputs reads them again.
         limits = self.data.limits
         folder = Path(self.data.folder)
         prompts = [Path(path) for path in self.data.prompts]
@@ -137,11 +141,13 @@ class Config(PpoOptions):
 
 def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError for values that do not fit each other or the mesh."""
+    # Prompt and response are scored by both networks, so both need positions for them.
     limits = config.data.limits
     check_lengths(limits, config.model)
     check_lengths(limits, config.reward_model)
     check_lora(config.lora, config.model, config.policy_parent)
     check_lora(config.lora, config.reward_model, config.reward_parent)
+    # Each minibatch has the same number of rollouts on each device that shares rows.
     check_rows("batch_size", config.batch_size, config.minibatches, mesh)
     require(
         limits.prompt_tokens + limits.response_tokens <= limits.sequence_tokens,
@@ -150,6 +156,7 @@ def validate(config: Config, mesh: Mesh | AbstractMesh) -> None:
         f"{limits.prompt_tokens} + {limits.response_tokens}",
     )
     if config.ptx_coef > 0:
+        # Each optimizer step splits its text rows into equal microbatches.
         count = microbatch_count(config.ptx_rows, config.compute.microbatch_rows, mesh)
         check_rows("ptx_rows", config.ptx_rows, count, mesh)
 
@@ -163,6 +170,7 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes per device of the four networks, two optimizers and the sampler's caches."""
     compute = config.compute
     limits = config.data.limits
+    # Parameters, gradients and optimizer state of the two networks that are trained.
     policy = training_bytes(
         "policy", config, config.model, "tokens", config.optimizer, mesh
     )
@@ -174,12 +182,15 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
         config.value_optimizer,
         mesh,
     )
+    # Per device. The sampler decodes `slots` responses at one time, with a cache for each;
+    # the prompts' own cache is filled for all rows first.
     rows = -(-config.batch_size // sharding.num_row_shards(mesh))
     slots = min(compute.slots, rows)
     length = limits.prompt_tokens + limits.response_tokens
     return {
         **policy,
         **value,
+        # The average is stored like the policy's parameters.
         "averaged policy": policy["policy"],
         "reference policy": parameter_bytes(config.model, compute, "tokens", mesh),
         "reward model": parameter_bytes(config.reward_model, compute, "scalar", mesh),
@@ -199,6 +210,8 @@ def train(run: Run) -> None:
     add_policy_adapters = adapter_initializer(config, 0)
     add_value_adapters = adapter_initializer(config, 1)
     abstract = abstract_ppo_state(program, add_policy_adapters, add_value_adapters)
+    # Kept unchanged for the whole run. The policy and the value network start as copies of
+    # the two; a resumed run loads them again beside its checkpoint.
     ref_params = run.parents["policy_parent"].load(abstract_params(program.policy, mesh))
     reward_params = run.parents["reward_parent"].load(
         abstract_params(program.value_model, mesh)
@@ -211,15 +224,8 @@ def train(run: Run) -> None:
         reward_params,
         config.tolerance,
     )
-    validation_sources = {}
-    if "text" in run.data:
-        validation_sources["text"] = run.data["text"].sources["validation"]
-    text_losses = validation_losses(program.policy, mesh, config, validation_sources)
-    # Replicated, so that the process that writes the samples has all of them.
-    first_samples = jax.jit(
-        lambda tree: jax.tree.map(lambda x: x[: config.samples], tree),
-        out_shardings=sharding.replicated(mesh),
-    )
+    text_losses = _text_losses(run, program)
+    first_samples = _first_rows(config.samples, mesh)
 
     def start() -> PpoState:
         policy = start_from(ref_params, program.policy_optimizer, mesh, add_policy_adapters)
@@ -247,6 +253,29 @@ def train(run: Run) -> None:
     )
 
 
+def _text_losses(run: Run, program: PpoProgram) -> Callable[[Params], dict[str, float]]:
+    """Returns the function from a policy's parameters to its losses on validation text.
+
+    They show what PPO costs in language modeling; without text there are none.
+    """
+    sources = {}
+    if "text" in run.data:
+        sources["text"] = run.data["text"].sources["validation"]
+    return validation_losses(program.policy, run.mesh, run.config, sources)
+
+
+def _first_rows(count: int, mesh: Mesh) -> Callable[[Any], Any]:
+    """Returns the compiled function that takes the first `count` rows of a tree of arrays.
+
+    The result is replicated, so that the process that writes the samples has all of them.
+    """
+
+    def first_rows(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x[:count], tree)
+
+    return jax.jit(first_rows, out_shardings=sharding.replicated(mesh))
+
+
 def make_program(config: Config, mesh: Mesh, eos_id: int) -> PpoProgram:
     """Networks and optimizers of the config; it is itself the program's options."""
     limits = config.data.limits
@@ -271,10 +300,13 @@ def batch_reader(
 
     The text has the rows of all optimizer steps of the iteration.
     """
+    # Prompts are repeated in a new order when all have been used.
     prompts = data["prompts"].sources["train"]
     limits = config.data.limits
+    # One batch of text per iteration holds the rows of all its optimizer steps.
     read_text = None
     if config.ptx_coef > 0:
+        # Only text, no demonstrations: the pretraining term of Eq. 2.
         files = LmData(
             demonstrations=(),
             text=config.data.text,
@@ -287,7 +319,9 @@ def batch_reader(
         read_text = lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
 
     def read(step: int) -> tuple[Prompts, Any]:
+        # Both are functions of the step alone, so a resumed run reads the same batches.
         rows = batch_row_ids(step, config.batch_size, len(prompts), config.seed)
+        # Each process reads only the rows of its own devices.
         own_rows = process_slice(rows, jax.process_index(), jax.process_count())
         text = None if read_text is None else read_text(step)
         batch = (prompt_batch(prompts, own_rows, limits.prompt_tokens), text)
@@ -300,11 +334,13 @@ def sample_records(
     rollouts: Rollouts, scores: Array, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """The rollouts as text with their scores, one record each for `samples.jsonl`."""
+    # One transfer for all rows; the loop below works on numpy arrays.
     host: Any = jax.device_get(rollouts)
     host_scores: Any = jax.device_get(scores)
     prompts = host.prompts
     records: list[dict[str, Any]] = []
     for row, row_score in enumerate(host_scores):
+        # Without padding; the end token, if any, is decoded like the others.
         mask = host.mask[row]
         record = {
             "prompt": tokenizer.decode(prompts.tokens[row][prompts.mask[row]]),
