@@ -26,9 +26,8 @@ def reward_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
     """scores, logprobs, ref_logprobs, mask; rows of random length, the last row empty."""
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 5, 7)
-    mask[0, 2] = (
-        False  # a hole: the last real token is where the mask says, not where its count says
-    )
+    # A hole: the last real token is the last unmasked one, not the one at index count - 1.
+    mask[0, 2] = False
     scores = jnp.asarray(rng.normal(0.0, 2.0, 5), dtype)
     logprobs = jnp.asarray(-rng.exponential(1.5, mask.shape), dtype)
     ref_logprobs = jnp.asarray(-rng.exponential(1.5, mask.shape), dtype)

@@ -56,14 +56,18 @@ def broken_invariant():
         (
             lambda: read_summary(Path("/nowhere")),
             2,
-            "error: /nowhere is not a finished run: run the whole experiment, not its report alone\n",
+            "error: /nowhere is not a finished run: run the whole experiment, not "
+            "its report alone\n",
         ),
         (
             broken_invariant,
             3,
-            "invariant broken: at the first optimizer step the ratio differs from 1 by 0.5 (tolerance 0.1) and 0 "
-            "of the tokens are clipped: old_logprobs and the update disagree; check parameters, temperature, "
-            "dropout and dtype of the pass (or, with old_logprobs = 'sampled', the sampler) that produced them\n",
+            "invariant broken: at the first optimizer step the ratio differs from 1 "
+            "by 0.5 (tolerance 0.1) and 0 "
+            "of the tokens are clipped: old_logprobs and the update disagree; check "
+            "parameters, temperature, "
+            "dropout and dtype of the pass (or, with old_logprobs = 'sampled', the "
+            "sampler) that produced them\n",
         ),
         (
             raiser(Interrupted(7)),
@@ -84,7 +88,8 @@ def broken_invariant():
                 )
             ),
             2,
-            f"error: {cli.OUT_OF_MEMORY}: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n",
+            f"error: {cli.OUT_OF_MEMORY}: RESOURCE_EXHAUSTED: Out of memory "
+            f"allocating 9 bytes.\n",
         ),
         (
             raiser(PermissionError(13, "Permission denied", "/x")),
@@ -303,8 +308,8 @@ def test_a_dry_run_says_what_it_would_hold():
     assert (code, err) == (0, "")
     assert "\nconfig.kl_coef = 0.5\n" in out and "\nconfig.model.embed_dim = 32\n" in out
     assert (
-        "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple (config.mesh.data = -1)"
-        in out
+        "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple "
+        "(config.mesh.data = -1)" in out
     )
     assert "held throughout" in out
 
@@ -337,12 +342,15 @@ EXPERIMENT = """
 from instructax.experiment import RunSpec
 from instructax.runtime.metric_log import read_summary
 
-LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
-LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
+LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20}
+LINES |= {"comparisons": 10, "prompts": 20, "gpt_prompts": 5, "public": 5}
 LINES = {f"lines.{name}": size for name, size in LINES.items()}
 
 def get_runs(size, root):
-    return [RunSpec(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]
+    runs = []
+    for seed, name in enumerate(("a", "b")):
+        runs.append(RunSpec(name, f"configs/world.py:{size}", {**LINES, "seed": seed}))
+    return runs
 
 def report(root):
     print("report:", *(read_summary(root / name)["stage"] for name in ("a", "b")))
@@ -359,7 +367,10 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
         run_experiment(f"{path}:tiny", root, report_only=True)
     run_experiment(f"{path}:tiny", root, report_only=False)
     lines = capsys.readouterr().out.splitlines()
-    said = "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 comparisons, 20 prompts, 5 gpt_prompts, 5 public"
+    said = (
+        "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 "
+        "comparisons, 20 prompts, 5 gpt_prompts, 5 public"
+    )
     for number, name in enumerate("ab"):
         lines.remove(
             f"world of seed {number} in {root / name}: {said}; training its tokenizer"

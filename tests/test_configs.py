@@ -359,7 +359,10 @@ def test_a_run_that_cannot_be_is_a_config_error(config, overrides, named, monkey
 def test_an_unknown_stage_is_a_config_error():
     with pytest.raises(
         ConfigError,
-        match=r"^config\.stage = 'rlhf' must be one of world, collect, pretrain, sft, reward_model",
+        match=(
+            r"^config\.stage = 'rlhf' must be one of world, collect, pretrain, "
+            r"sft, reward_model"
+        ),
     ):
         build_config({"stage": "rlhf"})
 
@@ -422,6 +425,9 @@ def test_a_planted_dead_field_is_seen():
         momentum_of_nobody: float
 
     assert dead_fields({Planted}) == {"Planted.momentum_of_nobody"}
-    check = "class Planted:\n    def __post_init__(self):\n        assert self.momentum_of_nobody > 0"
+    check = (
+        "class Planted:\n    def __post_init__(self):\n        assert "
+        "self.momentum_of_nobody > 0"
+    )
     assert names_read({"x": check}, {"Planted"}) == set()
     assert names_read({"x": "config.momentum_of_nobody = 1"}, set()) == set()

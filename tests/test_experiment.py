@@ -87,7 +87,10 @@ def test_configs_and_experiments_are_told_apart(tmp_path):
 def test_what_is_not_a_config_is_refused(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"config.stage = 'distill' must be one of world, collect, pretrain, sft, reward_model",
+        match=(
+            r"config.stage = 'distill' must be one of world, collect, pretrain, "
+            r"sft, reward_model"
+        ),
     ):
         run_stage({"stage": "distill"}, tmp_path / "run")
     with pytest.raises(
@@ -125,11 +128,16 @@ from instructax.runtime.metric_log import read_summary
 
 
 def get_runs(size, root):
-    return [RunSpec(name, f"configs/world.py:{size}", {"seed": seed}) for name, seed in (("first", 1), ("second", 2))]
+    runs = []
+    for name, seed in (("first", 1), ("second", 2)):
+        runs.append(RunSpec(name, f"configs/world.py:{size}", {"seed": seed}))
+    return runs
 
 
 def report(root):
-    print("report:", read_summary(root / "first")["stage"], read_summary(root / "second")["stage"])
+    first = read_summary(root / "first")["stage"]
+    second = read_summary(root / "second")["stage"]
+    print("report:", first, second)
 '''
 
 

@@ -203,7 +203,10 @@ def leaf(*shape: int) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize("name", ["router/kernel", "positional", "my_embedding"])
 def test_a_leaf_without_a_rule_is_an_error(name):
     tree = {"params": {"blocks": {name: leaf(4, 4)}}}
-    message = f"no layout for the leaf 'params/blocks/{name}': add a rule to instructax.sharding.LAYOUTS"
+    message = (
+        f"no layout for the leaf 'params/blocks/{name}': add a rule to "
+        f"instructax.sharding.LAYOUTS"
+    )
     for call in (
         lambda: sharding.shardings(tree, mesh_of(2, 2, 2)),
         lambda: unused_rules(tree),
@@ -218,11 +221,13 @@ def test_a_leaf_without_a_rule_is_an_error(name):
     [
         (
             {"mlp": {"up": {"kernel": leaf(2, 16, 7)}}},
-            "mlp/up/kernel (2, 16, 7): 7 does not divide by mesh axes tensor = 2: change model or mesh",
+            "mlp/up/kernel (2, 16, 7): 7 does not divide by mesh axes tensor = 2: "
+            "change model or mesh",
         ),
         (
             {"params": {"embedding": leaf(23, 6)}},
-            "params/embedding (23, 6): 6 does not divide by mesh axes ('tensor', 'fsdp') = 4: change model or mesh",
+            "params/embedding (23, 6): 6 does not divide by mesh axes ('tensor', "
+            "'fsdp') = 4: change model or mesh",
         ),
     ],
 )
@@ -257,7 +262,8 @@ def test_a_mesh_that_does_not_fit_is_one_line(sizes):
         mesh_of(*sizes)
     product = " × ".join(map(str, sizes))
     assert str(caught.value) == (
-        f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of devices, 8"
+        f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of "
+        f"devices, 8"
     )
 
 

@@ -298,10 +298,19 @@ from pathlib import Path
 import jax.numpy as jnp
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.types import TrainState
-checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", best_mode="max", exported="params")
+checkpoints = Checkpoints(
+    Path(sys.argv[1]),
+    save_every=1,
+    keep=2,
+    best_metric="",
+    best_mode="max",
+    exported="params",
+)
 for step in itertools.count(1):
     x = numbers(step)
-    checkpoints.save(step, TrainState(step=jnp.int32(step), params={"a": x, "b": x}, opt_state={"m": x}), {})
+    params = {"a": x, "b": x}
+    state = TrainState(step=jnp.int32(step), params=params, opt_state={"m": x})
+    checkpoints.save(step, state, {})
     print(step, flush=True)
 """
 
@@ -343,8 +352,10 @@ def test_killed_while_saving(tmp_path):
 LIMITED = """
 import resource
 import jax
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))  # files end there, as on a full disk
-numbers = lambda step: jax.random.normal(jax.random.key(step), (512, 256))  # that nothing compresses
+# No file may grow beyond 64 KiB, as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+# Random numbers, which do not compress.
+numbers = lambda step: jax.random.normal(jax.random.key(step), (512, 256))
 """
 
 

@@ -110,7 +110,8 @@ PPO = [
     ),
     (
         {"data.limits.prompt_tokens": 10**6},
-        "config.data.limits.prompt_tokens + response_tokens = 1000024 is above config.model.max_length = 96",
+        "config.data.limits.prompt_tokens + response_tokens = 1000024 is above "
+        "config.model.max_length = 96",
     ),
     (
         {"data.limits.splits": (("all", 1.0),)},
@@ -137,7 +138,8 @@ PPO = [
     ({"kl_ceof": 0.1}, 'Did you mean "kl_coef" instead of "kl_ceof"?'),
     (
         {"stage": "alchemy"},
-        "config.stage = 'alchemy' must be one of world, collect, pretrain, sft, reward_model, ppo",
+        "config.stage = 'alchemy' must be one of world, collect, pretrain, sft, "
+        "reward_model, ppo",
     ),
 ]
 SFT = [
@@ -210,7 +212,8 @@ def test_a_workdir_of_another_stage_is_named_as_one(chain, tmp_path):
     with pytest.raises(ConfigError) as error:
         run_stage(stages.config_of(chain, "reward", {}), workdir)
     assert str(error.value) == (
-        f"{workdir} holds a run with another config (stage: 'sft' (stored) != 'reward_model' (given)); "
+        f"{workdir} holds a run with another config (stage: 'sft' (stored) != "
+        f"'reward_model' (given)); "
         "give the stored values again or choose another --workdir"
     )
 

@@ -53,9 +53,19 @@ room, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 keeping = dict(total_steps=9, log_every=1, start_step=0, tensorboard=False, console=False)
 noise = np.random.default_rng(0).normal(size=(1 << 14,)).astype(np.float32)
 state = new_state({"w": jnp.asarray(noise)}, optax.identity())
-limits = DataLimits(sequence_tokens=64, prompt_tokens=24, response_tokens=16, completions=4, prefix_characters=None,
-                prompts_per_user=None, filter_pii=False, splits=(("train", 1.0),), split_seed=0)
-(folder / "t.jsonl").write_text("".join(json.dumps({"id": str(i), "text": f"{i} " * 20}) + "\\n" for i in range(99)))
+limits = DataLimits(
+    sequence_tokens=64,
+    prompt_tokens=24,
+    response_tokens=16,
+    completions=4,
+    prefix_characters=None,
+    prompts_per_user=None,
+    filter_pii=False,
+    splits=(("train", 1.0),),
+    split_seed=0,
+)
+records = [json.dumps({"id": str(i), "text": f"{i} " * 20}) + "\\n" for i in range(99)]
+(folder / "t.jsonl").write_text("".join(records))
 
 
 def metrics():
@@ -70,7 +80,14 @@ def samples():
 
 
 def checkpoint():
-    checkpoints = Checkpoints(folder / "run", save_every=1, keep=1, best_metric="", best_mode="max", exported="params")
+    checkpoints = Checkpoints(
+        folder / "run",
+        save_every=1,
+        keep=1,
+        best_metric="",
+        best_mode="max",
+        exported="params",
+    )
     try:
         checkpoints.save(1, state, {})
     finally:
@@ -84,8 +101,17 @@ def skipped():
 
 
 def manifest():
-    write_manifest(folder, stage="x", config={str(i): 0 for i in range(999)}, model={}, head=None, tokenizer_hash="0",
-                   tokenizer_path="x", data_hashes={}, parents={})
+    write_manifest(
+        folder,
+        stage="x",
+        config={str(i): 0 for i in range(999)},
+        model={},
+        head=None,
+        tokenizer_hash="0",
+        tokenizer_path="x",
+        data_hashes={},
+        parents={},
+    )
 
 
 WRITERS = {
@@ -93,8 +119,12 @@ WRITERS = {
     "samples": samples,
     "summary": lambda: write_json(folder / "summary.json", {str(i): 0 for i in range(999)}),
     "manifest": manifest,
-    "tokenizer": lambda: save_tokenizer(load_tokenizer("bytes"), str(folder / "tokenizer.json")),
-    "rows": lambda: prepare.prepare_text([folder / "t.jsonl"], load_tokenizer("bytes"), limits, folder / "rows"),
+    "tokenizer": lambda: save_tokenizer(
+        load_tokenizer("bytes"), str(folder / "tokenizer.json")
+    ),
+    "rows": lambda: prepare.prepare_text(
+        [folder / "t.jsonl"], load_tokenizer("bytes"), limits, folder / "rows"
+    ),
     "skipped": skipped,
     "checkpoint": checkpoint,
 }

@@ -155,7 +155,9 @@ def test_a_loss_that_is_infinite_is_named_too():
     close = {"first_ratio_gap": 0.0, "first_clipped_fraction": 0.0}
     with pytest.raises(
         InvariantError,
-        match="value_loss is inf: lower the learning rate or look at the scale of the scores",
+        match=(
+            "value_loss is inf: lower the learning rate or look at the scale of the scores"
+        ),
     ):
         check_update(metrics | close, tolerance=0.1)
 

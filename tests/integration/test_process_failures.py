@@ -42,7 +42,8 @@ def fail():
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "memory":
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        taken = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))
         np.ones(2**28)
     if fault == "disk":  # it goes on to its next save

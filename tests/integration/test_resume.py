@@ -81,7 +81,7 @@ def interrupted(config, workdir):
 
 @pytest.fixture(scope="module")
 def supervised_run(chain, tmp_path_factory):
-    """(config, workdir, last state) of a supervised run of four steps that nothing stopped."""
+    """(config, workdir, last state) of an uninterrupted supervised run of four steps."""
     config, workdir = config_of(chain, "sft"), tmp_path_factory.mktemp("runs") / "sft"
     with pytest.MonkeyPatch.context() as monkeypatch:
         stages.use_devices(monkeypatch, 1)
@@ -235,8 +235,8 @@ def test_another_config_is_refused_with_the_differences(supervised_run):
     with pytest.raises(ConfigError, match="holds a run with another config") as error:
         run_stage(other, workdir)
     assert (
-        "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != 9 (given)"
-        in str(error.value)
+        "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != "
+        "9 (given)" in str(error.value)
     )
     assert "\n" not in str(error.value)
     assert (workdir / "config.json").read_text() == before

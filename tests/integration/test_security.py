@@ -1,4 +1,4 @@
-"""Nothing that is read is run, nothing is written elsewhere, and nothing secret is shown."""
+"""Security: nothing read is executed, writes stay in the workdir, secrets stay hidden."""
 
 import ast
 import json

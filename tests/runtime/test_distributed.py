@@ -108,7 +108,8 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
     [
         (
             ("127.0.0.1:1", None, 0),
-            "--coordinator=127.0.0.1:1 needs --processes=N and --process=0 … N − 1, and got None",
+            "--coordinator=127.0.0.1:1 needs --processes=N and --process=0 … N − 1, "
+            "and got None",
         ),
         (("127.0.0.1:1", 2, 2), "--process=0 … N − 1, and got 2 and 2"),
         (("nonsense", 2, 0), "--coordinator=nonsense must be HOST:PORT or auto"),

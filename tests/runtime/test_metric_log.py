@@ -260,7 +260,10 @@ def test_console_line(tmp_path, capsys, monkeypatch):
                     **{f"a{i}": i for i in range(9)},
                 },
             )
-    expected = "step 4/1000  loss 0.25  kl 2  a0 0  a1 1  a2 2  a3 3  2,000 tokens/s/device  eta 1:23:00\n"
+    expected = (
+        "step 4/1000  loss 0.25  kl 2  a0 0  a1 1  a2 2  a3 3  2,000 "
+        "tokens/s/device  eta 1:23:00\n"
+    )
     assert capsys.readouterr().out == expected
 
 

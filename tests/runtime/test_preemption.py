@@ -87,7 +87,8 @@ def test_a_second_signal_ends_even_a_compiled_program(number, code):
         import threading, time, os
         import jax
         from instructax.runtime.preemption import GracefulShutdown
-        endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 0.5, x)).lower(0.5).compile()
+        loop = lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 0.5, x)
+        endless = jax.jit(loop).lower(0.5).compile()
 
         def twice():
             for _ in range(2):

@@ -123,7 +123,8 @@ def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
         ({"noise": -1.0}, "config: noise = -1.0 must be at least 0"),
         (
             {"prompt_tokens": 90},
-            "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 tokens of a policy",
+            "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 "
+            "tokens of a policy",
         ),
         (
             {"prompt_tokens": 1},

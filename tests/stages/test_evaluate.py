@@ -48,7 +48,7 @@ def network(chain, run: str, head: str):
 
 @cache
 def rollouts_of(chain, run: str, temperature: float = 1.0):
-    """What a policy answers to the first 16 held-out prompts: each sample has its own key."""
+    """A policy's responses to the first 16 validation prompts; one key per sample."""
     config, tokenizer, data = parts(chain)
     model, params = network(chain, run, "tokens")
     limits = config.data.limits
@@ -234,7 +234,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
     [
         (
             {"reference": "T0"},
-            "config: reference = 'T0' must be one of the policies .'GPT', 'GPT prompted', 'SFT', ",
+            "config: reference = 'T0' must be one of the policies .'GPT', 'GPT "
+            "prompted', 'SFT', ",
         ),
         (
             {"policies": (("SFT", "nowhere", "plain"),)},
@@ -254,7 +255,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ),
         (
             {"shots": 9999},
-            "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower it, or give more",
+            "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower "
+            "it, or give more",
         ),
         (
             {"data.comparisons": (("labelers", ("a",)), ("labelers", ("b",)))},
@@ -265,7 +267,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ({"prompts": 0}, "config: prompts = 0 must be at least 1"),
         (
             {"data.prompts": ()},
-            "config: data.prompts, reward_parent and the workdir of every policy must be given",
+            "config: data.prompts, reward_parent and the workdir of every policy "
+            "must be given",
         ),
         (
             {"reward_model.embed_dim": 64},

@@ -152,8 +152,8 @@ def test_report():
     assert lines[0].startswith("model: 174,6") and lines[0].endswith(" parameters")
     assert lines[1].startswith("reward_model: 6,6") and lines[1].endswith(" parameters")
     assert (
-        lines[2]
-        == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple (config.mesh.data = -1)"
+        lines[2] == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple "
+        "(config.mesh.data = -1)"
     )
     assert lines[3].split() == ["policy", "2.571", "GiB", "per", "device"]
     total = sum(memory_of(built(ppo_config, "175b")).values()) / GIB

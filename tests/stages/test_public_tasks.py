@@ -224,15 +224,18 @@ def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(
         ({"world": "nowhere"}, "nowhere is not a finished world"),
         (
             {"context_tokens": 20},
-            "a context has .* tokens; between 1 and 20 are possible: change it, or context_tokens",
+            "a context has .* tokens; between 1 and 20 are possible: change it, or "
+            "context_tokens",
         ),
         (
             {"answer_tokens": 1},
-            "a candidate has .* tokens; between 1 and 1 are possible: change it, or answer_tokens",
+            "a candidate has .* tokens; between 1 and 1 are possible: change it, or "
+            "answer_tokens",
         ),
         (
             {"model.positions": "learned"},
-            "config.context_tokens [+] config.answer_tokens = 240 is above config.model.max_length = .* position table",
+            "config.context_tokens [+] config.answer_tokens = 240 is above "
+            "config.model.max_length = .* position table",
         ),
     ],
 )

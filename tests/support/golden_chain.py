@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = 1e-6  # relative, for entries that are known to have other rounding, and between kinds of machines
+# Relative tolerance of the entries in ROUNDED.
+TOLERANCE = 1e-6
 
 # new name -> name at the time of recording, of leaves, metrics and summary entries; matched
 # by whole path components.
@@ -127,7 +128,7 @@ def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def metric_prints(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Of every metric of `metrics.jsonl` but times, and of every entry of `summary.json`."""
+    """Fingerprints of each metric except times, and of each entry of `summary.json`."""
     series: dict[str, list[Any]] = {}
     log = workdir / "metrics.jsonl"
     for line in log.read_text().splitlines() if log.exists() else []:

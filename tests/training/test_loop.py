@@ -466,7 +466,10 @@ def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(
     if ends_after is None:
         toy.fit(State(0), total_steps=6, nonfinite_guard=skips)
     else:
-        message = f"not finite in 3 updates in a row, up to step {ends_after}; .*same command repeats it"
+        message = (
+            f"not finite in 3 updates in a row, up to step {ends_after}; "
+            f".*same command repeats it"
+        )
         with pytest.raises(Diverged, match=message):
             toy.fit(State(0), total_steps=6, nonfinite_guard=skips)
     # The first three of a row end the run; none of their batches but the first two is kept.

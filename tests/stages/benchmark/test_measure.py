@@ -164,7 +164,10 @@ def test_a_stage_that_does_not_fit_is_one_line():
     evaluation = SimpleNamespace(stage="evaluate")
     with pytest.raises(
         ValueError,
-        match=r"config\.stage = 'evaluate' trains nothing: give one of pretrain, sft, reward_model",
+        match=(
+            r"config\.stage = 'evaluate' trains nothing: give one of pretrain, "
+            r"sft, reward_model"
+        ),
     ):
         benchmark.measure(
             evaluation,

@@ -4,8 +4,10 @@ stop a run.
 The example: two rows of three tokens, the last of the second row is padding and full of
 nonsense. With r the log-ratio of policy to reference,
 
-    r       = [1/2, 0, -1/4], [1, 1/2, ·]      scores = 2, 1      the second response did not end
+    r       = [1/2, 0, -1/4], [1, 1/2, ·]      scores = 2, 1
     values  = [1, 1/2, 0], [1/4, 1/2, ·]       β = 1/2, λ = 1/2, discount 1, penalty 1/2
+
+The second response does not end with EOS.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""PPO as a run: what it starts from, reads, logs and exports, and the faults that stop it."""
+"""The PPO stage: its start, data, logs and exports, and the faults that stop it."""
 
 import dataclasses
 from functools import cache
@@ -111,12 +111,15 @@ def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
     patched(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(
         InvariantError,
-        match=r"sampled and recomputed .* differ by .* look for a difference in temperature",
+        match=(
+            r"sampled and recomputed .* differ by .* look for a difference in "
+            r"temperature"
+        ),
     ):
         iterate()
 
 
-def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_is_held_against(
+def test_without_rescoring_a_sampler_at_another_temperature_fails_the_ratio_check(
     monkeypatch,
 ):
     program = stages.with_options(PROGRAM, old_logprobs="sampled")
@@ -402,7 +405,8 @@ def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
         ({"samples": -3}, "config: samples = -3 must be at least 0"),
         (
             {"reward_parent": "SFT"},
-            "config.reward_parent = .* is a run of the stage 'sft' with a tokens head; it must have a scalar head",
+            "config.reward_parent = .* is a run of the stage 'sft' with a tokens "
+            "head; it must have a scalar head",
         ),
         (
             {"data.limits.splits": (("train", 1.0),)},
