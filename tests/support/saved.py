@@ -1,4 +1,4 @@
-"""States and checkpoints of the tests, and what may befall them."""
+"""Train states, checkpoints and ways to damage them, for tests."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ def make_ppo_state(seed=0.0):
 
 
 def on_devices(tree, count):
-    """`tree` as abstract arrays, rows of 8 split over `count` devices."""
+    """`tree` as abstract arrays whose last axis, if of size 8, is sharded over `count`
+    devices."""
     mesh = jax.make_mesh(
         (count,), ("rows",), devices=jax.devices()[:count], axis_types=(AxisType.Auto,)
     )

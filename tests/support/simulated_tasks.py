@@ -1,4 +1,4 @@
-"""Tasks of the simulated world: some that are judged by hand, and samples of any number."""
+"""Tasks of the simulated world: hand-judged examples, and samples of any size."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ SHARES = {name: use_case.share for name, use_case in USE_CASES.items()}
 
 
 def sample_task(rng: np.random.Generator) -> Task:
-    """Samples a task of WORLD, with the use cases in their shares."""
+    """Samples a task of WORLD; use cases occur with their shares."""
     return USE_CASES[choose_weighted(rng, SHARES)].sample_task(WORLD, rng)
 
 

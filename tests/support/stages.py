@@ -1,8 +1,7 @@
-"""What the tests of the stages share: batches, programs, plain references, ways to watch a
-run.
+"""Shared by the stage tests: batches, programs, plain references, and ways to watch a run.
 
-A plain reference runs every document alone, from column 0, without padding on the left,
-packing, chunks or a mask, and adds up in float64.
+A plain reference runs every document alone from column 0: no left padding, packing, chunks
+or mask. It sums in float64.
 """
 
 import contextlib
@@ -46,15 +45,15 @@ MAKE_MESH = sharding.make_mesh
 
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Gives every stage the first `count` devices."""
+    """Restricts every stage to the first `count` devices."""
     monkeypatch.setattr(
         sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:count])
     )
 
 
 def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The config of the chain's run `name` with `overrides`; its data and parents are the
-    chain's own."""
+    """The config of the chain's run `name` with `overrides`. Data and parents are those of
+    the chain."""
     run = next(
         run
         for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
@@ -64,14 +63,14 @@ def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any
 
 
 def config_with_kernel(values: dict[str, Any]) -> Any:
-    """The Config that a stage trains with: its attention kernel is selected."""
+    """The Config that a stage trains with, with its attention kernel selected."""
     config = build_config(values)
     lengths = load_stage(config.stage).row_lengths(config)
     return select_attention_kernel(config, lengths)[0]
 
 
 class Watch:
-    """Sees what the loop of a run starts from and ends with, and can stop it."""
+    """Records the first and last state of a run's training loop, and can interrupt it."""
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class Watch:
     ):
         self.first: Any = None
         self.last: Any = None
-        self.read: list[Any] = []  # what is called with the step before its batch is read
+        self.read: list[Any] = []  # functions called with the step before its batch is read
         fit = loop.fit
 
         def watched(state: Any, callbacks: Any, outputs: Any, **rest: Any) -> Any:
@@ -106,11 +105,11 @@ class Watch:
 
 
 class Stopped(Exception):
-    """A run was stopped before its first step, on purpose."""
+    """Raised on purpose to stop a run before its first step."""
 
 
 def started(config: dict[str, Any], workdir: Path) -> Any:
-    """The state that a run starts from; nothing is trained."""
+    """The state that a run starts from, without training."""
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
         watch = Watch(monkeypatch, enter=False)
         experiment.run_stage(config, workdir)
@@ -118,7 +117,7 @@ def started(config: dict[str, Any], workdir: Path) -> Any:
 
 
 def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str) -> Path:
-    """A finished supervised run with these parameters, that was never trained."""
+    """A finished supervised run with these parameters, written without any training."""
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )
@@ -140,14 +139,16 @@ def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: s
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over as many of the devices as it needs."""
+    """A mesh over as many devices as its axes need."""
     config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     return MAKE_MESH(config, jax.devices()[: data * fsdp * tensor])
 
 
 def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
-    """Rows of two documents and padding, with lengths and numbers of trained tokens that
-    differ by row; the last row is empty."""
+    """Rows of two documents and padding.
+
+    Lengths and numbers of trained tokens differ by row. The last row is empty.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(tiny_models.VOCAB_SIZE, size=(rows, columns)).astype(np.int32)
     segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
@@ -164,8 +165,10 @@ def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
 
 
 def comparisons(answers: Sequence[int], columns: int, seed: int = 0) -> Comparisons:
-    """One prompt for each entry of `answers`, its number of valid answers; ranks tie now
-    and then, and prompt 0, if it has two or more answers, ties them all: it has no pair."""
+    """One prompt for each entry of `answers`, which is its number of valid answers.
+
+    Ranks tie occasionally. Prompt 0 has only ties, and therefore no pair.
+    """
     rng = np.random.default_rng(seed)
     shape = (len(answers), max(answers), columns)
     valid = np.arange(shape[1])[None] < np.asarray(answers)[:, None]
@@ -198,8 +201,10 @@ def supervised_settings(
 
 
 def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram:
-    """PPO with small networks of both families; Adam's epsilon keeps rounding errors from
-    becoming whole steps."""
+    """PPO with small networks of both families.
+
+    Adam's epsilon is large enough that rounding errors do not become whole steps.
+    """
     optimizer = changes.pop(
         "optimizer", tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0)
     )
@@ -224,7 +229,7 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram
         "policy_optimizer": make_optimizer(optimizer),
         "value_optimizer": make_optimizer(optimizer),
         "mesh": mesh,
-        "eos_id": 21,  # one that random policies sample now and then
+        "eos_id": 21,  # a token that random policies sample occasionally
         "response_tokens": 7,
         "row_tokens": 16,
         "clip_values": True,
@@ -263,7 +268,7 @@ def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
 
 
 def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
-    """Random networks."""
+    """A state with random networks."""
     policy = start_from(
         tiny_models.random_params(program.policy, seed),
         program.policy_optimizer,
@@ -278,17 +283,17 @@ def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
 
 
 def no_phase(name: str) -> contextlib.AbstractContextManager[None]:
-    """In place of a log that times phases."""
+    """Stands in for a log that times phases."""
     return contextlib.nullcontext()
 
 
 def copy_of(tree: Any) -> Any:
-    """Buffers of its own, which outlive the donation of `tree`."""
+    """A copy with its own buffers, which survive the donation of `tree`."""
     return jax.tree.map(jnp.copy, tree)
 
 
 def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, loss_mask) of each document of packed rows."""
+    """(tokens, loss_mask) of each document in packed rows."""
     tokens, segments, loss_mask = (
         np.asarray(x) for x in (batch.tokens, batch.segments, batch.loss_mask)
     )
@@ -327,8 +332,8 @@ def comparison_documents(batch: Comparisons, prompt: int) -> list[np.ndarray]:
 def plain_ranking(
     model: Transformer, params: Any, batch: Comparisons
 ) -> tuple[float, int, int]:
-    """(mean loss over prompts with a pair, pairs ordered correctly, pairs), each response
-    run alone."""
+    """(mean loss over prompts with a pair, correctly ordered pairs, pairs), scoring each
+    response alone."""
     losses, correct, count = [], 0, 0
     for prompt in range(len(batch.ranks)):
         scores = plain_scores(model, params, comparison_documents(batch, prompt))
@@ -345,7 +350,7 @@ def plain_ranking(
     return sum(losses) / len(losses), correct, count
 
 
-BLOCK = 16  # documents that are run at a time, so that any number of them compiles once
+BLOCK = 16  # batch size; fixed, so that any number of documents compiles once
 
 
 @partial(jax.jit, static_argnums=0)
@@ -366,8 +371,10 @@ def _outputs(model: Transformer, params: Any, tokens: jax.Array) -> jax.Array:
 def plain_outputs(
     model: Transformer, params: Any, documents: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Logits f64[n, T, V] or scalars f64[n, T] of documents, one to a row; columns after
-    its end mean nothing."""
+    """Logits f64[n, T, V] or scalars f64[n, T], one document per row.
+
+    Columns after a document's end are meaningless.
+    """
     tokens = np.zeros(
         (-(-len(documents) // BLOCK) * BLOCK, model.config.max_length), np.int32
     )
@@ -386,8 +393,10 @@ def plain_logprobs(
     documents: Sequence[np.ndarray],
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
-    """Log-probability of each token given those before it: f64[n] each; nothing predicts
-    the first, it gets 0."""
+    """Log-probability of each token given the previous ones: f64[length] for each document.
+
+    The first token has no prediction and gets 0.
+    """
     logits = plain_outputs(model, params, documents) / temperature
     logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return [
@@ -399,7 +408,7 @@ def plain_logprobs(
 def plain_scores(
     model: Transformer, params: Any, documents: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """The scalar head's output at each document's last token: f64[n]."""
+    """The scalar head's output at the last token of each document: f64[n]."""
     outputs = plain_outputs(model, params, documents)
     return np.array(
         [outputs[row, len(document) - 1] for row, document in enumerate(documents)]
@@ -414,7 +423,7 @@ def plain_loss(model: Transformer, params: Any, batch: LmBatch) -> float:
 
 
 def assert_trees_close(got: Any, wanted: Any, *, rtol: float, atol: float) -> None:
-    """Every leaf, with its path in the message."""
+    """Compares every leaf; a failure names its path."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True
@@ -425,7 +434,7 @@ def assert_trees_close(got: Any, wanted: Any, *, rtol: float, atol: float) -> No
 
 
 def assert_trees_equal(got: Any, wanted: Any) -> None:
-    """Every leaf, to the bit."""
+    """Compares every leaf bit for bit."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True
