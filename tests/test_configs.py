@@ -59,7 +59,7 @@ def test_every_file_is_tested():
         "benchmark",
         "sizes",
         "__init__",
-    }  # test_benchmark builds its own
+    }  # tests/stages/benchmark builds the config of the benchmark
 
 
 @pytest.mark.parametrize(("name", "arg"), ARGUMENTS)

@@ -1,5 +1,4 @@
-"""Where a run's time went: every second once, over kills, torn lines and steps that are
-done again."""
+"""The goodput log counts every second once, across kills, torn lines and repeated steps."""
 
 import json
 import os
@@ -22,7 +21,7 @@ from instructax.runtime.goodput import (
 
 
 class Clock:
-    """Stands in for `time`: it goes on when told to."""
+    """Stands in for `time`; it only advances when the test says so."""
 
     def __init__(self):
         self.now = 100.0
@@ -45,7 +44,7 @@ def clock():
 
 
 def work(ledger, clock, *beats):
-    """Beats, each followed by so many seconds."""
+    """Records heartbeat events, each followed by a number of seconds."""
     for name, seconds in beats:
         ledger.beat(name)
         clock.now += seconds
@@ -87,7 +86,7 @@ def test_every_second_counts_once(tmp_path, clock):
     )
 
 
-def test_what_is_done_again_is_lost_once(tmp_path, clock):
+def test_repeated_steps_are_lost_time_once(tmp_path, clock):
     path = tmp_path / "goodput.jsonl"
     for begun, ended in ((0, 6), (4, 5), (4, 8)):
         ledger = GoodputLog(path, writes=True)
@@ -119,7 +118,7 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
     ]
 
 
-def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clock):
+def test_a_run_starts_where_the_previous_run_of_its_process_ended(tmp_path, clock):
     for name, seconds in (("first", 30), ("second", 2)):
         ledger = GoodputLog(tmp_path / name, writes=True)
         clock.now += seconds
@@ -127,14 +126,14 @@ def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clo
         ledger.begin(0)
         ledger.close()
         clock.now += 1
-    # The first from the start of the process on, ten seconds before; the second from the
-    # first one's end.
+    # The first run counts from the start of the process, ten seconds earlier; the second
+    # from the end of the first.
     assert [
         read_totals(tmp_path / name)["init"] for name in ("first", "second")
     ] == pytest.approx([10 + 30, 1 + 2])
 
 
-def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
+def test_a_torn_line_is_skipped_and_the_next_event_gets_its_own_line(tmp_path):
     path = tmp_path / "goodput.jsonl"
     path.write_text(
         '{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec'
@@ -175,7 +174,7 @@ def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
     assert read_totals(path)["goodput"] == 0.0
 
 
-def test_nothing_is_lost_of_saves_and_compiling():
+def test_saves_and_compilation_are_never_lost():
     lines = [{"kind": kind, "step": 5, "seconds": 1} for kind in goodput.KINDS]
     assert lost_seconds(lines, 4) == 2 and lost_seconds(lines, 5) == 0
     assert read_totals(goodput.Path("nowhere.jsonl")) == {}
@@ -189,7 +188,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert not (tmp_path / "goodput.jsonl").exists()
 
 
-def test_a_killed_process_has_handed_over_its_lines(tmp_path):
+def test_the_lines_of_a_killed_process_are_on_disk(tmp_path):
     program = """
 import os, signal, sys
 from pathlib import Path
@@ -205,6 +204,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     assert done.returncode == -signal.SIGKILL
     (line,) = read_events(tmp_path / "goodput.jsonl")
-    # The system tells when a process began to a hundredth of a second.
+    # Linux reports process start times to a hundredth of a second.
     assert line["kind"] == "init" and 0 < line["seconds"] < time.time() - since + 0.02
     assert since - 1 < line["process"] < time.time()

@@ -1,4 +1,4 @@
-"""The run's log: buffering, rewinding, non-finite values, phases, console."""
+"""The metric log: buffering, rewinding, non-finite values, phases and console output."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def steps(path):
 
 
 class Lazy:
-    """A scalar on a device: reading it is a synchronisation."""
+    """A device scalar: reading it synchronizes."""
 
     shape = ()
 
@@ -132,7 +132,7 @@ def test_rewinding_keeps_each_step_once(tmp_path):
             log.record(step, {"loss": float(step)})
             log.write_sample(step, {"text": "first"})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 9')  # killed in the middle of a line
+        file.write('{"step": 3, "loss": 9')  # killed while writing a line
     with open_log(tmp_path, start_step=5, log_every=1) as log:
         assert steps(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4, 5]
         for step in (6, 7, 8):
@@ -173,7 +173,7 @@ def test_rewinding_drops_what_is_no_log_line(tmp_path, junk):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_phases_add_up_and_belong_to_the_next_record(tmp_path, monkeypatch):
+def test_phase_times_add_up_and_go_to_the_next_record(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 12.5, 20.0, 20.25, 30.0, 31.0, 40.0, 100.0])
     monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(metric_log.jax, "device_count", lambda: 8)
@@ -212,9 +212,7 @@ def test_the_first_step_is_waited_for_and_timed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("first step after 7.2 s\nstep 1/")
 
 
-def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(
-    tmp_path, monkeypatch
-):
+def test_the_first_step_does_not_affect_the_step_time_of_later_ones(tmp_path, monkeypatch):
     clock = iter([5.0, 105.0, 125.0])
     monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     with open_log(tmp_path, log_every=3) as log:  # 5
@@ -300,7 +298,7 @@ def test_tensorboard_scalars(tmp_path):
         log.record(4, {"loss": 0.25, "broken": jnp.nan})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
-    while data:  # length u64, its checksum u32, the event, its checksum u32
+    while data:  # A record: length u64, its checksum u32, the event, its checksum u32.
         length = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
@@ -315,7 +313,7 @@ def test_tensorboard_scalars(tmp_path):
     )
 
 
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+def test_a_missing_tensorboard_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"pip install 'instructax\[tensorboard\]'"):
         open_log(tmp_path, tensorboard=True)

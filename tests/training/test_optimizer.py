@@ -1,5 +1,5 @@
-"""Adam against a loop in plain Python, schedules at points worked out by hand, decay and
-clipping where they belong."""
+"""Adam against a loop in plain Python, schedules at hand-computed points, weight decay and
+clipping."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ from instructax.training.optimizer import (
 from instructax.training.state import new_state
 from instructax.types import TrainState
 
-BETA1, BETA2, EPSILON = F(9, 10), F(19, 20), F(1, 10)  # an epsilon large enough to be seen
+BETA1, BETA2, EPSILON = F(9, 10), F(19, 20), F(1, 10)  # an epsilon large enough to matter
 GRADIENTS = [F(1, 2), F(-3, 4), F(1, 8)]
 RATES = [F(1, 10), F(1, 5), F(1, 20)]
 
@@ -57,17 +57,17 @@ def state_of(params, **changes) -> tuple[TrainState, object]:
 
 
 def run(params, gradients_of, **changes) -> list:
-    """Parameters after each of the three steps, `gradients_of(g)` being the gradients."""
+    """Parameters after each of the three steps, with the gradients `gradients_of(g)`."""
     state, optimizer = state_of(params, **changes)
     path = []
     for g, rate in zip(GRADIENTS, RATES, strict=True):
         state = apply_gradients(optimizer, state, gradients_of(float(g)), jnp.float32(rate))
         path.append(state.params)
-    assert state.step == 0  # the stage counts its own steps
+    assert state.step == 0  # the stage has its own step counter
     return path
 
 
-def test_adam_is_the_plain_loop():
+def test_adam_equals_the_plain_loop():
     path = run({"scale": jnp.float32(2.0)}, lambda g: {"scale": jnp.float32(g)})
     np.testing.assert_allclose(
         [p["scale"] for p in path], adam(F(2), GRADIENTS, RATES), rtol=1e-6
@@ -80,8 +80,8 @@ def test_the_first_step_by_hand():
     assert adam(F(2), GRADIENTS[:1], RATES[:1]) == [pytest.approx(2 - 1 / 12)]
 
 
-def test_decay_takes_matrices_alone():
-    """kernel ← kernel − rate · (direction + decay · kernel); the bias beside it does not
+def test_only_matrices_decay():
+    """kernel ← kernel − rate · (direction + decay · kernel). The bias next to it does not
     decay."""
     both = {"kernel": jnp.float32(2.0), "bias": jnp.float32(2.0)}
     path = run(
@@ -98,8 +98,8 @@ def test_decay_takes_matrices_alone():
     "config", [tiny_models.gpt_config(tied_embeddings=False), tiny_models.llama_config()]
 )
 def test_what_decays_in_a_network(config):
-    """Whatever is a table or a product; biases and norms, also where the stack of layers
-    makes them [L, D], do not."""
+    """Tables and matrices decay. Biases and norms do not, even where the layer stack makes
+    them [L, D]."""
     model = Transformer(config, tiny_models.compute(), "scalar")
     marked = weight_decay_mask(
         jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -123,8 +123,8 @@ def test_what_decays_in_a_network(config):
     ("clip_norm", "factor"), [(1.0, F(1, 5)), (10.0, F(1)), (0.0, F(1))]
 )
 def test_clipping_by_the_global_norm(clip_norm, factor):
-    """Gradients 3 and 4 have norm 5. Above the limit both shrink by limit / 5; 0 is no
-    limit."""
+    """Gradients 3 and 4 have norm 5. Above the limit both are scaled by limit / 5; a limit
+    of 0 means no clipping."""
     state, optimizer = state_of(
         {"a": jnp.float32(0), "b": jnp.float32(0)}, clip_norm=clip_norm
     )
@@ -186,11 +186,11 @@ POINTS = [
     (COSINE, 25, 0.1 + 0.9 * (1 + math.sqrt(1 / 2)) / 2),
     (COSINE, 50, F(11, 20)),
     (COSINE, 100, F(1, 10)),
-    (COSINE, 120, F(1, 10)),  # past the end it stays there
+    (COSINE, 120, F(1, 10)),  # constant after the end
     (LINEAR, 0, F(0)),
     (LINEAR, 1, F(1, 4)),
     (LINEAR, 4, F(1)),
-    (LINEAR, 28, F(4, 5)),  # a quarter of the way from 4 to 100: 1/5 + 4/5 · 3/4
+    (LINEAR, 28, F(4, 5)),  # A quarter of the way from 4 to 100: 1/5 + 4/5 · 3/4.
     (LINEAR, 100, F(1, 5)),
     ({**COSINE, "warmup_steps": 4, "warmup_from": 0.5}, 2, F(3, 4)),
 ]
@@ -215,7 +215,7 @@ def test_a_warm_up_longer_than_the_run_is_harmless():
     assert rates == [0.0, 0.25, 0.5]
 
 
-def test_another_peak_compiles_nothing():
+def test_another_peak_does_not_recompile():
     config = tiny_models.optimizer_config(**CONSTANT)
     optimizer = make_optimizer(config)
 
@@ -230,11 +230,11 @@ def test_another_peak_compiles_nothing():
     ]
     assert moves == pytest.approx(
         [0.05, 0.025], rel=1e-4
-    )  # a tenth of the peak, in Adam's first direction of 1
+    )  # a tenth of the peak, in Adam's first direction, 1
     assert step._cache_size() == 1
 
 
-def test_peaks_side_by_side():
+def test_vmap_over_peaks():
     config = tiny_models.optimizer_config(**COSINE)
     rate = functools.partial(
         learning_rate_at, jnp.int32(50), config=config, total_steps=100
