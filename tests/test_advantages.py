@@ -13,13 +13,14 @@ from instructax import advantages
 
 SEEDS = range(6)
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
+# (discount, lambda_)
 SETTINGS = [
     (1.0, 0.95),
     (0.9, 0.5),
     (1.0, 1.0),
     (0.97, 0.0),
     (0.0, 0.9),
-]  # (discount, lambda_)
+]
 
 
 def reward_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
@@ -209,9 +210,8 @@ def test_a_reward_at_the_end_decays_geometrically():
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_masked_tokens_do_not_matter(garbage):
     scores, logprobs, ref_logprobs, mask = reward_case(2)
-    dirty_scores = jnp.where(
-        mask.any(axis=1), scores, garbage
-    )  # a row without a token has no score either
+    # A row without a token has no score either.
+    dirty_scores = jnp.where(mask.any(axis=1), scores, garbage)
     rewards = advantages.kl_penalized_rewards(
         scores, logprobs, ref_logprobs, mask, kl_coef=0.1
     )

@@ -255,10 +255,11 @@ def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
 
 
 ONE_STEP = {"epochs": 0.0, "steps": 1}
+# Otherwise two fields would have no effect.
 LEARNED = {
     "model.positions": "learned",
     "optimizer.schedule": "cosine",
-}  # otherwise two fields would have no effect
+}
 SHORT = {
     "world": {},
     "pretrain": ONE_STEP | LEARNED,
@@ -283,9 +284,8 @@ def test_an_unknown_stage_is_one_short_line(stage):
 def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch):
     """Reads are matched by class, not just by name, because settings and programs share
     names."""
-    own_rows = {
-        "pretrain": {"data.folder": str(tmp_path / "rows")}
-    }  # existing rows are not prepared again
+    # Existing rows are not prepared again.
+    own_rows = {"pretrain": {"data.folder": str(tmp_path / "rows")}}
     short = {name: overrides | own_rows.get(name, {}) for name, overrides in SHORT.items()}
     configs = {
         name: stages.config_of(chain, name, overrides) for name, overrides in short.items()

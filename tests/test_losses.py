@@ -106,9 +106,8 @@ def test_ranking_loss_by_hand():
     expected = ((at_2 + at_half) / 2 + (at_0 + 2 * at_half + 2 * at_minus_07) / 5) / 2
     loss, accuracy = losses.pairwise_ranking_loss(scores, ranks, valid)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        accuracy, 4 / 7, rtol=1e-6
-    )  # both pairs of row 0, two of row 1: equal scores count as wrong
+    # Both pairs of row 0, two of row 1: equal scores count as wrong.
+    np.testing.assert_allclose(accuracy, 4 / 7, rtol=1e-6)
 
 
 def test_policy_loss_by_hand():
@@ -267,13 +266,14 @@ def test_every_prompt_with_a_pair_has_the_same_weight():
         losses.pairwise_ranking_loss(*(x[i : i + 1] for x in arguments))[0]
         for i in range(5)
     ]
+    # Row 1 is a single tie and row 4 is empty.
     assert [row > 0 for row in rows] == [
         True,
         False,
         True,
         True,
         False,
-    ]  # row 1 is a single tie and row 4 is empty
+    ]
     expected = (rows[0] + rows[2] + rows[3]) / 3
     np.testing.assert_allclose(
         losses.pairwise_ranking_loss(*arguments)[0], expected, rtol=1e-5

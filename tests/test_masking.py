@@ -53,9 +53,8 @@ def test_whiten_adds_epsilon_to_the_variance():
 
 
 def test_whiten_survives_a_large_mean():
-    x = jnp.array(
-        [4095.0, 4097.0, 4095.0, 4097.0]
-    )  # computed as mean square minus squared mean, this variance of 1 would be lost
+    # Computed as mean square minus squared mean, this variance of 1 would be lost.
+    x = jnp.array([4095.0, 4097.0, 4095.0, 4097.0])
     whitened = masking.whiten(x, jnp.ones(4, bool), shift_mean=True)
     np.testing.assert_allclose(whitened, [-1, 1, -1, 1], rtol=1e-5)
 

@@ -128,9 +128,8 @@ def test_every_leaf_has_the_layout_in_the_table(family, head, tied):
     expected |= {"step": P(), "opt_state/1/count": P()}
     state = state_of(family, head, tied, mesh_of(2, 2, 2))
     assert specs_of(state) == expected
-    bare = sharding.abstract_arrays(
-        state.params, mesh_of(2, 2, 2)
-    )  # parameters alone, as read by a later stage
+    # Parameters alone, as read by a later stage.
+    bare = sharding.abstract_arrays(state.params, mesh_of(2, 2, 2))
     assert specs_of(bare) == of_params
 
 

@@ -61,9 +61,8 @@ def test_a_flipped_bit_sends_restore_to_the_step_before(tmp_path, caplog):
         and warnings[0].startswith("checkpoint 3 IS DAMAGED")
         and str(path) in warnings[0]
     )
-    checkpoints.save(
-        2, make_train_state(2), {}
-    )  # the damaged step 3 must not count as the newest
+    # The damaged step 3 must not count as the newest.
+    checkpoints.save(2, make_train_state(2), {})
     checkpoints.close()
     assert checkpoints.steps() == [2] and (tmp_path / "checkpoints/3.damaged").is_dir()
 

@@ -161,9 +161,8 @@ def test_the_whole_state(tmp_path):
     arrays, state = np.load(to), make_train_state(1)
     assert len(arrays.files) == len(jax.tree.leaves(state))
     assert arrays["state/step"] == 1 and arrays["params/bias"].tolist() == [1.0] * 8
-    inspection.write_arrays(
-        tmp_path, 2, tmp_path / "trained.npz", "trained"
-    )  # SFT has no averaged parameters
+    # SFT has no averaged parameters.
+    inspection.write_arrays(tmp_path, 2, tmp_path / "trained.npz", "trained")
     assert np.load(tmp_path / "trained.npz")["bias"].tolist() == [2.0] * 8
 
 

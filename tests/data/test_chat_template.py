@@ -362,9 +362,8 @@ def test_a_prompt_is_split_into_turns():
     assert split_turns(dialog) == [
         {"role": role, "content": content} for role, content in roles
     ]
-    assert (
-        split_turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"
-    )  # not a dialog: it starts differently
+    # Not a dialog: it starts differently.
+    assert split_turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"
     assert split_turns("Sum up:\n\ntext\n\n") == [
         {"role": "user", "content": "Sum up:\n\ntext"}
     ]

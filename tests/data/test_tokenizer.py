@@ -150,13 +150,14 @@ def test_golden_gpt2(tmp_path: Path):
     tokenizer = tokenizer_lib.load_tokenizer(str(folder))
     assert (tokenizer.size, tokenizer.eos_id) == (264, 263)
     assert tokenizer.encode("low lower").tolist() == [258, 259, 260]
+    # "e r" outranks "n e".
     assert tokenizer.encode("owl ner").tolist() == [
         257,
         108,
         32,
         110,
         260,
-    ]  # "e r" outranks "n e"
+    ]
     assert tokenizer.encode("é!").tolist() == [262, 33]
     assert tokenizer.decode([258, 259, 263, 262]) == f"low low{EOT}é"
 
@@ -330,9 +331,8 @@ def test_text_never_makes_an_added_token(tmp_path: Path):
     }
     path = write_byte_level(tmp_path / "t.json", vocab, merges, tokens, ignore_merges=True)
     content = json.loads(Path(path).read_text()) | {"post_processor": processor}
-    content["pre_tokenizer"] = BYTE_LEVEL | {
-        "use_regex": False
-    }  # the whole text is one word, as ignore_merges needs
+    # The whole text is one word, as ignore_merges needs.
+    content["pre_tokenizer"] = BYTE_LEVEL | {"use_regex": False}
     content["truncation"] = {
         "direction": "Right",
         "max_length": 2,

@@ -152,9 +152,8 @@ def test_a_bad_line_ends_a_command_with_one_line_and_code_2(
         error.startswith(f"error: {tmp_path / kind}.jsonl:2: {message}")
         and error.count("\n") == 1
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"{kind}.jsonl"
-    ]  # no half-prepared rows
+    # No half-prepared rows.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{kind}.jsonl"]
 
 
 @pytest.mark.parametrize("kind", PREPARE)

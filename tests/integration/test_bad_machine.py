@@ -162,9 +162,8 @@ def test_a_full_disk_is_one_line_for_every_writer_and_later_it_goes_on(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name} 2 0" for name in WRITERS], done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(
-        WRITERS
-    )  # and before the last one what a thread of Orbax's says
+    # And before the last one what a thread of Orbax's says.
+    assert len(errors) == len(WRITERS)
 
 
 @contextlib.contextmanager

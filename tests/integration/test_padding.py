@@ -103,9 +103,8 @@ def test_rows_of_demonstrations(limits):
         document_packing.Document(np.zeros(n, np.int32), np.arange(n) > 0) for n in lengths
     ]
     assert 0 < share_of_rows(documents, ROWS[limits]) < 0.1
-    assert (
-        1 - lengths.sum() / (len(lengths) * ROWS[limits]) > 0.6
-    )  # were each in a row of its own
+    # Were each in a row of its own.
+    assert 1 - lengths.sum() / (len(lengths) * ROWS[limits]) > 0.6
 
 
 @pytest.mark.parametrize(("limits", "width"), [("small", 320), ("long", 2752)])

@@ -80,9 +80,8 @@ def run_all(
     config, workdir, *, count=2, victim=-1, fault="", step=0
 ) -> tuple[list[int], float]:
     """(exit codes, seconds from the fault to the end of the last process)."""
-    flags = (
-        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    )  # the last one holds
+    # The last one holds.
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flags}
     address, rest = (
         free_address(),
@@ -119,10 +118,11 @@ def run_all(
                 process.stdout.close()
 
 
+# An error of the sum over all processes, or JAX's own end where its service has gone.
 FAILED = {
     1,
     -signal.SIGABRT,
-}  # an error of the sum over all processes, or JAX's own end where its service has gone
+}
 
 
 SLOW = pytest.mark.slow

@@ -165,9 +165,8 @@ def test_ppo_never_holds_all_scores():
     sample = jax.jit(partial(algorithm.rollout, PROGRAM))
     args = (state.policy.params, PROMPTS, state.step, settings)
     rollouts = jax.eval_shape(sample, *args)
-    assert (
-        vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
-    )  # of a prompt its last column
+    # Of a prompt its last column.
+    assert vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
     score = jax.jit(partial(algorithm.score, PROGRAM))
     args = (state, state.policy.params, state.value.params, rollouts, settings)
     experience = jax.eval_shape(score, *args)[0]

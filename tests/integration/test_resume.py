@@ -26,11 +26,12 @@ from instructax.training import loop as training
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
+# Saved at the end, and when stopped.
 KEEPING = {
     "run.log_every": 1,
     "run.evaluate_every": 2,
     "run.save_every": 4,
-}  # saved at the end, and when stopped
+}
 RUNS = {
     "sft": {"steps": 4, "epochs": 0.0, "dropout": 0.2},
     "reward": {"steps": 4, "epochs": 0.0},
@@ -100,9 +101,8 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
     lines = lines_of(tmp_path / "stopped")
     assert lines == lines_of(tmp_path / "straight")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert (
-        len({json.dumps(line | {"step": 0}) for line in lines}) == 4
-    )  # no step is like another
+    # No step is like another.
+    assert len({json.dumps(line | {"step": 0}) for line in lines}) == 4
     if name == "ppo-ptx":
         assert read_samples(tmp_path / "stopped") == read_samples(tmp_path / "straight")
 
@@ -307,9 +307,8 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
         stages.use_devices(monkeypatch, devices)
         with pytest.raises(training.Interrupted):
             run({**config, "mesh": mesh}, tmp_path / "moved", interrupt_at=read_last)
-    saved = (
-        2 if name == "ppo-ptx" else 3
-    )  # an iteration of PPO is given up between its programs
+    # An iteration of PPO is given up between its programs.
+    saved = 2 if name == "ppo-ptx" else 3
     assert committed_steps(tmp_path / "moved")[-1] == saved
     stages.use_devices(monkeypatch, 1)
     first, last = run(config, tmp_path / "moved")

@@ -313,16 +313,14 @@ def test_a_run_with_an_unavailable_kernel_is_refused(chain, tmp_path):
             match=rf"'{kernel}' cannot run: platform cpu, allowed is {platform};",
         ):
             run_stage(given, tmp_path / kernel)
-        assert "held throughout" in dry_run(
-            given
-        )  # which may be on another machine than the run
+        # Which may be on another machine than the run.
+        assert "held throughout" in dry_run(given)
 
 
 # Each kernel against the products and the mask.
 
-QUICK = {
-    "xla_backend_optimization_level": "0"
-}  # for programs that compile for seconds and run once
+# For programs that compile for seconds and run once.
+QUICK = {"xla_backend_optimization_level": "0"}
 LENGTH = 256
 PACKED = np.repeat([3, 1, 4, 0], [100, 60, 80, 16])  # three texts, and padding on the right
 LEFT = np.repeat([0, 1], [90, 166])

@@ -214,11 +214,12 @@ def test_logits_are_summed_in_float32():
     assert logits.tolist() == [[257.0]]
 
 
+# Tokens of a row, those of its prompt, and a vocabulary that divides no other size.
 TEXT, PROMPT, PRIME = (
     64,
     8,
     97,
-)  # tokens of a row, those of its prompt, and a vocabulary that divides no other size
+)
 
 
 def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:

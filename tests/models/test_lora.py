@@ -127,9 +127,8 @@ def test_trainable_selects_adapters_and_the_scalar_head():
         assert {name for name in names if not name.endswith(("lora_a", "lora_b"))} == (
             {"scalar_head/kernel", "scalar_head/bias"} if head == "scalar" else set()
         )
-        assert (
-            sum(name.endswith("lora_a") for name in names) == 7
-        )  # query, key, value, out, up, gate, down
+        # Query, key, value, out, up, gate, down.
+        assert sum(name.endswith("lora_a") for name in names) == 7
         stages.assert_trees_equal(merge_trees(trainable(params), params), params)
         state = new_state(
             params, make_optimizer(tiny_models.optimizer_config(weight_decay=0.1))

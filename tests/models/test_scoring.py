@@ -34,9 +34,8 @@ class Policy:
     config: ModelConfig
     model: Transformer
     params: Params
-    score: Callable[
-        ..., tuple[Array, Array]
-    ]  # rollouts, temperature → log-probabilities, entropy
+    # Rollouts, temperature → log-probabilities, entropy.
+    score: Callable[..., tuple[Array, Array]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -75,9 +75,8 @@ def test_microbatch_shapes():
     assert microbatch_shapes(4, 0, 8) == ((4, 8),)
     assert microbatch_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
     assert microbatch_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
-    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(
-        4, 4, 8
-    )  # of one token nothing is predicted
+    # Of one token nothing is predicted.
+    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(4, 4, 8)
     assert microbatch_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
     assert microbatch_shapes(5, 1, 8) == ((5, 8), (1, 8))
     assert microbatch_shapes(12, 3, 8) == ((12, 8), (6, 8), (3, 8), (1, 8))
@@ -184,9 +183,8 @@ def test_packed_rollouts_equal_unpacked_ones(config, halvings):
     packed, alone, used = jax.jit(lambda b: packed_and_unpacked(logprobs, b, 24, halvings))(
         batch
     )
-    assert used == (
-        2 * 24 + 12 if halvings else 4 * 24
-    )  # two parts of two rows, or one and half a row
+    # Two parts of two rows, or one and half a row.
+    assert used == (2 * 24 + 12 if halvings else 4 * 24)
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
     assert np.count_nonzero(alone) == 22
 

@@ -50,9 +50,8 @@ from instructax.models.transformer import SCAN_UNROLL, scan_blocks
 from instructax.types import Params
 
 COLUMNS = 12
-QUICK = {
-    "xla_backend_optimization_level": "0"
-}  # for programs that compile for seconds and run once
+# For programs that compile for seconds and run once.
+QUICK = {"xla_backend_optimization_level": "0"}
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}
 OTHERS = {
     "neox": neox_config(),
@@ -77,9 +76,8 @@ OTHERS = {
 class Network:
     config: ModelConfig
     params: Params
-    forward: Callable[
-        ..., np.ndarray
-    ]  # tokens, segments, positions i32[2, COLUMNS] → f32[2, COLUMNS, D]
+    # Tokens, segments, positions i32[2, COLUMNS] → f32[2, COLUMNS, D].
+    forward: Callable[..., np.ndarray]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -184,9 +182,8 @@ def test_parameter_counts_of_the_papers_sizes(size):
 def test_outputs_depend_only_on_earlier_tokens_of_the_segment(network):
     model = Transformer(network.config, compute(), "tokens")
     tokens, segments, positions = rows([(1, [3, 1, 4, 5]), (5, [9, 2, 6, 8])])
-    tokens = tokens.at[0].set(
-        jnp.arange(COLUMNS)
-    )  # distinct ids: the gradient of one id is that of one column
+    # Distinct ids: the gradient of one id is that of one column.
+    tokens = tokens.at[0].set(jnp.arange(COLUMNS))
     directions = jax.random.normal(jax.random.key(0), (network.config.embed_dim,))
 
     @jax.jit
@@ -319,9 +316,8 @@ def test_remat_recomputes_what_the_policy_says(family):
         for remat in ("none", "dots", "full")
     )
     assert dots - none == 2
-    assert (
-        full - none == {"gpt": 7, "llama": 8}[family]
-    )  # three projections, two activations', out, up (and gate)
+    # Three projections, two activations', out, up (and gate).
+    assert full - none == {"gpt": 7, "llama": 8}[family]
 
 
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
@@ -473,12 +469,10 @@ def test_initial_standard_deviations():
     params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(
         jax.random.key(3)
     )
-    np.testing.assert_allclose(
-        params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09
-    )  # 1 / √(1023 + 1)
-    narrow = Transformer(
-        gpt_config(embed_dim=3), compute(), "scalar"
-    )  # 1 / √(3 + 1), not 1 / √3
+    # 1 / √(1023 + 1).
+    np.testing.assert_allclose(params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09)
+    # 1 / √(3 + 1), not 1 / √3.
+    narrow = Transformer(gpt_config(embed_dim=3), compute(), "scalar")
     fresh = jax.jit(
         jax.vmap(lambda key: init_params(narrow, key)["scalar_head"]["kernel"]),
         compiler_options=QUICK,

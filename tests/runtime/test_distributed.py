@@ -57,9 +57,8 @@ def run_both(config, workdir, stop_at: int) -> list[int]:
     """The exit codes of two processes, each with one device, that share the run."""
     arguments = [str(stop_at), json.dumps(config), str(workdir)]
     address = free_address()
-    flags = (
-        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    )  # the last occurrence of a flag wins
+    # The last occurrence of a flag wins.
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flags}
     both = [
         subprocess.Popen(

@@ -102,10 +102,11 @@ def test_repeated_steps_are_lost_time_once(tmp_path, clock):
         for line in read_events(path)
         if line["kind"] == "lost"
     ]
+    # Steps 5 and 6 of the first process, step 5 of the second.
     assert lost == [
         (4, 2),
         (4, 1),
-    ]  # steps 5 and 6 of the first process, step 5 of the second
+    ]
     found = read_totals(path)
     assert found["steps"] - found["lost"] == 8
     assert [line["step"] for line in read_events(path) if line["kind"] == "steps"] == [

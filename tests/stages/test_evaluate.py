@@ -197,9 +197,8 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
                 count += 1
     figures = read_summary(chain / "evaluate")["reward_model"]["labelers"]
     assert figures["pairs"] == count > 50 and count > unlike > 20
-    assert figures["accuracy"]["value"] == pytest.approx(
-        right / count, abs=1.5 / count
-    )  # of two all but equal scores
+    # Of two all but equal scores.
+    assert figures["accuracy"]["value"] == pytest.approx(right / count, abs=1.5 / count)
     assert figures["longer_wins"]["value"] == pytest.approx(longer / unlike)
 
 

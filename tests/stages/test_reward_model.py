@@ -31,14 +31,16 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
 MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
+# At a time.
 FEW_ROWS = Transformer(
     tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar"
-)  # at a time
+)
 HALVED = Transformer(
     tiny_models.gpt_config(),
     tiny_models.compute(microbatch_rows=2, tail_splits=3),
     "scalar",
 )
+# Of each prompt; the first prompt's are all tied, the second has no pair.
 ANSWERS = (
     3,
     1,
@@ -48,7 +50,7 @@ ANSWERS = (
     2,
     3,
     4,
-)  # of each prompt; the first prompt's are all tied, the second has no pair
+)
 
 
 def program(**changes) -> reward_model.RewardModelProgram:
@@ -114,16 +116,14 @@ def test_gradient_is_that_of_the_loss():
     assert float(metrics["grad_norm"]) == pytest.approx(
         float(optax.tree.norm(gradients)), rel=1e-5
     )
-    assert (
-        gradients["scalar_head"]["bias"] == 0.0
-    )  # exactly: Adam would make steps of a rounding error
+    # Exactly: Adam would make steps of a rounding error.
+    assert gradients["scalar_head"]["bias"] == 0.0
 
 
 def test_two_answers_give_the_logistic_loss_of_their_difference():
     batch = stages.comparisons((2,), 5)
-    batch = dataclasses.replace(
-        batch, ranks=np.array([[1, 0]], np.int32)
-    )  # the second answer is the better
+    # The second answer is the better.
+    batch = dataclasses.replace(batch, ranks=np.array([[1, 0]], np.int32))
     _, metrics, _ = run_update(program(), batch)
     worse, better = stages.plain_scores(
         MODEL, tiny_models.random_params(MODEL), stages.comparison_documents(batch, 0)
@@ -138,15 +138,13 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
     "changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}]
 )
 def test_accumulated_is_the_whole_batch(changes):
-    batch = stages.comparisons(
-        ANSWERS, 5
-    )  # the parts have different numbers of prompts with a pair, and of pairs
+    # The parts have different numbers of prompts with a pair, and of pairs.
+    batch = stages.comparisons(ANSWERS, 5)
     whole, metrics, _ = run_update(program(), batch)
     parts, parts_metrics, _ = run_update(program(**changes), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-6)
-    assert parts_metrics.pop("padding") < metrics.pop(
-        "padding"
-    )  # fewer rows of the last part are empty
+    # Fewer rows of the last part are empty.
+    assert parts_metrics.pop("padding") < metrics.pop("padding")
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
 
@@ -319,9 +317,10 @@ def test_validation_metrics_are_those_of_the_plain_computation(chain):
     assert summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
     assert summary["validation_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
     assert summary["validation_pairs"] == pairs
+    # One epoch.
     assert len(read_metrics(chain / "reward")) == -(
         -len(prepared.sources["train"]) // config.batch_size
-    )  # one epoch
+    )
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,8 @@ def test_validation_losses_are_those_of_the_plain_computation(chain):
 def test_two_epochs_count_the_demonstrations_alone(chain):
     config, _, data = sft_parts(chain)
     rows = len(data["demonstrations"].sources["train"])
-    assert read_metrics(chain / "sft")[-1]["step"] == math.ceil(
-        2 * rows / 7.2
-    )  # 9 of 10 rows of 8
+    # 9 of 10 rows of 8.
+    assert read_metrics(chain / "sft")[-1]["step"] == math.ceil(2 * rows / 7.2)
     assert config.epochs == 2
 
 
@@ -142,9 +141,8 @@ def test_a_fresh_start_depends_on_the_seed_and_draws_by_the_clock(chain, tmp_pat
     config = build_config(stages.config_of(chain, "pretrain", {}))
     model = Transformer(config.model, config.compute, "tokens")
     wanted = init_params(model, rng.step_key(1, "init", 0))
-    np.testing.assert_allclose(
-        one.params["embedding"], wanted["embedding"], rtol=1e-5
-    )  # one compiled, one not
+    # One compiled, one not.
+    np.testing.assert_allclose(one.params["embedding"], wanted["embedding"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -160,16 +160,18 @@ def test_gradients_that_are_not_finite_change_nothing(value, clip_norm):
 
 
 PEAK = F(1, 100)
+# PPO (paper, C.4).
 CONSTANT = {
     "schedule": "constant",
     "warmup_steps": 10,
     "warmup_from": 0.1,
-}  # PPO (paper, C.4)
+}
+# SFT and RM (paper, C.1, C.2).
 COSINE = {
     "schedule": "cosine",
     "warmup_steps": 0,
     "final_fraction": 0.1,
-}  # SFT and RM (paper, C.1, C.2)
+}
 LINEAR = {
     "schedule": "linear",
     "warmup_steps": 4,
@@ -228,9 +230,8 @@ def test_another_peak_does_not_recompile():
     moves = [
         1.0 - float(step(state, jnp.float32(peak)).params["kernel"]) for peak in (0.5, 0.25)
     ]
-    assert moves == pytest.approx(
-        [0.05, 0.025], rel=1e-4
-    )  # a tenth of the peak, in Adam's first direction, 1
+    # A tenth of the peak, in Adam's first direction, 1.
+    assert moves == pytest.approx([0.05, 0.025], rel=1e-4)
     assert step._cache_size() == 1
 
 

@@ -113,9 +113,8 @@ def test_packed_documents_train_like_separate_ones():
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
-    batch = stages.packed_rows(
-        8, 24
-    )  # rows with few and with many trained tokens, and one with none
+    # Rows with few and with many trained tokens, and one with none.
+    batch = stages.packed_rows(8, 24)
     counts = batch.loss_mask.reshape(4, -1).sum(axis=1)
     assert len(set(counts)) == 4
     whole, metrics, _ = run_update(program(), batch)

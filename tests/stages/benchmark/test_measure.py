@@ -29,9 +29,8 @@ def test_operations_by_hand():
     attention = 2 * 24 * 5  # scores and mixtures over 2.5 keys on average
     wanted = 10 * 2 * (2 * layer + attention) + 2 * 4 * 23 * 16
     assert workloads.forward_operations(tiny_models.gpt_config(), 10, 5, 4) == wanted
-    grouped = (
-        2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28
-    )  # half as many keys as queries, and a gate
+    # Half as many keys as queries, and a gate.
+    grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28
     assert (
         workloads.forward_operations(tiny_models.llama_config(), 1, 0, 0) == 2 * 2 * grouped
     )

@@ -198,9 +198,8 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
     mask = np.asarray(judged.rollouts.mask)
     mean = np.asarray(judged.rollouts.logprobs)[mask].mean()
     assert float(figures["entropy"]) == pytest.approx(-mean, rel=1e-5)
-    assert float(figures["entropy"]) == pytest.approx(
-        float(metrics["entropy"]), rel=0.3
-    )  # one token of each
+    # One token of each.
+    assert float(figures["entropy"]) == pytest.approx(float(metrics["entropy"]), rel=0.3)
     # No policy is run: another one in its place changes nothing.
     moved = dataclasses.replace(
         state, policy=dataclasses.replace(state.policy, params=other_params("tokens"))
@@ -280,9 +279,8 @@ def test_text_adds_its_gradient_times_ptx_coef():
     wanted = jax.tree.map(lambda g, t: g + 1.5 * t, alone, text_gradients)
     stages.assert_trees_close(both, wanted, rtol=1e-3, atol=5e-5)
     assert float(metrics["ptx_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    stages.assert_trees_close(
-        value_both, value_alone, rtol=1e-5, atol=1e-6
-    )  # another program rounds otherwise
+    # Another program rounds otherwise.
+    stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)
     without = dataclasses.replace(SHOWN, ptx_coef=jnp.float32(0.0))
     (_, value_without), _ = shown_gradients(PROGRAM, experience, TEXT, without)
     stages.assert_trees_equal(value_both, value_without)
@@ -294,9 +292,8 @@ def test_without_both_coefficients_it_is_plain_ppo():
     )
     _, experience, judged, _ = scored(settings=nothing)
     other = scored(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
-    stages.assert_trees_equal(
-        experience.advantages, other.advantages
-    )  # the reference has no say
+    # The reference has no say.
+    stages.assert_trees_equal(experience.advantages, other.advantages)
     with_text, _ = shown_gradients(PROGRAM, experience, TEXT, nothing)
     without, _ = shown_gradients(PROGRAM, experience, None, nothing)
     stages.assert_trees_close(with_text, without, rtol=1e-4, atol=1e-6)
@@ -383,9 +380,8 @@ def test_accumulated_is_the_whole_minibatch(rows, halvings):
     whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
     parts, parts_metrics = shown_gradients(with_part_rows(rows, halvings), experience, TEXT)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
-    assert parts_metrics.pop("update_padding") < metrics.pop(
-        "update_padding"
-    )  # no part has rows that are not in use
+    # No part has rows that are not in use.
+    assert parts_metrics.pop("update_padding") < metrics.pop("update_padding")
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-4, atol=2e-6)
 
 
@@ -402,9 +398,8 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     first, second = order.reshape(2, 8).astype(int)
     assert sorted(first) == sorted(second) == list(range(8))
     assert list(first) != list(second) != list(range(8))
-    np.testing.assert_array_equal(
-        shuffled.returns, shuffled.advantages
-    )  # the arrays of a row stay together
+    # The arrays of a row stay together.
+    np.testing.assert_array_equal(shuffled.returns, shuffled.advantages)
     wanted = np.asarray(experience.rollouts.responses)[order.reshape(-1).astype(int)]
     np.testing.assert_array_equal(
         np.asarray(shuffled.rollouts.responses).reshape(16, 7), wanted
@@ -416,9 +411,8 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
 def test_average_moves_at_every_optimizer_step():
     _, experience, _, _ = scored()
     start = rolled_out()[0]
-    same_rows = jax.tree.map(
-        lambda x: jnp.repeat(x[:1], 8, axis=0), experience
-    )  # both minibatches are alike
+    # Both minibatches are alike.
+    same_rows = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), experience)
     first, _ = compiled_update(PROGRAM)(start, same_rows, None, SHOWN)
     two_steps = stages.with_options(PROGRAM, minibatches=2)
     second, _ = compiled_update(two_steps)(start, same_rows, None, SHOWN)

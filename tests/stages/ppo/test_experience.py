@@ -112,9 +112,8 @@ def test_by_hand():
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
     np.testing.assert_allclose(experience.advantages, floats(ADVANTAGES), rtol=1e-6)
     np.testing.assert_allclose(experience.returns, floats(RETURNS), rtol=1e-6)
-    np.testing.assert_array_equal(
-        experience.old_logprobs, LOGPROBS
-    )  # the scorer's, not the sampler's
+    # The scorer's, not the sampler's.
+    np.testing.assert_array_equal(experience.old_logprobs, LOGPROBS)
     np.testing.assert_array_equal(experience.values, scored.values)
     assert experience.rollouts is scored.rollouts
 
@@ -278,16 +277,14 @@ def explained(values: np.ndarray, returns: np.ndarray) -> float:
 def test_explained_variance():
     returns = floats(RETURNS)
     assert explained(returns, returns) == 1.0
-    assert explained(returns + 5, returns) == pytest.approx(
-        1.0
-    )  # a constant error is not variance
+    # A constant error is not variance.
+    assert explained(returns + 5, returns) == pytest.approx(1.0)
     assert explained(np.full((2, 3), 7.0, np.float32), returns) == pytest.approx(
         0.0, abs=1e-6
     )
     assert explained(-returns, returns) == pytest.approx(-3.0)  # residuals of 2 · returns
-    assert (
-        explained(returns, np.ones((2, 3), np.float32)) < 0
-    )  # returns without variance: finite, not NaN
+    # Returns without variance: finite, not NaN.
+    assert explained(returns, np.ones((2, 3), np.float32)) < 0
 
 
 def test_rollouts_without_a_token_give_zeros():

@@ -226,9 +226,8 @@ def test_every_value_of_the_config_reaches_its_place(chain):
         "ptx_coef",
     )
     peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
-    values = {
-        name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))
-    }  # no two alike
+    # No two alike.
+    values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}
     counts = {"steps": 6, "inner_epochs": 2, "minibatches": 4}
     choices = {
         "whiten_rewards": True,
