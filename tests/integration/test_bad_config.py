@@ -1,5 +1,5 @@
-"""Values that cannot be: each is refused in one line with its name and what is allowed,
-before anything is computed."""
+"""Invalid config values: each is refused before any computation, in one line with its name
+and the allowed values."""
 
 import math
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def tried(name: str, overrides: dict[str, Any]) -> str:
-    """The line that refuses a tiny config with `overrides`."""
+    """The error line for a tiny config with `overrides`."""
     with pytest.raises(ConfigError) as error:
         dry_run(
             load_config(RunSpec(name, str(ROOT / "configs" / f"{name}.py:tiny"), overrides))
@@ -32,7 +32,7 @@ def tried(name: str, overrides: dict[str, Any]) -> str:
 
 HUGE = 10**400
 PPO = [
-    # not a number, or no number of 32 bits
+    # not a number, or not representable in 32 bits
     ({"kl_coef": math.nan}, "config.kl_coef = nan must be a finite number"),
     ({"clip": math.inf}, "config.clip = inf must be a finite number"),
     (
@@ -87,7 +87,7 @@ PPO = [
     ),
     ({"seed": -1}, "config.seed = -1 must be from 0 to 2147483647"),
     ({"seed": 2**31}, "config.seed = 2147483648 must be from 0 to 2147483647"),
-    # that do not fit each other
+    # inconsistent with each other
     (
         {"model.num_kv_heads": 3},
         "model.num_heads = 2 must be a multiple of model.num_kv_heads = 3",
@@ -125,7 +125,7 @@ PPO = [
         {"run.save_every": 3, "run.log_every": 2},
         "save_every = 3 must be a multiple of log_every = 2",
     ),
-    # of another type or name
+    # of the wrong type or name
     ({"whiten_rewards": "yes"}, "cannot be casted to type <class 'bool'>"),
     (
         {"old_logprobs": "nobody"},
@@ -175,8 +175,8 @@ def test_epochs_without_end_are_refused(chain, tmp_path):
 
 @pytest.mark.usefixtures("one_device")
 def test_paths_may_be_relative_and_hold_anything(chain, tmp_path, monkeypatch):
-    """Blanks, other alphabets, `..`; the run can be found again under another spelling of
-    its path."""
+    """Blanks, other alphabets and `..` work, and the run is found again under another
+    spelling of its path."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
     folder = tmp_path / "my räw data 数据" / "%s {x} 'q' #1"
     folder.mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_paths_may_be_relative_and_hold_anything(chain, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_workdir_of_another_stage_is_named_as_one(chain, tmp_path):
-    """The stages, and not the dozens of values in which two stages differ."""
+    """The message names the two stages, not the dozens of values in which they differ."""
     workdir = tmp_path / "run"
     run_stage(stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0}), workdir)
     with pytest.raises(ConfigError) as error:

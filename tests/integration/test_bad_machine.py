@@ -1,5 +1,5 @@
-"""What a machine does to a run: full disks, folders that refuse, clocks that jump, links
-and leftovers."""
+"""Machine faults: full disks, read-only folders, clocks that jump, links and leftover
+files."""
 
 import contextlib
 import os
@@ -26,8 +26,8 @@ KEEPING = {
     "console": False,
 }
 
-# Every writer on a disk with no room left, and once more when there is: (name, exit code
-# full, exit code later).
+# Runs every writer on a full disk, and again with free space: (name, exit code when full,
+# exit code later).
 DRIVER = """
 import json, resource, sys
 from pathlib import Path
@@ -162,14 +162,14 @@ def test_a_full_disk_is_one_line_for_every_writer_and_later_it_goes_on(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name} 2 0" for name in WRITERS], done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    # And before the last one what a thread of Orbax's says.
+    # Before the last line, Orbax's thread prints its own.
     assert len(errors) == len(WRITERS)
 
 
 @contextlib.contextmanager
 def as_somebody(folder):
-    """While entered, `folder` cannot be written, as by another user: root may write
-    everywhere, so it is nobody."""
+    """While entered, `folder` is not writable. Root may write anywhere, so the test runs as
+    nobody."""
     folder.chmod(0o500)
     root = os.geteuid() == 0
     if root:
@@ -224,7 +224,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, writer):
 
 
 def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
-    """The wall clock goes back by a day and on by a year; only `time/unix_s` shows it."""
+    """The wall clock goes back by a day and forward by a year; only `time/unix_s` shows
+    it."""
     walls = iter([1e9, 1e9 - 86_400, 1e9 + 3e7])
     monkeypatch.setattr(metric_log.time, "time", lambda: next(walls))
     with MetricLog(tmp_path, **KEEPING) as log:
@@ -238,8 +239,8 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
 
 
 def test_a_step_behind_a_link_is_dropped_and_what_it_leads_to_stays(tmp_path):
-    """Steps that were moved to another disk, and linked, are steps; deleting one takes the
-    link away alone."""
+    """Steps that were moved to another disk and linked are valid. Deleting one removes only
+    the link."""
     import jax.numpy as jnp
     import optax
 

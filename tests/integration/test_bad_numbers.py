@@ -1,5 +1,5 @@
-"""What rollouts can bring: a case trains with finite numbers, or is skipped and counted and
-leaves the state alone."""
+"""Extreme rollouts: each case trains with finite numbers, or is skipped and counted without
+changing the state."""
 
 import dataclasses
 from functools import cache, partial
@@ -29,7 +29,7 @@ ALL_TOKENS = np.ones((ROWS, COLUMNS), bool)
 
 
 def judged(**changes: Any) -> Scored:
-    """Rollouts of several lengths with judgements; `changes` of their arrays, by name."""
+    """Scored rollouts of several lengths; `changes` replaces arrays by name."""
     rng = np.random.default_rng(0)
     shape = (ROWS, COLUMNS)
     lengths = np.array([1, 7, 3, 5, 2, 7, 4, 6])
@@ -55,7 +55,7 @@ def judged(**changes: Any) -> Scored:
 
 
 def experience_of(scored: Scored) -> tuple[Experience, Any]:
-    """(experience, rewards f32[B, R]) as PPO makes them."""
+    """(experience, rewards f32[B, R]) as computed by PPO."""
     logprobs = scored.rollouts.logprobs
     return make_experience(
         scored,
@@ -83,7 +83,7 @@ def updated(experience: Experience) -> tuple[PpoState, dict[str, float]]:
 
 
 def planted(name: str, value: float) -> dict[str, Any]:
-    """Row 1, token 2 of an array is `value`."""
+    """Sets row 1, token 2 of an array to `value`."""
 
     def change(arrays: dict[str, Any]) -> Any:
         array = arrays[name].copy()
@@ -138,8 +138,8 @@ def test_it_trains_with_finite_numbers(case):
 
 @pytest.mark.parametrize("case", SKIPS)
 def test_it_is_skipped_counted_and_changes_nothing(case):
-    """Both optimizer steps, where whitening spreads it over the batch; a network of which
-    nothing is infinite moves."""
+    """Both optimizer steps are skipped where whitening spreads the value over the batch. A
+    network with only finite gradients is updated."""
     experience, _ = experience_of(judged(**SKIPS[case]))
     state, metrics = updated(experience)
     assert metrics["skipped"] > 0
@@ -169,7 +169,7 @@ def test_without_a_token_nothing_moves():
 
 
 def test_advantages_without_spread_are_zero():
-    """One token each, equal scores and values: the whitened advantages are 0, not 0 / 0."""
+    """One token each, equal scores and values: whitened advantages are 0, not 0 / 0."""
     same = {
         "scores": np.full(ROWS, 3, np.float32),
         "values": np.zeros((ROWS, COLUMNS), np.float32),
@@ -208,7 +208,7 @@ def test_an_answer_that_never_ends_pays_for_it_once():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("old", [-1e4, -np.inf, -1e30])
 def test_a_ratio_beyond_all_numbers_is_held_at_one_that_is(old, advantage):
-    """The old log-probability of one token is such that the ratio overflows."""
+    """The old log-probability of one token makes the ratio overflow."""
     experience, _ = experience_of(judged())
     scaled = jnp.abs(experience.advantages) * advantage
     odd = dataclasses.replace(
@@ -219,4 +219,4 @@ def test_a_ratio_beyond_all_numbers_is_held_at_one_that_is(old, advantage):
     state, metrics = updated(odd)
     assert np.isfinite(metrics["policy_loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    assert metrics["skipped"] == 0  # from e⁸⁰ on, the ratio has no slope
+    assert metrics["skipped"] == 0  # from e⁸⁰ on, the ratio has no gradient

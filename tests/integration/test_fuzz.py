@@ -1,8 +1,8 @@
-"""Whatever is read, it is taken or refused in one line: nothing else is raised, nothing
-hangs, nothing eats memory.
+"""Any input is accepted or refused in one line: no other exception, no hang, no excessive
+memory.
 
-A few hundred cases in the normal suite; `./scripts/test.sh fuzz` runs more than 100,000 and
-says how far it is.
+The normal suite runs a few hundred cases. `./scripts/test.sh fuzz` runs more than 100,000
+and prints its progress.
 """
 
 import contextlib
@@ -43,19 +43,19 @@ from instructax.runtime.files import rewind
 from instructax.stages import MODULES, build_config, load_stage
 from instructax.stages import memory as estimate
 
-CASES = {"quick": 40, "fuzz": 14_000}  # of each property: the one place to change it
-SHARES = {"command_lines": 0.1}  # of them; a case of it runs a config file
-SECONDS = 20.0  # the longest that a case may take
-BYTES = 512 * 2**20  # that a property may add to the process's largest size
-LINE = 600  # characters of an error, besides its path
+CASES = {"quick": 40, "fuzz": 14_000}  # cases per property; change the number only here
+SHARES = {"command_lines": 0.1}  # fraction of those cases; each one runs a config file
+SECONDS = 20.0  # time limit of a case
+BYTES = 512 * 2**20  # allowed growth of the process's peak memory per property
+LINE = 600  # longest error message, not counting its path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATH = Path()  # where a case writes what is read
+PATH = Path()  # the file that a case writes, to be read
 PROPERTIES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
 
 def of_all(*strategies: Any) -> Callable[[Any], Any]:
-    """Marks what must hold of every value of `strategies`."""
+    """Registers a property that must hold for every value of `strategies`."""
 
     def register(holds: Callable[..., None]) -> Callable[..., None]:
         PROPERTIES[holds.__name__] = holds, strategies
@@ -66,14 +66,14 @@ def of_all(*strategies: Any) -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def path(tmp_path_factory):
-    """A file of this module's own."""
+    """A file for this module."""
     global PATH
     PATH = tmp_path_factory.mktemp("fuzz") / "case"
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block that takes longer."""
+    """Raises TimeoutError if the block takes longer."""
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"no end within {seconds} s")
@@ -88,8 +88,8 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
-    """What `call` returns, or None if it refuses in one line, as an error of exactly this
-    kind; others pass."""
+    """The result of `call`, or None if it refuses in one line with an error of exactly this
+    kind. Other errors pass through."""
     with within(SECONDS):
         try:
             return call()
@@ -163,7 +163,7 @@ def dumped(value: Any) -> bytes:
 
 @st.composite
 def lines(draw: Any) -> tuple[Any, bytes]:
-    """(kind of record, bytes that are nearly a file of them)."""
+    """(kind of record, bytes that are nearly a valid file of such records)."""
     cls = draw(st.sampled_from(list(RECORDS)))
     parts = []
     for number in range(draw(st.integers(1, 3))):
@@ -298,7 +298,7 @@ BASES: dict[str, dict[str, Any]] = {}
 
 @st.composite
 def changed(draw: Any) -> dict[str, Any]:
-    """A config of a stage with a few values that are others, missing or too many."""
+    """A stage's config with a few values replaced, missing or added."""
     name = draw(st.sampled_from(CONFIGS))
     base = BASES.setdefault(name, tiny(name))
     config = json.loads(json.dumps(base))
@@ -318,7 +318,7 @@ def changed(draw: Any) -> dict[str, Any]:
 
 
 def numbers_of(value: Any) -> Iterator[float]:
-    """All numbers within a built config."""
+    """All numbers in a built config."""
     if isinstance(value, int | float):
         yield value
     elif isinstance(value, tuple):
@@ -372,8 +372,8 @@ ARGUMENTS = st.one_of(
 
 @of_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
 def command_lines(name: str, data: Any, text: str) -> None:
-    """An override as it is typed: a config that can be built or is refused, or exit code 2
-    and one line."""
+    """An override as typed: the config builds or is refused, or the exit code is 2 with one
+    line."""
     assume("\0" not in text and text.isprintable())
     base = BASES.setdefault(name, tiny(name))
     path = ".".join(data.draw(st.sampled_from(names_of(base))))
@@ -445,7 +445,7 @@ def tokens(text: str, ids: list[int]) -> None:
 
 @of_all(st.data())
 def tokenizer_files(data: Any) -> None:
-    """A tokenizer.json of which something is another."""
+    """A tokenizer.json in which something is changed."""
     content = json.loads(TOKENIZERS[1].content)
     for _ in range(data.draw(st.integers(1, 2))):
         group: Any = content if data.draw(st.booleans()) else content["model"]
@@ -463,7 +463,7 @@ def tokenizer_files(data: Any) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:the load_module:DeprecationWarning"
-)  # how ml_collections reads a config
+)  # ml_collections reads a config this way
 @pytest.mark.parametrize("profile", ["quick", pytest.param("fuzz", marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):

@@ -1,8 +1,7 @@
-"""Against transformers itself: its models' logits as ours, and our exports in its classes;
-`./scripts/test.sh interop`.
+"""Compatibility with transformers: its models give our logits, and its classes read our
+exports. Run with `./scripts/test.sh interop`.
 
-Every model is tiny, its parameters are large and nowhere zero, and its sizes differ from
-one another.
+Every model is tiny, with large parameters that are nowhere zero and sizes that all differ.
 """
 
 import dataclasses
@@ -150,7 +149,7 @@ LENGTHS, COLUMNS = (12, 7, 3), 12
 
 
 def theirs_of(case: str) -> Any:
-    """A random model of transformers."""
+    """A random transformers model."""
     kind, values = CASES[case]
     config = transformers.AutoConfig.for_model(kind, **values)
     torch.manual_seed(0)
@@ -174,7 +173,7 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
 def ours_of(
     folder: Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Transformer, Params]:
-    """A folder as our network."""
+    """The network loaded from a folder."""
     family, config = read_config(read_hf_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
     abstract = abstract_params(model, mesh or mesh_of())
@@ -234,7 +233,7 @@ def case(request, tmp_path_factory) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_logits_are_theirs(case, cached):
+def test_logits_equal_those_of_transformers(case, cached):
     theirs, folder = case
     model, params = ours_of(folder)
     tokens, mask = batch_of(model.config.vocab_size)
@@ -247,8 +246,8 @@ def test_logits_are_theirs(case, cached):
 
 
 def words(folder: Path) -> None:
-    """A tokenizer of 30 words and the end token 0 for `folder`: fewer ids than the models
-    have rows."""
+    """Writes a tokenizer of 30 words, with end token 0, to `folder`. It has fewer ids than
+    the models have embedding rows."""
     tokens = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 30)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="w1"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -257,8 +256,8 @@ def words(folder: Path) -> None:
 
 
 def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
-    """In, out and in again: the same parameters to the bit; and transformers goes on with
-    the same tokens as we do."""
+    """Import, export and import again give the same parameters bit for bit, and
+    transformers generates the same tokens as our sampler."""
     theirs, folder = case
     words(folder)
     interchange.import_model(str(folder), tmp_path / "run", fsdp=1, tensor=1)
@@ -285,7 +284,7 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     )
 
     (text,) = ("w3 w4 w17 w5",)
-    # AutoTokenizer takes Qwen's own class for every qwen2 model, whatever the folder says.
+    # AutoTokenizer uses Qwen's own class for every qwen2 model, whatever the folder says.
     qwen = model.config.qkv_biases
     auto = transformers.PreTrainedTokenizerFast if qwen else transformers.AutoTokenizer
     reader = auto.from_pretrained(tmp_path / "out")
@@ -316,7 +315,8 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     ids=["gpt", "world", "llama", "gemma"],
 )
 def test_scores_are_those_of_sequence_classification(config, tmp_path):
-    """At the last token that is no padding, wherever that stands; with the head's bias."""
+    """The score is at the last non-padding token, wherever it is, and includes the head's
+    bias."""
     words(tmp_path)
     config = dataclasses.replace(config, vocab_size=37)
     model = Transformer(config, tiny_models.compute(), "scalar")
@@ -359,7 +359,7 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     for row in range(3):
         prompt = np.asarray(prompts.tokens)[row, np.asarray(prompts.mask)[row]]
         text = [*prompt.tolist(), *responses[row, : lengths[row]].tolist()]
-        for pad in (0, 3):  # on the right, as its users do
+        for pad in (0, 3):  # padding on the right, as users of the class do
             ids = torch.tensor([text + [30] * pad])
             with torch.no_grad():
                 score = theirs(
@@ -370,8 +370,8 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_gguf_files_give_the_same_model(arch, tmp_path):
-    """Rows of query and key in llama.cpp's order, of Llama alone; a float16 tensor; a
-    byte-level tokenizer."""
+    """llama.cpp permutes the query and key rows of Llama only. Includes a float16 tensor
+    and a byte-level tokenizer."""
     gguf = pytest.importorskip("gguf")
     config = tiny_models.llama_config(
         vocab_size=260, tied_embeddings=arch == "qwen3", qk_norm=arch == "qwen3"
@@ -407,7 +407,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
             "self_attn.q_proj": config.num_heads,
             "self_attn.k_proj": config.num_kv_heads,
         }.get(part)
-        if heads and arch == "llama":  # as llama.cpp's converter permutes
+        if heads and arch == "llama":  # the permutation of llama.cpp's converter
             tensor = (
                 tensor.reshape(heads, 2, -1, tensor.shape[-1])
                 .swapaxes(1, 2)

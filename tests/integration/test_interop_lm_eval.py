@@ -1,5 +1,5 @@
-"""lm-evaluation-harness through our class and through its own for transformers: the same
-log-likelihoods."""
+"""lm-evaluation-harness gives the same log-likelihoods through our model class and its own
+for transformers."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ TASKS = {
 
 
 def log_likelihoods(model: Any, folder: Any) -> dict[str, list[float]]:
-    """Of each request of each task, in order."""
+    """The log-likelihoods of each request of each task, in order."""
     manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     names = [f"tiny_{name}" for name in TASKS]
     samples = lm_eval.simple_evaluate(

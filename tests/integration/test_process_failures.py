@@ -1,5 +1,5 @@
-"""A process fails, hangs, is killed, or runs out of memory or disk: all end soon, with
-codes that say so, and the same command goes on."""
+"""A process fails, hangs, is killed, or runs out of memory or disk: all processes end soon
+with the right exit codes, and the same command resumes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from instructax.runtime.metric_log import read_metrics
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-# Process `victim` meets with `fault` before it reads batch `step`.
+# Process `victim` suffers `fault` before it reads batch `step`.
 DRIVER = """
 import json, os, resource, signal, sys, time
 from pathlib import Path
@@ -72,7 +72,7 @@ def run():
 
 sys.exit(distributed.exit_on_failure(lambda: cli.guarded(run)))
 """
-STOPPED = 10.0  # seconds that a process is stopped
+STOPPED = 10.0  # seconds for which a process is stopped
 LIMIT = 20.0  # seconds from the fault to the end of the last process
 
 
@@ -80,7 +80,7 @@ def run_all(
     config, workdir, *, count=2, victim=-1, fault="", step=0
 ) -> tuple[list[int], float]:
     """(exit codes, seconds from the fault to the end of the last process)."""
-    # The last one holds.
+    # The last occurrence of a flag wins.
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flags}
     address, rest = (
@@ -94,7 +94,7 @@ def run_all(
             stdout=subprocess.PIPE if index == victim else None,
             stderr=subprocess.PIPE
             if fault == "disk"
-            else None,  # a pipe has no size, which is limited then
+            else None,  # the limit on file sizes does not apply to a pipe
             text=True,
         )
         for index in range(count)
@@ -118,7 +118,8 @@ def run_all(
                 process.stdout.close()
 
 
-# An error of the sum over all processes, or JAX's own end where its service has gone.
+# The collective sum fails, or JAX ends the process because its coordination service is
+# gone.
 FAILED = {
     1,
     -signal.SIGABRT,
@@ -146,7 +147,8 @@ def test_all_end_soon_and_the_same_command_goes_on(
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
     workdir = tmp_path / "run"
     whole = [0] * count
-    if fault == "hang":  # compiled before, or compiling would look like hanging
+    # compiled beforehand, so that compilation does not look like a hang
+    if fault == "hang":
         assert run_all(config, tmp_path / "before", count=count)[0] == whole
         config = {**config, "run": {**config["run"], "watchdog_seconds": 12.0}}
     codes, seconds = run_all(
@@ -182,7 +184,8 @@ def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
-    """Longer than its watchdog waits; the run before it has compiled everything."""
+    """The stop is longer than the watchdog's limit. The run before it has compiled
+    everything."""
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
     assert run_all(config, tmp_path / "before", count=1)[0] == [0]
     config = {**config, "run": {**config["run"], "watchdog_seconds": 8.0}}

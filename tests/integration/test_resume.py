@@ -1,5 +1,4 @@
-"""A stopped run goes on as if it had not been stopped, to the bit; what cannot go on says
-why."""
+"""A stopped run resumes with bitwise equal results; a run that cannot resume says why."""
 
 import json
 import os
@@ -26,7 +25,7 @@ from instructax.training import loop as training
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# Saved at the end, and when stopped.
+# These runs save only at the end and when stopped.
 KEEPING = {
     "run.log_every": 1,
     "run.evaluate_every": 2,
@@ -44,7 +43,7 @@ def config_of(chain, name, **overrides):
 
 
 def lines_of(workdir):
-    """The metrics of a run without what a clock measured."""
+    """The logged metrics of a run, without times."""
     return [
         {k: v for k, v in line.items() if not k.startswith("time/")}
         for line in read_metrics(workdir)
@@ -60,7 +59,7 @@ def summary_without_times(workdir):
 
 
 def run(config, workdir, **watched):
-    """(the state that the loop started from, the one it ended with)."""
+    """(the first state of the training loop, the last one)."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         watch = stages.Watch(monkeypatch, **watched)
         assert run_stage(config, workdir)
@@ -68,8 +67,10 @@ def run(config, workdir, **watched):
 
 
 def interrupted(config, workdir):
-    """As `run`, sent a Ctrl-C while it reads its second batch; the step that it stopped
-    after: an iteration of PPO is given up between its programs."""
+    """Runs with a Ctrl-C while the second batch is read; returns the last saved step.
+
+    An iteration of PPO is abandoned between its programs.
+    """
     saved = 1 if config["stage"] == "ppo" else 2
     with pytest.raises(
         training.Interrupted, match=f"step {saved} is saved, the same command goes on"
@@ -101,7 +102,7 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
     lines = lines_of(tmp_path / "stopped")
     assert lines == lines_of(tmp_path / "straight")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    # No step is like another.
+    # All steps differ.
     assert len({json.dumps(line | {"step": 0}) for line in lines}) == 4
     if name == "ppo-ptx":
         assert read_samples(tmp_path / "stopped") == read_samples(tmp_path / "straight")
@@ -111,8 +112,8 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
     ("name", "stops"), [("sft", 1), ("reward", 2), ("ppo-ptx", 1), ("ppo-ptx", 2)]
 )
 def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, stops):
-    """Also its figures in the log, and which step is the best; the first evaluation is
-    after step 2, the second at the end."""
+    """The logged metrics and the best step are right too. Evaluations are after step 2 and
+    at the end."""
     best = {
         "sft": "demonstrations_loss",
         "reward": "validation_loss",
@@ -170,10 +171,11 @@ def test_killed_before_anything_was_saved(supervised_run, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(
+def test_a_failed_save_ends_the_run_and_keeps_earlier_steps(
     supervised_run, tmp_path, monkeypatch, failing
 ):
-    """The second of two is the last, which fails when nothing follows."""
+    """The second of two saves is the last one, so its failure shows only at the end of the
+    run."""
     config, finished, straight = supervised_run
     config = {**config, "run": {**config["run"], "save_every": 2}}
     calls, hash_files = [], checkpoint.hash_files
@@ -193,8 +195,9 @@ def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(
     assert lines_of(tmp_path / "run") == lines_of(finished)
 
 
-def test_the_ledger_of_a_run_that_was_killed(supervised_run, tmp_path):
-    """As it would be had the run been killed after step 4, with step 2 as its last save."""
+def test_the_goodput_log_of_a_killed_run(supervised_run, tmp_path):
+    """The goodput log as if the run had been killed after step 4, with its last save at
+    step 2."""
     config, finished, _ = supervised_run
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
@@ -258,7 +261,7 @@ def test_other_inputs_are_refused_with_the_differences(supervised_run, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_config_that_was_lost_is_found_in_the_manifest(supervised_run, tmp_path):
+def test_a_lost_config_is_restored_from_the_manifest(supervised_run, tmp_path):
     config, finished, _ = supervised_run
     workdir = shutil.copytree(finished, tmp_path / "run")
     for name in ("summary.json", "config.json"):
@@ -270,7 +273,7 @@ def test_a_config_that_was_lost_is_found_in_the_manifest(supervised_run, tmp_pat
         run_stage({**config, "seed": 7}, workdir)
 
 
-def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
+def test_steps_between_saves_are_complete_log_lines(chain, tmp_path):
     config = config_of(chain, "sft", **{"run.log_every": 2, "run.save_every": 3})
     with pytest.raises(
         ConfigError, match="save_every = 3 must be a multiple of log_every = 2"
@@ -278,8 +281,8 @@ def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
         run_stage(config, tmp_path / "run")
 
 
-# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole
-# step of it.
+# With a large epsilon, Adam does not turn gradients that are only rounding errors into full
+# steps.
 SMOOTH = {
     "sft": {},
     "reward": {},
@@ -307,7 +310,7 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
         stages.use_devices(monkeypatch, devices)
         with pytest.raises(training.Interrupted):
             run({**config, "mesh": mesh}, tmp_path / "moved", interrupt_at=read_last)
-    # An iteration of PPO is given up between its programs.
+    # An iteration of PPO is abandoned between its programs.
     saved = 2 if name == "ppo-ptx" else 3
     assert committed_steps(tmp_path / "moved")[-1] == saved
     stages.use_devices(monkeypatch, 1)
@@ -317,13 +320,13 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
     for ours, theirs in zip(
         lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True
     ):
-        # Rounding errors themselves, and the empty rows of parts as large as the mesh wants
-        # them.
+        # Gaps are rounding errors themselves, and the number of empty rows depends on the
+        # microbatches, whose size depends on the mesh.
         gaps = {figure: 0.0 for figure in theirs if figure.endswith(("_gap", "padding"))}
         assert ours | gaps == pytest.approx(theirs | gaps, rel=1e-3, abs=1e-5)
 
 
-def test_a_parent_of_another_kind_is_refused_in_one_line(chain, tmp_path):
+def test_a_parent_of_the_wrong_kind_is_refused_in_one_line(chain, tmp_path):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(chain / "pretrain", unfinished)
     (unfinished / "summary.json").unlink()
