@@ -1,5 +1,5 @@
-"""Comparisons of sampled answers: what is compared, by whom, and that the same seed gives
-the same bytes."""
+"""Collecting comparisons of sampled answers: what is compared, by which labelers, and
+reproducibility."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def records_of(path):
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def test_different_answers_are_compared_and_lonely_ones_left_out():
+def test_distinct_answers_are_compared_and_single_ones_left_out():
     answers = [["a", "b", "a", " "], ["a", "a"], [""], [str(i) for i in range(20)]]
     compared = draw_compared(answers, np.random.default_rng(0))
     assert set(compared) == {0, 3}
@@ -36,7 +36,7 @@ def test_different_answers_are_compared_and_lonely_ones_left_out():
     assert set(compared[3]) <= set(answers[3]) and len(set(compared[3])) == len(compared[3])
 
 
-def test_both_groups_rank_the_same_answers(chain):
+def test_both_labeler_groups_rank_the_same_answers(chain):
     ours, theirs = (
         records_of(chain / "collect" / f"{name}.jsonl.gz")
         for name in ("comparisons", "held_out")
@@ -60,7 +60,7 @@ def test_both_groups_rank_the_same_answers(chain):
     }
 
 
-def test_labelers_who_never_waver_rank_by_what_is_true(chain, tmp_path):
+def test_labelers_without_noise_rank_by_true_utility(chain, tmp_path):
     assert run_stage(stages.config_of(chain, "collect", {"noise": 0.0}), tmp_path / "quiet")
     quiet, ours = (
         records_of(folder / "comparisons.jsonl.gz")
@@ -103,7 +103,7 @@ def test_same_seed_same_bytes(chain, tmp_path):
     ).read_bytes()
 
 
-def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
+def test_another_round_on_the_same_prompts_samples_other_answers(chain, tmp_path):
     ours = records_of(chain / "collect" / "comparisons.jsonl.gz")
     assert run_stage(stages.config_of(chain, "collect", {"round": 2}), tmp_path / "next")
     theirs = records_of(tmp_path / "next" / "comparisons.jsonl.gz")

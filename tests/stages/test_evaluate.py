@@ -1,4 +1,4 @@
-"""Figures of finished policies against a direct computation of each."""
+"""Metrics of finished policies, each against a direct computation."""
 
 import itertools
 from functools import cache, partial
@@ -29,7 +29,7 @@ POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 
 @cache
 def parts(chain):
-    """(config, tokenizer, prepared data) of the chain's comparison."""
+    """(config, tokenizer, prepared data) of the chain's evaluation."""
     config = stages.config_with_kernel(stages.config_of(chain, "evaluate", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, evaluate.read_data(config, tokenizer)
@@ -71,7 +71,7 @@ def responses_of(chain, name: str):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
+def test_scores_and_kl_equal_a_direct_computation(chain, name):
     tokenizer = parts(chain)[1]
     rollouts, answers = rollouts_of(chain, POLICIES[name]), responses_of(chain, name)
     mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
@@ -95,7 +95,7 @@ def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
     np.testing.assert_allclose([a["kl"] for a in answers], kl, atol=2e-4)
 
 
-def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
+def test_answers_and_kl_use_the_configs_temperature(chain, tmp_path):
     overrides = {
         "temperature": 0.5,
         "policies": (
@@ -134,7 +134,7 @@ def test_the_reference_against_itself(chain):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_figures_are_means_over_answers(chain, name):
+def test_metrics_are_means_over_answers(chain, name):
     figures, answers = (
         read_summary(chain / "evaluate")["policies"][name],
         responses_of(chain, name),
@@ -163,7 +163,7 @@ def test_figures_are_means_over_answers(chain, name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_text_loss_is_that_of_the_plain_computation(chain, name):
+def test_text_loss_equals_the_plain_computation(chain, name):
     config, _, data = parts(chain)
     source = data["text"].sources["validation"]
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
@@ -174,7 +174,7 @@ def test_text_loss_is_that_of_the_plain_computation(chain, name):
     assert figure["low"] < figure["value"] < figure["high"]
 
 
-def test_ranking_is_that_of_every_pair_by_itself(chain):
+def test_ranking_accuracy_equals_scoring_every_pair_alone(chain):
     config, _, data = parts(chain)
     model, params = network(chain, "reward", "scalar")
     source = data["comparisons.labelers"].sources["validation"]
@@ -197,7 +197,7 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
                 count += 1
     figures = read_summary(chain / "evaluate")["reward_model"]["labelers"]
     assert figures["pairs"] == count > 50 and count > unlike > 20
-    # Of two all but equal scores.
+    # The order of two nearly equal scores may differ by rounding.
     assert figures["accuracy"]["value"] == pytest.approx(right / count, abs=1.5 / count)
     assert figures["longer_wins"]["value"] == pytest.approx(longer / unlike)
 

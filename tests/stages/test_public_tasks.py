@@ -1,5 +1,5 @@
-"""The public tasks as a run: figures against a direct computation from the policies and
-from their answers."""
+"""The public-tasks stage: metrics against a direct computation from the policies and their
+answers."""
 
 import json
 from functools import cache
@@ -30,7 +30,7 @@ WORLD = create_world(0)
 
 
 def config_of(chain, **overrides: Any) -> dict[str, Any]:
-    """The tiny config, on two policies of the chain."""
+    """The tiny config with two policies of the chain."""
     own = {
         "policies": tuple((name, str(chain / run)) for name, run in POLICIES.items()),
         "world": str(chain / "world"),
@@ -68,7 +68,7 @@ def figures_of(measured, policy: str) -> dict[str, Any]:
     return read_summary(measured)["policies"][policy]
 
 
-def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
+def test_every_policy_has_metrics_for_every_task_and_condition(measured):
     for policy in POLICIES:
         figures = figures_of(measured, policy)
         assert list(figures) == list(PUBLIC_TASKS)
@@ -95,7 +95,7 @@ def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_figures_of_texts_are_those_of_the_samples(measured, policy):
+def test_text_metrics_equal_those_of_the_samples(measured, policy):
     samples = [sample for sample in read_samples(measured) if sample["policy"] == policy]
     for name, task in PUBLIC_TASKS.items():
         if task.metric in ("accuracy", "entropy"):
@@ -153,7 +153,7 @@ def test_completions_are_the_likeliest_tokens(chain, measured, policy):
         ]
     for context, text, sample in zip(contexts, texts, samples, strict=True):
         answer = text[len(context) :].tolist()
-        # The end token is left out, a line break is the last that is said.
+        # The end token is left out; a line break is the last token kept.
         ends = [i for i, token in enumerate(answer) if token == tokenizer.eos_id]
         ends += [
             i + 1 for i, token in enumerate(answer) if "\n" in tokenizer.decode([token])
@@ -168,7 +168,7 @@ def test_completions_are_the_likeliest_tokens(chain, measured, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_choices_are_those_of_a_plain_computation(chain, measured, policy):
+def test_choices_equal_a_plain_computation(chain, measured, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     right = bits = 0.0
     for name in ("pronoun", "stereotype"):
@@ -247,12 +247,12 @@ def test_a_config_that_cannot_run_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_policy_is_no_world(chain, tmp_path):
+def test_a_policy_is_not_a_world(chain, tmp_path):
     with pytest.raises(ValueError, match="sft is not a finished world"):
         run_stage(config_of(chain, world=str(chain / "sft")), tmp_path / "run")
 
 
-def test_a_dry_run_trains_nothing(chain):
+def test_dry_run(chain):
     assert experiment.dry_run(config_of(chain)) == "nothing is trained"
     with pytest.raises(
         ValueError, match=r"config\.batch_size = 3 rows must be a positive multiple of 2"

@@ -1,5 +1,5 @@
-"""The reward model: one update against an answer-by-answer reference, its start, and its
-bias."""
+"""The reward model: one update against a reference that scores each answer alone, its
+initialization, and its bias."""
 
 import dataclasses
 import math
@@ -29,9 +29,10 @@ from instructax.training.state import abstract_state, new_state
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
+# SGD with rate 1: the update is −1 · gradient, which shows the gradient
+GRADIENT = optax.identity()
 MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-# At a time.
+# Microbatches of two rows.
 FEW_ROWS = Transformer(
     tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar"
 )
@@ -40,7 +41,8 @@ HALVED = Transformer(
     tiny_models.compute(microbatch_rows=2, tail_splits=3),
     "scalar",
 )
-# Of each prompt; the first prompt's are all tied, the second has no pair.
+# Valid answers per prompt; all answers to the first prompt are tied, the second has no
+# pair.
 ANSWERS = (
     3,
     1,
@@ -95,7 +97,7 @@ def test_loss_is_the_mean_over_prompts_of_the_mean_over_pairs():
     assert metrics["tokens"] == batch.mask.sum() + batch.prompts.mask.sum()
 
 
-def test_gradient_is_that_of_the_loss():
+def test_gradient_matches_finite_differences():
     batch = stages.comparisons(ANSWERS, 5)
     gradients, metrics, _ = run_update(program(), batch)
     params, h = tiny_models.random_params(MODEL), 1e-2
@@ -116,13 +118,13 @@ def test_gradient_is_that_of_the_loss():
     assert float(metrics["grad_norm"]) == pytest.approx(
         float(optax.tree.norm(gradients)), rel=1e-5
     )
-    # Exactly: Adam would make steps of a rounding error.
+    # Exactly 0: Adam would turn a rounding error into a full step.
     assert gradients["scalar_head"]["bias"] == 0.0
 
 
 def test_two_answers_give_the_logistic_loss_of_their_difference():
     batch = stages.comparisons((2,), 5)
-    # The second answer is the better.
+    # The second answer is better.
     batch = dataclasses.replace(batch, ranks=np.array([[1, 0]], np.int32))
     _, metrics, _ = run_update(program(), batch)
     worse, better = stages.plain_scores(
@@ -137,13 +139,13 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
 @pytest.mark.parametrize(
     "changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}]
 )
-def test_accumulated_is_the_whole_batch(changes):
-    # The parts have different numbers of prompts with a pair, and of pairs.
+def test_accumulated_gradients_equal_those_of_the_whole_batch(changes):
+    # The microbatches differ in their numbers of pairs and of prompts with a pair.
     batch = stages.comparisons(ANSWERS, 5)
     whole, metrics, _ = run_update(program(), batch)
     parts, parts_metrics, _ = run_update(program(**changes), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-6)
-    # Fewer rows of the last part are empty.
+    # Fewer rows of the last microbatch are empty.
     assert parts_metrics.pop("padding") < metrics.pop("padding")
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
@@ -161,7 +163,7 @@ def test_a_batch_without_a_pair_changes_nothing(model):
         assert (metrics["loss"], metrics["accuracy"], metrics["pairs"]) == (0, 0, 0)
 
 
-def test_what_an_invalid_answer_holds_does_not_matter():
+def test_the_content_of_invalid_answers_does_not_matter():
     batch = stages.comparisons(ANSWERS, 5)
     rng = np.random.default_rng(9)
     garbage = dataclasses.replace(
@@ -181,7 +183,7 @@ def test_what_an_invalid_answer_holds_does_not_matter():
     assert got_metrics["pairs"] == metrics["pairs"]
 
 
-def test_another_bias_shifts_scores_and_nothing_else():
+def test_another_bias_only_shifts_scores():
     batch, params = stages.comparisons(ANSWERS, 5), tiny_models.random_params(MODEL)
     shift = 2.5 - float(params["scalar_head"]["bias"])
     shifted = reward_model.with_bias(params, 2.5)
@@ -196,12 +198,12 @@ def test_another_bias_shifts_scores_and_nothing_else():
     assert not any(jax.tree.leaves(changed))
 
 
-# Runs of the chain
+# Runs of the chain.
 
 
 def reward_parts(chain, step: int | None = None):
-    """(config, model, tokenizer, the model's parameters at the last or a kept step) of the
-    chain's reward run."""
+    """(config, model, tokenizer, parameters at the last or a kept step) of the chain's
+    reward run."""
     config = stages.config_with_kernel(stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = abstract_state(model, GRADIENT, stages.mesh_of()).params
@@ -221,7 +223,7 @@ def prepared_comparisons(chain):
     )
 
 
-def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
+def test_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     wide = {"model.embed_dim": 256, "model.num_layers": 1}
     state = stages.started(stages.config_of(chain, "reward", {}), tmp_path / "run")
     config, *_ = reward_parts(chain)
@@ -235,7 +237,7 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     assert 0.6 < np.std(state.params["scalar_head"]["kernel"]) * math.sqrt(33) < 1.5
     assert state.params["scalar_head"]["bias"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
-    # N(0, 1 / (width + 1)), on a width that shows it
+    # N(0, 1 / (width + 1)), at a width large enough to measure it
     fresh = stages.started(
         stages.config_of(chain, "reward", {**wide, "parent": ""}), tmp_path / "wide"
     )
@@ -244,7 +246,9 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     assert abs(np.mean(kernel)) < 4 / 257
 
 
-def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkeypatch):
+def test_the_seed_determines_the_first_rows_and_the_fresh_head(
+    chain, tmp_path, monkeypatch
+):
     config, model, *_ = reward_parts(chain)
     watch = stages.Watch(monkeypatch)
     overrides = {"seed": 3, "steps": 1, "epochs": 0.0}
@@ -306,7 +310,7 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     assert abs(float(params["scalar_head"]["bias"])) > 1e-6
 
 
-def test_validation_metrics_are_those_of_the_plain_computation(chain):
+def test_validation_metrics_equal_the_plain_computation(chain):
     config, model, _, params = reward_parts(chain)
     limits, prepared = config.data.limits, prepared_comparisons(chain)
     source = prepared.sources["validation"]

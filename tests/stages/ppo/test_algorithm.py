@@ -1,5 +1,5 @@
-"""PPO's three functions: against direct gradients, identities of the first inner step, and
-a task it must learn."""
+"""PPO's rollout, score and update: against direct gradients, identities at the first
+optimizer step, and a task that PPO must learn."""
 
 import dataclasses
 from functools import cache, partial
@@ -23,9 +23,10 @@ from instructax.types import LmBatch, PpoState, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
+# SGD with rate 1: the update is −1 · gradient, which shows the gradient
+GRADIENT = optax.identity()
 MESH = stages.mesh_of()
-# One optimizer step that shows its gradient.
+# A single optimizer step, which shows its gradient.
 PROGRAM = stages.ppo_program(
     MESH, minibatches=1, policy_optimizer=GRADIENT, value_optimizer=GRADIENT
 )
@@ -41,7 +42,7 @@ def compiled_rollout(program):
 
 @cache
 def rolled_out(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
-    """A random state and what it samples; half of the rows end early."""
+    """A random state and its samples; some rows end early."""
     state = stages.ppo_state(PROGRAM)
     settings = stages.ppo_settings(temperature=temperature)
     rollouts = compiled_rollout(PROGRAM)(
@@ -69,8 +70,7 @@ def other_params(head: str, seed: int = 5):
 
 
 def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
-    """PROGRAM with so many packed rows in memory at a time, and what is left at the end in
-    smaller parts."""
+    """PROGRAM with microbatches of `rows` packed rows and `halvings` tail splits."""
     policy, value_model = (
         dataclasses.replace(
             model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings)
@@ -81,8 +81,7 @@ def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
 
 
 def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
-    """(state, experience, scored, metrics), with a reference and a reward model of their
-    own."""
+    """(state, experience, scored, metrics), with a separate reference and reward model."""
     state, rollouts = rolled_out(float(settings.temperature))
     ref_params = other_params("tokens") if ref_params is None else ref_params
     return state, *compiled_score(program)(
@@ -91,8 +90,7 @@ def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
 
 
 def shown_gradients(program, experience, text, settings=SHOWN, state=None):
-    """((policy's, value network's gradients), metrics) of a one-step update by the bare
-    gradient."""
+    """((policy's, value network's gradients), metrics) of a single SGD step with rate 1."""
     state = state or rolled_out()[0]
     new, metrics = compiled_update(program)(state, experience, text, settings)
     gradients = jax.tree.map(
@@ -104,8 +102,7 @@ def shown_gradients(program, experience, text, settings=SHOWN, state=None):
 
 
 def plain_policy_logprobs(params, rollouts: Rollouts):
-    """Log-probabilities of the responses f32[B, R] by whole-vocabulary scores;
-    differentiable."""
+    """Log-probabilities of the responses f32[B, R] from full logits; differentiable."""
     prompts, width = rollouts.prompts, rollouts.prompts.tokens.shape[1]
     tokens = jnp.concatenate([prompts.tokens, rollouts.responses], axis=1)
     real = jnp.concatenate([prompts.mask, rollouts.mask], axis=1)
@@ -150,7 +147,7 @@ def test_scores_are_those_of_the_plain_computation(temperature):
         )
 
 
-def test_value_before_a_token_is_the_score_of_what_stands_before_it():
+def test_the_value_before_a_token_is_the_score_of_its_prefix():
     rollouts = rolled_out()[1]
     params, mask = other_params("scalar"), np.asarray(rollouts.mask)
     values = jax.jit(partial(token_values, PROGRAM.value_model))(params, rollouts)
@@ -161,7 +158,7 @@ def test_value_before_a_token_is_the_score_of_what_stands_before_it():
         np.testing.assert_allclose(values[:, t], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_figures_of_an_iteration():
+def test_metrics_of_an_iteration():
     _, experience, judged, metrics = scored()
     mask = np.asarray(judged.rollouts.mask)
     log_ratios = np.where(
@@ -180,15 +177,15 @@ def test_figures_of_an_iteration():
     assert float(metrics["ended_share"]) == endings.mean()
     assert float(metrics["response_length"]) == mask.sum() / 8
     assert metrics["tokens"] == mask.sum() + np.asarray(PROMPTS.mask).sum()
-    # One part of as many rows as there can be: of 16 cells for each rollout, of 12 for two
-    # prompts of up to 6 tokens.
+    # A single microbatch of the maximal number of rows: 16 tokens for each rollout, 12 for
+    # two prompts of up to 6 tokens.
     assert float(metrics["padding"]) == pytest.approx(
         1 - float(metrics["tokens"]) / (8 * 16), abs=1e-6
     )
     assert float(metrics["prefill_padding"]) == pytest.approx(1 - 28 / (4 * 12), abs=1e-6)
 
 
-def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
+def test_without_rescoring_the_samplers_logprobs_are_the_old_logprobs():
     state, experience, _, metrics = scored()
     unscored = stages.with_options(PROGRAM, old_logprobs="sampled")
     _, other, judged, figures = scored(unscored)
@@ -198,9 +195,9 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
     mask = np.asarray(judged.rollouts.mask)
     mean = np.asarray(judged.rollouts.logprobs)[mask].mean()
     assert float(figures["entropy"]) == pytest.approx(-mean, rel=1e-5)
-    # One token of each.
+    # A single token of each.
     assert float(figures["entropy"]) == pytest.approx(float(metrics["entropy"]), rel=0.3)
-    # No policy is run: another one in its place changes nothing.
+    # The policy is not run, so replacing it changes nothing.
     moved = dataclasses.replace(
         state, policy=dataclasses.replace(state.policy, params=other_params("tokens"))
     )
@@ -209,13 +206,14 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
     stages.assert_trees_equal(again, other)
 
 
-def test_ratio_one_gives_the_plain_policy_gradient():
+def test_at_ratio_one_the_update_is_the_policy_gradient():
     state, experience, judged, _ = scored()
     (gradients, _), metrics = shown_gradients(PROGRAM, experience, None)
     mask, advantages = judged.rollouts.mask, experience.advantages
 
     def loss(params):
-        # −A · log π: had the old log-probabilities a gradient, the ratio's would be zero.
+        # −A · log π: if gradients flowed into the old log-probabilities, the ratio's would
+        # be zero.
         return (
             -jnp.sum(mask * advantages * plain_policy_logprobs(params, judged.rollouts))
             / mask.sum()
@@ -243,7 +241,7 @@ def test_value_gradient_is_that_of_half_the_squared_error():
     assert float(metrics["value_loss"]) == pytest.approx(float(value), rel=1e-5)
 
 
-def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
+def test_the_value_network_has_its_own_rate_schedule_and_optimizer():
     _, experience, _, _ = scored()
     (policy, value), metrics = shown_gradients(PROGRAM, experience, None)
     slowly = tiny_models.optimizer_config(warmup_steps=4, warmup_from=0.25)
@@ -252,7 +250,7 @@ def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
     settings = stages.ppo_settings(learning_rate=1.0, value_learning_rate=0.5)
     (same, scaled), rates = shown_gradients(other, experience, None, settings)
     stages.assert_trees_close(same, policy, rtol=1e-4, atol=1e-6)
-    # 3 of the optimizer, 1/2 of the peak, 1/4 of it at the first step
+    # 3 from the optimizer, 1/2 from the peak, 1/4 from the schedule's first step
     stages.assert_trees_close(
         scaled, jax.tree.map(lambda g: 0.375 * g, value), rtol=1e-4, atol=1e-5
     )
@@ -279,7 +277,7 @@ def test_text_adds_its_gradient_times_ptx_coef():
     wanted = jax.tree.map(lambda g, t: g + 1.5 * t, alone, text_gradients)
     stages.assert_trees_close(both, wanted, rtol=1e-3, atol=5e-5)
     assert float(metrics["ptx_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    # Another program rounds otherwise.
+    # A different program rounds differently.
     stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)
     without = dataclasses.replace(SHOWN, ptx_coef=jnp.float32(0.0))
     (_, value_without), _ = shown_gradients(PROGRAM, experience, TEXT, without)
@@ -292,13 +290,13 @@ def test_without_both_coefficients_it_is_plain_ppo():
     )
     _, experience, judged, _ = scored(settings=nothing)
     other = scored(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
-    # The reference has no say.
+    # The reference has no influence.
     stages.assert_trees_equal(experience.advantages, other.advantages)
     with_text, _ = shown_gradients(PROGRAM, experience, TEXT, nothing)
     without, _ = shown_gradients(PROGRAM, experience, None, nothing)
     stages.assert_trees_close(with_text, without, rtol=1e-4, atol=1e-6)
-    # Discount 1: returns − values, which are the advantages, telescope to the score at λ =
-    # 1.
+    # With discount 1 and λ = 1, returns − values, which are the advantages, telescope to
+    # the score.
     straight = stages.ppo_settings(kl_coef=0.0, lambda_=1.0)
     raw = stages.with_options(PROGRAM, whiten_advantages=False)
     _, experience, judged, _ = scored(raw, straight)
@@ -309,9 +307,9 @@ def test_without_both_coefficients_it_is_plain_ppo():
     )
 
 
-def test_runs_side_by_side_are_what_each_is_alone():
-    """Two iterations of three runs of other seeds, coefficients and rates, in one program,
-    and one after the other."""
+def test_vmapped_runs_equal_separate_runs():
+    """Two iterations of three runs with different seeds, coefficients and rates, vmapped in
+    one program and run one after the other."""
     program = stages.ppo_program(MESH)
     changes = (
         {},
@@ -359,7 +357,7 @@ def test_clipped_tokens_have_no_gradient():
     _, experience, judged, _ = scored()
     mask = judged.rollouts.mask
     # As if the policy had moved by log 2 since the rollout, upwards where the advantage is
-    # good: all is clipped.
+    # positive: every token is clipped.
     moved = dataclasses.replace(
         experience,
         old_logprobs=experience.old_logprobs
@@ -371,21 +369,20 @@ def test_clipped_tokens_have_no_gradient():
 
 
 @pytest.mark.parametrize(("rows", "halvings"), [(1, 0), (1, 1), (4, 3)])
-def test_accumulated_is_the_whole_minibatch(rows, halvings):
+def test_accumulated_gradients_equal_those_of_the_whole_minibatch(rows, halvings):
     _, experience, judged, _ = scored()
     counts = np.asarray(judged.rollouts.mask).sum(axis=1)
-    assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # parts of different size
-    # In four parts one part of the text is a row with many trained tokens, one a row with
-    # none.
+    assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # microbatches of different sizes
+    # With four microbatches, one has text with many trained tokens and one has none.
     whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
     parts, parts_metrics = shown_gradients(with_part_rows(rows, halvings), experience, TEXT)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
-    # No part has rows that are not in use.
+    # Microbatches have no unused rows.
     assert parts_metrics.pop("update_padding") < metrics.pop("update_padding")
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-4, atol=2e-6)
 
 
-def test_minibatches_partition_the_rows_anew_in_each_epoch():
+def test_every_epoch_partitions_the_rows_into_new_minibatches():
     _, experience, _, _ = scored()
     rows = jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 7))
     numbered = dataclasses.replace(experience, advantages=rows, returns=rows)
@@ -408,10 +405,10 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     assert not np.array_equal(later.advantages, shuffled.advantages)
 
 
-def test_average_moves_at_every_optimizer_step():
+def test_the_average_moves_at_every_optimizer_step():
     _, experience, _, _ = scored()
     start = rolled_out()[0]
-    # Both minibatches are alike.
+    # Both minibatches are identical.
     same_rows = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), experience)
     first, _ = compiled_update(PROGRAM)(start, same_rows, None, SHOWN)
     two_steps = stages.with_options(PROGRAM, minibatches=2)
@@ -426,7 +423,7 @@ def test_average_moves_at_every_optimizer_step():
     assert first.policy.step == second.policy.step == second.value.step == 1
 
 
-def test_two_settings_side_by_side_are_each_alone():
+def test_vmapped_settings_equal_separate_runs():
     state, rollouts = rolled_out()
 
     def iteration(settings):
@@ -475,7 +472,7 @@ def test_value_clipping_is_off_where_the_program_says_so():
     assert clipped["value_loss"] > free["value_loss"]
 
 
-def test_rollouts_change_with_the_step_and_the_seed_alone():
+def test_rollouts_change_only_with_the_step_and_the_seed():
     state, rollouts = rolled_out()
     again = jax.jit(partial(algorithm.rollout, PROGRAM))
     same, other = (
@@ -490,15 +487,16 @@ def test_rollouts_change_with_the_step_and_the_seed_alone():
     )
 
 
-# A task of seconds: answers of "good" tokens are paid, text counts up
+# A task that runs in seconds: the reward is the share of "good" tokens, and the text counts
+# up.
 
 
-GOOD = 8  # ids below it are paid
+GOOD = 8  # ids below it are good
 ITERATIONS = 25
 
 
 def counting_text(rows: int, seed: int) -> LmBatch:
-    """Text that counts up and starts over: the next token is always one more."""
+    """Text that counts up and wraps around: the next token is always one more."""
     starts = np.random.default_rng(seed).integers(tiny_models.VOCAB_SIZE, size=rows)
     tokens = ((starts[:, None] + np.arange(13)) % tiny_models.VOCAB_SIZE).astype(np.int32)
     ones = np.ones_like(tokens)
@@ -509,8 +507,7 @@ def counting_text(rows: int, seed: int) -> LmBatch:
 
 
 def share_of_good(model, params, rows: LmBatch):
-    """The true reward at each cell: the share of good tokens in the response that the cell
-    belongs to."""
+    """The true reward at each position: the share of good tokens in its response."""
     same = (rows.segments[:, :, None] == rows.segments[:, None, :]) & rows.loss_mask[
         :, None, :
     ]
@@ -542,8 +539,8 @@ def pretrained():
 
 
 def learn(ptx_coef: float) -> tuple[list[float], float]:
-    """(the true reward of each iteration, the text loss at the end) of PPO from the
-    counting policy."""
+    """(the true reward of each iteration, the final text loss) of PPO from the counting
+    policy."""
     program = stages.ppo_program(
         MESH,
         optimizer=tiny_models.optimizer_config(clip_norm=1.0),

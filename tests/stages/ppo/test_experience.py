@@ -1,8 +1,8 @@
-"""One iteration's arithmetic on two responses, worked out by hand, and the invariants that
-stop a run.
+"""The arithmetic of one iteration on two responses, worked out by hand, and its
+diagnostics.
 
-The example: two rows of three tokens, the last of the second row is padding and full of
-nonsense. With r the log-ratio of policy to reference,
+The example has two rows of three tokens. The last token of the second row is padding and
+holds junk. With r the log-ratio of policy to reference:
 
     r       = [1/2, 0, -1/4], [1, 1/2, ·]      scores = 2, 1
     values  = [1, 1/2, 0], [1/4, 1/2, ·]       β = 1/2, λ = 1/2, discount 1, penalty 1/2
@@ -126,8 +126,8 @@ def test_only_responses_that_did_not_end_are_penalised():
     np.testing.assert_allclose(gentle - harsh, [[0, 0, 0], [0, 3, 0]], rtol=1e-6)
 
 
-# Scores 2 and 1, penalty 1/2, and only the second response did not end: with β = 1/2 and
-# r = 1/2 at its last token, its last reward is −1/4 + (1 − 1/2) or −1/4 − 1/2.
+# Scores 2 and 1, penalty 1/2; only the second response did not end. With β = 1/2 and r =
+# 1/2 at its last token, its last reward is −1/4 + (1 − 1/2) or −1/4 − 1/2.
 NO_EOS_SCORES = {"subtract": [F(2), F(1, 2)], "replace": [F(2), F(-1, 2)]}
 LAST_REWARDS = {"subtract": F(1, 4), "replace": F(-3, 4)}
 
@@ -145,7 +145,7 @@ def test_no_eos_rules_by_hand(rule):
 
 
 def test_replacing_ignores_the_score_and_subtracting_keeps_its_order():
-    """A harmless and a bad response, both cut off."""
+    """A harmless and a harmful response, both truncated."""
     scores = jnp.array([3.0, -5.0])
     ended = jnp.array([False, False])
     replaced = penalized_scores(scores, ended, 1.0, "replace")
@@ -169,8 +169,8 @@ def test_a_policy_that_is_the_reference_gets_the_score_alone():
 
 
 def test_whitened_advantages():
-    """Mean 0 and variance 1 over the five real tokens, zero on the padding; rewards and
-    returns stay as they are."""
+    """Mean 0 and variance 1 over the five real tokens, zero on the padding. Rewards and
+    returns are unchanged."""
     plain, rewards = made(example())
     white, same = made(example(), whiten_advantages=True)
     real = np.asarray(plain.advantages)[MASK]
@@ -183,8 +183,8 @@ def test_whitened_advantages():
 
 
 def test_whitened_rewards():
-    """Only the scale of the rewards changes; λ = 1 and values 0 turn returns into sums to
-    go. The rewards that are handed back for the log are those before."""
+    """Only the scale of the rewards changes. λ = 1 and values 0 make the returns
+    rewards-to-go. The rewards returned for the log are not whitened."""
     nothing = np.zeros((2, 3), np.float32)
     white, rewards = made(example(values=nothing), whiten_rewards=True, lambda_=1.0)
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
@@ -195,7 +195,7 @@ def test_whitened_rewards():
     np.testing.assert_allclose(white.returns, to_go, rtol=1e-5)
 
 
-def test_settings_are_arrays_of_one_program():
+def test_settings_are_arguments_of_one_program():
     compiled = jax.jit(
         lambda s, scored: make_experience(
             scored,
@@ -248,7 +248,7 @@ def test_diagnostics_by_hand():
         "response_length": F(5, 2),
         "response_length_max": 3,
         "ended_share": F(1, 2),
-        "tokens": 8,  # 5 sampled, 3 of the prompts
+        "tokens": 8,  # 5 sampled tokens, 3 prompt tokens
     }
     assert found == pytest.approx(
         {name: float(x) for name, x in expected.items()}, rel=1e-5

@@ -25,7 +25,7 @@ from instructax.types import Rollouts
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# One iteration, by hand
+# One iteration, by hand.
 
 
 PROGRAM = stages.ppo_program(stages.mesh_of())
@@ -44,7 +44,10 @@ def iterate(
     *, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0
 ):
     """One iteration of a policy that starts as its reference, and of a value network that
-    starts as the reward model: (state before, state after, metrics, rollouts, scores)."""
+    starts as the reward model.
+
+    Returns (state before, state after, metrics, rollouts, scores).
+    """
     policy, reward = networks()
     state = stages.ppo_state(program)
     state = dataclasses.replace(
@@ -75,7 +78,7 @@ def test_what_holds_at_the_first_inner_step():
     assert float(metrics["kl"]) == pytest.approx(0, abs=1e-5)
     assert float(metrics["kl_k3"]) == pytest.approx(0, abs=1e-5)
     assert metrics["sampler_gap"] < 1e-5
-    # Without a penalty for KL, the reward of a response is its score.
+    # Without a KL penalty, the reward of a response is its score.
     ended = np.asarray(rollouts.ended)
     assert float(metrics["rewards"]) == pytest.approx(
         float(np.mean(scores - 0.5 * ~ended)), rel=1e-5
@@ -87,7 +90,7 @@ def test_what_holds_at_the_first_inner_step():
         assert part["embedding"]
 
 
-def test_scores_are_the_reward_models_and_not_the_value_networks():
+def test_scores_come_from_the_reward_model_not_the_value_network():
     value = tiny_models.random_params(PROGRAM.value_model, 8)
     _, _, metrics, rollouts, scores = iterate(value_params=value)
     wanted = stages.plain_scores(
@@ -98,7 +101,7 @@ def test_scores_are_the_reward_models_and_not_the_value_networks():
 
 
 def patched(monkeypatch, module, name, **changes):
-    """Makes PPO's `module` call `name` with other keyword arguments than it means to."""
+    """Makes PPO's `module` call `name` with other keyword arguments."""
     function = getattr(module, name)
 
     def changed(*args, **kwargs):
@@ -203,7 +206,7 @@ def test_samples_are_rollouts_as_text():
     ]
 
 
-# Runs of the chain
+# Runs of the chain.
 
 
 def ppo_parts(chain, name="ppo-ptx", **overrides):
@@ -226,7 +229,7 @@ def test_every_value_of_the_config_reaches_its_place(chain):
         "ptx_coef",
     )
     peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
-    # No two alike.
+    # All values differ.
     values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}
     counts = {"steps": 6, "inner_epochs": 2, "minibatches": 4}
     choices = {
@@ -258,7 +261,7 @@ def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
     reward = jax.device_get(load_params(chain / "reward", abstract.value.params))
     stages.assert_trees_equal(state.policy.params, policy)
     stages.assert_trees_equal(state.ema, policy)
-    stages.assert_trees_equal(state.value.params, reward)  # head and bias with it
+    stages.assert_trees_equal(state.value.params, reward)  # including head and bias
     assert reward["scalar_head"]["bias"] != 0
     assert all(
         not np.any(leaf)
@@ -282,7 +285,7 @@ def test_what_a_run_logs(chain, name):
     assert [sample["step"] for sample in samples] == [
         step for step in (1, 2, 3, 4) for _ in range(config.samples)
     ]
-    for line in lines:  # every rollout is a sample in this size
+    for line in lines:  # at this size, every rollout is logged as a sample
         own = [sample for sample in samples if sample["step"] == line["step"]]
         assert line["scores"] == pytest.approx(
             np.mean([sample["score"] for sample in own]), rel=1e-5
@@ -308,7 +311,7 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
     assert jax.tree.structure(ema) == jax.tree.structure(checkpoints.params)
 
 
-def test_rows_of_an_iteration(chain):
+def test_batch_rows_of_an_iteration(chain):
     config, program, data = ppo_parts(chain)
     read = ppo_train.batch_reader(config, data, program.mesh)
     prompts, text = read(3)
@@ -331,7 +334,7 @@ def test_ppo_needs_no_text(chain, tmp_path):
     summary = read_summary(tmp_path / "run")
     assert "text_loss" not in summary
     assert summary["value_clipped_fraction"] == 0
-    # The first rollouts do not know of the text.
+    # The first rollouts do not depend on the text.
     assert summary["scores"] == pytest.approx(
         read_metrics(chain / "ppo")[0]["scores"], rel=1e-6
     )
@@ -349,8 +352,8 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     "dtype", ["bf16_matmul", pytest.param("bf16", marks=pytest.mark.slow)]
 )
 def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
-    """Sampler, scorer and update round alike, so that the invariants hold; the figures are
-    near those of float32."""
+    """Sampler, scorer and update round alike, so the invariants hold. The metrics are close
+    to those of float32."""
     half = {
         "compute.dtype": dtype,
         "compute.decoding_dtype": dtype,
