@@ -1,5 +1,5 @@
-"""Low-rank adapters: they start as nothing, they alone learn, and what they learned is in
-the next stage's parent."""
+"""Low-rank adapters: they start as zero, only they are trained, and children of the run get
+the merged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def test_merged_parameters_give_the_same_outputs(family):
     assert names_of(plain) == names_of(tiny_models.random_params(model))
     np.testing.assert_allclose(outputs(model, plain), found, rtol=1e-4, atol=2e-5)
     assert np.abs(outputs(model, tiny_models.random_params(model)) - found).max() > 0.1
-    # W + alpha / rank · A · B, of the one map that sums over two axes.
+    # W + alpha / rank · A · B, for the only projection that sums over two axes.
     out, layer = params["blocks"]["attention"]["out"], 1
     a, b = (
         np.asarray(out["lora_a"][layer], np.float64),
@@ -138,7 +138,7 @@ def test_trainable_selects_adapters_and_the_scalar_head():
 
 
 def test_gradients_equal_those_of_the_full_tree():
-    """The adapters' gradients equal those of full training, and nothing else has one."""
+    """The adapters' gradients equal those of full training; nothing else has gradients."""
     model, rows = (
         Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
         stages.packed_rows(3, 14),
@@ -198,7 +198,8 @@ def test_updates_and_averages_change_adapters_only():
 
 
 def test_samples_of_merged_weights_rescore_to_the_same_logprobs():
-    """The sampler reads merged weights, scoring reads adapters; both share one model."""
+    """The sampler uses merged weights and scoring uses adapters; they are the same
+    model."""
     program, settings = stages.ppo_program(stages.mesh_of()), stages.ppo_settings()
     params = adapted_params(program.policy)
     prompts = tiny_models.ragged_prompts((1, 4, 6, 2), columns=6)
@@ -225,7 +226,7 @@ def run(config, workdir, **watched):
 
 
 def networks(state):
-    """Name of each network of a state → its parameters."""
+    """Each network of a state → its parameters."""
     if hasattr(state, "policy"):
         return {
             "policy": state.policy.params,
@@ -270,7 +271,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     _, resumed = run(config, tmp_path / "stopped")
     stages.assert_trees_equal(resumed, last)
 
-    # Whoever starts from the run sees plain weights.
+    # Runs that start from this one get plain merged weights.
     head = "scalar" if name == "reward" else "tokens"
     built = build_config(config)
     model = Transformer(built.model, tiny_models.compute(), head)
@@ -291,7 +292,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
 
 
 def open_shapes(workdir):
-    """Shapes that a run without adapters stores, filled with zeros."""
+    """The shapes stored by a run without adapters, filled with zeros."""
     run = open_parent(workdir, "parent")
     model = build_config(run.manifest["config"])
     head = "scalar" if run.manifest["stage"] == "reward_model" else "tokens"
@@ -321,7 +322,7 @@ def test_invalid_values_are_refused(chain, tmp_path, changes, message):
 
 
 def test_adapters_are_the_same_on_eight_devices(chain):
-    """All leaves have a layout, and the merged weights equal those of one device."""
+    """All leaves have a sharding, and the merged weights equal those on one device."""
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "tokens")
     params = adapted_params(model)
     mesh = stages.mesh_of(2, 2, 2)

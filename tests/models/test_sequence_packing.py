@@ -1,5 +1,5 @@
-"""Sequences packed inside a compiled program: every token in its place, no row too many,
-and the parts that are run."""
+"""Packing sequences within a compiled program: every token is kept, the row bound holds,
+and microbatches cover all rows."""
 
 from functools import partial
 
@@ -51,7 +51,7 @@ def plan(
 
 def test_first_fit_by_hand():
     layout = plan(random_masks([3, 6, 2, 5, 1], 6), 8, 2)
-    # 6 | 5 | 3 behind the 5 | 2 behind the 6 | 1 in a row of its own
+    # 6 | 5 | 3 after the 5 | 2 after the 6 | 1 in its own row
     wanted = [
         [2] * 6 + [3] * 2,
         [4] * 5 + [1] * 3,
@@ -75,7 +75,7 @@ def test_microbatch_shapes():
     assert microbatch_shapes(4, 0, 8) == ((4, 8),)
     assert microbatch_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
     assert microbatch_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
-    # Of one token nothing is predicted.
+    # A row of one token predicts nothing.
     assert microbatch_shapes(4, 9, 8) == microbatch_shapes(4, 4, 8)
     assert microbatch_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
     assert microbatch_shapes(5, 1, 8) == ((5, 8), (1, 8))
@@ -159,8 +159,8 @@ def ragged_rollouts() -> Rollouts:
 
 
 def packed_and_unpacked(function, batch: LmBatch, width: int, halvings: int):
-    """`function` of a batch that is packed, part by part, and of it as it is, both [N, L];
-    the cells run."""
+    """`function` of a packed batch, by microbatch, and of the unpacked batch, both [N, L];
+    and the number of tokens run."""
     compute = tiny_models.compute(microbatch_rows=2, tail_splits=halvings)
     layout = plan_packing(batch.segments != 0, width=width, compute=compute, mesh=MESH)
     _, packed = scan_packed_rows(
@@ -183,7 +183,7 @@ def test_packed_rollouts_equal_unpacked_ones(config, halvings):
     packed, alone, used = jax.jit(lambda b: packed_and_unpacked(logprobs, b, 24, halvings))(
         batch
     )
-    # Two parts of two rows, or one and half a row.
+    # Two microbatches of two rows, or one and half a row.
     assert used == (2 * 24 + 12 if halvings else 4 * 24)
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
     assert np.count_nonzero(alone) == 22
@@ -232,7 +232,7 @@ def test_packed_comparisons_equal_unpacked_ones(config, halvings):
     [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]],
 )
 def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings, ways):
-    """For any remainder, and any number of row shards."""
+    """For every remainder and every number of row shards."""
     real, mesh = random_masks(lengths, 6, seed=2), stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
 
@@ -263,7 +263,7 @@ def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings,
         assert cells % (9 * ways) in ((0, 4 * ways, 2 * ways) if halvings > 2 else (0,))
 
 
-def test_vmapped_runs_end_together():
+def test_vmapped_runs_share_the_number_of_microbatches():
     real = np.array([random_masks([6, 6, 6], 6), random_masks([1, 1, 0], 6)])
 
     def run(real):

@@ -23,8 +23,7 @@ from instructax.models import ModelConfig, Transformer
 from instructax.models.pretrained import save
 from instructax.models.pretrained.hf_configs import write_config
 from instructax.serving.policy import open_policy
-from instructax.stages import build_config
-from instructax.stages import pretrained
+from instructax.stages import build_config, pretrained
 from instructax.types import Params
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

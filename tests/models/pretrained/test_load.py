@@ -1,6 +1,7 @@
-"""Names, layouts and refusals of pretrained files, with arrays written by hand.
+"""Pretrained files: names, layouts and refused input, with hand-written arrays.
 
-tests/integration/test_interop.py compares with transformers."""
+tests/integration/test_interop.py compares with transformers.
+"""
 
 import json
 import tracemalloc
@@ -75,8 +76,7 @@ TWO_HEADS = tiny_models.gpt_config(embed_dim=3, num_heads=2, num_kv_heads=2, hea
 
 
 def test_gpt2_fused_qkv_columns():
-    """c_attn maps 3 inputs to the 4 numbers of all queries, then of all keys, then of all
-    values."""
+    """c_attn maps 3 inputs to 4 outputs for all queries, then all keys, then all values."""
     row = next(row for row in weight_maps.GPT2 if row.name.endswith("c_attn.weight"))
     tensor = np.arange(36.0).reshape(3, 12)
     query, key, value = split_tensor(tensor, row, TWO_HEADS)
@@ -86,8 +86,8 @@ def test_gpt2_fused_qkv_columns():
 
 
 def test_neox_fused_qkv_rows():
-    """query_key_value has for each head its 2 rows of the query, of the key and of the
-    value, each of 3 inputs."""
+    """For each head, query_key_value has 2 rows each for the query, the key and the value,
+    with 3 inputs."""
     row = next(
         row for row in weight_maps.NEOX if row.name.endswith("query_key_value.weight")
     )
@@ -108,8 +108,8 @@ def test_neox_fused_qkv_rows():
 
 
 def test_llama_grouped_heads():
-    """Torch's Linear has outputs first: k_proj of one head of two numbers over 3 inputs,
-    o_proj of two such heads."""
+    """Torch's Linear has outputs first. k_proj has one head of size 2 and 3 inputs; o_proj
+    reads two such heads."""
     config = tiny_models.llama_config(embed_dim=3, num_heads=2, num_kv_heads=1, head_dim=2)
     by_name = {
         row.name.split(".")[-2]: row
@@ -182,7 +182,7 @@ def test_round_trip_is_bitwise(family, tmp_path):
     "shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}]
 )
 def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "PIECE", 24)  # several pieces of every tensor
+    monkeypatch.setattr(load, "PIECE", 24)  # several pieces per tensor
     _, params = written(
         tmp_path,
         tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True),
@@ -233,11 +233,11 @@ def test_sharded_files_and_their_index(tmp_path, monkeypatch):
 
 
 def test_peak_memory_beyond_the_parameters(tmp_path):
-    """At most half of the largest tensor more than that tensor: it is laid out piece by
-    piece.
+    """Loading needs at most 1.5 times the largest tensor beyond the parameters, because
+    tensors are placed piece by piece.
 
-    tracemalloc counts what NumPy and safetensors take on the host; parameters are XLA's.
-    The largest is a stacked one.
+    tracemalloc counts host memory of NumPy and safetensors; the parameters belong to XLA.
+    The largest tensor is a stacked one.
     """
     config = tiny_models.llama_config(
         embed_dim=256,
@@ -250,7 +250,7 @@ def test_peak_memory_beyond_the_parameters(tmp_path):
     )
     written(tmp_path, config)
     largest = 256 * 8192 * 4
-    read(tmp_path)  # compiled
+    read(tmp_path)  # warm-up: compiles
     tracemalloc.start()
     old, load.CHUNK_ELEMENTS = load.CHUNK_ELEMENTS, 1 << 18
     try:
@@ -262,11 +262,11 @@ def test_peak_memory_beyond_the_parameters(tmp_path):
     assert largest <= peak < 1.5 * largest
 
 
-# What is refused, and by which name.
+# Refused input, and the names in the messages.
 
 
 def changed(path: Path, **changes: np.ndarray | None) -> None:
-    """The tensors of a folder with some added, replaced or (None) left out; `__` stands for
+    """The tensors of a folder with some added, replaced or (None) removed; `__` stands for
     a dot."""
     tensors = load_file(path / "model.safetensors")
     for name, tensor in changes.items():
@@ -433,7 +433,7 @@ def test_old_and_new_spellings_of_rotary_positions():
     ) == ("linear", 2.0)
 
 
-def test_export_takes_the_first_family_that_expresses_a_model():
+def test_export_uses_the_first_family_that_can_express_a_model():
     def model(size: str) -> ModelConfig:
         return construct(ModelConfig, sizes.model(size).to_dict())
 
@@ -471,9 +471,9 @@ def test_export_takes_the_first_family_that_expresses_a_model():
     )
 
 
-def test_a_model_that_no_family_expresses_is_refused():
+def test_a_model_that_no_family_can_express_is_refused():
     with pytest.raises(ValueError, match=r"nearest is \w+, but .*model\.\w+ = "):
-        write_config(tiny_models.qwen_config())  # biases as Qwen2's, norms as Qwen3's
+        write_config(tiny_models.qwen_config())  # biases like Qwen2's, norms like Qwen3's
     with pytest.raises(
         ValueError,
         match=r"nearest is llama, but model.norm = 'layernorm' \(it has 'rmsnorm'\)",
