@@ -279,13 +279,13 @@ def parents_of(config: Any) -> dict[str, ModelConfig]:
     named = {getattr(config, "parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "policy_parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "reward_parent", ""): getattr(config, "reward_model", None)}
-    asked = [
+    prompted = [
         word
         for policy in getattr(config, "policies", ())
         for word in policy
         if str(word).startswith("runs/")
     ]
-    named |= dict.fromkeys(asked, getattr(config, "model", None))
+    named |= dict.fromkeys(prompted, getattr(config, "model", None))
     return {path.partition("@")[0]: model for path, model in named.items() if path}
 
 

@@ -230,7 +230,7 @@ def groups_of(cls: type) -> set[type]:
     return {cls}.union(*map(groups_of, inner))
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
+def record_reads(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
     """The fields of `group` that the library reads from now on, except in config
     validation."""
     names, read, plain = (
@@ -295,7 +295,7 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
     )
     # otherwise another test may have sampled this world already
     create_prompts.cache_clear()
-    read = {group: watched(monkeypatch, group) for group in groups}
+    read = {group: record_reads(monkeypatch, group) for group in groups}
     for name, config in configs.items():
         assert run_stage(config, tmp_path / name)
     fields = {

@@ -64,13 +64,13 @@ def jitted(name: str):
 
 
 @functools.cache
-def slope_function(name: str):
+def gradient_function(name: str):
     return jax.jit(jax.grad(lambda *arguments: call(name, *arguments)[0]))
 
 
-def slope(name: str, *arguments) -> jax.Array:
+def loss_gradient(name: str, *arguments) -> jax.Array:
     """Gradient of the loss with respect to its first argument."""
-    return slope_function(name)(*arguments)
+    return gradient_function(name)(*arguments)
 
 
 def test_next_token_loss_by_hand():
@@ -122,7 +122,7 @@ def test_policy_loss_by_hand():
     )
     np.testing.assert_allclose(loss, (-0.84 + 1.95 - 0.35 + 1.04 - 0.44) / 6, rtol=1e-5)
     np.testing.assert_allclose(clipped_fraction, 2 / 6, rtol=1e-6)
-    actual = slope(
+    actual = loss_gradient(
         "clipped_policy_loss",
         old_logprobs + jnp.log(ratios),
         old_logprobs,
@@ -162,7 +162,9 @@ def test_equal_to_the_plain_reference(name, seed):
     expected = references.gradient(
         lambda x: call(name, x, *plain[1:], module=references)[0], plain[0]
     )
-    np.testing.assert_allclose(slope(name, *arguments), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        loss_gradient(name, *arguments), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @every_loss
@@ -194,8 +196,10 @@ def test_masked_tokens_change_neither_loss_nor_gradient(name, garbage):
     ]
     dirty = [jnp.where(mask, x, -7) if x.dtype == jnp.int32 else x for x in dirty]
     np.testing.assert_array_equal(call(name, *dirty), call(name, *arguments))
-    np.testing.assert_array_equal(slope(name, *dirty), slope(name, *arguments))
-    np.testing.assert_array_equal(slope(name, *dirty)[~mask], 0.0)
+    np.testing.assert_array_equal(
+        loss_gradient(name, *dirty), loss_gradient(name, *arguments)
+    )
+    np.testing.assert_array_equal(loss_gradient(name, *dirty)[~mask], 0.0)
 
 
 @every_loss
@@ -207,7 +211,7 @@ def test_empty_mask_gives_zeros(name, garbage):
     ]
     arguments[-1] = jnp.zeros_like(arguments[-1])
     np.testing.assert_array_equal(call(name, *arguments), 0.0)
-    np.testing.assert_array_equal(slope(name, *arguments), 0.0)
+    np.testing.assert_array_equal(loss_gradient(name, *arguments), 0.0)
 
 
 @every_loss
@@ -250,14 +254,16 @@ def test_ranking_depends_on_differences_and_not_on_the_order_of_answers():
     )
     np.testing.assert_allclose(reversed_, expected, rtol=1e-5)
     np.testing.assert_allclose(
-        slope("pairwise_ranking_loss", scores, ranks, valid).sum(axis=1), 0.0, atol=1e-6
+        loss_gradient("pairwise_ranking_loss", scores, ranks, valid).sum(axis=1),
+        0.0,
+        atol=1e-6,
     )
 
 
 def test_ties_give_no_loss_and_no_slope():
     tied = jnp.array([[0.7, -1.3, 0.2]]), jnp.full((1, 3), 2), jnp.ones((1, 3), bool)
     np.testing.assert_array_equal(losses.pairwise_ranking_loss(*tied), 0.0)
-    np.testing.assert_array_equal(slope("pairwise_ranking_loss", *tied), 0.0)
+    np.testing.assert_array_equal(loss_gradient("pairwise_ranking_loss", *tied), 0.0)
 
 
 def test_every_prompt_with_a_pair_has_the_same_weight():
@@ -294,7 +300,7 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient():
         loss, -references.masked_mean(np.asarray(advantages), np.asarray(mask)), rtol=1e-5
     )
     assert clipped_fraction == 0.0
-    actual = slope("clipped_policy_loss", logprobs, logprobs, advantages, mask)
+    actual = loss_gradient("clipped_policy_loss", logprobs, logprobs, advantages, mask)
     np.testing.assert_allclose(
         actual, jnp.where(mask, -advantages, 0.0) / mask.sum(), rtol=1e-5
     )
@@ -307,7 +313,9 @@ def test_huge_score_differences_stay_finite(difference):
         losses.pairwise_ranking_loss(*arguments)[0], max(0.0, -difference)
     )
     pull = 0.0 if difference > 0 else 1.0
-    np.testing.assert_allclose(slope("pairwise_ranking_loss", *arguments), [[-pull, pull]])
+    np.testing.assert_allclose(
+        loss_gradient("pairwise_ranking_loss", *arguments), [[-pull, pull]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +338,7 @@ def test_huge_ratios_keep_a_finite_loss_finite(advantage, log_ratio, loss):
     np.testing.assert_allclose(
         losses.clipped_policy_loss(*arguments, clip=0.2)[0], loss, rtol=1e-6
     )
-    np.testing.assert_array_equal(slope("clipped_policy_loss", *arguments), 0.0)
+    np.testing.assert_array_equal(loss_gradient("clipped_policy_loss", *arguments), 0.0)
 
 
 def test_a_ratio_beyond_float32_gives_a_finite_loss():
@@ -341,4 +349,4 @@ def test_a_ratio_beyond_float32_gives_a_finite_loss():
         jnp.ones((1, 1), bool),
     )
     assert 1e30 < losses.clipped_policy_loss(*arguments, clip=0.2)[0] < jnp.inf
-    assert jnp.isfinite(slope("clipped_policy_loss", *arguments)).all()
+    assert jnp.isfinite(loss_gradient("clipped_policy_loss", *arguments)).all()

@@ -433,12 +433,12 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
     assert sorted(map(tokenizer.decode, found)) == sorted(map(tokenizer.decode, expected))
 
     judged = prepared(prepare.prepare_comparisons, "c").sources["train"]
-    asked = prepared(prepare.prepare_prompts, "p").sources["train"]
+    prompt_rows = prepared(prepare.prepare_prompts, "p").sources["train"]
     prompts = sorted(
         row["prompt"].tolist() for row in judged.__getitems__(range(len(judged)))
     )
     assert prompts == sorted(
-        row["tokens"].tolist() for row in asked.__getitems__(range(len(asked)))
+        row["tokens"].tolist() for row in prompt_rows.__getitems__(range(len(prompt_rows)))
     )
     assert encode_messages([USER], tokenizer, template).tolist() in prompts
     plain = prepared(prepare.prepare_prompts, "p", PLAIN_FORMAT)

@@ -19,7 +19,7 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tried(name: str, overrides: dict[str, Any]) -> str:
+def error_of(name: str, overrides: dict[str, Any]) -> str:
     """The error line for a tiny config with `overrides`."""
     with pytest.raises(ConfigError) as error:
         dry_run(
@@ -161,7 +161,7 @@ CASES = [("ppo", *case) for case in PPO] + [("sft", *case) for case in SFT]
     ids=[f"{n}-{'-'.join(o)}-{i}" for i, (n, o, _) in enumerate(CASES)],
 )
 def test_a_value_that_cannot_be_is_one_line(name, overrides, message):
-    assert message in tried(name, overrides)
+    assert message in error_of(name, overrides)
 
 
 @pytest.mark.usefixtures("one_device")

@@ -47,7 +47,7 @@ GOOD = {
 }
 
 
-def prepared(folder, kind, *changes, limits=LIMITS):
+def prepare_records(folder, kind, *changes, limits=LIMITS):
     """The prepared rows of one good record and one record for each of `changes`."""
     records = [
         {"id": str(i)} | GOOD[kind] | change for i, change in enumerate(({}, *changes))
@@ -84,14 +84,14 @@ DROPPED = [
     ids=[f"{k}-{r}-{i}" for i, (k, _, r) in enumerate(DROPPED)],
 )
 def test_what_does_not_fit_is_dropped_and_counted(tmp_path, kind, change, rule):
-    report = prepared(tmp_path, kind, change).report
+    report = prepare_records(tmp_path, kind, change).report
     assert {name: count for name, count in report.dropped.items() if count} == {rule: 1}
     assert (report.records, report.kept) == (2, {"train": 1})
 
 
 def test_of_answers_that_are_left_out_one_pair_is_enough(tmp_path):
     """Of three answers the longest does not fit; the other two still form a pair."""
-    source = prepared(
+    source = prepare_records(
         tmp_path, "comparisons", {"completions": ["a", "b", "c" * 99], "ranks": [1, 3, 2]}
     ).sources["train"]
     row = source.__getitems__([1])[0]
@@ -146,7 +146,7 @@ REFUSED = [
 def test_a_bad_line_ends_a_command_with_one_line_and_code_2(
     tmp_path, capsys, kind, change, message
 ):
-    assert cli.guarded(lambda: prepared(tmp_path, kind, change)) == 2
+    assert cli.guarded(lambda: prepare_records(tmp_path, kind, change)) == 2
     error = capsys.readouterr().err
     assert (
         error.startswith(f"error: {tmp_path / kind}.jsonl:2: {message}")
@@ -168,7 +168,7 @@ def test_a_file_without_a_record(tmp_path, kind, content):
 
 @pytest.mark.parametrize("kind", PREPARE)
 def test_one_record_is_enough(tmp_path, kind):
-    assert prepared(tmp_path, kind).report.rows == {"train": 1}
+    assert prepare_records(tmp_path, kind).report.rows == {"train": 1}
 
 
 ODD = [
@@ -189,7 +189,7 @@ def test_odd_texts_come_through_as_they_are(tmp_path, text):
     """NUL, multi-part emoji, both writing directions, and the spelling of special tokens,
     which stays text."""
     limits = dataclasses.replace(LIMITS, prompt_tokens=64, response_tokens=64)
-    source = prepared(
+    source = prepare_records(
         tmp_path, "demonstrations", {"completion": text}, limits=limits
     ).sources["train"]
     tokens = np.concatenate(
@@ -228,7 +228,9 @@ def test_another_split_seed_makes_other_rows(tmp_path):
     limits = dataclasses.replace(LIMITS, splits=(("train", 0.5), ("validation", 0.5)))
     texts = [{"text": f"text {i}"} for i in range(20)]
     one, two = (
-        prepared(tmp_path, "text", *texts, limits=dataclasses.replace(limits, split_seed=s))
+        prepare_records(
+            tmp_path, "text", *texts, limits=dataclasses.replace(limits, split_seed=s)
+        )
         for s in (0, 1)
     )
     assert one.folder != two.folder and one.report.hash != two.report.hash

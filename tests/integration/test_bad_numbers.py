@@ -28,7 +28,7 @@ NO_TOKEN, ONE_TOKEN = (
 ALL_TOKENS = np.ones((ROWS, COLUMNS), bool)
 
 
-def judged(**changes: Any) -> Scored:
+def scored_rollouts(**changes: Any) -> Scored:
     """Scored rollouts of several lengths; `changes` replaces arrays by name."""
     rng = np.random.default_rng(0)
     shape = (ROWS, COLUMNS)
@@ -77,12 +77,12 @@ def compiled():
     return jax.jit(partial(algorithm.update, PROGRAM))
 
 
-def updated(experience: Experience) -> tuple[PpoState, dict[str, float]]:
+def run_update(experience: Experience) -> tuple[PpoState, dict[str, float]]:
     state, metrics = compiled()(start(), experience, None, SETTINGS)
     return state, {name: float(x) for name, x in metrics.items()}
 
 
-def planted(name: str, value: float) -> dict[str, Any]:
+def plant_value(name: str, value: float) -> dict[str, Any]:
     """Sets row 1, token 2 of an array to `value`."""
 
     def change(arrays: dict[str, Any]) -> Any:
@@ -105,23 +105,23 @@ TRAINS = {
         "ref_logprobs": lambda a: a["logprobs"],
     },
     "scores of 1e9": {"scores": lambda a: a["scores"] * np.float32(1e9)},
-    "one score of 1e9": planted("scores", 1e9),
-    "a reference that all but excludes a token": planted("ref_logprobs", -1e4),
+    "one score of 1e9": plant_value("scores", 1e9),
+    "a reference that all but excludes a token": plant_value("ref_logprobs", -1e4),
     "values of 1e9": {"values": lambda a: a["values"] * np.float32(1e9)},
 }
 SKIPS = {
-    "a score that is NaN": planted("scores", np.nan),
-    "a score that is infinite": planted("scores", np.inf),
+    "a score that is NaN": plant_value("scores", np.nan),
+    "a score that is infinite": plant_value("scores", np.inf),
     "scores of 1e30": {"scores": lambda a: a["scores"] * np.float32(1e30)},
-    "a value that is NaN": planted("values", np.nan),
-    "a reference that excludes a token": planted("ref_logprobs", -np.inf),
-    "a policy that excludes a token that it drew": planted("logprobs", np.nan),
+    "a value that is NaN": plant_value("values", np.nan),
+    "a reference that excludes a token": plant_value("ref_logprobs", -np.inf),
+    "a policy that excludes a token that it drew": plant_value("logprobs", np.nan),
 }
 
 
 @pytest.mark.parametrize("case", TRAINS)
 def test_it_trains_with_finite_numbers(case):
-    scored = judged(**TRAINS[case])
+    scored = scored_rollouts(**TRAINS[case])
     experience, rewards = experience_of(scored)
     figures = diagnostics(
         scored,
@@ -130,7 +130,7 @@ def test_it_trains_with_finite_numbers(case):
         rewards,
         experience.returns,
     )
-    state, metrics = updated(experience)
+    state, metrics = run_update(experience)
     assert metrics["skipped"] == 0
     assert all(np.isfinite(float(x)) for x in (*figures.values(), *metrics.values()))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -140,8 +140,8 @@ def test_it_trains_with_finite_numbers(case):
 def test_it_is_skipped_counted_and_changes_nothing(case):
     """Both optimizer steps are skipped where whitening spreads the value over the batch. A
     network with only finite gradients is updated."""
-    experience, _ = experience_of(judged(**SKIPS[case]))
-    state, metrics = updated(experience)
+    experience, _ = experience_of(scored_rollouts(**SKIPS[case]))
+    state, metrics = run_update(experience)
     assert metrics["skipped"] > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     if not np.isfinite(np.asarray(experience.advantages)).any(
@@ -151,7 +151,7 @@ def test_it_is_skipped_counted_and_changes_nothing(case):
 
 
 def test_a_loss_that_is_infinite_is_named_too():
-    _, metrics = updated(experience_of(judged(**SKIPS["scores of 1e30"]))[0])
+    _, metrics = run_update(experience_of(scored_rollouts(**SKIPS["scores of 1e30"]))[0])
     close = {"first_ratio_gap": 0.0, "first_clipped_fraction": 0.0}
     with pytest.raises(
         InvariantError,
@@ -163,7 +163,9 @@ def test_a_loss_that_is_infinite_is_named_too():
 
 
 def test_without_a_token_nothing_moves():
-    state, _ = updated(experience_of(judged(**TRAINS["no answer has a token"]))[0])
+    state, _ = run_update(
+        experience_of(scored_rollouts(**TRAINS["no answer has a token"]))[0]
+    )
     stages.assert_trees_equal(state.policy.params, start().policy.params)
     stages.assert_trees_equal(state.value.params, start().value.params)
 
@@ -179,16 +181,16 @@ def test_advantages_without_spread_are_zero():
         "ended": np.ones(ROWS, bool),
         "ref_logprobs": lambda a: a["logprobs"],
     }
-    experience, _ = experience_of(judged(**same))
+    experience, _ = experience_of(scored_rollouts(**same))
     np.testing.assert_array_equal(experience.advantages, np.zeros((ROWS, COLUMNS)))
-    state, metrics = updated(experience)
+    state, metrics = run_update(experience)
     assert metrics["policy_grad_norm"] == 0 and metrics["value_grad_norm"] > 0
     stages.assert_trees_equal(state.policy.params, start().policy.params)
 
 
 def test_an_answer_without_a_token_gets_no_reward_and_gives_none_away():
-    _, rewards = experience_of(judged(**TRAINS["one answer has no token"]))
-    _, others = experience_of(judged())
+    _, rewards = experience_of(scored_rollouts(**TRAINS["one answer has no token"]))
+    _, others = experience_of(scored_rollouts())
     np.testing.assert_array_equal(rewards[3], np.zeros(COLUMNS))
     np.testing.assert_array_equal(
         np.delete(rewards, 3, axis=0), np.delete(others, 3, axis=0)
@@ -197,7 +199,7 @@ def test_an_answer_without_a_token_gets_no_reward_and_gives_none_away():
 
 def test_an_answer_that_never_ends_pays_for_it_once():
     ended, endless = (
-        experience_of(judged(mask=ALL_TOKENS, ended=np.full(ROWS, e)))[1]
+        experience_of(scored_rollouts(mask=ALL_TOKENS, ended=np.full(ROWS, e)))[1]
         for e in (True, False)
     )
     paid = np.zeros((ROWS, COLUMNS), np.float32)
@@ -209,14 +211,14 @@ def test_an_answer_that_never_ends_pays_for_it_once():
 @pytest.mark.parametrize("old", [-1e4, -np.inf, -1e30])
 def test_a_ratio_beyond_all_numbers_is_held_at_one_that_is(old, advantage):
     """The old log-probability of one token makes the ratio overflow."""
-    experience, _ = experience_of(judged())
+    experience, _ = experience_of(scored_rollouts())
     scaled = jnp.abs(experience.advantages) * advantage
     odd = dataclasses.replace(
         experience,
         old_logprobs=experience.old_logprobs.at[1, 2].set(old),
         advantages=scaled,
     )
-    state, metrics = updated(odd)
+    state, metrics = run_update(odd)
     assert np.isfinite(metrics["policy_loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert metrics["skipped"] == 0  # from e⁸⁰ on, the ratio has no gradient

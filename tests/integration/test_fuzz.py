@@ -54,7 +54,7 @@ PATH = Path()  # the file that a case writes, to be read
 PROPERTIES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
 
-def of_all(*strategies: Any) -> Callable[[Any], Any]:
+def for_all(*strategies: Any) -> Callable[[Any], Any]:
     """Registers a property that must hold for every value of `strategies`."""
 
     def register(holds: Callable[..., None]) -> Callable[..., None]:
@@ -187,7 +187,7 @@ def lines(draw: Any) -> tuple[Any, bytes]:
     return cls, draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\0"])) + content
 
 
-@of_all(lines())
+@for_all(lines())
 def json_lines(given_: tuple[Any, bytes]) -> None:
     cls, content = given_
     PATH.write_bytes(content)
@@ -195,7 +195,7 @@ def json_lines(given_: tuple[Any, bytes]) -> None:
         assert all(text.strip() and text.encode() for text in filters.record_texts(record))
 
 
-@of_all(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))
+@for_all(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))
 def damaged_gzip(given_: tuple[Any, bytes], place: int, byte: int, cut: int) -> None:
     cls, content = given_
     packed = bytearray(gzip.compress(content, mtime=0))
@@ -205,7 +205,7 @@ def damaged_gzip(given_: tuple[Any, bytes], place: int, byte: int, cut: int) -> 
     refused(DataError, lambda: list(read_jsonl([path], cls)))
 
 
-@of_all(st.binary(max_size=300))
+@for_all(st.binary(max_size=300))
 def any_bytes(content: bytes) -> None:
     PATH.write_bytes(content)
     for cls in RECORDS:
@@ -235,7 +235,7 @@ PAIRS = st.one_of(
 )
 
 
-@of_all(COMPLETIONS, RANKS, PAIRS)
+@for_all(COMPLETIONS, RANKS, PAIRS)
 def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
     record = {
         "id": "c",
@@ -329,7 +329,7 @@ def numbers_of(value: Any) -> Iterator[float]:
             yield from numbers_of(getattr(value, name))
 
 
-@of_all(changed())
+@for_all(changed())
 def config_values(config: dict[str, Any]) -> None:
     def build() -> Any:
         built = build_config(config)
@@ -370,7 +370,7 @@ ARGUMENTS = st.one_of(
 )
 
 
-@of_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
+@for_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
 def command_lines(name: str, data: Any, text: str) -> None:
     """An override as typed: the config builds or is refused, or the exit code is 2 with one
     line."""
@@ -401,7 +401,7 @@ def command_lines(name: str, data: Any, text: str) -> None:
     refused(ConfigError, lambda: build_config(config))
 
 
-@of_all(JSON)
+@for_all(JSON)
 def manifests(content: Any) -> None:
     folder = PATH.with_suffix(".run")
     folder.mkdir(exist_ok=True)
@@ -430,7 +430,7 @@ TOKENIZERS = [
 ]
 
 
-@of_all(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
+@for_all(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
 def tokens(text: str, ids: list[int]) -> None:
     for tokenizer in TOKENIZERS:
         valid = not any(0xD800 <= ord(char) < 0xE000 for char in text)
@@ -443,7 +443,7 @@ def tokens(text: str, ids: list[int]) -> None:
         assert (decoded is not None) == all(0 <= index < tokenizer.size for index in ids)
 
 
-@of_all(st.data())
+@for_all(st.data())
 def tokenizer_files(data: Any) -> None:
     """A tokenizer.json in which something is changed."""
     content = json.loads(TOKENIZERS[1].content)

@@ -31,7 +31,7 @@ from instructax.models.pretrained.load import read_params
 from instructax.models.pretrained.save import export_tensors
 from instructax.serving.policy import open_policy
 from instructax.sharding import MeshConfig
-from instructax.stages import pretrained as interchange
+from instructax.stages import pretrained
 from instructax.types import Params, Prompts, Rollouts
 
 torch = pytest.importorskip("torch")
@@ -148,7 +148,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 LENGTHS, COLUMNS = (12, 7, 3), 12
 
 
-def theirs_of(case: str) -> Any:
+def transformers_model(case: str) -> Any:
     """A random transformers model."""
     kind, values = CASES[case]
     config = transformers.AutoConfig.for_model(kind, **values)
@@ -170,7 +170,7 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     return sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
 
 
-def ours_of(
+def load_folder(
     folder: Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Transformer, Params]:
     """The network loaded from a folder."""
@@ -226,7 +226,7 @@ def our_logits(
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[Any, Path]:
-    model = theirs_of(request.param)
+    model = transformers_model(request.param)
     folder = tmp_path_factory.mktemp("theirs")
     model.save_pretrained(folder)
     return model, folder
@@ -235,7 +235,7 @@ def case(request, tmp_path_factory) -> tuple[Any, Path]:
 @pytest.mark.parametrize("cached", [False, True])
 def test_logits_equal_those_of_transformers(case, cached):
     theirs, folder = case
-    model, params = ours_of(folder)
+    model, params = load_folder(folder)
     tokens, mask = batch_of(model.config.vocab_size)
     expected, found = (
         their_logits(theirs, tokens, mask),
@@ -260,12 +260,12 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     transformers generates the same tokens as our sampler."""
     theirs, folder = case
     words(folder)
-    interchange.import_model(str(folder), tmp_path / "run", fsdp=1, tensor=1)
-    report = interchange.export_run(
+    pretrained.import_model(str(folder), tmp_path / "run", fsdp=1, tensor=1)
+    report = pretrained.export_run(
         str(tmp_path / "run"), tmp_path / "out", dtype="float32", verify=True
     )
     assert "logits differ by at most 0" in report
-    interchange.import_model(str(tmp_path / "out"), tmp_path / "again", fsdp=1, tensor=1)
+    pretrained.import_model(str(tmp_path / "out"), tmp_path / "again", fsdp=1, tensor=1)
     models = [
         open_policy(tmp_path / name, tiny_models.compute()) for name in ("run", "again")
     ]
@@ -331,16 +331,14 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     manifest["tokenizer"]["hash"] = tokenizer.hash
     (run / "manifest.json").write_text(json.dumps(manifest))
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
-    report = interchange.export_run(
-        str(run), tmp_path / "out", dtype="float32", verify=True
-    )
+    report = pretrained.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
     assert "scores differ by at most" in report
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", attn_implementation="eager"
     ).eval()
     raw = read_hf_json(tmp_path / "out" / "config.json")
-    left = raw.get(interchange.SCORE_BIAS, 0.0)
+    left = raw.get(pretrained.SCORE_BIAS, 0.0)
     assert left == pytest.approx(0.0 if config.norm == "layernorm" else 0.77)
     assert raw["pad_token_id"] == 30 and theirs.config.num_labels == 1
     rng, lengths = np.random.default_rng(1), (7, 4, 2)
@@ -422,7 +420,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
 
-    interchange.import_model(
+    pretrained.import_model(
         str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
     )
     model, found, tokenizer = open_policy(tmp_path / "run", tiny_models.compute())
@@ -453,11 +451,11 @@ def test_a_gguf_file_of_another_kind_is_one_line(tmp_path):
         ValueError,
         match=r"general\.architecture = 'mamba' is not supported, only llama, qwen2, qwen3",
     ):
-        interchange.import_model(
+        pretrained.import_model(
             str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
         )
     (tmp_path / "model.gguf").write_bytes(b"GGML")
     with pytest.raises(ValueError, match="is damaged or no GGUF file"):
-        interchange.import_model(
+        pretrained.import_model(
             str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
         )

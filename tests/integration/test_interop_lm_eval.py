@@ -12,7 +12,7 @@ from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.models import Transformer
 from instructax.serving.engine import Engine
 from instructax.serving.policy import Policy, open_policy
-from instructax.stages import pretrained as interchange
+from instructax.stages import pretrained
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -92,7 +92,7 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
         tmp_path / "run", config, tiny_models.random_params(model), "bytes"
     )
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
-    interchange.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
+    pretrained.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
 
     model, params, tokenizer = open_policy(run, tiny_models.compute())
     from instructax.evals.lm_eval_model import InstructaxLM

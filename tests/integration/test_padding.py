@@ -53,7 +53,7 @@ SIZES = {"small": "small", "long": "1.3b"}
 BATCHES = 40
 
 
-def drawn(kind: str, count: int, seed: int = 0) -> np.ndarray:
+def sample_lengths(kind: str, count: int, seed: int = 0) -> np.ndarray:
     """`count` sampled lengths of a kind, i64."""
     uniforms = 100 * np.random.default_rng([seed, *kind.encode()]).random(count)
     return np.round(np.interp(uniforms, PERCENTILES, TOKENS[kind])).astype(int)
@@ -84,7 +84,7 @@ def share_of_rows(documents: Sequence[document_packing.Document], length: int) -
 def test_padding_of_packed_text(limits):
     texts = [
         document_packing.text_documents(np.zeros(n, np.int32), 0, ROWS[limits])
-        for n in drawn("texts", 2000)
+        for n in sample_lengths("texts", 2000)
     ]
     assert (
         0
@@ -97,7 +97,7 @@ def test_padding_of_packed_text(limits):
 
 @pytest.mark.parametrize("limits", ROWS)
 def test_padding_of_packed_demonstrations(limits):
-    lengths = drawn(f"demonstrations, {limits}", 2000)
+    lengths = sample_lengths(f"demonstrations, {limits}", 2000)
     documents = [
         document_packing.Document(np.zeros(n, np.int32), np.arange(n) > 0) for n in lengths
     ]
@@ -110,7 +110,9 @@ def test_padding_of_packed_demonstrations(limits):
 def test_padding_of_comparisons(limits, width):
     size = SIZES[limits]
     prompts = reward_config.get_config(size).batch_size
-    batches = drawn(f"comparisons, {limits}", BATCHES * prompts).reshape(BATCHES, prompts)
+    batches = sample_lengths(f"comparisons, {limits}", BATCHES * prompts).reshape(
+        BATCHES, prompts
+    )
     assert 0 < padding(batches, width, compute(size)) < 0.1
 
 
@@ -120,7 +122,9 @@ def rollouts(limits: str) -> tuple[np.ndarray, np.ndarray]:
     each."""
     rows = ppo_config.get_config(SIZES[limits]).batch_size
     kinds = (f"prompts, {limits}", f"responses, {limits}")
-    return tuple(drawn(kind, BATCHES * rows).reshape(BATCHES, rows) for kind in kinds)
+    return tuple(
+        sample_lengths(kind, BATCHES * rows).reshape(BATCHES, rows) for kind in kinds
+    )
 
 
 @pytest.mark.parametrize("limits", ROWS)
@@ -155,6 +159,10 @@ def test_full_microbatches_alone_would_pad_too_much():
     minibatches = np.sum(rollouts("small"), axis=0).reshape(4 * BATCHES, -1)
     assert padding(minibatches, 256, whole) > 0.25
     assert (
-        padding(drawn("comparisons, small", 16 * BATCHES).reshape(BATCHES, 16), 512, whole)
+        padding(
+            sample_lengths("comparisons, small", 16 * BATCHES).reshape(BATCHES, 16),
+            512,
+            whole,
+        )
         > 0.25
     )

@@ -72,7 +72,7 @@ PROMPTS = tiny_models.ragged_prompts([3] * 8, columns=6)
 TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(8, 14))
 
 
-def counted(function, traces):
+def count_traces(function, traces):
     """Wraps `function` so that each trace is recorded in `traces`."""
 
     def traced(*args):
@@ -85,7 +85,7 @@ def counted(function, traces):
 def test_settings_of_a_sweep_share_one_program():
     traces = []
     rollout, score, update = (
-        counted(partial(f, PROGRAM), traces)
+        count_traces(partial(f, PROGRAM), traces)
         for f in (algorithm.rollout, algorithm.score, algorithm.update)
     )
     start = stages.ppo_state(PROGRAM)
@@ -116,13 +116,13 @@ def test_settings_of_a_sweep_share_one_program():
     assert all(not np.allclose(ends[0], end, rtol=1e-4) for end in ends[1:])
 
 
-def vocabulary_wide(text: str, vocabulary: int, cells: int) -> list[str]:
+def vocabulary_arrays(text: str, vocabulary: int, elements: int) -> list[str]:
     """The array types in a compiled program that have a vocabulary axis and at least
-    `cells` entries along the other axes."""
+    `elements` entries along the other axes."""
     found = []
     for shape in set(re.findall(r"\w+\[[\d,]+\]", text)):
         sizes = [int(size) for size in re.findall(r"\d+", shape.split("[")[1])]
-        if vocabulary in sizes and np.prod(sizes) // vocabulary >= cells:
+        if vocabulary in sizes and np.prod(sizes) // vocabulary >= elements:
             found.append(shape)
     return found
 
@@ -153,10 +153,10 @@ def supervised_hlo(model) -> str:
 
 
 def test_supervised_update_never_holds_all_logits():
-    assert vocabulary_wide(supervised_hlo(MODEL), 61, 8 * 13) == []
+    assert vocabulary_arrays(supervised_hlo(MODEL), 61, 8 * 13) == []
     # The check finds such an array when the chunk is the whole row.
     whole = Transformer(MODEL.config, tiny_models.compute(head_chunk=16), "tokens")
-    assert vocabulary_wide(supervised_hlo(whole), 61, 8 * 13)
+    assert vocabulary_arrays(supervised_hlo(whole), 61, 8 * 13)
 
 
 def test_ppo_never_holds_all_logits():
@@ -166,15 +166,15 @@ def test_ppo_never_holds_all_logits():
     args = (state.policy.params, PROMPTS, state.step, settings)
     rollouts = jax.eval_shape(sample, *args)
     # Prefill needs only the logits of the last prompt token.
-    assert vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
+    assert vocabulary_arrays(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
     score = jax.jit(partial(algorithm.score, PROGRAM))
     args = (state, state.policy.params, state.value.params, rollouts, settings)
     experience = jax.eval_shape(score, *args)[0]
-    assert vocabulary_wide(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
+    assert vocabulary_arrays(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
     update = jax.jit(partial(algorithm.update, PROGRAM))
     # Two minibatches: 4 rows of 7 response tokens, and 4 of 13 text tokens, at a time.
     assert (
-        vocabulary_wide(
+        vocabulary_arrays(
             update.lower(state, experience, TEXT, settings).compile().as_text(), 61, 4 * 7
         )
         == []

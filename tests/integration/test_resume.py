@@ -26,7 +26,7 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
 # These runs save only at the end and when stopped.
-KEEPING = {
+SCHEDULE = {
     "run.log_every": 1,
     "run.evaluate_every": 2,
     "run.save_every": 4,
@@ -39,7 +39,7 @@ RUNS = {
 
 
 def config_of(chain, name, **overrides):
-    return stages.config_of(chain, name, {**RUNS[name], **KEEPING, **overrides})
+    return stages.config_of(chain, name, {**RUNS[name], **SCHEDULE, **overrides})
 
 
 def lines_of(workdir):
@@ -66,7 +66,7 @@ def run(config, workdir, **watched):
     return watch.first, watch.last
 
 
-def interrupted(config, workdir):
+def run_interrupted(config, workdir):
     """Runs with a Ctrl-C while the second batch is read; returns the last saved step.
 
     An iteration of PPO is abandoned between its programs.
@@ -95,7 +95,7 @@ def supervised_run(chain, tmp_path_factory):
 def test_two_and_two_steps_are_four(chain, tmp_path, name):
     config = config_of(chain, name)
     _, straight = run(config, tmp_path / "straight")
-    saved = interrupted(config, tmp_path / "stopped")
+    saved = run_interrupted(config, tmp_path / "stopped")
     first, last = run(config, tmp_path / "stopped")
     assert first.step == saved
     stages.assert_trees_equal(last, straight)  # parameters, optimizer state, average

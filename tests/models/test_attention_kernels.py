@@ -237,11 +237,11 @@ def test_benchmarks_of_samplers_and_vmapped_runs_use_jax(monkeypatch):
             config, lengths, side_by_side=side_by_side
         )
         assert settled.compute.attention == "jax" and why in said
-        asked = dataclasses.replace(
+        requested = dataclasses.replace(
             config, compute=dataclasses.replace(config.compute, attention="cudnn")
         )
         with pytest.raises(ConfigError, match=why):
-            selection.select_attention_kernel(asked, lengths, side_by_side=side_by_side)
+            selection.select_attention_kernel(requested, lengths, side_by_side=side_by_side)
 
 
 # Row lengths of the stages.

@@ -251,7 +251,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     for network, params in networks(last).items():
         before = networks(first)[network]
         stored = jax.device_get(
-            load_params(parents[network], open_shapes(parents[network]))
+            load_params(parents[network], stored_shapes(parents[network]))
         )
         trunk = {
             part: leaf
@@ -291,7 +291,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
         )
 
 
-def open_shapes(workdir):
+def stored_shapes(workdir):
     """The shapes stored by a run without adapters, filled with zeros."""
     run = open_parent(workdir, "parent")
     model = build_config(run.manifest["config"])

@@ -104,9 +104,9 @@ def test_scatter_keeps_the_order_and_gather_inverts_it():
     flat, texts = np.asarray(rows).ravel(), layout.segment_ids.ravel()
     for text in range(6):
         np.testing.assert_array_equal(flat[texts == text + 1], x[text][real[text]])
-        cells = np.flatnonzero(texts == text + 1)
-        assert len(cells) == 0 or (
-            (np.diff(cells) == 1).all() and cells[0] // 10 == cells[-1] // 10
+        tokens_run = np.flatnonzero(texts == text + 1)
+        assert len(tokens_run) == 0 or (
+            (np.diff(tokens_run) == 1).all() and tokens_run[0] // 10 == tokens_run[-1] // 10
         )
 
 
@@ -255,12 +255,16 @@ def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings,
         )
         return totals, layout.gather(doubled), layout.padding_fraction()
 
-    (cells, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
+    (tokens_run, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
     assert (tokens, total) == (real.sum(), x[real].sum())
     np.testing.assert_array_equal(doubled, np.where(real, 2 * x, 0))
-    assert float(padding) == pytest.approx(1 - real.sum() / max(int(cells), 1), abs=1e-6)
+    assert float(padding) == pytest.approx(
+        1 - real.sum() / max(int(tokens_run), 1), abs=1e-6
+    )
     if microbatch_rows == 4:
-        assert cells % (9 * ways) in ((0, 4 * ways, 2 * ways) if halvings > 2 else (0,))
+        assert tokens_run % (9 * ways) in (
+            (0, 4 * ways, 2 * ways) if halvings > 2 else (0,)
+        )
 
 
 def test_vmapped_runs_share_the_number_of_microbatches():
@@ -274,9 +278,11 @@ def test_vmapped_runs_share_the_number_of_microbatches():
             mesh=MESH,
         )
         step = lambda count, part: (count + part.size, 2 * part)  # noqa: E731
-        cells, doubled = scan_packed_rows(step, jnp.int32(0), layout.segment_ids, layout)
-        return cells, layout.gather(doubled)
+        tokens_run, doubled = scan_packed_rows(
+            step, jnp.int32(0), layout.segment_ids, layout
+        )
+        return tokens_run, layout.gather(doubled)
 
-    cells, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))
-    assert cells.tolist() == [18, 18]
+    tokens_run, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))
+    assert tokens_run.tolist() == [18, 18]
     np.testing.assert_array_equal(doubled, 2 * np.arange(1, 4)[None, :, None] * real)

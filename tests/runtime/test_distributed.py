@@ -86,14 +86,14 @@ def test_two_processes_give_the_results_of_one(chain, tmp_path):
         == [1, 2, 3, 4]
     )
     for one, two in zip(alone, together, strict=True):
-        figures = {
+        metrics = {
             name: value for name, value in one.items() if not name.startswith("time/")
         }
         # Gaps are rounding errors themselves, and two devices need larger microbatches,
         # with more empty rows.
-        gaps = {name for name in figures if name.endswith(("_gap", "padding"))}
-        assert {name: two[name] for name in figures.keys() - gaps} == pytest.approx(
-            {name: figures[name] for name in figures.keys() - gaps}, rel=1e-3, abs=1e-5
+        gaps = {name for name in metrics if name.endswith(("_gap", "padding"))}
+        assert {name: two[name] for name in metrics.keys() - gaps} == pytest.approx(
+            {name: metrics[name] for name in metrics.keys() - gaps}, rel=1e-3, abs=1e-5
         )
     texts = [
         [(s["step"], s["prompt"], s["response"]) for s in read_samples(run)]

@@ -43,32 +43,32 @@ def clock():
         yield fake
 
 
-def work(ledger, clock, *beats):
+def work(goodput_log, clock, *beats):
     """Records heartbeat events, each followed by a number of seconds."""
     for name, seconds in beats:
-        ledger.beat(name)
+        goodput_log.beat(name)
         clock.now += seconds
 
 
 def test_every_second_counts_once(tmp_path, clock):
-    ledger = GoodputLog(tmp_path / "goodput.jsonl", writes=True)
+    goodput_log = GoodputLog(tmp_path / "goodput.jsonl", writes=True)
     clock.now += 2
-    work(ledger, clock, ("restore", 3), ("start", 1))
-    ledger.begin(0)
+    work(goodput_log, clock, ("restore", 3), ("start", 1))
+    goodput_log.begin(0)
     work(
-        ledger,
+        goodput_log,
         clock,
         ("update", 20),
         ("steps", 0.5),
         ("the end of update", 0),
         ("evaluate", 4),
     )
-    work(ledger, clock, ("the end of evaluate", 0.25))
-    ledger.beat("save")
-    ledger.write(1)
+    work(goodput_log, clock, ("the end of evaluate", 0.25))
+    goodput_log.beat("save")
+    goodput_log.write(1)
     clock.now += 7
-    ledger.beat("the end of save")
-    ledger.close()
+    goodput_log.beat("the end of save")
+    goodput_log.close()
     found = read_totals(tmp_path / "goodput.jsonl")
     wanted = {
         "init": 12,
@@ -89,14 +89,14 @@ def test_every_second_counts_once(tmp_path, clock):
 def test_repeated_steps_are_lost_time_once(tmp_path, clock):
     path = tmp_path / "goodput.jsonl"
     for begun, ended in ((0, 6), (4, 5), (4, 8)):
-        ledger = GoodputLog(path, writes=True)
-        ledger.begin(begun)
-        ledger.beat("steps")
+        goodput_log = GoodputLog(path, writes=True)
+        goodput_log.begin(begun)
+        goodput_log.beat("steps")
         for step in range(begun + 1, ended + 1):
             clock.now += 1
-            ledger.beat("data")
-            ledger.write(step)
-        ledger.close()
+            goodput_log.beat("data")
+            goodput_log.write(step)
+        goodput_log.close()
     lost = [
         (line["step"], line["seconds"])
         for line in read_events(path)
@@ -121,11 +121,11 @@ def test_repeated_steps_are_lost_time_once(tmp_path, clock):
 
 def test_a_run_starts_where_the_previous_run_of_its_process_ended(tmp_path, clock):
     for name, seconds in (("first", 30), ("second", 2)):
-        ledger = GoodputLog(tmp_path / name, writes=True)
+        goodput_log = GoodputLog(tmp_path / name, writes=True)
         clock.now += seconds
-        ledger.beat("restore")
-        ledger.begin(0)
-        ledger.close()
+        goodput_log.beat("restore")
+        goodput_log.begin(0)
+        goodput_log.close()
         clock.now += 1
     # The first run counts from the start of the process, ten seconds earlier; the second
     # from the end of the first.
@@ -139,9 +139,9 @@ def test_a_torn_line_is_skipped_and_the_next_event_gets_its_own_line(tmp_path):
     path.write_text(
         '{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec'
     )
-    ledger = GoodputLog(path, writes=True)
-    ledger.begin(2)
-    ledger.close()
+    goodput_log = GoodputLog(path, writes=True)
+    goodput_log.begin(2)
+    goodput_log.close()
     lines = path.read_text().splitlines()
     assert lines[1] == '{"kind": "steps", "sec'
     assert [line["kind"] for line in read_events(path)] == ["steps", "init", "lost"]
@@ -182,10 +182,10 @@ def test_saves_and_compilation_are_never_lost():
 
 
 def test_other_processes_write_nothing(tmp_path):
-    ledger = GoodputLog(tmp_path / "goodput.jsonl", writes=False)
-    ledger.beat("restore")
-    ledger.begin(0)
-    ledger.close()
+    goodput_log = GoodputLog(tmp_path / "goodput.jsonl", writes=False)
+    goodput_log.beat("restore")
+    goodput_log.begin(0)
+    goodput_log.close()
     assert not (tmp_path / "goodput.jsonl").exists()
 
 
@@ -194,9 +194,9 @@ def test_the_lines_of_a_killed_process_are_on_disk(tmp_path):
 import os, signal, sys
 from pathlib import Path
 from instructax.runtime.goodput import GoodputLog
-ledger = GoodputLog(Path(sys.argv[1]), writes=True)
-ledger.begin(0)
-ledger.beat("steps")
+goodput_log = GoodputLog(Path(sys.argv[1]), writes=True)
+goodput_log.begin(0)
+goodput_log.beat("steps")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     since = time.time()

@@ -68,8 +68,8 @@ def test_labelers_without_noise_rank_by_true_utility(chain, tmp_path):
     )
     assert [a["completions"] for a in quiet] == [a["completions"] for a in ours]
     tasks = {
-        asked.task.prompt: asked.task
-        for asked in recreate_prompts(chain / "world", "comparisons")
+        simulated.task.prompt: simulated.task
+        for simulated in recreate_prompts(chain / "world", "comparisons")
     }
 
     def agreement(records):

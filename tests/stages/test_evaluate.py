@@ -127,15 +127,15 @@ def test_answers_and_kl_use_the_configs_temperature(chain, tmp_path):
 
 
 def test_the_reference_against_itself(chain):
-    figures = read_summary(chain / "evaluate")["policies"]["SFT"]
-    assert figures["kl"]["value"] == figures["kl"]["high"] == 0
-    assert figures["proxy_win_rate"]["value"] == figures["proxy_win_rate"]["low"] == 0.5
+    metrics = read_summary(chain / "evaluate")["policies"]["SFT"]
+    assert metrics["kl"]["value"] == metrics["kl"]["high"] == 0
+    assert metrics["proxy_win_rate"]["value"] == metrics["proxy_win_rate"]["low"] == 0.5
     assert read_summary(chain / "evaluate")["policies"]["GPT"]["kl"]["value"] > 0.1
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_metrics_are_means_over_answers(chain, name):
-    figures, answers = (
+    metrics, answers = (
         read_summary(chain / "evaluate")["policies"][name],
         responses_of(chain, name),
     )
@@ -146,17 +146,17 @@ def test_metrics_are_means_over_answers(chain, name):
         ("ended_share", "ended"),
     ):
         values = np.array([float(answer[field]) for answer in answers])
-        assert figures[figure]["value"] == pytest.approx(values.mean(), abs=1e-9)
+        assert metrics[figure]["value"] == pytest.approx(values.mean(), abs=1e-9)
         high = values.mean() + 1.959964 * values.std(ddof=1) / 4
         if field == "ended":
             high = share_estimate(values).high
-        assert figures[figure]["high"] == pytest.approx(high, abs=1e-9)
+        assert metrics[figure]["high"] == pytest.approx(high, abs=1e-9)
     reference = responses_of(chain, "SFT")
     wins = sum(
         1 if own["score"] > other["score"] else 0.5 * (own["score"] == other["score"])
         for own, other in zip(answers, reference, strict=True)
     )
-    assert figures["proxy_win_rate"]["value"] == wins / 16
+    assert metrics["proxy_win_rate"]["value"] == wins / 16
     assert [answer["prompt"] for answer in answers] == [
         answer["prompt"] for answer in reference
     ]
@@ -179,7 +179,7 @@ def test_ranking_accuracy_equals_scoring_every_pair_alone(chain):
     model, params = network(chain, "reward", "scalar")
     source = data["comparisons.labelers"].sources["validation"]
     batch = loaders.read_comparisons(source, np.arange(len(source)), config.data.limits)
-    right = longer = unlike = count = 0
+    correct = longer = unlike = count = 0
     for row in range(len(source)):
         prompt = batch.prompts.tokens[row][batch.prompts.mask[row]]
         answers = [
@@ -191,15 +191,15 @@ def test_ranking_accuracy_equals_scoring_every_pair_alone(chain):
         )
         for better, worse in itertools.permutations(range(len(answers)), 2):
             if batch.ranks[row, better] < batch.ranks[row, worse]:
-                right += scores[better] > scores[worse]
+                correct += scores[better] > scores[worse]
                 longer += len(answers[better]) > len(answers[worse])
                 unlike += len(answers[better]) != len(answers[worse])
                 count += 1
-    figures = read_summary(chain / "evaluate")["reward_model"]["labelers"]
-    assert figures["pairs"] == count > 50 and count > unlike > 20
+    metrics = read_summary(chain / "evaluate")["reward_model"]["labelers"]
+    assert metrics["pairs"] == count > 50 and count > unlike > 20
     # The order of two nearly equal scores may differ by rounding.
-    assert figures["accuracy"]["value"] == pytest.approx(right / count, abs=1.5 / count)
-    assert figures["longer_wins"]["value"] == pytest.approx(longer / unlike)
+    assert metrics["accuracy"]["value"] == pytest.approx(correct / count, abs=1.5 / count)
+    assert metrics["longer_wins"]["value"] == pytest.approx(longer / unlike)
 
 
 def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):

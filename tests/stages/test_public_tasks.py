@@ -42,7 +42,7 @@ def config_of(chain, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def measured(chain, tmp_path_factory):
+def finished_run(chain, tmp_path_factory):
     """The workdir of the finished run."""
     workdir = tmp_path_factory.mktemp("tasks") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -64,22 +64,22 @@ def network(chain, run: str):
     )
 
 
-def figures_of(measured, policy: str) -> dict[str, Any]:
-    return read_summary(measured)["policies"][policy]
+def metrics_of(finished_run, policy: str) -> dict[str, Any]:
+    return read_summary(finished_run)["policies"][policy]
 
 
-def test_every_policy_has_metrics_for_every_task_and_condition(measured):
+def test_every_policy_has_metrics_for_every_task_and_condition(finished_run):
     for policy in POLICIES:
-        figures = figures_of(measured, policy)
-        assert list(figures) == list(PUBLIC_TASKS)
+        metrics = metrics_of(finished_run, policy)
+        assert list(metrics) == list(PUBLIC_TASKS)
         for name, task in PUBLIC_TASKS.items():
             suffixes = (
                 (", true", ", true and informative") if task.metric == "truthful" else ("",)
             )
-            assert list(figures[name]) == [
+            assert list(metrics[name]) == [
                 f"{form}{suffix}" for form in task.conditions for suffix in suffixes
             ]
-            for figure in figures[name].values():
+            for figure in metrics[name].values():
                 values = figure.pop("values", None)
                 assert (
                     set(figure) == {"value", "low", "high", "count"}
@@ -90,13 +90,15 @@ def test_every_policy_has_metrics_for_every_task_and_condition(measured):
                     np.mean(values), abs=1e-6
                 )
                 assert figure["low"] <= figure["value"] <= figure["high"]
-    manifest = json.loads((measured / "manifest.json").read_text())
+    manifest = json.loads((finished_run / "manifest.json").read_text())
     assert set(manifest["parents"]) == {f"policies.{name}" for name in POLICIES}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_text_metrics_equal_those_of_the_samples(measured, policy):
-    samples = [sample for sample in read_samples(measured) if sample["policy"] == policy]
+def test_text_metrics_equal_those_of_the_samples(finished_run, policy):
+    samples = [
+        sample for sample in read_samples(finished_run) if sample["policy"] == policy
+    ]
     for name, task in PUBLIC_TASKS.items():
         if task.metric in ("accuracy", "entropy"):
             assert not [sample for sample in samples if sample["task"] == name]
@@ -118,7 +120,7 @@ def test_text_metrics_equal_those_of_the_samples(measured, policy):
             wanted = expected(task.metric, items, answers)
             got = {
                 f: x["value"]
-                for f, x in figures_of(measured, policy)[name].items()
+                for f, x in metrics_of(finished_run, policy)[name].items()
                 if f.split(",")[0] == form
             }
             assert list(got.values()) == pytest.approx(wanted)
@@ -138,11 +140,11 @@ def expected(metric: str, items: list[TaskItem], answers: list[str]) -> list[flo
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_completions_are_the_likeliest_tokens(chain, measured, policy):
+def test_completions_are_the_likeliest_tokens(chain, finished_run, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     chosen = {"task": "toxicity", "form": "none", "policy": policy}
     samples = [
-        sample for sample in read_samples(measured) if chosen.items() <= sample.items()
+        sample for sample in read_samples(finished_run) if chosen.items() <= sample.items()
     ]
     texts = contexts = tokenizer.encode_batch(sample["context"] for sample in samples)
     for _ in range(12):
@@ -168,7 +170,7 @@ def test_completions_are_the_likeliest_tokens(chain, measured, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_choices_equal_a_plain_computation(chain, measured, policy):
+def test_choices_equal_a_plain_computation(chain, finished_run, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     right = bits = 0.0
     for name in ("pronoun", "stereotype"):
@@ -187,18 +189,18 @@ def test_choices_equal_a_plain_computation(chain, measured, policy):
                 np.exp([x.sum() for x in logprobs])
             )
             bits -= (name == "stereotype") * float(np.sum(odds * np.log2(odds)))
-    figures = figures_of(measured, policy)
-    assert figures["pronoun"]["zero-shot"]["value"] == pytest.approx(right / 8)
-    assert figures["stereotype"]["none"]["value"] == pytest.approx(bits / 8, rel=1e-4)
+    metrics = metrics_of(finished_run, policy)
+    assert metrics["pronoun"]["zero-shot"]["value"] == pytest.approx(right / 8)
+    assert metrics["stereotype"]["none"]["value"] == pytest.approx(bits / 8, rel=1e-4)
 
 
 def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(
-    chain, measured, tmp_path
+    chain, finished_run, tmp_path
 ):
-    assert not run_stage(config_of(chain), measured)
+    assert not run_stage(config_of(chain), finished_run)
     policies = (("PPO", str(chain / "ppo")),)
     assert run_stage(config_of(chain, policies=policies, batch_size=3), tmp_path / "run")
-    ours, theirs = figures_of(tmp_path / "run", "PPO"), figures_of(measured, "PPO")
+    ours, theirs = metrics_of(tmp_path / "run", "PPO"), metrics_of(finished_run, "PPO")
     assert ours["toxicity"] == theirs["toxicity"] and ours["book"] == theirs["book"]
     stages.assert_trees_close(
         ours["stereotype"], theirs["stereotype"], rtol=1e-4, atol=1e-4

@@ -36,7 +36,7 @@ MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
 FEW_ROWS = Transformer(
     tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar"
 )
-HALVED = Transformer(
+WITH_TAIL_SPLITS = Transformer(
     tiny_models.gpt_config(),
     tiny_models.compute(microbatch_rows=2, tail_splits=3),
     "scalar",
@@ -68,7 +68,7 @@ def program(**changes) -> reward_model.RewardModelProgram:
 
 
 @cache
-def compiled(program):
+def compiled_update(program):
     return jax.jit(partial(reward_model.update_reward_model, program))
 
 
@@ -77,7 +77,7 @@ def run_update(program, batch):
     params = tiny_models.random_params(program.model)
     optimizer = OptimizerSettings(learning_rate=jnp.float32(1.0))
     settings = reward_model.RewardModelSettings(optimizer=optimizer)
-    state, metrics = compiled(program)(
+    state, metrics = compiled_update(program)(
         new_state(params, program.optimizer), batch, settings
     )
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
@@ -86,13 +86,13 @@ def run_update(program, batch):
 def test_loss_is_the_mean_over_prompts_of_the_mean_over_pairs():
     batch = stages.comparisons(ANSWERS, 5)
     _, metrics, state = run_update(program(), batch)
-    loss, right, pairs = stages.plain_ranking(
+    loss, correct, pairs = stages.plain_ranking(
         MODEL, tiny_models.random_params(MODEL), batch
     )
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
-    assert float(metrics["accuracy"]) == pytest.approx(right / pairs, rel=1e-6)
+    assert float(metrics["accuracy"]) == pytest.approx(correct / pairs, rel=1e-6)
     assert metrics["pairs"] == pairs
-    assert 0 < right < pairs
+    assert 0 < correct < pairs
     assert state.step == 1
     assert metrics["tokens"] == batch.mask.sum() + batch.prompts.mask.sum()
 
@@ -137,7 +137,12 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}]
+    "changes",
+    [
+        {"model": FEW_ROWS},
+        {"model": WITH_TAIL_SPLITS},
+        {"row_tokens": 22, "model": WITH_TAIL_SPLITS},
+    ],
 )
 def test_accumulated_gradients_equal_those_of_the_whole_batch(changes):
     # The microbatches differ in their numbers of pairs and of prompts with a pair.
@@ -263,7 +268,7 @@ def test_the_seed_determines_the_first_rows_and_the_fresh_head(
     )
     source = prepared_comparisons(chain).sources["train"]
     rows = batch_row_ids(0, config.batch_size, len(source), 3)
-    loss, right, pairs = stages.plain_ranking(
+    loss, correct, pairs = stages.plain_ranking(
         model,
         watch.first.params,
         loaders.read_comparisons(source, rows, config.data.limits),
@@ -271,7 +276,7 @@ def test_the_seed_determines_the_first_rows_and_the_fresh_head(
     (logged,) = read_metrics(tmp_path / "run")
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
     assert (logged["accuracy"], logged["pairs"]) == (
-        pytest.approx(right / pairs, abs=1.5 / pairs),
+        pytest.approx(correct / pairs, abs=1.5 / pairs),
         pairs,
     )
 
@@ -314,12 +319,12 @@ def test_validation_metrics_equal_the_plain_computation(chain):
     config, model, _, params = reward_parts(chain)
     limits, prepared = config.data.limits, prepared_comparisons(chain)
     source = prepared.sources["validation"]
-    loss, right, pairs = stages.plain_ranking(
+    loss, correct, pairs = stages.plain_ranking(
         model, params, loaders.read_comparisons(source, np.arange(len(source)), limits)
     )
     summary = read_summary(chain / "reward")
     assert summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
-    assert summary["validation_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
+    assert summary["validation_accuracy"] == pytest.approx(correct / pairs, abs=1.5 / pairs)
     assert summary["validation_pairs"] == pairs
     # One epoch.
     assert len(read_metrics(chain / "reward")) == -(

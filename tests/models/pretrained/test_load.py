@@ -53,7 +53,9 @@ def abstract_of(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> A
     )
 
 
-def written(path: Path, config: ModelConfig, dtype: str = "float32") -> tuple[str, Any]:
+def write_folder(
+    path: Path, config: ModelConfig, dtype: str = "float32"
+) -> tuple[str, Any]:
     """Writes a folder with random parameters; returns its family and the parameters."""
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     family, raw = write_config(config)
@@ -151,7 +153,7 @@ MODELS = {
 @pytest.mark.parametrize("family", MODELS)
 def test_round_trip_is_bitwise(family, tmp_path):
     config = MODELS[family]
-    named, params = written(tmp_path, config)
+    named, params = write_folder(tmp_path, config)
     assert (
         named == family
         and read_config(hf_folder.read_hf_json(tmp_path / "config.json"))[1].num_layers
@@ -183,7 +185,7 @@ def test_round_trip_is_bitwise(family, tmp_path):
 )
 def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "PIECE", 24)  # several pieces per tensor
-    _, params = written(
+    _, params = write_folder(
         tmp_path,
         tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True),
     )
@@ -201,7 +203,7 @@ def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_files_load_as_float32(dtype, tmp_path):
-    _, params = written(tmp_path, tiny_models.llama_config())
+    _, params = write_folder(tmp_path, tiny_models.llama_config())
     short = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
     tensors = {
         name: x.astype(short)
@@ -221,7 +223,7 @@ def test_16_bit_files_load_as_float32(dtype, tmp_path):
 
 def test_sharded_files_and_their_index(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "SHARD_BYTES", 3000)
-    _, params = written(tmp_path, tiny_models.llama_config(), "bfloat16")
+    _, params = write_folder(tmp_path, tiny_models.llama_config(), "bfloat16")
     index = json.loads((tmp_path / hf_folder.INDEX).read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
@@ -248,7 +250,7 @@ def test_peak_memory_beyond_the_parameters(tmp_path):
         head_dim=16,
         tied_embeddings=True,
     )
-    written(tmp_path, config)
+    write_folder(tmp_path, config)
     largest = 256 * 8192 * 4
     read(tmp_path)  # warm-up: compiles
     tracemalloc.start()
@@ -265,7 +267,7 @@ def test_peak_memory_beyond_the_parameters(tmp_path):
 # Refused input, and the names in the messages.
 
 
-def changed(path: Path, **changes: np.ndarray | None) -> None:
+def changed_tensors(path: Path, **changes: np.ndarray | None) -> None:
     """The tensors of a folder with some added, replaced or (None) removed; `__` stands for
     a dot."""
     tensors = load_file(path / "model.safetensors")
@@ -300,14 +302,14 @@ def changed(path: Path, **changes: np.ndarray | None) -> None:
     ],
 )
 def test_mismatched_tensors_are_named(changes, message, tmp_path):
-    written(tmp_path, tiny_models.llama_config())
-    changed(tmp_path, **changes)
+    write_folder(tmp_path, tiny_models.llama_config())
+    changed_tensors(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
 def test_buffers_of_old_files_and_bare_trunks_are_read(tmp_path):
-    _, params = written(tmp_path, MODELS["gpt2"])
+    _, params = write_folder(tmp_path, MODELS["gpt2"])
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     bare |= {
@@ -330,7 +332,7 @@ def test_buffers_of_old_files_and_bare_trunks_are_read(tmp_path):
     ],
 )
 def test_shards_elsewhere_are_refused(name, tmp_path):
-    written(tmp_path, tiny_models.llama_config())
+    write_folder(tmp_path, tiny_models.llama_config())
     (tmp_path / hf_folder.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(
         ValueError, match=r"shards must be \.safetensors files of the same folder$"
@@ -354,7 +356,7 @@ def test_damaged_folders_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         hf_folder.open_tensors(tmp_path)
-    written(tmp_path, tiny_models.llama_config())
+    write_folder(tmp_path, tiny_models.llama_config())
     (tmp_path / hf_folder.INDEX).write_text(
         json.dumps({"weight_map": {"x": "model.safetensors"}})
     )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import benchmark as works
+from configs import benchmark as benchmark_config
 from tests.support import tiny_models
 
 from instructax import sharding
@@ -49,20 +49,22 @@ def test_operations_with_a_shared_prompt_and_with_lora():
     config = config_of("reward_model2,M")
     near = dataclasses.replace(config.model, sliding_window=3, window_layers=(0,))
     config = dataclasses.replace(config, model=near)
-    asked = workloads.forward_operations(near, 6, 6, 0)
+    prompt_operations = workloads.forward_operations(near, 6, 6, 0)
     block = 4 * 16 * 16 + 2 * 16 * 32
-    answered = 2 * 8 * (2 * block + 4 * 16 * 3)
+    response_operations = 2 * 8 * (2 * block + 4 * 16 * 3)
     operations = workloads.reward_work(
         config, sharding.make_mesh(config.mesh), 0.0
     ).operations({})
-    assert operations == pytest.approx(3 * (asked + answered), rel=1e-12)
+    assert operations == pytest.approx(
+        3 * (prompt_operations + response_operations), rel=1e-12
+    )
     lora = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0))
     assert workloads.passes(lora) == 2 and workloads.passes(config) == 3
 
 
 def config_of(arg: str) -> Any:
     """The config of a workload, with a network and lengths that run in seconds."""
-    values = works.get_config(arg)
+    values = benchmark_config.get_config(arg)
     for model in (values.model, values.get("reward_model")):
         if model is not None:
             model.num_layers, model.embed_dim, model.num_heads, model.num_kv_heads = (
@@ -82,7 +84,7 @@ def config_of(arg: str) -> Any:
     return build_config(values.to_dict())
 
 
-def measured(arg: str, **changes: Any) -> dict[str, Any]:
+def run_benchmark(arg: str, **changes: Any) -> dict[str, Any]:
     """The record of a workload. `changes` are arguments of `measure` or config values."""
     given = {
         "steps": 2,
@@ -112,7 +114,7 @@ def measured(arg: str, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_every_workload_runs_and_compiles_once(arg, tokens, padding):
-    record = measured(arg, steps=3)
+    record = run_benchmark(arg, steps=3)
     assert record["tokens"] == tokens
     assert record["padding"] == pytest.approx(padding, abs=1e-6)
     assert record["compilations"] > 0
@@ -158,7 +160,7 @@ def test_a_stage_that_does_not_fit_is_one_line():
         ValueError,
         match=r"config\.stage = 'pretrain' samples nothing: leave out --sampling_alone",
     ):
-        measured("sft,S", sampling_alone=True)
+        run_benchmark("sft,S", sampling_alone=True)
     evaluation = SimpleNamespace(stage="evaluate")
     with pytest.raises(
         ValueError,
@@ -178,7 +180,7 @@ def test_a_stage_that_does_not_fit_is_one_line():
     with pytest.raises(
         ValueError, match=r"^config\.batch_size = 8 rows must be a positive multiple of 3"
     ):
-        measured("sft,S", accumulate=3)
+        run_benchmark("sft,S", accumulate=3)
 
 
 @pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_embeddings": False}])
@@ -195,7 +197,7 @@ def test_forced_endings_need_a_supported_network(change):
 
 @pytest.mark.slow
 def test_vmapped_runs():
-    alone, three = measured("ppo,S"), measured("ppo,S", side_by_side=3)
+    alone, three = run_benchmark("ppo,S"), run_benchmark("ppo,S", side_by_side=3)
     assert (
         three["tokens"] == 3 * alone["tokens"]
         and three["operations"] == 3 * alone["operations"]
@@ -207,7 +209,7 @@ def test_vmapped_runs():
 
 
 def test_the_sampler_by_itself():
-    record = measured("ppo,S", sampling_alone=True)
+    record = run_benchmark("ppo,S", sampling_alone=True)
     assert record["tokens"] == 32 * 8 and record["padding"] == {
         "prefill_padding": pytest.approx(0.0)
     }
@@ -217,7 +219,7 @@ def test_the_sampler_by_itself():
 def test_a_policy_with_a_given_eos_probability():
     """With an EOS probability of 0.25, responses have (1 − 0.75⁸) / 0.25 = 3.6 tokens on
     average, ± 0.47 for 32 responses."""
-    record = measured("ppo,S", sampling_alone=True, ending=0.25)
+    record = run_benchmark("ppo,S", sampling_alone=True, ending=0.25)
     assert record["tokens"] / 32 == pytest.approx(3.6, abs=3 * 0.47)
 
 
@@ -233,4 +235,4 @@ def test_compilations_are_counted_while_entered():
 @pytest.mark.parametrize("arg", ["ppo", "ppo,L", "tasks,S", ""])
 def test_an_unknown_workload_is_one_line(arg):
     with pytest.raises(ValueError, match=r"^benchmark '.*' must be one of [^\n]*ppo,S$"):
-        works.get_config(arg)
+        benchmark_config.get_config(arg)

@@ -41,7 +41,7 @@ def compiled_rollout(program):
 
 
 @cache
-def rolled_out(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
+def state_and_rollouts(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
     """A random state and its samples; some rows end early."""
     state = stages.ppo_state(PROGRAM)
     settings = stages.ppo_settings(temperature=temperature)
@@ -69,7 +69,7 @@ def other_params(head: str, seed: int = 5):
     return tiny_models.random_params(model, seed)
 
 
-def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
+def with_microbatch_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
     """PROGRAM with microbatches of `rows` packed rows and `halvings` tail splits."""
     policy, value_model = (
         dataclasses.replace(
@@ -80,18 +80,18 @@ def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
     return dataclasses.replace(PROGRAM, policy=policy, value_model=value_model)
 
 
-def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
+def score_rollouts(program=PROGRAM, settings=SHOWN, ref_params=None):
     """(state, experience, scored, metrics), with a separate reference and reward model."""
-    state, rollouts = rolled_out(float(settings.temperature))
+    state, rollouts = state_and_rollouts(float(settings.temperature))
     ref_params = other_params("tokens") if ref_params is None else ref_params
     return state, *compiled_score(program)(
         state, ref_params, other_params("scalar"), rollouts, settings
     )
 
 
-def shown_gradients(program, experience, text, settings=SHOWN, state=None):
+def update_gradients(program, experience, text, settings=SHOWN, state=None):
     """((policy's, value network's gradients), metrics) of a single SGD step with rate 1."""
-    state = state or rolled_out()[0]
+    state = state or state_and_rollouts()[0]
     new, metrics = compiled_update(program)(state, experience, text, settings)
     gradients = jax.tree.map(
         lambda a, b: a - b,
@@ -119,7 +119,7 @@ def plain_policy_logprobs(params, rollouts: Rollouts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_are_those_of_the_plain_computation(temperature):
-    state, experience, judged, _ = scored(
+    state, experience, judged, _ = score_rollouts(
         settings=stages.ppo_settings(temperature=temperature)
     )
     rollouts = judged.rollouts
@@ -148,7 +148,7 @@ def test_scores_are_those_of_the_plain_computation(temperature):
 
 
 def test_the_value_before_a_token_is_the_score_of_its_prefix():
-    rollouts = rolled_out()[1]
+    rollouts = state_and_rollouts()[1]
     params, mask = other_params("scalar"), np.asarray(rollouts.mask)
     values = jax.jit(partial(token_values, PROGRAM.value_model))(params, rollouts)
     score = jax.jit(partial(sequence_scores, PROGRAM.value_model))
@@ -159,7 +159,7 @@ def test_the_value_before_a_token_is_the_score_of_its_prefix():
 
 
 def test_metrics_of_an_iteration():
-    _, experience, judged, metrics = scored()
+    _, experience, judged, metrics = score_rollouts()
     mask = np.asarray(judged.rollouts.mask)
     log_ratios = np.where(
         mask, np.asarray(experience.old_logprobs - judged.ref_logprobs, np.float64), 0.0
@@ -186,17 +186,19 @@ def test_metrics_of_an_iteration():
 
 
 def test_without_rescoring_the_samplers_logprobs_are_the_old_logprobs():
-    state, experience, _, metrics = scored()
+    state, experience, _, metrics = score_rollouts()
     unscored = stages.with_options(PROGRAM, old_logprobs="sampled")
-    _, other, judged, figures = scored(unscored)
+    _, other, judged, score_metrics = score_rollouts(unscored)
     np.testing.assert_array_equal(other.old_logprobs, judged.rollouts.logprobs)
     stages.assert_trees_close(other, experience, rtol=1e-4, atol=1e-5)
-    assert metrics.keys() - figures.keys() == {"sampler_gap", "sampler_gap_max"}
+    assert metrics.keys() - score_metrics.keys() == {"sampler_gap", "sampler_gap_max"}
     mask = np.asarray(judged.rollouts.mask)
     mean = np.asarray(judged.rollouts.logprobs)[mask].mean()
-    assert float(figures["entropy"]) == pytest.approx(-mean, rel=1e-5)
+    assert float(score_metrics["entropy"]) == pytest.approx(-mean, rel=1e-5)
     # A single token of each.
-    assert float(figures["entropy"]) == pytest.approx(float(metrics["entropy"]), rel=0.3)
+    assert float(score_metrics["entropy"]) == pytest.approx(
+        float(metrics["entropy"]), rel=0.3
+    )
     # The policy is not run, so replacing it changes nothing.
     moved = dataclasses.replace(
         state, policy=dataclasses.replace(state.policy, params=other_params("tokens"))
@@ -207,8 +209,8 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_logprobs():
 
 
 def test_at_ratio_one_the_update_is_the_policy_gradient():
-    state, experience, judged, _ = scored()
-    (gradients, _), metrics = shown_gradients(PROGRAM, experience, None)
+    state, experience, judged, _ = score_rollouts()
+    (gradients, _), metrics = update_gradients(PROGRAM, experience, None)
     mask, advantages = judged.rollouts.mask, experience.advantages
 
     def loss(params):
@@ -228,8 +230,8 @@ def test_at_ratio_one_the_update_is_the_policy_gradient():
 
 
 def test_value_gradient_is_that_of_half_the_squared_error():
-    state, experience, judged, _ = scored()
-    (_, gradients), metrics = shown_gradients(PROGRAM, experience, None)
+    state, experience, judged, _ = score_rollouts()
+    (_, gradients), metrics = update_gradients(PROGRAM, experience, None)
     mask = judged.rollouts.mask
 
     def loss(params):
@@ -242,13 +244,13 @@ def test_value_gradient_is_that_of_half_the_squared_error():
 
 
 def test_the_value_network_has_its_own_rate_schedule_and_optimizer():
-    _, experience, _, _ = scored()
-    (policy, value), metrics = shown_gradients(PROGRAM, experience, None)
+    _, experience, _, _ = score_rollouts()
+    (policy, value), metrics = update_gradients(PROGRAM, experience, None)
     slowly = tiny_models.optimizer_config(warmup_steps=4, warmup_from=0.25)
     other = dataclasses.replace(PROGRAM, value_optimizer=optax.scale(3.0))
     other = stages.with_options(other, value_optimizer=slowly)
     settings = stages.ppo_settings(learning_rate=1.0, value_learning_rate=0.5)
-    (same, scaled), rates = shown_gradients(other, experience, None, settings)
+    (same, scaled), rates = update_gradients(other, experience, None, settings)
     stages.assert_trees_close(same, policy, rtol=1e-4, atol=1e-6)
     # 3 from the optimizer, 1/2 from the peak, 1/4 from the schedule's first step
     stages.assert_trees_close(
@@ -259,9 +261,9 @@ def test_the_value_network_has_its_own_rate_schedule_and_optimizer():
 
 
 def test_text_adds_its_gradient_times_ptx_coef():
-    state, experience, _, _ = scored()
-    (alone, value_alone), _ = shown_gradients(PROGRAM, experience, None)
-    (both, value_both), metrics = shown_gradients(PROGRAM, experience, TEXT)
+    state, experience, _, _ = score_rollouts()
+    (alone, value_alone), _ = update_gradients(PROGRAM, experience, None)
+    (both, value_both), metrics = update_gradients(PROGRAM, experience, TEXT)
 
     def text_loss(params):
         hidden = PROGRAM.policy.apply(
@@ -280,7 +282,7 @@ def test_text_adds_its_gradient_times_ptx_coef():
     # A different program rounds differently.
     stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)
     without = dataclasses.replace(SHOWN, ptx_coef=jnp.float32(0.0))
-    (_, value_without), _ = shown_gradients(PROGRAM, experience, TEXT, without)
+    (_, value_without), _ = update_gradients(PROGRAM, experience, TEXT, without)
     stages.assert_trees_equal(value_both, value_without)
 
 
@@ -288,18 +290,18 @@ def test_without_both_coefficients_it_is_plain_ppo():
     nothing = stages.ppo_settings(
         kl_coef=0.0, ptx_coef=0.0, learning_rate=1.0, value_learning_rate=1.0
     )
-    _, experience, judged, _ = scored(settings=nothing)
-    other = scored(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
+    _, experience, judged, _ = score_rollouts(settings=nothing)
+    other = score_rollouts(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
     # The reference has no influence.
     stages.assert_trees_equal(experience.advantages, other.advantages)
-    with_text, _ = shown_gradients(PROGRAM, experience, TEXT, nothing)
-    without, _ = shown_gradients(PROGRAM, experience, None, nothing)
+    with_text, _ = update_gradients(PROGRAM, experience, TEXT, nothing)
+    without, _ = update_gradients(PROGRAM, experience, None, nothing)
     stages.assert_trees_close(with_text, without, rtol=1e-4, atol=1e-6)
     # With discount 1 and λ = 1, returns − values, which are the advantages, telescope to
     # the score.
     straight = stages.ppo_settings(kl_coef=0.0, lambda_=1.0)
     raw = stages.with_options(PROGRAM, whiten_advantages=False)
-    _, experience, judged, _ = scored(raw, straight)
+    _, experience, judged, _ = score_rollouts(raw, straight)
     finals = np.asarray(judged.scores) - 0.5 * ~np.asarray(judged.rollouts.ended)
     mask = np.asarray(judged.rollouts.mask)
     np.testing.assert_allclose(
@@ -354,7 +356,7 @@ def test_vmapped_runs_equal_separate_runs():
 
 
 def test_clipped_tokens_have_no_gradient():
-    _, experience, judged, _ = scored()
+    _, experience, judged, _ = score_rollouts()
     mask = judged.rollouts.mask
     # As if the policy had moved by log 2 since the rollout, upwards where the advantage is
     # positive: every token is clipped.
@@ -363,19 +365,21 @@ def test_clipped_tokens_have_no_gradient():
         old_logprobs=experience.old_logprobs
         - jnp.where(mask, jnp.sign(experience.advantages) * 0.7, 0.0),
     )
-    (gradients, _), metrics = shown_gradients(PROGRAM, moved, None)
+    (gradients, _), metrics = update_gradients(PROGRAM, moved, None)
     assert float(optax.tree.norm(gradients)) == 0
     assert metrics["clipped_fraction"] == 1
 
 
 @pytest.mark.parametrize(("rows", "halvings"), [(1, 0), (1, 1), (4, 3)])
 def test_accumulated_gradients_equal_those_of_the_whole_minibatch(rows, halvings):
-    _, experience, judged, _ = scored()
+    _, experience, judged, _ = score_rollouts()
     counts = np.asarray(judged.rollouts.mask).sum(axis=1)
     assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # microbatches of different sizes
     # With four microbatches, one has text with many trained tokens and one has none.
-    whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
-    parts, parts_metrics = shown_gradients(with_part_rows(rows, halvings), experience, TEXT)
+    whole, metrics = update_gradients(PROGRAM, experience, TEXT)
+    parts, parts_metrics = update_gradients(
+        with_microbatch_rows(rows, halvings), experience, TEXT
+    )
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
     # Microbatches have no unused rows.
     assert parts_metrics.pop("update_padding") < metrics.pop("update_padding")
@@ -383,7 +387,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_minibatch(rows, halvings
 
 
 def test_every_epoch_partitions_the_rows_into_new_minibatches():
-    _, experience, _, _ = scored()
+    _, experience, _, _ = score_rollouts()
     rows = jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 7))
     numbered = dataclasses.replace(experience, advantages=rows, returns=rows)
     shuffle = jax.jit(
@@ -406,8 +410,8 @@ def test_every_epoch_partitions_the_rows_into_new_minibatches():
 
 
 def test_the_average_moves_at_every_optimizer_step():
-    _, experience, _, _ = scored()
-    start = rolled_out()[0]
+    _, experience, _, _ = score_rollouts()
+    start = state_and_rollouts()[0]
     # Both minibatches are identical.
     same_rows = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), experience)
     first, _ = compiled_update(PROGRAM)(start, same_rows, None, SHOWN)
@@ -424,7 +428,7 @@ def test_the_average_moves_at_every_optimizer_step():
 
 
 def test_vmapped_settings_equal_separate_runs():
-    state, rollouts = rolled_out()
+    state, rollouts = state_and_rollouts()
 
     def iteration(settings):
         experience, _, _ = algorithm.score(
@@ -446,7 +450,7 @@ def test_vmapped_settings_equal_separate_runs():
         jax.tree.map(lambda *x: jnp.stack(x), *both)
     )
     for i, settings in enumerate(both):
-        experience = scored(settings=settings)[1]
+        experience = score_rollouts(settings=settings)[1]
         new, own = compiled_update(PROGRAM)(state, experience, TEXT, settings)
         stages.assert_trees_close(
             jax.tree.map(lambda x, i=i: x[i], params),
@@ -461,19 +465,19 @@ def test_vmapped_settings_equal_separate_runs():
 
 
 def test_value_clipping_is_off_where_the_program_says_so():
-    _, experience, _, _ = scored()
+    _, experience, _, _ = score_rollouts()
     far = dataclasses.replace(
         experience, values=experience.values + 5.0 * experience.rollouts.mask
     )
-    clipped = shown_gradients(PROGRAM, far, None)[1]
-    free = shown_gradients(dataclasses.replace(PROGRAM, clip_values=False), far, None)[1]
+    clipped = update_gradients(PROGRAM, far, None)[1]
+    free = update_gradients(dataclasses.replace(PROGRAM, clip_values=False), far, None)[1]
     assert clipped["value_clipped_fraction"] > 0.2
     assert free["value_clipped_fraction"] == 0
     assert clipped["value_loss"] > free["value_loss"]
 
 
 def test_rollouts_change_only_with_the_step_and_the_seed():
-    state, rollouts = rolled_out()
+    state, rollouts = state_and_rollouts()
     again = jax.jit(partial(algorithm.rollout, PROGRAM))
     same, other = (
         again(state.policy.params, PROMPTS, jnp.int32(step), SHOWN) for step in (0, 1)
@@ -506,7 +510,7 @@ def counting_text(rows: int, seed: int) -> LmBatch:
     )
 
 
-def share_of_good(model, params, rows: LmBatch):
+def good_fraction(model, params, rows: LmBatch):
     """The true reward at each position: the share of good tokens in its response."""
     same = (rows.segments[:, :, None] == rows.segments[:, None, :]) & rows.loss_mask[
         :, None, :
@@ -516,7 +520,7 @@ def share_of_good(model, params, rows: LmBatch):
 
 
 @cache
-def pretrained():
+def counting_policy():
     """A policy that has learned to count."""
     config = tiny_models.optimizer_config(learning_rate=1e-2)
     optimizer = make_optimizer(config)
@@ -556,15 +560,15 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         value_learning_rate=1e-2,
     )
     state = PpoState(
-        policy=start_from(pretrained(), program.policy_optimizer, MESH),
+        policy=start_from(counting_policy(), program.policy_optimizer, MESH),
         value=start_from(other_params("scalar"), program.value_optimizer, MESH),
-        ema=stages.copy_of(pretrained()),
+        ema=stages.copy_of(counting_policy()),
     )
     iterate = CompiledIteration(
         program,
         abstract_ppo_state(program),
         settings,
-        pretrained(),
+        counting_policy(),
         other_params("scalar"),
         1e-3,
     )
@@ -581,7 +585,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
 
 
 def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):
-    monkeypatch.setattr(algorithm, "packed_outputs", share_of_good)
+    monkeypatch.setattr(algorithm, "packed_outputs", good_fraction)
     rewards, text_loss = learn(ptx_coef=0.0)
     ptx_rewards, ptx_text_loss = learn(ptx_coef=1.0)
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.5

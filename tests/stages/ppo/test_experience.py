@@ -75,7 +75,7 @@ def example(log_ratios=LOG_RATIOS, values=VALUES) -> Scored:
     )
 
 
-def made(
+def experience_of(
     scored: Scored,
     *,
     no_eos_rule="subtract",
@@ -93,8 +93,8 @@ def made(
     )
 
 
-def figures(scored: Scored) -> dict[str, float]:
-    experience, rewards = made(scored)
+def metrics(scored: Scored) -> dict[str, float]:
+    experience, rewards = experience_of(scored)
     found = diagnostics(
         scored, jnp.asarray(LOGPROBS), jnp.asarray(ENTROPY), rewards, experience.returns
     )
@@ -108,7 +108,7 @@ def floats(rows: list[list[F]]) -> np.ndarray:
 
 def test_by_hand():
     scored = example()
-    experience, rewards = made(scored)
+    experience, rewards = experience_of(scored)
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
     np.testing.assert_allclose(experience.advantages, floats(ADVANTAGES), rtol=1e-6)
     np.testing.assert_allclose(experience.returns, floats(RETURNS), rtol=1e-6)
@@ -120,8 +120,8 @@ def test_by_hand():
 
 def test_only_responses_that_did_not_end_are_penalised():
     gentle, harsh = (
-        made(example(), no_eos_penalty=0.0)[1],
-        made(example(), no_eos_penalty=3.0)[1],
+        experience_of(example(), no_eos_penalty=0.0)[1],
+        experience_of(example(), no_eos_penalty=3.0)[1],
     )
     np.testing.assert_allclose(gentle - harsh, [[0, 0, 0], [0, 3, 0]], rtol=1e-6)
 
@@ -139,7 +139,7 @@ def test_no_eos_rules_by_hand(rule):
         scored.scores, scored.rollouts.ended, settings().no_eos_penalty, rule
     )
     np.testing.assert_array_equal(found, [float(x) for x in NO_EOS_SCORES[rule]])
-    rewards = made(scored, no_eos_rule=rule)[1]
+    rewards = experience_of(scored, no_eos_rule=rule)[1]
     np.testing.assert_allclose(rewards[0], floats(REWARDS)[0], rtol=1e-6)
     assert float(rewards[1, 1]) == float(LAST_REWARDS[rule])
 
@@ -157,9 +157,9 @@ def test_replacing_ignores_the_score_and_subtracting_keeps_its_order():
 def test_a_policy_that_is_the_reference_gets_the_score_alone():
     scored = example(log_ratios=np.zeros((2, 3), np.float32))
     np.testing.assert_array_equal(
-        made(scored, no_eos_penalty=0.0)[1], [[0, 0, 2], [0, 1, 0]]
+        experience_of(scored, no_eos_penalty=0.0)[1], [[0, 0, 2], [0, 1, 0]]
     )
-    found = figures(scored)
+    found = metrics(scored)
     assert (found["kl"], found["kl_k3"], found["kl_standard_error"], found["ref_gap"]) == (
         0,
         0,
@@ -171,8 +171,8 @@ def test_a_policy_that_is_the_reference_gets_the_score_alone():
 def test_whitened_advantages():
     """Mean 0 and variance 1 over the five real tokens, zero on the padding. Rewards and
     returns are unchanged."""
-    plain, rewards = made(example())
-    white, same = made(example(), whiten_advantages=True)
+    plain, rewards = experience_of(example())
+    white, same = experience_of(example(), whiten_advantages=True)
     real = np.asarray(plain.advantages)[MASK]
     np.testing.assert_allclose(
         np.asarray(white.advantages)[MASK], (real - real.mean()) / real.std(), rtol=1e-5
@@ -186,7 +186,9 @@ def test_whitened_rewards():
     """Only the scale of the rewards changes. λ = 1 and values 0 make the returns
     rewards-to-go. The rewards returned for the log are not whitened."""
     nothing = np.zeros((2, 3), np.float32)
-    white, rewards = made(example(values=nothing), whiten_rewards=True, lambda_=1.0)
+    white, rewards = experience_of(
+        example(values=nothing), whiten_rewards=True, lambda_=1.0
+    )
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
     real = floats(REWARDS)[MASK]
     scaled = nothing.copy()
@@ -214,7 +216,7 @@ def test_settings_are_arguments_of_one_program():
 
 
 def test_diagnostics_by_hand():
-    found = figures(example())
+    found = metrics(example())
     k3 = [
         math.exp(-1 / 2) - 1 + 1 / 2 + 0 + math.exp(1 / 4) - 1 - 1 / 4,
         math.exp(-1) - 1 + 1 + math.exp(-1 / 2) - 1 + 1 / 2,
@@ -256,14 +258,14 @@ def test_diagnostics_by_hand():
 
 
 def test_k3_is_positive_where_k1_is_not():
-    found = figures(example(log_ratios=np.full((2, 3), -1 / 2, np.float32)))
+    found = metrics(example(log_ratios=np.full((2, 3), -1 / 2, np.float32)))
     assert found["kl"] == -5 / 4
     assert found["kl_k3"] == pytest.approx(5 / 2 * (math.exp(1 / 2) - 3 / 2), rel=1e-5)
 
 
 def test_one_extreme_token_leaves_the_figures_finite():
     log_ratios = np.array([[-200.0, 0, 0], [0, 300.0, 0]], np.float32)
-    assert all(math.isfinite(x) for x in figures(example(log_ratios=log_ratios)).values())
+    assert all(math.isfinite(x) for x in metrics(example(log_ratios=log_ratios)).values())
 
 
 def explained(values: np.ndarray, returns: np.ndarray) -> float:
@@ -295,6 +297,6 @@ def test_rollouts_without_a_token_give_zeros():
             scored.rollouts, mask=jnp.zeros((2, 3), bool), ended=jnp.zeros(2, bool)
         ),
     )
-    experience, rewards = made(scored, whiten_rewards=True, whiten_advantages=True)
+    experience, rewards = experience_of(scored, whiten_rewards=True, whiten_advantages=True)
     for x in (rewards, experience.advantages, experience.returns):
         np.testing.assert_array_equal(x, np.zeros((2, 3)))

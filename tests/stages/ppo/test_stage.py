@@ -100,7 +100,7 @@ def test_scores_come_from_the_reward_model_not_the_value_network():
     assert float(metrics["scores"]) == pytest.approx(wanted.mean(), rel=1e-4)
 
 
-def patched(monkeypatch, module, name, **changes):
+def patch_call(monkeypatch, module, name, **changes):
     """Makes PPO's `module` call `name` with other keyword arguments."""
     function = getattr(module, name)
 
@@ -111,7 +111,7 @@ def patched(monkeypatch, module, name, **changes):
 
 
 def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
-    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(
         InvariantError,
         match=(
@@ -128,7 +128,7 @@ def test_without_rescoring_a_sampler_at_another_temperature_fails_the_ratio_chec
     program = stages.with_options(PROGRAM, old_logprobs="sampled")
     _, _, metrics, _, _ = iterate(program=program)
     assert metrics["first_ratio_gap"] < 1e-5
-    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match=r"policy and reference differ by"):
         iterate(program=program)
     with pytest.raises(
@@ -153,7 +153,7 @@ def test_a_sampler_with_wrong_positions_stops_the_run(monkeypatch):
 
 
 def test_an_update_at_another_temperature_stops_the_run(monkeypatch):
-    patched(monkeypatch, gradients, "packed_loss_and_gradients", temperature=1.5)
+    patch_call(monkeypatch, gradients, "packed_loss_and_gradients", temperature=1.5)
     with pytest.raises(
         InvariantError, match="at the first optimizer step the ratio differs from 1"
     ):
@@ -341,7 +341,7 @@ def test_ppo_needs_no_text(chain, tmp_path):
 
 
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):
-    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match="sampled and recomputed"):
         run_stage(stages.config_of(chain, "ppo", {}), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
