@@ -136,10 +136,8 @@ def test_advantages_equal_the_plain_reference(seed, dtype, discount, lambda_):
 @pytest.mark.parametrize("logprob_dtype", [jnp.float32, jnp.int32])
 def test_integers_truncate_no_reward(score_dtype, logprob_dtype):
     scores = jnp.array([0.7 if score_dtype == jnp.float32 else 2], score_dtype)
-    logprobs, ref_logprobs = (
-        jnp.array([[-1, -3]], logprob_dtype),
-        jnp.array([[-2, -2]], logprob_dtype),
-    )
+    logprobs = jnp.array([[-1, -3]], logprob_dtype)
+    ref_logprobs = jnp.array([[-2, -2]], logprob_dtype)
     rewards = advantages.kl_penalized_rewards(
         scores, logprobs, ref_logprobs, jnp.ones((1, 2), bool), kl_coef=0.25
     )

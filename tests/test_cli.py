@@ -364,7 +364,8 @@ def test_an_experiment_runs_in_order_and_resumes_where_it_stopped(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(ROOT)
-    path, root = tmp_path / "both.py", tmp_path / "runs"
+    path = tmp_path / "both.py"
+    root = tmp_path / "runs"
     path.write_text(EXPERIMENT)
     with pytest.raises(ConfigError, match="runs/a is not a finished run"):
         run_experiment(f"{path}:tiny", root, report_only=True)

@@ -233,11 +233,9 @@ def groups_of(cls: type) -> set[type]:
 def record_reads(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
     """The fields of `group` that the library reads from now on, except in config
     validation."""
-    names, read, plain = (
-        {field.name for field in dataclasses.fields(group)},
-        set(),
-        group.__getattribute__,
-    )
+    names = {field.name for field in dataclasses.fields(group)}
+    read = set()
+    plain = group.__getattribute__
     sources = str(Path(experiment.__file__).parent)
 
     def get(self: Any, name: str) -> Any:

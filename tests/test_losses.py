@@ -97,12 +97,10 @@ def test_ranking_loss_by_hand():
     # invalid). Row 1: second over first 0.0; first over third 0.5, over fourth -0.7; second
     # over third 0.5, over fourth -0.7. Rows 2 and 3 have no pair. The losses log(1 +
     # e^-difference) of 2.0, 0.5, 0.0, -0.7, to ten places:
-    at_2, at_half, at_0, at_minus_07 = (
-        0.1269280110,
-        0.4740769842,
-        0.6931471806,
-        1.1031860489,
-    )
+    at_2 = 0.1269280110
+    at_half = 0.4740769842
+    at_0 = 0.6931471806
+    at_minus_07 = 1.1031860489
     expected = ((at_2 + at_half) / 2 + (at_0 + 2 * at_half + 2 * at_minus_07) / 5) / 2
     loss, accuracy = losses.pairwise_ranking_loss(scores, ranks, valid)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -226,7 +224,8 @@ def test_jit_and_vmap_give_the_same_results(name):
 
 @pytest.mark.parametrize("name", ["clipped_policy_loss", "clipped_value_loss"])
 def test_clip_may_be_an_array(name):
-    arguments, clips = case(name, seed=6), (0.05, 0.2, 0.5)
+    arguments = case(name, seed=6)
+    clips = (0.05, 0.2, 0.5)
     mapped = jax.jit(jax.vmap(lambda clip: call(name, *arguments, clip=clip)))(
         jnp.array(clips)
     )

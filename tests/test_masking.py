@@ -109,7 +109,8 @@ def test_masked_entries_do_not_matter(garbage):
 
 @pytest.mark.parametrize("garbage", [1.0, *GARBAGE])
 def test_empty_mask_gives_zeros(garbage):
-    x, mask = jnp.full((2, 3), garbage), jnp.zeros((2, 3), bool)
+    x = jnp.full((2, 3), garbage)
+    mask = jnp.zeros((2, 3), bool)
     value, slope = jax.value_and_grad(masking.masked_mean)(x, mask)
     assert value == 0.0
     np.testing.assert_array_equal(slope, 0.0)
@@ -119,7 +120,8 @@ def test_empty_mask_gives_zeros(garbage):
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_of_equal_numbers(shift_mean):
-    x, mask = jnp.array([0.7, 0.7, 3.0]), jnp.array([True, True, False])
+    x = jnp.array([0.7, 0.7, 3.0])
+    mask = jnp.array([True, True, False])
     expected = [0.0, 0.0, 0.0] if shift_mean else [0.7, 0.7, 0.0]
     np.testing.assert_allclose(
         masking.whiten(x, mask, shift_mean=shift_mean), expected, atol=1e-6

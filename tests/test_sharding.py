@@ -155,10 +155,8 @@ def test_adapters_have_their_layout_and_only_they_have_moments():
 
 def test_the_averaged_policy_has_the_layout_of_the_policy():
     mesh = mesh_of(1, 4, 2)
-    policy, value = (
-        state_of("gpt", "tokens", True, mesh),
-        state_of("llama", "scalar", False, mesh),
-    )
+    policy = state_of("gpt", "tokens", True, mesh)
+    value = state_of("llama", "scalar", False, mesh)
     specs = specs_of(
         sharding.abstract_arrays(
             PpoState(policy=policy, value=value, ema=policy.params), mesh

@@ -254,7 +254,8 @@ class Failing:
 
 @pytest.mark.parametrize("call", ["maybe_save", "save", "wait", "close", "restore"])
 def test_a_failed_asynchronous_save_is_raised(tmp_path, monkeypatch, call):
-    checkpoints, state = open_checkpoints(tmp_path, save_every=5), make_train_state(1)
+    checkpoints = open_checkpoints(tmp_path, save_every=5)
+    state = make_train_state(1)
     abstract = on_devices(state, 1)
     calls = {
         "maybe_save": lambda: checkpoints.maybe_save(2, state, {}),

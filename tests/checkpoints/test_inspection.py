@@ -158,7 +158,8 @@ def test_the_whole_state(tmp_path):
     save_steps(tmp_path, [1, 2])
     to = tmp_path / "all.npz"
     inspection.write_arrays(tmp_path, 1, to, "all")
-    arrays, state = np.load(to), make_train_state(1)
+    arrays = np.load(to)
+    state = make_train_state(1)
     assert len(arrays.files) == len(jax.tree.leaves(state))
     assert arrays["state/step"] == 1 and arrays["params/bias"].tolist() == [1.0] * 8
     # SFT has no averaged parameters.

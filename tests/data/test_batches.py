@@ -208,7 +208,8 @@ def test_a_comparison_that_does_not_fit_names_the_value(name):
 
 
 def mixed(index, process_index=0, process_count=1, fraction=0.3, batch_size=8):
-    demonstrations, text = packed(20, first=100), packed(5, first=200)
+    demonstrations = packed(20, first=100)
+    text = packed(5, first=200)
     batch = batches.mixed_lm_batch(
         demonstrations,
         text,

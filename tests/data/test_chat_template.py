@@ -418,7 +418,8 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
         expected.append(
             whole[: int(np.flatnonzero(whole == tokenizer.eos_id)[-1]) + 1].tolist()
         )
-    found, source = [], result.sources["train"]
+    found = []
+    source = result.sources["train"]
     batch = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
     for tokens, trained in stages.documents_of(batch):
         found.append(tokens.tolist())

@@ -229,7 +229,8 @@ def test_personal_data_is_dropped_from_the_training_split_only(tmp_path):
 
 
 def test_splits_contain_whole_users_and_are_stable_when_data_is_added(tmp_path):
-    texts, users = [f"p{i}" for i in range(60)], [f"user {i % 12}" for i in range(60)]
+    texts = [f"p{i}" for i in range(60)]
+    users = [f"user {i % 12}" for i in range(60)]
     first = prepare.prepare_prompts(
         [prompts(tmp_path / "1.jsonl", texts[:40], users[:40])], TOKENIZER, HALVES, tmp_path
     )

@@ -246,7 +246,8 @@ def test_a_step_behind_a_link_is_dropped_and_what_it_leads_to_stays(tmp_path):
 
     from instructax.training.state import new_state
 
-    elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere = tmp_path / "elsewhere"
+    workdir = tmp_path / "run"
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )

@@ -18,13 +18,12 @@ from instructax.types import Experience, PpoState, Rollouts, Scored
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-ROWS, COLUMNS = 8, 7
+ROWS = 8
+COLUMNS = 7
 PROGRAM = stages.ppo_program(stages.mesh_of())
 SETTINGS = stages.ppo_settings(no_eos_penalty=0.5)
-NO_TOKEN, ONE_TOKEN = (
-    np.zeros((ROWS, COLUMNS), bool),
-    np.arange(COLUMNS)[None, :] < np.ones((ROWS, 1), int),
-)
+NO_TOKEN = np.zeros((ROWS, COLUMNS), bool)
+ONE_TOKEN = np.arange(COLUMNS)[None, :] < np.ones((ROWS, 1), int)
 ALL_TOKENS = np.ones((ROWS, COLUMNS), bool)
 
 

@@ -27,12 +27,14 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]  # data, fsdp, tensor
 # With a large epsilon, Adam does not turn gradients that are only rounding errors into full
 # steps.
 OPTIMIZER = tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0, weight_decay=0.1)
-GPT, LLAMA = tiny_models.gpt_config(), tiny_models.llama_config()
+GPT = tiny_models.gpt_config()
+LLAMA = tiny_models.llama_config()
 
 
 def compiled(update: Any, program: Any, abstract: Any) -> Any:
     """`update` compiled with the shardings that the stages use."""
-    shardings, rows = layouts(abstract), sharding.row_sharding(program.mesh)
+    shardings = layouts(abstract)
+    rows = sharding.row_sharding(program.mesh)
     everywhere = sharding.replicated(program.mesh)
     return jax.jit(
         partial(update, program),
@@ -158,7 +160,8 @@ def test_reward(shape):
     [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:2]), MESHES[2]],
 )
 def test_ppo(shape):
-    got, wanted = ppo_run(shape), ppo_run(ONE)
+    got = ppo_run(shape)
+    wanted = ppo_run(ONE)
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
         np.testing.assert_array_equal(
             ours["rollouts"].responses, theirs["rollouts"].responses
@@ -178,7 +181,8 @@ def test_the_other_family_in_each_stage():
     mesh = (2, 2, 2)
     assert_same(supervised_run(mesh, LLAMA), supervised_run(ONE, LLAMA))
     assert_same(reward_run(mesh, GPT), reward_run(ONE, GPT))
-    got, wanted = ppo_run(mesh, LLAMA, GPT), ppo_run(ONE, LLAMA, GPT)
+    got = ppo_run(mesh, LLAMA, GPT)
+    wanted = ppo_run(ONE, LLAMA, GPT)
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
         np.testing.assert_array_equal(
             ours["rollouts"].responses, theirs["rollouts"].responses

@@ -467,7 +467,8 @@ def tokenizer_files(data: Any) -> None:
 @pytest.mark.parametrize("profile", ["quick", pytest.param("fuzz", marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
-    before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    since = time.monotonic()
     cases = round(CASES[profile] * SHARES.get(name, 1.0))
     checks = settings(
         max_examples=cases,

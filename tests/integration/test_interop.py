@@ -145,7 +145,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA2, "attn_logit_softcapping": None, "tie_word_embeddings": False},
     ),
 }
-LENGTHS, COLUMNS = (12, 7, 3), 12
+LENGTHS = (12, 7, 3)
+COLUMNS = 12
 
 
 def transformers_model(case: str) -> Any:
@@ -217,7 +218,8 @@ def our_logits(
     step = jax.jit(
         lambda p, cache, *columns: model.apply({"params": p}, *columns, cache=cache)
     )
-    cache, found = init_cache(model.config, model.compute, *tokens.shape), []
+    cache = init_cache(model.config, model.compute, *tokens.shape)
+    found = []
     for start, end in ((0, 8), *((i, i + 1) for i in range(8, COLUMNS))):
         hidden, cache = step(params, cache, *(x[:, start:end] for x in inputs))
         found.append(np.asarray(logits(hidden)))
@@ -237,10 +239,8 @@ def test_logits_equal_those_of_transformers(case, cached):
     theirs, folder = case
     model, params = load_folder(folder)
     tokens, mask = batch_of(model.config.vocab_size)
-    expected, found = (
-        their_logits(theirs, tokens, mask),
-        our_logits(model, params, tokens, mask, cached),
-    )
+    expected = their_logits(theirs, tokens, mask)
+    found = our_logits(model, params, tokens, mask, cached)
     assert np.std(expected[mask]) > 0.1
     np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
 
@@ -283,7 +283,7 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
         their_logits(loaded, tokens, mask)[mask], expected, rtol=1e-5, atol=1e-5
     )
 
-    (text,) = ("w3 w4 w17 w5",)
+    text = "w3 w4 w17 w5"
     # AutoTokenizer uses Qwen's own class for every qwen2 model, whatever the folder says.
     qwen = model.config.qkv_biases
     auto = transformers.PreTrainedTokenizerFast if qwen else transformers.AutoTokenizer
@@ -341,7 +341,8 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     left = raw.get(pretrained.SCORE_BIAS, 0.0)
     assert left == pytest.approx(0.0 if config.norm == "layernorm" else 0.77)
     assert raw["pad_token_id"] == 30 and theirs.config.num_labels == 1
-    rng, lengths = np.random.default_rng(1), (7, 4, 2)
+    rng = np.random.default_rng(1)
+    lengths = (7, 4, 2)
     prompts = tiny_models.ragged_prompts((3, 5, 1), columns=5, vocab_size=30)
     mask = np.arange(7)[None, :] < np.array(lengths)[:, None]
     responses = rng.integers(30, size=mask.shape).astype(np.int32)

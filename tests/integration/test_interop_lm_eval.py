@@ -83,10 +83,8 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
         (folder / f"{name}.yaml").write_text(json.dumps(whole))
 
     make = {"gpt": tiny_models.gpt_config, "llama": tiny_models.llama_config}[family]
-    config, tokenizer = (
-        make(vocab_size=257, max_length=64, head_dim=4),
-        load_tokenizer("bytes"),
-    )
+    config = make(vocab_size=257, max_length=64, head_dim=4)
+    tokenizer = load_tokenizer("bytes")
     model = Transformer(config, tiny_models.compute(), "tokens")
     run = stages.fabricated(
         tmp_path / "run", config, tiny_models.random_params(model), "bytes"
@@ -107,7 +105,8 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
         batch_size=2,
         max_length=64,
     )
-    found, wanted = log_likelihoods(ours, folder), log_likelihoods(theirs, folder)
+    found = log_likelihoods(ours, folder)
+    wanted = log_likelihoods(theirs, folder)
     assert {name: len(values) for name, values in found.items()} == {
         "tiny_choice": 24,
         "tiny_text": 6,

@@ -61,10 +61,8 @@ def test_differences_are_named(tmp_path):
 
 
 def test_a_last_step_without_hashes_differs(tmp_path):
-    straight, same = (
-        a_finished_run(tmp_path / "straight"),
-        a_finished_run(tmp_path / "same"),
-    )
+    straight = a_finished_run(tmp_path / "straight")
+    same = a_finished_run(tmp_path / "same")
     (same / "checkpoints/1.sha256.json").unlink()
     assert killtest.differences(same, straight) == ["last step"]
     flip_bit(straight / "checkpoints/1")
@@ -100,7 +98,8 @@ def test_where_a_kill_fell(tmp_path):
     heartbeat.beat("rollout")
     heartbeat.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    pid, place = os.getpid(), killtest.Place("clock", 0, 1.0)
+    pid = os.getpid()
+    place = killtest.Place("clock", 0, 1.0)
     found = killtest.found_at(tmp_path, pid, place)
     assert found == {
         "wanted": "clock",

@@ -129,7 +129,8 @@ def rollouts(limits: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("limits", ROWS)
 def test_padding_of_prompts_for_sampling(limits):
-    lengths, columns = rollouts(limits)[0][:4], sizes.limits(SIZES[limits]).prompt_tokens
+    lengths = rollouts(limits)[0][:4]
+    columns = sizes.limits(SIZES[limits]).prompt_tokens
     model = Transformer(tiny_models.gpt_config(), compute(SIZES[limits]), "tokens")
     for batch in lengths:
         mask = jnp.arange(columns)[None] >= columns - jnp.asarray(batch)[:, None]

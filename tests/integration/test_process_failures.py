@@ -83,10 +83,8 @@ def run_all(
     # The last occurrence of a flag wins.
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flags}
-    address, rest = (
-        free_address(),
-        [str(victim), fault, str(step), json.dumps(config), str(workdir)],
-    )
+    address = free_address()
+    rest = [str(victim), fault, str(step), json.dumps(config), str(workdir)]
     running = [
         subprocess.Popen(
             [sys.executable, "-c", DRIVER, address, str(count), str(index), *rest],

@@ -41,7 +41,8 @@ class Compilations(logging.Handler):
 
 @pytest.fixture
 def compilations():
-    handler, logger = Compilations(), logging.getLogger("jax")
+    handler = Compilations()
+    logger = logging.getLogger("jax")
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     with jax.log_compiles():

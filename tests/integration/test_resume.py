@@ -84,7 +84,8 @@ def run_interrupted(config, workdir):
 @pytest.fixture(scope="module")
 def supervised_run(chain, tmp_path_factory):
     """(config, workdir, last state) of an uninterrupted supervised run of four steps."""
-    config, workdir = config_of(chain, "sft"), tmp_path_factory.mktemp("runs") / "sft"
+    config = config_of(chain, "sft")
+    workdir = tmp_path_factory.mktemp("runs") / "sft"
     with pytest.MonkeyPatch.context() as monkeypatch:
         stages.use_devices(monkeypatch, 1)
         _, last = run(config, workdir)
@@ -178,7 +179,8 @@ def test_a_failed_save_ends_the_run_and_keeps_earlier_steps(
     run."""
     config, finished, straight = supervised_run
     config = {**config, "run": {**config["run"], "save_every": 2}}
-    calls, hash_files = [], checkpoint.hash_files
+    calls = []
+    hash_files = checkpoint.hash_files
 
     def full(path):
         calls.append(path)

@@ -149,7 +149,8 @@ def test_names_of_tensors_are_no_paths(tmp_path):
 def test_a_shard_behind_a_link_is_read_as_tensors_or_not_at_all(tmp_path):
     """Links are followed because the hub's own cache consists of links. A file that is not
     safetensors is refused."""
-    blob, inside = tmp_path / "blob", tmp_path / "model"
+    blob = tmp_path / "blob"
+    inside = tmp_path / "model"
     inside.mkdir()
     save_file({"x": tiny_models.np.ones(2, "float32")}, blob)
     (inside / hf_folder.SINGLE_FILE).symlink_to(blob)
@@ -180,7 +181,8 @@ def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch)
     """config.json is compared with the given config and never executed. Other files are
     ignored."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
-    workdir, touched = tmp_path / "run", tmp_path / "touched"
+    workdir = tmp_path / "run"
+    touched = tmp_path / "touched"
     run_stage(config, workdir)
     (workdir / "summary.json").unlink()
     names = (
@@ -240,7 +242,8 @@ def test_a_config_of_a_run_that_is_damaged_is_one_line(chain, tmp_path, content)
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    precious, workdir = tmp_path / "precious", tmp_path / "run"
+    precious = tmp_path / "precious"
+    workdir = tmp_path / "run"
     workdir.mkdir()
     precious.write_text("precious")
     for name in ("lock.json", "summary.json.tmp", "samples.jsonl"):
@@ -267,7 +270,8 @@ def test_nothing_is_written_through_a_link(tmp_path):
 
 
 def test_nothing_is_deleted_behind_a_link(tmp_path):
-    precious, checkpoints = tmp_path / "precious", tmp_path / "run" / "checkpoints"
+    precious = tmp_path / "precious"
+    checkpoints = tmp_path / "run" / "checkpoints"
     precious.mkdir()
     (precious / "file").touch()
     checkpoints.mkdir(parents=True)

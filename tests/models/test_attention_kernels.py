@@ -395,10 +395,8 @@ def test_kernels_match_the_reference_attention(kernel, rows, num_kv_heads):
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
 def test_kernels_on_eight_devices(kernel):
-    arrays, rows = (
-        [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)],
-        np.concatenate([ROWS["separate"]] * 2),
-    )
+    arrays = [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)]
+    rows = np.concatenate([ROWS["separate"]] * 2)
     got = output_and_gradients(kernel, rows, arrays, mesh=stages.mesh_of(2, 2, 2))
     stages.assert_trees_close(
         got, output_and_gradients("jax", rows, arrays), rtol=1e-4, atol=1e-5
@@ -444,7 +442,8 @@ def test_splash_cannot_express_shared_prefixes():
 def test_networks_with_a_kernel_match_networks_without(kernel):
     """With scan, remat, rotary positions, grouped queries, and devices that share rows and
     heads."""
-    mesh, rng = stages.mesh_of(1, 2, 2), np.random.default_rng(0)
+    mesh = stages.mesh_of(1, 2, 2)
+    rng = np.random.default_rng(0)
     config = tiny_models.llama_config()
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     segments = jnp.asarray(ROWS["separate"][:, ::2], jnp.int32)

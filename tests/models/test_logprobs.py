@@ -31,7 +31,10 @@ from instructax.models.logprobs import (
 from instructax.models.scoring import packed_logprobs
 from instructax.types import Array, LmBatch, Params, Rollouts
 
-BATCH, LENGTH, WIDTH, VOCAB = 2, 7, 5, 11
+BATCH = 2
+LENGTH = 7
+WIDTH = 5
+VOCAB = 11
 EVERY = np.ones((BATCH, LENGTH), bool)
 
 
@@ -215,11 +218,9 @@ def test_logits_are_summed_in_float32():
 
 
 # Tokens per row, prompt tokens, and a vocabulary that divides no other size.
-TEXT, PROMPT, PRIME = (
-    64,
-    8,
-    97,
-)
+TEXT = 64
+PROMPT = 8
+PRIME = 97
 
 
 def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:

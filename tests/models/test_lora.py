@@ -103,16 +103,16 @@ def test_new_adapters_leave_outputs_bitwise_unchanged(family, head):
 def test_merged_parameters_give_the_same_outputs(family):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), "tokens")
     params = adapted_params(model)
-    plain, found = merge_lora(params), outputs(model, params)
+    plain = merge_lora(params)
+    found = outputs(model, params)
     assert names_of(plain) == names_of(tiny_models.random_params(model))
     np.testing.assert_allclose(outputs(model, plain), found, rtol=1e-4, atol=2e-5)
     assert np.abs(outputs(model, tiny_models.random_params(model)) - found).max() > 0.1
     # W + alpha / rank · A · B, for the only projection that sums over two axes.
-    out, layer = params["blocks"]["attention"]["out"], 1
-    a, b = (
-        np.asarray(out["lora_a"][layer], np.float64),
-        np.asarray(out["lora_b"][layer], np.float64),
-    )
+    out = params["blocks"]["attention"]["out"]
+    layer = 1
+    a = np.asarray(out["lora_a"][layer], np.float64)
+    b = np.asarray(out["lora_b"][layer], np.float64)
     wanted = np.asarray(out["kernel"][layer]) + 2.5 * np.einsum("hdr,rw->hdw", a, b)
     np.testing.assert_allclose(
         plain["blocks"]["attention"]["out"]["kernel"][layer], wanted, rtol=1e-5, atol=1e-6
@@ -139,10 +139,8 @@ def test_trainable_selects_adapters_and_the_scalar_head():
 
 def test_gradients_equal_those_of_the_full_tree():
     """The adapters' gradients equal those of full training; nothing else has gradients."""
-    model, rows = (
-        Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
-        stages.packed_rows(3, 14),
-    )
+    model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens")
+    rows = stages.packed_rows(3, 14)
     params = adapted_params(model)
 
     def loss_of(logprobs, mask, _):
@@ -171,10 +169,8 @@ def test_gradients_equal_those_of_the_full_tree():
 
 def test_updates_and_averages_change_adapters_only():
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-    params, optimizer = (
-        adapted_params(model),
-        make_optimizer(tiny_models.optimizer_config(clip_norm=1.0)),
-    )
+    params = adapted_params(model)
+    optimizer = make_optimizer(tiny_models.optimizer_config(clip_norm=1.0))
     state = new_state(params, optimizer)
     gradients = jax.tree.map(jnp.ones_like, trainable(params))
     after = apply_gradients(optimizer, state, gradients, jnp.float32(0.1)).params
@@ -200,7 +196,8 @@ def test_updates_and_averages_change_adapters_only():
 def test_samples_of_merged_weights_rescore_to_the_same_logprobs():
     """The sampler uses merged weights and scoring uses adapters; they are the same
     model."""
-    program, settings = stages.ppo_program(stages.mesh_of()), stages.ppo_settings()
+    program = stages.ppo_program(stages.mesh_of())
+    settings = stages.ppo_settings()
     params = adapted_params(program.policy)
     prompts = tiny_models.ragged_prompts((1, 4, 6, 2), columns=6)
     rollouts = algorithm.rollout(program, params, prompts, jnp.int32(0), settings)

@@ -100,7 +100,8 @@ def test_norms_and_their_gradients(centred, epsilon):
 @pytest.mark.parametrize(("matmul_dtype", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_softmax_weighted_sum_and_its_gradients(matmul_dtype, apart):
     """Scores differ widely; some are masked, and in one row all are."""
-    scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
+    scores = 4 * normal(0, 2, 3, 5, 7)
+    values = normal(1, 2, 3, 7, 4)
     scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
     ours = jax.jit(
         lambda *args: output_and_gradients(
@@ -123,7 +124,8 @@ def test_softmax_weighted_sum_and_its_gradients(matmul_dtype, apart):
 def test_softmax_weighted_sum_by_hand():
     """Weights 1/4 and 3/4 of 2 and 6 give 5. With an output gradient of 1, w (dw − Σ w dw)
     is 1/4 (2 − 5) and 3/4 (6 − 5)."""
-    scores, values = jnp.log(jnp.array([[[[1.0, 3.0]]]])), jnp.array([[[[2.0], [6.0]]]])
+    scores = jnp.log(jnp.array([[[[1.0, 3.0]]]]))
+    values = jnp.array([[[[2.0], [6.0]]]])
     mean, pull = jax.vjp(lambda s, v: softmax_weighted_sum(s, v, "float32"), scores, values)
     np.testing.assert_allclose(mean, [[[[5.0]]]], rtol=1e-6)
     of_scores, of_values = pull(jnp.ones_like(mean))
@@ -148,7 +150,8 @@ def test_bfloat16_gradients_stay_bfloat16():
 
 
 def test_ops_under_vmap():
-    x, kernels = normal(0, 2, 4), normal(1, 3, 4, 5)
+    x = normal(0, 2, 4)
+    kernels = normal(1, 3, 4, 5)
 
     def of_kernel(kernel):
         return jax.grad(

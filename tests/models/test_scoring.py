@@ -135,7 +135,8 @@ def test_shared_prompts_score_like_separate_rows(scorer):
 
 def test_gradients_with_a_shared_prompt_equal_those_of_separate_rows(scorer):
     model, params = scorer
-    comparisons, weights = some_comparisons(), jnp.array([0.7, -1.3, 0.4, 1.1, -0.2, 0.9])
+    comparisons = some_comparisons()
+    weights = jnp.array([0.7, -1.3, 0.4, 1.1, -0.2, 0.9])
     rows = Rollouts(
         prompts=jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), comparisons.prompts),
         responses=comparisons.responses.reshape(6, 4),
@@ -166,7 +167,8 @@ def test_entropy_and_logprobs_match_the_reference_network(policy):
     np.testing.assert_allclose(alone, logprobs, atol=1e-5)
     responses = np.asarray(rollouts.responses)
     for row, length in enumerate(RESPONSE_LENGTHS):
-        prompt, response = text_of(rollouts.prompts, row), responses[row, :length].tolist()
+        prompt = text_of(rollouts.prompts, row)
+        response = responses[row, :length].tolist()
         expected = reference_model.logprobs(
             policy.config, policy.params, prompt + response, 0.7
         )

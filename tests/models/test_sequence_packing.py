@@ -101,7 +101,8 @@ def test_scatter_keeps_the_order_and_gather_inverts_it():
     x = np.arange(1, 43).reshape(6, 7).astype(np.float32)
     rows = layout.scatter(jnp.asarray(x))
     np.testing.assert_array_equal(layout.gather(rows), np.where(real, x, 0))
-    flat, texts = np.asarray(rows).ravel(), layout.segment_ids.ravel()
+    flat = np.asarray(rows).ravel()
+    texts = layout.segment_ids.ravel()
     for text in range(6):
         np.testing.assert_array_equal(flat[texts == text + 1], x[text][real[text]])
         tokens_run = np.flatnonzero(texts == text + 1)
@@ -233,7 +234,8 @@ def test_packed_comparisons_equal_unpacked_ones(config, halvings):
 )
 def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings, ways):
     """For every remainder and every number of row shards."""
-    real, mesh = random_masks(lengths, 6, seed=2), stages.mesh_of(data=ways)
+    real = random_masks(lengths, 6, seed=2)
+    mesh = stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
 
     def step(totals: tuple, part: tuple) -> tuple:

@@ -103,7 +103,8 @@ def rows(
         VOCAB_SIZE, size=(len(documents_of_rows), COLUMNS)
     )
     tokens = tokens if fill is None else np.full_like(tokens, fill)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = np.zeros_like(tokens)
+    positions = np.zeros_like(tokens)
     for row, documents in enumerate(documents_of_rows):
         for number, (first, text) in enumerate(documents, start=1):
             here = (row, slice(first, first + len(text)))
@@ -255,9 +256,11 @@ def test_cached_calls_equal_uncached_ones(network):
     )
     # The second row's first seven columns are padding: a whole chunk without a real token.
     inputs = rows([(1, texts(11)[0])], [(8, texts(4)[0])])
-    expected, real = network.forward(*inputs), np.asarray(inputs[1]) > 0
+    expected = network.forward(*inputs)
+    real = np.asarray(inputs[1]) > 0
     for pieces in ([COLUMNS], [7, 4, 1], [1] * COLUMNS):
-        cache, outputs = init_cache(network.config, compute(), 2, COLUMNS), []
+        cache = init_cache(network.config, compute(), 2, COLUMNS)
+        outputs = []
         for first, length in zip(np.cumsum([0, *pieces]), pieces, strict=False):
             hidden, cache = append(cache, *(x[:, first : first + length] for x in inputs))
             outputs.append(hidden)
@@ -433,7 +436,8 @@ def test_dropout_differs_by_layer_branch_and_key():
         jnp.array([[1.0], [4.0]]), (2, 64)
     )
     blocks["mlp"]["down"]["bias"] = jnp.broadcast_to(jnp.array([[2.0], [8.0]]), (2, 64))
-    x, positions = jnp.zeros((4, COLUMNS, 64)), jnp.zeros((4, COLUMNS), jnp.int32)
+    x = jnp.zeros((4, COLUMNS, 64))
+    positions = jnp.zeros((4, COLUMNS), jnp.int32)
     mask = jnp.ones((4, COLUMNS, COLUMNS), bool)
 
     @jax.jit
@@ -480,7 +484,8 @@ def test_initial_standard_deviations():
     )
     np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.03)
     np.testing.assert_allclose(params["positions"].std(), 0.02, rtol=0.03)
-    attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
+    attention = params["blocks"]["attention"]
+    mlp = params["blocks"]["mlp"]
     for kernel in (attention["query"], attention["key"], attention["value"], mlp["up"]):
         np.testing.assert_allclose(
             kernel["kernel"].std(axis=(1, *range(2, kernel["kernel"].ndim))),

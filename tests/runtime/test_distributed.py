@@ -79,7 +79,8 @@ def test_two_processes_give_the_results_of_one(chain, tmp_path):
     assert run_both(config, workdir, stop_at=2) == [42, 42]
     assert committed_steps(workdir) == [2]  # both abandoned the iteration in progress
     assert run_both(config, workdir, stop_at=-1) == [0, 0]
-    alone, together = read_metrics(chain / "ppo-ptx"), read_metrics(workdir)
+    alone = read_metrics(chain / "ppo-ptx")
+    together = read_metrics(workdir)
     assert (
         [line["step"] for line in together]
         == [line["step"] for line in alone]
@@ -122,7 +123,8 @@ def test_inconsistent_flags_are_refused(arguments, message):
 
 
 def test_four_processes_write_the_same_world_as_one(tmp_path):
-    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu"}
+    address = free_address()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [
         sys.executable,
         "scripts/train.py",

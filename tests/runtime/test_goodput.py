@@ -34,7 +34,8 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    fake, first = Clock(), mock.patch.object(GoodputLog, "_last_closed", 0.0)
+    fake = Clock()
+    first = mock.patch.object(GoodputLog, "_last_closed", 0.0)
     with (
         first,
         mock.patch.object(goodput, "time", fake),

@@ -297,7 +297,8 @@ def test_tensorboard_scalars(tmp_path):
     with open_log(tmp_path, tensorboard=True, start_step=3) as log:
         log.record(4, {"loss": 0.25, "broken": jnp.nan})
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, events = path.read_bytes(), []
+    data = path.read_bytes()
+    events = []
     while data:  # A record: length u64, its checksum u32, the event, its checksum u32.
         length = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + length]))

@@ -73,8 +73,10 @@ def responses_of(chain, name: str):
 @pytest.mark.parametrize("name", POLICIES)
 def test_scores_and_kl_equal_a_direct_computation(chain, name):
     tokenizer = parts(chain)[1]
-    rollouts, answers = rollouts_of(chain, POLICIES[name]), responses_of(chain, name)
-    mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
+    rollouts = rollouts_of(chain, POLICIES[name])
+    answers = responses_of(chain, name)
+    mask = np.asarray(rollouts.mask)
+    documents = stages.responses_of(rollouts)
     assert len(answers) == 16
     assert [a["response"] for a in answers] == [
         tokenizer.decode(response[real])
@@ -109,8 +111,10 @@ def test_answers_and_kl_use_the_configs_temperature(chain, tmp_path):
     answers = [
         sample for sample in read_samples(tmp_path / "run") if sample["policy"] == "PPO"
     ]
-    rollouts, tokenizer = rollouts_of(chain, "ppo", temperature=0.5), parts(chain)[1]
-    mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
+    rollouts = rollouts_of(chain, "ppo", temperature=0.5)
+    tokenizer = parts(chain)[1]
+    mask = np.asarray(rollouts.mask)
+    documents = stages.responses_of(rollouts)
     assert [a["response"] for a in answers] == [
         tokenizer.decode(response[real])
         for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
@@ -135,10 +139,8 @@ def test_the_reference_against_itself(chain):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_metrics_are_means_over_answers(chain, name):
-    metrics, answers = (
-        read_summary(chain / "evaluate")["policies"][name],
-        responses_of(chain, name),
-    )
+    metrics = read_summary(chain / "evaluate")["policies"][name]
+    answers = responses_of(chain, name)
     for figure, field in (
         ("scores", "score"),
         ("kl", "kl"),
@@ -211,7 +213,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         "data.comparisons": (),
     }
     assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
-    wanted, got = responses_of(chain, "SFT"), read_samples(tmp_path / "run")
+    wanted = responses_of(chain, "SFT")
+    got = read_samples(tmp_path / "run")
     assert len(got) == 12
     for ours, theirs in zip(got, wanted, strict=False):
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4, abs=1e-5)

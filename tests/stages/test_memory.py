@@ -60,7 +60,8 @@ def held_by_first_device(tree) -> int:
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
 def test_memory_is_what_real_arrays_take(sizes):
     mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    config, mesh = small_ppo(mesh_config), make_mesh(mesh_config)
+    config = small_ppo(mesh_config)
+    mesh = make_mesh(mesh_config)
 
     def zeros(model, head, optimizer):
         abstract = abstract_state(
@@ -73,11 +74,10 @@ def test_memory_is_what_real_arrays_take(sizes):
     policy = zeros(config.model, "tokens", config.optimizer)
     value = zeros(config.reward_model, "scalar", config.value_optimizer)
     # KV caches of one device's rows, with the heads sharded over the tensor axis.
-    rows, limits = 8 // (sizes[0] * sizes[1]), config.data.limits
-    slots, sampler = (
-        min(rows, config.compute.slots),
-        dataclasses.replace(config.compute, dtype="bf16"),
-    )
+    rows = 8 // (sizes[0] * sizes[1])
+    limits = config.data.limits
+    slots = min(rows, config.compute.slots)
+    sampler = dataclasses.replace(config.compute, dtype="bf16")
     prompts = jax.tree.leaves(init_cache(config.model, sampler, rows, limits.prompt_tokens))
     cache = jax.tree.leaves(init_cache(config.model, sampler, slots, 12))
     assert memory_of(config) == {

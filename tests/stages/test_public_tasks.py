@@ -200,7 +200,8 @@ def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(
     assert not run_stage(config_of(chain), finished_run)
     policies = (("PPO", str(chain / "ppo")),)
     assert run_stage(config_of(chain, policies=policies, batch_size=3), tmp_path / "run")
-    ours, theirs = metrics_of(tmp_path / "run", "PPO"), metrics_of(finished_run, "PPO")
+    ours = metrics_of(tmp_path / "run", "PPO")
+    theirs = metrics_of(finished_run, "PPO")
     assert ours["toxicity"] == theirs["toxicity"] and ours["book"] == theirs["book"]
     stages.assert_trees_close(
         ours["stereotype"], theirs["stereotype"], rtol=1e-4, atol=1e-4

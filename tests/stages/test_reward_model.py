@@ -100,7 +100,8 @@ def test_loss_is_the_mean_over_prompts_of_the_mean_over_pairs():
 def test_gradient_matches_finite_differences():
     batch = stages.comparisons(ANSWERS, 5)
     gradients, metrics, _ = run_update(program(), batch)
-    params, h = tiny_models.random_params(MODEL), 1e-2
+    params = tiny_models.random_params(MODEL)
+    h = 1e-2
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     direction = jax.tree.map(lambda x: x / optax.tree.norm(direction), direction)
@@ -189,7 +190,8 @@ def test_the_content_of_invalid_answers_does_not_matter():
 
 
 def test_another_bias_only_shifts_scores():
-    batch, params = stages.comparisons(ANSWERS, 5), tiny_models.random_params(MODEL)
+    batch = stages.comparisons(ANSWERS, 5)
+    params = tiny_models.random_params(MODEL)
     shift = 2.5 - float(params["scalar_head"]["bias"])
     shifted = reward_model.with_bias(params, 2.5)
     documents = stages.comparison_documents(batch, 2)
@@ -300,7 +302,8 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     steps = committed_steps(chain / "reward")
     assert len(steps) == 2
     config, model, tokenizer, params = reward_parts(chain, steps[kept])
-    limits, folder = config.data.limits, Path(config.data.folder)
+    limits = config.data.limits
+    folder = Path(config.data.folder)
     files = [Path(path) for path in config.data.demonstrations]
     source = reward_model.prepare_demonstrations(files, tokenizer, limits, folder).sources[
         "train"
@@ -317,7 +320,8 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
 
 def test_validation_metrics_equal_the_plain_computation(chain):
     config, model, _, params = reward_parts(chain)
-    limits, prepared = config.data.limits, prepared_comparisons(chain)
+    limits = config.data.limits
+    prepared = prepared_comparisons(chain)
     source = prepared.sources["validation"]
     loss, correct, pairs = stages.plain_ranking(
         model, params, loaders.read_comparisons(source, np.arange(len(source)), limits)

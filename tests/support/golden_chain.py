@@ -210,7 +210,8 @@ def differences(
         if name not in found or name not in expected:
             lines.append(f"{name}: {'missing' if name in expected else 'new'}")
             continue
-        old, new = expected[name], found[name]
+        old = expected[name]
+        new = found[name]
         if old["sha256"] == new["sha256"]:
             continue
         rounded = not exact or any(name.startswith(prefix) for prefix in ROUNDED)

@@ -29,7 +29,8 @@ def chain(session_folder) -> Path:
 
     Its runs are world, pretrain, sft, reward, ppo, ppo-ptx and evaluate.
     """
-    root, done = session_folder / "chain", session_folder / "chain.done"
+    root = session_folder / "chain"
+    done = session_folder / "chain.done"
     with (session_folder / "chain.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be computing it
         if not done.exists():

@@ -24,7 +24,8 @@ def make_train_state(seed=0.0, width=8):
 
 
 def make_ppo_state(seed=0.0):
-    policy, value = make_train_state(seed), make_train_state(seed + 100)
+    policy = make_train_state(seed)
+    value = make_train_state(seed + 100)
     return PpoState(
         policy=policy, value=value, ema=jax.tree.map(lambda x: x / 3, policy.params)
     )

@@ -151,10 +151,12 @@ def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(tiny_models.VOCAB_SIZE, size=(rows, columns)).astype(np.int32)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = np.zeros_like(tokens)
+    positions = np.zeros_like(tokens)
     loss_mask = np.zeros(tokens.shape, bool)
     for row in range(rows - 1):
-        first, second = min(row + 2, columns // 2), columns // 2 - 1
+        first = min(row + 2, columns // 2)
+        second = columns // 2 - 1
         for number, (start, size) in enumerate(((0, first), (first, second)), start=1):
             segments[row, start : start + size] = number
             positions[row, start : start + size] = np.arange(size)
@@ -306,7 +308,8 @@ def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def responses_of(rollouts: Rollouts) -> list[np.ndarray]:
     """Prompt and response of each row as one document."""
-    prompts, responses = rollouts.prompts, rollouts.responses
+    prompts = rollouts.prompts
+    responses = rollouts.responses
     rows = zip(
         *(np.asarray(x) for x in (prompts.tokens, prompts.mask, responses, rollouts.mask)),
         strict=True,
@@ -334,7 +337,9 @@ def plain_ranking(
 ) -> tuple[float, int, int]:
     """(mean loss over prompts with a pair, correctly ordered pairs, pairs), scoring each
     response alone."""
-    losses, correct, count = [], 0, 0
+    losses = []
+    correct = 0
+    count = 0
     for prompt in range(len(batch.ranks)):
         scores = plain_scores(model, params, comparison_documents(batch, prompt))
         ranks = np.asarray(batch.ranks[prompt])[np.asarray(batch.valid[prompt])]
@@ -361,10 +366,8 @@ def _outputs(model: Transformer, params: Any, tokens: jax.Array) -> jax.Array:
     )[0]
     if model.head == "scalar":
         return outputs
-    logits, cap = (
-        outputs @ head_kernel(model.config, params).T,
-        model.config.final_logit_softcap,
-    )
+    logits = outputs @ head_kernel(model.config, params).T
+    cap = model.config.final_logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 

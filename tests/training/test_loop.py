@@ -186,7 +186,8 @@ def test_evaluates_periodically_and_at_the_end(every, steps):
 
 
 def test_resuming_continues_where_the_run_stopped():
-    whole, rest = Toy(), Toy()
+    whole = Toy()
+    rest = Toy()
     last, _ = whole.fit(State(0), total_steps=5, evaluate_every=2)
     resumed, _ = rest.fit(
         State(3, ("batch 0", "batch 1", "batch 2")), total_steps=5, evaluate_every=2
@@ -264,10 +265,8 @@ def test_an_abandoned_first_update_saves_step_0():
 @pytest.mark.parametrize("total_steps", [5, 3])
 def test_an_interrupted_evaluation_is_repeated_on_resume(total_steps):
     """In the end, steps, metrics and log lines equal those of an uninterrupted run."""
-    whole, stopped = (
-        Toy(save_every=2),
-        Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate"),
-    )
+    whole = Toy(save_every=2)
+    stopped = Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate")
     wanted = whole.fit(State(0), total_steps=total_steps, evaluate_every=3)
     with pytest.raises(loop.Interrupted, match="step 3 is saved"):
         stopped.fit(State(0), total_steps=total_steps, evaluate_every=3)
@@ -348,10 +347,8 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(mesh, parts):
     """A masked mean over rows of 0 to 5 real tokens. The microbatches have unequal counts,
     and one of four has none."""
     rng = np.random.default_rng(0)
-    x, y = (
-        rng.normal(size=(8, 5, 3)).astype(np.float32),
-        rng.normal(size=(8, 5)).astype(np.float32),
-    )
+    x = rng.normal(size=(8, 5, 3)).astype(np.float32)
+    y = rng.normal(size=(8, 5)).astype(np.float32)
     mask = np.arange(5)[None, :] < np.array([5, 1, 0, 0, 2, 1, 4, 3])[:, None]
     params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
 
@@ -423,7 +420,8 @@ def test_a_fresh_state_does_not_depend_on_the_mesh(network, fresh):
 def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh):
     """PPO keeps the loaded parameters as its reference, while the state that starts from
     the same values is donated."""
-    optimizer, loaded = network[1], fresh.params
+    optimizer = network[1]
+    loaded = fresh.params
     kept = jax.tree.map(np.asarray, loaded)
     state = start_from(loaded, optimizer, mesh)
     jax.tree.map(np.testing.assert_array_equal, state.params, kept)

@@ -35,7 +35,10 @@ def adam(start: F, gradients: list[F], rates: list[F], decay: F = F(0)) -> list[
 
     m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  x ← x − rate · (m̂ / (√v̂ + ε) + decay · x)
     """
-    x, m, v, path = start, F(0), F(0), []
+    x = start
+    m = F(0)
+    v = F(0)
+    path = []
     for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
         m = BETA1 * m + (1 - BETA1) * g
         v = BETA2 * v + (1 - BETA2) * g**2
@@ -89,7 +92,8 @@ def test_only_matrices_decay():
         lambda g: {"kernel": jnp.float32(g), "bias": jnp.float32(g)},
         weight_decay=0.25,
     )
-    kernel, bias = adam(F(2), GRADIENTS, RATES, decay=F(1, 4)), adam(F(2), GRADIENTS, RATES)
+    kernel = adam(F(2), GRADIENTS, RATES, decay=F(1, 4))
+    bias = adam(F(2), GRADIENTS, RATES)
     np.testing.assert_allclose([p["kernel"] for p in path], kernel, rtol=1e-6)
     np.testing.assert_allclose([p["bias"] for p in path], bias, rtol=1e-6)
 
@@ -249,7 +253,8 @@ def test_vmap_over_peaks():
 
 def test_moving_average_by_hand():
     """3/4 · 8 + 1/4 · (−4) = 5, and 3/4 · 5 + 1/4 · (−4) = 11/4."""
-    average, params = {"a": jnp.array([8.0])}, {"a": jnp.array([-4.0])}
+    average = {"a": jnp.array([8.0])}
+    params = {"a": jnp.array([-4.0])}
     once = moving_average(average, params, 0.75)
     assert float(once["a"][0]) == 5.0
     assert float(moving_average(once, params, jnp.float32(0.75))["a"][0]) == 2.75

@@ -149,11 +149,9 @@ def test_loss_falls_on_a_repeated_batch():
 
 
 def test_dropout_changes_only_with_the_step():
-    batch, dropping, half = (
-        stages.packed_rows(4, 14),
-        program(drops=True),
-        stages.supervised_settings(dropout=0.5),
-    )
+    batch = stages.packed_rows(4, 14)
+    dropping = program(drops=True)
+    half = stages.supervised_settings(dropout=0.5)
     losses = [
         float(run_update(dropping, batch, step=step, settings=half)[1]["loss"])
         for step in (0, 0, 1)

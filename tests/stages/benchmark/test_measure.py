@@ -197,7 +197,8 @@ def test_forced_endings_need_a_supported_network(change):
 
 @pytest.mark.slow
 def test_vmapped_runs():
-    alone, three = run_benchmark("ppo,S"), run_benchmark("ppo,S", side_by_side=3)
+    alone = run_benchmark("ppo,S")
+    three = run_benchmark("ppo,S", side_by_side=3)
     assert (
         three["tokens"] == 3 * alone["tokens"]
         and three["operations"] == 3 * alone["operations"]

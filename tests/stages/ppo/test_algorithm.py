@@ -103,7 +103,8 @@ def update_gradients(program, experience, text, settings=SHOWN, state=None):
 
 def plain_policy_logprobs(params, rollouts: Rollouts):
     """Log-probabilities of the responses f32[B, R] from full logits; differentiable."""
-    prompts, width = rollouts.prompts, rollouts.prompts.tokens.shape[1]
+    prompts = rollouts.prompts
+    width = rollouts.prompts.tokens.shape[1]
     tokens = jnp.concatenate([prompts.tokens, rollouts.responses], axis=1)
     real = jnp.concatenate([prompts.mask, rollouts.mask], axis=1)
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
@@ -123,7 +124,8 @@ def test_scores_are_those_of_the_plain_computation(temperature):
         settings=stages.ppo_settings(temperature=temperature)
     )
     rollouts = judged.rollouts
-    documents, mask = stages.responses_of(rollouts), np.asarray(rollouts.mask)
+    documents = stages.responses_of(rollouts)
+    mask = np.asarray(rollouts.mask)
     for params, logprobs in (
         (state.policy.params, experience.old_logprobs),
         (state.policy.params, rollouts.logprobs),
@@ -149,7 +151,8 @@ def test_scores_are_those_of_the_plain_computation(temperature):
 
 def test_the_value_before_a_token_is_the_score_of_its_prefix():
     rollouts = state_and_rollouts()[1]
-    params, mask = other_params("scalar"), np.asarray(rollouts.mask)
+    params = other_params("scalar")
+    mask = np.asarray(rollouts.mask)
     values = jax.jit(partial(token_values, PROGRAM.value_model))(params, rollouts)
     score = jax.jit(partial(sequence_scores, PROGRAM.value_model))
     for t in range(7):
@@ -211,7 +214,8 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_logprobs():
 def test_at_ratio_one_the_update_is_the_policy_gradient():
     state, experience, judged, _ = score_rollouts()
     (gradients, _), metrics = update_gradients(PROGRAM, experience, None)
-    mask, advantages = judged.rollouts.mask, experience.advantages
+    mask = judged.rollouts.mask
+    advantages = experience.advantages
 
     def loss(params):
         # −A · log π: if gradients flowed into the old log-probabilities, the ratio's would

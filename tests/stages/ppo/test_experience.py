@@ -119,10 +119,8 @@ def test_by_hand():
 
 
 def test_only_responses_that_did_not_end_are_penalised():
-    gentle, harsh = (
-        experience_of(example(), no_eos_penalty=0.0)[1],
-        experience_of(example(), no_eos_penalty=3.0)[1],
-    )
+    gentle = experience_of(example(), no_eos_penalty=0.0)[1]
+    harsh = experience_of(example(), no_eos_penalty=3.0)[1]
     np.testing.assert_allclose(gentle - harsh, [[0, 0, 0], [0, 3, 0]], rtol=1e-6)
 
 

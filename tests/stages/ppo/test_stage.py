@@ -272,11 +272,9 @@ def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
 
 @pytest.mark.parametrize("name", ["ppo", "ppo-ptx"])
 def test_what_a_run_logs(chain, name):
-    lines, samples, config = (
-        read_metrics(chain / name),
-        read_samples(chain / name),
-        ppo_parts(chain, name)[0],
-    )
+    lines = read_metrics(chain / name)
+    samples = read_samples(chain / name)
+    config = ppo_parts(chain, name)[0]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(lines[-1]["kl"]) > 1e-3
