@@ -14,13 +14,7 @@ from instructax import advantages
 SEEDS = range(6)
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
 # (discount, lambda_)
-SETTINGS = [
-    (1.0, 0.95),
-    (0.9, 0.5),
-    (1.0, 1.0),
-    (0.97, 0.0),
-    (0.0, 0.9),
-]
+SETTINGS = [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0), (0.0, 0.9)]
 
 
 def reward_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:

@@ -138,10 +138,7 @@ def test_only_a_config_error_is_the_users_mistake(tmp_path, capsys):
     assert lines[-1] == "ValueError: size 7 must be 8"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [DataError, CheckpointMismatch, NewerFormatError],
-)
+@pytest.mark.parametrize("error", [DataError, CheckpointMismatch, NewerFormatError])
 def test_errors_in_the_users_files_are_one_line(error, capsys):
     assert cli.guarded(raiser(error("data.jsonl:3: no prompt"))) == 2
     assert capsys.readouterr().err == "error: data.jsonl:3: no prompt\n"

@@ -31,11 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path(instructax.__file__).parent
 MODELS = ("pretrain", "sft", "reward_model", "ppo", "evaluate")
 # Configs whose sizes are those of the simulated world.
-IN_WORLDS = (
-    "world",
-    "collect",
-    "public_tasks",
-)
+IN_WORLDS = ("world", "collect", "public_tasks")
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
 ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
     (name, size) for name in IN_WORLDS for size in sizes.SIMULATED
@@ -55,13 +51,7 @@ def built(name: str, arg: str) -> Any:
 def test_every_file_is_tested():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
     # The tests in tests/stages/benchmark build the configs of benchmarks.
-    assert files == {
-        *MODELS,
-        *IN_WORLDS,
-        "benchmark",
-        "sizes",
-        "__init__",
-    }
+    assert files == {*MODELS, *IN_WORLDS, "benchmark", "sizes", "__init__"}
 
 
 @pytest.mark.parametrize(("name", "arg"), ARGUMENTS)

@@ -254,10 +254,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
 
 ONE_STEP = {"epochs": 0.0, "steps": 1}
 # Otherwise two fields would have no effect.
-LEARNED = {
-    "model.positions": "learned",
-    "optimizer.schedule": "cosine",
-}
+LEARNED = {"model.positions": "learned", "optimizer.schedule": "cosine"}
 SHORT = {
     "world": {},
     "pretrain": ONE_STEP | LEARNED,

@@ -272,13 +272,7 @@ def test_every_prompt_with_a_pair_has_the_same_weight():
         for i in range(5)
     ]
     # Row 1 is a single tie and row 4 is empty.
-    assert [row > 0 for row in rows] == [
-        True,
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert [row > 0 for row in rows] == [True, False, True, True, False]
     expected = (rows[0] + rows[2] + rows[3]) / 3
     np.testing.assert_allclose(
         losses.pairwise_ranking_loss(*arguments)[0], expected, rtol=1e-5

@@ -145,13 +145,7 @@ WRONG = [
     '["a"]',
 ]
 WRONG += ['{"metric": "x"}', '{"best_metric": 3}', '{"unevaluated": 4}']
-PLANTED = [
-    half_written,
-    foreign,
-    garbled_record,
-    truncated,
-    *map(record_with, WRONG),
-]
+PLANTED = [half_written, foreign, garbled_record, truncated, *map(record_with, WRONG)]
 
 
 @pytest.mark.parametrize("plant", PLANTED)

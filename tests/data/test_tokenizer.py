@@ -151,13 +151,7 @@ def test_golden_gpt2(tmp_path: Path):
     assert (tokenizer.size, tokenizer.eos_id) == (264, 263)
     assert tokenizer.encode("low lower").tolist() == [258, 259, 260]
     # "e r" outranks "n e".
-    assert tokenizer.encode("owl ner").tolist() == [
-        257,
-        108,
-        32,
-        110,
-        260,
-    ]
+    assert tokenizer.encode("owl ner").tolist() == [257, 108, 32, 110, 260]
     assert tokenizer.encode("é!").tolist() == [262, 33]
     assert tokenizer.decode([258, 259, 263, 262]) == f"low low{EOT}é"
 

@@ -118,10 +118,7 @@ def run_all(
 
 # The collective sum fails, or JAX ends the process because its coordination service is
 # gone.
-FAILED = {
-    1,
-    -signal.SIGABRT,
-}
+FAILED = {1, -signal.SIGABRT}
 
 
 SLOW = pytest.mark.slow

@@ -26,11 +26,7 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
 # These runs save only at the end and when stopped.
-SCHEDULE = {
-    "run.log_every": 1,
-    "run.evaluate_every": 2,
-    "run.save_every": 4,
-}
+SCHEDULE = {"run.log_every": 1, "run.evaluate_every": 2, "run.save_every": 4}
 RUNS = {
     "sft": {"steps": 4, "epochs": 0.0, "dropout": 0.2},
     "reward": {"steps": 4, "epochs": 0.0},

@@ -14,11 +14,7 @@ from instructax.report.results import (
     load_experiment,
     public_results,
 )
-from instructax.report.training_curves import (
-    best_of_n_kl,
-    load_overfitting,
-    load_ppo_curve,
-)
+from instructax.report.training_curves import best_of_n_kl, load_overfitting, load_ppo_curve
 
 pytest_plugins = ("tests.support.report_fixtures",)
 

@@ -104,10 +104,7 @@ def test_repeated_steps_are_lost_time_once(tmp_path, clock):
         if line["kind"] == "lost"
     ]
     # Steps 5 and 6 of the first process, step 5 of the second.
-    assert lost == [
-        (4, 2),
-        (4, 1),
-    ]
+    assert lost == [(4, 2), (4, 1)]
     found = read_totals(path)
     assert found["steps"] - found["lost"] == 8
     assert [line["step"] for line in read_events(path) if line["kind"] == "steps"] == [

@@ -107,10 +107,7 @@ def built(module, arg: str):
 
 
 def test_the_other_stages_hold_one_model():
-    assert list(memory_of(built(sft_config, "tiny"))) == [
-        "model",
-        "optimizer of the model",
-    ]
+    assert list(memory_of(built(sft_config, "tiny"))) == ["model", "optimizer of the model"]
     assert list(memory_of(built(reward_config, "tiny"))) == [
         "reward model",
         "optimizer of the reward model",

@@ -43,16 +43,7 @@ WITH_TAIL_SPLITS = Transformer(
 )
 # Valid answers per prompt; all answers to the first prompt are tied, the second has no
 # pair.
-ANSWERS = (
-    3,
-    1,
-    4,
-    2,
-    4,
-    2,
-    3,
-    4,
-)
+ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)
 
 
 def program(**changes) -> reward_model.RewardModelProgram:

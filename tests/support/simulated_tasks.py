@@ -56,13 +56,7 @@ NOT_ANIMALS = frozenset(
 # The judge reads the prompt only in closed-domain tasks, and never the ideal response.
 HAND_TASKS = {
     "list": make_word_task(
-        "brainstorming",
-        "",
-        "",
-        FACTS,
-        [ANIMALS] * 3,
-        NOT_ANIMALS,
-        word_budget=7,
+        "brainstorming", "", "", FACTS, [ANIMALS] * 3, NOT_ANIMALS, word_budget=7
     ),
     "list, not cat": make_word_task(
         "brainstorming",

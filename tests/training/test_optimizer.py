@@ -165,17 +165,9 @@ def test_gradients_that_are_not_finite_change_nothing(value, clip_norm):
 
 PEAK = F(1, 100)
 # PPO (paper, C.4).
-CONSTANT = {
-    "schedule": "constant",
-    "warmup_steps": 10,
-    "warmup_from": 0.1,
-}
+CONSTANT = {"schedule": "constant", "warmup_steps": 10, "warmup_from": 0.1}
 # SFT and RM (paper, C.1, C.2).
-COSINE = {
-    "schedule": "cosine",
-    "warmup_steps": 0,
-    "final_fraction": 0.1,
-}
+COSINE = {"schedule": "cosine", "warmup_steps": 0, "final_fraction": 0.1}
 LINEAR = {
     "schedule": "linear",
     "warmup_steps": 4,
