@@ -69,7 +69,7 @@ def old_run(tmp_path) -> Path:
     """A finished SFT run whose manifest has the old names."""
     model = Transformer(MODEL, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(model)
-    workdir = stages.fabricated(tmp_path / "sft", MODEL, params, "bytes")
+    workdir = stages.write_finished_run(tmp_path / "sft", MODEL, params, "bytes")
     save_tokenizer(TOKENIZER, str(workdir / "tokenizer.json"))
     data = {"demonstrations": ["d.jsonl.gz"], "text": []}
     make_old(workdir, config={"stage": "supervised", "data": data})

@@ -243,7 +243,7 @@ def task_folder(tmp_path, monkeypatch):
 def test_the_command_runs_local_tasks(task_folder, tmp_path, network):
     workdir = tmp_path / "tiny"
     output = tmp_path / "results.json"
-    stages.fabricated(workdir, CONFIG, network[1], "bytes")
+    stages.write_finished_run(workdir, CONFIG, network[1], "bytes")
     save_tokenizer(BYTES, str(workdir / "tokenizer.json"))
 
     def run(*arguments):

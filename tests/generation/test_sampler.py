@@ -353,7 +353,7 @@ def test_the_decoding_dtype_sets_the_rounding(policy):
         model = Transformer(policy.config, compute(decoding_dtype=dtype), "tokens")
         sample = partial(generate, model, length=LENGTH, temperature=1.0, eos_id=EOS)
         rounded = jax.jit(sample)(policy.params, prompts, keys)
-        # While all tokens so far agree, the distributions agree but for rounding.
+        # As long as all previous tokens agree, the distributions agree up to rounding.
         same = np.cumprod(rounded.responses == exact.responses, axis=1).astype(
             bool
         ) & np.asarray(exact.mask)

@@ -322,7 +322,7 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     model = Transformer(config, tiny_models.compute(), "scalar")
     params = tiny_models.random_params(model)
     params["scalar_head"]["bias"] = jnp.float32(0.77)
-    run = stages.fabricated(tmp_path / "run", config, params, str(tmp_path))
+    run = stages.write_finished_run(tmp_path / "run", config, params, str(tmp_path))
     manifest = json.loads((run / "manifest.json").read_text()) | {
         "stage": "reward_model",
         "head": "scalar",

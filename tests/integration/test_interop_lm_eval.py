@@ -86,7 +86,7 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
     config = make(vocab_size=257, max_length=64, head_dim=4)
     tokenizer = load_tokenizer("bytes")
     model = Transformer(config, tiny_models.compute(), "tokens")
-    run = stages.fabricated(
+    run = stages.write_finished_run(
         tmp_path / "run", config, tiny_models.random_params(model), "bytes"
     )
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))

@@ -284,7 +284,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
             chain, "sft", **{"parent": str(tmp_path / "straight"), "lora.rank": 0}
         )
         stages.assert_trees_equal(
-            stages.started(child, tmp_path / "child").params, jax.device_get(found)
+            stages.initial_state(child, tmp_path / "child").params, jax.device_get(found)
         )
 
 
@@ -315,7 +315,7 @@ def stored_shapes(workdir):
 )
 def test_invalid_values_are_refused(chain, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        stages.started(config_of(chain, "sft", **changes), tmp_path / "run")
+        stages.initial_state(config_of(chain, "sft", **changes), tmp_path / "run")
 
 
 def test_adapters_are_the_same_on_eight_devices(chain):

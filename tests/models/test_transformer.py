@@ -310,8 +310,8 @@ def test_more_layers_than_one_scan_step_unrolls():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_remat_recomputes_only_what_its_policy_allows(family):
-    """ "none" recomputes no matmul, "dots" those of two activations (attention scores,
-    weighted sums), "full" all matmuls of a layer."""
+    """The policy "none" recomputes no matmul, "dots" those of two activations (attention
+    scores, weighted sums), "full" all matmuls of a layer."""
     config = FAMILIES[family]
     params = random_params(Transformer(config, compute(), "tokens"))
     none, dots, full = (

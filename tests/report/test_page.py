@@ -1,4 +1,4 @@
-"""The page: it needs nothing else, escapes all text, and is reproducible."""
+"""The report page: it is self-contained, escapes all text, and is reproducible."""
 
 import dataclasses
 import html.parser

@@ -1,4 +1,4 @@
-"""Reading of logs: what they contain, and one-line errors for logs that cannot be used."""
+"""Reading logs: their contents, and one-line errors for unusable logs."""
 
 import math
 

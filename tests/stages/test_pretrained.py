@@ -115,14 +115,14 @@ def test_stages_start_from_an_import(imported, chain, tmp_path):
         }
     for name, values in configs.items():
         values["data"]["folder"] = str(tmp_path / "rows")
-        state = stages.started(values, tmp_path / name)
+        state = stages.initial_state(values, tmp_path / name)
         trunk = {leaf: x for leaf, x in state.params.items() if leaf != "scalar_head"}
         jax.tree.map(np.testing.assert_array_equal, trunk, params)
         assert ("scalar_head" in state.params) == (name == "reward")
     other = configs["sft"] | {"model": {**changes["model"], "vocab_size": 512}}
     other["tokenizer"] = str(chain / "world" / "tokenizer.json")
     with pytest.raises(ValueError, match="token ids would mean other text"):
-        stages.started(other, tmp_path / "other")
+        stages.initial_state(other, tmp_path / "other")
 
 
 def test_exports_read_back_equal(chain, tmp_path):

@@ -223,7 +223,7 @@ def prepared_comparisons(chain):
 
 def test_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     wide = {"model.embed_dim": 256, "model.num_layers": 1}
-    state = stages.started(stages.config_of(chain, "reward", {}), tmp_path / "run")
+    state = stages.initial_state(stages.config_of(chain, "reward", {}), tmp_path / "run")
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
     parent = load_params(
@@ -236,7 +236,7 @@ def test_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     assert state.params["scalar_head"]["bias"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     # N(0, 1 / (width + 1)), at a width large enough to measure it
-    fresh = stages.started(
+    fresh = stages.initial_state(
         stages.config_of(chain, "reward", {**wide, "parent": ""}), tmp_path / "wide"
     )
     kernel = fresh.params["scalar_head"]["kernel"]
@@ -281,9 +281,9 @@ def test_an_untied_unembedding_is_dropped(chain, tmp_path):
     params = tiny_models.random_params(policy)
     assert params["head"]["kernel"].shape == (512, 32)
     config["parent"] = str(
-        stages.fabricated(tmp_path / "parent", model, params, config["tokenizer"])
+        stages.write_finished_run(tmp_path / "parent", model, params, config["tokenizer"])
     )
-    state = stages.started(config, tmp_path / "run")
+    state = stages.initial_state(config, tmp_path / "run")
     assert state.params["scalar_head"]["kernel"].shape == (32,)
     np.testing.assert_array_equal(state.params["embedding"], params["embedding"])
 

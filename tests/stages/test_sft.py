@@ -81,7 +81,7 @@ def test_the_first_step_starts_from_the_parent(chain):
 
 def test_the_first_row_of_demonstrations_is_shown(chain, tmp_path, capsys):
     for name, shown in (("sft", 1), ("pretrain", 0)):
-        stages.started(stages.config_of(chain, name, {}), tmp_path / name)
+        stages.initial_state(stages.config_of(chain, name, {}), tmp_path / name)
         out = capsys.readouterr().out
         assert (out.count("first batch, row 1 of "), "⟨end⟩" in out) == (shown, bool(shown))
         assert "\x1b" not in out  # no colors, because the output is not a terminal
@@ -132,8 +132,10 @@ def test_epochs_count_only_demonstrations(chain):
 
 
 def test_a_fresh_start_uses_the_init_key_of_the_seed(chain, tmp_path):
-    one = stages.started(stages.config_of(chain, "pretrain", {"seed": 1}), tmp_path / "one")
-    other = stages.started(
+    one = stages.initial_state(
+        stages.config_of(chain, "pretrain", {"seed": 1}), tmp_path / "one"
+    )
+    other = stages.initial_state(
         stages.config_of(chain, "pretrain", {"seed": 2}), tmp_path / "other"
     )
     assert one.step == 0

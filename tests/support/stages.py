@@ -108,16 +108,18 @@ class Stopped(Exception):
     """Raised on purpose to stop a run before its first step."""
 
 
-def started(config: dict[str, Any], workdir: Path) -> Any:
-    """The state that a run starts from, without training."""
+def initial_state(config: dict[str, Any], workdir: Path) -> Any:
+    """The state that a run starts from; trains nothing."""
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
         watch = Watch(monkeypatch, enter=False)
         experiment.run_stage(config, workdir)
     return watch.first
 
 
-def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str) -> Path:
-    """A finished supervised run with these parameters, written without any training."""
+def write_finished_run(
+    workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str
+) -> Path:
+    """Writes a finished supervised run with these parameters, without training it."""
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )

@@ -69,11 +69,11 @@ def other_params(head: str, seed: int = 5):
     return tiny_models.random_params(model, seed)
 
 
-def with_microbatch_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
-    """PROGRAM with microbatches of `rows` packed rows and `halvings` tail splits."""
+def with_microbatch_rows(rows: int, splits: int = 0) -> algorithm.PpoProgram:
+    """PROGRAM with microbatches of `rows` packed rows and `splits` tail splits."""
     policy, value_model = (
         dataclasses.replace(
-            model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings)
+            model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=splits)
         )
         for model in (PROGRAM.policy, PROGRAM.value_model)
     )
@@ -374,15 +374,15 @@ def test_clipped_tokens_have_no_gradient():
     assert metrics["clipped_fraction"] == 1
 
 
-@pytest.mark.parametrize(("rows", "halvings"), [(1, 0), (1, 1), (4, 3)])
-def test_accumulated_gradients_equal_those_of_the_whole_minibatch(rows, halvings):
+@pytest.mark.parametrize(("rows", "splits"), [(1, 0), (1, 1), (4, 3)])
+def test_accumulated_gradients_equal_those_of_the_whole_minibatch(rows, splits):
     _, experience, judged, _ = score_rollouts()
     counts = np.asarray(judged.rollouts.mask).sum(axis=1)
     assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # microbatches of different sizes
     # With four microbatches, one has text with many trained tokens and one has none.
     whole, metrics = update_gradients(PROGRAM, experience, TEXT)
     parts, parts_metrics = update_gradients(
-        with_microbatch_rows(rows, halvings), experience, TEXT
+        with_microbatch_rows(rows, splits), experience, TEXT
     )
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
     # Microbatches have no unused rows.

@@ -255,7 +255,7 @@ def test_every_value_of_the_config_reaches_its_place(chain):
 
 
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
-    state = stages.started(stages.config_of(chain, "ppo-ptx", {}), tmp_path / "run")
+    state = stages.initial_state(stages.config_of(chain, "ppo-ptx", {}), tmp_path / "run")
     abstract = abstract_ppo_state(ppo_parts(chain)[1])
     policy = jax.device_get(load_params(chain / "sft", abstract.policy.params))
     reward = jax.device_get(load_params(chain / "reward", abstract.value.params))
