@@ -122,7 +122,7 @@ def test_a_dry_run_reads_nothing():
 
 
 TOY = '''
-"""Two worlds, the second made of another seed."""
+"""Two worlds with different seeds."""
 
 from instructax.experiment import RunSpec
 from instructax.runtime.metric_log import read_summary

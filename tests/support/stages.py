@@ -54,11 +54,10 @@ def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The config of the chain's run `name` with `overrides`. Data and parents are those of
     the chain."""
-    run = next(
-        run
-        for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
-        if run.name == name
-    )
+    runs = {
+        run.name: run for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
+    }
+    run = runs[name]
     return experiment.load_config(RunSpec(name, run.config, {**run.overrides, **overrides}))
 
 
@@ -298,28 +297,30 @@ def copy_of(tree: Any) -> Any:
 
 def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, loss_mask) of each document in packed rows."""
-    tokens, segments, loss_mask = (
-        np.asarray(x) for x in (batch.tokens, batch.segments, batch.loss_mask)
-    )
-    return [
-        (tokens[row, segments[row] == number], loss_mask[row, segments[row] == number])
-        for row in range(len(tokens))
-        for number in range(1, segments[row].max() + 1)
-    ]
+    tokens = np.asarray(batch.tokens)
+    segments = np.asarray(batch.segments)
+    loss_mask = np.asarray(batch.loss_mask)
+    documents = []
+    for row in range(len(tokens)):
+        # Segment 0 is padding.
+        for number in range(1, segments[row].max() + 1):
+            own = segments[row] == number
+            documents.append((tokens[row, own], loss_mask[row, own]))
+    return documents
 
 
 def responses_of(rollouts: Rollouts) -> list[np.ndarray]:
     """Prompt and response of each row as one document."""
-    prompts = rollouts.prompts
-    responses = rollouts.responses
-    rows = zip(
-        *(np.asarray(x) for x in (prompts.tokens, prompts.mask, responses, rollouts.mask)),
-        strict=True,
-    )
-    return [
-        np.concatenate([prompt[real], response[mask]])
-        for prompt, real, response, mask in rows
-    ]
+    prompts = np.asarray(rollouts.prompts.tokens)
+    prompt_mask = np.asarray(rollouts.prompts.mask)
+    responses = np.asarray(rollouts.responses)
+    response_mask = np.asarray(rollouts.mask)
+    documents = []
+    for row in range(len(prompts)):
+        prompt = prompts[row][prompt_mask[row]]
+        response = responses[row][response_mask[row]]
+        documents.append(np.concatenate([prompt, response]))
+    return documents
 
 
 def comparison_documents(batch: Comparisons, prompt: int) -> list[np.ndarray]:
@@ -385,10 +386,9 @@ def plain_outputs(
     )
     for row, document in enumerate(documents):
         tokens[row, : len(document)] = document
-    blocks = [
-        _outputs(model, params, tokens[start : start + BLOCK])
-        for start in range(0, len(tokens), BLOCK)
-    ]
+    blocks = []
+    for start in range(0, len(tokens), BLOCK):
+        blocks.append(_outputs(model, params, tokens[start : start + BLOCK]))
     return np.concatenate(blocks).astype(np.float64)[: len(documents)]
 
 
@@ -404,10 +404,12 @@ def plain_logprobs(
     """
     logits = plain_outputs(model, params, documents) / temperature
     logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-    return [
-        np.array([0.0, *(logprobs[row, t, token] for t, token in enumerate(document[1:]))])
-        for row, document in enumerate(documents)
-    ]
+    found = []
+    for row, document in enumerate(documents):
+        # The logits at position t predict the token at t + 1.
+        predicted = [logprobs[row, t, token] for t, token in enumerate(document[1:])]
+        found.append(np.array([0.0, *predicted]))
+    return found
 
 
 def plain_scores(
