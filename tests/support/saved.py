@@ -39,12 +39,10 @@ def on_devices(tree, count):
     )
 
     def layout(leaf):
-        spec = PartitionSpec(
-            *(
-                "rows" if size == 8 and i == leaf.ndim - 1 else None
-                for i, size in enumerate(leaf.shape)
-            )
-        )
+        axes = [None] * leaf.ndim
+        if leaf.shape[-1:] == (8,):
+            axes[-1] = "rows"
+        spec = PartitionSpec(*axes)
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
         )
