@@ -145,20 +145,16 @@ def test_every_package_states_its_purpose():
 
 
 def test_packages_import_only_lower_packages():
-    found = [
-        line
-        for path, source in FILES.items()
-        for line in upward_imports(package_of(module_name(path)), source)
-    ]
+    found = []
+    for path, source in FILES.items():
+        found += upward_imports(package_of(module_name(path)), source)
     assert found == []
 
 
 def test_libraries_stay_in_their_package():
-    found = [
-        line
-        for path, source in FILES.items()
-        for line in stray_libraries(package_of(module_name(path)), source)
-    ]
+    found = []
+    for path, source in FILES.items():
+        found += stray_libraries(package_of(module_name(path)), source)
     assert found == []
 
 

@@ -46,15 +46,13 @@ def log_likelihoods(model: Any, folder: Any) -> dict[str, list[float]]:
     samples = lm_eval.simple_evaluate(
         model, tasks=names, task_manager=manager, log_samples=True
     )["samples"]
-    return {
-        name: [
-            float(np.ravel(answer)[0])
-            for sample in sorted(samples[name], key=lambda sample: sample["doc_id"])
-            for answers in sample["resps"]
-            for answer in answers
-        ]
-        for name in names
-    }
+    found: dict[str, list[float]] = {}
+    for name in names:
+        found[name] = []
+        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"]):
+            for answers in sample["resps"]:
+                found[name] += [float(np.ravel(answer)[0]) for answer in answers]
+    return found
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])

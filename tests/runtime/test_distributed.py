@@ -96,11 +96,11 @@ def test_two_processes_give_the_results_of_one(chain, tmp_path):
         assert {name: two[name] for name in metrics.keys() - gaps} == pytest.approx(
             {name: metrics[name] for name in metrics.keys() - gaps}, rel=1e-3, abs=1e-5
         )
-    texts = [
-        [(s["step"], s["prompt"], s["response"]) for s in read_samples(run)]
-        for run in (chain / "ppo-ptx", workdir)
-    ]
-    assert texts[0] == texts[1]
+    for one, two in zip(
+        read_samples(chain / "ppo-ptx"), read_samples(workdir), strict=True
+    ):
+        for name in ("step", "prompt", "response"):
+            assert one[name] == two[name]
 
 
 @pytest.mark.parametrize(

@@ -231,13 +231,15 @@ def test_a_resumed_run_differs_only_in_times(tmp_path):
             with open_log(tmp_path / name, start_step=start, log_every=2) as log:
                 for step in range(start + 1, stop + 1):
                     log.record(step, {"loss": jnp.sin(jnp.float32(step)), "tokens": 7})
-    whole, resumed = (
-        [
-            {k: v for k, v in line.items() if not k.startswith("time/")}
-            for line in read(tmp_path / n / "metrics.jsonl")
-        ]
-        for n in ("whole", "resumed")
-    )
+
+    def lines_without_times(name):
+        lines = []
+        for line in read(tmp_path / name / "metrics.jsonl"):
+            lines.append({k: v for k, v in line.items() if not k.startswith("time/")})
+        return lines
+
+    whole = lines_without_times("whole")
+    resumed = lines_without_times("resumed")
     assert (
         whole == resumed and len(whole) == 6 and set(whole[0]) == {"step", "loss", "tokens"}
     )

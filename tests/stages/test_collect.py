@@ -104,11 +104,9 @@ def test_another_round_on_the_same_prompts_samples_other_answers(chain, tmp_path
     ours = records_of(chain / "collect" / "comparisons.jsonl.gz")
     assert run_stage(stages.config_of(chain, "collect", {"round": 2}), tmp_path / "next")
     theirs = records_of(tmp_path / "next" / "comparisons.jsonl.gz")
-    answers = [
-        {(a["prompt"], text) for a in records for text in a["completions"]}
-        for records in (ours, theirs)
-    ]
-    assert len(answers[0] & answers[1]) < 0.2 * len(answers[0])
+    our_answers = {(a["prompt"], text) for a in ours for text in a["completions"]}
+    their_answers = {(a["prompt"], text) for a in theirs for text in a["completions"]}
+    assert len(our_answers & their_answers) < 0.2 * len(our_answers)
 
 
 @pytest.mark.parametrize(

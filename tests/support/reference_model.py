@@ -64,9 +64,9 @@ def attention(
 ) -> list[np.ndarray]:
     """Each position attends to itself and earlier ones; `num_heads / num_kv_heads` adjacent
     heads share a key."""
-    queries, keys, values = (
-        [linear(row, parameters[name]) for row in x] for name in ("query", "key", "value")
-    )
+    queries = [linear(row, parameters["query"]) for row in x]
+    keys = [linear(row, parameters["key"]) for row in x]
+    values = [linear(row, parameters["value"]) for row in x]
     if config.qk_norm:
         queries = [
             np.array([norm(head, parameters["query_norm"], config) for head in row])

@@ -46,12 +46,8 @@ def sample_tasks(count: int, seed: int = 0) -> list[Task]:
 
 ANIMALS = word_set(CATEGORIES["animal"])
 # The words of all other categories.
-NOT_ANIMALS = frozenset(
-    word.lower()
-    for category, words in CATEGORIES.items()
-    if category != "animal"
-    for word in words
-)
+OTHER_CATEGORIES = [words for name, words in CATEGORIES.items() if name != "animal"]
+NOT_ANIMALS = frozenset(word.lower() for words in OTHER_CATEGORIES for word in words)
 
 # The judge reads the prompt only in closed-domain tasks, and never the ideal response.
 HAND_TASKS = {

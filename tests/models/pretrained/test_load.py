@@ -126,10 +126,9 @@ def test_llama_grouped_heads():
 
 def test_a_planted_layout_fault_is_detected():
     tensor = np.arange(36.0).reshape(12, 3)
-    right, wrong = (
-        TensorSpec("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV))
-        for layout in ("H*3*d D", "3*H*d D")
-    )
+    names = tuple(f"attention/{x}/kernel" for x in weight_maps.QKV)
+    right = TensorSpec("x", "H*3*d D", names)
+    wrong = TensorSpec("x", "3*H*d D", names)
     assert (
         split_tensor(tensor, right, TWO_HEADS)[1].tolist()
         != split_tensor(tensor, wrong, TWO_HEADS)[1].tolist()
