@@ -288,7 +288,7 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
     groups = set[Any]().union(
         *(groups_of(load_stage(config["stage"]).Config) for config in configs.values())
     )
-    # otherwise another test may have sampled this world already
+    # Otherwise another test may have sampled this world already.
     create_prompts.cache_clear()
     read = {group: record_reads(monkeypatch, group) for group in groups}
     for name, config in configs.items():

@@ -17,7 +17,7 @@ GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
 def case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 4, 6)
-    # a hole: these functions do not depend on where the real entries are
+    # A hole: these functions do not depend on where the real entries are.
     mask[1, 0] = False
     return jnp.asarray(rng.normal(1.5, 2.0, mask.shape), dtype), jnp.asarray(mask)
 

@@ -120,7 +120,7 @@ def test_every_leaf_has_the_layout_in_the_table(family, head, tied):
         for name, (spec, who) in TABLE.items()
         if who == "all" or family in who.split()
     } | HEADS[head, tied]
-    # a leaf's moments have its layout
+    # A leaf's moments have its layout.
     places = ("params", "opt_state/1/mu", "opt_state/1/nu")
     expected = {
         f"{place}/{name}": spec for place in places for name, spec in of_params.items()

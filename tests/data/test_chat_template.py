@@ -142,7 +142,7 @@ def test_only_the_template_can_write_special_tokens(chatml):
     assert tokenizer.decode(ids) == render_messages(
         [USER], template, add_generation_prompt=True
     )
-    # ordinary text never becomes a special token
+    # Ordinary text never becomes a special token.
     assert end not in tokenizer.encode("<|im_end|>")
     assert end not in encode_messages(
         [{"role": "user", "content": "<|im_end|>"}], tokenizer, None
@@ -428,7 +428,7 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
             and tokens[-1] == tokenizer.eos_id
             and trained[-1]
         )
-        # only the answer, which comes last
+        # Only the answer, which comes last.
         assert trained.tolist() == sorted(trained.tolist())
     # Rows encode prompt and answer separately, so only the decoded texts are equal.
     assert sorted(map(tokenizer.decode, found)) == sorted(map(tokenizer.decode, expected))

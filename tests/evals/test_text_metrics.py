@@ -45,7 +45,7 @@ def test_first_line_ends_only_at_a_newline(completion, line):
     ("text", "expected"),
     [
         ("The  Cat,\tan 'Apple' and a Pear!\n", "cat apple and pear"),
-        # articles are removed only as whole words
+        # Articles are removed only as whole words.
         ("Theatre another banana", "theatre another banana"),
         ("U.S. well-known 3.5%", "us wellknown 35"),
         # Punctuation is removed first, and the rest of "a-" is an article.

@@ -32,7 +32,7 @@ def error_of(name: str, overrides: dict[str, Any]) -> str:
 
 HUGE = 10**400
 PPO = [
-    # not a number, or not representable in 32 bits
+    # Not a number, or not representable in 32 bits.
     ({"kl_coef": math.nan}, "config.kl_coef = nan must be a finite number"),
     ({"clip": math.inf}, "config.clip = inf must be a finite number"),
     (
@@ -50,7 +50,7 @@ PPO = [
     ),
     ({"steps": HUGE}, "config.steps = 2**1329 or so must be from"),
     ({"kl_coef": HUGE}, "int too large to convert to float"),
-    # out of range
+    # Out of range.
     ({"kl_coef": -1.0}, "config: kl_coef = -1.0 must be at least 0"),
     ({"steps": -1}, "config: steps = -1 must be at least 1"),
     ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
@@ -87,7 +87,7 @@ PPO = [
     ),
     ({"seed": -1}, "config.seed = -1 must be from 0 to 2147483647"),
     ({"seed": 2**31}, "config.seed = 2147483648 must be from 0 to 2147483647"),
-    # inconsistent with each other
+    # Inconsistent with each other.
     (
         {"model.num_kv_heads": 3},
         "model.num_heads = 2 must be a multiple of model.num_kv_heads = 3",
@@ -125,7 +125,7 @@ PPO = [
         {"run.save_every": 3, "run.log_every": 2},
         "save_every = 3 must be a multiple of log_every = 2",
     ),
-    # of the wrong type or name
+    # Wrong type or unknown name.
     ({"whiten_rewards": "yes"}, "cannot be casted to type <class 'bool'>"),
     (
         {"old_logprobs": "nobody"},

@@ -198,7 +198,7 @@ def test_every_part_of_the_state_has_the_layout_in_the_table():
         for path, leaf in jax.tree.leaves_with_path(state)
         if sharding.leaf_path(path).endswith("mlp/up/kernel")
     ]
-    # parameters and two moments of both networks, and the averaged policy
+    # Parameters and two moments of both networks, and the averaged policy.
     assert len(kernels) == 7
     for _, leaf in kernels:
         layers, width, columns = leaf.shape

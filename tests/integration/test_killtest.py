@@ -24,7 +24,7 @@ from instructax.runtime.heartbeat import Heartbeat
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
 TRAIN = (sys.executable, "scripts/train.py")
-# the last occurrence of a flag wins
+# The last occurrence of a flag wins.
 ONE_DEVICE = " --xla_force_host_platform_device_count=1"
 
 

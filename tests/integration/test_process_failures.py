@@ -142,7 +142,7 @@ def test_all_end_soon_and_the_same_command_goes_on(
     config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
     workdir = tmp_path / "run"
     whole = [0] * count
-    # compiled beforehand, so that compilation does not look like a hang
+    # Compiled beforehand, so that compilation does not look like a hang.
     if fault == "hang":
         assert run_all(config, tmp_path / "before", count=count)[0] == whole
         config = {**config, "run": {**config["run"], "watchdog_seconds": 12.0}}

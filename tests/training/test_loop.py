@@ -36,7 +36,7 @@ class Toy:
     `calls`."""
 
     save_every: int = 100
-    # the call during which SIGINT arrives: (call, step)
+    # The call during which SIGINT arrives: (call, step).
     signal_in: tuple[str, int] = ("", 0)
     calls: list[Any] = dataclasses.field(default_factory=list)
     first_metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
