@@ -103,7 +103,7 @@ def test_a_step_without_hashes_is_loaded_and_hashed(tmp_path, caplog):
     assert open_checkpoints(tmp_path).restore(abstract)[1] == 1
 
 
-def half_written(root):
+def plant_half_written(root):
     shutil.copytree(root / "2", root / "7")
     empty_data(root / "7")
 
@@ -145,7 +145,7 @@ WRONG = [
     '["a"]',
 ]
 WRONG += ['{"metric": "x"}', '{"best_metric": 3}', '{"unevaluated": 4}']
-PLANTED = [half_written, foreign, garbled_record, truncated, *map(record_with, WRONG)]
+PLANTED = [plant_half_written, foreign, garbled_record, truncated, *map(record_with, WRONG)]
 
 
 @pytest.mark.parametrize("plant", PLANTED)

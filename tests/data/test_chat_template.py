@@ -393,7 +393,7 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
         )
     chat_format = chat_prompt_format(template, tokenizer)
 
-    def prepared(prepare_kind, name, prompt_format=chat_format):
+    def prepare_rows(prepare_kind, name, prompt_format=chat_format):
         return prepare_kind(
             [tmp_path / f"{name}.jsonl"],
             tokenizer,
@@ -402,7 +402,7 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
             prompt_format,
         )
 
-    result = prepared(prepare.prepare_demonstrations, "d")
+    result = prepare_rows(prepare.prepare_demonstrations, "d")
     assert result.report.dropped["reserved"] == 1 and result.report.kept["train"] == 2
     conversations = [
         [USER, ANSWER],
@@ -433,8 +433,8 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
     # Rows encode prompt and answer separately, so only the decoded texts are equal.
     assert sorted(map(tokenizer.decode, found)) == sorted(map(tokenizer.decode, expected))
 
-    judged = prepared(prepare.prepare_comparisons, "c").sources["train"]
-    prompt_rows = prepared(prepare.prepare_prompts, "p").sources["train"]
+    judged = prepare_rows(prepare.prepare_comparisons, "c").sources["train"]
+    prompt_rows = prepare_rows(prepare.prepare_prompts, "p").sources["train"]
     prompts = sorted(
         row["prompt"].tolist() for row in judged.__getitems__(range(len(judged)))
     )
@@ -442,10 +442,10 @@ def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
         row["tokens"].tolist() for row in prompt_rows.__getitems__(range(len(prompt_rows)))
     )
     assert encode_messages([USER], tokenizer, template).tolist() in prompts
-    plain = prepared(prepare.prepare_prompts, "p", PLAIN_FORMAT)
+    plain = prepare_rows(prepare.prepare_prompts, "p", PLAIN_FORMAT)
     assert (
         plain.report.kept["train"] == 3
-        and plain.report.hash != prepared(prepare.prepare_prompts, "p").report.hash
+        and plain.report.hash != prepare_rows(prepare.prepare_prompts, "p").report.hash
     )
 
 

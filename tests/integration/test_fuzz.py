@@ -87,7 +87,7 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
+def result_or_refusal(kind: type[Exception], call: Callable[[], Any]) -> Any:
     """The result of `call`, or None if it refuses in one line with an error of exactly this
     kind. Other errors pass through."""
     with within(SECONDS):
@@ -155,7 +155,7 @@ JSON = st.recursive(
 )
 
 
-def dumped(value: Any) -> bytes:
+def dump(value: Any) -> bytes:
     with contextlib.suppress(ValueError):  # integers of thousands of digits
         return json.dumps(value).encode()
     return b"1" * 5000
@@ -174,7 +174,7 @@ def lines(draw: Any) -> tuple[Any, bytes]:
                     st.sampled_from([*record, "meta", "extra", ""]), JSON, max_size=2
                 )
             )
-        line = dumped(record)
+        line = dump(record)
         if draw(st.booleans()):
             place = draw(st.integers(0, len(line)))
             line = (
@@ -191,7 +191,7 @@ def lines(draw: Any) -> tuple[Any, bytes]:
 def json_lines(given_: tuple[Any, bytes]) -> None:
     cls, content = given_
     PATH.write_bytes(content)
-    for record in refused(DataError, lambda: list(read_jsonl([PATH], cls))) or ():
+    for record in result_or_refusal(DataError, lambda: list(read_jsonl([PATH], cls))) or ():
         assert all(text.strip() and text.encode() for text in filters.record_texts(record))
 
 
@@ -202,14 +202,14 @@ def damaged_gzip(given_: tuple[Any, bytes], place: int, byte: int, cut: int) -> 
     packed[place % len(packed)] = byte
     path = PATH.with_suffix(".gz")
     path.write_bytes(packed[: cut or None])
-    refused(DataError, lambda: list(read_jsonl([path], cls)))
+    result_or_refusal(DataError, lambda: list(read_jsonl([path], cls)))
 
 
 @for_all(st.binary(max_size=300))
 def any_bytes(content: bytes) -> None:
     PATH.write_bytes(content)
     for cls in RECORDS:
-        refused(DataError, lambda cls=cls: list(read_jsonl([PATH], cls)))
+        result_or_refusal(DataError, lambda cls=cls: list(read_jsonl([PATH], cls)))
     rewind(PATH, 3)
     for line in PATH.read_text().split("\n")[:-1]:
         assert float(json.loads(line)["step"]) <= 3
@@ -244,8 +244,8 @@ def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
         "ranks": ranks,
         "pairs": pairs,
     }
-    PATH.write_bytes(dumped(record))
-    found = refused(DataError, lambda: list(read_jsonl([PATH], Comparison)))
+    PATH.write_bytes(dump(record))
+    found = result_or_refusal(DataError, lambda: list(read_jsonl([PATH], Comparison)))
     if not found:
         return
     (comparison,) = found
@@ -280,7 +280,7 @@ VALUES = st.one_of(
 )
 
 
-def tiny(name: str) -> dict[str, Any]:
+def tiny_config(name: str) -> dict[str, Any]:
     return load_config(RunSpec(name, str(ROOT / "configs" / f"{name}.py:tiny"), {}))
 
 
@@ -297,10 +297,10 @@ BASES: dict[str, dict[str, Any]] = {}
 
 
 @st.composite
-def changed(draw: Any) -> dict[str, Any]:
+def changed_configs(draw: Any) -> dict[str, Any]:
     """A stage's config with a few values replaced, missing or added."""
     name = draw(st.sampled_from(CONFIGS))
-    base = BASES.setdefault(name, tiny(name))
+    base = BASES.setdefault(name, tiny_config(name))
     config = json.loads(json.dumps(base))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(names_of(base)))
@@ -329,7 +329,7 @@ def numbers_of(value: Any) -> Iterator[float]:
             yield from numbers_of(getattr(value, name))
 
 
-@for_all(changed())
+@for_all(changed_configs())
 def config_values(config: dict[str, Any]) -> None:
     def build() -> Any:
         built = build_config(config)
@@ -337,7 +337,7 @@ def config_values(config: dict[str, Any]) -> None:
         load_stage(built.stage).validate(built, mesh)
         return built
 
-    built = refused(ConfigError, build)
+    built = result_or_refusal(ConfigError, build)
     if built is not None:
         assert all(
             math.isfinite(number) and abs(number) < 2.0**128 for number in numbers_of(built)
@@ -375,7 +375,7 @@ def command_lines(name: str, data: Any, text: str) -> None:
     """An override as typed: the config builds or is refused, or the exit code is 2 with one
     line."""
     assume("\0" not in text and text.isprintable())
-    base = BASES.setdefault(name, tiny(name))
+    base = BASES.setdefault(name, tiny_config(name))
     path = ".".join(data.draw(st.sampled_from(names_of(base))))
     values = flags.FlagValues()
     arguments = [
@@ -398,15 +398,15 @@ def command_lines(name: str, data: Any, text: str) -> None:
             assert written.startswith("error: ") and written.count("\n") == 1, written
             return
     config: Any = holder.value.to_dict()
-    refused(ConfigError, lambda: build_config(config))
+    result_or_refusal(ConfigError, lambda: build_config(config))
 
 
 @for_all(JSON)
 def manifests(content: Any) -> None:
     folder = PATH.with_suffix(".run")
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_bytes(dumped(content))
-    refused(ValueError, lambda: read_manifest(folder))
+    (folder / "manifest.json").write_bytes(dump(content))
+    result_or_refusal(ValueError, lambda: read_manifest(folder))
 
 
 # Tokenizers.
@@ -434,12 +434,12 @@ TOKENIZERS = [
 def tokens(text: str, ids: list[int]) -> None:
     for tokenizer in TOKENIZERS:
         valid = not any(0xD800 <= ord(char) < 0xE000 for char in text)
-        encoded = refused(ValueError, lambda t=tokenizer: t.encode(text))
+        encoded = result_or_refusal(ValueError, lambda t=tokenizer: t.encode(text))
         assert (encoded is not None) == valid
         if encoded is not None:
             assert tokenizer.eos_id not in encoded and tokenizer.decode(encoded) == text
             assert len(encoded) <= len(text.encode())
-        decoded = refused(ValueError, lambda t=tokenizer: t.decode(ids))
+        decoded = result_or_refusal(ValueError, lambda t=tokenizer: t.decode(ids))
         assert (decoded is not None) == all(0 <= index < tokenizer.size for index in ids)
 
 
@@ -454,8 +454,8 @@ def tokenizer_files(data: Any) -> None:
         if not isinstance(content.get("model"), dict):
             break
     path = PATH.with_suffix(".json")
-    path.write_bytes(dumped(content))
-    made = refused(ValueError, lambda: load_tokenizer(str(path)))
+    path.write_bytes(dump(content))
+    made = result_or_refusal(ValueError, lambda: load_tokenizer(str(path)))
     if made is not None:
         save_tokenizer(made, str(path))
         assert load_tokenizer(str(path)).hash == made.hash

@@ -28,7 +28,7 @@ TRAIN = (sys.executable, "scripts/train.py")
 ONE_DEVICE = " --xla_force_host_platform_device_count=1"
 
 
-def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answer"):
+def write_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answer"):
     """A finished PPO run, written without training."""
     state = make_ppo_state(seed)
     state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x * averaged, state.ema))
@@ -48,21 +48,21 @@ def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answ
 
 
 def test_differences_are_named(tmp_path):
-    straight = a_finished_run(tmp_path / "straight")
-    assert killtest.differences(a_finished_run(tmp_path / "same"), straight) == []
-    other = a_finished_run(
+    straight = write_finished_run(tmp_path / "straight")
+    assert killtest.differences(write_finished_run(tmp_path / "same"), straight) == []
+    other = write_finished_run(
         tmp_path / "other", averaged=2.0 + 2**-20, loss=0.25, sample="another"
     )
     assert killtest.differences(other, straight) == ["average", "metrics", "samples"]
-    moved = a_finished_run(tmp_path / "moved", seed=3.0)
+    moved = write_finished_run(tmp_path / "moved", seed=3.0)
     assert {"parameters", "optimizer", "counters"} <= set(
         killtest.differences(moved, straight)
     )
 
 
 def test_a_last_step_without_hashes_differs(tmp_path):
-    straight = a_finished_run(tmp_path / "straight")
-    same = a_finished_run(tmp_path / "same")
+    straight = write_finished_run(tmp_path / "straight")
+    same = write_finished_run(tmp_path / "same")
     (same / "checkpoints/1.sha256.json").unlink()
     assert killtest.differences(same, straight) == ["last step"]
     flip_bit(straight / "checkpoints/1")

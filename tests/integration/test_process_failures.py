@@ -132,14 +132,14 @@ FAULTS = [
     pytest.param("raise", 4, 3, {1}, marks=SLOW),
     pytest.param("hang", 4, 1, {-signal.SIGABRT}, marks=SLOW),
 ]
-KEEPING = {"run.log_every": 1, "run.save_every": 1, "run.evaluate_every": 0}
+SCHEDULE = {"run.log_every": 1, "run.save_every": 1, "run.evaluate_every": 0}
 
 
 @pytest.mark.parametrize(("fault", "count", "victim", "own"), FAULTS)
 def test_all_end_soon_and_the_same_command_goes_on(
     chain, tmp_path, fault, count, victim, own
 ):
-    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
+    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **SCHEDULE})
     workdir = tmp_path / "run"
     whole = [0] * count
     # Compiled beforehand, so that compilation does not look like a hang.
@@ -165,7 +165,7 @@ def test_all_end_soon_and_the_same_command_goes_on(
 def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(
     chain, tmp_path, fault, capfd
 ):
-    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
+    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **SCHEDULE})
     workdir = tmp_path / "run"
     assert run_all(config, workdir, count=1, victim=0, fault=fault, step=2)[0] == [2]
     errors = [
@@ -189,7 +189,7 @@ def lines_without_times(workdir):
 def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
     """The stop is longer than the watchdog's limit. The run before it has compiled
     everything."""
-    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
+    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **SCHEDULE})
     assert run_all(config, tmp_path / "before", count=1)[0] == [0]
     config = {**config, "run": {**config["run"], "watchdog_seconds": 8.0}}
     codes, seconds = run_all(

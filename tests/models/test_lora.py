@@ -50,7 +50,7 @@ STEPS = {
 }
 
 
-def adapted_params(model: Transformer, seed: int = 0):
+def random_lora_params(model: Transformer, seed: int = 0):
     """Random parameters with random, nonzero adapters."""
     params = add_lora(tiny_models.random_params(model), LORA, jax.random.key(seed))
     rng = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def test_new_adapters_leave_outputs_bitwise_unchanged(family, head):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_parameters_give_the_same_outputs(family):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), "tokens")
-    params = adapted_params(model)
+    params = random_lora_params(model)
     plain = merge_lora(params)
     found = outputs(model, params)
     assert names_of(plain) == names_of(tiny_models.random_params(model))
@@ -122,7 +122,7 @@ def test_merged_parameters_give_the_same_outputs(family):
 def test_trainable_selects_adapters_and_the_scalar_head():
     for head in ("tokens", "scalar"):
         model = Transformer(tiny_models.llama_config(), tiny_models.compute(), head)
-        params = adapted_params(model)
+        params = random_lora_params(model)
         names = names_of(trainable(params))
         assert {name for name in names if not name.endswith(("lora_a", "lora_b"))} == (
             {"scalar_head/kernel", "scalar_head/bias"} if head == "scalar" else set()
@@ -141,7 +141,7 @@ def test_gradients_equal_those_of_the_full_tree():
     """The adapters' gradients equal those of full training; nothing else has gradients."""
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens")
     rows = stages.packed_rows(3, 14)
-    params = adapted_params(model)
+    params = random_lora_params(model)
 
     def loss_of(logprobs, mask, _):
         return next_token_loss(logprobs, mask), {}
@@ -169,7 +169,7 @@ def test_gradients_equal_those_of_the_full_tree():
 
 def test_updates_and_averages_change_adapters_only():
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-    params = adapted_params(model)
+    params = random_lora_params(model)
     optimizer = make_optimizer(tiny_models.optimizer_config(clip_norm=1.0))
     state = new_state(params, optimizer)
     gradients = jax.tree.map(jnp.ones_like, trainable(params))
@@ -198,7 +198,7 @@ def test_samples_of_merged_weights_rescore_to_the_same_logprobs():
     model."""
     program = stages.ppo_program(stages.mesh_of())
     settings = stages.ppo_settings()
-    params = adapted_params(program.policy)
+    params = random_lora_params(program.policy)
     prompts = tiny_models.ragged_prompts((1, 4, 6, 2), columns=6)
     rollouts = algorithm.rollout(program, params, prompts, jnp.int32(0), settings)
     scored = token_logprobs(
@@ -321,7 +321,7 @@ def test_invalid_values_are_refused(chain, tmp_path, changes, message):
 def test_adapters_are_the_same_on_eight_devices(chain):
     """All leaves have a sharding, and the merged weights equal those on one device."""
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "tokens")
-    params = adapted_params(model)
+    params = random_lora_params(model)
     mesh = stages.mesh_of(2, 2, 2)
     spread = jax.device_put(params, sharding.shardings(params, mesh))
     stages.assert_trees_close(

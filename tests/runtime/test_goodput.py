@@ -44,7 +44,7 @@ def clock():
         yield fake
 
 
-def work(goodput_log, clock, *beats):
+def record_events(goodput_log, clock, *beats):
     """Records heartbeat events, each followed by a number of seconds."""
     for name, seconds in beats:
         goodput_log.beat(name)
@@ -54,9 +54,9 @@ def work(goodput_log, clock, *beats):
 def test_every_second_counts_once(tmp_path, clock):
     goodput_log = GoodputLog(tmp_path / "goodput.jsonl", writes=True)
     clock.now += 2
-    work(goodput_log, clock, ("restore", 3), ("start", 1))
+    record_events(goodput_log, clock, ("restore", 3), ("start", 1))
     goodput_log.begin(0)
-    work(
+    record_events(
         goodput_log,
         clock,
         ("update", 20),
@@ -64,7 +64,7 @@ def test_every_second_counts_once(tmp_path, clock):
         ("the end of update", 0),
         ("evaluate", 4),
     )
-    work(goodput_log, clock, ("the end of evaluate", 0.25))
+    record_events(goodput_log, clock, ("the end of evaluate", 0.25))
     goodput_log.beat("save")
     goodput_log.write(1)
     clock.now += 7

@@ -96,7 +96,7 @@ def test_gradient_matches_finite_differences():
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     direction = jax.tree.map(lambda x: x / optax.tree.norm(direction), direction)
-    ahead, behind = (
+    loss_ahead, loss_behind = (
         stages.plain_ranking(
             MODEL, jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), batch
         )[0]
@@ -106,7 +106,7 @@ def test_gradient_matches_finite_differences():
         float((g * d).sum())
         for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True)
     )
-    assert slope == pytest.approx((ahead - behind) / (2 * h), rel=2e-2, abs=1e-4)
+    assert slope == pytest.approx((loss_ahead - loss_behind) / (2 * h), rel=2e-2, abs=1e-4)
     assert float(metrics["grad_norm"]) == pytest.approx(
         float(optax.tree.norm(gradients)), rel=1e-5
     )
