@@ -1,7 +1,7 @@
-"""Settings of every test: eight fake devices, strict rank promotion, fast compilation.
+"""Settings of all tests: eight fake devices, strict rank promotion, fast compilation.
 
-The tests spend their time in the compiler, hardly in the programs. XLA therefore optimizes
-little, and processes share what they have compiled. To test with all optimizations, set
+Tests spend nearly all their time in the compiler. XLA therefore optimizes little, and
+processes share compiled programs. To test with all optimizations, set
 JAX_DISABLE_MOST_OPTIMIZATIONS=false.
 """
 
@@ -17,7 +17,7 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 def pytest_configure(config: pytest.Config) -> None:
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-    # XLA aborts on flags that it does not know: later versions may have removed this one.
+    # XLA aborts on unknown flags, and later versions may have removed this one.
     if version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-    # If set, this is a worker of pytest-xdist, or the user wants to keep the programs.
+    # If set, this is a pytest-xdist worker, or the user wants to keep the programs.
     if CACHE not in os.environ:
         os.environ[CACHE] = tempfile.mkdtemp(prefix="instructax-compiled-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ[CACHE], ignore_errors=True))
@@ -39,7 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the tests that need the fixture `chain` to the end, but one to the start.
+    """Moves the tests that need the fixture `chain` to the end, except for one at the
+    start.
 
     While one worker computes the chain, the others run the tests that do not need it.
     """

@@ -1,5 +1,5 @@
-"""Rewards with the KL penalty and generalized advantages: numbers by hand, references,
-identities, padding."""
+"""KL-penalized rewards and generalized advantages: worked examples, references, identities
+and padding."""
 
 import functools
 
@@ -13,22 +13,17 @@ from instructax import advantages
 
 SEEDS = range(6)
 GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
-SETTINGS = [
-    (1.0, 0.95),
-    (0.9, 0.5),
-    (1.0, 1.0),
-    (0.97, 0.0),
-    (0.0, 0.9),
-]  # (discount, lambda_)
+# (discount, lambda_)
+SETTINGS = [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0), (0.0, 0.9)]
 
 
 def reward_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
-    """scores, logprobs, ref_logprobs, mask; rows of random length, the last row empty."""
+    """scores, logprobs, ref_logprobs and mask; rows of random length, the last row
+    empty."""
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 5, 7)
-    mask[0, 2] = (
-        False  # a hole: the last real token is where the mask says, not where its count says
-    )
+    # A hole: the last real token is the last unmasked one, not the one at index count - 1.
+    mask[0, 2] = False
     scores = jnp.asarray(rng.normal(0.0, 2.0, 5), dtype)
     logprobs = jnp.asarray(-rng.exponential(1.5, mask.shape), dtype)
     ref_logprobs = jnp.asarray(-rng.exponential(1.5, mask.shape), dtype)
@@ -36,10 +31,10 @@ def reward_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
 
 
 def advantage_case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, ...]:
-    """rewards, values, mask; rows of random length, the last row empty."""
+    """rewards, values and mask; rows of random length, the last row empty."""
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 5, 7)
-    mask[0, 0] = False  # padding before a response too: nothing flows back into it
+    mask[0, 0] = False  # padding before the response too: no advantage flows back into it
     rewards, values = (jnp.asarray(rng.normal(size=mask.shape), dtype) for _ in range(2))
     return rewards, values, jnp.asarray(mask)
 
@@ -57,8 +52,8 @@ def test_rewards_by_hand():
     logprobs = jnp.array([[-1.0, -0.5, -2.0], [-0.3, -5.0, -5.0], [-5.0, -5.0, -5.0]])
     ref_logprobs = jnp.array([[-1.4, -0.2, -1.8], [-0.8, -1.0, -1.0], [-1.0, -1.0, -1.0]])
     mask = jnp.array([[True, True, True], [True, False, False], [False, False, False]])
-    # Log-ratios 0.4, -0.3, -0.2 and 0.5, times -0.1; 0.7 joins the third token, -1.3 the
-    # only one, 9.9 has no token.
+    # Log-ratios 0.4, -0.3, -0.2 and 0.5, times -0.1. The score 0.7 is added to the third
+    # token and -1.3 to the only one; the row with score 9.9 has no token.
     expected = [[-0.04, 0.03, 0.72], [-1.35, 0.0, 0.0], [0.0, 0.0, 0.0]]
     rewards = advantages.kl_penalized_rewards(
         scores, logprobs, ref_logprobs, mask, kl_coef=0.1
@@ -135,10 +130,8 @@ def test_advantages_equal_the_plain_reference(seed, dtype, discount, lambda_):
 @pytest.mark.parametrize("logprob_dtype", [jnp.float32, jnp.int32])
 def test_integers_truncate_no_reward(score_dtype, logprob_dtype):
     scores = jnp.array([0.7 if score_dtype == jnp.float32 else 2], score_dtype)
-    logprobs, ref_logprobs = (
-        jnp.array([[-1, -3]], logprob_dtype),
-        jnp.array([[-2, -2]], logprob_dtype),
-    )
+    logprobs = jnp.array([[-1, -3]], logprob_dtype)
+    ref_logprobs = jnp.array([[-2, -2]], logprob_dtype)
     rewards = advantages.kl_penalized_rewards(
         scores, logprobs, ref_logprobs, jnp.ones((1, 2), bool), kl_coef=0.25
     )
@@ -207,11 +200,10 @@ def test_a_reward_at_the_end_decays_geometrically():
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_masked_cells_do_not_matter(garbage):
+def test_masked_tokens_do_not_matter(garbage):
     scores, logprobs, ref_logprobs, mask = reward_case(2)
-    dirty_scores = jnp.where(
-        mask.any(axis=1), scores, garbage
-    )  # a row without a token has no score either
+    # A row without a token has no score either.
+    dirty_scores = jnp.where(mask.any(axis=1), scores, garbage)
     rewards = advantages.kl_penalized_rewards(
         scores, logprobs, ref_logprobs, mask, kl_coef=0.1
     )
@@ -235,7 +227,7 @@ def test_masked_cells_do_not_matter(garbage):
         np.testing.assert_array_equal(actual[~mask], 0.0)
 
 
-def test_jit_and_vmap_change_nothing():
+def test_jit_and_vmap_give_the_same_results():
     rewards_of = functools.partial(advantages.kl_penalized_rewards, *reward_case(3))
     coefs = jnp.array([0.0, 0.02, 0.5])
     expected = np.stack([rewards_of(kl_coef=float(coef)) for coef in coefs])

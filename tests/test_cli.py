@@ -1,4 +1,4 @@
-"""Exit codes and the one line that goes with them, in this process and of the commands
+"""Exit codes and one-line error messages, in this process and of the commands
 themselves."""
 
 import os
@@ -56,14 +56,18 @@ def broken_invariant():
         (
             lambda: read_summary(Path("/nowhere")),
             2,
-            "error: /nowhere is not a finished run: run the whole experiment, not its report alone\n",
+            "error: /nowhere is not a finished run: run the whole experiment, not "
+            "its report alone\n",
         ),
         (
             broken_invariant,
             3,
-            "invariant broken: at the first optimizer step the ratio differs from 1 by 0.5 (tolerance 0.1) and 0 "
-            "of the tokens are clipped: old_logprobs and the update disagree; check parameters, temperature, "
-            "dropout and dtype of the pass (or, with old_logprobs = 'sampled', the sampler) that produced them\n",
+            "invariant broken: at the first optimizer step the ratio differs from 1 "
+            "by 0.5 (tolerance 0.1) and 0 "
+            "of the tokens are clipped: old_logprobs and the update disagree; check "
+            "parameters, temperature, "
+            "dropout and dtype of the pass (or, with old_logprobs = 'sampled', the "
+            "sampler) that produced them\n",
         ),
         (
             raiser(Interrupted(7)),
@@ -84,7 +88,8 @@ def broken_invariant():
                 )
             ),
             2,
-            f"error: {cli.OUT_OF_MEMORY}: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n",
+            f"error: {cli.OUT_OF_MEMORY}: RESOURCE_EXHAUSTED: Out of memory "
+            f"allocating 9 bytes.\n",
         ),
         (
             raiser(PermissionError(13, "Permission denied", "/x")),
@@ -99,7 +104,7 @@ def test_exit_code_and_line(call, code, line, capsys):
     assert (captured.err, captured.out) == (line, "")
 
 
-def test_a_reader_who_has_left_is_no_error(monkeypatch, capsys):
+def test_a_closed_output_pipe_is_not_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     assert cli.guarded(raiser(BrokenPipeError())) == 0
     assert sys.stdout is None and capsys.readouterr().err == ""
@@ -113,13 +118,14 @@ def test_a_reader_who_has_left_is_no_error(monkeypatch, capsys):
         raiser(ValueError("raised by a library")),
     ],
 )
-def test_other_value_errors_are_faults_of_the_program(call, capsys):
+def test_other_value_errors_are_program_bugs(call, capsys):
     assert cli.guarded(call) == 1
     assert capsys.readouterr().err.startswith("Traceback (most recent call last):")
 
 
 def test_only_a_config_error_is_the_users_mistake(tmp_path, capsys):
-    """Both are ValueErrors raised by the same kind of file; the type decides."""
+    """Both errors are ValueErrors raised in the same kind of file; only the type
+    decides."""
     (tmp_path / "ours.py").write_text(
         "from instructax.config import ConfigError\nraise ConfigError('size 7 must be 8')"
     )
@@ -132,10 +138,7 @@ def test_only_a_config_error_is_the_users_mistake(tmp_path, capsys):
     assert lines[-1] == "ValueError: size 7 must be 8"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [DataError, CheckpointMismatch, NewerFormatError],
-)
+@pytest.mark.parametrize("error", [DataError, CheckpointMismatch, NewerFormatError])
 def test_errors_in_the_users_files_are_one_line(error, capsys):
     assert cli.guarded(raiser(error("data.jsonl:3: no prompt"))) == 2
     assert capsys.readouterr().err == "error: data.jsonl:3: no prompt\n"
@@ -149,7 +152,7 @@ def test_errors_in_the_users_files_are_one_line(error, capsys):
         ("def get_config():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_config_file_with_a_mistake_is_one_line_that_says_where(text, message, tmp_path):
+def test_a_mistake_in_a_config_file_is_one_line_with_its_location(text, message, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text)
     done = subprocess.run(
@@ -168,18 +171,20 @@ def test_a_config_file_with_a_mistake_is_one_line_that_says_where(text, message,
 @pytest.mark.parametrize(
     "text", ["a=" * 20_000, "a" * 100_000, "a-" * 50_000, "[" * 10_000]
 )
-def test_however_long_a_message_is_it_is_said_in_short(text, capsys):
+def test_long_messages_are_shortened(text, capsys):
     assert cli.guarded(lambda: require(False, text)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {text[:100]}") and len(line) < 11_000
 
 
-def test_what_is_not_a_users_mistake_passes_through():
+def test_other_exceptions_pass_through():
     with pytest.raises(ZeroDivisionError):
         cli.guarded(lambda: 1 / 0)
 
 
-def test_compiled_programs_are_kept_unless_the_environment_decides(monkeypatch, tmp_path):
+def test_the_compilation_cache_is_enabled_unless_the_environment_sets_one(
+    monkeypatch, tmp_path
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     cli.enable_compilation_cache()
@@ -298,18 +303,18 @@ def test_a_training_command_without_a_workdir():
     )
 
 
-def test_a_dry_run_says_what_it_would_hold():
+def test_a_dry_run_prints_its_memory():
     code, out, err = run("train.py", *TINY, "--config.kl_coef=0.5", "--dry_run")
     assert (code, err) == (0, "")
     assert "\nconfig.kl_coef = 0.5\n" in out and "\nconfig.model.embed_dim = 32\n" in out
     assert (
-        "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple (config.mesh.data = -1)"
-        in out
+        "mesh: data 1 × fsdp 1 × tensor 1 = 1 devices, or a multiple "
+        "(config.mesh.data = -1)" in out
     )
     assert "held throughout" in out
 
 
-def test_help_is_no_failure():
+def test_help_exits_with_code_0():
     code, out, err = run("train.py", "--help")
     assert (code, err) == (0, "") and "--config" in out
     done = subprocess.run(
@@ -337,29 +342,36 @@ EXPERIMENT = """
 from instructax.experiment import RunSpec
 from instructax.runtime.metric_log import read_summary
 
-LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20, "comparisons": 10}
-LINES |= {"prompts": 20, "gpt_prompts": 5, "public": 5}
+LINES = {"documents": 20, "demonstrated_prompts": 10, "demonstrations": 20}
+LINES |= {"comparisons": 10, "prompts": 20, "gpt_prompts": 5, "public": 5}
 LINES = {f"lines.{name}": size for name, size in LINES.items()}
 
 def get_runs(size, root):
-    return [RunSpec(name, f"configs/world.py:{size}", {**LINES, "seed": seed}) for seed, name in enumerate(("a", "b"))]
+    runs = []
+    for seed, name in enumerate(("a", "b")):
+        runs.append(RunSpec(name, f"configs/world.py:{size}", {**LINES, "seed": seed}))
+    return runs
 
 def report(root):
     print("report:", *(read_summary(root / name)["stage"] for name in ("a", "b")))
 """
 
 
-def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
+def test_an_experiment_runs_in_order_and_resumes_where_it_stopped(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(ROOT)
-    path, root = tmp_path / "both.py", tmp_path / "runs"
+    path = tmp_path / "both.py"
+    root = tmp_path / "runs"
     path.write_text(EXPERIMENT)
     with pytest.raises(ConfigError, match="runs/a is not a finished run"):
         run_experiment(f"{path}:tiny", root, report_only=True)
     run_experiment(f"{path}:tiny", root, report_only=False)
     lines = capsys.readouterr().out.splitlines()
-    said = "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 comparisons, 20 prompts, 5 gpt_prompts, 5 public"
+    said = (
+        "20 documents, 10 demonstrated_prompts, 20 demonstrations, 10 "
+        "comparisons, 20 prompts, 5 gpt_prompts, 5 public"
+    )
     for number, name in enumerate("ab"):
         lines.remove(
             f"world of seed {number} in {root / name}: {said}; training its tokenizer"
@@ -384,7 +396,7 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
     assert [(root / name / "text.jsonl.gz").read_bytes() for name in ("a", "b")] == texts
 
 
-def test_an_experiment_that_could_not_be_drawn_is_not_begun(tmp_path, monkeypatch):
+def test_an_experiment_whose_report_cannot_be_drawn_does_not_start(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "both.py").write_text(EXPERIMENT)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
@@ -409,13 +421,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     assert not run_stage(config, tmp_path)
 
 
-def test_what_is_not_python_is_no_config(tmp_path):
+def test_a_config_must_be_a_python_file(tmp_path):
     (tmp_path / "notes.md").write_text("# notes")
     with pytest.raises(ConfigError, match=r"notes\.md is not a Python file"):
         load_file(tmp_path / "notes.md")
 
 
-def test_a_world_holds_nothing_on_devices():
+def test_a_world_needs_no_device_memory():
     config = {"stage": "world", "seed": 0, "vocab_size": 300, "lines": LINES}
     assert dry_run(config) == "nothing is trained"
 

@@ -1,4 +1,4 @@
-"""Dataclasses from dicts: conversions, and the one line that each mistake gives."""
+"""Dataclasses built from dicts: conversions, and the one-line error for each mistake."""
 
 import dataclasses
 import math
@@ -117,7 +117,7 @@ class Seeded:
     split_seed: Seed
 
 
-def test_seeds_are_in_the_range_of_every_generator():
+def test_seeds_must_be_valid_for_every_generator():
     assert construct(Seeded, {"seed": 0, "split_seed": 2**31 - 1}).split_seed == 2**31 - 1
     for value in (-1, 2**31):
         for name in ("seed", "split_seed"):

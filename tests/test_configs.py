@@ -1,5 +1,5 @@
-"""Every config and every run of every experiment builds and holds the paper's values; every
-field is read."""
+"""Every config and every run of every experiment builds and has the paper's values, and the
+library reads every config field."""
 
 import ast
 import dataclasses
@@ -30,11 +30,8 @@ from instructax.training.run import RunConfig
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path(instructax.__file__).parent
 MODELS = ("pretrain", "sft", "reward_model", "ppo", "evaluate")
-IN_WORLDS = (
-    "world",
-    "collect",
-    "public_tasks",
-)  # configs of the sizes of the simulated world
+# Configs whose sizes are those of the simulated world.
+IN_WORLDS = ("world", "collect", "public_tasks")
 ARGUMENTS = [(name, size) for name in MODELS for size in sizes.SIZES]
 ARGUMENTS += [("sft", f"{size},baseline") for size in sizes.SIZES] + [
     (name, size) for name in IN_WORLDS for size in sizes.SIMULATED
@@ -53,13 +50,8 @@ def built(name: str, arg: str) -> Any:
 
 def test_every_file_is_tested():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {
-        *MODELS,
-        *IN_WORLDS,
-        "benchmark",
-        "sizes",
-        "__init__",
-    }  # test_benchmark builds its own
+    # The tests in tests/stages/benchmark build the configs of benchmarks.
+    assert files == {*MODELS, *IN_WORLDS, "benchmark", "sizes", "__init__"}
 
 
 @pytest.mark.parametrize(("name", "arg"), ARGUMENTS)
@@ -121,7 +113,7 @@ def test_every_model_divides_by_its_mesh(name, size):
     assert all(held >= 0 for held in load_stage(name).memory(config, mesh).values())
 
 
-# Devices that the configs' docstrings speak of.
+# Device counts stated in the configs' docstrings.
 HARDWARE = {
     ("pretrain", "1.3b"): 64,
     ("sft", "1.3b"): 8,
@@ -135,7 +127,7 @@ HARDWARE = {
 
 
 def devices_of(name: str, arg: str) -> int:
-    """Those above, or as few as the mesh can be."""
+    """The device count stated above, or the smallest that the mesh allows."""
     mesh = built(name, arg).mesh
     return HARDWARE.get((name, arg), mesh.fsdp * mesh.tensor)
 
@@ -159,7 +151,7 @@ PPO = [("ppo", size) for size in PAPER]
 SFT = [("sft", size) for size in PAPER]
 BASELINE = [("sft", f"{size},baseline") for size in PAPER]
 
-# (configs, dotted name, value or one value for each of the sizes, section of the paper)
+# (configs, dotted name, value or one value per size, section of the paper)
 PAPER_VALUES: list[tuple[list[tuple[str, str]], str, Any, str]] = [
     (EVERY_STAGE, "optimizer.beta1", 0.9, "C"),
     (EVERY_STAGE, "optimizer.beta2", 0.95, "C"),
@@ -251,7 +243,7 @@ def test_the_paper_ran_256k_episodes():
 
 
 def arguments_of(experiment: str, folder: Path) -> list[str]:
-    """What each experiment takes after the colon; its data, if it wants any, is laid into
+    """The experiment's arguments after the colon. Data that it needs is written to
     `folder`."""
     if experiment == "real_text":
         for patterns in load_file(ROOT / "experiments/real_text.py").FILES.values():
@@ -273,23 +265,23 @@ def arguments_of(experiment: str, folder: Path) -> list[str]:
 
 
 def parents_of(config: Any) -> dict[str, ModelConfig]:
-    """The runs that `config` starts from, and the architecture that each must have."""
+    """The parent runs of `config`, and the architecture that each must have."""
     named = {getattr(config, "parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "policy_parent", ""): getattr(config, "model", None)}
     named |= {getattr(config, "reward_parent", ""): getattr(config, "reward_model", None)}
-    asked = [
+    prompted = [
         word
         for policy in getattr(config, "policies", ())
         for word in policy
         if str(word).startswith("runs/")
     ]
-    named |= dict.fromkeys(asked, getattr(config, "model", None))
+    named |= dict.fromkeys(prompted, getattr(config, "model", None))
     return {path.partition("@")[0]: model for path, model in named.items() if path}
 
 
 def stand_in_for_smollm2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes `folder` the place that commands are typed in, with a model imported; returns
-    where that is."""
+    """Makes `folder` the working directory, with an imported model in it; returns the
+    model's folder."""
     base = "runs/smollm2/pretrain"
     monkeypatch.chdir(folder)
     Path(base).mkdir(parents=True)
@@ -335,7 +327,7 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
             done[f"runs/here/{run.name}"] = config
 
 
-def test_a_seed_that_is_no_number_is_one_line():
+def test_a_seed_that_is_not_a_number_is_a_one_line_error():
     with pytest.raises(ConfigError, match="seed 'one' must be a whole number"):
         load_file(ROOT / "experiments/alignment.py").get_runs("micro,one", "runs/here")
 
@@ -350,7 +342,7 @@ def test_a_seed_that_is_no_number_is_one_line():
         ("configs/qqo.py:tiny", {}, "configs/qqo.py"),
     ],
 )
-def test_a_run_that_cannot_be_is_a_config_error(config, overrides, named, monkeypatch):
+def test_an_impossible_run_is_a_config_error(config, overrides, named, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=named):
         load_config(RunSpec("x", config, overrides))
@@ -359,7 +351,10 @@ def test_a_run_that_cannot_be_is_a_config_error(config, overrides, named, monkey
 def test_an_unknown_stage_is_a_config_error():
     with pytest.raises(
         ConfigError,
-        match=r"^config\.stage = 'rlhf' must be one of world, collect, pretrain, sft, reward_model",
+        match=(
+            r"^config\.stage = 'rlhf' must be one of world, collect, pretrain, "
+            r"sft, reward_model"
+        ),
     ):
         build_config({"stage": "rlhf"})
 
@@ -368,7 +363,7 @@ def test_an_unknown_stage_is_a_config_error():
 
 
 def groups_of(cls: type) -> set[type]:
-    """The config dataclass and those within it."""
+    """The config dataclass and all nested ones."""
     hints = typing.get_type_hints(cls).values()
     inner = {
         hint for hint in hints if dataclasses.is_dataclass(hint) and isinstance(hint, type)
@@ -377,7 +372,7 @@ def groups_of(cls: type) -> set[type]:
 
 
 def names_read(sources: dict[str, str], own_classes: set[str]) -> set[str]:
-    """Attributes that `sources` read, except where a config class checks itself."""
+    """Attributes that `sources` read, except where a config class validates itself."""
     names: set[str] = set()
 
     def visit(node: ast.AST, within: str = "") -> None:
@@ -397,7 +392,7 @@ def names_read(sources: dict[str, str], own_classes: set[str]) -> set[str]:
 
 
 def dead_fields(groups: set[type]) -> set[str]:
-    """The fields of config classes that nothing in the library reads."""
+    """Config fields that the library never reads."""
     sources = {str(path): path.read_text() for path in SOURCES.rglob("*.py")}
     read = names_read(sources, {group.__name__ for group in groups})
     dead: set[str] = set()
@@ -415,13 +410,16 @@ def test_every_field_is_read():
     assert dead_fields(groups) == set()
 
 
-def test_a_planted_dead_field_is_seen():
+def test_a_planted_dead_field_is_found():
     @dataclasses.dataclass(frozen=True)
     class Planted:
         learning_rate: float  # read
         momentum_of_nobody: float
 
     assert dead_fields({Planted}) == {"Planted.momentum_of_nobody"}
-    check = "class Planted:\n    def __post_init__(self):\n        assert self.momentum_of_nobody > 0"
+    check = (
+        "class Planted:\n    def __post_init__(self):\n        assert "
+        "self.momentum_of_nobody > 0"
+    )
     assert names_read({"x": check}, {"Planted"}) == set()
     assert names_read({"x": "config.momentum_of_nobody = 1"}, set()) == set()

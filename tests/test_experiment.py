@@ -1,4 +1,4 @@
-"""Runs and their order, their configs, and the report of the experiment that ships."""
+"""Runs and their order, their configs, and the report of the bundled experiment."""
 
 import dataclasses
 import json
@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
-    """Paths of configs are relative to the folder that a command is typed in."""
+    """Changes to the repository root, because config paths are relative to the working
+    directory."""
     monkeypatch.chdir(ROOT)
 
 
-def test_overrides_reach_their_values_and_only_them():
+def test_overrides_change_only_their_own_values():
     plain = load_config(RunSpec("a", "configs/ppo.py:tiny", {}))
     changed = load_config(
         RunSpec("a", "configs/ppo.py:tiny", {"kl_coef": 0.5, "optimizer.warmup_steps": 3})
@@ -59,7 +60,7 @@ def test_a_config_that_cannot_be_loaded_is_one_line(config, overrides, message):
     assert "\n" not in str(error.value)
 
 
-def test_files_import_what_stands_beside_them(tmp_path, monkeypatch):
+def test_files_can_import_files_next_to_them(tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("VALUE = 7\n")
     (tmp_path / "experiment.py").write_text("from beside import VALUE\n")
     monkeypatch.chdir(tmp_path)
@@ -73,7 +74,7 @@ def test_a_file_that_is_not_python_is_refused(tmp_path):
         load_file(tmp_path / "notes.txt")
 
 
-def test_configs_and_experiments_are_told_apart(tmp_path):
+def test_configs_and_experiments_are_distinguished(tmp_path):
     with pytest.raises(
         ConfigError, match=r"configs/ppo.py is not an experiment: it needs get_runs"
     ):
@@ -84,10 +85,13 @@ def test_configs_and_experiments_are_told_apart(tmp_path):
         load_config(RunSpec("a", "experiments/alignment.py:tiny", {}))
 
 
-def test_what_is_not_a_config_is_refused(tmp_path):
+def test_invalid_configs_are_refused(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"config.stage = 'distill' must be one of world, collect, pretrain, sft, reward_model",
+        match=(
+            r"config.stage = 'distill' must be one of world, collect, pretrain, "
+            r"sft, reward_model"
+        ),
     ):
         run_stage({"stage": "distill"}, tmp_path / "run")
     with pytest.raises(
@@ -99,7 +103,7 @@ def test_what_is_not_a_config_is_refused(tmp_path):
         )
     assert not (
         tmp_path / "run"
-    ).exists()  # nothing is claimed for a config that cannot be built
+    ).exists()  # no workdir is created for a config that cannot be built
 
 
 def test_a_dry_run_reads_nothing():
@@ -118,22 +122,27 @@ def test_a_dry_run_reads_nothing():
 
 
 TOY = '''
-"""Two worlds, the second made of another seed."""
+"""Two worlds with different seeds."""
 
 from instructax.experiment import RunSpec
 from instructax.runtime.metric_log import read_summary
 
 
 def get_runs(size, root):
-    return [RunSpec(name, f"configs/world.py:{size}", {"seed": seed}) for name, seed in (("first", 1), ("second", 2))]
+    runs = []
+    for name, seed in (("first", 1), ("second", 2)):
+        runs.append(RunSpec(name, f"configs/world.py:{size}", {"seed": seed}))
+    return runs
 
 
 def report(root):
-    print("report:", read_summary(root / "first")["stage"], read_summary(root / "second")["stage"])
+    first = read_summary(root / "first")["stage"]
+    second = read_summary(root / "second")["stage"]
+    print("report:", first, second)
 '''
 
 
-def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
+def test_an_experiment_runs_in_order_and_resumes_where_it_stopped(
     tmp_path, monkeypatch, capsys
 ):
     spec = tmp_path / "toy.py"
@@ -170,7 +179,7 @@ def test_an_experiment_runs_in_order_and_goes_on_where_it_stopped(
     assert json.loads((root / "second" / "config.json").read_text())["seed"] == 2
 
 
-def test_a_report_alone_runs_nothing(tmp_path, monkeypatch):
+def test_report_only_runs_no_stage(tmp_path, monkeypatch):
     spec = tmp_path / "toy.py"
     spec.write_text(TOY)
     monkeypatch.setattr(experiment, "run_stage", None)
@@ -191,7 +200,7 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
     ):
         size, policy, *figures, kl = re.split("  +", row.strip())
         assert size and policy == name.strip() and kl and len(figures) == 5
-        # With their intervals; a rate of ties alone has none.
+        # Entries have intervals, except the tie rate.
         assert all(
             re.fullmatch(r"-?\d\.\d{3}( \[-?\d\.\d{3}, -?\d\.\d{3}\])?", figure)
             for figure in figures
@@ -203,7 +212,7 @@ def test_the_report_of_the_alignment_experiment(chain, capsys):
     assert len((chain / "report" / "index.html").read_text()) > 100_000
 
 
-def test_a_finished_stage_is_passed_over(chain, capsys):
+def test_a_finished_stage_is_skipped(chain, capsys):
     assert not run_stage(stages.config_of(chain, "pretrain", {}), chain / "pretrain")
     assert "pretrain is finished; nothing to do" in capsys.readouterr().out
     assert [line["step"] for line in metric_log.read_metrics(chain / "pretrain")] == list(
@@ -212,7 +221,7 @@ def test_a_finished_stage_is_passed_over(chain, capsys):
 
 
 def groups_of(cls: type) -> set[type]:
-    """The config dataclass and those within it."""
+    """The config dataclass and all nested ones."""
     inner = {
         hint
         for hint in typing.get_type_hints(cls).values()
@@ -221,14 +230,12 @@ def groups_of(cls: type) -> set[type]:
     return {cls}.union(*map(groups_of, inner))
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
-    """The fields of `group` that the library reads from now on, but for what it reads to
-    check a config."""
-    names, read, plain = (
-        {field.name for field in dataclasses.fields(group)},
-        set(),
-        group.__getattribute__,
-    )
+def record_reads(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
+    """The fields of `group` that the library reads from now on, except in config
+    validation."""
+    names = {field.name for field in dataclasses.fields(group)}
+    read = set()
+    plain = group.__getattribute__
     sources = str(Path(experiment.__file__).parent)
 
     def get(self: Any, name: str) -> Any:
@@ -246,10 +253,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, group: Any) -> set[str]:
 
 
 ONE_STEP = {"epochs": 0.0, "steps": 1}
-LEARNED = {
-    "model.positions": "learned",
-    "optimizer.schedule": "cosine",
-}  # else two fields have no meaning
+# Otherwise two fields would have no effect.
+LEARNED = {"model.positions": "learned", "optimizer.schedule": "cosine"}
 SHORT = {
     "world": {},
     "pretrain": ONE_STEP | LEARNED,
@@ -262,7 +267,7 @@ SHORT = {
 @pytest.mark.parametrize(
     "stage", [None, {}, ["sft"], "alchemy", "9" * 5000], ids=lambda stage: repr(stage)[:9]
 )
-def test_a_stage_that_there_is_not_is_one_short_line(stage):
+def test_an_unknown_stage_is_one_short_line(stage):
     with pytest.raises(
         ConfigError,
         match=r"^config\.stage = .{2,210} must be one of world, collect, pretrain",
@@ -272,10 +277,10 @@ def test_a_stage_that_there_is_not_is_one_short_line(stage):
 
 @pytest.mark.usefixtures("one_device")
 def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch):
-    """By the class, and not by the name alone, which settings and programs have too."""
-    own_rows = {
-        "pretrain": {"data.folder": str(tmp_path / "rows")}
-    }  # rows that are there already are not made again
+    """Reads are matched by class, not just by name, because settings and programs share
+    names."""
+    # Existing rows are not prepared again.
+    own_rows = {"pretrain": {"data.folder": str(tmp_path / "rows")}}
     short = {name: overrides | own_rows.get(name, {}) for name, overrides in SHORT.items()}
     configs = {
         name: stages.config_of(chain, name, overrides) for name, overrides in short.items()
@@ -283,8 +288,9 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
     groups = set[Any]().union(
         *(groups_of(load_stage(config["stage"]).Config) for config in configs.values())
     )
-    create_prompts.cache_clear()  # else another test may have drawn this world's already
-    read = {group: watched(monkeypatch, group) for group in groups}
+    # Otherwise another test may have sampled this world already.
+    create_prompts.cache_clear()
+    read = {group: record_reads(monkeypatch, group) for group in groups}
     for name, config in configs.items():
         assert run_stage(config, tmp_path / name)
     fields = {

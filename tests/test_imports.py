@@ -1,5 +1,5 @@
-"""Packages import only lower packages, have no cycles, and keep each heavy library to one
-package."""
+"""Packages import only lower packages, have no import cycles, and confine each heavy
+library to one package."""
 
 import ast
 import subprocess
@@ -24,7 +24,7 @@ ROOT_MODULES = {
     "advantages",
 }
 
-# Lowest first; packages in one set do not import each other.
+# Lowest first. Packages in the same set do not import each other.
 ORDER = (
     {"root"},
     {"runtime"},
@@ -56,9 +56,9 @@ FILES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(source: str) -> set[str]:
-    """The dotted names that `source` imports, at any level of its code.
+    """The dotted names that `source` imports, at any nesting level.
 
-    `from a import b` counts as a and a.b.
+    `from a import b` counts as both a and a.b.
     """
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -88,7 +88,7 @@ def package_of(module: str) -> str:
 
 
 def upward_imports(package: str, source: str) -> list[str]:
-    """Imports of a file in `package` from packages that are not lower."""
+    """Imports in a file of `package` from packages that are not lower."""
     used = {
         package_of(name) for name in imports_of(source) if name.startswith("instructax.")
     } - {package}
@@ -108,7 +108,7 @@ def stray_libraries(package: str, source: str) -> list[str]:
 
 
 def cycle(graph: dict[str, set[str]]) -> set[str]:
-    """The modules that remain when modules without imports are removed repeatedly."""
+    """The modules that remain after repeatedly removing modules without imports."""
     while graph:
         leaves = {name for name, used in graph.items() if not used}
         if not leaves:
@@ -118,7 +118,8 @@ def cycle(graph: dict[str, set[str]]) -> set[str]:
 
 
 def import_graph(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Module → modules among `modules` that it imports; an __init__ counts as a module."""
+    """Module → the modules among `modules` that it imports; an __init__ counts as a
+    module."""
     names = set(modules)
     graph: dict[str, set[str]] = {}
     for name in names:
@@ -144,27 +145,23 @@ def test_every_package_states_its_purpose():
 
 
 def test_packages_import_only_lower_packages():
-    found = [
-        line
-        for path, source in FILES.items()
-        for line in upward_imports(package_of(module_name(path)), source)
-    ]
+    found = []
+    for path, source in FILES.items():
+        found += upward_imports(package_of(module_name(path)), source)
     assert found == []
 
 
 def test_libraries_stay_in_their_package():
-    found = [
-        line
-        for path, source in FILES.items()
-        for line in stray_libraries(package_of(module_name(path)), source)
-    ]
+    found = []
+    for path, source in FILES.items():
+        found += stray_libraries(package_of(module_name(path)), source)
     assert found == []
 
 
 @pytest.mark.parametrize("package", sorted(LEVELS))
 def test_no_package_has_a_cycle(package):
     graph = import_graph(name for name in MODULES if package_of(name) == package)
-    # Importing a submodule runs __init__ first, but that is no dependency of our code.
+    # Importing a submodule runs __init__ first, but that is not a dependency of our code.
     if package in graph:
         graph = {name: used - {package} for name, used in graph.items()}
     left = cycle(graph)
@@ -204,7 +201,7 @@ print("heavy:", *sorted(heavy & sys.modules.keys()))
 @pytest.mark.parametrize(
     "script", sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 )
-def test_help_answers_without_importing_jax(script):
+def test_help_does_not_import_jax(script):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, f"scripts/{script}"],
         cwd=ROOT,

@@ -1,8 +1,8 @@
-"""The four losses: numbers by hand, plain references and their slopes, identities, and
-cells that must not matter.
+"""The four losses: worked examples, plain references and their gradients, identities, and
+masked tokens.
 
-In each loss the trained array is the first argument and the mask is the last one; the
-common tests rest on that.
+In each loss the trained array is the first argument and the mask is the last one. The
+shared tests rely on that.
 """
 
 import functools
@@ -30,7 +30,7 @@ every_garbage = pytest.mark.parametrize("garbage", GARBAGE)
 
 
 def call(name: str, *arguments, module=losses, **keywords) -> tuple:
-    """(loss,) or (loss, accuracy or clipped fraction), from the library or from the
+    """(loss,) or (loss, accuracy or clipped fraction), from the library or the
     references."""
     function = getattr(module, name.replace("unclipped", "clipped"))
     result = function(*arguments, **(keywords or KEYWORDS[name]))
@@ -40,8 +40,8 @@ def call(name: str, *arguments, module=losses, **keywords) -> tuple:
 def case(
     name: str, seed: int, columns: int = 6, dtype=jnp.float32
 ) -> tuple[jax.Array, ...]:
-    """Random arguments: five rows, one of them empty; for the ranking also ties, and a row
-    of nothing but ties."""
+    """Random arguments: five rows, one of them empty. Rankings also have ties, and one row
+    with only ties."""
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 5, columns)
     numbers = [jnp.asarray(rng.normal(0.0, 0.5, mask.shape), dtype) for _ in range(3)]
@@ -64,13 +64,13 @@ def jitted(name: str):
 
 
 @functools.cache
-def slope_function(name: str):
+def gradient_function(name: str):
     return jax.jit(jax.grad(lambda *arguments: call(name, *arguments)[0]))
 
 
-def slope(name: str, *arguments) -> jax.Array:
-    """Gradient of the loss with respect to the first argument."""
-    return slope_function(name)(*arguments)
+def loss_gradient(name: str, *arguments) -> jax.Array:
+    """Gradient of the loss with respect to its first argument."""
+    return gradient_function(name)(*arguments)
 
 
 def test_next_token_loss_by_hand():
@@ -94,21 +94,18 @@ def test_ranking_loss_by_hand():
         [[True, True, True, False], [True] * 4, [True] * 4, [False, True, False, False]]
     )
     # Row 0: differences 0.7 + 1.3 = 2.0 and 0.7 - 0.2 = 0.5 (two answers tie, the fourth is
-    # not there). Row 1: second over first 0.0; first over third 0.5, over fourth -0.7;
-    # second over third 0.5, over fourth -0.7. Rows 2 and 3 have no pair. The losses log(1 +
+    # invalid). Row 1: second over first 0.0; first over third 0.5, over fourth -0.7; second
+    # over third 0.5, over fourth -0.7. Rows 2 and 3 have no pair. The losses log(1 +
     # e^-difference) of 2.0, 0.5, 0.0, -0.7, to ten places:
-    at_2, at_half, at_0, at_minus_07 = (
-        0.1269280110,
-        0.4740769842,
-        0.6931471806,
-        1.1031860489,
-    )
+    at_2 = 0.1269280110
+    at_half = 0.4740769842
+    at_0 = 0.6931471806
+    at_minus_07 = 1.1031860489
     expected = ((at_2 + at_half) / 2 + (at_0 + 2 * at_half + 2 * at_minus_07) / 5) / 2
     loss, accuracy = losses.pairwise_ranking_loss(scores, ranks, valid)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        accuracy, 4 / 7, rtol=1e-6
-    )  # both pairs of row 0, two of row 1: an equal score is wrong
+    # Both pairs of row 0, two of row 1: equal scores count as wrong.
+    np.testing.assert_allclose(accuracy, 4 / 7, rtol=1e-6)
 
 
 def test_policy_loss_by_hand():
@@ -116,14 +113,14 @@ def test_policy_loss_by_hand():
     old_logprobs = jnp.array([[-1.3, -0.7, -2.1, -0.4], [-3.2, -0.9, -5.0, -5.0]])
     advantages = jnp.array([[0.7, -1.3, 0.7, -1.3], [0.4, 0.0, 50.0, -50.0]])
     mask = jnp.array([[True] * 4, [True, True, False, False]])
-    # (-A ratio, -A clipped ratio), the larger starred: (-1.05, -0.84*), (1.95*, 1.56),
+    # (-A ratio, -A clipped ratio), the larger one starred: (-1.05, -0.84*), (1.95*, 1.56),
     # (-0.35*, -0.56), (0.65, 1.04*), and the equal ones (-0.44, -0.44), (0, 0).
     loss, clipped_fraction = losses.clipped_policy_loss(
         old_logprobs + jnp.log(ratios), old_logprobs, advantages, mask, clip=0.2
     )
     np.testing.assert_allclose(loss, (-0.84 + 1.95 - 0.35 + 1.04 - 0.44) / 6, rtol=1e-5)
     np.testing.assert_allclose(clipped_fraction, 2 / 6, rtol=1e-6)
-    actual = slope(
+    actual = loss_gradient(
         "clipped_policy_loss",
         old_logprobs + jnp.log(ratios),
         old_logprobs,
@@ -163,11 +160,13 @@ def test_equal_to_the_plain_reference(name, seed):
     expected = references.gradient(
         lambda x: call(name, x, *plain[1:], module=references)[0], plain[0]
     )
-    np.testing.assert_allclose(slope(name, *arguments), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        loss_gradient(name, *arguments), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @every_loss
-def test_slopes_agree_with_finite_differences(name):
+def test_gradients_agree_with_finite_differences(name):
     trained, *rest = case(name, seed=0)
     check_grads(
         lambda x: call(name, x, *rest)[0], (trained,), order=1, atol=1e-2, rtol=1e-2
@@ -187,7 +186,7 @@ def test_returns_float32_scalars_computed_in_float32(name, dtype):
 
 @every_loss
 @every_garbage
-def test_masked_cells_change_neither_value_nor_slope(name, garbage):
+def test_masked_tokens_change_neither_loss_nor_gradient(name, garbage):
     arguments = case(name, seed=4)
     mask = arguments[-1]
     dirty = [
@@ -195,8 +194,10 @@ def test_masked_cells_change_neither_value_nor_slope(name, garbage):
     ]
     dirty = [jnp.where(mask, x, -7) if x.dtype == jnp.int32 else x for x in dirty]
     np.testing.assert_array_equal(call(name, *dirty), call(name, *arguments))
-    np.testing.assert_array_equal(slope(name, *dirty), slope(name, *arguments))
-    np.testing.assert_array_equal(slope(name, *dirty)[~mask], 0.0)
+    np.testing.assert_array_equal(
+        loss_gradient(name, *dirty), loss_gradient(name, *arguments)
+    )
+    np.testing.assert_array_equal(loss_gradient(name, *dirty)[~mask], 0.0)
 
 
 @every_loss
@@ -208,11 +209,11 @@ def test_empty_mask_gives_zeros(name, garbage):
     ]
     arguments[-1] = jnp.zeros_like(arguments[-1])
     np.testing.assert_array_equal(call(name, *arguments), 0.0)
-    np.testing.assert_array_equal(slope(name, *arguments), 0.0)
+    np.testing.assert_array_equal(loss_gradient(name, *arguments), 0.0)
 
 
 @every_loss
-def test_jit_and_vmap_change_nothing(name):
+def test_jit_and_vmap_give_the_same_results(name):
     cases = [case(name, seed) for seed in range(3)]
     expected = [call(name, *arguments) for arguments in cases]
     np.testing.assert_allclose(jitted(name)(*cases[0]), expected[0], rtol=1e-5, atol=1e-6)
@@ -223,7 +224,8 @@ def test_jit_and_vmap_change_nothing(name):
 
 @pytest.mark.parametrize("name", ["clipped_policy_loss", "clipped_value_loss"])
 def test_clip_may_be_an_array(name):
-    arguments, clips = case(name, seed=6), (0.05, 0.2, 0.5)
+    arguments = case(name, seed=6)
+    clips = (0.05, 0.2, 0.5)
     mapped = jax.jit(jax.vmap(lambda clip: call(name, *arguments, clip=clip)))(
         jnp.array(clips)
     )
@@ -251,29 +253,26 @@ def test_ranking_depends_on_differences_and_not_on_the_order_of_answers():
     )
     np.testing.assert_allclose(reversed_, expected, rtol=1e-5)
     np.testing.assert_allclose(
-        slope("pairwise_ranking_loss", scores, ranks, valid).sum(axis=1), 0.0, atol=1e-6
+        loss_gradient("pairwise_ranking_loss", scores, ranks, valid).sum(axis=1),
+        0.0,
+        atol=1e-6,
     )
 
 
 def test_ties_give_no_loss_and_no_slope():
     tied = jnp.array([[0.7, -1.3, 0.2]]), jnp.full((1, 3), 2), jnp.ones((1, 3), bool)
     np.testing.assert_array_equal(losses.pairwise_ranking_loss(*tied), 0.0)
-    np.testing.assert_array_equal(slope("pairwise_ranking_loss", *tied), 0.0)
+    np.testing.assert_array_equal(loss_gradient("pairwise_ranking_loss", *tied), 0.0)
 
 
-def test_each_prompt_with_a_pair_has_the_same_weight():
+def test_every_prompt_with_a_pair_has_the_same_weight():
     arguments = case("pairwise_ranking_loss", seed=6)
     rows = [
         losses.pairwise_ranking_loss(*(x[i : i + 1] for x in arguments))[0]
         for i in range(5)
     ]
-    assert [row > 0 for row in rows] == [
-        True,
-        False,
-        True,
-        True,
-        False,
-    ]  # row 1 is one tie and row 4 is empty
+    # Row 1 is a single tie and row 4 is empty.
+    assert [row > 0 for row in rows] == [True, False, True, True, False]
     expected = (rows[0] + rows[2] + rows[3]) / 3
     np.testing.assert_allclose(
         losses.pairwise_ranking_loss(*arguments)[0], expected, rtol=1e-5
@@ -285,7 +284,7 @@ def test_one_answer_has_no_pair():
     np.testing.assert_array_equal(losses.pairwise_ranking_loss(*one), 0.0)
 
 
-def test_at_ratio_one_the_slope_is_the_policy_gradient():
+def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     _, logprobs, advantages, mask = case("clipped_policy_loss", seed=1)
     loss, clipped_fraction = losses.clipped_policy_loss(
         logprobs, logprobs, advantages, mask, clip=0.2
@@ -294,7 +293,7 @@ def test_at_ratio_one_the_slope_is_the_policy_gradient():
         loss, -references.masked_mean(np.asarray(advantages), np.asarray(mask)), rtol=1e-5
     )
     assert clipped_fraction == 0.0
-    actual = slope("clipped_policy_loss", logprobs, logprobs, advantages, mask)
+    actual = loss_gradient("clipped_policy_loss", logprobs, logprobs, advantages, mask)
     np.testing.assert_allclose(
         actual, jnp.where(mask, -advantages, 0.0) / mask.sum(), rtol=1e-5
     )
@@ -307,7 +306,9 @@ def test_huge_score_differences_stay_finite(difference):
         losses.pairwise_ranking_loss(*arguments)[0], max(0.0, -difference)
     )
     pull = 0.0 if difference > 0 else 1.0
-    np.testing.assert_allclose(slope("pairwise_ranking_loss", *arguments), [[-pull, pull]])
+    np.testing.assert_allclose(
+        loss_gradient("pairwise_ranking_loss", *arguments), [[-pull, pull]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_huge_score_differences_stay_finite(difference):
         (0.0, -1e3, 0.0),
     ],
 )
-def test_huge_ratios_stay_finite_where_the_loss_is(advantage, log_ratio, loss):
+def test_huge_ratios_keep_a_finite_loss_finite(advantage, log_ratio, loss):
     arguments = (
         jnp.array([[log_ratio]]),
         jnp.zeros((1, 1)),
@@ -330,7 +331,7 @@ def test_huge_ratios_stay_finite_where_the_loss_is(advantage, log_ratio, loss):
     np.testing.assert_allclose(
         losses.clipped_policy_loss(*arguments, clip=0.2)[0], loss, rtol=1e-6
     )
-    np.testing.assert_array_equal(slope("clipped_policy_loss", *arguments), 0.0)
+    np.testing.assert_array_equal(loss_gradient("clipped_policy_loss", *arguments), 0.0)
 
 
 def test_a_ratio_beyond_float32_gives_a_finite_loss():
@@ -341,4 +342,4 @@ def test_a_ratio_beyond_float32_gives_a_finite_loss():
         jnp.ones((1, 1), bool),
     )
     assert 1e30 < losses.clipped_policy_loss(*arguments, clip=0.2)[0] < jnp.inf
-    assert jnp.isfinite(slope("clipped_policy_loss", *arguments)).all()
+    assert jnp.isfinite(loss_gradient("clipped_policy_loss", *arguments)).all()

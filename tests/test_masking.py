@@ -1,5 +1,5 @@
-"""Masked means and whitening: numbers by hand, plain references, and cells that must not
-matter."""
+"""Masked means and whitening: worked examples, plain references, and masked entries that
+must not matter."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ GARBAGE = [1e30, -1e30, np.nan, np.inf, -np.inf]
 def case(seed: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(seed)
     mask = references.ragged_mask(rng, 4, 6)
-    mask[1, 0] = False  # a hole: these functions do not care where the real cells lie
+    # A hole: these functions do not depend on where the real entries are.
+    mask[1, 0] = False
     return jnp.asarray(rng.normal(1.5, 2.0, mask.shape), dtype), jnp.asarray(mask)
 
 
@@ -43,8 +44,8 @@ def test_whiten_by_hand(shift_mean):
 
 
 def test_whiten_adds_epsilon_to_the_variance():
-    # Of 0 and 0.0002 the variance is 1e-8, as large as epsilon: each stands 1e-4 /
-    # sqrt(2e-8) from the mean.
+    # The variance of 0 and 0.0002 is 1e-8, as large as epsilon: each is 1e-4 / sqrt(2e-8)
+    # from the mean.
     whitened = masking.whiten(
         jnp.array([0.0, 2e-4]), jnp.array([True, True]), shift_mean=True
     )
@@ -52,9 +53,8 @@ def test_whiten_adds_epsilon_to_the_variance():
 
 
 def test_whiten_survives_a_large_mean():
-    x = jnp.array(
-        [4095.0, 4097.0, 4095.0, 4097.0]
-    )  # the mean square minus the squared mean loses this variance of 1
+    # Computed as mean square minus squared mean, this variance of 1 would be lost.
+    x = jnp.array([4095.0, 4097.0, 4095.0, 4097.0])
     whitened = masking.whiten(x, jnp.ones(4, bool), shift_mean=True)
     np.testing.assert_allclose(whitened, [-1, 1, -1, 1], rtol=1e-5)
 
@@ -85,7 +85,7 @@ def test_equal_to_the_plain_reference(seed, dtype):
 
 
 def test_counts_are_not_rounded_to_bfloat16():
-    # bfloat16 has no 257; a count taken in the dtype of x would be 256.
+    # bfloat16 cannot represent 257; a count in the dtype of x would be 256.
     x = jnp.zeros(257, jnp.bfloat16).at[0].set(1.0)
     np.testing.assert_allclose(
         masking.masked_mean(x, jnp.ones(257, bool)), 1 / 257, rtol=1e-6
@@ -93,7 +93,7 @@ def test_counts_are_not_rounded_to_bfloat16():
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_masked_cells_do_not_matter(garbage):
+def test_masked_entries_do_not_matter(garbage):
     x, mask = case(0)
     dirty = jnp.where(mask, x, garbage)
     assert masking.masked_mean(dirty, mask) == masking.masked_mean(x, mask)
@@ -109,7 +109,8 @@ def test_masked_cells_do_not_matter(garbage):
 
 @pytest.mark.parametrize("garbage", [1.0, *GARBAGE])
 def test_empty_mask_gives_zeros(garbage):
-    x, mask = jnp.full((2, 3), garbage), jnp.zeros((2, 3), bool)
+    x = jnp.full((2, 3), garbage)
+    mask = jnp.zeros((2, 3), bool)
     value, slope = jax.value_and_grad(masking.masked_mean)(x, mask)
     assert value == 0.0
     np.testing.assert_array_equal(slope, 0.0)
@@ -119,14 +120,15 @@ def test_empty_mask_gives_zeros(garbage):
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_of_equal_numbers(shift_mean):
-    x, mask = jnp.array([0.7, 0.7, 3.0]), jnp.array([True, True, False])
+    x = jnp.array([0.7, 0.7, 3.0])
+    mask = jnp.array([True, True, False])
     expected = [0.0, 0.0, 0.0] if shift_mean else [0.7, 0.7, 0.0]
     np.testing.assert_allclose(
         masking.whiten(x, mask, shift_mean=shift_mean), expected, atol=1e-6
     )
 
 
-def test_whiten_has_unit_variance_and_the_promised_mean():
+def test_whiten_has_unit_variance_and_the_documented_mean():
     x, mask = case(1)
     for shift_mean, mean in ((True, 0.0), (False, masking.masked_mean(x, mask))):
         whitened = masking.whiten(x, mask, shift_mean=shift_mean)
@@ -162,7 +164,7 @@ def assert_close(actual, expected):
     )
 
 
-def test_jit_and_vmap_change_nothing():
+def test_jit_and_vmap_give_the_same_results():
     cases = [case(seed) for seed in SEEDS]
     plain = [functions(*arguments) for arguments in cases]
     assert_close([jax.jit(functions)(*arguments) for arguments in cases], plain)
@@ -173,7 +175,7 @@ def test_jit_and_vmap_change_nothing():
     )
 
 
-def test_eight_devices_see_the_whole_batch():
+def test_eight_devices_average_over_the_whole_batch():
     rng = np.random.default_rng(0)
     mask = jnp.asarray(references.ragged_mask(rng, 8, 5))
     x = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)

@@ -1,4 +1,4 @@
-"""Keys are a function of (seed, purpose, step, sample), and of nothing else."""
+"""Random keys are a function of (seed, purpose, step, sample) and nothing else."""
 
 import itertools
 
@@ -15,8 +15,8 @@ def data(key: jax.Array) -> tuple[int, ...]:
 
 
 def test_the_rule_is_two_folds_in_a_fixed_order():
-    """Runs that are resumed after an upgrade rest on these numbers: a reordered list of
-    purposes changes them."""
+    """Runs resumed after an upgrade rely on these numbers; reordering the list of purposes
+    would change them."""
     for number, purpose in enumerate(
         ("init", "dropout", "rollout", "minibatches", "evaluate")
     ):
@@ -45,7 +45,7 @@ def test_an_unknown_purpose_is_refused():
         rng.step_key(0, "shuffle", 0)
 
 
-def test_a_sample_has_its_own_key_whatever_its_neighbours():
+def test_a_samples_key_does_not_depend_on_the_other_samples():
     key = rng.step_key(0, "rollout", 2)
     together = jax.random.key_data(rng.sample_keys(key, jnp.arange(6)))
     moved = jax.random.key_data(rng.sample_keys(key, jnp.array([4, 1])))

@@ -1,5 +1,5 @@
-"""Every leaf of every state lies as the table below says, and rows are split over the
-devices that should have them."""
+"""Every leaf of every state has the layout in the table below, and batch rows are split
+over the right devices."""
 
 import ast
 import dataclasses
@@ -22,8 +22,8 @@ from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent
 
-# Parameter → its layout, and who has it: "all", or families. Shapes: layers first, in
-# everything of `blocks`.
+# Parameter → its layout and the families that have it, or "all". Layers come first in the
+# shapes of everything under `blocks`.
 COLUMNS = P(None, ("tensor", "fsdp"))
 TABLE = {
     "embedding": (COLUMNS, "all"),
@@ -52,7 +52,7 @@ TABLE = {
     "final_norm/scale": (P(), "all"),
     "final_norm/bias": (P(), "gpt neox"),
 }
-# Of low-rank adapters: a rank divides by nothing.
+# Low-rank adapters: the rank axis is never sharded.
 ADAPTERS = {
     **{
         f"attention/{name}/lora_a": P(None, "fsdp", None)
@@ -88,7 +88,7 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 
 
 def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
-    """The abstract state, with everything that an optimizer can hold."""
+    """The abstract state, with everything that an optimizer may hold."""
     model = Transformer(FAMILIES[family](tied_embeddings=tied), tiny_models.compute(), head)
     optimizer = make_optimizer(
         tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1)
@@ -114,26 +114,26 @@ def specs_of(tree) -> dict[str, P]:
 
 
 @pytest.mark.parametrize(("family", "head", "tied"), EVERY_MODEL)
-def test_every_leaf_lies_as_the_table_says(family, head, tied):
+def test_every_leaf_has_the_layout_in_the_table(family, head, tied):
     of_params = {
         name: spec
         for name, (spec, who) in TABLE.items()
         if who == "all" or family in who.split()
     } | HEADS[head, tied]
-    places = ("params", "opt_state/1/mu", "opt_state/1/nu")  # a leaf's moments follow it
+    # A leaf's moments have its layout.
+    places = ("params", "opt_state/1/mu", "opt_state/1/nu")
     expected = {
         f"{place}/{name}": spec for place in places for name, spec in of_params.items()
     }
     expected |= {"step": P(), "opt_state/1/count": P()}
     state = state_of(family, head, tied, mesh_of(2, 2, 2))
     assert specs_of(state) == expected
-    bare = sharding.abstract_arrays(
-        state.params, mesh_of(2, 2, 2)
-    )  # parameters alone, as a later stage reads them
+    # Parameters alone, as read by a later stage.
+    bare = sharding.abstract_arrays(state.params, mesh_of(2, 2, 2))
     assert specs_of(bare) == of_params
 
 
-def test_adapters_lie_as_the_table_says_and_moments_are_of_them_alone():
+def test_adapters_have_their_layout_and_only_they_have_moments():
     specs = specs_of(adapted_state(mesh_of(2, 2, 2)))
     own = {
         name: spec
@@ -153,12 +153,10 @@ def test_adapters_lie_as_the_table_says_and_moments_are_of_them_alone():
     assert moments == {f"opt_state/0/mu/{name}": spec for name, spec in trained.items()}
 
 
-def test_the_averaged_policy_lies_as_the_policy():
+def test_the_averaged_policy_has_the_layout_of_the_policy():
     mesh = mesh_of(1, 4, 2)
-    policy, value = (
-        state_of("gpt", "tokens", True, mesh),
-        state_of("llama", "scalar", False, mesh),
-    )
+    policy = state_of("gpt", "tokens", True, mesh)
+    value = state_of("llama", "scalar", False, mesh)
     specs = specs_of(
         sharding.abstract_arrays(
             PpoState(policy=policy, value=value, ema=policy.params), mesh
@@ -173,7 +171,7 @@ def test_the_averaged_policy_lies_as_the_policy():
 
 
 def unused_rules(trees) -> list[str]:
-    """Patterns of the table that are the first match of no leaf of `trees`."""
+    """Patterns of the table that are not the first match of any leaf of `trees`."""
     used = set()
     for path, _ in jax.tree_util.tree_leaves_with_path(trees):
         pattern, _ = sharding.matching_rule(sharding.leaf_path(path))
@@ -181,7 +179,7 @@ def unused_rules(trees) -> list[str]:
     return [pattern for pattern, _ in sharding.LAYOUTS if pattern not in used]
 
 
-def test_every_rule_is_used_and_an_idle_one_is_seen(monkeypatch):
+def test_every_rule_is_used_and_an_unused_one_is_found(monkeypatch):
     states = [
         *(state_of(*model, mesh_of(2, 2, 2)) for model in EVERY_MODEL),
         adapted_state(mesh_of(2, 2, 2)),
@@ -189,8 +187,7 @@ def test_every_rule_is_used_and_an_idle_one_is_seen(monkeypatch):
     assert unused_rules(states) == []
     bare_llama = [state_of("llama", "tokens", False, mesh_of(2, 2, 2))]
     assert "mlp/(up|gate)/bias" in unused_rules(bare_llama)
-    # A rule that is never reached, because another one is first, is as idle as one that
-    # matches nothing.
+    # A rule that is shadowed by an earlier one is as unused as one that matches nothing.
     planted = (("moe/router/kernel", P()), *sharding.LAYOUTS, ("query/kernel", P()))
     monkeypatch.setattr(sharding, "LAYOUTS", planted)
     assert unused_rules(states) == ["moe/router/kernel", "query/kernel"]
@@ -203,7 +200,10 @@ def leaf(*shape: int) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize("name", ["router/kernel", "positional", "my_embedding"])
 def test_a_leaf_without_a_rule_is_an_error(name):
     tree = {"params": {"blocks": {name: leaf(4, 4)}}}
-    message = f"no layout for the leaf 'params/blocks/{name}': add a rule to instructax.sharding.LAYOUTS"
+    message = (
+        f"no layout for the leaf 'params/blocks/{name}': add a rule to "
+        f"instructax.sharding.LAYOUTS"
+    )
     for call in (
         lambda: sharding.shardings(tree, mesh_of(2, 2, 2)),
         lambda: unused_rules(tree),
@@ -218,15 +218,17 @@ def test_a_leaf_without_a_rule_is_an_error(name):
     [
         (
             {"mlp": {"up": {"kernel": leaf(2, 16, 7)}}},
-            "mlp/up/kernel (2, 16, 7): 7 does not divide by mesh axes tensor = 2: change model or mesh",
+            "mlp/up/kernel (2, 16, 7): 7 does not divide by mesh axes tensor = 2: "
+            "change model or mesh",
         ),
         (
             {"params": {"embedding": leaf(23, 6)}},
-            "params/embedding (23, 6): 6 does not divide by mesh axes ('tensor', 'fsdp') = 4: change model or mesh",
+            "params/embedding (23, 6): 6 does not divide by mesh axes ('tensor', "
+            "'fsdp') = 4: change model or mesh",
         ),
     ],
 )
-def test_a_shape_that_does_not_divide_is_one_line(tree, message):
+def test_a_shape_that_does_not_divide_is_a_one_line_error(tree, message):
     with pytest.raises(ValueError) as caught:
         sharding.shardings(tree, mesh_of(2, 2, 2))
     assert str(caught.value) == message
@@ -257,14 +259,15 @@ def test_a_mesh_that_does_not_fit_is_one_line(sizes):
         mesh_of(*sizes)
     product = " × ".join(map(str, sizes))
     assert str(caught.value) == (
-        f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of devices, 8"
+        f"mesh.data × mesh.fsdp × mesh.tensor = {product} must equal the number of "
+        f"devices, 8"
     )
 
 
 def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
     (tmp_path / "0000:01:00.0").mkdir()
     monkeypatch.setattr(sharding, "GPUS", tmp_path)
-    mesh_of(-1, 1, 1)  # the tests ask for the processor
+    mesh_of(-1, 1, 1)  # the tests request the CPU
     with monkeypatch.context() as unasked:
         unasked.setattr(
             sharding.jax, "config", types.SimpleNamespace(values={"jax_platforms": None})
@@ -278,7 +281,7 @@ def test_gpus_that_jax_cannot_use_are_not_passed_over(tmp_path, monkeypatch):
 
 
 def test_put_rows_gives_each_device_its_rows():
-    """Four ways to share rows, and the two devices of a tensor pair have the same ones."""
+    """Four ways to shard rows; the two devices of a tensor pair hold the same rows."""
     mesh = mesh_of(2, 2, 2)
     rows = sharding.shard_rows(
         {"x": np.arange(24).reshape(8, 3), "flag": np.ones(4, bool)}, mesh
@@ -323,8 +326,8 @@ def test_abstract_keeps_shapes_and_dtypes():
 
 
 def named_axes(source: str) -> list[str]:
-    """Mesh axes that `source` names as strings; "data" is left out, being also a word of
-    its own."""
+    """Mesh axes that `source` names as strings; "data" is left out because it is also an
+    ordinary word."""
     own = {field.name for field in dataclasses.fields(MeshConfig)} - {"data"}
     nodes = ast.walk(ast.parse(source))
     return [

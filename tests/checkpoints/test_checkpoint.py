@@ -1,5 +1,5 @@
-"""Checkpoints: exact round trips, other meshes, retention, failed saves, and the next
-stage's load."""
+"""Checkpoints: exact round trips, other meshes, retention, failed saves, and loading by the
+next stage."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_donation_right_after_an_asynchronous_save(tmp_path):
     checkpoints.save(1, state, {})
     for round_number in range(3):
         old, state = state, overwrite(state)
-        # Newer versions of JAX do not give away memory that is being read.
+        # Newer versions of JAX do not donate memory that is still being read.
         assert old.params["layers"]["kernel"].is_deleted() or (
             round_number == 0 and jax.__version_info__ >= (0, 11)
         )
@@ -81,7 +81,7 @@ def test_donation_right_after_an_asynchronous_save(tmp_path):
     assert_equal(checkpoints.restore(abstract)[0], expected)
 
 
-def test_saves_are_scheduled_and_the_newest_kept(tmp_path):
+def test_saves_follow_the_schedule_and_the_newest_are_kept(tmp_path):
     checkpoints = open_checkpoints(tmp_path, save_every=3, keep=2)
     for step in range(1, 14):
         checkpoints.maybe_save(step, make_train_state(step), {})
@@ -118,7 +118,7 @@ def test_the_lowest_loss_is_the_best(tmp_path):
     for step, loss in enumerate((3.0, 2.5, 2.75, 2.5, 2.6), start=1):
         checkpoints.save(step, make_train_state(step), {"text_loss": loss})
     checkpoints.close()
-    assert checkpoints.steps() == [4, 5]  # the newest of equals
+    assert checkpoints.steps() == [4, 5]  # ties go to the newest
     assert best_step(tmp_path) == 4
     assert best_step(tmp_path / "nowhere") is None
 
@@ -157,7 +157,7 @@ def test_a_missing_best_metric_is_reported_and_the_step_saved(tmp_path, caplog):
     )
 
 
-def test_a_saved_step_is_not_saved_again(tmp_path):
+def test_a_saved_step_is_not_saved_twice(tmp_path):
     save_steps(tmp_path, [4])
     checkpoints = open_checkpoints(tmp_path)
     abstract = on_devices(make_train_state(), 1)
@@ -228,7 +228,7 @@ def test_errors_of_load_params_name_the_place(tmp_path):
 
 def test_restore_refuses_another_state(tmp_path):
     save_steps(tmp_path, [1, 2])
-    (tmp_path / "checkpoints/2.sha256.json").unlink()  # no reason to fall back to step 1
+    (tmp_path / "checkpoints/2.sha256.json").unlink()  # must not fall back to step 1
     with pytest.raises(
         CheckpointMismatch, match=r"leaf bias is float32\[8\] in .*, but float32\[16\]"
     ):
@@ -246,7 +246,7 @@ def test_restore_refuses_another_state(tmp_path):
 
 
 class Failing:
-    """A response of Orbax whose save fails."""
+    """An Orbax response whose save fails."""
 
     def result(self, timeout=None):
         raise OSError("No space left on device")
@@ -254,7 +254,8 @@ class Failing:
 
 @pytest.mark.parametrize("call", ["maybe_save", "save", "wait", "close", "restore"])
 def test_a_failed_asynchronous_save_is_raised(tmp_path, monkeypatch, call):
-    checkpoints, state = open_checkpoints(tmp_path, save_every=5), make_train_state(1)
+    checkpoints = open_checkpoints(tmp_path, save_every=5)
+    state = make_train_state(1)
     abstract = on_devices(state, 1)
     calls = {
         "maybe_save": lambda: checkpoints.maybe_save(2, state, {}),
@@ -272,7 +273,7 @@ def test_a_failed_asynchronous_save_is_raised(tmp_path, monkeypatch, call):
         time.sleep(0.01)
     with pytest.raises(OSError, match="No space left"):
         calls[call]()
-    if call != "close":  # the next attempt is a fresh one
+    if call != "close":  # the next attempt starts afresh
         checkpoints.save(1, state, {})
         checkpoints.close()
         assert committed_steps(tmp_path) == [1]
@@ -298,10 +299,19 @@ from pathlib import Path
 import jax.numpy as jnp
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.types import TrainState
-checkpoints = Checkpoints(Path(sys.argv[1]), save_every=1, keep=2, best_metric="", best_mode="max", exported="params")
+checkpoints = Checkpoints(
+    Path(sys.argv[1]),
+    save_every=1,
+    keep=2,
+    best_metric="",
+    best_mode="max",
+    exported="params",
+)
 for step in itertools.count(1):
     x = numbers(step)
-    checkpoints.save(step, TrainState(step=jnp.int32(step), params={"a": x, "b": x}, opt_state={"m": x}), {})
+    params = {"a": x, "b": x}
+    state = TrainState(step=jnp.int32(step), params=params, opt_state={"m": x})
+    checkpoints.save(step, state, {})
     print(step, flush=True)
 """
 
@@ -343,14 +353,16 @@ def test_killed_while_saving(tmp_path):
 LIMITED = """
 import resource
 import jax
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))  # files end there, as on a full disk
-numbers = lambda step: jax.random.normal(jax.random.key(step), (512, 256))  # that nothing compresses
+# No file may grow beyond 64 KiB, as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+# Random numbers, which do not compress.
+numbers = lambda step: jax.random.normal(jax.random.key(step), (512, 256))
 """
 
 
-def test_a_disk_that_takes_no_more_ends_the_run(tmp_path):
-    """In a real process, below Orbax: the save fails in its threads, and neither hangs nor
-    looks like one that is."""
+def test_a_full_disk_ends_the_run(tmp_path):
+    """In a real process, below Orbax: the save fails in Orbax's threads. It must neither
+    hang nor look like a successful save."""
     command = [sys.executable, "-c", LIMITED + WRITER, str(tmp_path)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
     done = subprocess.run(
@@ -363,5 +375,5 @@ def test_a_disk_that_takes_no_more_ends_the_run(tmp_path):
     assert "File too large" in last and last.endswith(
         "the steps before it are whole: make room and start again"
     )
-    assert done.stdout == "1\n"  # the second save raises what the first failed with
+    assert done.stdout == "1\n"  # the second save raises the error of the first
     assert committed_steps(tmp_path) == []

@@ -1,5 +1,5 @@
-"""Checkpoints that are damaged, half saved or none: which step is used, and what stays on
-the disk."""
+"""Damaged, half-written and foreign checkpoints: which step is used, and what stays on
+disk."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def test_stray_folders_are_no_steps(tmp_path):
     (root / "98" / "junk").mkdir(parents=True)
     (root / "97").write_text("a file")
     (root / "latest").mkdir()
-    for name in ("0099", "٩٩", "+5", "1_0"):  # numbers to Python
+    for name in ("0099", "٩٩", "+5", "1_0"):  # Python's int() accepts these
         shutil.copytree(root / "3", root / name)
     shutil.copytree(root / "3", root / "7.orbax-checkpoint-tmp")
     assert committed_steps(tmp_path) == [3]
@@ -61,9 +61,8 @@ def test_a_flipped_bit_sends_restore_to_the_step_before(tmp_path, caplog):
         and warnings[0].startswith("checkpoint 3 IS DAMAGED")
         and str(path) in warnings[0]
     )
-    checkpoints.save(
-        2, make_train_state(2), {}
-    )  # the damaged step 3 must not count as the newest
+    # The damaged step 3 must not count as the newest.
+    checkpoints.save(2, make_train_state(2), {})
     checkpoints.close()
     assert checkpoints.steps() == [2] and (tmp_path / "checkpoints/3.damaged").is_dir()
 
@@ -78,7 +77,7 @@ def test_all_steps_damaged_is_an_error_not_a_new_run(tmp_path):
 
 
 def empty_data(step_folder):
-    """Leaves of the parameters of a step nothing but their names."""
+    """Truncates a step's parameters; only the names of the leaves remain."""
     for path in (step_folder / "params").rglob("*"):
         if path.is_file() and path.name != "_METADATA":
             path.write_bytes(b"")
@@ -104,7 +103,7 @@ def test_a_step_without_hashes_is_loaded_and_hashed(tmp_path, caplog):
     assert open_checkpoints(tmp_path).restore(abstract)[1] == 1
 
 
-def half_written(root):
+def plant_half_written(root):
     shutil.copytree(root / "2", root / "7")
     empty_data(root / "7")
 
@@ -120,7 +119,7 @@ def garbled_record(root):
     (root / "7.sha256.json").write_text('{"files": {')
 
 
-def of_the_wrong_shape(content):
+def record_with(content):
     def plant(root):
         shutil.copytree(root / "2", root / "7")
         (root / "7.sha256.json").write_text(content)
@@ -146,13 +145,7 @@ WRONG = [
     '["a"]',
 ]
 WRONG += ['{"metric": "x"}', '{"best_metric": 3}', '{"unevaluated": 4}']
-PLANTED = [
-    half_written,
-    foreign,
-    garbled_record,
-    truncated,
-    *map(of_the_wrong_shape, WRONG),
-]
+PLANTED = [plant_half_written, foreign, garbled_record, truncated, *map(record_with, WRONG)]
 
 
 @pytest.mark.parametrize("plant", PLANTED)
@@ -175,7 +168,7 @@ def test_what_only_looks_like_a_step_is_named_and_the_newest_good_one_used(
     assert committed_steps(tmp_path) == [1, 2]
 
 
-def test_nothing_but_a_foreign_step_is_an_error_not_a_new_run(tmp_path):
+def test_only_a_foreign_step_is_an_error_not_a_new_run(tmp_path):
     save_steps(tmp_path, [2])
     foreign(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints/2")
@@ -184,8 +177,7 @@ def test_nothing_but_a_foreign_step_is_an_error_not_a_new_run(tmp_path):
 
 
 def test_the_last_hashed_step_stays_whatever_else_lies_there(tmp_path):
-    """Steps that are not of this run do not push it out, and neither does one that was
-    never hashed."""
+    """Neither steps of another run nor a step that was never hashed may evict it."""
     save_steps(tmp_path, [1, 2])
     root = tmp_path / "checkpoints"
     checkpoints = open_checkpoints(tmp_path, keep=1)
@@ -213,8 +205,8 @@ def test_a_save_that_fails_while_hashing_deletes_nothing(tmp_path, monkeypatch):
     assert checkpoints.steps() == [3]
 
 
-def test_a_note_outlives_a_kill_between_commit_and_hashing(tmp_path, monkeypatch):
-    """Else the evaluation that was given up would be forgotten, or a best step lost."""
+def test_a_steps_record_survives_a_kill_between_commit_and_hashing(tmp_path, monkeypatch):
+    """Otherwise the interrupted evaluation would be forgotten, or a best step lost."""
     checkpoints = open_checkpoints(tmp_path, best_metric="loss", best_mode="min")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_hash_and_clean_up", lambda *_: None)
@@ -229,7 +221,7 @@ def test_a_note_outlives_a_kill_between_commit_and_hashing(tmp_path, monkeypatch
     assert best_step(tmp_path) == 2
 
 
-def test_old_hashes_go_before_their_step_is_overwritten(tmp_path, monkeypatch):
+def test_old_hashes_are_removed_before_their_step_is_overwritten(tmp_path, monkeypatch):
     save_steps(tmp_path, [1])
 
     def killed(*args, **kwargs):
@@ -241,7 +233,7 @@ def test_old_hashes_go_before_their_step_is_overwritten(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "checkpoints/1.sha256.json").read_text())["files"] is None
 
 
-def test_the_record_of_a_save_that_was_killed_goes(tmp_path):
+def test_the_record_of_a_killed_save_is_removed(tmp_path):
     save_steps(tmp_path, [1])
     root = tmp_path / "checkpoints"
     shutil.copy(root / "1.sha256.json", root / "2.sha256.json")

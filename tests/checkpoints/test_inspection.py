@@ -1,5 +1,5 @@
-"""Checkpoints at hand: what `ls` says, planted damage that `verify` names, arrays for other
-programs."""
+"""Inspecting checkpoints: what `ls` prints, damage that `verify` finds, and arrays for
+other programs."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def forget(step):
 
 
 @pytest.mark.parametrize("plant", [truncate, remove, add, flip, garble, forget])
-def test_each_damage_is_named(tmp_path, plant):
+def test_each_kind_of_damage_is_named(tmp_path, plant):
     save_steps(tmp_path, [1, 2])
     good, bad = inspection.verify_checkpoints(tmp_path, None)
     assert len(good) == 2 and "files are as they were saved" in good[0] and bad == []
@@ -75,7 +75,7 @@ def test_each_damage_is_named(tmp_path, plant):
     assert inspection.verify_checkpoints(tmp_path, 2)[1] == []
 
 
-def test_all_damages_of_a_step_are_named(tmp_path):
+def test_all_damage_of_a_step_is_named(tmp_path):
     save_steps(tmp_path, [1])
     step = tmp_path / "checkpoints/1"
     files = [path for path in step.rglob("*") if path.is_file()]
@@ -158,16 +158,16 @@ def test_the_whole_state(tmp_path):
     save_steps(tmp_path, [1, 2])
     to = tmp_path / "all.npz"
     inspection.write_arrays(tmp_path, 1, to, "all")
-    arrays, state = np.load(to), make_train_state(1)
+    arrays = np.load(to)
+    state = make_train_state(1)
     assert len(arrays.files) == len(jax.tree.leaves(state))
     assert arrays["state/step"] == 1 and arrays["params/bias"].tolist() == [1.0] * 8
-    inspection.write_arrays(
-        tmp_path, 2, tmp_path / "trained.npz", "trained"
-    )  # nothing is averaged here
+    # SFT has no averaged parameters.
+    inspection.write_arrays(tmp_path, 2, tmp_path / "trained.npz", "trained")
     assert np.load(tmp_path / "trained.npz")["bias"].tolist() == [2.0] * 8
 
 
-def test_what_cannot_be_written_is_one_line(tmp_path):
+def test_failed_exports_are_one_line_errors(tmp_path):
     save_steps(tmp_path, [1])
     (tmp_path / "there.npz").touch()
     for workdir, step, to, message in (
@@ -209,7 +209,7 @@ def test_the_command(tmp_path):
     )
 
 
-def test_states_have_the_dtypes_that_were_saved(tmp_path):
+def test_states_keep_their_saved_dtypes(tmp_path):
     state = make_train_state(1.0)
     halves = dataclasses.replace(
         state, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params)

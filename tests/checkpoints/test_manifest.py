@@ -1,4 +1,4 @@
-"""Manifests: what is stored, what is refused, and how two configs differ."""
+"""Manifests: what they store, what is refused, and how two configs differ."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def write(workdir, **changes):
     return write_manifest(workdir, **{**values, **changes})
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_manifests_round_trip(tmp_path):
     written = write(tmp_path / "new" / "run")
     manifest = read_manifest(tmp_path / "new" / "run")
     assert manifest == written
@@ -74,7 +74,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     )
 
 
-def test_only_the_first_process_writes_what_a_run_was_made_of(tmp_path, monkeypatch):
+def test_only_the_first_process_writes_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     Run(config=None, given={}, workdir=tmp_path).write_manifest()
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,5 @@
-"""Workdirs of earlier versions: as parents, for sampling, when the same command runs again,
-and for the report."""
+"""Workdirs of earlier versions: as parents, for sampling, when the same command is
+repeated, and in the report."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ OLD_STAGES = {
 
 
 def downgrade(group: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """The group `name` of a config in the names of the first version."""
+    """The config group `name` with the field names of the first version."""
     fields = {new: old for old, new in RENAMED_FIELDS.get(name, {}).items()}
     values = RENAMED_VALUES.get(name, {})
     old_group: dict[str, Any] = {}
@@ -56,7 +56,7 @@ def downgrade(group: dict[str, Any], name: str = "") -> dict[str, Any]:
 
 
 def make_old(path: Path, **changes: Any) -> None:
-    """Rewrites the manifest in the folder `path` as the first version wrote it."""
+    """Rewrites the manifest in the folder `path` in the first version's format."""
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["head"]
     manifest["stage"] = OLD_STAGES[manifest["stage"]]
@@ -70,14 +70,14 @@ def old_run(tmp_path) -> Path:
     """A finished SFT run whose manifest has the old names."""
     model = Transformer(MODEL, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(model)
-    workdir = stages.fabricated(tmp_path / "sft", MODEL, params, "bytes")
+    workdir = stages.write_finished_run(tmp_path / "sft", MODEL, params, "bytes")
     save_tokenizer(TOKENIZER, str(workdir / "tokenizer.json"))
     data = {"demonstrations": ["d.jsonl.gz"], "text": []}
     make_old(workdir, config={"stage": "supervised", "data": data})
     return workdir
 
 
-def test_an_old_manifest_has_the_new_names(old_run):
+def test_an_old_manifest_is_read_with_the_new_names(old_run):
     stored = json.loads((old_run / "manifest.json").read_text())
     assert "layers" in stored["model"] and "num_layers" not in stored["model"]
     manifest = read_manifest(old_run)
@@ -86,10 +86,11 @@ def test_an_old_manifest_has_the_new_names(old_run):
     assert upgrade_manifest(manifest) == manifest
 
 
-def test_an_old_run_is_a_parent(old_run):
+def test_an_old_run_can_be_a_parent(old_run):
     expected = {"parent": ExpectedParent(str(old_run), MODEL, "tokens")}
     parent = open_parents(expected, TOKENIZER, "bytes")["parent"]
-    # The hash is that of the file, so that children of earlier versions still match it.
+    # The hash is that of the file, so manifests of children of earlier versions still
+    # match.
     lineage = parent.lineage()
     assert lineage["stage"] == "sft"
     assert lineage["manifest_hash"] == stored_manifest_hash(old_run)
@@ -126,10 +127,10 @@ def test_the_same_command_finds_its_old_config(name, tmp_path, capsys):
         claim(tmp_path, {**config, "seed": 1})
 
 
-def test_supervised_became_two_stages():
+def test_supervised_runs_become_pretrain_or_sft_runs():
     text = {"stage": "supervised", "data": {"demonstrations": [], "text": ["t"]}}
     demonstrations = {"stage": "supervised", "data": {"demonstrations": ["d"]}}
-    # A run on text with LoRA keeps its factors; only `sft` has them.
+    # A LoRA run on text keeps its factors; only `sft` has them.
     with_lora = {**text, "lora": {"rank": 4, "alpha": 8.0}}
     assert upgrade_config(text)["stage"] == "pretrain"
     assert not set(PRETRAIN_DROPPED["data"]) & set(upgrade_config(text)["data"])

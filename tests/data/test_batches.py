@@ -1,4 +1,4 @@
-"""Which rows make a batch, and the arrays that they become."""
+"""Which rows form a batch, and the arrays built from them."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from instructax.data.batches import NO_ROW
 
 
 class Rows(list):
-    """A source in memory that records its reads."""
+    """An in-memory source that records its reads."""
 
     def __init__(self, rows):
         super().__init__(rows)
@@ -26,7 +26,7 @@ def ints(*values):
 
 
 def packed(count, first):
-    """Rows of one document each; its two tokens identify the row."""
+    """Rows of one document each; the row's two tokens identify it."""
     return Rows(
         {
             "tokens": ints(first + i, first + i),
@@ -54,7 +54,7 @@ def philox(counter, key):
     return c
 
 
-def test_row_order_sorts_philox_bits_and_never_changes():
+def test_row_order_sorts_philox_bits_and_is_stable():
     assert batches.row_order(0, 0, 8).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert batches.row_order(0, 1, 8).tolist() == [5, 3, 7, 2, 4, 1, 0, 6]
     assert batches.row_order(7, 0, 8).tolist() == [4, 1, 6, 3, 2, 7, 5, 0]
@@ -208,7 +208,8 @@ def test_a_comparison_that_does_not_fit_names_the_value(name):
 
 
 def mixed(index, process_index=0, process_count=1, fraction=0.3, batch_size=8):
-    demonstrations, text = packed(20, first=100), packed(5, first=200)
+    demonstrations = packed(20, first=100)
+    text = packed(5, first=200)
     batch = batches.mixed_lm_batch(
         demonstrations,
         text,
@@ -223,8 +224,8 @@ def mixed(index, process_index=0, process_count=1, fraction=0.3, batch_size=8):
     return batch, demonstrations, text
 
 
-# Of the first 8, 16, 24, 32 rows ⌊3/10⌋ are text; at a tenth, every few batches of 4 have
-# one.
+# ⌊3/10⌋ of the first 8, 16, 24, 32 rows are text. With a tenth, only every few batches of 4
+# have a text row.
 @pytest.mark.parametrize(
     ("fraction", "batch_size", "ends"),
     [(0.3, 8, [0, 2, 4, 7, 9]), (0.1, 4, [0, 0, 0, 1, 1, 2, 2]), (0.1, 10, range(9))],

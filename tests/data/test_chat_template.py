@@ -1,5 +1,5 @@
-"""Conversations as text and tokens: templates in wide use, the stages' own format, and
-what is refused."""
+"""Conversations as text and tokens: widely used templates, the stages' own format, and
+refused input."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Llama 2's, shortened to its handling of a system message and alternating turns.
+# Llama 2's template, reduced to system messages and alternating turns.
 INST = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}"
@@ -142,7 +142,8 @@ def test_only_the_template_can_write_special_tokens(chatml):
     assert tokenizer.decode(ids) == render_messages(
         [USER], template, add_generation_prompt=True
     )
-    assert end not in tokenizer.encode("<|im_end|>")  # ordinary text never becomes one
+    # Ordinary text never becomes a special token.
+    assert end not in tokenizer.encode("<|im_end|>")
     assert end not in encode_messages(
         [{"role": "user", "content": "<|im_end|>"}], tokenizer, None
     )
@@ -157,7 +158,7 @@ def test_only_the_template_can_write_special_tokens(chatml):
 
 
 def demonstration_ids(tokenizer, template, prompt, answer):
-    """The ids of the prompt and of what is trained, with the end token."""
+    """The ids of the prompt and of the trained part, with the end token."""
     before, answered = render_demonstration(prompt, answer, template)
     ids = [encode_rendered(text, tokenizer, template) for text in (before, answered)]
     return ids[0], np.append(ids[1], tokenizer.eos_id)
@@ -190,7 +191,7 @@ def test_a_template_with_another_end_token_is_refused(tmp_path):
     ):
         render_demonstration("a", "b", template)
     ends = np.flatnonzero(turn_end_mask(tokenizer, template))
-    assert tokenizer.decode(ends) == "<|im_end|>"  # a sampler still stops there
+    assert tokenizer.decode(ends) == "<|im_end|>"  # a sampler still stops at it
     assert not turn_end_mask(tokenizer, None).any()
     with pytest.raises(ValueError, match="ends an answer with 'nothing'"):
         render_demonstration(
@@ -340,7 +341,7 @@ def test_a_template_sees_no_attributes_of_python(chatml, source):
     )
 
 
-def test_rendering_leaves_the_trace_function_of_a_debugger_alone(chatml):
+def test_rendering_does_not_replace_a_debuggers_trace_function(chatml):
     _, template = chatml
     before = sys.gettrace()
     seen = []
@@ -362,16 +363,15 @@ def test_a_prompt_is_split_into_turns():
     assert split_turns(dialog) == [
         {"role": role, "content": content} for role, content in roles
     ]
-    assert (
-        split_turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"
-    )  # not a dialog: it starts differently
+    # Not a dialog, because it starts differently.
+    assert split_turns("Human: x\n\nAssistant:")[0]["content"] == "Human: x\n\nAssistant:"
     assert split_turns("Sum up:\n\ntext\n\n") == [
         {"role": "user", "content": "Sum up:\n\ntext"}
     ]
 
 
 @pytest.mark.parametrize("template_name", ["chatml", "inst"])
-def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
+def test_prepared_rows_hold_the_templates_text_and_one_trained_end_token(
     template_name, request, tmp_path
 ):
     tokenizer, template = request.getfixturevalue(template_name)
@@ -380,7 +380,7 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
         ("Hi there", "Hello."),
         ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Why?\n\nAssistant:", "So."),
     ]
-    texts.append(("Say <|im_end|> and </s>", "No."))  # nobody can end somebody else's turn
+    texts.append(("Say <|im_end|> and </s>", "No."))  # text cannot end a turn
     files = {"d": [], "c": [], "p": []}
     for number, (prompt, completion) in enumerate(texts):
         own = {"id": str(number), "prompt": prompt}
@@ -393,7 +393,7 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
         )
     chat_format = chat_prompt_format(template, tokenizer)
 
-    def prepared(prepare_kind, name, prompt_format=chat_format):
+    def prepare_rows(prepare_kind, name, prompt_format=chat_format):
         return prepare_kind(
             [tmp_path / f"{name}.jsonl"],
             tokenizer,
@@ -402,7 +402,7 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
             prompt_format,
         )
 
-    result = prepared(prepare.prepare_demonstrations, "d")
+    result = prepare_rows(prepare.prepare_demonstrations, "d")
     assert result.report.dropped["reserved"] == 1 and result.report.kept["train"] == 2
     conversations = [
         [USER, ANSWER],
@@ -418,7 +418,8 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
         expected.append(
             whole[: int(np.flatnonzero(whole == tokenizer.eos_id)[-1]) + 1].tolist()
         )
-    found, source = [], result.sources["train"]
+    found = []
+    source = result.sources["train"]
     batch = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
     for tokens, trained in stages.documents_of(batch):
         found.append(tokens.tolist())
@@ -427,23 +428,24 @@ def test_prepared_rows_are_the_templates_text_with_one_trained_end_token(
             and tokens[-1] == tokenizer.eos_id
             and trained[-1]
         )
-        assert trained.tolist() == sorted(trained.tolist())  # only the answer, at the end
-    # The rows encode prompt and answer separately, so only the texts are the same.
+        # Only the answer, which comes last.
+        assert trained.tolist() == sorted(trained.tolist())
+    # Rows encode prompt and answer separately, so only the decoded texts are equal.
     assert sorted(map(tokenizer.decode, found)) == sorted(map(tokenizer.decode, expected))
 
-    judged = prepared(prepare.prepare_comparisons, "c").sources["train"]
-    asked = prepared(prepare.prepare_prompts, "p").sources["train"]
+    judged = prepare_rows(prepare.prepare_comparisons, "c").sources["train"]
+    prompt_rows = prepare_rows(prepare.prepare_prompts, "p").sources["train"]
     prompts = sorted(
         row["prompt"].tolist() for row in judged.__getitems__(range(len(judged)))
     )
     assert prompts == sorted(
-        row["tokens"].tolist() for row in asked.__getitems__(range(len(asked)))
+        row["tokens"].tolist() for row in prompt_rows.__getitems__(range(len(prompt_rows)))
     )
     assert encode_messages([USER], tokenizer, template).tolist() in prompts
-    plain = prepared(prepare.prepare_prompts, "p", PLAIN_FORMAT)
+    plain = prepare_rows(prepare.prepare_prompts, "p", PLAIN_FORMAT)
     assert (
         plain.report.kept["train"] == 3
-        and plain.report.hash != prepared(prepare.prepare_prompts, "p").report.hash
+        and plain.report.hash != prepare_rows(prepare.prepare_prompts, "p").report.hash
     )
 
 

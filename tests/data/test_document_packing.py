@@ -1,4 +1,4 @@
-"""Packing: golden rows by hand, and what packing must not change."""
+"""Packing documents into rows: worked examples, and what packing must not change."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def document(*tokens):
     return document_packing.Document(tokens, np.arange(len(tokens)) > 0)
 
 
-def test_text_is_cut_and_gets_one_end_token():
+def test_text_is_split_and_gets_one_end_token():
     pieces = document_packing.text_documents(np.array([1, 2, 3, 4, 5], np.int32), EOS, 4)
     assert [piece.tokens.tolist() for piece in pieces] == [[1, 2, 3, 4], [5, 9]]
     assert [piece.loss_mask.tolist() for piece in pieces] == [
@@ -26,7 +26,7 @@ def test_text_is_cut_and_gets_one_end_token():
 
 
 def test_demonstrations_train_on_completion_and_end_token():
-    # Ids equal to the end token within prompt and completion are ordinary tokens.
+    # Ids that equal the end token within prompt and completion are ordinary tokens.
     result = document_packing.demonstration_document(
         np.array([1, 9]), np.array([3, 9, 4]), EOS
     )
@@ -36,7 +36,7 @@ def test_demonstrations_train_on_completion_and_end_token():
         document_packing.demonstration_document(np.array([], np.int32), np.array([3]), EOS)
 
 
-def test_golden_rows_of_six():
+def test_packing_into_rows_of_six_by_hand():
     documents = [
         document(1, 1, 1, 1),
         document(2, 2, 2),
@@ -68,7 +68,7 @@ def test_the_number_of_open_rows_is_limited(monkeypatch):
         document(5),
         document(6),
     ]
-    # The third row closes the first one, which still has room.
+    # Opening the third row closes the first one, which still has room.
     rows = document_packing.pack_documents(documents, 4)
     assert [row.tokens.tolist() for row in rows] == [
         [1, 1, 1],
@@ -95,7 +95,7 @@ def test_every_document_is_packed_once_and_whole():
             assert row.loss_mask[own].tolist() == [False] + [True] * (seen[name] - 1)
     assert seen == {i: len(document.tokens) for i, document in enumerate(documents)}
     tokens = sum(seen.values())
-    assert tokens / (16 * len(rows)) > 0.92  # one document per row would fill 53%
+    assert tokens / (16 * len(rows)) > 0.92  # one document per row would use 53%
     assert [
         row.tokens.tolist() for row in document_packing.pack_documents(documents, 16)
     ] == [row.tokens.tolist() for row in rows]

@@ -1,4 +1,5 @@
-"""Filters and splits: what is kept, in which order, and that splits do not overlap."""
+"""Filters and splits: which records are kept, in which order, and that splits do not
+overlap."""
 
 import collections
 import hashlib
@@ -161,7 +162,7 @@ def test_splits_have_their_fractions_and_depend_on_the_seed():
         filters.split_of(str(i), FRACTIONS, 0) != filters.split_of(str(i), FRACTIONS, 1)
         for i in range(1000)
     )
-    assert 350 < moved < 570  # 1 - (0.49 + 0.04 + 0.01) = 0.46 by chance
+    assert 350 < moved < 570  # 1 - (0.49 + 0.04 + 0.01) = 0.46 are expected by chance
     assert filters.split_of("x", (("train", 0.0), ("rest", 0.0)), 0) == "rest"
 
 

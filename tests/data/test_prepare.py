@@ -1,4 +1,5 @@
-"""From files to rows on disk: which records are kept, and what names the folder."""
+"""From data files to rows on disk: which records are kept, and what determines the folder's
+name."""
 
 import dataclasses
 import itertools
@@ -31,8 +32,8 @@ HALVES = dataclasses.replace(ALL, splits=(("train", 0.5), ("valid", 0.5)))
 
 @pytest.fixture(autouse=True)
 def bare_prompts(request, monkeypatch):
-    """Leaves prompts as they are written, so that lengths are easy to count; one test below
-    has separators."""
+    """Disables prompt separators, so that lengths are easy to count. One test below enables
+    them."""
     if request.node.name != "test_prompts_get_a_separator":
         monkeypatch.setattr(preparation, "add_separator", lambda prompt: prompt)
 
@@ -164,8 +165,8 @@ def test_every_demonstration_trains_on_one_end_token(tmp_path):
 
 
 def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
-    """Ordinary text never contains it, but an unknown word becomes the end token if the
-    tokenizer has one token for both."""
+    """Ordinary text never contains the end token, but an unknown word becomes it if the
+    tokenizer uses one token for both."""
     words = {
         "version": "1.0",
         "added_tokens": [],
@@ -178,7 +179,7 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    # In a prompt it is read but not trained.
+    # A prompt may contain it, because prompts are not trained.
     known = demonstrations(tmp_path / "known.jsonl", [("a what", "b a")])
     (row,) = rows_of(
         prepare.prepare_demonstrations([known], tokenizer, ALL, tmp_path).sources["train"]
@@ -216,10 +217,8 @@ def test_personal_data_is_dropped_from_the_training_split_only(tmp_path):
     file = prompts(tmp_path / "p.jsonl", texts)
     limits = dataclasses.replace(HALVES, filter_pii=True)
     prepared = prepare.prepare_prompts([file], TOKENIZER, limits, tmp_path / "data")
-    train, valid = (
-        [decode(row["tokens"]) for row in rows_of(prepared.sources[name])]
-        for name in ("train", "valid")
-    )
+    train = [decode(row["tokens"]) for row in rows_of(prepared.sources["train"])]
+    valid = [decode(row["tokens"]) for row in rows_of(prepared.sources["valid"])]
     assert not any("@" in text for text in train)
     assert sum("@" in text for text in valid) == 40 - prepared.report.dropped["pii"] > 5
     assert sorted(train + valid) == sorted(
@@ -228,7 +227,8 @@ def test_personal_data_is_dropped_from_the_training_split_only(tmp_path):
 
 
 def test_splits_contain_whole_users_and_are_stable_when_data_is_added(tmp_path):
-    texts, users = [f"p{i}" for i in range(60)], [f"user {i % 12}" for i in range(60)]
+    texts = [f"p{i}" for i in range(60)]
+    users = [f"user {i % 12}" for i in range(60)]
     first = prepare.prepare_prompts(
         [prompts(tmp_path / "1.jsonl", texts[:40], users[:40])], TOKENIZER, HALVES, tmp_path
     )
@@ -341,7 +341,7 @@ def test_many_rows_are_read_back_in_order(tmp_path):
 def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
     first = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
-    # A second preparation would call it.
+    # A second preparation would call this.
     monkeypatch.setattr(preparation, "read_jsonl", None)
     again = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
     assert again.report == first.report

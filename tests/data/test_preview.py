@@ -1,5 +1,5 @@
-"""The preview of a batch: prompts, trained tokens, end tokens and padding, in colors on a
-terminal only."""
+"""The preview of a batch: prompts, trained tokens, end tokens and padding; colors only on a
+terminal."""
 
 import io
 
@@ -26,7 +26,7 @@ def batch_of(*pairs, length=40):
     (row,) = pack_documents(documents, length)
     segments, positions = segments_and_positions(row.lengths)
     room = length - len(row.tokens)
-    # Padded with the end token: padding is recognized by its place, not its id.
+    # Padded with the end token: padding is recognized by its position, not its id.
     tokens = np.pad(row.tokens, (0, room), constant_values=BYTES.eos_id)
     masks = (np.pad(x, (0, room)) for x in (segments, positions, row.loss_mask))
     segments, positions, loss_mask = masks
@@ -48,7 +48,7 @@ EXPECTED = """first batch, row 1 of 1: 2 documents, 19 tokens, 11 trained, 21 of
 
 def test_every_span_is_named_and_control_characters_are_escaped(capsys):
     batch = batch_of(("Hi.\n\n", "Hel\x1b[2Jo"), ("a\n\n", "b"))
-    # Trained: eight bytes and an end token, one byte and an end token.
+    # Trained tokens: eight bytes and an end token, one byte and an end token.
     assert preview_text(batch, 0, BYTES.decode).plain == EXPECTED
     print_preview(batch, BYTES.decode)
     assert capsys.readouterr().out == f"{EXPECTED}\n"  # not a terminal: no colors

@@ -1,4 +1,4 @@
-"""Rows on disk: whole or not there, whatever happens while they are written."""
+"""Rows on disk are complete or absent, whatever happens while they are written."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_an_interrupted_preparation_is_never_used(tmp_path, monkeypatch):
 
 
 class RecordingSource:
-    """Rows that record their reads."""
+    """A source that records its reads."""
 
     def __init__(self, rows):
         self.rows = rows

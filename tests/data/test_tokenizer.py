@@ -1,4 +1,4 @@
-"""Tokenizers: golden ids, round trips, and text that tries to produce special tokens."""
+"""Tokenizers: known ids, round trips, and text that tries to produce special tokens."""
 
 import gzip
 import json
@@ -26,8 +26,8 @@ TEXTS = [
 
 
 def byte_symbols() -> list[str]:
-    """GPT-2's table, written as in its own source: visible bytes stand for themselves,
-    others count up from 256."""
+    """GPT-2's table, as in its source: visible bytes represent themselves, the others count
+    up from 256."""
     symbols = []
     extra = 0
     for byte in range(256):
@@ -40,7 +40,7 @@ def byte_symbols() -> list[str]:
 
 
 def write_gpt2(folder: Path, merges: list[str]) -> Path:
-    """Ids 0 .. 255 are the bytes, then one for each merge, then the end of text."""
+    """Ids 0 to 255 are the bytes, followed by one id per merge and the end of text."""
     pieces = [*byte_symbols(), *(merge.replace(" ", "") for merge in merges), EOT]
     (folder / "encoder.json").write_text(
         json.dumps({piece: index for index, piece in enumerate(pieces)})
@@ -132,38 +132,33 @@ def test_golden_bytes():
         b"\x80\x80",
     ],
 )
-def test_broken_bytes_decode_as_in_python(data: bytes):
+def test_invalid_utf8_decodes_as_in_python(data: bytes):
     assert tokenizer_lib.load_tokenizer("bytes").decode(list(data)) == data.decode(
         errors="replace"
     )
 
 
-def test_special_ids_are_spelled_out_and_end_a_broken_character():
+def test_special_ids_are_written_out_and_end_an_incomplete_character():
     ids = np.array([0xE2, 0x82, 256, 0xAC, 65, 256], np.int32)
     assert tokenizer_lib.load_tokenizer("bytes").decode(ids) == f"\ufffd{EOT}\ufffdA{EOT}"
 
 
 def test_golden_gpt2(tmp_path: Path):
-    # "Ġ" is the blank. The rank of a merge decides, not its place: "l o" comes before
-    # "o w", so "low" is lo + w.
+    # "Ġ" is a space. The rank of a merge decides, not its position: "l o" comes before "o
+    # w", so "low" is lo + w.
     folder = write_gpt2(tmp_path, ["l o", "o w", "lo w", "Ġ low", "e r", "n e", "Ã ©"])
     tokenizer = tokenizer_lib.load_tokenizer(str(folder))
     assert (tokenizer.size, tokenizer.eos_id) == (264, 263)
     assert tokenizer.encode("low lower").tolist() == [258, 259, 260]
-    assert tokenizer.encode("owl ner").tolist() == [
-        257,
-        108,
-        32,
-        110,
-        260,
-    ]  # "e r" outranks "n e"
+    # "e r" outranks "n e".
+    assert tokenizer.encode("owl ner").tolist() == [257, 108, 32, 110, 260]
     assert tokenizer.encode("é!").tolist() == [262, 33]
     assert tokenizer.decode([258, 259, 263, 262]) == f"low low{EOT}é"
 
 
 def test_words_are_split_before_merging(tmp_path: Path):
-    # GPT-2 splits " 's" style contractions, letters, digits and blanks: no merge crosses a
-    # border.
+    # GPT-2 splits contractions such as 's, letters, digits and spaces; no merge crosses
+    # these borders.
     tokenizer = tokenizer_lib.load_tokenizer(
         str(write_gpt2(tmp_path, ["a 1", "a !", "Ġ Ġ", "' s", "t '"]))
     )
@@ -223,8 +218,8 @@ def test_lone_surrogates_are_refused(trained: tokenizer_lib.Tokenizer, text: str
 
 
 def test_training_merges_the_most_frequent_pair_first():
-    # "ab" occurs 3 times, "abc" twice: the first merge is a + b, the second ab + c. The end
-    # of text has id 0.
+    # "ab" occurs 3 times and "abc" twice: the first merge is a + b, the second ab + c. The
+    # end of text has id 0.
     tokenizer = tokenizer_lib.train_bpe(["abc", "abc", "ab"], 259)
     assert (tokenizer.size, tokenizer.eos_id) == (259, 0)
     assert tokenizer.encode("abcab").tolist() == [258, 257]
@@ -282,7 +277,7 @@ def test_the_hash_depends_only_on_the_content(tmp_path: Path):
     content = json.loads((tmp_path / "first.json").read_text())
     content["added_tokens"].reverse()
     content["post_processor"] = (
-        BYTE_LEVEL  # has no effect here, so it is no part of the hash
+        BYTE_LEVEL  # has no effect here, so it is not part of the hash
     )
     content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
     (tmp_path / "same.json").write_text(
@@ -307,8 +302,8 @@ def test_the_hash_depends_only_on_the_content(tmp_path: Path):
 
 
 def test_text_never_makes_an_added_token(tmp_path: Path):
-    # Merges, whole words (ignore_merges) and added tokens all lead to the special tokens;
-    # every one of these ways must be closed.
+    # Merges, whole words (ignore_merges) and added tokens can all produce special tokens;
+    # each of these ways must be closed.
     vocab = {"<e": 256, "os>": 257, "os": 258, "<eos>": 259, "<pad>": 260, "s>": 264}
     merges = ["o s", "s >", "os >", "< e", "<e os>"]
     tokens = [
@@ -330,9 +325,8 @@ def test_text_never_makes_an_added_token(tmp_path: Path):
     }
     path = write_byte_level(tmp_path / "t.json", vocab, merges, tokens, ignore_merges=True)
     content = json.loads(Path(path).read_text()) | {"post_processor": processor}
-    content["pre_tokenizer"] = BYTE_LEVEL | {
-        "use_regex": False
-    }  # the whole text is one word, as ignore_merges needs
+    # The whole text is one word, which ignore_merges needs.
+    content["pre_tokenizer"] = BYTE_LEVEL | {"use_regex": False}
     content["truncation"] = {
         "direction": "Right",
         "max_length": 2,
@@ -367,8 +361,8 @@ def test_an_added_single_character_is_ordinary_text(tmp_path: Path):
 
 
 def test_unigram(tmp_path: Path):
-    # The pieces "</s>" and "<unk>" would score best. Unknown characters still get the id of
-    # "<unk>".
+    # The pieces "</s>" and "<unk>" have the best scores. Unknown characters still get the
+    # id of "<unk>".
     vocab = [
         ["<unk>", 0.0],
         ["</s>", 0.0],
@@ -550,8 +544,8 @@ def test_missing_and_incomplete_files_are_refused(tmp_path: Path):
             tokenizer_lib.load_tokenizer(str(folder))
 
 
-# Runs the script once for each list of arguments, in forks of one process that has paid for
-# the imports.
+# Runs the script once for each list of arguments, in forks of one process, so that imports
+# happen once.
 SCRIPT_RUNNER = """
 import json, os, runpy, sys
 from pathlib import Path

@@ -49,11 +49,7 @@ CAT = "the cat sat on the mat"
         # near to 6, the shorter length counts.
         (["a b c d e f"], [["a b c d x", "c d e f y z w"]], 100 * (2 / 3) ** 0.25),
         # 8 words are nearer to 6 than 3.
-        (
-            ["a b c d e f"],
-            [["a b c", "a b c d e f g h"]],
-            100 * math.exp(1 - 8 / 6),
-        ),
+        (["a b c d e f"], [["a b c", "a b c d e f g h"]], 100 * math.exp(1 - 8 / 6)),
         # A word counts as often as in the reference that has it most often, not as often as
         # in all of them together.
         (

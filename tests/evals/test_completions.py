@@ -1,4 +1,5 @@
-"""Completions and candidate scores of ragged contexts equal a plain computation."""
+"""Completions and candidate scores of contexts of different lengths equal a plain
+computation."""
 
 import math
 from functools import cache

@@ -1,4 +1,4 @@
-"""Few-shot prefixes: what they contain, and where they stand."""
+"""Few-shot prefixes: what they contain, and where they are inserted."""
 
 import numpy as np
 

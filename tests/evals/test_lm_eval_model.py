@@ -117,7 +117,8 @@ def test_a_context_that_is_too_long_loses_its_beginning(lm, network):
 
 
 def test_rolling_loglikelihood_scores_every_token_once(lm, network):
-    short, long = "short", "x" + "abc" * 40
+    short = "short"
+    long = "x" + "abc" * 40
     found = lm.loglikelihood_rolling([Instance(short), Instance(long)], disable_tqdm=True)
     expected, _ = plain_loglikelihood(network, [EOS_ID], encode(short))
     assert found[0] == pytest.approx(expected, abs=1e-4)
@@ -242,7 +243,7 @@ def task_folder(tmp_path, monkeypatch):
 def test_the_command_runs_local_tasks(task_folder, tmp_path, network):
     workdir = tmp_path / "tiny"
     output = tmp_path / "results.json"
-    stages.fabricated(workdir, CONFIG, network[1], "bytes")
+    stages.write_finished_run(workdir, CONFIG, network[1], "bytes")
     save_tokenizer(BYTES, str(workdir / "tokenizer.json"))
 
     def run(*arguments):

@@ -1,7 +1,8 @@
-"""F1, exact match and ROUGE-L: worked numbers, reference scorers, identities, bad input.
+"""F1, exact match and ROUGE-L: worked numbers, reference scorers, identities and invalid
+input.
 
-rouge_score is the reference for ROUGE-L. SQuAD v2's and DROP's rules are written again
-below, in another way and with exact fractions.
+rouge_score is the reference for ROUGE-L. The rules of SQuAD v2 and DROP are implemented a
+second time below, differently and with exact fractions.
 """
 
 import fractions
@@ -44,11 +45,12 @@ def test_first_line_ends_only_at_a_newline(completion, line):
     ("text", "expected"),
     [
         ("The  Cat,\tan 'Apple' and a Pear!\n", "cat apple and pear"),
-        ("Theatre another banana", "theatre another banana"),  # articles are whole words
+        # Articles are removed only as whole words.
+        ("Theatre another banana", "theatre another banana"),
         ("U.S. well-known 3.5%", "us wellknown 35"),
         # Punctuation is removed first, and the rest of "a-" is an article.
         ("a.b the-end a-", "ab theend"),
-        ("l’été ÉTÉ “x”", "l’été été “x”"),  # punctuation beyond ASCII stays
+        ("l’été ÉTÉ “x”", "l’été été “x”"),  # non-ASCII punctuation stays
         ("the a an", ""),
         ("a_b", "ab"),
     ],

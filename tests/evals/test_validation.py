@@ -18,7 +18,7 @@ ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)  # per prompt; the first ties all, the second
 
 
 def read_from(monkeypatch, batches):
-    """Lets the metrics read `batches` whatever the source."""
+    """Makes the metrics read `batches`, whatever the source."""
     monkeypatch.setattr(validation, "validation_batches", lambda *_: iter(batches))
     monkeypatch.setattr(validation, "validation_rows", lambda *_: iter(range(len(batches))))
     monkeypatch.setattr(

@@ -101,7 +101,8 @@ def test_samples_match_the_definition(policy, temperature):
         jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (1,))))(keys_of_tokens)
     )[..., 0]
     for row in range(len(PROMPT_LENGTHS)):
-        prompt, response = prompt_tokens(prompts, row), rollouts.responses[row].tolist()
+        prompt = prompt_tokens(prompts, row)
+        response = rollouts.responses[row].tolist()
         logprobs = reference_model.logprobs(
             policy.config, policy.params, prompt + response[:-1], temperature
         )
@@ -147,7 +148,8 @@ def test_windows_and_soft_caps_match_the_definition():
     rescored = jax.jit(partial(token_logprobs, model, temperature=1.0))(params, rollouts)
     np.testing.assert_allclose(rescored, rollouts.logprobs, atol=1e-5)
     for row in range(len(PROMPT_LENGTHS)):
-        prompt, response = prompt_tokens(prompts, row), rollouts.responses[row].tolist()
+        prompt = prompt_tokens(prompts, row)
+        response = rollouts.responses[row].tolist()
         logprobs = reference_model.logprobs(config, params, prompt + response[:-1])[
             len(prompt) - 1 :
         ]
@@ -211,7 +213,8 @@ def test_temperature_zero_takes_the_most_likely_token(policy):
     prompts, keys = prompts_and_keys()
     rollouts = policy.sample(prompts, keys, 0.0)
     for row in range(len(PROMPT_LENGTHS)):
-        prompt, response = prompt_tokens(prompts, row), rollouts.responses[row].tolist()
+        prompt = prompt_tokens(prompts, row)
+        response = rollouts.responses[row].tolist()
         logprobs = reference_model.logprobs(
             policy.config, policy.params, prompt + response[:-1]
         )[len(prompt) - 1 :]
@@ -350,7 +353,7 @@ def test_the_decoding_dtype_sets_the_rounding(policy):
         model = Transformer(policy.config, compute(decoding_dtype=dtype), "tokens")
         sample = partial(generate, model, length=LENGTH, temperature=1.0, eos_id=EOS)
         rounded = jax.jit(sample)(policy.params, prompts, keys)
-        # While all tokens so far agree, the distributions agree but for rounding.
+        # As long as all previous tokens agree, the distributions agree up to rounding.
         same = np.cumprod(rounded.responses == exact.responses, axis=1).astype(
             bool
         ) & np.asarray(exact.mask)

@@ -1,5 +1,5 @@
-"""Values that cannot be: each is refused in one line with its name and what is allowed,
-before anything is computed."""
+"""Invalid config values: each is refused before any computation, in one line with its name
+and the allowed values."""
 
 import math
 import os
@@ -19,8 +19,8 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tried(name: str, overrides: dict[str, Any]) -> str:
-    """The line that refuses a tiny config with `overrides`."""
+def error_of(name: str, overrides: dict[str, Any]) -> str:
+    """The error line for a tiny config with `overrides`."""
     with pytest.raises(ConfigError) as error:
         dry_run(
             load_config(RunSpec(name, str(ROOT / "configs" / f"{name}.py:tiny"), overrides))
@@ -32,7 +32,7 @@ def tried(name: str, overrides: dict[str, Any]) -> str:
 
 HUGE = 10**400
 PPO = [
-    # not a number, or no number of 32 bits
+    # Not a number, or not representable in 32 bits.
     ({"kl_coef": math.nan}, "config.kl_coef = nan must be a finite number"),
     ({"clip": math.inf}, "config.clip = inf must be a finite number"),
     (
@@ -50,7 +50,7 @@ PPO = [
     ),
     ({"steps": HUGE}, "config.steps = 2**1329 or so must be from"),
     ({"kl_coef": HUGE}, "int too large to convert to float"),
-    # out of range
+    # Out of range.
     ({"kl_coef": -1.0}, "config: kl_coef = -1.0 must be at least 0"),
     ({"steps": -1}, "config: steps = -1 must be at least 1"),
     ({"batch_size": 0}, "config: batch_size = 0 must be at least 1"),
@@ -87,7 +87,7 @@ PPO = [
     ),
     ({"seed": -1}, "config.seed = -1 must be from 0 to 2147483647"),
     ({"seed": 2**31}, "config.seed = 2147483648 must be from 0 to 2147483647"),
-    # that do not fit each other
+    # Inconsistent with each other.
     (
         {"model.num_kv_heads": 3},
         "model.num_heads = 2 must be a multiple of model.num_kv_heads = 3",
@@ -110,7 +110,8 @@ PPO = [
     ),
     (
         {"data.limits.prompt_tokens": 10**6},
-        "config.data.limits.prompt_tokens + response_tokens = 1000024 is above config.model.max_length = 96",
+        "config.data.limits.prompt_tokens + response_tokens = 1000024 is above "
+        "config.model.max_length = 96",
     ),
     (
         {"data.limits.splits": (("all", 1.0),)},
@@ -124,7 +125,7 @@ PPO = [
         {"run.save_every": 3, "run.log_every": 2},
         "save_every = 3 must be a multiple of log_every = 2",
     ),
-    # of another type or name
+    # Wrong type or unknown name.
     ({"whiten_rewards": "yes"}, "cannot be casted to type <class 'bool'>"),
     (
         {"old_logprobs": "nobody"},
@@ -137,7 +138,8 @@ PPO = [
     ({"kl_ceof": 0.1}, 'Did you mean "kl_coef" instead of "kl_ceof"?'),
     (
         {"stage": "alchemy"},
-        "config.stage = 'alchemy' must be one of world, collect, pretrain, sft, reward_model, ppo",
+        "config.stage = 'alchemy' must be one of world, collect, pretrain, sft, "
+        "reward_model, ppo",
     ),
 ]
 SFT = [
@@ -159,7 +161,7 @@ CASES = [("ppo", *case) for case in PPO] + [("sft", *case) for case in SFT]
     ids=[f"{n}-{'-'.join(o)}-{i}" for i, (n, o, _) in enumerate(CASES)],
 )
 def test_a_value_that_cannot_be_is_one_line(name, overrides, message):
-    assert message in tried(name, overrides)
+    assert message in error_of(name, overrides)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -173,8 +175,8 @@ def test_epochs_without_end_are_refused(chain, tmp_path):
 
 @pytest.mark.usefixtures("one_device")
 def test_paths_may_be_relative_and_hold_anything(chain, tmp_path, monkeypatch):
-    """Blanks, other alphabets, `..`; the run can be found again under another spelling of
-    its path."""
+    """Blanks, other alphabets and `..` work, and the run is found again under another
+    spelling of its path."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
     folder = tmp_path / "my räw data 数据" / "%s {x} 'q' #1"
     folder.mkdir(parents=True)
@@ -204,13 +206,14 @@ def test_paths_may_be_relative_and_hold_anything(chain, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_workdir_of_another_stage_is_named_as_one(chain, tmp_path):
-    """The stages, and not the dozens of values in which two stages differ."""
+    """The message names the two stages, not the dozens of values in which they differ."""
     workdir = tmp_path / "run"
     run_stage(stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0}), workdir)
     with pytest.raises(ConfigError) as error:
         run_stage(stages.config_of(chain, "reward", {}), workdir)
     assert str(error.value) == (
-        f"{workdir} holds a run with another config (stage: 'sft' (stored) != 'reward_model' (given)); "
+        f"{workdir} holds a run with another config (stage: 'sft' (stored) != "
+        f"'reward_model' (given)); "
         "give the stored values again or choose another --workdir"
     )
 

@@ -1,5 +1,5 @@
-"""Texts that people and machines write by mistake, from a file to rows: refused in one
-line, or dropped and counted."""
+"""Mistakes in data files, from file to prepared rows: refused in one line, or dropped and
+counted."""
 
 import dataclasses
 import gzip
@@ -47,8 +47,8 @@ GOOD = {
 }
 
 
-def prepared(folder, kind, *changes, limits=LIMITS):
-    """What is prepared of one good record and one for each of `changes`."""
+def prepare_records(folder, kind, *changes, limits=LIMITS):
+    """The prepared rows of one good record and one record for each of `changes`."""
     records = [
         {"id": str(i)} | GOOD[kind] | change for i, change in enumerate(({}, *changes))
     ]
@@ -84,14 +84,14 @@ DROPPED = [
     ids=[f"{k}-{r}-{i}" for i, (k, _, r) in enumerate(DROPPED)],
 )
 def test_what_does_not_fit_is_dropped_and_counted(tmp_path, kind, change, rule):
-    report = prepared(tmp_path, kind, change).report
+    report = prepare_records(tmp_path, kind, change).report
     assert {name: count for name, count in report.dropped.items() if count} == {rule: 1}
     assert (report.records, report.kept) == (2, {"train": 1})
 
 
 def test_of_answers_that_are_left_out_one_pair_is_enough(tmp_path):
-    """Three answers, of which the longest does not fit: the two others still are a pair."""
-    source = prepared(
+    """Of three answers the longest does not fit; the other two still form a pair."""
+    source = prepare_records(
         tmp_path, "comparisons", {"completions": ["a", "b", "c" * 99], "ranks": [1, 3, 2]}
     ).sources["train"]
     row = source.__getitems__([1])[0]
@@ -146,15 +146,14 @@ REFUSED = [
 def test_a_bad_line_ends_a_command_with_one_line_and_code_2(
     tmp_path, capsys, kind, change, message
 ):
-    assert cli.guarded(lambda: prepared(tmp_path, kind, change)) == 2
+    assert cli.guarded(lambda: prepare_records(tmp_path, kind, change)) == 2
     error = capsys.readouterr().err
     assert (
         error.startswith(f"error: {tmp_path / kind}.jsonl:2: {message}")
         and error.count("\n") == 1
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"{kind}.jsonl"
-    ]  # no half-prepared rows
+    # No partly prepared rows remain.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{kind}.jsonl"]
 
 
 @pytest.mark.parametrize("kind", PREPARE)
@@ -169,7 +168,7 @@ def test_a_file_without_a_record(tmp_path, kind, content):
 
 @pytest.mark.parametrize("kind", PREPARE)
 def test_one_record_is_enough(tmp_path, kind):
-    assert prepared(tmp_path, kind).report.rows == {"train": 1}
+    assert prepare_records(tmp_path, kind).report.rows == {"train": 1}
 
 
 ODD = [
@@ -187,10 +186,10 @@ ODD = [
 
 @pytest.mark.parametrize("text", ODD, ids=ascii)
 def test_odd_texts_come_through_as_they_are(tmp_path, text):
-    """NUL, emoji of several parts, both directions of writing, and the spelling of special
-    tokens, which stays text."""
+    """NUL, multi-part emoji, both writing directions, and the spelling of special tokens,
+    which stays text."""
     limits = dataclasses.replace(LIMITS, prompt_tokens=64, response_tokens=64)
-    source = prepared(
+    source = prepare_records(
         tmp_path, "demonstrations", {"completion": text}, limits=limits
     ).sources["train"]
     tokens = np.concatenate(
@@ -201,7 +200,7 @@ def test_odd_texts_come_through_as_they_are(tmp_path, text):
 
 
 def test_a_line_without_end_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    """A hundred megabytes that are a hundred kilobytes on disk."""
+    """A hundred megabytes of text that gzip stores in a hundred kilobytes."""
     monkeypatch.setattr(schema, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"id": "a", "text": "' + b"x" * (100 * 2**20), 1))
@@ -229,7 +228,9 @@ def test_another_split_seed_makes_other_rows(tmp_path):
     limits = dataclasses.replace(LIMITS, splits=(("train", 0.5), ("validation", 0.5)))
     texts = [{"text": f"text {i}"} for i in range(20)]
     one, two = (
-        prepared(tmp_path, "text", *texts, limits=dataclasses.replace(limits, split_seed=s))
+        prepare_records(
+            tmp_path, "text", *texts, limits=dataclasses.replace(limits, split_seed=s)
+        )
         for s in (0, 1)
     )
     assert one.folder != two.folder and one.report.hash != two.report.hash
@@ -238,8 +239,8 @@ def test_another_split_seed_makes_other_rows(tmp_path):
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("changed", ["data", "tokenizer"])
 def test_what_was_edited_between_start_and_resume_is_refused(chain, tmp_path, changed):
-    """By the hash of the rows, which a tokenizer is part of, even one of as many ids;
-    restored, the run goes on."""
+    """The hash of the rows depends on the tokenizer, even on one of the same size. Once the
+    files are restored, the run resumes."""
     config = stages.config_of(
         chain,
         "pretrain",

@@ -1,5 +1,5 @@
-"""What a machine does to a run: full disks, folders that refuse, clocks that jump, links
-and leftovers."""
+"""Machine faults: full disks, read-only folders, clocks that jump, links and leftover
+files."""
 
 import contextlib
 import os
@@ -26,8 +26,8 @@ KEEPING = {
     "console": False,
 }
 
-# Every writer on a disk with no room left, and once more when there is: (name, exit code
-# full, exit code later).
+# Runs every writer on a full disk, and again with free space: (name, exit code when full,
+# exit code later).
 DRIVER = """
 import json, resource, sys
 from pathlib import Path
@@ -53,9 +53,19 @@ room, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 keeping = dict(total_steps=9, log_every=1, start_step=0, tensorboard=False, console=False)
 noise = np.random.default_rng(0).normal(size=(1 << 14,)).astype(np.float32)
 state = new_state({"w": jnp.asarray(noise)}, optax.identity())
-limits = DataLimits(sequence_tokens=64, prompt_tokens=24, response_tokens=16, completions=4, prefix_characters=None,
-                prompts_per_user=None, filter_pii=False, splits=(("train", 1.0),), split_seed=0)
-(folder / "t.jsonl").write_text("".join(json.dumps({"id": str(i), "text": f"{i} " * 20}) + "\\n" for i in range(99)))
+limits = DataLimits(
+    sequence_tokens=64,
+    prompt_tokens=24,
+    response_tokens=16,
+    completions=4,
+    prefix_characters=None,
+    prompts_per_user=None,
+    filter_pii=False,
+    splits=(("train", 1.0),),
+    split_seed=0,
+)
+records = [json.dumps({"id": str(i), "text": f"{i} " * 20}) + "\\n" for i in range(99)]
+(folder / "t.jsonl").write_text("".join(records))
 
 
 def metrics():
@@ -70,7 +80,14 @@ def samples():
 
 
 def checkpoint():
-    checkpoints = Checkpoints(folder / "run", save_every=1, keep=1, best_metric="", best_mode="max", exported="params")
+    checkpoints = Checkpoints(
+        folder / "run",
+        save_every=1,
+        keep=1,
+        best_metric="",
+        best_mode="max",
+        exported="params",
+    )
     try:
         checkpoints.save(1, state, {})
     finally:
@@ -84,8 +101,17 @@ def skipped():
 
 
 def manifest():
-    write_manifest(folder, stage="x", config={str(i): 0 for i in range(999)}, model={}, head=None, tokenizer_hash="0",
-                   tokenizer_path="x", data_hashes={}, parents={})
+    write_manifest(
+        folder,
+        stage="x",
+        config={str(i): 0 for i in range(999)},
+        model={},
+        head=None,
+        tokenizer_hash="0",
+        tokenizer_path="x",
+        data_hashes={},
+        parents={},
+    )
 
 
 WRITERS = {
@@ -93,8 +119,12 @@ WRITERS = {
     "samples": samples,
     "summary": lambda: write_json(folder / "summary.json", {str(i): 0 for i in range(999)}),
     "manifest": manifest,
-    "tokenizer": lambda: save_tokenizer(load_tokenizer("bytes"), str(folder / "tokenizer.json")),
-    "rows": lambda: prepare.prepare_text([folder / "t.jsonl"], load_tokenizer("bytes"), limits, folder / "rows"),
+    "tokenizer": lambda: save_tokenizer(
+        load_tokenizer("bytes"), str(folder / "tokenizer.json")
+    ),
+    "rows": lambda: prepare.prepare_text(
+        [folder / "t.jsonl"], load_tokenizer("bytes"), limits, folder / "rows"
+    ),
     "skipped": skipped,
     "checkpoint": checkpoint,
 }
@@ -132,15 +162,14 @@ def test_a_full_disk_is_one_line_for_every_writer_and_later_it_goes_on(tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name} 2 0" for name in WRITERS], done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == len(
-        WRITERS
-    )  # and before the last one what a thread of Orbax's says
+    # Before the last line, Orbax's thread prints its own.
+    assert len(errors) == len(WRITERS)
 
 
 @contextlib.contextmanager
 def as_somebody(folder):
-    """While entered, `folder` cannot be written, as by another user: root may write
-    everywhere, so it is nobody."""
+    """While entered, `folder` is not writable. Root may write anywhere, so the test runs as
+    nobody."""
     folder.chmod(0o500)
     root = os.geteuid() == 0
     if root:
@@ -195,7 +224,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, writer):
 
 
 def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
-    """The wall clock goes back by a day and on by a year; only `time/unix_s` shows it."""
+    """The wall clock goes back by a day and forward by a year; only `time/unix_s` shows
+    it."""
     walls = iter([1e9, 1e9 - 86_400, 1e9 + 3e7])
     monkeypatch.setattr(metric_log.time, "time", lambda: next(walls))
     with MetricLog(tmp_path, **KEEPING) as log:
@@ -209,14 +239,15 @@ def test_a_clock_that_jumps_changes_no_duration(tmp_path, monkeypatch):
 
 
 def test_a_step_behind_a_link_is_dropped_and_what_it_leads_to_stays(tmp_path):
-    """Steps that were moved to another disk, and linked, are steps; deleting one takes the
-    link away alone."""
+    """Steps that were moved to another disk and linked are valid. Deleting one removes only
+    the link."""
     import jax.numpy as jnp
     import optax
 
     from instructax.training.state import new_state
 
-    elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere = tmp_path / "elsewhere"
+    workdir = tmp_path / "run"
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )

@@ -1,5 +1,5 @@
-"""What rollouts can bring: a case trains with finite numbers, or is skipped and counted and
-leaves the state alone."""
+"""Extreme rollouts: each case trains with finite numbers, or is skipped and counted without
+changing the state."""
 
 import dataclasses
 from functools import cache, partial
@@ -18,18 +18,17 @@ from instructax.types import Experience, PpoState, Rollouts, Scored
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-ROWS, COLUMNS = 8, 7
+ROWS = 8
+COLUMNS = 7
 PROGRAM = stages.ppo_program(stages.mesh_of())
 SETTINGS = stages.ppo_settings(no_eos_penalty=0.5)
-NO_TOKEN, ONE_TOKEN = (
-    np.zeros((ROWS, COLUMNS), bool),
-    np.arange(COLUMNS)[None, :] < np.ones((ROWS, 1), int),
-)
+NO_TOKEN = np.zeros((ROWS, COLUMNS), bool)
+ONE_TOKEN = np.arange(COLUMNS)[None, :] < np.ones((ROWS, 1), int)
 ALL_TOKENS = np.ones((ROWS, COLUMNS), bool)
 
 
-def judged(**changes: Any) -> Scored:
-    """Rollouts of several lengths with judgements; `changes` of their arrays, by name."""
+def scored_rollouts(**changes: Any) -> Scored:
+    """Scored rollouts of several lengths; `changes` replaces arrays by name."""
     rng = np.random.default_rng(0)
     shape = (ROWS, COLUMNS)
     lengths = np.array([1, 7, 3, 5, 2, 7, 4, 6])
@@ -55,7 +54,7 @@ def judged(**changes: Any) -> Scored:
 
 
 def experience_of(scored: Scored) -> tuple[Experience, Any]:
-    """(experience, rewards f32[B, R]) as PPO makes them."""
+    """(experience, rewards f32[B, R]) as computed by PPO."""
     logprobs = scored.rollouts.logprobs
     return make_experience(
         scored,
@@ -77,13 +76,13 @@ def compiled():
     return jax.jit(partial(algorithm.update, PROGRAM))
 
 
-def updated(experience: Experience) -> tuple[PpoState, dict[str, float]]:
+def run_update(experience: Experience) -> tuple[PpoState, dict[str, float]]:
     state, metrics = compiled()(start(), experience, None, SETTINGS)
     return state, {name: float(x) for name, x in metrics.items()}
 
 
-def planted(name: str, value: float) -> dict[str, Any]:
-    """Row 1, token 2 of an array is `value`."""
+def plant_value(name: str, value: float) -> dict[str, Any]:
+    """Sets row 1, token 2 of an array to `value`."""
 
     def change(arrays: dict[str, Any]) -> Any:
         array = arrays[name].copy()
@@ -105,23 +104,23 @@ TRAINS = {
         "ref_logprobs": lambda a: a["logprobs"],
     },
     "scores of 1e9": {"scores": lambda a: a["scores"] * np.float32(1e9)},
-    "one score of 1e9": planted("scores", 1e9),
-    "a reference that all but excludes a token": planted("ref_logprobs", -1e4),
+    "one score of 1e9": plant_value("scores", 1e9),
+    "a reference that all but excludes a token": plant_value("ref_logprobs", -1e4),
     "values of 1e9": {"values": lambda a: a["values"] * np.float32(1e9)},
 }
 SKIPS = {
-    "a score that is NaN": planted("scores", np.nan),
-    "a score that is infinite": planted("scores", np.inf),
+    "a score that is NaN": plant_value("scores", np.nan),
+    "a score that is infinite": plant_value("scores", np.inf),
     "scores of 1e30": {"scores": lambda a: a["scores"] * np.float32(1e30)},
-    "a value that is NaN": planted("values", np.nan),
-    "a reference that excludes a token": planted("ref_logprobs", -np.inf),
-    "a policy that excludes a token that it drew": planted("logprobs", np.nan),
+    "a value that is NaN": plant_value("values", np.nan),
+    "a reference that excludes a token": plant_value("ref_logprobs", -np.inf),
+    "a policy that excludes a token that it drew": plant_value("logprobs", np.nan),
 }
 
 
 @pytest.mark.parametrize("case", TRAINS)
 def test_it_trains_with_finite_numbers(case):
-    scored = judged(**TRAINS[case])
+    scored = scored_rollouts(**TRAINS[case])
     experience, rewards = experience_of(scored)
     figures = diagnostics(
         scored,
@@ -130,7 +129,7 @@ def test_it_trains_with_finite_numbers(case):
         rewards,
         experience.returns,
     )
-    state, metrics = updated(experience)
+    state, metrics = run_update(experience)
     assert metrics["skipped"] == 0
     assert all(np.isfinite(float(x)) for x in (*figures.values(), *metrics.values()))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -138,10 +137,10 @@ def test_it_trains_with_finite_numbers(case):
 
 @pytest.mark.parametrize("case", SKIPS)
 def test_it_is_skipped_counted_and_changes_nothing(case):
-    """Both optimizer steps, where whitening spreads it over the batch; a network of which
-    nothing is infinite moves."""
-    experience, _ = experience_of(judged(**SKIPS[case]))
-    state, metrics = updated(experience)
+    """Both optimizer steps are skipped where whitening spreads the value over the batch. A
+    network with only finite gradients is updated."""
+    experience, _ = experience_of(scored_rollouts(**SKIPS[case]))
+    state, metrics = run_update(experience)
     assert metrics["skipped"] > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     if not np.isfinite(np.asarray(experience.advantages)).any(
@@ -151,23 +150,27 @@ def test_it_is_skipped_counted_and_changes_nothing(case):
 
 
 def test_a_loss_that_is_infinite_is_named_too():
-    _, metrics = updated(experience_of(judged(**SKIPS["scores of 1e30"]))[0])
+    _, metrics = run_update(experience_of(scored_rollouts(**SKIPS["scores of 1e30"]))[0])
     close = {"first_ratio_gap": 0.0, "first_clipped_fraction": 0.0}
     with pytest.raises(
         InvariantError,
-        match="value_loss is inf: lower the learning rate or look at the scale of the scores",
+        match=(
+            "value_loss is inf: lower the learning rate or look at the scale of the scores"
+        ),
     ):
         check_update(metrics | close, tolerance=0.1)
 
 
 def test_without_a_token_nothing_moves():
-    state, _ = updated(experience_of(judged(**TRAINS["no answer has a token"]))[0])
+    state, _ = run_update(
+        experience_of(scored_rollouts(**TRAINS["no answer has a token"]))[0]
+    )
     stages.assert_trees_equal(state.policy.params, start().policy.params)
     stages.assert_trees_equal(state.value.params, start().value.params)
 
 
 def test_advantages_without_spread_are_zero():
-    """One token each, equal scores and values: the whitened advantages are 0, not 0 / 0."""
+    """One token each, equal scores and values: whitened advantages are 0, not 0 / 0."""
     same = {
         "scores": np.full(ROWS, 3, np.float32),
         "values": np.zeros((ROWS, COLUMNS), np.float32),
@@ -177,16 +180,16 @@ def test_advantages_without_spread_are_zero():
         "ended": np.ones(ROWS, bool),
         "ref_logprobs": lambda a: a["logprobs"],
     }
-    experience, _ = experience_of(judged(**same))
+    experience, _ = experience_of(scored_rollouts(**same))
     np.testing.assert_array_equal(experience.advantages, np.zeros((ROWS, COLUMNS)))
-    state, metrics = updated(experience)
+    state, metrics = run_update(experience)
     assert metrics["policy_grad_norm"] == 0 and metrics["value_grad_norm"] > 0
     stages.assert_trees_equal(state.policy.params, start().policy.params)
 
 
 def test_an_answer_without_a_token_gets_no_reward_and_gives_none_away():
-    _, rewards = experience_of(judged(**TRAINS["one answer has no token"]))
-    _, others = experience_of(judged())
+    _, rewards = experience_of(scored_rollouts(**TRAINS["one answer has no token"]))
+    _, others = experience_of(scored_rollouts())
     np.testing.assert_array_equal(rewards[3], np.zeros(COLUMNS))
     np.testing.assert_array_equal(
         np.delete(rewards, 3, axis=0), np.delete(others, 3, axis=0)
@@ -195,7 +198,7 @@ def test_an_answer_without_a_token_gets_no_reward_and_gives_none_away():
 
 def test_an_answer_that_never_ends_pays_for_it_once():
     ended, endless = (
-        experience_of(judged(mask=ALL_TOKENS, ended=np.full(ROWS, e)))[1]
+        experience_of(scored_rollouts(mask=ALL_TOKENS, ended=np.full(ROWS, e)))[1]
         for e in (True, False)
     )
     paid = np.zeros((ROWS, COLUMNS), np.float32)
@@ -206,15 +209,15 @@ def test_an_answer_that_never_ends_pays_for_it_once():
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("old", [-1e4, -np.inf, -1e30])
 def test_a_ratio_beyond_all_numbers_is_held_at_one_that_is(old, advantage):
-    """The old log-probability of one token is such that the ratio overflows."""
-    experience, _ = experience_of(judged())
+    """The old log-probability of one token makes the ratio overflow."""
+    experience, _ = experience_of(scored_rollouts())
     scaled = jnp.abs(experience.advantages) * advantage
     odd = dataclasses.replace(
         experience,
         old_logprobs=experience.old_logprobs.at[1, 2].set(old),
         advantages=scaled,
     )
-    state, metrics = updated(odd)
+    state, metrics = run_update(odd)
     assert np.isfinite(metrics["policy_loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    assert metrics["skipped"] == 0  # from e⁸⁰ on, the ratio has no slope
+    assert metrics["skipped"] == 0  # from e⁸⁰ on, the ratio has no gradient

@@ -1,4 +1,4 @@
-"""The same numbers on one device and on every mesh of eight: two updates of each stage,
+"""The same results on one device and on every mesh of eight: two updates of each stage,
 with rollouts and scores."""
 
 from functools import cache, partial
@@ -24,15 +24,17 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]  # data, fsdp, tensor
-# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole
-# step of it.
+# With a large epsilon, Adam does not turn gradients that are only rounding errors into full
+# steps.
 OPTIMIZER = tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0, weight_decay=0.1)
-GPT, LLAMA = tiny_models.gpt_config(), tiny_models.llama_config()
+GPT = tiny_models.gpt_config()
+LLAMA = tiny_models.llama_config()
 
 
 def compiled(update: Any, program: Any, abstract: Any) -> Any:
-    """`update` with the layouts that the stages give it."""
-    shardings, rows = layouts(abstract), sharding.row_sharding(program.mesh)
+    """`update` compiled with the shardings that the stages use."""
+    shardings = layouts(abstract)
+    rows = sharding.row_sharding(program.mesh)
     everywhere = sharding.replicated(program.mesh)
     return jax.jit(
         partial(update, program),
@@ -144,7 +146,7 @@ def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_supervised(shape):
-    """With dropout, and with parts that are accumulated."""
+    """With dropout and gradient accumulation."""
     assert_same(supervised_run(shape), supervised_run(ONE))
 
 
@@ -158,7 +160,8 @@ def test_reward(shape):
     [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:2]), MESHES[2]],
 )
 def test_ppo(shape):
-    got, wanted = ppo_run(shape), ppo_run(ONE)
+    got = ppo_run(shape)
+    wanted = ppo_run(ONE)
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
         np.testing.assert_array_equal(
             ours["rollouts"].responses, theirs["rollouts"].responses
@@ -169,16 +172,17 @@ def test_ppo(shape):
 
 @pytest.mark.slow
 def test_the_other_family_in_each_stage():
-    """An untied head, grouped queries and rotary positions in what samples; biases and a
-    position table in the scorer.
+    """The sampler has an untied head, grouped queries and rotary positions; the scorer has
+    biases and a position table.
 
-    The sampler's log-probabilities are the scorer's on either mesh, or the iteration would
-    have stopped.
+    On either mesh the sampler's log-probabilities equal the scorer's; otherwise the
+    iteration would stop with an error.
     """
     mesh = (2, 2, 2)
     assert_same(supervised_run(mesh, LLAMA), supervised_run(ONE, LLAMA))
     assert_same(reward_run(mesh, GPT), reward_run(ONE, GPT))
-    got, wanted = ppo_run(mesh, LLAMA, GPT), ppo_run(ONE, LLAMA, GPT)
+    got = ppo_run(mesh, LLAMA, GPT)
+    wanted = ppo_run(ONE, LLAMA, GPT)
     for ours, theirs in zip(got["seen"], wanted["seen"], strict=True):
         np.testing.assert_array_equal(
             ours["rollouts"].responses, theirs["rollouts"].responses
@@ -186,7 +190,7 @@ def test_the_other_family_in_each_stage():
     assert_same(got, wanted)
 
 
-def test_every_part_of_the_state_is_laid_out_as_the_table_says():
+def test_every_part_of_the_state_has_the_layout_in_the_table():
     mesh = stages.mesh_of(2, 2, 2)
     state = stages.ppo_state(stages.ppo_program(mesh, optimizer=OPTIMIZER))
     kernels = [
@@ -194,7 +198,8 @@ def test_every_part_of_the_state_is_laid_out_as_the_table_says():
         for path, leaf in jax.tree.leaves_with_path(state)
         if sharding.leaf_path(path).endswith("mlp/up/kernel")
     ]
-    assert len(kernels) == 7  # parameters and two moments of both networks, and the average
+    # Parameters and two moments of both networks, and the averaged policy.
+    assert len(kernels) == 7
     for _, leaf in kernels:
         layers, width, columns = leaf.shape
         assert {piece.data.shape for piece in leaf.addressable_shards} == {

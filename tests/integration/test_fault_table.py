@@ -1,5 +1,5 @@
-"""The table of faults in docs/reliability.md: every row names tests that exist, or says why
-there is none."""
+"""The fault table in docs/reliability.md: every row names existing tests, or says why there
+is none."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ NO_TEST = ("by construction", "not tested: ")
 
 
 def table_rows() -> list[list[str]]:
-    """The cells of each fault's row: fault, what happens, tests."""
+    """The cells of each row: fault, what happens, tests."""
     page = (ROOT / "docs" / "reliability.md").read_text()
     rows = []
     for line in page.partition("## Faults")[2].splitlines():
@@ -24,7 +24,7 @@ ROWS = table_rows()
 
 
 def functions_in(name: str) -> set[str]:
-    """The tests in the files called `name`, wherever in tests/ they are."""
+    """The tests in the files called `name`, anywhere in tests/."""
     tests = set()
     for path in (ROOT / "tests").rglob(name):
         for node in ast.parse(path.read_text()).body:

@@ -1,8 +1,8 @@
-"""Whatever is read, it is taken or refused in one line: nothing else is raised, nothing
-hangs, nothing eats memory.
+"""Any input is accepted or refused in one line: no other exception, no hang, no excessive
+memory.
 
-A few hundred cases in the normal suite; `./scripts/test.sh fuzz` runs more than 100,000 and
-says how far it is.
+The normal suite runs a few hundred cases. `./scripts/test.sh fuzz` runs more than 100,000
+and prints its progress.
 """
 
 import contextlib
@@ -43,19 +43,19 @@ from instructax.runtime.files import rewind
 from instructax.stages import MODULES, build_config, load_stage
 from instructax.stages import memory as estimate
 
-CASES = {"quick": 40, "fuzz": 14_000}  # of each property: the one place to change it
-SHARES = {"command_lines": 0.1}  # of them; a case of it runs a config file
-SECONDS = 20.0  # the longest that a case may take
-BYTES = 512 * 2**20  # that a property may add to the process's largest size
-LINE = 600  # characters of an error, besides its path
+CASES = {"quick": 40, "fuzz": 14_000}  # cases per property; change the number only here
+SHARES = {"command_lines": 0.1}  # fraction of those cases; each one runs a config file
+SECONDS = 20.0  # time limit of a case
+BYTES = 512 * 2**20  # allowed growth of the process's peak memory per property
+LINE = 600  # longest error message, not counting its path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATH = Path()  # where a case writes what is read
+PATH = Path()  # the file that a case writes, to be read
 PROPERTIES: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
 
-def of_all(*strategies: Any) -> Callable[[Any], Any]:
-    """Marks what must hold of every value of `strategies`."""
+def for_all(*strategies: Any) -> Callable[[Any], Any]:
+    """Registers a property that must hold for every value of `strategies`."""
 
     def register(holds: Callable[..., None]) -> Callable[..., None]:
         PROPERTIES[holds.__name__] = holds, strategies
@@ -66,14 +66,14 @@ def of_all(*strategies: Any) -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def path(tmp_path_factory):
-    """A file of this module's own."""
+    """A file for this module."""
     global PATH
     PATH = tmp_path_factory.mktemp("fuzz") / "case"
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block that takes longer."""
+    """Raises TimeoutError if the block takes longer."""
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"no end within {seconds} s")
@@ -87,9 +87,9 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def refused(kind: type[Exception], call: Callable[[], Any]) -> Any:
-    """What `call` returns, or None if it refuses in one line, as an error of exactly this
-    kind; others pass."""
+def result_or_refusal(kind: type[Exception], call: Callable[[], Any]) -> Any:
+    """The result of `call`, or None if it refuses in one line with an error of exactly this
+    kind. Other errors pass through."""
     with within(SECONDS):
         try:
             return call()
@@ -155,7 +155,7 @@ JSON = st.recursive(
 )
 
 
-def dumped(value: Any) -> bytes:
+def dump(value: Any) -> bytes:
     with contextlib.suppress(ValueError):  # integers of thousands of digits
         return json.dumps(value).encode()
     return b"1" * 5000
@@ -163,7 +163,7 @@ def dumped(value: Any) -> bytes:
 
 @st.composite
 def lines(draw: Any) -> tuple[Any, bytes]:
-    """(kind of record, bytes that are nearly a file of them)."""
+    """(kind of record, bytes that are nearly a valid file of such records)."""
     cls = draw(st.sampled_from(list(RECORDS)))
     parts = []
     for number in range(draw(st.integers(1, 3))):
@@ -174,7 +174,7 @@ def lines(draw: Any) -> tuple[Any, bytes]:
                     st.sampled_from([*record, "meta", "extra", ""]), JSON, max_size=2
                 )
             )
-        line = dumped(record)
+        line = dump(record)
         if draw(st.booleans()):
             place = draw(st.integers(0, len(line)))
             line = (
@@ -187,29 +187,29 @@ def lines(draw: Any) -> tuple[Any, bytes]:
     return cls, draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\0"])) + content
 
 
-@of_all(lines())
+@for_all(lines())
 def json_lines(given_: tuple[Any, bytes]) -> None:
     cls, content = given_
     PATH.write_bytes(content)
-    for record in refused(DataError, lambda: list(read_jsonl([PATH], cls))) or ():
+    for record in result_or_refusal(DataError, lambda: list(read_jsonl([PATH], cls))) or ():
         assert all(text.strip() and text.encode() for text in filters.record_texts(record))
 
 
-@of_all(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))
+@for_all(lines(), st.integers(0, 200), st.integers(0, 255), st.integers(-40, 0))
 def damaged_gzip(given_: tuple[Any, bytes], place: int, byte: int, cut: int) -> None:
     cls, content = given_
     packed = bytearray(gzip.compress(content, mtime=0))
     packed[place % len(packed)] = byte
     path = PATH.with_suffix(".gz")
     path.write_bytes(packed[: cut or None])
-    refused(DataError, lambda: list(read_jsonl([path], cls)))
+    result_or_refusal(DataError, lambda: list(read_jsonl([path], cls)))
 
 
-@of_all(st.binary(max_size=300))
+@for_all(st.binary(max_size=300))
 def any_bytes(content: bytes) -> None:
     PATH.write_bytes(content)
     for cls in RECORDS:
-        refused(DataError, lambda cls=cls: list(read_jsonl([PATH], cls)))
+        result_or_refusal(DataError, lambda cls=cls: list(read_jsonl([PATH], cls)))
     rewind(PATH, 3)
     for line in PATH.read_text().split("\n")[:-1]:
         assert float(json.loads(line)["step"]) <= 3
@@ -235,7 +235,7 @@ PAIRS = st.one_of(
 )
 
 
-@of_all(COMPLETIONS, RANKS, PAIRS)
+@for_all(COMPLETIONS, RANKS, PAIRS)
 def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
     record = {
         "id": "c",
@@ -244,8 +244,8 @@ def rankings(completions: Any, ranks: Any, pairs: Any) -> None:
         "ranks": ranks,
         "pairs": pairs,
     }
-    PATH.write_bytes(dumped(record))
-    found = refused(DataError, lambda: list(read_jsonl([PATH], Comparison)))
+    PATH.write_bytes(dump(record))
+    found = result_or_refusal(DataError, lambda: list(read_jsonl([PATH], Comparison)))
     if not found:
         return
     (comparison,) = found
@@ -280,7 +280,7 @@ VALUES = st.one_of(
 )
 
 
-def tiny(name: str) -> dict[str, Any]:
+def tiny_config(name: str) -> dict[str, Any]:
     return load_config(RunSpec(name, str(ROOT / "configs" / f"{name}.py:tiny"), {}))
 
 
@@ -297,10 +297,10 @@ BASES: dict[str, dict[str, Any]] = {}
 
 
 @st.composite
-def changed(draw: Any) -> dict[str, Any]:
-    """A config of a stage with a few values that are others, missing or too many."""
+def changed_configs(draw: Any) -> dict[str, Any]:
+    """A stage's config with a few values replaced, missing or added."""
     name = draw(st.sampled_from(CONFIGS))
-    base = BASES.setdefault(name, tiny(name))
+    base = BASES.setdefault(name, tiny_config(name))
     config = json.loads(json.dumps(base))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(names_of(base)))
@@ -318,7 +318,7 @@ def changed(draw: Any) -> dict[str, Any]:
 
 
 def numbers_of(value: Any) -> Iterator[float]:
-    """All numbers within a built config."""
+    """All numbers in a built config."""
     if isinstance(value, int | float):
         yield value
     elif isinstance(value, tuple):
@@ -329,7 +329,7 @@ def numbers_of(value: Any) -> Iterator[float]:
             yield from numbers_of(getattr(value, name))
 
 
-@of_all(changed())
+@for_all(changed_configs())
 def config_values(config: dict[str, Any]) -> None:
     def build() -> Any:
         built = build_config(config)
@@ -337,7 +337,7 @@ def config_values(config: dict[str, Any]) -> None:
         load_stage(built.stage).validate(built, mesh)
         return built
 
-    built = refused(ConfigError, build)
+    built = result_or_refusal(ConfigError, build)
     if built is not None:
         assert all(
             math.isfinite(number) and abs(number) < 2.0**128 for number in numbers_of(built)
@@ -370,12 +370,12 @@ ARGUMENTS = st.one_of(
 )
 
 
-@of_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
+@for_all(st.sampled_from(CONFIGS), st.data(), ARGUMENTS)
 def command_lines(name: str, data: Any, text: str) -> None:
-    """An override as it is typed: a config that can be built or is refused, or exit code 2
-    and one line."""
+    """An override as typed: the config builds or is refused, or the exit code is 2 with one
+    line."""
     assume("\0" not in text and text.isprintable())
-    base = BASES.setdefault(name, tiny(name))
+    base = BASES.setdefault(name, tiny_config(name))
     path = ".".join(data.draw(st.sampled_from(names_of(base))))
     values = flags.FlagValues()
     arguments = [
@@ -398,15 +398,15 @@ def command_lines(name: str, data: Any, text: str) -> None:
             assert written.startswith("error: ") and written.count("\n") == 1, written
             return
     config: Any = holder.value.to_dict()
-    refused(ConfigError, lambda: build_config(config))
+    result_or_refusal(ConfigError, lambda: build_config(config))
 
 
-@of_all(JSON)
+@for_all(JSON)
 def manifests(content: Any) -> None:
     folder = PATH.with_suffix(".run")
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_bytes(dumped(content))
-    refused(ValueError, lambda: read_manifest(folder))
+    (folder / "manifest.json").write_bytes(dump(content))
+    result_or_refusal(ValueError, lambda: read_manifest(folder))
 
 
 # Tokenizers.
@@ -430,22 +430,22 @@ TOKENIZERS = [
 ]
 
 
-@of_all(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
+@for_all(SPOKEN, st.lists(st.integers(-1, 300), max_size=12))
 def tokens(text: str, ids: list[int]) -> None:
     for tokenizer in TOKENIZERS:
         valid = not any(0xD800 <= ord(char) < 0xE000 for char in text)
-        encoded = refused(ValueError, lambda t=tokenizer: t.encode(text))
+        encoded = result_or_refusal(ValueError, lambda t=tokenizer: t.encode(text))
         assert (encoded is not None) == valid
         if encoded is not None:
             assert tokenizer.eos_id not in encoded and tokenizer.decode(encoded) == text
             assert len(encoded) <= len(text.encode())
-        decoded = refused(ValueError, lambda t=tokenizer: t.decode(ids))
+        decoded = result_or_refusal(ValueError, lambda t=tokenizer: t.decode(ids))
         assert (decoded is not None) == all(0 <= index < tokenizer.size for index in ids)
 
 
-@of_all(st.data())
+@for_all(st.data())
 def tokenizer_files(data: Any) -> None:
-    """A tokenizer.json of which something is another."""
+    """A tokenizer.json in which something is changed."""
     content = json.loads(TOKENIZERS[1].content)
     for _ in range(data.draw(st.integers(1, 2))):
         group: Any = content if data.draw(st.booleans()) else content["model"]
@@ -454,8 +454,8 @@ def tokenizer_files(data: Any) -> None:
         if not isinstance(content.get("model"), dict):
             break
     path = PATH.with_suffix(".json")
-    path.write_bytes(dumped(content))
-    made = refused(ValueError, lambda: load_tokenizer(str(path)))
+    path.write_bytes(dump(content))
+    made = result_or_refusal(ValueError, lambda: load_tokenizer(str(path)))
     if made is not None:
         save_tokenizer(made, str(path))
         assert load_tokenizer(str(path)).hash == made.hash
@@ -463,11 +463,12 @@ def tokenizer_files(data: Any) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore:the load_module:DeprecationWarning"
-)  # how ml_collections reads a config
+)  # ml_collections reads a config this way
 @pytest.mark.parametrize("profile", ["quick", pytest.param("fuzz", marks=pytest.mark.fuzz)])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_it_is_taken_or_refused_in_one_line(name, profile, capsys):
-    before, since = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    since = time.monotonic()
     cases = round(CASES[profile] * SHARES.get(name, 1.0))
     checks = settings(
         max_examples=cases,

@@ -1,8 +1,7 @@
-"""Against transformers itself: its models' logits as ours, and our exports in its classes;
-`./scripts/test.sh interop`.
+"""Compatibility with transformers: its models give our logits, and its classes read our
+exports. Run with `./scripts/test.sh interop`.
 
-Every model is tiny, its parameters are large and nowhere zero, and its sizes differ from
-one another.
+Every model is tiny, with large parameters that are nowhere zero and sizes that all differ.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ from instructax.models.pretrained.load import read_params
 from instructax.models.pretrained.save import export_tensors
 from instructax.serving.policy import open_policy
 from instructax.sharding import MeshConfig
-from instructax.stages import pretrained as interchange
+from instructax.stages import pretrained
 from instructax.types import Params, Prompts, Rollouts
 
 torch = pytest.importorskip("torch")
@@ -146,11 +145,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA2, "attn_logit_softcapping": None, "tie_word_embeddings": False},
     ),
 }
-LENGTHS, COLUMNS = (12, 7, 3), 12
+LENGTHS = (12, 7, 3)
+COLUMNS = 12
 
 
-def theirs_of(case: str) -> Any:
-    """A random model of transformers."""
+def transformers_model(case: str) -> Any:
+    """A random transformers model."""
     kind, values = CASES[case]
     config = transformers.AutoConfig.for_model(kind, **values)
     torch.manual_seed(0)
@@ -171,10 +171,10 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     return sharding.make_mesh(config, jax.devices()[: data * fsdp * tensor])
 
 
-def ours_of(
+def load_folder(
     folder: Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Transformer, Params]:
-    """A folder as our network."""
+    """The network loaded from a folder."""
     family, config = read_config(read_hf_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
     abstract = abstract_params(model, mesh or mesh_of())
@@ -218,7 +218,8 @@ def our_logits(
     step = jax.jit(
         lambda p, cache, *columns: model.apply({"params": p}, *columns, cache=cache)
     )
-    cache, found = init_cache(model.config, model.compute, *tokens.shape), []
+    cache = init_cache(model.config, model.compute, *tokens.shape)
+    found = []
     for start, end in ((0, 8), *((i, i + 1) for i in range(8, COLUMNS))):
         hidden, cache = step(params, cache, *(x[:, start:end] for x in inputs))
         found.append(np.asarray(logits(hidden)))
@@ -227,28 +228,26 @@ def our_logits(
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[Any, Path]:
-    model = theirs_of(request.param)
+    model = transformers_model(request.param)
     folder = tmp_path_factory.mktemp("theirs")
     model.save_pretrained(folder)
     return model, folder
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_logits_are_theirs(case, cached):
+def test_logits_equal_those_of_transformers(case, cached):
     theirs, folder = case
-    model, params = ours_of(folder)
+    model, params = load_folder(folder)
     tokens, mask = batch_of(model.config.vocab_size)
-    expected, found = (
-        their_logits(theirs, tokens, mask),
-        our_logits(model, params, tokens, mask, cached),
-    )
+    expected = their_logits(theirs, tokens, mask)
+    found = our_logits(model, params, tokens, mask, cached)
     assert np.std(expected[mask]) > 0.1
     np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
 
 
 def words(folder: Path) -> None:
-    """A tokenizer of 30 words and the end token 0 for `folder`: fewer ids than the models
-    have rows."""
+    """Writes a tokenizer of 30 words, with end token 0, to `folder`. It has fewer ids than
+    the models have embedding rows."""
     tokens = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 30)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="w1"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -257,16 +256,16 @@ def words(folder: Path) -> None:
 
 
 def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
-    """In, out and in again: the same parameters to the bit; and transformers goes on with
-    the same tokens as we do."""
+    """Import, export and import again give the same parameters bit for bit, and
+    transformers generates the same tokens as our sampler."""
     theirs, folder = case
     words(folder)
-    interchange.import_model(str(folder), tmp_path / "run", fsdp=1, tensor=1)
-    report = interchange.export_run(
+    pretrained.import_model(str(folder), tmp_path / "run", fsdp=1, tensor=1)
+    report = pretrained.export_run(
         str(tmp_path / "run"), tmp_path / "out", dtype="float32", verify=True
     )
     assert "logits differ by at most 0" in report
-    interchange.import_model(str(tmp_path / "out"), tmp_path / "again", fsdp=1, tensor=1)
+    pretrained.import_model(str(tmp_path / "out"), tmp_path / "again", fsdp=1, tensor=1)
     models = [
         open_policy(tmp_path / name, tiny_models.compute()) for name in ("run", "again")
     ]
@@ -284,8 +283,8 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
         their_logits(loaded, tokens, mask)[mask], expected, rtol=1e-5, atol=1e-5
     )
 
-    (text,) = ("w3 w4 w17 w5",)
-    # AutoTokenizer takes Qwen's own class for every qwen2 model, whatever the folder says.
+    text = "w3 w4 w17 w5"
+    # AutoTokenizer uses Qwen's own class for every qwen2 model, whatever the folder says.
     qwen = model.config.qkv_biases
     auto = transformers.PreTrainedTokenizerFast if qwen else transformers.AutoTokenizer
     reader = auto.from_pretrained(tmp_path / "out")
@@ -316,13 +315,14 @@ def test_exports_are_read_by_transformers_and_by_us(case, tmp_path):
     ids=["gpt", "world", "llama", "gemma"],
 )
 def test_scores_are_those_of_sequence_classification(config, tmp_path):
-    """At the last token that is no padding, wherever that stands; with the head's bias."""
+    """The score is at the last non-padding token, wherever it is, and includes the head's
+    bias."""
     words(tmp_path)
     config = dataclasses.replace(config, vocab_size=37)
     model = Transformer(config, tiny_models.compute(), "scalar")
     params = tiny_models.random_params(model)
     params["scalar_head"]["bias"] = jnp.float32(0.77)
-    run = stages.fabricated(tmp_path / "run", config, params, str(tmp_path))
+    run = stages.write_finished_run(tmp_path / "run", config, params, str(tmp_path))
     manifest = json.loads((run / "manifest.json").read_text()) | {
         "stage": "reward_model",
         "head": "scalar",
@@ -331,19 +331,18 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     manifest["tokenizer"]["hash"] = tokenizer.hash
     (run / "manifest.json").write_text(json.dumps(manifest))
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
-    report = interchange.export_run(
-        str(run), tmp_path / "out", dtype="float32", verify=True
-    )
+    report = pretrained.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
     assert "scores differ by at most" in report
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", attn_implementation="eager"
     ).eval()
     raw = read_hf_json(tmp_path / "out" / "config.json")
-    left = raw.get(interchange.SCORE_BIAS, 0.0)
+    left = raw.get(pretrained.SCORE_BIAS, 0.0)
     assert left == pytest.approx(0.0 if config.norm == "layernorm" else 0.77)
     assert raw["pad_token_id"] == 30 and theirs.config.num_labels == 1
-    rng, lengths = np.random.default_rng(1), (7, 4, 2)
+    rng = np.random.default_rng(1)
+    lengths = (7, 4, 2)
     prompts = tiny_models.ragged_prompts((3, 5, 1), columns=5, vocab_size=30)
     mask = np.arange(7)[None, :] < np.array(lengths)[:, None]
     responses = rng.integers(30, size=mask.shape).astype(np.int32)
@@ -359,7 +358,7 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
     for row in range(3):
         prompt = np.asarray(prompts.tokens)[row, np.asarray(prompts.mask)[row]]
         text = [*prompt.tolist(), *responses[row, : lengths[row]].tolist()]
-        for pad in (0, 3):  # on the right, as its users do
+        for pad in (0, 3):  # padding on the right, as users of the class do
             ids = torch.tensor([text + [30] * pad])
             with torch.no_grad():
                 score = theirs(
@@ -370,8 +369,8 @@ def test_scores_are_those_of_sequence_classification(config, tmp_path):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_gguf_files_give_the_same_model(arch, tmp_path):
-    """Rows of query and key in llama.cpp's order, of Llama alone; a float16 tensor; a
-    byte-level tokenizer."""
+    """llama.cpp permutes the query and key rows of Llama only. Includes a float16 tensor
+    and a byte-level tokenizer."""
     gguf = pytest.importorskip("gguf")
     config = tiny_models.llama_config(
         vocab_size=260, tied_embeddings=arch == "qwen3", qk_norm=arch == "qwen3"
@@ -407,7 +406,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
             "self_attn.q_proj": config.num_heads,
             "self_attn.k_proj": config.num_kv_heads,
         }.get(part)
-        if heads and arch == "llama":  # as llama.cpp's converter permutes
+        if heads and arch == "llama":  # the permutation of llama.cpp's converter
             tensor = (
                 tensor.reshape(heads, 2, -1, tensor.shape[-1])
                 .swapaxes(1, 2)
@@ -422,7 +421,7 @@ def test_gguf_files_give_the_same_model(arch, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
 
-    interchange.import_model(
+    pretrained.import_model(
         str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
     )
     model, found, tokenizer = open_policy(tmp_path / "run", tiny_models.compute())
@@ -453,11 +452,11 @@ def test_a_gguf_file_of_another_kind_is_one_line(tmp_path):
         ValueError,
         match=r"general\.architecture = 'mamba' is not supported, only llama, qwen2, qwen3",
     ):
-        interchange.import_model(
+        pretrained.import_model(
             str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
         )
     (tmp_path / "model.gguf").write_bytes(b"GGML")
     with pytest.raises(ValueError, match="is damaged or no GGUF file"):
-        interchange.import_model(
+        pretrained.import_model(
             str(tmp_path / "model.gguf"), tmp_path / "run", fsdp=1, tensor=1
         )

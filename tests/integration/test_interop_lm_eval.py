@@ -1,5 +1,5 @@
-"""lm-evaluation-harness through our class and through its own for transformers: the same
-log-likelihoods."""
+"""lm-evaluation-harness gives the same log-likelihoods through our model class and its own
+for transformers."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.models import Transformer
 from instructax.serving.engine import Engine
 from instructax.serving.policy import Policy, open_policy
-from instructax.stages import pretrained as interchange
+from instructax.stages import pretrained
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -40,21 +40,19 @@ TASKS = {
 
 
 def log_likelihoods(model: Any, folder: Any) -> dict[str, list[float]]:
-    """Of each request of each task, in order."""
+    """The log-likelihoods of each request of each task, in order."""
     manager = tasks.TaskManager(include_path=str(folder), include_defaults=False)
     names = [f"tiny_{name}" for name in TASKS]
     samples = lm_eval.simple_evaluate(
         model, tasks=names, task_manager=manager, log_samples=True
     )["samples"]
-    return {
-        name: [
-            float(np.ravel(answer)[0])
-            for sample in sorted(samples[name], key=lambda sample: sample["doc_id"])
-            for answers in sample["resps"]
-            for answer in answers
-        ]
-        for name in names
-    }
+    found: dict[str, list[float]] = {}
+    for name in names:
+        found[name] = []
+        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"]):
+            for answers in sample["resps"]:
+                found[name] += [float(np.ravel(answer)[0]) for answer in answers]
+    return found
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
@@ -83,16 +81,14 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
         (folder / f"{name}.yaml").write_text(json.dumps(whole))
 
     make = {"gpt": tiny_models.gpt_config, "llama": tiny_models.llama_config}[family]
-    config, tokenizer = (
-        make(vocab_size=257, max_length=64, head_dim=4),
-        load_tokenizer("bytes"),
-    )
+    config = make(vocab_size=257, max_length=64, head_dim=4)
+    tokenizer = load_tokenizer("bytes")
     model = Transformer(config, tiny_models.compute(), "tokens")
-    run = stages.fabricated(
+    run = stages.write_finished_run(
         tmp_path / "run", config, tiny_models.random_params(model), "bytes"
     )
     save_tokenizer(tokenizer, str(run / "tokenizer.json"))
-    interchange.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
+    pretrained.export_run(str(run), tmp_path / "out", dtype="float32", verify=True)
 
     model, params, tokenizer = open_policy(run, tiny_models.compute())
     from instructax.evals.lm_eval_model import InstructaxLM
@@ -107,7 +103,8 @@ def test_two_local_tasks_have_the_same_log_likelihoods(family, tmp_path, monkeyp
         batch_size=2,
         max_length=64,
     )
-    found, wanted = log_likelihoods(ours, folder), log_likelihoods(theirs, folder)
+    found = log_likelihoods(ours, folder)
+    wanted = log_likelihoods(theirs, folder)
     assert {name: len(values) for name, values in found.items()} == {
         "tiny_choice": 24,
         "tiny_text": 6,

@@ -1,5 +1,5 @@
-"""Runs are killed for real and end as others do; and what a kill test would not see is
-seen: planted differences."""
+"""Runs are really killed and end like undisturbed ones; the kill test detects planted
+differences."""
 
 import dataclasses
 import json
@@ -24,11 +24,12 @@ from instructax.runtime.heartbeat import Heartbeat
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
 TRAIN = (sys.executable, "scripts/train.py")
-ONE_DEVICE = " --xla_force_host_platform_device_count=1"  # the last of several holds
+# The last occurrence of a flag wins.
+ONE_DEVICE = " --xla_force_host_platform_device_count=1"
 
 
-def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answer"):
-    """Of PPO, without having been trained."""
+def write_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answer"):
+    """A finished PPO run, written without training."""
     state = make_ppo_state(seed)
     state = dataclasses.replace(state, ema=jax.tree.map(lambda x: x * averaged, state.ema))
     checkpoints = Checkpoints(
@@ -46,24 +47,22 @@ def a_finished_run(workdir, *, seed=1.0, averaged=2.0, loss=0.5, sample="an answ
     return workdir
 
 
-def test_what_differs_is_named(tmp_path):
-    straight = a_finished_run(tmp_path / "straight")
-    assert killtest.differences(a_finished_run(tmp_path / "same"), straight) == []
-    other = a_finished_run(
+def test_differences_are_named(tmp_path):
+    straight = write_finished_run(tmp_path / "straight")
+    assert killtest.differences(write_finished_run(tmp_path / "same"), straight) == []
+    other = write_finished_run(
         tmp_path / "other", averaged=2.0 + 2**-20, loss=0.25, sample="another"
     )
     assert killtest.differences(other, straight) == ["average", "metrics", "samples"]
-    moved = a_finished_run(tmp_path / "moved", seed=3.0)
+    moved = write_finished_run(tmp_path / "moved", seed=3.0)
     assert {"parameters", "optimizer", "counters"} <= set(
         killtest.differences(moved, straight)
     )
 
 
 def test_a_last_step_without_hashes_differs(tmp_path):
-    straight, same = (
-        a_finished_run(tmp_path / "straight"),
-        a_finished_run(tmp_path / "same"),
-    )
+    straight = write_finished_run(tmp_path / "straight")
+    same = write_finished_run(tmp_path / "same")
     (same / "checkpoints/1.sha256.json").unlink()
     assert killtest.differences(same, straight) == ["last step"]
     flip_bit(straight / "checkpoints/1")
@@ -71,7 +70,7 @@ def test_a_last_step_without_hashes_differs(tmp_path):
         killtest.fingerprint(straight)
 
 
-def test_places_are_drawn_evenly_and_again_from_the_same_seed():
+def test_places_are_drawn_evenly_and_reproducibly():
     metrics = [
         {"step": step, "time/rollout_s": 0.1, "time/save_s": 0.2} for step in range(1, 9)
     ]
@@ -99,7 +98,8 @@ def test_where_a_kill_fell(tmp_path):
     heartbeat.beat("rollout")
     heartbeat.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    pid, place = os.getpid(), killtest.Place("clock", 0, 1.0)
+    pid = os.getpid()
+    place = killtest.Place("clock", 0, 1.0)
     found = killtest.found_at(tmp_path, pid, place)
     assert found == {
         "wanted": "clock",
@@ -156,7 +156,7 @@ def test_an_unknown_stage_is_one_line(tmp_path):
         killtest.run(tmp_path, TRAIN, names=["ppo-pxt"], kills=1, seed=0)
 
 
-def test_a_process_that_does_not_get_there_is_not_killed(tmp_path):
+def test_a_process_that_ends_before_the_place_is_not_killed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     assert not killtest.strike(process, tmp_path, killtest.Place("save", 0, 0.0))
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -164,7 +164,7 @@ def test_a_process_that_does_not_get_there_is_not_killed(tmp_path):
     assert sleeper.returncode == -signal.SIGKILL
 
 
-def test_a_run_that_ends_wrongly_by_itself_ends_its_stage(tmp_path, monkeypatch):
+def test_a_run_that_fails_without_a_kill_ends_its_stage(tmp_path, monkeypatch):
     record = {"stage": "sft", "kills": [], "differing": ["exit code 2"]}
     monkeypatch.setattr(killtest, "straight", lambda *_: {"sft": 1.0})
     monkeypatch.setattr(killtest, "draw", lambda *_: iter(()))

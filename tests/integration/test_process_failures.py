@@ -1,5 +1,5 @@
-"""A process fails, hangs, is killed, or runs out of memory or disk: all end soon, with
-codes that say so, and the same command goes on."""
+"""A process fails, hangs, is killed, or runs out of memory or disk: all processes end soon
+with the right exit codes, and the same command resumes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from instructax.runtime.metric_log import read_metrics
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-# Process `victim` meets with `fault` before it reads batch `step`.
+# Process `victim` suffers `fault` before it reads batch `step`.
 DRIVER = """
 import json, os, resource, signal, sys, time
 from pathlib import Path
@@ -42,7 +42,8 @@ def fail():
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "memory":
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        taken = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, resource.RLIM_INFINITY))
         np.ones(2**28)
     if fault == "disk":  # it goes on to its next save
@@ -71,7 +72,7 @@ def run():
 
 sys.exit(distributed.exit_on_failure(lambda: cli.guarded(run)))
 """
-STOPPED = 10.0  # seconds that a process is stopped
+STOPPED = 10.0  # seconds for which a process is stopped
 LIMIT = 20.0  # seconds from the fault to the end of the last process
 
 
@@ -79,14 +80,11 @@ def run_all(
     config, workdir, *, count=2, victim=-1, fault="", step=0
 ) -> tuple[list[int], float]:
     """(exit codes, seconds from the fault to the end of the last process)."""
-    flags = (
-        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    )  # the last one holds
+    # The last occurrence of a flag wins.
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flags}
-    address, rest = (
-        free_address(),
-        [str(victim), fault, str(step), json.dumps(config), str(workdir)],
-    )
+    address = free_address()
+    rest = [str(victim), fault, str(step), json.dumps(config), str(workdir)]
     running = [
         subprocess.Popen(
             [sys.executable, "-c", DRIVER, address, str(count), str(index), *rest],
@@ -94,7 +92,7 @@ def run_all(
             stdout=subprocess.PIPE if index == victim else None,
             stderr=subprocess.PIPE
             if fault == "disk"
-            else None,  # a pipe has no size, which is limited then
+            else None,  # the limit on file sizes does not apply to a pipe
             text=True,
         )
         for index in range(count)
@@ -118,10 +116,9 @@ def run_all(
                 process.stdout.close()
 
 
-FAILED = {
-    1,
-    -signal.SIGABRT,
-}  # an error of the sum over all processes, or JAX's own end where its service has gone
+# The collective sum fails, or JAX ends the process because its coordination service is
+# gone.
+FAILED = {1, -signal.SIGABRT}
 
 
 SLOW = pytest.mark.slow
@@ -135,17 +132,18 @@ FAULTS = [
     pytest.param("raise", 4, 3, {1}, marks=SLOW),
     pytest.param("hang", 4, 1, {-signal.SIGABRT}, marks=SLOW),
 ]
-KEEPING = {"run.log_every": 1, "run.save_every": 1, "run.evaluate_every": 0}
+SCHEDULE = {"run.log_every": 1, "run.save_every": 1, "run.evaluate_every": 0}
 
 
 @pytest.mark.parametrize(("fault", "count", "victim", "own"), FAULTS)
 def test_all_end_soon_and_the_same_command_goes_on(
     chain, tmp_path, fault, count, victim, own
 ):
-    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
+    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **SCHEDULE})
     workdir = tmp_path / "run"
     whole = [0] * count
-    if fault == "hang":  # compiled before, or compiling would look like hanging
+    # Compiled beforehand, so that compilation does not look like a hang.
+    if fault == "hang":
         assert run_all(config, tmp_path / "before", count=count)[0] == whole
         config = {**config, "run": {**config["run"], "watchdog_seconds": 12.0}}
     codes, seconds = run_all(
@@ -167,7 +165,7 @@ def test_all_end_soon_and_the_same_command_goes_on(
 def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(
     chain, tmp_path, fault, capfd
 ):
-    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
+    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **SCHEDULE})
     workdir = tmp_path / "run"
     assert run_all(config, workdir, count=1, victim=0, fault=fault, step=2)[0] == [2]
     errors = [
@@ -179,10 +177,19 @@ def test_without_memory_or_disk_it_ends_in_one_line_and_goes_on_later(
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3, 4]
 
 
+def lines_without_times(workdir):
+    """The logged metrics of a run, without times."""
+    lines = []
+    for line in read_metrics(workdir):
+        lines.append({k: v for k, v in line.items() if not k.startswith("time/")})
+    return lines
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
-    """Longer than its watchdog waits; the run before it has compiled everything."""
-    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **KEEPING})
+    """The stop is longer than the watchdog's limit. The run before it has compiled
+    everything."""
+    config = stages.config_of(chain, "sft", {"steps": 4, "epochs": 0.0, **SCHEDULE})
     assert run_all(config, tmp_path / "before", count=1)[0] == [0]
     config = {**config, "run": {**config["run"], "watchdog_seconds": 8.0}}
     codes, seconds = run_all(
@@ -190,11 +197,4 @@ def test_a_run_that_was_stopped_for_ten_seconds_goes_on(chain, tmp_path):
     )
     assert codes == [0] and seconds > STOPPED
     assert not list((tmp_path / "run").glob("hang-*"))
-    straight, stopped = (
-        [
-            {k: v for k, v in line.items() if not k.startswith("time/")}
-            for line in read_metrics(tmp_path / name)
-        ]
-        for name in ("before", "run")
-    )
-    assert straight == stopped
+    assert lines_without_times(tmp_path / "before") == lines_without_times(tmp_path / "run")

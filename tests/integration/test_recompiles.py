@@ -1,5 +1,5 @@
-"""After its first step a run compiles nothing; settings share one program; no program holds
-[B, T, V]."""
+"""A run compiles nothing after its first step, settings share one program, and no program
+holds [B, T, V]."""
 
 import logging
 import re
@@ -21,13 +21,13 @@ from instructax.training.state import abstract_state
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# Evaluated and saved at every step.
+# Evaluate and save at every step.
 ALWAYS = {"run.log_every": 1, "run.evaluate_every": 1, "run.save_every": 1, "steps": 5}
 RUNS = {"sft": {"epochs": 0.0, "dropout": 0.1}, "reward": {"epochs": 0.0}, "ppo-ptx": {}}
 
 
 class Compilations(logging.Handler):
-    """The names of what jax compiles, by the step during which it does."""
+    """The names of the functions that jax compiles, by training step."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,8 @@ class Compilations(logging.Handler):
 
 @pytest.fixture
 def compilations():
-    handler, logger = Compilations(), logging.getLogger("jax")
+    handler = Compilations()
+    logger = logging.getLogger("jax")
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     with jax.log_compiles():
@@ -61,7 +62,7 @@ def test_nothing_compiles_after_the_first_step(
     watch.read.append(note)
     run_stage(stages.config_of(chain, name, {**ALWAYS, **RUNS[name]}), tmp_path / "run")
     assert "jit(update)" in compilations.names[0]
-    assert list(compilations.names) == [0]  # what ends a run included
+    assert list(compilations.names) == [0]  # this includes the end of the run
 
 
 MODEL = Transformer(tiny_models.gpt_config(vocab_size=61), tiny_models.compute(), "tokens")
@@ -72,8 +73,8 @@ PROMPTS = tiny_models.ragged_prompts([3] * 8, columns=6)
 TEXT = jax.tree.map(jnp.asarray, stages.packed_rows(8, 14))
 
 
-def counted(function, traces):
-    """`function`, noting in `traces` that it was traced."""
+def count_traces(function, traces):
+    """Wraps `function` so that each trace is recorded in `traces`."""
 
     def traced(*args):
         traces.append(function)
@@ -85,7 +86,7 @@ def counted(function, traces):
 def test_settings_of_a_sweep_share_one_program():
     traces = []
     rollout, score, update = (
-        counted(partial(f, PROGRAM), traces)
+        count_traces(partial(f, PROGRAM), traces)
         for f in (algorithm.rollout, algorithm.score, algorithm.update)
     )
     start = stages.ppo_state(PROGRAM)
@@ -116,13 +117,13 @@ def test_settings_of_a_sweep_share_one_program():
     assert all(not np.allclose(ends[0], end, rtol=1e-4) for end in ends[1:])
 
 
-def vocabulary_wide(text: str, vocabulary: int, cells: int) -> list[str]:
-    """The array types of a compiled program with a vocabulary axis and at least `cells`
-    entries along the others."""
+def vocabulary_arrays(text: str, vocabulary: int, elements: int) -> list[str]:
+    """The array types in a compiled program that have a vocabulary axis and at least
+    `elements` entries along the other axes."""
     found = []
     for shape in set(re.findall(r"\w+\[[\d,]+\]", text)):
         sizes = [int(size) for size in re.findall(r"\d+", shape.split("[")[1])]
-        if vocabulary in sizes and np.prod(sizes) // vocabulary >= cells:
+        if vocabulary in sizes and np.prod(sizes) // vocabulary >= elements:
             found.append(shape)
     return found
 
@@ -152,30 +153,29 @@ def supervised_hlo(model) -> str:
     )
 
 
-def test_supervised_update_never_holds_all_scores():
-    assert vocabulary_wide(supervised_hlo(MODEL), 61, 8 * 13) == []
-    # What is looked for is there where the chunk is the whole row.
+def test_supervised_update_never_holds_all_logits():
+    assert vocabulary_arrays(supervised_hlo(MODEL), 61, 8 * 13) == []
+    # The check finds such an array when the chunk is the whole row.
     whole = Transformer(MODEL.config, tiny_models.compute(head_chunk=16), "tokens")
-    assert vocabulary_wide(supervised_hlo(whole), 61, 8 * 13)
+    assert vocabulary_arrays(supervised_hlo(whole), 61, 8 * 13)
 
 
-def test_ppo_never_holds_all_scores():
+def test_ppo_never_holds_all_logits():
     settings = stages.ppo_settings()
     state = stages.ppo_state(PROGRAM)
     sample = jax.jit(partial(algorithm.rollout, PROGRAM))
     args = (state.policy.params, PROMPTS, state.step, settings)
     rollouts = jax.eval_shape(sample, *args)
-    assert (
-        vocabulary_wide(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
-    )  # of a prompt its last column
+    # Prefill needs only the logits of the last prompt token.
+    assert vocabulary_arrays(sample.lower(*args).compile().as_text(), 61, 8 * 6) == []
     score = jax.jit(partial(algorithm.score, PROGRAM))
     args = (state, state.policy.params, state.value.params, rollouts, settings)
     experience = jax.eval_shape(score, *args)[0]
-    assert vocabulary_wide(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
+    assert vocabulary_arrays(score.lower(*args).compile().as_text(), 61, 8 * 7) == []
     update = jax.jit(partial(algorithm.update, PROGRAM))
     # Two minibatches: 4 rows of 7 response tokens, and 4 of 13 text tokens, at a time.
     assert (
-        vocabulary_wide(
+        vocabulary_arrays(
             update.lower(state, experience, TEXT, settings).compile().as_text(), 61, 4 * 7
         )
         == []

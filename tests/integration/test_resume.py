@@ -1,5 +1,4 @@
-"""A stopped run goes on as if it had not been stopped, to the bit; what cannot go on says
-why."""
+"""A stopped run resumes with bitwise equal results; a run that cannot resume says why."""
 
 import json
 import os
@@ -26,11 +25,8 @@ from instructax.training import loop as training
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-KEEPING = {
-    "run.log_every": 1,
-    "run.evaluate_every": 2,
-    "run.save_every": 4,
-}  # saved at the end, and when stopped
+# These runs save only at the end and when stopped.
+SCHEDULE = {"run.log_every": 1, "run.evaluate_every": 2, "run.save_every": 4}
 RUNS = {
     "sft": {"steps": 4, "epochs": 0.0, "dropout": 0.2},
     "reward": {"steps": 4, "epochs": 0.0},
@@ -39,11 +35,11 @@ RUNS = {
 
 
 def config_of(chain, name, **overrides):
-    return stages.config_of(chain, name, {**RUNS[name], **KEEPING, **overrides})
+    return stages.config_of(chain, name, {**RUNS[name], **SCHEDULE, **overrides})
 
 
 def lines_of(workdir):
-    """The metrics of a run without what a clock measured."""
+    """The logged metrics of a run, without times."""
     return [
         {k: v for k, v in line.items() if not k.startswith("time/")}
         for line in read_metrics(workdir)
@@ -59,16 +55,18 @@ def summary_without_times(workdir):
 
 
 def run(config, workdir, **watched):
-    """(the state that the loop started from, the one it ended with)."""
+    """(the first state of the training loop, the last one)."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         watch = stages.Watch(monkeypatch, **watched)
         assert run_stage(config, workdir)
     return watch.first, watch.last
 
 
-def interrupted(config, workdir):
-    """As `run`, sent a Ctrl-C while it reads its second batch; the step that it stopped
-    after: an iteration of PPO is given up between its programs."""
+def run_interrupted(config, workdir):
+    """Runs with a Ctrl-C while the second batch is read; returns the last saved step.
+
+    An iteration of PPO is abandoned between its programs.
+    """
     saved = 1 if config["stage"] == "ppo" else 2
     with pytest.raises(
         training.Interrupted, match=f"step {saved} is saved, the same command goes on"
@@ -81,8 +79,9 @@ def interrupted(config, workdir):
 
 @pytest.fixture(scope="module")
 def supervised_run(chain, tmp_path_factory):
-    """(config, workdir, last state) of a supervised run of four steps that nothing stopped."""
-    config, workdir = config_of(chain, "sft"), tmp_path_factory.mktemp("runs") / "sft"
+    """(config, workdir, last state) of an uninterrupted supervised run of four steps."""
+    config = config_of(chain, "sft")
+    workdir = tmp_path_factory.mktemp("runs") / "sft"
     with pytest.MonkeyPatch.context() as monkeypatch:
         stages.use_devices(monkeypatch, 1)
         _, last = run(config, workdir)
@@ -93,16 +92,15 @@ def supervised_run(chain, tmp_path_factory):
 def test_two_and_two_steps_are_four(chain, tmp_path, name):
     config = config_of(chain, name)
     _, straight = run(config, tmp_path / "straight")
-    saved = interrupted(config, tmp_path / "stopped")
+    saved = run_interrupted(config, tmp_path / "stopped")
     first, last = run(config, tmp_path / "stopped")
     assert first.step == saved
     stages.assert_trees_equal(last, straight)  # parameters, optimizer state, average
     lines = lines_of(tmp_path / "stopped")
     assert lines == lines_of(tmp_path / "straight")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert (
-        len({json.dumps(line | {"step": 0}) for line in lines}) == 4
-    )  # no step is like another
+    # All steps differ.
+    assert len({json.dumps(line | {"step": 0}) for line in lines}) == 4
     if name == "ppo-ptx":
         assert read_samples(tmp_path / "stopped") == read_samples(tmp_path / "straight")
 
@@ -111,8 +109,8 @@ def test_two_and_two_steps_are_four(chain, tmp_path, name):
     ("name", "stops"), [("sft", 1), ("reward", 2), ("ppo-ptx", 1), ("ppo-ptx", 2)]
 )
 def test_an_evaluation_that_was_given_up_is_made_up_for(chain, tmp_path, name, stops):
-    """Also its figures in the log, and which step is the best; the first evaluation is
-    after step 2, the second at the end."""
+    """The logged metrics and the best step are right too. Evaluations are after step 2 and
+    at the end."""
     best = {
         "sft": "demonstrations_loss",
         "reward": "validation_loss",
@@ -170,13 +168,15 @@ def test_killed_before_anything_was_saved(supervised_run, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(
+def test_a_failed_save_ends_the_run_and_keeps_earlier_steps(
     supervised_run, tmp_path, monkeypatch, failing
 ):
-    """The second of two is the last, which fails when nothing follows."""
+    """The second of two saves is the last one, so its failure shows only at the end of the
+    run."""
     config, finished, straight = supervised_run
     config = {**config, "run": {**config["run"], "save_every": 2}}
-    calls, hash_files = [], checkpoint.hash_files
+    calls = []
+    hash_files = checkpoint.hash_files
 
     def full(path):
         calls.append(path)
@@ -193,8 +193,9 @@ def test_a_save_that_failed_ends_the_run_and_loses_nothing_before(
     assert lines_of(tmp_path / "run") == lines_of(finished)
 
 
-def test_the_ledger_of_a_run_that_was_killed(supervised_run, tmp_path):
-    """As it would be had the run been killed after step 4, with step 2 as its last save."""
+def test_the_goodput_log_of_a_killed_run(supervised_run, tmp_path):
+    """The goodput log as if the run had been killed after step 4, with its last save at
+    step 2."""
     config, finished, _ = supervised_run
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
@@ -235,8 +236,8 @@ def test_another_config_is_refused_with_the_differences(supervised_run):
     with pytest.raises(ConfigError, match="holds a run with another config") as error:
         run_stage(other, workdir)
     assert (
-        "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != 9 (given)"
-        in str(error.value)
+        "optimizer.learning_rate: 0.001 (stored) != 0.5 (given); seed: 0 (stored) != "
+        "9 (given)" in str(error.value)
     )
     assert "\n" not in str(error.value)
     assert (workdir / "config.json").read_text() == before
@@ -258,7 +259,7 @@ def test_other_inputs_are_refused_with_the_differences(supervised_run, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_a_config_that_was_lost_is_found_in_the_manifest(supervised_run, tmp_path):
+def test_a_lost_config_is_restored_from_the_manifest(supervised_run, tmp_path):
     config, finished, _ = supervised_run
     workdir = shutil.copytree(finished, tmp_path / "run")
     for name in ("summary.json", "config.json"):
@@ -270,7 +271,7 @@ def test_a_config_that_was_lost_is_found_in_the_manifest(supervised_run, tmp_pat
         run_stage({**config, "seed": 7}, workdir)
 
 
-def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
+def test_steps_between_saves_are_complete_log_lines(chain, tmp_path):
     config = config_of(chain, "sft", **{"run.log_every": 2, "run.save_every": 3})
     with pytest.raises(
         ConfigError, match="save_every = 3 must be a multiple of log_every = 2"
@@ -278,8 +279,8 @@ def test_steps_between_saves_are_whole_lines_of_the_log(chain, tmp_path):
         run_stage(config, tmp_path / "run")
 
 
-# A large epsilon: where a gradient is zero but for rounding, Adam must not make a whole
-# step of it.
+# With a large epsilon, Adam does not turn gradients that are only rounding errors into full
+# steps.
 SMOOTH = {
     "sft": {},
     "reward": {},
@@ -307,9 +308,8 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
         stages.use_devices(monkeypatch, devices)
         with pytest.raises(training.Interrupted):
             run({**config, "mesh": mesh}, tmp_path / "moved", interrupt_at=read_last)
-    saved = (
-        2 if name == "ppo-ptx" else 3
-    )  # an iteration of PPO is given up between its programs
+    # An iteration of PPO is abandoned between its programs.
+    saved = 2 if name == "ppo-ptx" else 3
     assert committed_steps(tmp_path / "moved")[-1] == saved
     stages.use_devices(monkeypatch, 1)
     first, last = run(config, tmp_path / "moved")
@@ -318,13 +318,13 @@ def test_a_run_goes_on_with_other_numbers_of_devices(chain, tmp_path, monkeypatc
     for ours, theirs in zip(
         lines_of(tmp_path / "moved"), lines_of(tmp_path / "straight"), strict=True
     ):
-        # Rounding errors themselves, and the empty rows of parts as large as the mesh wants
-        # them.
+        # Gaps are rounding errors themselves, and the number of empty rows depends on the
+        # microbatches, whose size depends on the mesh.
         gaps = {figure: 0.0 for figure in theirs if figure.endswith(("_gap", "padding"))}
         assert ours | gaps == pytest.approx(theirs | gaps, rel=1e-3, abs=1e-5)
 
 
-def test_a_parent_of_another_kind_is_refused_in_one_line(chain, tmp_path):
+def test_a_parent_of_the_wrong_kind_is_refused_in_one_line(chain, tmp_path):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(chain / "pretrain", unfinished)
     (unfinished / "summary.json").unlink()

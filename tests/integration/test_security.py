@@ -1,4 +1,4 @@
-"""Nothing that is read is run, nothing is written elsewhere, and nothing secret is shown."""
+"""Security: nothing read is executed, writes stay in the workdir, secrets stay hidden."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ FILES = sorted(
     for path in (ROOT / name).rglob("*.py")
 )
 
-# What turns bytes into a program, or an archive into files.
+# Calls that turn bytes into a program, or an archive into files.
 LIBRARIES = {
     "pickle",
     "cPickle",
@@ -59,7 +59,7 @@ CALLS = {
 
 
 def runs_what_it_reads(source: str) -> list[str]:
-    """The places of `source` that could run data as a program, load pickles, or unpack an
+    """The places in `source` that could run data as a program, load pickles or unpack an
     archive."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -119,16 +119,16 @@ def test_nothing_that_is_read_is_run():
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
     ],
 )
-def test_a_planted_danger_is_seen(planted):
+def test_a_planted_danger_is_found(planted):
     assert runs_what_it_reads(planted)
 
 
-def test_only_configs_and_experiments_are_run_as_files():
+def test_only_configs_and_experiments_are_executed():
     users = [path.name for path in FILES if "exec_module" in path.read_text()]
     assert users == ["experiment.py"]
 
 
-# A model's folder.
+# Model folders.
 
 
 def test_names_of_tensors_are_no_paths(tmp_path):
@@ -147,9 +147,10 @@ def test_names_of_tensors_are_no_paths(tmp_path):
 
 
 def test_a_shard_behind_a_link_is_read_as_tensors_or_not_at_all(tmp_path):
-    """The hub's own cache is made of links, so they are followed; what is no safetensors
-    file is refused unread."""
-    blob, inside = tmp_path / "blob", tmp_path / "model"
+    """Links are followed because the hub's own cache consists of links. A file that is not
+    safetensors is refused."""
+    blob = tmp_path / "blob"
+    inside = tmp_path / "model"
     inside.mkdir()
     save_file({"x": tiny_models.np.ones(2, "float32")}, blob)
     (inside / hf_folder.SINGLE_FILE).symlink_to(blob)
@@ -170,17 +171,18 @@ def test_a_pickled_model_is_no_model(tmp_path):
         hf_folder.open_tensors(tmp_path)
 
 
-# A workdir by somebody else.
+# A workdir written by someone else.
 
 EVIL = "from pathlib import Path\nPath({!r}).touch()\n"
 
 
 @pytest.mark.usefixtures("one_device")
 def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch):
-    """config.json is compared with the given config and never run; what else lies there is
-    not looked at."""
+    """config.json is compared with the given config and never executed. Other files are
+    ignored."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
-    workdir, touched = tmp_path / "run", tmp_path / "touched"
+    workdir = tmp_path / "run"
+    touched = tmp_path / "touched"
     run_stage(config, workdir)
     (workdir / "summary.json").unlink()
     names = (
@@ -201,8 +203,8 @@ def test_a_resumed_run_runs_nothing_of_its_workdir(chain, tmp_path, monkeypatch)
 
 @pytest.mark.usefixtures("one_device")
 def test_no_file_of_a_run_is_written_through_a_link(chain, tmp_path):
-    """Each is replaced, or the run is refused in one line; in no case does what the link
-    leads to change."""
+    """The link is replaced, or the run is refused in one line. In no case does the target
+    change."""
     config = stages.config_of(chain, "sft", {"steps": 1, "epochs": 0.0})
     run_stage(config, tmp_path / "run")
     names = [path.name for path in (tmp_path / "run").iterdir() if path.is_file()]
@@ -240,7 +242,8 @@ def test_a_config_of_a_run_that_is_damaged_is_one_line(chain, tmp_path, content)
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    precious, workdir = tmp_path / "precious", tmp_path / "run"
+    precious = tmp_path / "precious"
+    workdir = tmp_path / "run"
     workdir.mkdir()
     precious.write_text("precious")
     for name in ("lock.json", "summary.json.tmp", "samples.jsonl"):
@@ -261,13 +264,14 @@ def test_nothing_is_written_through_a_link(tmp_path):
     }
     MetricLog(
         workdir, **keeping
-    ).close()  # the log is rewound: a file takes the link's place
+    ).close()  # the log is rewound, and a file replaces the link
     assert not (workdir / "samples.jsonl").is_symlink()
     assert precious.read_text() == "precious"
 
 
 def test_nothing_is_deleted_behind_a_link(tmp_path):
-    precious, checkpoints = tmp_path / "precious", tmp_path / "run" / "checkpoints"
+    precious = tmp_path / "precious"
+    checkpoints = tmp_path / "run" / "checkpoints"
     precious.mkdir()
     (precious / "file").touch()
     checkpoints.mkdir(parents=True)
@@ -323,7 +327,7 @@ def test_no_dump_shows_a_secret(tmp_path, capsys):
         json.loads((tmp_path / "manifest.json").read_text())["config"]["pad_token_id"] == 3
     )
     (tmp_path / "summary.json").write_text("{}")
-    claim(tmp_path, config)  # the same config again is the same
+    claim(tmp_path, config)  # the same config again is accepted
     with pytest.raises(ConfigError) as error:
         claim(tmp_path, {**config, "pad_token_id": 4})
     assert "pad_token_id: 3 (stored) != 4 (given)" in str(

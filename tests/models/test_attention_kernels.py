@@ -1,9 +1,9 @@
-"""Which kernel a run takes and why; each kernel against the products and the mask; what is
-lowered for accelerators.
+"""Attention kernels: which one a run selects and why, each kernel against reference
+attention, and the programs lowered for accelerators.
 
-Nothing here runs on an accelerator. cuDNN's call is made with XLA's implementation of the
+Nothing here runs on an accelerator. cuDNN's call is replaced by XLA's implementation of the
 same function, splash is interpreted, and programs are lowered for CUDA and TPU devices that
-are not there.
+are not present.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from instructax.training import attention as selection
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-# The choice.
+# Kernel selection.
 
 HERE: dict[str, dict[str, Any]] = {
     "cudnn": {"platform": "cuda", "version": 9.0},
@@ -39,7 +39,7 @@ HERE: dict[str, dict[str, Any]] = {
 
 
 def conditions(kernel: str, **changes: Any) -> attention_kernels.KernelConditions:
-    """Conditions under which `kernel` runs, with `changes`."""
+    """Conditions under which `kernel` is supported, with `changes`."""
     values = {"dtype": "bf16", "head_dims": [128], "lengths": [2048]}
     neither = dict.fromkeys(
         ("softcap", "sliding_window", "shared_prefixes", "vmapped_runs"), False
@@ -237,14 +237,14 @@ def test_benchmarks_of_samplers_and_vmapped_runs_use_jax(monkeypatch):
             config, lengths, side_by_side=side_by_side
         )
         assert settled.compute.attention == "jax" and why in said
-        asked = dataclasses.replace(
+        requested = dataclasses.replace(
             config, compute=dataclasses.replace(config.compute, attention="cudnn")
         )
         with pytest.raises(ConfigError, match=why):
-            selection.select_attention_kernel(asked, lengths, side_by_side=side_by_side)
+            selection.select_attention_kernel(requested, lengths, side_by_side=side_by_side)
 
 
-# The rows of the stages.
+# Row lengths of the stages.
 
 STAGES = ("sft", "reward", "ppo", "evaluate")
 SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
@@ -257,13 +257,13 @@ SLOW_STAGES = ("pretrain", "ppo-ptx", "collect", "tasks")
 def test_rows_have_the_lengths_that_the_kernel_was_selected_for(
     name, chain, tmp_path, monkeypatch, capsys
 ):
-    """Shared prefixes occur only where stated. The kernel is printed once, first."""
+    """Shared prefixes occur only where stated. The kernel is printed once, at the start."""
     seen: set[int] = set()
     branched = [False]
     packed_attention = transformer.packed_attention
 
     def watched(kernel: str, segments: jax.Array, mesh: Any) -> Any:
-        if segments.shape != (1, 1):  # parameters are initialised with one token
+        if segments.shape != (1, 1):  # parameters are initialized with one token
             seen.add(segments.shape[1])
             jax.debug.callback(
                 lambda branches: branched.append(bool(branches)), jnp.any(segments < 0)
@@ -274,7 +274,7 @@ def test_rows_have_the_lengths_that_the_kernel_was_selected_for(
     for stage_module in (
         reward_model,
         evaluate,
-    ):  # rows as wide as can be, not as the longest comparison
+    ):  # rows have the maximal width, not that of the longest comparison
         monkeypatch.setattr(stage_module, "packed_width", lambda _, most, __: most)
     if name == "tasks":
         policies = (("SFT", str(chain / "sft")),)
@@ -313,18 +313,16 @@ def test_a_run_with_an_unavailable_kernel_is_refused(chain, tmp_path):
             match=rf"'{kernel}' cannot run: platform cpu, allowed is {platform};",
         ):
             run_stage(given, tmp_path / kernel)
-        assert "held throughout" in dry_run(
-            given
-        )  # which may be on another machine than the run
+        # The dry run may be on another machine than the run.
+        assert "held throughout" in dry_run(given)
 
 
-# Each kernel against the products and the mask.
+# Each kernel against reference attention.
 
-QUICK = {
-    "xla_backend_optimization_level": "0"
-}  # for programs that compile for seconds and run once
+# Fast compilation, for programs that run only once.
+QUICK = {"xla_backend_optimization_level": "0"}
 LENGTH = 256
-PACKED = np.repeat([3, 1, 4, 0], [100, 60, 80, 16])  # three texts, and padding on the right
+PACKED = np.repeat([3, 1, 4, 0], [100, 60, 80, 16])  # three documents, and right padding
 LEFT = np.repeat([0, 1], [90, 166])
 BRANCHES = np.repeat([0, -1, 1, 2, 3, 0], [10, 70, 50, 60, 40, 26])
 ROWS = {"separate": np.stack([PACKED, LEFT]), "branches": np.stack([PACKED, BRANCHES])}
@@ -332,8 +330,8 @@ ROWS = {"separate": np.stack([PACKED, LEFT]), "branches": np.stack([PACKED, BRAN
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """XLA in cuDNN's place, splash interpreted; a row has two of splash's blocks of
-    queries, and of keys."""
+    """XLA's attention instead of cuDNN, and interpreted splash. A row has two splash blocks
+    of queries and of keys."""
     monkeypatch.setattr(
         attention_kernels,
         "attend_with_cudnn",
@@ -360,7 +358,7 @@ def output_and_gradients(
     matmul_dtype: str = "float32",
     mesh: Any = None,
 ) -> Any:
-    """Outputs of the real queries, and the gradients of their weighted sum."""
+    """Outputs at the real queries, and the gradients of their weighted sum."""
     attend, mask = attention_kernels.packed_attention(
         kernel, jnp.asarray(rows, jnp.int32), mesh
     )
@@ -397,10 +395,8 @@ def test_kernels_match_the_reference_attention(kernel, rows, num_kv_heads):
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
 def test_kernels_on_eight_devices(kernel):
-    arrays, rows = (
-        [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)],
-        np.concatenate([ROWS["separate"]] * 2),
-    )
+    arrays = [jnp.concatenate([x, x / 2]) for x in inputs(4, 2)]
+    rows = np.concatenate([ROWS["separate"]] * 2)
     got = output_and_gradients(kernel, rows, arrays, mesh=stages.mesh_of(2, 2, 2))
     stages.assert_trees_close(
         got, output_and_gradients("jax", rows, arrays), rtol=1e-4, atol=1e-5
@@ -411,8 +407,7 @@ def test_kernels_on_eight_devices(kernel):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", HERE)
 def test_kernels_round_operands_to_bfloat16(kernel, dtype):
-    """8 bits of mantissa: 0.4% an operation. Activations of either dtype stay what they
-    are."""
+    """8 bits of mantissa give 0.4% error per operation. Activations keep their dtype."""
     exact = output_and_gradients("jax", ROWS["separate"], inputs(4, 2))
     rounded = [array.astype(dtype) for array in inputs(4, 2)]
     got = output_and_gradients(kernel, ROWS["separate"], rounded, "bfloat16")
@@ -425,29 +420,28 @@ def test_kernels_round_operands_to_bfloat16(kernel, dtype):
 
 
 def test_splash_cannot_express_shared_prefixes():
-    """It lets a query see a key if both have one number: the second response to a prompt
-    would see the first too."""
+    """Splash lets a query attend to all keys with the same segment id, so the second
+    response to a prompt would attend to the first."""
     sees = np.asarray(attention_mask(jnp.array([[-1, 1, 2]]), jnp.array([[-1, 1, 2]]), 0))[
         0
     ]
-    numbers = range(3)
-    expressible = [
-        (
-            (np.array(queries)[:, None] == np.array(keys)[None, :]) & np.tri(3, dtype=bool)
-            == sees
-        ).all()
-        for queries in itertools.product(numbers, repeat=3)
-        for keys in itertools.product(numbers, repeat=3)
-    ]
+    causal = np.tri(3, dtype=bool)
+    expressible = []
+    # Every assignment of segment ids to the three queries and the three keys.
+    for queries in itertools.product(range(3), repeat=3):
+        for keys in itertools.product(range(3), repeat=3):
+            same = np.array(queries)[:, None] == np.array(keys)[None, :]
+            expressible.append((same & causal == sees).all())
     assert len(expressible) == 3**6 and not any(expressible)
 
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("kernel", HERE)
 def test_networks_with_a_kernel_match_networks_without(kernel):
-    """Scan, recomputation, rotary positions, grouped queries and devices that share rows
-    and heads."""
-    mesh, rng = stages.mesh_of(1, 2, 2), np.random.default_rng(0)
+    """With scan, remat, rotary positions, grouped queries, and devices that share rows and
+    heads."""
+    mesh = stages.mesh_of(1, 2, 2)
+    rng = np.random.default_rng(0)
     config = tiny_models.llama_config()
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     segments = jnp.asarray(ROWS["separate"][:, ::2], jnp.int32)
@@ -471,7 +465,7 @@ def test_networks_with_a_kernel_match_networks_without(kernel):
     stages.assert_trees_close(gradients(kernel), gradients("jax"), rtol=1e-3, atol=1e-6)
 
 
-# What is lowered.
+# Lowered programs.
 
 CALLS = {
     "cudnn": ("cuda", "__cudnn$fmhaScaleBiasSoftmax"),
@@ -494,8 +488,8 @@ def model_of(attention: str, dtype: str) -> tuple[Transformer, Any]:
 
 @pytest.fixture
 def cudnn_is_here(monkeypatch):
-    """JAX asks the library for its version before it calls it, and there is none on
-    machines without a GPU."""
+    """Pretends that cuDNN is installed: JAX asks for its version first, and there is none
+    without a GPU."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
 
 
@@ -522,12 +516,12 @@ def test_the_selected_kernel_is_in_the_program_of_its_platform(kernel, dtype):
             return jax.grad(total)(params)
 
         texts[attention] = lowered(gradients, platform, params, cells, cells, cells)
-    # All layers share a function with a forward pass, and one with a backward one: splash's
-    # has two calls.
+    # All layers share one forward function and one backward function; splash's backward has
+    # two calls.
     assert texts[kernel].count(f"@{call}(") == {"cudnn": 1, "splash": 3}[kernel]
     assert texts[kernel].count(f"@{call}Backward(") == {"cudnn": 1, "splash": 0}[kernel]
     assert "cudnn" not in texts["jax"] and "tpu_custom_call" not in texts["jax"]
-    products = f"x128x{LENGTH}xf32>"  # a block of queries and all keys, for each head
+    products = f"x128x{LENGTH}xf32>"  # a block of queries and all keys, per head
     assert products in texts["jax"] and products not in texts[kernel]
 
 

@@ -1,5 +1,5 @@
-"""Log-probabilities in chunks against the whole softmax, and the proof that no chunk grows
-to the whole."""
+"""Chunked log-probabilities against the full softmax, and a check that no program holds the
+full logits."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,14 +31,17 @@ from instructax.models.logprobs import (
 from instructax.models.scoring import packed_logprobs
 from instructax.types import Array, LmBatch, Params, Rollouts
 
-BATCH, LENGTH, WIDTH, VOCAB = 2, 7, 5, 11
+BATCH = 2
+LENGTH = 7
+WIDTH = 5
+VOCAB = 11
 EVERY = np.ones((BATCH, LENGTH), bool)
 
 
 @pytest.fixture(scope="module")
 def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """hidden f32[B, T, D], kernel f32[V, D], targets i32[B, T], and weights f32[B, T] of a
-    sum over the outputs."""
+    """hidden f32[B, T, D], kernel f32[V, D], targets i32[B, T], and output weights f32[B,
+    T]."""
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
     kernel = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
@@ -98,7 +101,7 @@ def test_masked_positions_have_no_effect(inputs, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_loss_and_gradients_equal_the_full_softmax(inputs, chunk):
-    """A loss with a factor per token; the rows have three and four masked-in tokens."""
+    """A loss with one factor per token; the rows have three and four unmasked tokens."""
     hidden, kernel, targets, weights = inputs
     mask = np.array(
         [
@@ -196,7 +199,7 @@ def test_entropy(inputs, chunk):
 
 
 def test_entropy_of_known_distributions():
-    """Equal logits: log V. One logit far above the others: 0."""
+    """Equal logits give log V; one dominant logit gives 0."""
     kernel = jnp.zeros((8, 1)).at[3, 0].set(1.0)
     targets = jnp.array([[3, 3]])
     hidden = jnp.array([[[0.0], [200.0]]])
@@ -208,17 +211,16 @@ def test_entropy_of_known_distributions():
 
 
 def test_logits_are_summed_in_float32():
-    """In bfloat16, 256 + 1 is 256: its values are 2 apart there."""
+    """In bfloat16, 256 + 1 is 256, because its values are 2 apart there."""
     logits = compute_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]))
     assert logits.dtype == jnp.float32
     assert logits.tolist() == [[257.0]]
 
 
-TEXT, PROMPT, PRIME = (
-    64,
-    8,
-    97,
-)  # tokens of a row, those of its prompt, and a vocabulary that divides no other size
+# Tokens per row, prompt tokens, and a vocabulary that divides no other size.
+TEXT = 64
+PROMPT = 8
+PRIME = 97
 
 
 def rows_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array]:
@@ -246,8 +248,7 @@ def responses_score(config: ModelConfig, chunk: int) -> Callable[[Params], Array
 
 
 def largest_buffer(score: Callable[..., Any], config: ModelConfig, chunk: int) -> int:
-    """Elements of the largest array with a vocabulary axis in value and gradient of a
-    score."""
+    """Size of the largest array with a vocabulary axis in a score's value and gradient."""
     params = jax.eval_shape(lambda: random_params(Transformer(config, compute(), "tokens")))
     compiled = jax.jit(jax.value_and_grad(score(config, chunk))).lower(params).compile()
     return max(vocabulary_buffers(compiled.as_text() or "", PRIME))
@@ -258,7 +259,7 @@ def largest_buffer(score: Callable[..., Any], config: ModelConfig, chunk: int) -
 )
 def test_no_buffer_spans_positions_and_vocabulary(score, family):
     config = family(vocab_size=PRIME, max_length=TEXT + PROMPT, num_layers=1)
-    # A chunk's scores, or the kernel itself where that is larger.
+    # A chunk's logits, or the kernel itself if that is larger.
     assert largest_buffer(score, config, 4) == max(
         BATCH * 4 * PRIME, PRIME * config.embed_dim
     )

@@ -1,5 +1,5 @@
-"""Low-rank adapters: they start as nothing, they alone learn, and what they learned is in
-the next stage's parent."""
+"""Low-rank adapters: they start as zero, only they are trained, and children of the run get
+the merged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ STEPS = {
 }
 
 
-def adapted_params(model: Transformer, seed: int = 0):
+def random_lora_params(model: Transformer, seed: int = 0):
     """Random parameters with random, nonzero adapters."""
     params = add_lora(tiny_models.random_params(model), LORA, jax.random.key(seed))
     rng = np.random.default_rng(seed)
@@ -102,17 +102,17 @@ def test_new_adapters_leave_outputs_bitwise_unchanged(family, head):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_parameters_give_the_same_outputs(family):
     model = Transformer(FAMILIES[family](), tiny_models.compute(), "tokens")
-    params = adapted_params(model)
-    plain, found = merge_lora(params), outputs(model, params)
+    params = random_lora_params(model)
+    plain = merge_lora(params)
+    found = outputs(model, params)
     assert names_of(plain) == names_of(tiny_models.random_params(model))
     np.testing.assert_allclose(outputs(model, plain), found, rtol=1e-4, atol=2e-5)
     assert np.abs(outputs(model, tiny_models.random_params(model)) - found).max() > 0.1
-    # W + alpha / rank · A · B, of the one map that sums over two axes.
-    out, layer = params["blocks"]["attention"]["out"], 1
-    a, b = (
-        np.asarray(out["lora_a"][layer], np.float64),
-        np.asarray(out["lora_b"][layer], np.float64),
-    )
+    # W + alpha / rank · A · B, for the only projection that sums over two axes.
+    out = params["blocks"]["attention"]["out"]
+    layer = 1
+    a = np.asarray(out["lora_a"][layer], np.float64)
+    b = np.asarray(out["lora_b"][layer], np.float64)
     wanted = np.asarray(out["kernel"][layer]) + 2.5 * np.einsum("hdr,rw->hdw", a, b)
     np.testing.assert_allclose(
         plain["blocks"]["attention"]["out"]["kernel"][layer], wanted, rtol=1e-5, atol=1e-6
@@ -122,14 +122,13 @@ def test_merged_parameters_give_the_same_outputs(family):
 def test_trainable_selects_adapters_and_the_scalar_head():
     for head in ("tokens", "scalar"):
         model = Transformer(tiny_models.llama_config(), tiny_models.compute(), head)
-        params = adapted_params(model)
+        params = random_lora_params(model)
         names = names_of(trainable(params))
         assert {name for name in names if not name.endswith(("lora_a", "lora_b"))} == (
             {"scalar_head/kernel", "scalar_head/bias"} if head == "scalar" else set()
         )
-        assert (
-            sum(name.endswith("lora_a") for name in names) == 7
-        )  # query, key, value, out, up, gate, down
+        # Query, key, value, out, up, gate, down.
+        assert sum(name.endswith("lora_a") for name in names) == 7
         stages.assert_trees_equal(merge_trees(trainable(params), params), params)
         state = new_state(
             params, make_optimizer(tiny_models.optimizer_config(weight_decay=0.1))
@@ -139,12 +138,10 @@ def test_trainable_selects_adapters_and_the_scalar_head():
 
 
 def test_gradients_equal_those_of_the_full_tree():
-    """The adapters' gradients equal those of full training, and nothing else has one."""
-    model, rows = (
-        Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens"),
-        stages.packed_rows(3, 14),
-    )
-    params = adapted_params(model)
+    """The adapters' gradients equal those of full training; nothing else has gradients."""
+    model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens")
+    rows = stages.packed_rows(3, 14)
+    params = random_lora_params(model)
 
     def loss_of(logprobs, mask, _):
         return next_token_loss(logprobs, mask), {}
@@ -172,10 +169,8 @@ def test_gradients_equal_those_of_the_full_tree():
 
 def test_updates_and_averages_change_adapters_only():
     model = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
-    params, optimizer = (
-        adapted_params(model),
-        make_optimizer(tiny_models.optimizer_config(clip_norm=1.0)),
-    )
+    params = random_lora_params(model)
+    optimizer = make_optimizer(tiny_models.optimizer_config(clip_norm=1.0))
     state = new_state(params, optimizer)
     gradients = jax.tree.map(jnp.ones_like, trainable(params))
     after = apply_gradients(optimizer, state, gradients, jnp.float32(0.1)).params
@@ -199,9 +194,11 @@ def test_updates_and_averages_change_adapters_only():
 
 
 def test_samples_of_merged_weights_rescore_to_the_same_logprobs():
-    """The sampler reads merged weights, scoring reads adapters; both share one model."""
-    program, settings = stages.ppo_program(stages.mesh_of()), stages.ppo_settings()
-    params = adapted_params(program.policy)
+    """The sampler uses merged weights and scoring uses adapters; they are the same
+    model."""
+    program = stages.ppo_program(stages.mesh_of())
+    settings = stages.ppo_settings()
+    params = random_lora_params(program.policy)
     prompts = tiny_models.ragged_prompts((1, 4, 6, 2), columns=6)
     rollouts = algorithm.rollout(program, params, prompts, jnp.int32(0), settings)
     scored = token_logprobs(
@@ -226,7 +223,7 @@ def run(config, workdir, **watched):
 
 
 def networks(state):
-    """Name of each network of a state → its parameters."""
+    """Each network of a state → its parameters."""
     if hasattr(state, "policy"):
         return {
             "policy": state.policy.params,
@@ -251,7 +248,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     for network, params in networks(last).items():
         before = networks(first)[network]
         stored = jax.device_get(
-            load_params(parents[network], open_shapes(parents[network]))
+            load_params(parents[network], stored_shapes(parents[network]))
         )
         trunk = {
             part: leaf
@@ -271,7 +268,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     _, resumed = run(config, tmp_path / "stopped")
     stages.assert_trees_equal(resumed, last)
 
-    # Whoever starts from the run sees plain weights.
+    # Runs that start from this one get plain merged weights.
     head = "scalar" if name == "reward" else "tokens"
     built = build_config(config)
     model = Transformer(built.model, tiny_models.compute(), head)
@@ -287,12 +284,12 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
             chain, "sft", **{"parent": str(tmp_path / "straight"), "lora.rank": 0}
         )
         stages.assert_trees_equal(
-            stages.started(child, tmp_path / "child").params, jax.device_get(found)
+            stages.initial_state(child, tmp_path / "child").params, jax.device_get(found)
         )
 
 
-def open_shapes(workdir):
-    """Shapes that a run without adapters stores, filled with zeros."""
+def stored_shapes(workdir):
+    """The shapes stored by a run without adapters, filled with zeros."""
     run = open_parent(workdir, "parent")
     model = build_config(run.manifest["config"])
     head = "scalar" if run.manifest["stage"] == "reward_model" else "tokens"
@@ -318,13 +315,13 @@ def open_shapes(workdir):
 )
 def test_invalid_values_are_refused(chain, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        stages.started(config_of(chain, "sft", **changes), tmp_path / "run")
+        stages.initial_state(config_of(chain, "sft", **changes), tmp_path / "run")
 
 
 def test_adapters_are_the_same_on_eight_devices(chain):
-    """All leaves have a layout, and the merged weights equal those of one device."""
+    """All leaves have a sharding, and the merged weights equal those on one device."""
     model = Transformer(tiny_models.llama_config(), tiny_models.compute(), "tokens")
-    params = adapted_params(model)
+    params = random_lora_params(model)
     mesh = stages.mesh_of(2, 2, 2)
     spread = jax.device_put(params, sharding.shardings(params, mesh))
     stages.assert_trees_close(

@@ -1,5 +1,5 @@
-"""Operations with gradients by hand against the gradients that JAX derives, and that only
-CPUs get a barrier."""
+"""Operations with hand-written gradients against JAX's gradients; only CPU programs get a
+barrier."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def output_and_gradients(function, *args):
 
 SHAPES = {"a": 2, "b": 3, "d": 4, "f": 5, "g": 7, "h": 2, "q": 6, "s": 8}
 PRODUCTS = ["abd,df->abf", "abd,dfg->abfg", "abfg,fgh->abh", "abd,d->ab", "ad,vd->av"]
-PRODUCTS += ["bhqd,bhsd->bhqs", "bhqs,bhsd->bhqd"]  # attention's
+PRODUCTS += ["bhqd,bhsd->bhqs", "bhqs,bhsd->bhqd"]  # the contractions of attention
 
 
 def arrays(axes):
@@ -55,8 +55,8 @@ def rounded(x):
 
 @pytest.mark.parametrize("axes", PRODUCTS)
 def test_only_operands_are_rounded(axes):
-    """Products of sixteen bits are exact in float32; so are their sums here, up to the
-    order."""
+    """Products of bfloat16 numbers are exact in float32, and here their sums are too, up to
+    the order."""
     x, y = arrays(axes)
     ours = jax.jit(
         lambda *args: output_and_gradients(
@@ -99,8 +99,9 @@ def test_norms_and_their_gradients(centred, epsilon):
 
 @pytest.mark.parametrize(("matmul_dtype", "apart"), [("float32", 1e-5), ("bfloat16", 1e-2)])
 def test_softmax_weighted_sum_and_its_gradients(matmul_dtype, apart):
-    """Scores differ widely; some are masked, and all of them in one row."""
-    scores, values = 4 * normal(0, 2, 3, 5, 7), normal(1, 2, 3, 7, 4)
+    """Scores differ widely; some are masked, and in one row all are."""
+    scores = 4 * normal(0, 2, 3, 5, 7)
+    values = normal(1, 2, 3, 7, 4)
     scores = scores.at[:, :, :, 2].set(-1e30).at[0, 1, 3].set(-1e30)
     ours = jax.jit(
         lambda *args: output_and_gradients(
@@ -121,9 +122,10 @@ def test_softmax_weighted_sum_and_its_gradients(matmul_dtype, apart):
 
 
 def test_softmax_weighted_sum_by_hand():
-    """Weights 1/4 and 3/4 of 2 and 6: 5. With 1 for its gradient, w (dw − Σ w dw): 1/4 (2 −
-    5) and 3/4 (6 − 5)."""
-    scores, values = jnp.log(jnp.array([[[[1.0, 3.0]]]])), jnp.array([[[[2.0], [6.0]]]])
+    """Weights 1/4 and 3/4 of 2 and 6 give 5. With an output gradient of 1, w (dw − Σ w dw)
+    is 1/4 (2 − 5) and 3/4 (6 − 5)."""
+    scores = jnp.log(jnp.array([[[[1.0, 3.0]]]]))
+    values = jnp.array([[[[2.0], [6.0]]]])
     mean, pull = jax.vjp(lambda s, v: softmax_weighted_sum(s, v, "float32"), scores, values)
     np.testing.assert_allclose(mean, [[[[5.0]]]], rtol=1e-6)
     of_scores, of_values = pull(jnp.ones_like(mean))
@@ -132,8 +134,8 @@ def test_softmax_weighted_sum_by_hand():
 
 
 def test_normalize_by_hand():
-    """1, 3: mean 2, deviations ∓1, variance 1: ∓1 / √(1 + 3) at ε = 3; without the mean 1 /
-    √(5 + 4) and 3 / 3."""
+    """1, 3: mean 2, deviations ∓1, variance 1. This gives ∓1 / √(1 + 3) at ε = 3; without
+    the mean, 1 / √(5 + 4) and 3 / 3."""
     np.testing.assert_allclose(normalize(jnp.array([1.0, 3.0]), True, 3.0), [-0.5, 0.5])
     np.testing.assert_allclose(normalize(jnp.array([1.0, 3.0]), False, 4.0), [1 / 3, 1.0])
 
@@ -148,7 +150,8 @@ def test_bfloat16_gradients_stay_bfloat16():
 
 
 def test_ops_under_vmap():
-    x, kernels = normal(0, 2, 4), normal(1, 3, 4, 5)
+    x = normal(0, 2, 4)
+    kernels = normal(1, 3, 4, 5)
 
     def of_kernel(kernel):
         return jax.grad(
@@ -177,7 +180,8 @@ def test_only_cpu_programs_have_barriers(platform, barriers):
     ("platform", "sums"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")]
 )
 def test_bfloat16_products_accumulate_in_float32_on_cpus_only(platform, sums):
-    """Float32 results would double the bytes of collectives and saved activations."""
+    """Elsewhere float32 results would double the size of collectives and saved
+    activations."""
     x, y = (a.astype(jnp.bfloat16) for a in arrays("ad,df->af"))
     traced = jax.jit(lambda x, y: einsum("ad,df->af", x, y, "bfloat16")).trace(x, y)
     (line,) = [

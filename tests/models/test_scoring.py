@@ -34,9 +34,8 @@ class Policy:
     config: ModelConfig
     model: Transformer
     params: Params
-    score: Callable[
-        ..., tuple[Array, Array]
-    ]  # rollouts, temperature → log-probabilities, entropy
+    # (rollouts, temperature) → (log-probabilities, entropy).
+    score: Callable[..., tuple[Array, Array]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -64,8 +63,8 @@ RESPONSE_LENGTHS = (4, 0, 2, 1)
 
 
 def hand_made(seed: int = 0) -> Rollouts:
-    """Four answers of 4, 0, 2 and 1 tokens to prompts of 3, 2, 1 and 5; the masked cells
-    hold random ids."""
+    """Four answers of 4, 0, 2 and 1 tokens to prompts of 3, 2, 1 and 5 tokens. Masked
+    positions hold random ids."""
     responses = np.random.default_rng(seed).integers(VOCAB_SIZE, size=(4, 4))
     mask = np.arange(4)[None, :] < np.array(RESPONSE_LENGTHS)[:, None]
     return Rollouts(
@@ -96,14 +95,14 @@ def test_values_precede_tokens_and_scores_are_at_the_last_token(scorer):
         prompt = text_of(rollouts.prompts, row)
         text = prompt + responses[row, :length].tolist()
         outputs = reference_model.scalars(model.config, params, text)
-        # The value before token t has read the prompt and t tokens; an empty answer is
-        # scored where its prompt ends.
+        # The value before token t depends on the prompt and t tokens. An empty answer is
+        # scored at the end of its prompt.
         expected = [*outputs[len(prompt) - 1 : len(text) - 1], *[0.0] * (4 - length)]
         np.testing.assert_allclose(values[row], expected, rtol=1e-5, atol=1e-5)
         assert float(scores[row]) == pytest.approx(outputs[-1], rel=1e-5, abs=1e-5)
 
 
-ANSWER_LENGTHS = np.array([[4, 1, 0], [2, 3, 4]])  # of three responses to two prompts
+ANSWER_LENGTHS = np.array([[4, 1, 0], [2, 3, 4]])  # three responses to each of two prompts
 
 
 def some_comparisons() -> Comparisons:
@@ -136,7 +135,8 @@ def test_shared_prompts_score_like_separate_rows(scorer):
 
 def test_gradients_with_a_shared_prompt_equal_those_of_separate_rows(scorer):
     model, params = scorer
-    comparisons, weights = some_comparisons(), jnp.array([0.7, -1.3, 0.4, 1.1, -0.2, 0.9])
+    comparisons = some_comparisons()
+    weights = jnp.array([0.7, -1.3, 0.4, 1.1, -0.2, 0.9])
     rows = Rollouts(
         prompts=jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), comparisons.prompts),
         responses=comparisons.responses.reshape(6, 4),
@@ -167,7 +167,8 @@ def test_entropy_and_logprobs_match_the_reference_network(policy):
     np.testing.assert_allclose(alone, logprobs, atol=1e-5)
     responses = np.asarray(rollouts.responses)
     for row, length in enumerate(RESPONSE_LENGTHS):
-        prompt, response = text_of(rollouts.prompts, row), responses[row, :length].tolist()
+        prompt = text_of(rollouts.prompts, row)
+        response = responses[row, :length].tolist()
         expected = reference_model.logprobs(
             policy.config, policy.params, prompt + response, 0.7
         )
@@ -183,7 +184,7 @@ def test_entropy_and_logprobs_match_the_reference_network(policy):
 
 
 def test_packed_logprobs_equal_token_logprobs(policy):
-    """A row of two documents: each is a prompt of one token and its response."""
+    """A row of two documents, each a prompt of one token and its response."""
     tokens = np.random.default_rng(4).integers(VOCAB_SIZE, size=(1, 9)).astype(np.int32)
     batch = LmBatch(
         tokens=jnp.asarray(tokens),

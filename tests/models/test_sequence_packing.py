@@ -1,5 +1,5 @@
-"""Sequences packed inside a compiled program: every token in its place, no row too many,
-and the parts that are run."""
+"""Packing sequences within a compiled program: every token is kept, the row bound holds,
+and microbatches cover all rows."""
 
 from functools import partial
 
@@ -39,9 +39,9 @@ def random_masks(lengths: list[int], columns: int, seed: int = 0) -> np.ndarray:
 
 
 def plan(
-    real: np.ndarray, width: int, microbatch_rows: int, halvings: int = 0, mesh=MESH
+    real: np.ndarray, width: int, microbatch_rows: int, splits: int = 0, mesh=MESH
 ) -> PackedLayout:
-    compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
+    compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=splits)
     return jax.device_get(
         jax.jit(partial(plan_packing, width=width, compute=compute, mesh=mesh))(
             jnp.asarray(real)
@@ -51,7 +51,7 @@ def plan(
 
 def test_first_fit_by_hand():
     layout = plan(random_masks([3, 6, 2, 5, 1], 6), 8, 2)
-    # 6 | 5 | 3 behind the 5 | 2 behind the 6 | 1 in a row of its own
+    # 6 | 5 | 3 after the 5 | 2 after the 6 | 1 in its own row
     wanted = [
         [2] * 6 + [3] * 2,
         [4] * 5 + [1] * 3,
@@ -64,7 +64,7 @@ def test_first_fit_by_hand():
     assert layout.used_tokens == 4 * 8
     assert layout.microbatch_shapes == ((2, 8),)
     assert float(layout.padding_fraction()) == pytest.approx(1 - 17 / 32)
-    halved = plan(random_masks([3, 6, 2, 5, 1], 6), 8, 2, halvings=2)
+    halved = plan(random_masks([3, 6, 2, 5, 1], 6), 8, 2, splits=2)
     np.testing.assert_array_equal(halved.segment_ids[:, 0], wanted[:5])
     assert halved.microbatch_shapes == ((2, 8), (1, 8), (1, 4))
     assert halved.used_tokens == 2 * 8 + 4
@@ -75,9 +75,8 @@ def test_microbatch_shapes():
     assert microbatch_shapes(4, 0, 8) == ((4, 8),)
     assert microbatch_shapes(4, 2, 8) == ((4, 8), (2, 8), (1, 8))
     assert microbatch_shapes(4, 4, 8) == ((4, 8), (2, 8), (1, 8), (1, 4), (1, 2))
-    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(
-        4, 4, 8
-    )  # of one token nothing is predicted
+    # A row of one token predicts nothing.
+    assert microbatch_shapes(4, 9, 8) == microbatch_shapes(4, 4, 8)
     assert microbatch_shapes(3, 2, 9) == ((3, 9), (1, 9), (1, 4))
     assert microbatch_shapes(5, 1, 8) == ((5, 8), (1, 8))
     assert microbatch_shapes(12, 3, 8) == ((12, 8), (6, 8), (3, 8), (1, 8))
@@ -89,7 +88,7 @@ def test_microbatch_shapes():
 )
 @pytest.mark.parametrize("width", [6, 7, 13, 20])
 def test_rows_suffice_for_the_worst_case_of_first_fit(width, lengths):
-    layout = plan(random_masks(lengths, 6), width, 2, halvings=1)
+    layout = plan(random_masks(lengths, 6), width, 2, splits=1)
     assert len(layout.segment_ids) == -(-9 // (width // 6))
     np.testing.assert_array_equal(
         np.bincount(layout.segment_ids.ravel(), minlength=10)[1:], lengths
@@ -102,12 +101,13 @@ def test_scatter_keeps_the_order_and_gather_inverts_it():
     x = np.arange(1, 43).reshape(6, 7).astype(np.float32)
     rows = layout.scatter(jnp.asarray(x))
     np.testing.assert_array_equal(layout.gather(rows), np.where(real, x, 0))
-    flat, texts = np.asarray(rows).ravel(), layout.segment_ids.ravel()
+    flat = np.asarray(rows).ravel()
+    texts = layout.segment_ids.ravel()
     for text in range(6):
         np.testing.assert_array_equal(flat[texts == text + 1], x[text][real[text]])
-        cells = np.flatnonzero(texts == text + 1)
-        assert len(cells) == 0 or (
-            (np.diff(cells) == 1).all() and cells[0] // 10 == cells[-1] // 10
+        tokens_run = np.flatnonzero(texts == text + 1)
+        assert len(tokens_run) == 0 or (
+            (np.diff(tokens_run) == 1).all() and tokens_run[0] // 10 == tokens_run[-1] // 10
         )
 
 
@@ -159,10 +159,10 @@ def ragged_rollouts() -> Rollouts:
     )
 
 
-def packed_and_unpacked(function, batch: LmBatch, width: int, halvings: int):
-    """`function` of a batch that is packed, part by part, and of it as it is, both [N, L];
-    the cells run."""
-    compute = tiny_models.compute(microbatch_rows=2, tail_splits=halvings)
+def packed_and_unpacked(function, batch: LmBatch, width: int, splits: int):
+    """`function` of a packed batch, by microbatch, and of the unpacked batch, both [N, L];
+    and the number of tokens run."""
+    compute = tiny_models.compute(microbatch_rows=2, tail_splits=splits)
     layout = plan_packing(batch.segments != 0, width=width, compute=compute, mesh=MESH)
     _, packed = scan_packed_rows(
         lambda _, part: (None, function(part)), None, pack(batch, layout), layout
@@ -174,26 +174,25 @@ def packed_and_unpacked(function, batch: LmBatch, width: int, halvings: int):
     )
 
 
-@pytest.mark.parametrize("halvings", [0, 2])
+@pytest.mark.parametrize("splits", [0, 2])
 @pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
-def test_packed_rollouts_equal_unpacked_ones(config, halvings):
+def test_packed_rollouts_equal_unpacked_ones(config, splits):
     batch = rollout_sequences(ragged_rollouts())
     policy = Transformer(config, tiny_models.compute(), "tokens")
     params = tiny_models.random_params(policy)
     logprobs = partial(packed_logprobs, policy, params, temperature=0.7)
-    packed, alone, used = jax.jit(lambda b: packed_and_unpacked(logprobs, b, 24, halvings))(
+    packed, alone, used = jax.jit(lambda b: packed_and_unpacked(logprobs, b, 24, splits))(
         batch
     )
-    assert used == (
-        2 * 24 + 12 if halvings else 4 * 24
-    )  # two parts of two rows, or one and half a row
+    # Two microbatches of two rows, or one and half a row.
+    assert used == (2 * 24 + 12 if splits else 4 * 24)
     np.testing.assert_allclose(packed, alone, rtol=1e-4, atol=1e-5)
     assert np.count_nonzero(alone) == 22
 
 
-@pytest.mark.parametrize("halvings", [0, 2])
+@pytest.mark.parametrize("splits", [0, 2])
 @pytest.mark.parametrize("config", [tiny_models.gpt_config(), tiny_models.llama_config()])
-def test_packed_comparisons_equal_unpacked_ones(config, halvings):
+def test_packed_comparisons_equal_unpacked_ones(config, splits):
     comparisons = jax.tree.map(jnp.asarray, stages.comparisons((3, 1, 4, 2, 4, 2, 3, 4), 5))
     batch = comparison_sequences(comparisons)
     scorer = Transformer(config, tiny_models.compute(), "scalar")
@@ -201,7 +200,7 @@ def test_packed_comparisons_equal_unpacked_ones(config, halvings):
     width = batch.tokens.shape[1] + 4
     packed, _, used = jax.jit(
         lambda b: packed_and_unpacked(
-            partial(packed_outputs, scorer, params), b, width, halvings
+            partial(packed_outputs, scorer, params), b, width, splits
         )
     )(batch)
     assert used < 8 * width
@@ -220,9 +219,9 @@ def test_packed_comparisons_equal_unpacked_ones(config, halvings):
 
 
 @pytest.mark.parametrize(
-    ("microbatch_rows", "halvings", "ways"),
+    ("microbatch_rows", "splits", "ways"),
     [
-        *((4, halvings, ways) for halvings in range(5) for ways in (1, 2)),
+        *((4, splits, ways) for splits in range(5) for ways in (1, 2)),
         (5, 1, 1),
         (10, 2, 1),
         (6, 2, 1),
@@ -233,9 +232,10 @@ def test_packed_comparisons_equal_unpacked_ones(config, halvings):
     "lengths",
     [[0] * 12, [1, 2] + [0] * 10, [5] * 5 + [0] * 7, [6] * 12, [*range(7), 6, 5, 3, 2, 1]],
 )
-def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings, ways):
-    """For any remainder, and any number of row shards."""
-    real, mesh = random_masks(lengths, 6, seed=2), stages.mesh_of(data=ways)
+def test_microbatches_cover_every_token_once(lengths, microbatch_rows, splits, ways):
+    """For every remainder and every number of row shards."""
+    real = random_masks(lengths, 6, seed=2)
+    mesh = stages.mesh_of(data=ways)
     x = np.arange(1, real.size + 1).reshape(real.shape)
 
     def step(totals: tuple, part: tuple) -> tuple:
@@ -250,22 +250,24 @@ def test_microbatches_cover_every_token_once(lengths, microbatch_rows, halvings,
 
     @jax.jit
     def run(real, x):
-        compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=halvings)
+        compute = tiny_models.compute(microbatch_rows=microbatch_rows, tail_splits=splits)
         layout = plan_packing(real, width=9, compute=compute, mesh=mesh)
         totals, doubled = scan_packed_rows(
             step, (jnp.int32(0),) * 3, (layout.scatter(x), layout.segment_ids), layout
         )
         return totals, layout.gather(doubled), layout.padding_fraction()
 
-    (cells, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
+    (tokens_run, tokens, total), doubled, padding = run(jnp.asarray(real), jnp.asarray(x))
     assert (tokens, total) == (real.sum(), x[real].sum())
     np.testing.assert_array_equal(doubled, np.where(real, 2 * x, 0))
-    assert float(padding) == pytest.approx(1 - real.sum() / max(int(cells), 1), abs=1e-6)
+    assert float(padding) == pytest.approx(
+        1 - real.sum() / max(int(tokens_run), 1), abs=1e-6
+    )
     if microbatch_rows == 4:
-        assert cells % (9 * ways) in ((0, 4 * ways, 2 * ways) if halvings > 2 else (0,))
+        assert tokens_run % (9 * ways) in ((0, 4 * ways, 2 * ways) if splits > 2 else (0,))
 
 
-def test_vmapped_runs_end_together():
+def test_vmapped_runs_share_the_number_of_microbatches():
     real = np.array([random_masks([6, 6, 6], 6), random_masks([1, 1, 0], 6)])
 
     def run(real):
@@ -276,9 +278,11 @@ def test_vmapped_runs_end_together():
             mesh=MESH,
         )
         step = lambda count, part: (count + part.size, 2 * part)  # noqa: E731
-        cells, doubled = scan_packed_rows(step, jnp.int32(0), layout.segment_ids, layout)
-        return cells, layout.gather(doubled)
+        tokens_run, doubled = scan_packed_rows(
+            step, jnp.int32(0), layout.segment_ids, layout
+        )
+        return tokens_run, layout.gather(doubled)
 
-    cells, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))
-    assert cells.tolist() == [18, 18]
+    tokens_run, doubled = jax.jit(jax.vmap(run))(jnp.asarray(real))
+    assert tokens_run.tolist() == [18, 18]
     np.testing.assert_array_equal(doubled, 2 * np.arange(1, 4)[None, :, None] * real)

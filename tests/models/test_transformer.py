@@ -1,5 +1,5 @@
-"""The network against a plain NumPy one, and its laws: what a token may see, and what may
-not change an output."""
+"""The network against a plain NumPy one, and its invariants: what a token may attend to,
+and what must not change an output."""
 
 import dataclasses
 import itertools
@@ -50,9 +50,8 @@ from instructax.models.transformer import SCAN_UNROLL, scan_blocks
 from instructax.types import Params
 
 COLUMNS = 12
-QUICK = {
-    "xla_backend_optimization_level": "0"
-}  # for programs that compile for seconds and run once
+# Fast compilation, for programs that run only once.
+QUICK = {"xla_backend_optimization_level": "0"}
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}
 OTHERS = {
     "neox": neox_config(),
@@ -77,9 +76,8 @@ OTHERS = {
 class Network:
     config: ModelConfig
     params: Params
-    forward: Callable[
-        ..., np.ndarray
-    ]  # tokens, segments, positions i32[2, COLUMNS] → f32[2, COLUMNS, D]
+    # (tokens, segments, positions i32[2, COLUMNS]) → f32[2, COLUMNS, D].
+    forward: Callable[..., np.ndarray]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -99,13 +97,14 @@ def texts(*lengths: int) -> list[list[int]]:
 def rows(
     *documents_of_rows: list[tuple[int, list[int]]], fill: int | None = None
 ) -> tuple[jax.Array, ...]:
-    """tokens, segments, positions of rows of (first column, text); cells between hold
-    `fill`, or else random ids."""
+    """tokens, segments and positions of rows of (first column, document). Gaps hold `fill`,
+    or random ids."""
     tokens = np.random.default_rng(8).integers(
         VOCAB_SIZE, size=(len(documents_of_rows), COLUMNS)
     )
     tokens = tokens if fill is None else np.full_like(tokens, fill)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = np.zeros_like(tokens)
+    positions = np.zeros_like(tokens)
     for row, documents in enumerate(documents_of_rows):
         for number, (first, text) in enumerate(documents, start=1):
             here = (row, slice(first, first + len(text)))
@@ -184,9 +183,8 @@ def test_parameter_counts_of_the_papers_sizes(size):
 def test_outputs_depend_only_on_earlier_tokens_of_the_segment(network):
     model = Transformer(network.config, compute(), "tokens")
     tokens, segments, positions = rows([(1, [3, 1, 4, 5]), (5, [9, 2, 6, 8])])
-    tokens = tokens.at[0].set(
-        jnp.arange(COLUMNS)
-    )  # distinct ids: the gradient of one id is that of one column
+    # Distinct ids, so that the gradient of an id is that of its column.
+    tokens = tokens.at[0].set(jnp.arange(COLUMNS))
     directions = jax.random.normal(jax.random.key(0), (network.config.embed_dim,))
 
     @jax.jit
@@ -227,7 +225,7 @@ def test_padding_has_no_effect(network):
         0,
         text[3],
         text[-1],
-    ):  # pad == eos among them, whichever of the text's ids eos is
+    ):  # includes pad == eos, for every id of the text as eos
         filled = network.forward(*rows([(0, text)], [(5, text)], fill=fill))
         np.testing.assert_array_equal(filled[0, :7], outputs[0, :7])
         np.testing.assert_array_equal(filled[1, 5:], outputs[1, 5:])
@@ -256,11 +254,13 @@ def test_cached_calls_equal_uncached_ones(network):
             {"params": network.params}, *columns, cache=cache
         )
     )
-    # The second row's first seven columns are padding: a whole piece without a real token.
+    # The second row's first seven columns are padding: a whole chunk without a real token.
     inputs = rows([(1, texts(11)[0])], [(8, texts(4)[0])])
-    expected, real = network.forward(*inputs), np.asarray(inputs[1]) > 0
+    expected = network.forward(*inputs)
+    real = np.asarray(inputs[1]) > 0
     for pieces in ([COLUMNS], [7, 4, 1], [1] * COLUMNS):
-        cache, outputs = init_cache(network.config, compute(), 2, COLUMNS), []
+        cache = init_cache(network.config, compute(), 2, COLUMNS)
+        outputs = []
         for first, length in zip(np.cumsum([0, *pieces]), pieces, strict=False):
             hidden, cache = append(cache, *(x[:, first : first + length] for x in inputs))
             outputs.append(hidden)
@@ -309,9 +309,9 @@ def test_more_layers_than_one_scan_step_unrolls():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_remat_recomputes_what_the_policy_says(family):
-    """none recomputes no matrix product, dots those of two activations (scores, mixing),
-    full all of a layer."""
+def test_remat_recomputes_only_what_its_policy_allows(family):
+    """The policy "none" recomputes no matmul, "dots" those of two activations (attention
+    scores, weighted sums), "full" all matmuls of a layer."""
     config = FAMILIES[family]
     params = random_params(Transformer(config, compute(), "tokens"))
     none, dots, full = (
@@ -319,9 +319,8 @@ def test_remat_recomputes_what_the_policy_says(family):
         for remat in ("none", "dots", "full")
     )
     assert dots - none == 2
-    assert (
-        full - none == {"gpt": 7, "llama": 8}[family]
-    )  # three projections, two activations', out, up (and gate)
+    # Three projections, two matmuls of activations, out, up (and gate).
+    assert full - none == {"gpt": 7, "llama": 8}[family]
 
 
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
@@ -336,14 +335,14 @@ def test_bfloat16_outputs_are_close_to_float32(network, head, dtype):
     assert outputs.dtype == (jnp.bfloat16 if head == "tokens" else jnp.float32)
     scale = float(jnp.std(expected))
     error = float(jnp.sqrt(jnp.mean((outputs.astype(jnp.float32) - expected) ** 2))) / scale
-    assert 1e-4 < error < 0.05  # 8 bits of mantissa: 0.4% an operation
+    assert 1e-4 < error < 0.05  # 8 bits of mantissa: 0.4% error per operation
     shapes = jax.eval_shape(lambda key: init_params(rounded, key), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("dtype", ["bf16_matmul", "bf16"])
-def test_cast_matrices_is_bitwise_what_the_network_does(network, dtype):
-    """So a sampler may cast once. What is not multiplied is not cast."""
+def test_cast_matrices_equals_the_networks_own_casts(network, dtype):
+    """So a sampler may cast once. Only matmul operands are cast."""
     model = Transformer(network.config, compute(dtype=dtype), "tokens")
     inputs = rows([(0, texts(9)[0])], [(0, texts(12)[0])])
     cast = cast_matrices(network.params, model.compute)
@@ -358,9 +357,7 @@ def test_cast_matrices_is_bitwise_what_the_network_does(network, dtype):
         np.asarray(hidden, np.float32), np.asarray(wanted, np.float32)
     )
     head = head_kernel(network.config, cast)
-    if (
-        dtype == "bf16_matmul"
-    ):  # a tied head is the embedding, which is looked up in float32
+    if dtype == "bf16_matmul":  # a tied head is the embedding, whose lookup is in float32
         head = head.astype(jnp.bfloat16)
     np.testing.assert_array_equal(head, kernel.astype(jnp.bfloat16))
     kept = {
@@ -383,8 +380,8 @@ def test_cast_matrices_is_bitwise_what_the_network_does(network, dtype):
     ],
 )
 def test_blocked_causal_attention_equals_attend(length):
-    """Values and gradients, with grouped queries, for packed texts and for responses that
-    share a prompt."""
+    """Outputs and gradients, with grouped queries, for packed documents and for responses
+    that share a prompt."""
     rng = np.random.default_rng(0)
     query, key, value = (
         jnp.asarray(rng.normal(size=(1, heads, length, 2)), jnp.float32)
@@ -415,7 +412,7 @@ def test_dropout_keeps_the_mean_and_rate_zero_is_the_identity():
         x, Dropout(rate=jnp.float32(0.2), keys=jax.random.split(jax.random.key(0), 200)), 0
     )
     np.testing.assert_allclose(np.unique(dropped), [0.0, 1.25], rtol=1e-6)
-    # 10⁵ cells: the mean's standard deviation is √(0.2 / 0.8 / 10⁵) = 0.0016.
+    # With 10⁵ entries, the mean's standard deviation is √(0.2 / 0.8 / 10⁵) = 0.0016.
     assert abs(float(dropped.mean()) - 1.0) < 0.006
     assert (
         apply_dropout(
@@ -429,8 +426,8 @@ def test_dropout_keeps_the_mean_and_rate_zero_is_the_identity():
 
 
 def test_dropout_differs_by_layer_branch_and_key():
-    """With kernels of zero a branch adds its bias: 1 and 2 in layer 0, 4 and 8 in layer 1;
-    the sum tells the masks."""
+    """With zero kernels a branch adds its bias: 1 and 2 in layer 0, 4 and 8 in layer 1. The
+    sum reveals the masks."""
     config = gpt_config(embed_dim=64)
     blocks = jax.tree.map(
         jnp.zeros_like, random_params(Transformer(config, compute(), "tokens"))["blocks"]
@@ -439,7 +436,8 @@ def test_dropout_differs_by_layer_branch_and_key():
         jnp.array([[1.0], [4.0]]), (2, 64)
     )
     blocks["mlp"]["down"]["bias"] = jnp.broadcast_to(jnp.array([[2.0], [8.0]]), (2, 64))
-    x, positions = jnp.zeros((4, COLUMNS, 64)), jnp.zeros((4, COLUMNS), jnp.int32)
+    x = jnp.zeros((4, COLUMNS, 64))
+    positions = jnp.zeros((4, COLUMNS), jnp.int32)
     mask = jnp.ones((4, COLUMNS, COLUMNS), bool)
 
     @jax.jit
@@ -458,7 +456,7 @@ def test_dropout_differs_by_layer_branch_and_key():
         assert codes.min() == 0
         assert codes.max() == 15
         masks += [codes >> bit & 1 for bit in range(4)]
-    # 3072 cells: a share's standard deviation is 0.009.
+    # With 3072 entries, the standard deviation of a fraction is 0.009.
     assert all(abs(kept.mean() - 0.5) < 0.04 for kept in masks)
     assert all(
         abs((a == b).mean() - 0.5) < 0.04 for a, b in itertools.combinations(masks, 2)
@@ -466,19 +464,17 @@ def test_dropout_differs_by_layer_branch_and_key():
 
 
 def test_initial_standard_deviations():
-    """Standard deviations of fresh parameters; the estimates' own spread is 1 / √(2n): 2%
-    or less."""
+    """Standard deviations of fresh parameters. The relative error of the estimates is 1 /
+    √(2n), 2% or less."""
     config = gpt_config(embed_dim=1023, num_layers=8, mlp_dim=32, init_std=0.02)
     model = Transformer(config, compute(), "scalar")
     params = jax.jit(lambda key: init_params(model, key), compiler_options=QUICK)(
         jax.random.key(3)
     )
-    np.testing.assert_allclose(
-        params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09
-    )  # 1 / √(1023 + 1)
-    narrow = Transformer(
-        gpt_config(embed_dim=3), compute(), "scalar"
-    )  # 1 / √(3 + 1), not 1 / √3
+    # 1 / √(1023 + 1).
+    np.testing.assert_allclose(params["scalar_head"]["kernel"].std(), 1 / 32, rtol=0.09)
+    # 1 / √(3 + 1), not 1 / √3.
+    narrow = Transformer(gpt_config(embed_dim=3), compute(), "scalar")
     fresh = jax.jit(
         jax.vmap(lambda key: init_params(narrow, key)["scalar_head"]["kernel"]),
         compiler_options=QUICK,
@@ -488,7 +484,8 @@ def test_initial_standard_deviations():
     )
     np.testing.assert_allclose(params["embedding"].std(), 0.02, rtol=0.03)
     np.testing.assert_allclose(params["positions"].std(), 0.02, rtol=0.03)
-    attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
+    attention = params["blocks"]["attention"]
+    mlp = params["blocks"]["mlp"]
     for kernel in (attention["query"], attention["key"], attention["value"], mlp["up"]):
         np.testing.assert_allclose(
             kernel["kernel"].std(axis=(1, *range(2, kernel["kernel"].ndim))),
@@ -504,7 +501,7 @@ def test_initial_standard_deviations():
     assert all((bias == 0).all() for bias in biases)
     assert (params["final_norm"]["scale"] == 1).all()
     first, second = attention["query"]["kernel"][:2]
-    assert (first != second).all()  # each layer draws its own
+    assert (first != second).all()  # each layer has its own random numbers
 
 
 def test_heads():
@@ -537,7 +534,7 @@ def test_invalid_architectures_are_refused():
         ValueError, match=r"^model.head_dim = 5 must be even for rotary positions$"
     ):
         llama_config(head_dim=5)
-    assert gpt_config(head_dim=5).head_dim == 5  # learned positions allow it
+    assert gpt_config(head_dim=5).head_dim == 5  # allowed with learned positions
     for wrong, message in (
         (
             {"head_dim": 6, "rotary_fraction": 0.5},

@@ -1,4 +1,4 @@
-"""Agreement of labelers, worked out by hand."""
+"""Agreement between labelers, worked out by hand."""
 
 import math
 

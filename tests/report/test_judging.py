@@ -111,8 +111,7 @@ def test_each_group_judges_by_its_own_caution():
 
 
 @pytest.mark.parametrize(
-    ("tie", "expected"),
-    [(0.0, [1.0, 0.5, 0.0, 1.0]), (0.05, [1.0, 0.5, 0.0, 0.5])],
+    ("tie", "expected"), [(0.0, [1.0, 0.5, 0.0, 1.0]), (0.05, [1.0, 0.5, 0.0, 0.5])]
 )
 def test_ties_count_half(tie, expected):
     ours = np.array([1.0, 0.3, -0.2, 0.34])

@@ -1,4 +1,4 @@
-"""The page: it needs nothing else, escapes all text, and is reproducible."""
+"""The report page: it is self-contained, escapes all text, and is reproducible."""
 
 import dataclasses
 import html.parser
@@ -18,12 +18,7 @@ from instructax.report.judging import judge_experiment
 from instructax.report.page import PageContent, check_seeds, render
 from instructax.report.results import load_experiment
 from instructax.report.samples import page_samples
-from instructax.report.tables import (
-    Table,
-    agreement_table,
-    label_noise_table,
-    policy_table,
-)
+from instructax.report.tables import Table, agreement_table, label_noise_table, policy_table
 
 pytest_plugins = ("tests.support.report_fixtures",)
 

@@ -1,4 +1,4 @@
-"""Reading of logs: what they contain, and one-line errors for logs that cannot be used."""
+"""Reading logs: their contents, and one-line errors for unusable logs."""
 
 import math
 
@@ -14,11 +14,7 @@ from instructax.report.results import (
     load_experiment,
     public_results,
 )
-from instructax.report.training_curves import (
-    best_of_n_kl,
-    load_overfitting,
-    load_ppo_curve,
-)
+from instructax.report.training_curves import best_of_n_kl, load_overfitting, load_ppo_curve
 
 pytest_plugins = ("tests.support.report_fixtures",)
 

@@ -1,4 +1,4 @@
-"""The samples that are embedded in the page."""
+"""The samples embedded in the report page."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""Two processes on 127.0.0.1 do what one does: the same figures, one log, an agreed stop,
-the same resume."""
+"""Two processes on 127.0.0.1 give the same metrics as one, write one log, stop together,
+and resume."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from instructax.runtime.metric_log import read_metrics, read_samples
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-# The second process asks to stop, as by Ctrl-C, before it reads batch `stop_at`.
+# The second process requests a stop, as Ctrl-C would, before it reads batch `stop_at`.
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
@@ -54,12 +54,11 @@ def free_address() -> str:
 
 
 def run_both(config, workdir, stop_at: int) -> list[int]:
-    """The exit codes of two processes of one device each that share the run."""
+    """The exit codes of two processes, each with one device, that share the run."""
     arguments = [str(stop_at), json.dumps(config), str(workdir)]
     address = free_address()
-    flags = (
-        os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    )  # the last one holds
+    # The last occurrence of a flag wins.
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = os.environ | {"XLA_FLAGS": flags}
     both = [
         subprocess.Popen(
@@ -74,33 +73,34 @@ def run_both(config, workdir, stop_at: int) -> list[int]:
             process.kill()
 
 
-def test_two_processes_do_what_one_does(chain, tmp_path):
+def test_two_processes_give_the_results_of_one(chain, tmp_path):
     config = stages.config_of(chain, "ppo-ptx", {})
     workdir = tmp_path / "run"
     assert run_both(config, workdir, stop_at=2) == [42, 42]
-    assert committed_steps(workdir) == [2]  # both gave up the iteration that was under way
+    assert committed_steps(workdir) == [2]  # both abandoned the iteration in progress
     assert run_both(config, workdir, stop_at=-1) == [0, 0]
-    alone, together = read_metrics(chain / "ppo-ptx"), read_metrics(workdir)
+    alone = read_metrics(chain / "ppo-ptx")
+    together = read_metrics(workdir)
     assert (
         [line["step"] for line in together]
         == [line["step"] for line in alone]
         == [1, 2, 3, 4]
     )
     for one, two in zip(alone, together, strict=True):
-        figures = {
+        metrics = {
             name: value for name, value in one.items() if not name.startswith("time/")
         }
-        # Rounding errors themselves, and the empty rows of parts as large as two devices
-        # want them.
-        gaps = {name for name in figures if name.endswith(("_gap", "padding"))}
-        assert {name: two[name] for name in figures.keys() - gaps} == pytest.approx(
-            {name: figures[name] for name in figures.keys() - gaps}, rel=1e-3, abs=1e-5
+        # Gaps are rounding errors themselves, and two devices need larger microbatches,
+        # with more empty rows.
+        gaps = {name for name in metrics if name.endswith(("_gap", "padding"))}
+        assert {name: two[name] for name in metrics.keys() - gaps} == pytest.approx(
+            {name: metrics[name] for name in metrics.keys() - gaps}, rel=1e-3, abs=1e-5
         )
-    texts = [
-        [(s["step"], s["prompt"], s["response"]) for s in read_samples(run)]
-        for run in (chain / "ppo-ptx", workdir)
-    ]
-    assert texts[0] == texts[1]
+    for one, two in zip(
+        read_samples(chain / "ppo-ptx"), read_samples(workdir), strict=True
+    ):
+        for name in ("step", "prompt", "response"):
+            assert one[name] == two[name]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,8 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
     [
         (
             ("127.0.0.1:1", None, 0),
-            "--coordinator=127.0.0.1:1 needs --processes=N and --process=0 … N − 1, and got None",
+            "--coordinator=127.0.0.1:1 needs --processes=N and --process=0 … N − 1, "
+            "and got None",
         ),
         (("127.0.0.1:1", 2, 2), "--process=0 … N − 1, and got 2 and 2"),
         (("nonsense", 2, 0), "--coordinator=nonsense must be HOST:PORT or auto"),
@@ -116,13 +117,14 @@ def test_two_processes_do_what_one_does(chain, tmp_path):
         (("auto", 2, 0), "--coordinator=auto finds --processes and --process itself"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(arguments, message):
+def test_inconsistent_flags_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         distributed.join_processes(*arguments)
 
 
-def test_four_processes_write_the_world_that_one_does(tmp_path):
-    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu"}
+def test_four_processes_write_the_same_world_as_one(tmp_path):
+    address = free_address()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [
         sys.executable,
         "scripts/train.py",
@@ -138,7 +140,7 @@ def test_four_processes_write_the_world_that_one_does(tmp_path):
         for i in range(4)
     ]
     assert [process.wait(timeout=300) for process in running] == [0] * 4
-    hashed = environment | {"PYTHONHASHSEED": "7"}  # no order of a set may reach a file
+    hashed = environment | {"PYTHONHASHSEED": "7"}  # set order must not affect any file
     assert (
         subprocess.run(
             [*command, str(tmp_path / "one")], env=hashed, timeout=300

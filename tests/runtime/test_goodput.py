@@ -1,5 +1,4 @@
-"""Where a run's time went: every second once, over kills, torn lines and steps that are
-done again."""
+"""The goodput log counts every second once, across kills, torn lines and repeated steps."""
 
 import json
 import os
@@ -22,7 +21,7 @@ from instructax.runtime.goodput import (
 
 
 class Clock:
-    """Stands in for `time`: it goes on when told to."""
+    """Stands in for `time`; it only advances when the test says so."""
 
     def __init__(self):
         self.now = 100.0
@@ -35,7 +34,8 @@ class Clock:
 
 @pytest.fixture
 def clock():
-    fake, first = Clock(), mock.patch.object(GoodputLog, "_last_closed", 0.0)
+    fake = Clock()
+    first = mock.patch.object(GoodputLog, "_last_closed", 0.0)
     with (
         first,
         mock.patch.object(goodput, "time", fake),
@@ -44,32 +44,32 @@ def clock():
         yield fake
 
 
-def work(ledger, clock, *beats):
-    """Beats, each followed by so many seconds."""
+def record_events(goodput_log, clock, *beats):
+    """Records heartbeat events, each followed by a number of seconds."""
     for name, seconds in beats:
-        ledger.beat(name)
+        goodput_log.beat(name)
         clock.now += seconds
 
 
 def test_every_second_counts_once(tmp_path, clock):
-    ledger = GoodputLog(tmp_path / "goodput.jsonl", writes=True)
+    goodput_log = GoodputLog(tmp_path / "goodput.jsonl", writes=True)
     clock.now += 2
-    work(ledger, clock, ("restore", 3), ("start", 1))
-    ledger.begin(0)
-    work(
-        ledger,
+    record_events(goodput_log, clock, ("restore", 3), ("start", 1))
+    goodput_log.begin(0)
+    record_events(
+        goodput_log,
         clock,
         ("update", 20),
         ("steps", 0.5),
         ("the end of update", 0),
         ("evaluate", 4),
     )
-    work(ledger, clock, ("the end of evaluate", 0.25))
-    ledger.beat("save")
-    ledger.write(1)
+    record_events(goodput_log, clock, ("the end of evaluate", 0.25))
+    goodput_log.beat("save")
+    goodput_log.write(1)
     clock.now += 7
-    ledger.beat("the end of save")
-    ledger.close()
+    goodput_log.beat("the end of save")
+    goodput_log.close()
     found = read_totals(tmp_path / "goodput.jsonl")
     wanted = {
         "init": 12,
@@ -87,26 +87,24 @@ def test_every_second_counts_once(tmp_path, clock):
     )
 
 
-def test_what_is_done_again_is_lost_once(tmp_path, clock):
+def test_repeated_steps_are_lost_time_once(tmp_path, clock):
     path = tmp_path / "goodput.jsonl"
     for begun, ended in ((0, 6), (4, 5), (4, 8)):
-        ledger = GoodputLog(path, writes=True)
-        ledger.begin(begun)
-        ledger.beat("steps")
+        goodput_log = GoodputLog(path, writes=True)
+        goodput_log.begin(begun)
+        goodput_log.beat("steps")
         for step in range(begun + 1, ended + 1):
             clock.now += 1
-            ledger.beat("data")
-            ledger.write(step)
-        ledger.close()
+            goodput_log.beat("data")
+            goodput_log.write(step)
+        goodput_log.close()
     lost = [
         (line["step"], line["seconds"])
         for line in read_events(path)
         if line["kind"] == "lost"
     ]
-    assert lost == [
-        (4, 2),
-        (4, 1),
-    ]  # steps 5 and 6 of the first process, step 5 of the second
+    # Steps 5 and 6 of the first process, step 5 of the second.
+    assert lost == [(4, 2), (4, 1)]
     found = read_totals(path)
     assert found["steps"] - found["lost"] == 8
     assert [line["step"] for line in read_events(path) if line["kind"] == "steps"] == [
@@ -119,29 +117,29 @@ def test_what_is_done_again_is_lost_once(tmp_path, clock):
     ]
 
 
-def test_a_run_begins_where_the_one_before_it_in_its_process_ended(tmp_path, clock):
+def test_a_run_starts_where_the_previous_run_of_its_process_ended(tmp_path, clock):
     for name, seconds in (("first", 30), ("second", 2)):
-        ledger = GoodputLog(tmp_path / name, writes=True)
+        goodput_log = GoodputLog(tmp_path / name, writes=True)
         clock.now += seconds
-        ledger.beat("restore")
-        ledger.begin(0)
-        ledger.close()
+        goodput_log.beat("restore")
+        goodput_log.begin(0)
+        goodput_log.close()
         clock.now += 1
-    # The first from the start of the process on, ten seconds before; the second from the
-    # first one's end.
+    # The first run counts from the start of the process, ten seconds earlier; the second
+    # from the end of the first.
     assert [
         read_totals(tmp_path / name)["init"] for name in ("first", "second")
     ] == pytest.approx([10 + 30, 1 + 2])
 
 
-def test_a_torn_line_is_passed_over_and_stays_alone(tmp_path):
+def test_a_torn_line_is_skipped_and_the_next_event_gets_its_own_line(tmp_path):
     path = tmp_path / "goodput.jsonl"
     path.write_text(
         '{"kind": "steps", "seconds": 2, "step": 3, "process": 1}\n{"kind": "steps", "sec'
     )
-    ledger = GoodputLog(path, writes=True)
-    ledger.begin(2)
-    ledger.close()
+    goodput_log = GoodputLog(path, writes=True)
+    goodput_log.begin(2)
+    goodput_log.close()
     lines = path.read_text().splitlines()
     assert lines[1] == '{"kind": "steps", "sec'
     assert [line["kind"] for line in read_events(path)] == ["steps", "init", "lost"]
@@ -175,28 +173,28 @@ def test_lines_that_are_not_the_ledgers_are_passed_over(tmp_path):
     assert read_totals(path)["goodput"] == 0.0
 
 
-def test_nothing_is_lost_of_saves_and_compiling():
+def test_saves_and_compilation_are_never_lost():
     lines = [{"kind": kind, "step": 5, "seconds": 1} for kind in goodput.KINDS]
     assert lost_seconds(lines, 4) == 2 and lost_seconds(lines, 5) == 0
     assert read_totals(goodput.Path("nowhere.jsonl")) == {}
 
 
 def test_other_processes_write_nothing(tmp_path):
-    ledger = GoodputLog(tmp_path / "goodput.jsonl", writes=False)
-    ledger.beat("restore")
-    ledger.begin(0)
-    ledger.close()
+    goodput_log = GoodputLog(tmp_path / "goodput.jsonl", writes=False)
+    goodput_log.beat("restore")
+    goodput_log.begin(0)
+    goodput_log.close()
     assert not (tmp_path / "goodput.jsonl").exists()
 
 
-def test_a_killed_process_has_handed_over_its_lines(tmp_path):
+def test_the_lines_of_a_killed_process_are_on_disk(tmp_path):
     program = """
 import os, signal, sys
 from pathlib import Path
 from instructax.runtime.goodput import GoodputLog
-ledger = GoodputLog(Path(sys.argv[1]), writes=True)
-ledger.begin(0)
-ledger.beat("steps")
+goodput_log = GoodputLog(Path(sys.argv[1]), writes=True)
+goodput_log.begin(0)
+goodput_log.beat("steps")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     since = time.time()
@@ -205,6 +203,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     assert done.returncode == -signal.SIGKILL
     (line,) = read_events(tmp_path / "goodput.jsonl")
-    # The system tells when a process began to a hundredth of a second.
+    # Linux reports process start times to a hundredth of a second.
     assert line["kind"] == "init" and 0 < line["seconds"] < time.time() - since + 0.02
     assert since - 1 < line["process"] < time.time()

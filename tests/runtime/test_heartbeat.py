@@ -1,4 +1,4 @@
-"""The last beat is in the file whenever one looks, and after a kill."""
+"""The heartbeat file always holds the latest event, even after a kill."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import time
 from instructax.runtime.heartbeat import LENGTH, Heartbeat, last_beat
 
 
-def test_one_line_that_is_written_over(tmp_path):
+def test_the_file_is_one_line_that_is_overwritten(tmp_path):
     path = tmp_path / "new" / "heartbeat-0.json"
     heartbeat = Heartbeat(path)
     assert last_beat(path) == {} == last_beat(tmp_path / "absent")
@@ -24,7 +24,7 @@ def test_one_line_that_is_written_over(tmp_path):
     assert last_beat(path)["phase"] == "save"
 
 
-def test_it_outlives_a_kill(tmp_path):
+def test_the_file_survives_a_kill(tmp_path):
     program = """
 import os, signal, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The run's log: buffering, rewinding, non-finite values, phases, console."""
+"""The metric log: buffering, rewinding, non-finite values, phases and console output."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def steps(path):
 
 
 class Lazy:
-    """A scalar on a device: reading it is a synchronisation."""
+    """A device scalar: reading it synchronizes."""
 
     shape = ()
 
@@ -132,7 +132,7 @@ def test_rewinding_keeps_each_step_once(tmp_path):
             log.record(step, {"loss": float(step)})
             log.write_sample(step, {"text": "first"})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 9')  # killed in the middle of a line
+        file.write('{"step": 3, "loss": 9')  # killed while writing a line
     with open_log(tmp_path, start_step=5, log_every=1) as log:
         assert steps(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4, 5]
         for step in (6, 7, 8):
@@ -173,7 +173,7 @@ def test_rewinding_drops_what_is_no_log_line(tmp_path, junk):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_phases_add_up_and_belong_to_the_next_record(tmp_path, monkeypatch):
+def test_phase_times_add_up_and_go_to_the_next_record(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 12.5, 20.0, 20.25, 30.0, 31.0, 40.0, 100.0])
     monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(metric_log.jax, "device_count", lambda: 8)
@@ -212,9 +212,7 @@ def test_the_first_step_is_waited_for_and_timed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("first step after 7.2 s\nstep 1/")
 
 
-def test_the_first_step_does_not_count_for_the_time_of_those_that_follow(
-    tmp_path, monkeypatch
-):
+def test_the_first_step_does_not_affect_the_step_time_of_later_ones(tmp_path, monkeypatch):
     clock = iter([5.0, 105.0, 125.0])
     monkeypatch.setattr(metric_log.time, "perf_counter", lambda: next(clock))
     with open_log(tmp_path, log_every=3) as log:  # 5
@@ -233,13 +231,15 @@ def test_a_resumed_run_differs_only_in_times(tmp_path):
             with open_log(tmp_path / name, start_step=start, log_every=2) as log:
                 for step in range(start + 1, stop + 1):
                     log.record(step, {"loss": jnp.sin(jnp.float32(step)), "tokens": 7})
-    whole, resumed = (
-        [
-            {k: v for k, v in line.items() if not k.startswith("time/")}
-            for line in read(tmp_path / n / "metrics.jsonl")
-        ]
-        for n in ("whole", "resumed")
-    )
+
+    def lines_without_times(name):
+        lines = []
+        for line in read(tmp_path / name / "metrics.jsonl"):
+            lines.append({k: v for k, v in line.items() if not k.startswith("time/")})
+        return lines
+
+    whole = lines_without_times("whole")
+    resumed = lines_without_times("resumed")
     assert (
         whole == resumed and len(whole) == 6 and set(whole[0]) == {"step", "loss", "tokens"}
     )
@@ -260,7 +260,10 @@ def test_console_line(tmp_path, capsys, monkeypatch):
                     **{f"a{i}": i for i in range(9)},
                 },
             )
-    expected = "step 4/1000  loss 0.25  kl 2  a0 0  a1 1  a2 2  a3 3  2,000 tokens/s/device  eta 1:23:00\n"
+    expected = (
+        "step 4/1000  loss 0.25  kl 2  a0 0  a1 1  a2 2  a3 3  2,000 "
+        "tokens/s/device  eta 1:23:00\n"
+    )
     assert capsys.readouterr().out == expected
 
 
@@ -296,8 +299,9 @@ def test_tensorboard_scalars(tmp_path):
     with open_log(tmp_path, tensorboard=True, start_step=3) as log:
         log.record(4, {"loss": 0.25, "broken": jnp.nan})
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, events = path.read_bytes(), []
-    while data:  # length u64, its checksum u32, the event, its checksum u32
+    data = path.read_bytes()
+    events = []
+    while data:  # A record: length u64, its checksum u32, the event, its checksum u32.
         length = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
@@ -312,7 +316,7 @@ def test_tensorboard_scalars(tmp_path):
     )
 
 
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+def test_a_missing_tensorboard_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"pip install 'instructax\[tensorboard\]'"):
         open_log(tmp_path, tensorboard=True)

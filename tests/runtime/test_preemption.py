@@ -1,5 +1,5 @@
-"""Signals: the first is noted, the second ends, in Python and within what Python cannot
-leave."""
+"""Signals: the first requests a stop, the second ends the process, in Python and in
+compiled programs."""
 
 import os
 import signal
@@ -27,8 +27,8 @@ def test_sigterm_asks_as_well():
 
 
 def test_a_real_ctrl_c_in_a_process_of_its_own():
-    """The second one must get through although the step never ends, as a compiled program
-    that hangs would not."""
+    """The second Ctrl-C must work although the step never ends, as if a compiled program
+    hung."""
     program = """
         import os, signal, time
         from instructax.runtime.preemption import GracefulShutdown
@@ -47,7 +47,7 @@ def test_a_real_ctrl_c_in_a_process_of_its_own():
     assert done.stdout == "asked\n" and done.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_a_pause_asks_only_within_an_interruption():
+def test_check_stop_requested_raises_only_within_graceful_shutdown():
     check_stop_requested()
     with GracefulShutdown() as outer:
         check_stop_requested()
@@ -62,7 +62,7 @@ def test_a_pause_asks_only_within_an_interruption():
     check_stop_requested()
 
 
-def test_handlers_and_pipe_are_given_back():
+def test_handlers_and_pipe_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(3):
@@ -73,7 +73,7 @@ def test_handlers_and_pipe_are_given_back():
     ] == before
     assert signal.set_wakeup_fd(-1) == -1
     if descriptors:
-        for _ in range(100):  # the thread that reads it closes its end
+        for _ in range(100):  # the thread that reads the pipe closes its end
             if len(os.listdir("/proc/self/fd")) <= descriptors:
                 break
             time.sleep(0.05)
@@ -82,12 +82,13 @@ def test_handlers_and_pipe_are_given_back():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_even_a_compiled_program(number, code):
-    """A loop without an end that XLA runs: Python's handlers are never called."""
+    """XLA runs an endless loop, so Python's signal handlers are never called."""
     program = f"""
         import threading, time, os
         import jax
         from instructax.runtime.preemption import GracefulShutdown
-        endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 0.5, x)).lower(0.5).compile()
+        loop = lambda x: jax.lax.while_loop(lambda x: x < 1, lambda x: x * 0.5, x)
+        endless = jax.jit(loop).lower(0.5).compile()
 
         def twice():
             for _ in range(2):

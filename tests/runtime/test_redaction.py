@@ -1,4 +1,4 @@
-"""What is a secret and what is not, and that none is shown."""
+"""Redaction: what counts as a secret, and that secrets are never shown."""
 
 import pytest
 
@@ -48,7 +48,7 @@ OPEN += [
 
 
 @pytest.mark.parametrize("name", SECRET)
-def test_secrets_are_known_by_name(name):
+def test_secrets_are_recognized_by_name(name):
     assert is_secret(name)
 
 
@@ -117,5 +117,5 @@ def test_a_message_without_its_secrets(text, shown):
     assert redact_text(text) == shown
 
 
-def test_control_characters_are_spelled_out():
+def test_control_characters_are_escaped():
     assert printable("a\x1b[2J\n\u202e\ud800é ") == "a\\x1b[2J\\n\\u202e\\ud800é "

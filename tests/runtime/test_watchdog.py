@@ -1,5 +1,5 @@
-"""A process that stands still is ended, with the stacks that say where; one that moves is
-left alone."""
+"""The watchdog ends a stuck process and prints the stacks; it leaves a working process
+alone."""
 
 import signal
 import subprocess
@@ -43,7 +43,7 @@ def test_a_stuck_process_is_aborted_and_says_where(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.6, 0])
-def test_a_process_that_moves_is_left_alone(tmp_path, seconds):
+def test_a_process_that_makes_progress_is_left_alone(tmp_path, seconds):
     with Watchdog(seconds, tmp_path / "hang.txt") as watchdog:
         for number in range(8):
             time.sleep(0.1)

@@ -1,4 +1,5 @@
-"""Two runs of one workdir: the second is refused while the first lives, however it dies."""
+"""Two runs in one workdir: the second is refused while the first is alive, however the
+first ends."""
 
 import fcntl
 import json
@@ -50,7 +51,7 @@ def test_the_lock_of_a_killed_run_is_free(holder, tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
 
 
-def test_the_lock_is_given_back(tmp_path):
+def test_the_lock_is_released(tmp_path):
     for _ in range(2):
         with lock_workdir(tmp_path / "new" / "folder"):
             pass
@@ -60,7 +61,7 @@ def test_the_lock_is_given_back(tmp_path):
         pass
 
 
-def test_a_lock_that_is_being_written_is_a_lock(tmp_path):
+def test_a_lock_file_that_is_still_being_written_counts(tmp_path):
     with (tmp_path / "lock.json").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with (
@@ -83,7 +84,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     )
 
 
-def test_a_folder_that_cannot_be_is_refused(tmp_path):
+def test_an_impossible_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(

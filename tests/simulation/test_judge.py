@@ -27,7 +27,7 @@ from instructax.simulation.world import create_world
         ("list", "Cat, cat and dog.", "17/30"),
         # Two of three items.
         ("list", "Cat and dog.", "2/3"),
-        # Idle talk.
+        # A sentence that answers nothing.
         ("list", "It is good to know.", "-9/20"),
         ("list", "", "-1"),
         ("list", " ... ", "-1"),

@@ -9,11 +9,7 @@ from tests.support.simulated_tasks import HAND_TASKS, sample_tasks
 from instructax.report.agreement import LABELER_PAIRS, measure_agreement
 from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
 from instructax.simulation.judge import judge
-from instructax.simulation.labelers import (
-    Labeler,
-    create_labelers,
-    ranks_from_utilities,
-)
+from instructax.simulation.labelers import Labeler, create_labelers, ranks_from_utilities
 from instructax.simulation.lexicon import REFUSAL, generator
 from instructax.simulation.writers import sample_responses
 

@@ -9,11 +9,7 @@ from tests.support.public_tasks import CHOICE_TASKS, WORLD, sampled_items
 from instructax.data.tokenizer import train_bpe
 from instructax.simulation import corpus
 from instructax.simulation.lexicon import NO_COMMENT, generator
-from instructax.simulation.public_tasks import (
-    PUBLIC_TASKS,
-    create_contexts,
-    create_items,
-)
+from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
 
 # The number of items of the tasks that have fewer than 200.
 ALL_ITEMS = {"book": 24 * 5, "truth": 40, "stereotype": 10 * 3}

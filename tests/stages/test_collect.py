@@ -1,5 +1,5 @@
-"""Comparisons of sampled answers: what is compared, by whom, and that the same seed gives
-the same bytes."""
+"""Collecting comparisons of sampled answers: what is compared, by which labelers, and
+reproducibility."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def records_of(path):
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def test_different_answers_are_compared_and_lonely_ones_left_out():
+def test_distinct_answers_are_compared_and_single_ones_left_out():
     answers = [["a", "b", "a", " "], ["a", "a"], [""], [str(i) for i in range(20)]]
     compared = draw_compared(answers, np.random.default_rng(0))
     assert set(compared) == {0, 3}
@@ -36,7 +36,7 @@ def test_different_answers_are_compared_and_lonely_ones_left_out():
     assert set(compared[3]) <= set(answers[3]) and len(set(compared[3])) == len(compared[3])
 
 
-def test_both_groups_rank_the_same_answers(chain):
+def test_both_labeler_groups_rank_the_same_answers(chain):
     ours, theirs = (
         records_of(chain / "collect" / f"{name}.jsonl.gz")
         for name in ("comparisons", "held_out")
@@ -54,13 +54,10 @@ def test_both_groups_rank_the_same_answers(chain):
     assert figures["prompts"] == len(ours) and figures["answers"] == sum(
         len(a["completions"]) for a in ours
     )
-    assert {parent["stage"] for parent in figures["parents"].values()} == {
-        "sft",
-        "ppo",
-    }
+    assert {parent["stage"] for parent in figures["parents"].values()} == {"sft", "ppo"}
 
 
-def test_labelers_who_never_waver_rank_by_what_is_true(chain, tmp_path):
+def test_labelers_without_noise_rank_by_true_utility(chain, tmp_path):
     assert run_stage(stages.config_of(chain, "collect", {"noise": 0.0}), tmp_path / "quiet")
     quiet, ours = (
         records_of(folder / "comparisons.jsonl.gz")
@@ -68,8 +65,8 @@ def test_labelers_who_never_waver_rank_by_what_is_true(chain, tmp_path):
     )
     assert [a["completions"] for a in quiet] == [a["completions"] for a in ours]
     tasks = {
-        asked.task.prompt: asked.task
-        for asked in recreate_prompts(chain / "world", "comparisons")
+        simulated.task.prompt: simulated.task
+        for simulated in recreate_prompts(chain / "world", "comparisons")
     }
 
     def agreement(records):
@@ -103,15 +100,13 @@ def test_same_seed_same_bytes(chain, tmp_path):
     ).read_bytes()
 
 
-def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
+def test_another_round_on_the_same_prompts_samples_other_answers(chain, tmp_path):
     ours = records_of(chain / "collect" / "comparisons.jsonl.gz")
     assert run_stage(stages.config_of(chain, "collect", {"round": 2}), tmp_path / "next")
     theirs = records_of(tmp_path / "next" / "comparisons.jsonl.gz")
-    answers = [
-        {(a["prompt"], text) for a in records for text in a["completions"]}
-        for records in (ours, theirs)
-    ]
-    assert len(answers[0] & answers[1]) < 0.2 * len(answers[0])
+    our_answers = {(a["prompt"], text) for a in ours for text in a["completions"]}
+    their_answers = {(a["prompt"], text) for a in theirs for text in a["completions"]}
+    assert len(our_answers & their_answers) < 0.2 * len(our_answers)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +118,8 @@ def test_two_rounds_of_the_same_prompts_draw_other_answers(chain, tmp_path):
         ({"noise": -1.0}, "config: noise = -1.0 must be at least 0"),
         (
             {"prompt_tokens": 90},
-            "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 tokens of a policy",
+            "config.prompt_tokens [+] config.response_tokens = 102 is above the 96 "
+            "tokens of a policy",
         ),
         (
             {"prompt_tokens": 1},

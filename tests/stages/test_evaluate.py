@@ -1,4 +1,4 @@
-"""Figures of finished policies against a direct computation of each."""
+"""Metrics of finished policies, each against a direct computation."""
 
 import itertools
 from functools import cache, partial
@@ -29,7 +29,7 @@ POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo-ptx"}
 
 @cache
 def parts(chain):
-    """(config, tokenizer, prepared data) of the chain's comparison."""
+    """(config, tokenizer, prepared data) of the chain's evaluation."""
     config = stages.config_with_kernel(stages.config_of(chain, "evaluate", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, evaluate.read_data(config, tokenizer)
@@ -48,7 +48,7 @@ def network(chain, run: str, head: str):
 
 @cache
 def rollouts_of(chain, run: str, temperature: float = 1.0):
-    """What a policy answers to the first 16 held-out prompts: each sample has its own key."""
+    """A policy's responses to the first 16 validation prompts; one key per sample."""
     config, tokenizer, data = parts(chain)
     model, params = network(chain, run, "tokens")
     limits = config.data.limits
@@ -71,10 +71,12 @@ def responses_of(chain, name: str):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
+def test_scores_and_kl_equal_a_direct_computation(chain, name):
     tokenizer = parts(chain)[1]
-    rollouts, answers = rollouts_of(chain, POLICIES[name]), responses_of(chain, name)
-    mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
+    rollouts = rollouts_of(chain, POLICIES[name])
+    answers = responses_of(chain, name)
+    mask = np.asarray(rollouts.mask)
+    documents = stages.responses_of(rollouts)
     assert len(answers) == 16
     assert [a["response"] for a in answers] == [
         tokenizer.decode(response[real])
@@ -95,7 +97,7 @@ def test_answers_have_the_score_and_the_kl_of_a_direct_computation(chain, name):
     np.testing.assert_allclose([a["kl"] for a in answers], kl, atol=2e-4)
 
 
-def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
+def test_answers_and_kl_use_the_configs_temperature(chain, tmp_path):
     overrides = {
         "temperature": 0.5,
         "policies": (
@@ -109,8 +111,10 @@ def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
     answers = [
         sample for sample in read_samples(tmp_path / "run") if sample["policy"] == "PPO"
     ]
-    rollouts, tokenizer = rollouts_of(chain, "ppo", temperature=0.5), parts(chain)[1]
-    mask, documents = np.asarray(rollouts.mask), stages.responses_of(rollouts)
+    rollouts = rollouts_of(chain, "ppo", temperature=0.5)
+    tokenizer = parts(chain)[1]
+    mask = np.asarray(rollouts.mask)
+    documents = stages.responses_of(rollouts)
     assert [a["response"] for a in answers] == [
         tokenizer.decode(response[real])
         for response, real in zip(np.asarray(rollouts.responses), mask, strict=True)
@@ -127,18 +131,16 @@ def test_answers_and_kl_are_of_the_configs_temperature(chain, tmp_path):
 
 
 def test_the_reference_against_itself(chain):
-    figures = read_summary(chain / "evaluate")["policies"]["SFT"]
-    assert figures["kl"]["value"] == figures["kl"]["high"] == 0
-    assert figures["proxy_win_rate"]["value"] == figures["proxy_win_rate"]["low"] == 0.5
+    metrics = read_summary(chain / "evaluate")["policies"]["SFT"]
+    assert metrics["kl"]["value"] == metrics["kl"]["high"] == 0
+    assert metrics["proxy_win_rate"]["value"] == metrics["proxy_win_rate"]["low"] == 0.5
     assert read_summary(chain / "evaluate")["policies"]["GPT"]["kl"]["value"] > 0.1
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_figures_are_means_over_answers(chain, name):
-    figures, answers = (
-        read_summary(chain / "evaluate")["policies"][name],
-        responses_of(chain, name),
-    )
+def test_metrics_are_means_over_answers(chain, name):
+    metrics = read_summary(chain / "evaluate")["policies"][name]
+    answers = responses_of(chain, name)
     for figure, field in (
         ("scores", "score"),
         ("kl", "kl"),
@@ -146,24 +148,24 @@ def test_figures_are_means_over_answers(chain, name):
         ("ended_share", "ended"),
     ):
         values = np.array([float(answer[field]) for answer in answers])
-        assert figures[figure]["value"] == pytest.approx(values.mean(), abs=1e-9)
+        assert metrics[figure]["value"] == pytest.approx(values.mean(), abs=1e-9)
         high = values.mean() + 1.959964 * values.std(ddof=1) / 4
         if field == "ended":
             high = share_estimate(values).high
-        assert figures[figure]["high"] == pytest.approx(high, abs=1e-9)
+        assert metrics[figure]["high"] == pytest.approx(high, abs=1e-9)
     reference = responses_of(chain, "SFT")
     wins = sum(
         1 if own["score"] > other["score"] else 0.5 * (own["score"] == other["score"])
         for own, other in zip(answers, reference, strict=True)
     )
-    assert figures["proxy_win_rate"]["value"] == wins / 16
+    assert metrics["proxy_win_rate"]["value"] == wins / 16
     assert [answer["prompt"] for answer in answers] == [
         answer["prompt"] for answer in reference
     ]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_text_loss_is_that_of_the_plain_computation(chain, name):
+def test_text_loss_equals_the_plain_computation(chain, name):
     config, _, data = parts(chain)
     source = data["text"].sources["validation"]
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
@@ -174,12 +176,12 @@ def test_text_loss_is_that_of_the_plain_computation(chain, name):
     assert figure["low"] < figure["value"] < figure["high"]
 
 
-def test_ranking_is_that_of_every_pair_by_itself(chain):
+def test_ranking_accuracy_equals_scoring_every_pair_alone(chain):
     config, _, data = parts(chain)
     model, params = network(chain, "reward", "scalar")
     source = data["comparisons.labelers"].sources["validation"]
     batch = loaders.read_comparisons(source, np.arange(len(source)), config.data.limits)
-    right = longer = unlike = count = 0
+    correct = longer = unlike = count = 0
     for row in range(len(source)):
         prompt = batch.prompts.tokens[row][batch.prompts.mask[row]]
         answers = [
@@ -191,16 +193,15 @@ def test_ranking_is_that_of_every_pair_by_itself(chain):
         )
         for better, worse in itertools.permutations(range(len(answers)), 2):
             if batch.ranks[row, better] < batch.ranks[row, worse]:
-                right += scores[better] > scores[worse]
+                correct += scores[better] > scores[worse]
                 longer += len(answers[better]) > len(answers[worse])
                 unlike += len(answers[better]) != len(answers[worse])
                 count += 1
-    figures = read_summary(chain / "evaluate")["reward_model"]["labelers"]
-    assert figures["pairs"] == count > 50 and count > unlike > 20
-    assert figures["accuracy"]["value"] == pytest.approx(
-        right / count, abs=1.5 / count
-    )  # of two all but equal scores
-    assert figures["longer_wins"]["value"] == pytest.approx(longer / unlike)
+    metrics = read_summary(chain / "evaluate")["reward_model"]["labelers"]
+    assert metrics["pairs"] == count > 50 and count > unlike > 20
+    # The order of two nearly equal scores may differ by rounding.
+    assert metrics["accuracy"]["value"] == pytest.approx(correct / count, abs=1.5 / count)
+    assert metrics["longer_wins"]["value"] == pytest.approx(longer / unlike)
 
 
 def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
@@ -212,7 +213,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         "data.comparisons": (),
     }
     assert run_stage(stages.config_of(chain, "evaluate", overrides), tmp_path / "run")
-    wanted, got = responses_of(chain, "SFT"), read_samples(tmp_path / "run")
+    wanted = responses_of(chain, "SFT")
+    got = read_samples(tmp_path / "run")
     assert len(got) == 12
     for ours, theirs in zip(got, wanted, strict=False):
         assert ours["score"] == pytest.approx(theirs["score"], rel=1e-4, abs=1e-5)
@@ -234,7 +236,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
     [
         (
             {"reference": "T0"},
-            "config: reference = 'T0' must be one of the policies .'GPT', 'GPT prompted', 'SFT', ",
+            "config: reference = 'T0' must be one of the policies .'GPT', 'GPT "
+            "prompted', 'SFT', ",
         ),
         (
             {"policies": (("SFT", "nowhere", "plain"),)},
@@ -254,7 +257,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ),
         (
             {"shots": 9999},
-            "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower it, or give more",
+            "config.shots = 9999 is more than the [0-9]+ plain demonstrations: lower "
+            "it, or give more",
         ),
         (
             {"data.comparisons": (("labelers", ("a",)), ("labelers", ("b",)))},
@@ -265,7 +269,8 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ({"prompts": 0}, "config: prompts = 0 must be at least 1"),
         (
             {"data.prompts": ()},
-            "config: data.prompts, reward_parent and the workdir of every policy must be given",
+            "config: data.prompts, reward_parent and the workdir of every policy "
+            "must be given",
         ),
         (
             {"reward_model.embed_dim": 64},

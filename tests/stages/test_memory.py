@@ -1,4 +1,4 @@
-"""What is estimated from shapes is what arrays on eight devices really take."""
+"""Memory estimated from shapes equals what arrays on eight devices really use."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
-    """The fields of a PPO config that count."""
+    """The fields of a PPO config that affect memory."""
     return SimpleNamespace(
         stage="ppo",
         seed=0,
@@ -41,7 +41,7 @@ def small_ppo(mesh: MeshConfig, batch_size: int = 8) -> SimpleNamespace:
 
 
 def memory_of(config) -> dict[str, int]:
-    """Bytes per device of a config, on its mesh without devices."""
+    """Bytes per device for a config, on its mesh without devices."""
     mesh = estimate.abstract_mesh(config.mesh)
     return load_stage(config.stage).memory(config, mesh)
 
@@ -51,7 +51,7 @@ def report_of(config) -> str:
 
 
 def held_by_first_device(tree) -> int:
-    """Bytes that the first device holds of real arrays."""
+    """Bytes of real arrays on the first device."""
     first = jax.devices()[0]
     shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
     return sum(shard.data.nbytes for shard in shards if shard.device == first)
@@ -60,7 +60,8 @@ def held_by_first_device(tree) -> int:
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
 def test_memory_is_what_real_arrays_take(sizes):
     mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    config, mesh = small_ppo(mesh_config), make_mesh(mesh_config)
+    config = small_ppo(mesh_config)
+    mesh = make_mesh(mesh_config)
 
     def zeros(model, head, optimizer):
         abstract = abstract_state(
@@ -72,12 +73,11 @@ def test_memory_is_what_real_arrays_take(sizes):
 
     policy = zeros(config.model, "tokens", config.optimizer)
     value = zeros(config.reward_model, "scalar", config.value_optimizer)
-    # Caches of the rows that one device has, with the heads shared by the tensor axis.
-    rows, limits = 8 // (sizes[0] * sizes[1]), config.data.limits
-    slots, sampler = (
-        min(rows, config.compute.slots),
-        dataclasses.replace(config.compute, dtype="bf16"),
-    )
+    # KV caches of one device's rows, with the heads sharded over the tensor axis.
+    rows = 8 // (sizes[0] * sizes[1])
+    limits = config.data.limits
+    slots = min(rows, config.compute.slots)
+    sampler = dataclasses.replace(config.compute, dtype="bf16")
     prompts = jax.tree.leaves(init_cache(config.model, sampler, rows, limits.prompt_tokens))
     cache = jax.tree.leaves(init_cache(config.model, sampler, slots, 12))
     assert memory_of(config) == {
@@ -107,23 +107,20 @@ def built(module, arg: str):
 
 
 def test_the_other_stages_hold_one_model():
-    assert list(memory_of(built(sft_config, "tiny"))) == [
-        "model",
-        "optimizer of the model",
-    ]
+    assert list(memory_of(built(sft_config, "tiny"))) == ["model", "optimizer of the model"]
     assert list(memory_of(built(reward_config, "tiny"))) == [
         "reward model",
         "optimizer of the reward model",
     ]
 
 
-def test_175b_fits_where_it_should():
-    """175 · 10⁹ parameters of 4 bytes over 256 devices are 2.55 GiB each, Adam's two
-    moments twice that.
+def test_memory_of_175b():
+    """175 · 10⁹ parameters of 4 bytes over 256 devices are 2.55 GiB each, and Adam's two
+    moments are twice that.
 
-    Over the 64 devices of the SFT run, four times as much. The reward model of 6.7 · 10⁹
-    weighs a 26th. Norms and the biases on the residual stream, 1% of a device's part, are
-    whole on every device.
+    Over the 64 devices of the SFT run, it is four times as much. The reward model of 6.7 ·
+    10⁹ parameters is 26 times smaller. Norms and the biases of the residual stream, 1% of a
+    device's share, are replicated on every device.
     """
     held = {name: size / GIB for name, size in memory_of(built(ppo_config, "175b")).items()}
     assert (
@@ -134,8 +131,8 @@ def test_175b_fits_where_it_should():
     )
     assert held["optimizer of the policy"] == pytest.approx(5.10, rel=0.02)
     assert held["policy"] / held["reward model"] == pytest.approx(174.6 / 6.65, rel=0.03)
-    # 512 rows over 32, 2048 columns, 96 layers, keys and values of 96 / 8 heads of 128, 2
-    # bytes.
+    # 512 rows over 32 devices, 2048 columns, 96 layers, keys and values of 96 / 8 heads of
+    # 128, 2 bytes.
     assert held["cache of the sampler"] == pytest.approx(
         16 * 2048 * 96 * 2 * 12 * 128 * 2 / GIB, rel=0.01
     )
@@ -152,8 +149,8 @@ def test_report():
     assert lines[0].startswith("model: 174,6") and lines[0].endswith(" parameters")
     assert lines[1].startswith("reward_model: 6,6") and lines[1].endswith(" parameters")
     assert (
-        lines[2]
-        == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple (config.mesh.data = -1)"
+        lines[2] == "mesh: data 1 × fsdp 32 × tensor 8 = 256 devices, or a multiple "
+        "(config.mesh.data = -1)"
     )
     assert lines[3].split() == ["policy", "2.571", "GiB", "per", "device"]
     total = sum(memory_of(built(ppo_config, "175b")).values()) / GIB
@@ -167,7 +164,7 @@ def test_report_of_one_model():
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (1, 0, 1), (1, 1, -1)])
-def test_a_mesh_that_cannot_be_is_refused(sizes):
+def test_an_impossible_mesh_is_refused(sizes):
     with pytest.raises(ConfigError, match="axes must be positive"):
         estimate.abstract_mesh(
             MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
@@ -182,7 +179,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_any_device_is_n
         memory_of(config)
 
 
-def test_every_way_to_share_rows_counts():
+def test_every_row_sharding_is_counted():
     assert (
         sharding.num_row_shards(
             estimate.abstract_mesh(MeshConfig(data=-1, fsdp=4, tensor=2))

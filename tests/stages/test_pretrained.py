@@ -1,5 +1,5 @@
-"""Imports are runs that stages start from; exports come back as they went; what cannot be
-is one line."""
+"""Imports are runs that stages can start from, exports round-trip, and mistakes are
+one-line errors."""
 
 import dataclasses
 import importlib
@@ -23,8 +23,7 @@ from instructax.models import ModelConfig, Transformer
 from instructax.models.pretrained import save
 from instructax.models.pretrained.hf_configs import write_config
 from instructax.serving.policy import open_policy
-from instructax.stages import build_config
-from instructax.stages import pretrained as interchange
+from instructax.stages import build_config, pretrained
 from instructax.types import Params
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -51,11 +50,11 @@ def folder_of(
 
 @pytest.fixture
 def imported(chain, tmp_path, monkeypatch):
-    """(the model's architecture and parameters) of an import that the configs know as the
-    size `llama`."""
+    """(architecture, parameters) of an imported model that the configs know as the size
+    `llama`."""
     source, config, params = folder_of(chain, tmp_path / "source")
     monkeypatch.chdir(tmp_path)
-    line = interchange.import_model(
+    line = pretrained.import_model(
         str(source), Path("runs/llama/pretrain"), fsdp=1, tensor=1
     )
     assert line.startswith("runs/llama/pretrain: llama, ") and line.endswith(
@@ -79,11 +78,11 @@ def test_an_import_is_a_run_that_samples(imported):
     )
     assert tokenizer.decode([512]) == "<|unused 512|>"
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    assert interchange.import_model(
+    assert pretrained.import_model(
         str(Path("source").absolute()), Path("runs/llama/pretrain"), fsdp=1, tensor=1
     ) == ("runs/llama/pretrain is finished; nothing to do")
     with pytest.raises(ConfigError, match="holds a run with another config"):
-        interchange.import_model("other", Path("runs/llama/pretrain"), fsdp=1, tensor=1)
+        pretrained.import_model("other", Path("runs/llama/pretrain"), fsdp=1, tensor=1)
 
 
 def test_an_import_is_a_size_of_every_stage(imported):
@@ -116,14 +115,14 @@ def test_stages_start_from_an_import(imported, chain, tmp_path):
         }
     for name, values in configs.items():
         values["data"]["folder"] = str(tmp_path / "rows")
-        state = stages.started(values, tmp_path / name)
+        state = stages.initial_state(values, tmp_path / name)
         trunk = {leaf: x for leaf, x in state.params.items() if leaf != "scalar_head"}
         jax.tree.map(np.testing.assert_array_equal, trunk, params)
         assert ("scalar_head" in state.params) == (name == "reward")
     other = configs["sft"] | {"model": {**changes["model"], "vocab_size": 512}}
     other["tokenizer"] = str(chain / "world" / "tokenizer.json")
     with pytest.raises(ValueError, match="token ids would mean other text"):
-        stages.started(other, tmp_path / "other")
+        stages.initial_state(other, tmp_path / "other")
 
 
 def test_exports_read_back_equal(chain, tmp_path):
@@ -132,61 +131,57 @@ def test_exports_read_back_equal(chain, tmp_path):
         ("reward", "GPTNeoXForSequenceClassification"),
     ):
         out = tmp_path / name
-        report = interchange.export_run(
-            str(chain / name), out, dtype="float32", verify=True
-        )
+        report = pretrained.export_run(str(chain / name), out, dtype="float32", verify=True)
         assert f"{classes}, float32\nread again: " in report
         raw = json.loads((out / "config.json").read_text())
         assert raw["architectures"] == [classes] and raw["model_type"] == "gpt_neox"
-        assert interchange.SCORE_BIAS not in raw  # a layer norm has taken it up
+        assert pretrained.SCORE_BIAS not in raw  # folded into a layer norm
         assert (
             load_tokenizer(str(out)).hash
             == read_manifest(chain / name)["tokenizer"]["hash"]
         )
     with pytest.raises(ConfigError, match="is not empty: take another folder"):
-        interchange.export_run(
+        pretrained.export_run(
             str(chain / "ppo"), tmp_path / "ppo", dtype="float32", verify=False
         )
-    # transformers finds no padding in a vocabulary that has none to spare.
+    # transformers has no padding token if the vocabulary has no unused id.
     assert raw["pad_token_id"] is None
     assert "score one text at a time" in (tmp_path / "reward" / "README.md").read_text()
-    report = interchange.export_run(
+    report = pretrained.export_run(
         str(chain / "ppo"), tmp_path / "short", dtype="bfloat16", verify=True
     )
     assert 1e-4 < float(report.rpartition(" ")[2]) < 1
 
 
 def test_an_export_keeps_the_chat_template(imported):
-    interchange.export_run(
-        "runs/llama/pretrain", Path("out"), dtype="float32", verify=False
-    )
+    pretrained.export_run("runs/llama/pretrain", Path("out"), dtype="float32", verify=False)
     assert Path("out/chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_the_score_bias_folds_into_a_layer_norm():
-    """With weights (1, −1) and bias 0.6, the norm's bias moves by (0.3, −0.3)."""
+    """With weights (1, −1) and bias 0.6, the norm's bias changes by (0.3, −0.3)."""
     config = tiny_models.gpt_config(embed_dim=2)
     params = {
         "scalar_head": {"kernel": jnp.array([1.0, -1.0]), "bias": jnp.float32(0.6)},
         "final_norm": {"bias": jnp.array([0.25, 0.5]), "scale": jnp.ones(2)},
     }
-    found = interchange.fold_score_bias(params, config)
+    found = pretrained.fold_score_bias(params, config)
     np.testing.assert_allclose(found["final_norm"]["bias"], [0.55, 0.2], rtol=1e-6)
     assert float(found["scalar_head"]["bias"]) == 0
     assert (
-        interchange.fold_score_bias(params, tiny_models.llama_config(embed_dim=2)) is params
+        pretrained.fold_score_bias(params, tiny_models.llama_config(embed_dim=2)) is params
     )
 
 
-def test_verify_refuses_other_logits(chain, tmp_path):
+def test_verify_refuses_different_logits(chain, tmp_path):
     out = tmp_path / "out"
-    interchange.export_run(str(chain / "sft"), out, dtype="float32", verify=False)
+    pretrained.export_run(str(chain / "sft"), out, dtype="float32", verify=False)
     model, params, _ = open_policy(chain / "sft", tiny_models.compute())
     other = {**params, "embedding": params["embedding"] * 1.001}
     with pytest.raises(
         ConfigError, match="gives other logits than the run: they differ by up to "
     ):
-        interchange.verify_export(out, model, other, "float32")
+        pretrained.verify_export(out, model, other, "float32")
 
 
 def test_a_tokenizer_with_too_many_ids_is_refused(chain, tmp_path):
@@ -194,7 +189,7 @@ def test_a_tokenizer_with_too_many_ids_is_refused(chain, tmp_path):
     with pytest.raises(
         ConfigError, match=r"has 512 ids, config\.json says vocab_size = 500"
     ):
-        interchange.import_model(str(source), tmp_path / "run", fsdp=1, tensor=1)
+        pretrained.import_model(str(source), tmp_path / "run", fsdp=1, tensor=1)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,5 @@
-"""The public tasks as a run: figures against a direct computation from the policies and
-from their answers."""
+"""The public-tasks stage: metrics against a direct computation from the policies and their
+answers."""
 
 import json
 from functools import cache
@@ -30,7 +30,7 @@ WORLD = create_world(0)
 
 
 def config_of(chain, **overrides: Any) -> dict[str, Any]:
-    """The tiny config, on two policies of the chain."""
+    """The tiny config with two policies of the chain."""
     own = {
         "policies": tuple((name, str(chain / run)) for name, run in POLICIES.items()),
         "world": str(chain / "world"),
@@ -42,7 +42,7 @@ def config_of(chain, **overrides: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def measured(chain, tmp_path_factory):
+def finished_run(chain, tmp_path_factory):
     """The workdir of the finished run."""
     workdir = tmp_path_factory.mktemp("tasks") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -64,22 +64,22 @@ def network(chain, run: str):
     )
 
 
-def figures_of(measured, policy: str) -> dict[str, Any]:
-    return read_summary(measured)["policies"][policy]
+def metrics_of(finished_run, policy: str) -> dict[str, Any]:
+    return read_summary(finished_run)["policies"][policy]
 
 
-def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
+def test_every_policy_has_metrics_for_every_task_and_condition(finished_run):
     for policy in POLICIES:
-        figures = figures_of(measured, policy)
-        assert list(figures) == list(PUBLIC_TASKS)
+        metrics = metrics_of(finished_run, policy)
+        assert list(metrics) == list(PUBLIC_TASKS)
         for name, task in PUBLIC_TASKS.items():
             suffixes = (
                 (", true", ", true and informative") if task.metric == "truthful" else ("",)
             )
-            assert list(figures[name]) == [
+            assert list(metrics[name]) == [
                 f"{form}{suffix}" for form in task.conditions for suffix in suffixes
             ]
-            for figure in figures[name].values():
+            for figure in metrics[name].values():
                 values = figure.pop("values", None)
                 assert (
                     set(figure) == {"value", "low", "high", "count"}
@@ -90,13 +90,15 @@ def test_every_policy_has_a_figure_of_every_task_in_every_form(measured):
                     np.mean(values), abs=1e-6
                 )
                 assert figure["low"] <= figure["value"] <= figure["high"]
-    manifest = json.loads((measured / "manifest.json").read_text())
+    manifest = json.loads((finished_run / "manifest.json").read_text())
     assert set(manifest["parents"]) == {f"policies.{name}" for name in POLICIES}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_figures_of_texts_are_those_of_the_samples(measured, policy):
-    samples = [sample for sample in read_samples(measured) if sample["policy"] == policy]
+def test_text_metrics_equal_those_of_the_samples(finished_run, policy):
+    samples = [
+        sample for sample in read_samples(finished_run) if sample["policy"] == policy
+    ]
     for name, task in PUBLIC_TASKS.items():
         if task.metric in ("accuracy", "entropy"):
             assert not [sample for sample in samples if sample["task"] == name]
@@ -118,7 +120,7 @@ def test_figures_of_texts_are_those_of_the_samples(measured, policy):
             wanted = expected(task.metric, items, answers)
             got = {
                 f: x["value"]
-                for f, x in figures_of(measured, policy)[name].items()
+                for f, x in metrics_of(finished_run, policy)[name].items()
                 if f.split(",")[0] == form
             }
             assert list(got.values()) == pytest.approx(wanted)
@@ -138,11 +140,11 @@ def expected(metric: str, items: list[TaskItem], answers: list[str]) -> list[flo
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_completions_are_the_likeliest_tokens(chain, measured, policy):
+def test_completions_are_the_likeliest_tokens(chain, finished_run, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     chosen = {"task": "toxicity", "form": "none", "policy": policy}
     samples = [
-        sample for sample in read_samples(measured) if chosen.items() <= sample.items()
+        sample for sample in read_samples(finished_run) if chosen.items() <= sample.items()
     ]
     texts = contexts = tokenizer.encode_batch(sample["context"] for sample in samples)
     for _ in range(12):
@@ -153,7 +155,7 @@ def test_completions_are_the_likeliest_tokens(chain, measured, policy):
         ]
     for context, text, sample in zip(contexts, texts, samples, strict=True):
         answer = text[len(context) :].tolist()
-        # The end token is left out, a line break is the last that is said.
+        # The end token is left out; a line break is the last token kept.
         ends = [i for i, token in enumerate(answer) if token == tokenizer.eos_id]
         ends += [
             i + 1 for i, token in enumerate(answer) if "\n" in tokenizer.decode([token])
@@ -168,7 +170,7 @@ def test_completions_are_the_likeliest_tokens(chain, measured, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_choices_are_those_of_a_plain_computation(chain, measured, policy):
+def test_choices_equal_a_plain_computation(chain, finished_run, policy):
     model, params, tokenizer = network(chain, POLICIES[policy])
     right = bits = 0.0
     for name in ("pronoun", "stereotype"):
@@ -187,18 +189,19 @@ def test_choices_are_those_of_a_plain_computation(chain, measured, policy):
                 np.exp([x.sum() for x in logprobs])
             )
             bits -= (name == "stereotype") * float(np.sum(odds * np.log2(odds)))
-    figures = figures_of(measured, policy)
-    assert figures["pronoun"]["zero-shot"]["value"] == pytest.approx(right / 8)
-    assert figures["stereotype"]["none"]["value"] == pytest.approx(bits / 8, rel=1e-4)
+    metrics = metrics_of(finished_run, policy)
+    assert metrics["pronoun"]["zero-shot"]["value"] == pytest.approx(right / 8)
+    assert metrics["stereotype"]["none"]["value"] == pytest.approx(bits / 8, rel=1e-4)
 
 
 def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(
-    chain, measured, tmp_path
+    chain, finished_run, tmp_path
 ):
-    assert not run_stage(config_of(chain), measured)
+    assert not run_stage(config_of(chain), finished_run)
     policies = (("PPO", str(chain / "ppo")),)
     assert run_stage(config_of(chain, policies=policies, batch_size=3), tmp_path / "run")
-    ours, theirs = figures_of(tmp_path / "run", "PPO"), figures_of(measured, "PPO")
+    ours = metrics_of(tmp_path / "run", "PPO")
+    theirs = metrics_of(finished_run, "PPO")
     assert ours["toxicity"] == theirs["toxicity"] and ours["book"] == theirs["book"]
     stages.assert_trees_close(
         ours["stereotype"], theirs["stereotype"], rtol=1e-4, atol=1e-4
@@ -224,15 +227,18 @@ def test_a_finished_run_is_left_alone_and_a_smaller_batch_changes_nothing(
         ({"world": "nowhere"}, "nowhere is not a finished world"),
         (
             {"context_tokens": 20},
-            "a context has .* tokens; between 1 and 20 are possible: change it, or context_tokens",
+            "a context has .* tokens; between 1 and 20 are possible: change it, or "
+            "context_tokens",
         ),
         (
             {"answer_tokens": 1},
-            "a candidate has .* tokens; between 1 and 1 are possible: change it, or answer_tokens",
+            "a candidate has .* tokens; between 1 and 1 are possible: change it, or "
+            "answer_tokens",
         ),
         (
             {"model.positions": "learned"},
-            "config.context_tokens [+] config.answer_tokens = 240 is above config.model.max_length = .* position table",
+            "config.context_tokens [+] config.answer_tokens = 240 is above "
+            "config.model.max_length = .* position table",
         ),
     ],
 )
@@ -244,12 +250,12 @@ def test_a_config_that_cannot_run_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_policy_is_no_world(chain, tmp_path):
+def test_a_policy_is_not_a_world(chain, tmp_path):
     with pytest.raises(ValueError, match="sft is not a finished world"):
         run_stage(config_of(chain, world=str(chain / "sft")), tmp_path / "run")
 
 
-def test_a_dry_run_trains_nothing(chain):
+def test_dry_run(chain):
     assert experiment.dry_run(config_of(chain)) == "nothing is trained"
     with pytest.raises(
         ValueError, match=r"config\.batch_size = 3 rows must be a positive multiple of 2"

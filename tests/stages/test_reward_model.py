@@ -1,5 +1,5 @@
-"""The reward model: one update against an answer-by-answer reference, its start, and its
-bias."""
+"""The reward model: one update against a reference that scores each answer alone, its
+initialization, and its bias."""
 
 import dataclasses
 import math
@@ -29,26 +29,21 @@ from instructax.training.state import abstract_state, new_state
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
+# SGD with rate 1: the update is −1 · gradient, which shows the gradient
+GRADIENT = optax.identity()
 MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "scalar")
+# Microbatches of two rows.
 FEW_ROWS = Transformer(
     tiny_models.gpt_config(), tiny_models.compute(microbatch_rows=2), "scalar"
-)  # at a time
-HALVED = Transformer(
+)
+WITH_TAIL_SPLITS = Transformer(
     tiny_models.gpt_config(),
     tiny_models.compute(microbatch_rows=2, tail_splits=3),
     "scalar",
 )
-ANSWERS = (
-    3,
-    1,
-    4,
-    2,
-    4,
-    2,
-    3,
-    4,
-)  # of each prompt; the first prompt's are all tied, the second has no pair
+# Valid answers per prompt; all answers to the first prompt are tied, the second has no
+# pair.
+ANSWERS = (3, 1, 4, 2, 4, 2, 3, 4)
 
 
 def program(**changes) -> reward_model.RewardModelProgram:
@@ -64,7 +59,7 @@ def program(**changes) -> reward_model.RewardModelProgram:
 
 
 @cache
-def compiled(program):
+def compiled_update(program):
     return jax.jit(partial(reward_model.update_reward_model, program))
 
 
@@ -73,7 +68,7 @@ def run_update(program, batch):
     params = tiny_models.random_params(program.model)
     optimizer = OptimizerSettings(learning_rate=jnp.float32(1.0))
     settings = reward_model.RewardModelSettings(optimizer=optimizer)
-    state, metrics = compiled(program)(
+    state, metrics = compiled_update(program)(
         new_state(params, program.optimizer), batch, settings
     )
     return jax.tree.map(lambda old, new: old - new, params, state.params), metrics, state
@@ -82,25 +77,26 @@ def run_update(program, batch):
 def test_loss_is_the_mean_over_prompts_of_the_mean_over_pairs():
     batch = stages.comparisons(ANSWERS, 5)
     _, metrics, state = run_update(program(), batch)
-    loss, right, pairs = stages.plain_ranking(
+    loss, correct, pairs = stages.plain_ranking(
         MODEL, tiny_models.random_params(MODEL), batch
     )
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
-    assert float(metrics["accuracy"]) == pytest.approx(right / pairs, rel=1e-6)
+    assert float(metrics["accuracy"]) == pytest.approx(correct / pairs, rel=1e-6)
     assert metrics["pairs"] == pairs
-    assert 0 < right < pairs
+    assert 0 < correct < pairs
     assert state.step == 1
     assert metrics["tokens"] == batch.mask.sum() + batch.prompts.mask.sum()
 
 
-def test_gradient_is_that_of_the_loss():
+def test_gradient_matches_finite_differences():
     batch = stages.comparisons(ANSWERS, 5)
     gradients, metrics, _ = run_update(program(), batch)
-    params, h = tiny_models.random_params(MODEL), 1e-2
+    params = tiny_models.random_params(MODEL)
+    h = 1e-2
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
     direction = jax.tree.map(lambda x: x / optax.tree.norm(direction), direction)
-    ahead, behind = (
+    loss_ahead, loss_behind = (
         stages.plain_ranking(
             MODEL, jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), batch
         )[0]
@@ -110,20 +106,18 @@ def test_gradient_is_that_of_the_loss():
         float((g * d).sum())
         for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True)
     )
-    assert slope == pytest.approx((ahead - behind) / (2 * h), rel=2e-2, abs=1e-4)
+    assert slope == pytest.approx((loss_ahead - loss_behind) / (2 * h), rel=2e-2, abs=1e-4)
     assert float(metrics["grad_norm"]) == pytest.approx(
         float(optax.tree.norm(gradients)), rel=1e-5
     )
-    assert (
-        gradients["scalar_head"]["bias"] == 0.0
-    )  # exactly: Adam would make steps of a rounding error
+    # Exactly 0: Adam would turn a rounding error into a full step.
+    assert gradients["scalar_head"]["bias"] == 0.0
 
 
 def test_two_answers_give_the_logistic_loss_of_their_difference():
     batch = stages.comparisons((2,), 5)
-    batch = dataclasses.replace(
-        batch, ranks=np.array([[1, 0]], np.int32)
-    )  # the second answer is the better
+    # The second answer is better.
+    batch = dataclasses.replace(batch, ranks=np.array([[1, 0]], np.int32))
     _, metrics, _ = run_update(program(), batch)
     worse, better = stages.plain_scores(
         MODEL, tiny_models.random_params(MODEL), stages.comparison_documents(batch, 0)
@@ -135,18 +129,21 @@ def test_two_answers_give_the_logistic_loss_of_their_difference():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model": FEW_ROWS}, {"model": HALVED}, {"row_tokens": 22, "model": HALVED}]
+    "changes",
+    [
+        {"model": FEW_ROWS},
+        {"model": WITH_TAIL_SPLITS},
+        {"row_tokens": 22, "model": WITH_TAIL_SPLITS},
+    ],
 )
-def test_accumulated_is_the_whole_batch(changes):
-    batch = stages.comparisons(
-        ANSWERS, 5
-    )  # the parts have different numbers of prompts with a pair, and of pairs
+def test_accumulated_gradients_equal_those_of_the_whole_batch(changes):
+    # The microbatches differ in their numbers of pairs and of prompts with a pair.
+    batch = stages.comparisons(ANSWERS, 5)
     whole, metrics, _ = run_update(program(), batch)
     parts, parts_metrics, _ = run_update(program(**changes), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-6)
-    assert parts_metrics.pop("padding") < metrics.pop(
-        "padding"
-    )  # fewer rows of the last part are empty
+    # Fewer rows of the last microbatch are empty.
+    assert parts_metrics.pop("padding") < metrics.pop("padding")
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
 
@@ -163,7 +160,7 @@ def test_a_batch_without_a_pair_changes_nothing(model):
         assert (metrics["loss"], metrics["accuracy"], metrics["pairs"]) == (0, 0, 0)
 
 
-def test_what_an_invalid_answer_holds_does_not_matter():
+def test_the_content_of_invalid_answers_does_not_matter():
     batch = stages.comparisons(ANSWERS, 5)
     rng = np.random.default_rng(9)
     garbage = dataclasses.replace(
@@ -183,8 +180,9 @@ def test_what_an_invalid_answer_holds_does_not_matter():
     assert got_metrics["pairs"] == metrics["pairs"]
 
 
-def test_another_bias_shifts_scores_and_nothing_else():
-    batch, params = stages.comparisons(ANSWERS, 5), tiny_models.random_params(MODEL)
+def test_another_bias_only_shifts_scores():
+    batch = stages.comparisons(ANSWERS, 5)
+    params = tiny_models.random_params(MODEL)
     shift = 2.5 - float(params["scalar_head"]["bias"])
     shifted = reward_model.with_bias(params, 2.5)
     documents = stages.comparison_documents(batch, 2)
@@ -198,12 +196,12 @@ def test_another_bias_shifts_scores_and_nothing_else():
     assert not any(jax.tree.leaves(changed))
 
 
-# Runs of the chain
+# Runs of the chain.
 
 
 def reward_parts(chain, step: int | None = None):
-    """(config, model, tokenizer, the model's parameters at the last or a kept step) of the
-    chain's reward run."""
+    """(config, model, tokenizer, parameters at the last or a kept step) of the chain's
+    reward run."""
     config = stages.config_with_kernel(stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = abstract_state(model, GRADIENT, stages.mesh_of()).params
@@ -223,9 +221,9 @@ def prepared_comparisons(chain):
     )
 
 
-def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
+def test_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     wide = {"model.embed_dim": 256, "model.num_layers": 1}
-    state = stages.started(stages.config_of(chain, "reward", {}), tmp_path / "run")
+    state = stages.initial_state(stages.config_of(chain, "reward", {}), tmp_path / "run")
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
     parent = load_params(
@@ -237,8 +235,8 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     assert 0.6 < np.std(state.params["scalar_head"]["kernel"]) * math.sqrt(33) < 1.5
     assert state.params["scalar_head"]["bias"] == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
-    # N(0, 1 / (width + 1)), on a width that shows it
-    fresh = stages.started(
+    # N(0, 1 / (width + 1)), at a width large enough to measure it
+    fresh = stages.initial_state(
         stages.config_of(chain, "reward", {**wide, "parent": ""}), tmp_path / "wide"
     )
     kernel = fresh.params["scalar_head"]["kernel"]
@@ -246,7 +244,9 @@ def test_it_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     assert abs(np.mean(kernel)) < 4 / 257
 
 
-def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkeypatch):
+def test_the_seed_determines_the_first_rows_and_the_fresh_head(
+    chain, tmp_path, monkeypatch
+):
     config, model, *_ = reward_parts(chain)
     watch = stages.Watch(monkeypatch)
     overrides = {"seed": 3, "steps": 1, "epochs": 0.0}
@@ -261,7 +261,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
     )
     source = prepared_comparisons(chain).sources["train"]
     rows = batch_row_ids(0, config.batch_size, len(source), 3)
-    loss, right, pairs = stages.plain_ranking(
+    loss, correct, pairs = stages.plain_ranking(
         model,
         watch.first.params,
         loaders.read_comparisons(source, rows, config.data.limits),
@@ -269,7 +269,7 @@ def test_the_first_rows_and_the_fresh_head_are_the_seeds(chain, tmp_path, monkey
     (logged,) = read_metrics(tmp_path / "run")
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
     assert (logged["accuracy"], logged["pairs"]) == (
-        pytest.approx(right / pairs, abs=1.5 / pairs),
+        pytest.approx(correct / pairs, abs=1.5 / pairs),
         pairs,
     )
 
@@ -281,9 +281,9 @@ def test_an_untied_unembedding_is_dropped(chain, tmp_path):
     params = tiny_models.random_params(policy)
     assert params["head"]["kernel"].shape == (512, 32)
     config["parent"] = str(
-        stages.fabricated(tmp_path / "parent", model, params, config["tokenizer"])
+        stages.write_finished_run(tmp_path / "parent", model, params, config["tokenizer"])
     )
-    state = stages.started(config, tmp_path / "run")
+    state = stages.initial_state(config, tmp_path / "run")
     assert state.params["scalar_head"]["kernel"].shape == (32,)
     np.testing.assert_array_equal(state.params["embedding"], params["embedding"])
 
@@ -293,7 +293,8 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     steps = committed_steps(chain / "reward")
     assert len(steps) == 2
     config, model, tokenizer, params = reward_parts(chain, steps[kept])
-    limits, folder = config.data.limits, Path(config.data.folder)
+    limits = config.data.limits
+    folder = Path(config.data.folder)
     files = [Path(path) for path in config.data.demonstrations]
     source = reward_model.prepare_demonstrations(files, tokenizer, limits, folder).sources[
         "train"
@@ -308,20 +309,22 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     assert abs(float(params["scalar_head"]["bias"])) > 1e-6
 
 
-def test_validation_metrics_are_those_of_the_plain_computation(chain):
+def test_validation_metrics_equal_the_plain_computation(chain):
     config, model, _, params = reward_parts(chain)
-    limits, prepared = config.data.limits, prepared_comparisons(chain)
+    limits = config.data.limits
+    prepared = prepared_comparisons(chain)
     source = prepared.sources["validation"]
-    loss, right, pairs = stages.plain_ranking(
+    loss, correct, pairs = stages.plain_ranking(
         model, params, loaders.read_comparisons(source, np.arange(len(source)), limits)
     )
     summary = read_summary(chain / "reward")
     assert summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
-    assert summary["validation_accuracy"] == pytest.approx(right / pairs, abs=1.5 / pairs)
+    assert summary["validation_accuracy"] == pytest.approx(correct / pairs, abs=1.5 / pairs)
     assert summary["validation_pairs"] == pairs
+    # One epoch.
     assert len(read_metrics(chain / "reward")) == -(
         -len(prepared.sources["train"]) // config.batch_size
-    )  # one epoch
+    )
 
 
 @pytest.mark.parametrize(

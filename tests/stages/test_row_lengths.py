@@ -1,5 +1,5 @@
-"""Stages state every row length that their networks run, so that no kernel is selected
-which fails later."""
+"""Stages list every row length that their networks run, so that the selected kernel
+supports all of them."""
 
 import importlib
 from typing import Any
@@ -20,7 +20,7 @@ def config_of(name: str, size: str, **changes: Any) -> Any:
 
 
 def selected(config: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """The kernel of `config` on a TPU, and the reason."""
+    """The kernel selected for `config` on a TPU, and the reason."""
     monkeypatch.setattr(attention, "device_platform", lambda _: TPU)
     lengths = load_stage(config.stage).row_lengths(config)
     config, reason = attention.select_attention_kernel(config, lengths)
@@ -28,7 +28,7 @@ def selected(config: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft"])
-def test_evaluation_runs_halves_of_rows_that_splash_does_not_take(name, monkeypatch):
+def test_half_rows_of_evaluation_rule_out_splash(name, monkeypatch):
     changes = {"data.limits.sequence_tokens": 384, "compute.tail_splits": 1}
     kernel, reason = selected(config_of(name, "1.3b", **changes), monkeypatch)
     assert kernel == "jax"
@@ -36,7 +36,7 @@ def test_evaluation_runs_halves_of_rows_that_splash_does_not_take(name, monkeypa
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft"])
-def test_rows_whose_pieces_are_multiples_of_the_block_take_splash(name, monkeypatch):
+def test_rows_that_divide_into_whole_blocks_use_splash(name, monkeypatch):
     for changes in (
         {"data.limits.sequence_tokens": 512, "compute.tail_splits": 1},
         {"data.limits.sequence_tokens": 384, "compute.tail_splits": 0},

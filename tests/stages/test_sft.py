@@ -1,4 +1,4 @@
-"""Runs of `sft` and `pretrain` in the tiny pipeline."""
+"""Runs of `pretrain` and `sft` in the tiny pipeline."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def sft_parts(chain):
-    """(config, tokenizer, prepared rows) of the chain's supervised run."""
+    """(config, tokenizer, prepared rows) of the chain's SFT run."""
     config = stages.config_with_kernel(stages.config_of(chain, "sft", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
     return config, tokenizer, loaders.read_lm_data(config.data, tokenizer)
@@ -39,8 +39,8 @@ def test_the_last_rows_of_a_batch_are_text(chain):
     read = loaders.lm_reader(config.data, data, "train", batch_size=10, seed=0)
     for index in (0, 7):
         batch = read(index)
-        # Of text all is trained but a document's first token; of a demonstration the prompt
-        # is not, and has many.
+        # All text tokens are trained except the first of a document. A demonstration's
+        # prompt, which is long, is not trained.
         untrained = ((batch.segments > 0) & ~batch.loss_mask).sum(axis=1)
         documents = batch.segments.max(axis=1)
         assert list(untrained == documents) == [False] * 9 + [True]
@@ -81,13 +81,13 @@ def test_the_first_step_starts_from_the_parent(chain):
 
 def test_the_first_row_of_demonstrations_is_shown(chain, tmp_path, capsys):
     for name, shown in (("sft", 1), ("pretrain", 0)):
-        stages.started(stages.config_of(chain, name, {}), tmp_path / name)
+        stages.initial_state(stages.config_of(chain, name, {}), tmp_path / name)
         out = capsys.readouterr().out
         assert (out.count("first batch, row 1 of "), "⟨end⟩" in out) == (shown, bool(shown))
-        assert "\x1b" not in out  # no colours where no terminal is
+        assert "\x1b" not in out  # no colors, because the output is not a terminal
 
 
-def test_a_run_drops_at_its_own_rate(chain, tmp_path):
+def test_a_run_uses_its_dropout_rate(chain, tmp_path):
     config, _, data = sft_parts(chain)
     overrides = {"dropout": 0.3, "steps": 1, "epochs": 0.0}
     assert experiment.run_stage(stages.config_of(chain, "sft", overrides), tmp_path / "run")
@@ -108,7 +108,7 @@ def test_a_run_drops_at_its_own_rate(chain, tmp_path):
     )
 
 
-def test_validation_losses_are_those_of_the_plain_computation(chain):
+def test_validation_losses_equal_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
     abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
@@ -123,18 +123,19 @@ def test_validation_losses_are_those_of_the_plain_computation(chain):
         )
 
 
-def test_two_epochs_count_the_demonstrations_alone(chain):
+def test_epochs_count_only_demonstrations(chain):
     config, _, data = sft_parts(chain)
     rows = len(data["demonstrations"].sources["train"])
-    assert read_metrics(chain / "sft")[-1]["step"] == math.ceil(
-        2 * rows / 7.2
-    )  # 9 of 10 rows of 8
+    # 9 of 10 rows are demonstrations, in batches of 8.
+    assert read_metrics(chain / "sft")[-1]["step"] == math.ceil(2 * rows / 7.2)
     assert config.epochs == 2
 
 
-def test_a_fresh_start_depends_on_the_seed_and_draws_by_the_clock(chain, tmp_path):
-    one = stages.started(stages.config_of(chain, "pretrain", {"seed": 1}), tmp_path / "one")
-    other = stages.started(
+def test_a_fresh_start_uses_the_init_key_of_the_seed(chain, tmp_path):
+    one = stages.initial_state(
+        stages.config_of(chain, "pretrain", {"seed": 1}), tmp_path / "one"
+    )
+    other = stages.initial_state(
         stages.config_of(chain, "pretrain", {"seed": 2}), tmp_path / "other"
     )
     assert one.step == 0
@@ -142,9 +143,8 @@ def test_a_fresh_start_depends_on_the_seed_and_draws_by_the_clock(chain, tmp_pat
     config = build_config(stages.config_of(chain, "pretrain", {}))
     model = Transformer(config.model, config.compute, "tokens")
     wanted = init_params(model, rng.step_key(1, "init", 0))
-    np.testing.assert_allclose(
-        one.params["embedding"], wanted["embedding"], rtol=1e-5
-    )  # one compiled, one not
+    # One run is compiled, the other is not.
+    np.testing.assert_allclose(one.params["embedding"], wanted["embedding"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,14 @@
-"""Fingerprints of every stage at size tiny: a change that is meant to keep all numbers is
-checked against them.
+"""Fingerprints of every stage at size tiny, to check that a change keeps all numbers.
 
-    python tests/golden_chain.py record golden.json     # before the change
-    python tests/golden_chain.py check golden.json      # after it
+    python tests/support/golden_chain.py record golden.json     # before the change
+    python tests/support/golden_chain.py check golden.json      # after it
 
-Runs the alignment experiment at size `tiny`, the SFT baseline, SFT with low-rank adapters
-and PPO with sampled `old_logprobs`. For every array of every checkpoint (parameters,
-optimizer state) it records sha256 and the Euclidean norm; for every logged metric, except
-`time/…`, sha256 of its values and the last one; for samples, summaries and data files
-sha256. Hashes are comparable on one kind of machine with one version of jaxlib, norms and
-last values anywhere, within rounding.
+Runs the alignment experiment at size `tiny`, the SFT baseline, SFT with low-rank adapters,
+and PPO with sampled `old_logprobs`. It records the sha256 and the Euclidean norm of every
+array in the latest checkpoints (parameters and optimizer state); the sha256 of all values
+and the last value of every logged metric except `time/…`; and the sha256 of samples,
+summaries and data files. Hashes are comparable only on one kind of machine with one version
+of jaxlib. Norms and last values are comparable everywhere, up to rounding.
 """
 
 import argparse
@@ -25,19 +24,20 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-TOLERANCE = 1e-6  # relative, for entries that are known to have other rounding, and between kinds of machines
+# Relative tolerance, for the entries in ROUNDED and between kinds of machines.
+TOLERANCE = 1e-6
 
-# new name -> name at the time of recording, of leaves, metrics and summary entries; matched
-# by whole path components.
+# Current name -> recorded name, for leaves, metrics and summary entries. Matches whole path
+# components.
 RENAMED: dict[str, str] = {
     "validation_loss": "held_out_loss",
     "validation_accuracy": "held_out_accuracy",
     "validation_pairs": "held_out_pairs",
 }
-# Entries that may differ within TOLERANCE, by prefix, and why.
+# Prefix of entries that may differ within TOLERANCE -> the reason.
 ROUNDED: dict[str, str] = {}
-# The validation means that training logs are sums over rows in float64 on the host; they
-# were float32 sums over batches on the device.
+# Validation means in training logs are float64 sums over rows on the host; they used to be
+# float32 sums over batches on the device.
 for _run in (
     "pretrain",
     "sft",
@@ -61,7 +61,7 @@ for _run in (
 
 
 def extra_runs(root: str) -> list[Any]:
-    """Variants of stages that the experiment lacks."""
+    """Variants of stages that the experiment does not contain."""
     from instructax.experiment import RunSpec
 
     data = {"tokenizer": f"{root}/world/tokenizer.json", "data.folder": f"{root}/rows"}
@@ -87,7 +87,7 @@ def extra_runs(root: str) -> list[Any]:
 
 
 def make_runs(root: Path) -> None:
-    """Runs everything under `root`; finished runs are passed over."""
+    """Runs everything under `root`; skips finished runs."""
     from instructax import experiment
 
     experiment.run_experiment("experiments/alignment.py:tiny", root, report_only=False)
@@ -96,8 +96,8 @@ def make_runs(root: Path) -> None:
 
 
 def fingerprints(root: Path) -> dict[str, dict[str, Any]]:
-    """Name of an array, a metric or a file -> its hash and, for numbers, a value to compare
-    within rounding."""
+    """Name of an array, metric or file -> its hash and, for numbers, a value to compare up
+    to rounding."""
     found: dict[str, dict[str, Any]] = {}
     for workdir in sorted(path.parent for path in root.glob("*/config.json")):
         found |= array_prints(workdir)
@@ -107,7 +107,7 @@ def fingerprints(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Of every array of the newest checkpoint."""
+    """Fingerprints of each array of the newest checkpoint."""
     from instructax.checkpoints.restore import read_arrays
     from instructax.checkpoints.steps import committed_steps
 
@@ -127,7 +127,7 @@ def array_prints(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def metric_prints(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Of every metric of `metrics.jsonl` but times, and of every entry of `summary.json`."""
+    """Fingerprints of each metric except times, and of each entry of `summary.json`."""
     series: dict[str, list[Any]] = {}
     log = workdir / "metrics.jsonl"
     for line in log.read_text().splitlines() if log.exists() else []:
@@ -145,38 +145,35 @@ def metric_prints(workdir: Path) -> dict[str, dict[str, Any]]:
     summary = json.loads((workdir / "summary.json").read_text())
     for name, value in flatten(summary, f"{workdir.name}/summary"):
         number = value if isinstance(value, int | float) else None
-        if not any(part in name for part in ("/time/", "/parents/")) and not name.endswith(
-            "/stage"
-        ):
-            found[name] = {
-                "sha256": short_hash(json.dumps(value).encode()),
-                "value": number,
-            }
+        # Times differ between runs, and parents are paths.
+        if "/time/" in name or "/parents/" in name or name.endswith("/stage"):
+            continue
+        found[name] = {
+            "sha256": short_hash(json.dumps(value).encode()),
+            "value": number,
+        }
     return found
 
 
 def file_prints(workdir: Path, root: str) -> dict[str, dict[str, Any]]:
-    """Of samples, tokenizers and data files, with the name of the root folder taken out."""
+    """Fingerprints of samples, tokenizers and data files, with the root folder's name
+    removed."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(workdir.iterdir()):
-        if path.name in ("samples.jsonl", "tokenizer.json") or path.name.endswith(
-            ".jsonl.gz"
-        ):
-            data = (
-                gzip.decompress(path.read_bytes())
-                if path.suffix == ".gz"
-                else path.read_bytes()
-            )
-            data = data.replace(root.encode(), b"ROOT")
-            found[f"{workdir.name}/{path.name}"] = {
-                "sha256": short_hash(data),
-                "value": None,
-            }
+        compressed = path.name.endswith(".jsonl.gz")
+        if path.name not in ("samples.jsonl", "tokenizer.json") and not compressed:
+            continue
+        data = path.read_bytes()
+        if compressed:
+            # The gzip header may differ; the text must not.
+            data = gzip.decompress(data)
+        data = data.replace(root.encode(), b"ROOT")
+        found[f"{workdir.name}/{path.name}"] = {"sha256": short_hash(data), "value": None}
     return found
 
 
 def flatten(tree: Any, name: str) -> list[tuple[str, Any]]:
-    """(path, leaf) of nested dicts and lists."""
+    """(path, leaf) pairs of nested dicts and lists."""
     if isinstance(tree, dict):
         items = list(tree.items())
     elif isinstance(tree, list):
@@ -190,7 +187,7 @@ def flatten(tree: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def renamed(name: str) -> str:
-    """The name at the time of recording."""
+    """The name under which an entry was recorded."""
     for new, old in RENAMED.items():
         name = f"/{name}/".replace(f"/{new}/", f"/{old}/")[1:-1]
     return name
@@ -203,13 +200,14 @@ def short_hash(data: bytes) -> str:
 def differences(
     expected: dict[str, Any], found: dict[str, Any], *, exact: bool
 ) -> list[str]:
-    """One line for each entry that is missing, new or different."""
+    """One line for each missing, new or different entry."""
     lines: list[str] = []
     for name in sorted(expected | found):
         if name not in found or name not in expected:
             lines.append(f"{name}: {'missing' if name in expected else 'new'}")
             continue
-        old, new = expected[name], found[name]
+        old = expected[name]
+        new = found[name]
         if old["sha256"] == new["sha256"]:
             continue
         rounded = not exact or any(name.startswith(prefix) for prefix in ROUNDED)
@@ -225,7 +223,7 @@ def differences(
 
 
 def main() -> int:
-    """Records or checks; 1 if anything differs."""
+    """Records or checks; returns 1 if anything differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

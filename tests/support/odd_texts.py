@@ -1,4 +1,5 @@
-"""Texts on which text metrics' tokenization rules differ, for random and property tests."""
+"""Texts on which tokenization rules of text metrics differ, for random and property
+tests."""
 
 import hypothesis
 import numpy as np
@@ -21,14 +22,14 @@ examples = hypothesis.settings(max_examples=200, deadline=None)
 
 
 def random_text(rng: np.random.Generator, max_words: int) -> str:
-    """A text of few different words, so that n-grams repeat."""
+    """A text with few distinct words, so that n-grams repeat."""
     words = rng.choice([*PLAIN, *rng.choice(WORDS, 6)], size=rng.integers(0, max_words + 1))
     separators = [" ", " ", " ", "", "\n", "  "]
     return "".join(word + rng.choice(separators) for word in words)
 
 
 def corrupt(rng: np.random.Generator, text: str) -> str:
-    """`text` without about a quarter of its words, and with some repeated."""
+    """`text` with about a quarter of its words removed and some repeated."""
     words = []
     for word in text.split(" "):
         words += [word] * rng.choice([0, 1, 1, 2])

@@ -53,7 +53,7 @@ def stream_events(client, path, **fields):
 
 
 def draw_sample(policy, prompt, *, sample_index=0, temperature=1.0, max_new_tokens=16):
-    """The stream of a sample that the engine draws without the server."""
+    """The stream of a sample drawn by the engine directly, without the server."""
     request = SampleRequest(
         prompt=BYTES.encode(prompt),
         seed=1,

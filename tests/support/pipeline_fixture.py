@@ -1,5 +1,5 @@
-"""Fixtures of the tests of the stages; a plugin (`pytest_plugins`), so that a session makes
-the chain of runs once."""
+"""Fixtures for the stage tests. A pytest plugin, so that the chain of runs is computed once
+per session."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from instructax import experiment
 
 @pytest.fixture(scope="session")
 def session_folder(tmp_path_factory) -> Path:
-    """A folder that all processes of this session share."""
+    """A folder shared by all processes of the test session."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -25,11 +25,14 @@ def one_device(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def chain(session_folder) -> Path:
-    """The folder of the finished tiny alignment experiment: world, pretrain, sft, reward,
-    ppo, ppo-ptx, evaluate."""
-    root, done = session_folder / "chain", session_folder / "chain.done"
+    """The folder of the finished tiny alignment experiment.
+
+    Its runs are world, pretrain, sft, reward, ppo, ppo-ptx and evaluate.
+    """
+    root = session_folder / "chain"
+    done = session_folder / "chain.done"
     with (session_folder / "chain.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be computing it
         if not done.exists():
             with pytest.MonkeyPatch.context() as monkeypatch:
                 stages.use_devices(monkeypatch, 1)

@@ -1,4 +1,4 @@
-"""Items of the public tasks of one world."""
+"""Sampled items of one world's public tasks."""
 
 from functools import cache
 

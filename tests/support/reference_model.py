@@ -1,9 +1,8 @@
-"""A slow reference forward pass in NumPy and float64, written from the definitions: one
-sequence, no batch, no padding.
+"""A slow reference forward pass in NumPy and float64, written from the definitions.
 
-Layers, heads and positions are loops. A query gets only the keys that it may see, so there
-is no mask. Rotary positions are products of complex numbers. Parameters are those of the
-library, looked up by name.
+It takes one sequence: no batch, no padding. Layers, heads and positions are loops. A query
+gets only the keys that it may attend to, so there is no mask. Rotary positions are products
+of complex numbers. It reads the library's parameters by name.
 """
 
 import math
@@ -65,9 +64,9 @@ def attention(
 ) -> list[np.ndarray]:
     """Each position attends to itself and earlier ones; `num_heads / num_kv_heads` adjacent
     heads share a key."""
-    queries, keys, values = (
-        [linear(row, parameters[name]) for row in x] for name in ("query", "key", "value")
-    )
+    queries = [linear(row, parameters["query"]) for row in x]
+    keys = [linear(row, parameters["key"]) for row in x]
+    values = [linear(row, parameters["value"]) for row in x]
     if config.qk_norm:
         queries = [
             np.array([norm(head, parameters["query_norm"], config) for head in row])
@@ -125,7 +124,7 @@ def mlp(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.nd
 
 
 def float64(tree: Any, layer: int | None = None) -> Any:
-    """The tree in float64; with `layer`, that layer of stacked parameters."""
+    """The tree in float64; with `layer`, the parameters of that layer of the stack."""
     if isinstance(tree, dict):
         return {name: float64(child, layer) for name, child in tree.items()}
     return np.asarray(tree if layer is None else tree[layer], np.float64)
@@ -157,7 +156,7 @@ def hidden_states(config: ModelConfig, params: Any, tokens: list[int]) -> np.nda
 
 
 def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
-    """f64[T, V]: row t has the logits of the token after tokens[t]."""
+    """f64[T, V]: row t holds the logits of the token after tokens[t]."""
     kernel = params["embedding"] if config.tied_embeddings else params["head"]["kernel"]
     return capped(
         hidden_states(config, params, tokens) @ np.asarray(kernel, np.float64).T,
@@ -166,7 +165,7 @@ def logits(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
 
 
 def scalars(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
-    """f64[T]: the scalar head."""
+    """f64[T]: the output of the scalar head."""
     return np.array(
         [
             linear(row, float64(params["scalar_head"]))
@@ -178,6 +177,6 @@ def scalars(config: ModelConfig, params: Any, tokens: list[int]) -> np.ndarray:
 def logprobs(
     config: ModelConfig, params: Any, tokens: list[int], temperature: float = 1.0
 ) -> np.ndarray:
-    """f64[T, V]: row t is the log of the distribution of the token after tokens[t]."""
+    """f64[T, V]: row t holds the log-probabilities of the token after tokens[t]."""
     scaled = logits(config, params, tokens) / temperature
     return scaled - np.log(np.sum(np.exp(scaled), axis=-1, keepdims=True))

@@ -1,9 +1,8 @@
-"""Slow, plain references for the losses, the advantages and the masked statistics: loops
-over Python floats, without JAX.
+"""Slow, plain references for the losses, the advantages and the masked statistics.
 
-They follow the definitions, not the library: they sum where the library scans, and use
-lists of the real values where the library masks. A masked entry is never read, so it may
-hold anything.
+They loop over Python floats, without JAX, and follow the definitions rather than the
+library: they sum where the library scans, and use lists of the real values where the
+library masks. They never read a masked entry, so it may hold any value.
 """
 
 import math
@@ -13,8 +12,8 @@ import numpy as np
 
 
 def ragged_mask(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """b[rows, columns]: right-padded rows of random length, the first one full, and only
-    the last one empty."""
+    """b[rows, columns]: right-padded rows of random length. Only the first row is full, and
+    only the last one is empty."""
     lengths = rng.integers(1, columns + 1, size=rows)
     lengths[0] = columns
     lengths[-1] = 0

@@ -233,10 +233,7 @@ def write_public_tasks(folder: Path, bonus: float) -> None:
         few_shot = accuracy + bonus
         tasks: dict[str, Any] = {}
         for task in PUBLIC_TASKS:
-            tasks[task] = {
-                "zero-shot": share(few_shot - 0.1),
-                "few-shot": share(few_shot),
-            }
+            tasks[task] = {"zero-shot": share(few_shot - 0.1), "few-shot": share(few_shot)}
         # BLEU is logged in percent, and without values for each item.
         tasks["translation"] = {
             "zero-shot": estimate(100.0 * (few_shot - 0.1), 3.0),

@@ -1,4 +1,4 @@
-"""States and checkpoints of the tests, and what may befall them."""
+"""Train states, checkpoints and ways to damage them, for tests."""
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +24,25 @@ def make_train_state(seed=0.0, width=8):
 
 
 def make_ppo_state(seed=0.0):
-    policy, value = make_train_state(seed), make_train_state(seed + 100)
+    policy = make_train_state(seed)
+    value = make_train_state(seed + 100)
     return PpoState(
         policy=policy, value=value, ema=jax.tree.map(lambda x: x / 3, policy.params)
     )
 
 
 def on_devices(tree, count):
-    """`tree` as abstract arrays, rows of 8 split over `count` devices."""
+    """`tree` as abstract arrays whose last axis, if of size 8, is sharded over `count`
+    devices."""
     mesh = jax.make_mesh(
         (count,), ("rows",), devices=jax.devices()[:count], axis_types=(AxisType.Auto,)
     )
 
     def layout(leaf):
-        spec = PartitionSpec(
-            *(
-                "rows" if size == 8 and i == leaf.ndim - 1 else None
-                for i, size in enumerate(leaf.shape)
-            )
-        )
+        axes = [None] * leaf.ndim
+        if leaf.shape[-1:] == (8,):
+            axes[-1] = "rows"
+        spec = PartitionSpec(*axes)
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
         )

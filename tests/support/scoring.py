@@ -1,4 +1,5 @@
-"""Per-response log-probabilities, values and scores, by the functions that score rows."""
+"""Per-response log-probabilities, values and scores, computed with the packed scoring
+functions."""
 
 from instructax.models import Transformer
 from instructax.models.scoring import (
@@ -15,8 +16,8 @@ from instructax.types import Array, Comparisons, Params, Rollouts
 def token_logprobs(
     model: Transformer, params: Params, rollouts: Rollouts, *, temperature: Array | float
 ) -> Array:
-    """Log-probability of each response token given all before it: f32[B, R], zero where
-    masked."""
+    """Log-probability of each response token given all previous tokens: f32[B, R], zero
+    where masked."""
     rows = rollout_sequences(rollouts)
     logprobs = packed_logprobs(model, params, rows, temperature=temperature)
     return logprobs[:, rollouts.prompts.tokens.shape[1] :]
@@ -33,7 +34,10 @@ def sequence_scores(
     model: Transformer, params: Params, responses: Comparisons | Rollouts
 ) -> Array:
     """The scalar head at the last real token: f32[B] for Rollouts, f32[B, K] for
-    Comparisons. An empty response is scored at the prompt's last token."""
+    Comparisons.
+
+    An empty response is scored at the last token of its prompt.
+    """
     if isinstance(responses, Rollouts):
         rows = rollout_sequences(responses)
     else:

@@ -1,4 +1,4 @@
-"""Tasks of the simulated world: some that are judged by hand, and samples of any number."""
+"""Tasks of the simulated world: hand-judged examples, and samples of any size."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ SHARES = {name: use_case.share for name, use_case in USE_CASES.items()}
 
 
 def sample_task(rng: np.random.Generator) -> Task:
-    """Samples a task of WORLD, with the use cases in their shares."""
+    """Samples a task of WORLD; use cases occur with their shares."""
     return USE_CASES[choose_weighted(rng, SHARES)].sample_task(WORLD, rng)
 
 
@@ -46,23 +46,13 @@ def sample_tasks(count: int, seed: int = 0) -> list[Task]:
 
 ANIMALS = word_set(CATEGORIES["animal"])
 # The words of all other categories.
-NOT_ANIMALS = frozenset(
-    word.lower()
-    for category, words in CATEGORIES.items()
-    if category != "animal"
-    for word in words
-)
+OTHER_CATEGORIES = [words for name, words in CATEGORIES.items() if name != "animal"]
+NOT_ANIMALS = frozenset(word.lower() for words in OTHER_CATEGORIES for word in words)
 
 # The judge reads the prompt only in closed-domain tasks, and never the ideal response.
 HAND_TASKS = {
     "list": make_word_task(
-        "brainstorming",
-        "",
-        "",
-        FACTS,
-        [ANIMALS] * 3,
-        NOT_ANIMALS,
-        word_budget=7,
+        "brainstorming", "", "", FACTS, [ANIMALS] * 3, NOT_ANIMALS, word_budget=7
     ),
     "list, not cat": make_word_task(
         "brainstorming",

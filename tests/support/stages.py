@@ -1,8 +1,7 @@
-"""What the tests of the stages share: batches, programs, plain references, ways to watch a
-run.
+"""Shared by the stage tests: batches, programs, plain references, and ways to watch a run.
 
-A plain reference runs every document alone, from column 0, without padding on the left,
-packing, chunks or a mask, and adds up in float64.
+A plain reference runs every document alone from column 0: no left padding, packing, chunks
+or mask. It sums in float64.
 """
 
 import contextlib
@@ -46,32 +45,31 @@ MAKE_MESH = sharding.make_mesh
 
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Gives every stage the first `count` devices."""
+    """Restricts every stage to the first `count` devices."""
     monkeypatch.setattr(
         sharding, "make_mesh", partial(MAKE_MESH, devices=jax.devices()[:count])
     )
 
 
 def config_of(root: Path, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The config of the chain's run `name` with `overrides`; its data and parents are the
-    chain's own."""
-    run = next(
-        run
-        for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
-        if run.name == name
-    )
+    """The config of the chain's run `name` with `overrides`. Data and parents are those of
+    the chain."""
+    runs = {
+        run.name: run for run in experiment.load_file(CHAIN).get_runs("tiny", str(root))
+    }
+    run = runs[name]
     return experiment.load_config(RunSpec(name, run.config, {**run.overrides, **overrides}))
 
 
 def config_with_kernel(values: dict[str, Any]) -> Any:
-    """The Config that a stage trains with: its attention kernel is selected."""
+    """The Config that a stage trains with, with its attention kernel selected."""
     config = build_config(values)
     lengths = load_stage(config.stage).row_lengths(config)
     return select_attention_kernel(config, lengths)[0]
 
 
 class Watch:
-    """Sees what the loop of a run starts from and ends with, and can stop it."""
+    """Records the first and last state of a run's training loop, and can interrupt it."""
 
     def __init__(
         self,
@@ -82,7 +80,7 @@ class Watch:
     ):
         self.first: Any = None
         self.last: Any = None
-        self.read: list[Any] = []  # what is called with the step before its batch is read
+        self.read: list[Any] = []  # functions called with the step before its batch is read
         fit = loop.fit
 
         def watched(state: Any, callbacks: Any, outputs: Any, **rest: Any) -> Any:
@@ -106,19 +104,21 @@ class Watch:
 
 
 class Stopped(Exception):
-    """A run was stopped before its first step, on purpose."""
+    """Raised on purpose to stop a run before its first step."""
 
 
-def started(config: dict[str, Any], workdir: Path) -> Any:
-    """The state that a run starts from; nothing is trained."""
+def initial_state(config: dict[str, Any], workdir: Path) -> Any:
+    """The state that a run starts from; trains nothing."""
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stopped):
         watch = Watch(monkeypatch, enter=False)
         experiment.run_stage(config, workdir)
     return watch.first
 
 
-def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str) -> Path:
-    """A finished supervised run with these parameters, that was never trained."""
+def write_finished_run(
+    workdir: Path, model: ModelConfig, params: Any, tokenizer_path: str
+) -> Path:
+    """Writes a finished supervised run with these parameters, without training it."""
     checkpoints = Checkpoints(
         workdir, save_every=1, keep=1, best_metric="", best_mode="max", exported="params"
     )
@@ -140,20 +140,24 @@ def fabricated(workdir: Path, model: ModelConfig, params: Any, tokenizer_path: s
 
 
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over as many of the devices as it needs."""
+    """A mesh over as many devices as its axes need."""
     config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     return MAKE_MESH(config, jax.devices()[: data * fsdp * tensor])
 
 
 def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
-    """Rows of two documents and padding, with lengths and numbers of trained tokens that
-    differ by row; the last row is empty."""
+    """Rows of two documents and padding.
+
+    Lengths and numbers of trained tokens differ by row. The last row is empty.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(tiny_models.VOCAB_SIZE, size=(rows, columns)).astype(np.int32)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = np.zeros_like(tokens)
+    positions = np.zeros_like(tokens)
     loss_mask = np.zeros(tokens.shape, bool)
     for row in range(rows - 1):
-        first, second = min(row + 2, columns // 2), columns // 2 - 1
+        first = min(row + 2, columns // 2)
+        second = columns // 2 - 1
         for number, (start, size) in enumerate(((0, first), (first, second)), start=1):
             segments[row, start : start + size] = number
             positions[row, start : start + size] = np.arange(size)
@@ -164,8 +168,10 @@ def packed_rows(rows: int, columns: int, seed: int = 0) -> LmBatch:
 
 
 def comparisons(answers: Sequence[int], columns: int, seed: int = 0) -> Comparisons:
-    """One prompt for each entry of `answers`, its number of valid answers; ranks tie now
-    and then, and prompt 0, if it has two or more answers, ties them all: it has no pair."""
+    """One prompt for each entry of `answers`, which is its number of valid answers.
+
+    Ranks tie occasionally. Prompt 0 has only ties, and therefore no pair.
+    """
     rng = np.random.default_rng(seed)
     shape = (len(answers), max(answers), columns)
     valid = np.arange(shape[1])[None] < np.asarray(answers)[:, None]
@@ -198,8 +204,10 @@ def supervised_settings(
 
 
 def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram:
-    """PPO with small networks of both families; Adam's epsilon keeps rounding errors from
-    becoming whole steps."""
+    """PPO with small networks of both families.
+
+    Adam's epsilon is large enough that rounding errors do not become whole steps.
+    """
     optimizer = changes.pop(
         "optimizer", tiny_models.optimizer_config(epsilon=1e-3, clip_norm=1.0)
     )
@@ -224,7 +232,7 @@ def ppo_program(mesh: jax.sharding.Mesh, **changes: Any) -> algorithm.PpoProgram
         "policy_optimizer": make_optimizer(optimizer),
         "value_optimizer": make_optimizer(optimizer),
         "mesh": mesh,
-        "eos_id": 21,  # one that random policies sample now and then
+        "eos_id": 21,  # a token that random policies sample occasionally
         "response_tokens": 7,
         "row_tokens": 16,
         "clip_values": True,
@@ -263,7 +271,7 @@ def ppo_settings(seed: int = 3, **changes: float) -> algorithm.PpoSettings:
 
 
 def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
-    """Random networks."""
+    """A state with random networks."""
     policy = start_from(
         tiny_models.random_params(program.policy, seed),
         program.policy_optimizer,
@@ -278,38 +286,41 @@ def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
 
 
 def no_phase(name: str) -> contextlib.AbstractContextManager[None]:
-    """In place of a log that times phases."""
+    """Stands in for a log that times phases."""
     return contextlib.nullcontext()
 
 
 def copy_of(tree: Any) -> Any:
-    """Buffers of its own, which outlive the donation of `tree`."""
+    """A copy with its own buffers, which survive the donation of `tree`."""
     return jax.tree.map(jnp.copy, tree)
 
 
 def documents_of(batch: LmBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, loss_mask) of each document of packed rows."""
-    tokens, segments, loss_mask = (
-        np.asarray(x) for x in (batch.tokens, batch.segments, batch.loss_mask)
-    )
-    return [
-        (tokens[row, segments[row] == number], loss_mask[row, segments[row] == number])
-        for row in range(len(tokens))
-        for number in range(1, segments[row].max() + 1)
-    ]
+    """(tokens, loss_mask) of each document in packed rows."""
+    tokens = np.asarray(batch.tokens)
+    segments = np.asarray(batch.segments)
+    loss_mask = np.asarray(batch.loss_mask)
+    documents = []
+    for row in range(len(tokens)):
+        # Segment 0 is padding.
+        for number in range(1, segments[row].max() + 1):
+            own = segments[row] == number
+            documents.append((tokens[row, own], loss_mask[row, own]))
+    return documents
 
 
 def responses_of(rollouts: Rollouts) -> list[np.ndarray]:
     """Prompt and response of each row as one document."""
-    prompts, responses = rollouts.prompts, rollouts.responses
-    rows = zip(
-        *(np.asarray(x) for x in (prompts.tokens, prompts.mask, responses, rollouts.mask)),
-        strict=True,
-    )
-    return [
-        np.concatenate([prompt[real], response[mask]])
-        for prompt, real, response, mask in rows
-    ]
+    prompts = np.asarray(rollouts.prompts.tokens)
+    prompt_mask = np.asarray(rollouts.prompts.mask)
+    responses = np.asarray(rollouts.responses)
+    response_mask = np.asarray(rollouts.mask)
+    documents = []
+    for row in range(len(prompts)):
+        prompt = prompts[row][prompt_mask[row]]
+        response = responses[row][response_mask[row]]
+        documents.append(np.concatenate([prompt, response]))
+    return documents
 
 
 def comparison_documents(batch: Comparisons, prompt: int) -> list[np.ndarray]:
@@ -327,9 +338,11 @@ def comparison_documents(batch: Comparisons, prompt: int) -> list[np.ndarray]:
 def plain_ranking(
     model: Transformer, params: Any, batch: Comparisons
 ) -> tuple[float, int, int]:
-    """(mean loss over prompts with a pair, pairs ordered correctly, pairs), each response
-    run alone."""
-    losses, correct, count = [], 0, 0
+    """(mean loss over prompts with a pair, correctly ordered pairs, pairs), scoring each
+    response alone."""
+    losses = []
+    correct = 0
+    count = 0
     for prompt in range(len(batch.ranks)):
         scores = plain_scores(model, params, comparison_documents(batch, prompt))
         ranks = np.asarray(batch.ranks[prompt])[np.asarray(batch.valid[prompt])]
@@ -345,7 +358,7 @@ def plain_ranking(
     return sum(losses) / len(losses), correct, count
 
 
-BLOCK = 16  # documents that are run at a time, so that any number of them compiles once
+BLOCK = 16  # batch size; fixed, so that any number of documents compiles once
 
 
 @partial(jax.jit, static_argnums=0)
@@ -356,27 +369,26 @@ def _outputs(model: Transformer, params: Any, tokens: jax.Array) -> jax.Array:
     )[0]
     if model.head == "scalar":
         return outputs
-    logits, cap = (
-        outputs @ head_kernel(model.config, params).T,
-        model.config.final_logit_softcap,
-    )
+    logits = outputs @ head_kernel(model.config, params).T
+    cap = model.config.final_logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def plain_outputs(
     model: Transformer, params: Any, documents: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Logits f64[n, T, V] or scalars f64[n, T] of documents, one to a row; columns after
-    its end mean nothing."""
+    """Logits f64[n, T, V] or scalars f64[n, T], one document per row.
+
+    Columns after a document's end are meaningless.
+    """
     tokens = np.zeros(
         (-(-len(documents) // BLOCK) * BLOCK, model.config.max_length), np.int32
     )
     for row, document in enumerate(documents):
         tokens[row, : len(document)] = document
-    blocks = [
-        _outputs(model, params, tokens[start : start + BLOCK])
-        for start in range(0, len(tokens), BLOCK)
-    ]
+    blocks = []
+    for start in range(0, len(tokens), BLOCK):
+        blocks.append(_outputs(model, params, tokens[start : start + BLOCK]))
     return np.concatenate(blocks).astype(np.float64)[: len(documents)]
 
 
@@ -386,20 +398,24 @@ def plain_logprobs(
     documents: Sequence[np.ndarray],
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
-    """Log-probability of each token given those before it: f64[n] each; nothing predicts
-    the first, it gets 0."""
+    """Log-probability of each token given the previous ones: f64[length] for each document.
+
+    The first token has no prediction and gets 0.
+    """
     logits = plain_outputs(model, params, documents) / temperature
     logprobs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-    return [
-        np.array([0.0, *(logprobs[row, t, token] for t, token in enumerate(document[1:]))])
-        for row, document in enumerate(documents)
-    ]
+    found = []
+    for row, document in enumerate(documents):
+        # The logits at position t predict the token at t + 1.
+        predicted = [logprobs[row, t, token] for t, token in enumerate(document[1:])]
+        found.append(np.array([0.0, *predicted]))
+    return found
 
 
 def plain_scores(
     model: Transformer, params: Any, documents: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """The scalar head's output at each document's last token: f64[n]."""
+    """The scalar head's output at the last token of each document: f64[n]."""
     outputs = plain_outputs(model, params, documents)
     return np.array(
         [outputs[row, len(document) - 1] for row, document in enumerate(documents)]
@@ -414,7 +430,7 @@ def plain_loss(model: Transformer, params: Any, batch: LmBatch) -> float:
 
 
 def assert_trees_close(got: Any, wanted: Any, *, rtol: float, atol: float) -> None:
-    """Every leaf, with its path in the message."""
+    """Compares every leaf; a failure names its path."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True
@@ -425,7 +441,7 @@ def assert_trees_close(got: Any, wanted: Any, *, rtol: float, atol: float) -> No
 
 
 def assert_trees_equal(got: Any, wanted: Any) -> None:
-    """Every leaf, to the bit."""
+    """Compares every leaf bit for bit."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted), strict=True

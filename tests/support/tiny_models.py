@@ -1,8 +1,8 @@
 """Tiny networks and inputs for tests: one config per model family, with two layers.
 
-Any field can be changed, as in `gpt_config(num_layers=3)`. All dimensions differ, so
-swapping two axes is a shape error. The parameters of `random_params` are large and never
-zero or one, so a forgotten bias or scale shows in the outputs.
+Any field can be overridden, as in `gpt_config(num_layers=3)`. All dimensions differ, so
+swapping two axes is a shape error. `random_params` draws large parameters that are never
+zero or one, so a forgotten bias or scale changes the outputs.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def neox_config(**changes: Any) -> ModelConfig:
 
 
 def qwen_config(**changes: Any) -> ModelConfig:
-    """Qwen2's biases and Qwen3's norms on query and key in one, and rotary scaling."""
+    """Qwen2's biases, Qwen3's query and key norms, and rotary scaling in one config."""
     scaling = RotaryScaling(
         kind="llama3",
         factor=4.0,
@@ -113,7 +113,7 @@ def gemma_config(**changes: Any) -> ModelConfig:
 
 
 def compute(**changes: Any) -> ComputeConfig:
-    """float32, no remat, and a head chunk that divides few lengths."""
+    """float32, no remat, and a head chunk that does not divide most lengths."""
     values: dict[str, Any] = {
         "dtype": "float32",
         "decoding_dtype": "float32",

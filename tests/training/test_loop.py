@@ -1,4 +1,4 @@
-"""The loop, seen from a toy whose state is a number, and the pieces of a step, seen from
+"""The training loop, with a toy whose state is a number; and the parts of a step, with
 small networks."""
 
 import contextlib
@@ -32,15 +32,16 @@ from instructax.training.state import abstract_state, init_state, layouts, start
 
 @dataclasses.dataclass
 class Toy:
-    """A run whose state is a list of batches: everything that `fit` calls is written to
+    """A run whose state lists its batches. Every call that `fit` makes is recorded in
     `calls`."""
 
     save_every: int = 100
-    signal_in: tuple[str, int] = ("", 0)  # where SIGINT comes: (call, step)
+    # The call during which SIGINT arrives: (call, step).
+    signal_in: tuple[str, int] = ("", 0)
     calls: list[Any] = dataclasses.field(default_factory=list)
     first_metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unevaluated: dict[str, Any] | None = None
-    pauses_in: str = ""  # which of the calls can be given up
+    pauses_in: str = ""  # the call that checks for a requested stop
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -162,7 +163,7 @@ def test_the_order_of_one_run():
     assert metrics == {"loss": 9, "held_out": 2}
 
 
-def test_every_state_that_is_saved_was_made_ready():
+def test_every_saved_state_went_through_prepare_save():
     toy = Toy(save_every=2, signal_in=("update", 2))
     with pytest.raises(loop.Interrupted):
         toy.fit(State(0), total_steps=7, prepare_save=toy.finish)
@@ -177,15 +178,16 @@ def test_every_state_that_is_saved_was_made_ready():
 @pytest.mark.parametrize(
     ("every", "steps"), [(0, [7]), (2, [2, 4, 6, 7]), (7, [7]), (3, [3, 6, 7]), (100, [7])]
 )
-def test_evaluation_every_so_often_and_at_the_end(every, steps):
+def test_evaluates_periodically_and_at_the_end(every, steps):
     toy = Toy()
     toy.fit(State(0), total_steps=7, evaluate_every=every)
     assert [call[1] for call in toy.named("evaluate")] == steps
     assert [call[1] for call in toy.named("record") if "held_out" in call[2]] == steps
 
 
-def test_resuming_goes_on_where_it_stopped():
-    whole, rest = Toy(), Toy()
+def test_resuming_continues_where_the_run_stopped():
+    whole = Toy()
+    rest = Toy()
     last, _ = whole.fit(State(0), total_steps=5, evaluate_every=2)
     resumed, _ = rest.fit(
         State(3, ("batch 0", "batch 1", "batch 2")), total_steps=5, evaluate_every=2
@@ -203,7 +205,7 @@ def test_a_run_that_lacks_only_its_summary_is_evaluated():
     assert toy.calls == [("phase", "evaluate"), ("evaluate", 4, "finished")]
 
 
-def test_that_evaluation_may_be_given_up_too():
+def test_the_final_evaluation_can_be_interrupted_too():
     toy = Toy(signal_in=("evaluate", 4), pauses_in="evaluate")
     with pytest.raises(loop.Interrupted, match="step 4 is saved"):
         toy.fit(State(4, ("finished",)), total_steps=4)
@@ -235,15 +237,15 @@ def test_an_interruption_saves_the_finished_step(call):
     assert toy.calls[-1] == toy.named("save")[0]
 
 
-def test_an_interruption_during_a_save_that_was_none_takes_one_more_step():
-    """Else it would claim that step 3 is saved, where `maybe_save` had nothing to do."""
+def test_an_interruption_after_a_skipped_save_takes_one_more_step():
+    """`maybe_save` saved nothing at step 3, so the message must not claim that it did."""
     toy = Toy(signal_in=("maybe_save", 3))
     with pytest.raises(loop.Interrupted, match="step 4 is saved"):
         toy.fit(State(0), total_steps=9)
     assert [call[1] for call in toy.named("save")] == [4]
 
 
-def test_an_update_that_pauses_is_given_up():
+def test_an_update_that_checks_for_stops_is_abandoned():
     toy = Toy(signal_in=("update", 2), pauses_in="update")
     with pytest.raises(loop.Interrupted, match="step 2 is saved"):
         toy.fit(State(0), total_steps=9, evaluate_every=1, prepare_save=toy.finish)
@@ -253,7 +255,7 @@ def test_an_update_that_pauses_is_given_up():
     assert [call[1] for call in toy.named("record")] == [1, 2]
 
 
-def test_a_first_update_that_pauses_leaves_the_start():
+def test_an_abandoned_first_update_saves_step_0():
     toy = Toy(signal_in=("read", 0), pauses_in="update")
     with pytest.raises(loop.Interrupted, match="step 0 is saved"):
         toy.fit(State(0), total_steps=9)
@@ -261,13 +263,10 @@ def test_a_first_update_that_pauses_leaves_the_start():
 
 
 @pytest.mark.parametrize("total_steps", [5, 3])
-def test_an_evaluation_that_pauses_is_made_up_for(total_steps):
-    """Steps, figures and lines of the log are in the end what they are of a run that
-    nothing stopped."""
-    whole, stopped = (
-        Toy(save_every=2),
-        Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate"),
-    )
+def test_an_interrupted_evaluation_is_repeated_on_resume(total_steps):
+    """In the end, steps, metrics and log lines equal those of an uninterrupted run."""
+    whole = Toy(save_every=2)
+    stopped = Toy(save_every=2, signal_in=("evaluate", 3), pauses_in="evaluate")
     wanted = whole.fit(State(0), total_steps=total_steps, evaluate_every=3)
     with pytest.raises(loop.Interrupted, match="step 3 is saved"):
         stopped.fit(State(0), total_steps=total_steps, evaluate_every=3)
@@ -279,7 +278,7 @@ def test_an_evaluation_that_pauses_is_made_up_for(total_steps):
     assert stopped.named("record") + resumed.named("record") == whole.named("record")
 
 
-def test_an_evaluation_may_be_given_up_again():
+def test_an_evaluation_can_be_interrupted_again():
     toy = Toy(unevaluated={"loss": 8}, signal_in=("evaluate", 3), pauses_in="evaluate")
     with pytest.raises(loop.Interrupted, match="step 3 is saved"):
         toy.fit(State(3, ("batch 2",)), total_steps=3)
@@ -288,13 +287,13 @@ def test_an_evaluation_may_be_given_up_again():
     ]
 
 
-def test_an_interruption_of_the_last_step_is_too_late():
+def test_an_interruption_during_the_last_step_has_no_effect():
     toy = Toy(signal_in=("update", 8))
     assert toy.fit(State(0), total_steps=9)[0].step == 9
     assert [call[1] for call in toy.named("save")] == [9]
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_second_signal_ends_the_run_at_once():
     toy = Toy(signal_in=("update", 2))
     toy.record = lambda *_: (
         os.kill(os.getpid(), signal.SIGINT) if toy.calls[-1][:2] == ("update", 2) else None
@@ -304,7 +303,7 @@ def test_a_second_signal_ends_at_once():
     assert toy.named("save") == []
 
 
-def test_the_first_step_of_a_run_or_of_what_is_left_of_it_is_noted():
+def test_the_first_step_of_a_new_or_resumed_run_is_reported():
     for first in (0, 2):
         toy = Toy()
         toy.fit(State(first), total_steps=4)
@@ -318,7 +317,7 @@ def test_a_failing_update_restores_the_handlers():
         toy.fit(State(0), total_steps=1)
 
 
-# Pieces of a step.
+# Parts of a step.
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +332,7 @@ def test_shares():
     np.testing.assert_array_equal(microbatch_weights(jnp.zeros(2)), [0.0, 0.0])
 
 
-def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
+def test_split_rows_keeps_the_order_and_shards_every_microbatch(mesh):
     rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
     parts = jax.jit(lambda tree: split_microbatches(tree, 2, mesh))(
         sharding.shard_rows(rows, mesh)
@@ -344,14 +343,12 @@ def test_split_rows_keeps_the_order_and_spreads_every_part(mesh):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_accumulated_is_the_whole_batch(mesh, parts):
-    """A masked mean over rows of 0 to 5 real tokens: the parts have unequal counts, and one
-    of four has none."""
+def test_accumulated_gradients_equal_those_of_the_whole_batch(mesh, parts):
+    """A masked mean over rows of 0 to 5 real tokens. The microbatches have unequal counts,
+    and one of four has none."""
     rng = np.random.default_rng(0)
-    x, y = (
-        rng.normal(size=(8, 5, 3)).astype(np.float32),
-        rng.normal(size=(8, 5)).astype(np.float32),
-    )
+    x = rng.normal(size=(8, 5, 3)).astype(np.float32)
+    y = rng.normal(size=(8, 5)).astype(np.float32)
     mask = np.arange(5)[None, :] < np.array([5, 1, 0, 0, 2, 1, 4, 3])[:, None]
     params = {"w": jnp.asarray(rng.normal(size=3), jnp.float32)}
 
@@ -377,7 +374,7 @@ def test_accumulated_is_the_whole_batch(mesh, parts):
     np.testing.assert_allclose(jnp.sum(weights * losses), loss, rtol=1e-5)
 
 
-def test_one_part_is_weighted_too():
+def test_a_single_microbatch_is_weighted_too():
     gradients, metrics = accumulate(
         lambda part: ({"w": part}, part), jnp.array([6.0]), jnp.array([0.5])
     )
@@ -396,7 +393,7 @@ def fresh(network, mesh):
     return init_state(*network, jax.random.key(3), mesh)
 
 
-def test_a_fresh_state_is_sharded_at_birth(network, fresh, mesh):
+def test_a_fresh_state_is_sharded_at_initialization(network, fresh, mesh):
     abstract = abstract_state(*network, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
@@ -411,7 +408,7 @@ def test_a_fresh_state_is_sharded_at_birth(network, fresh, mesh):
     assert fresh.step == 0 and all(
         not jnp.any(leaf) for leaf in jax.tree.leaves(fresh.opt_state)
     )
-    assert 0.15 < jnp.std(kernel) < 0.25  # init_std is 0.2: drawn, not zero
+    assert 0.15 < jnp.std(kernel) < 0.25  # init_std is 0.2: random, not zero
 
 
 def test_a_fresh_state_does_not_depend_on_the_mesh(network, fresh):
@@ -421,9 +418,10 @@ def test_a_fresh_state_does_not_depend_on_the_mesh(network, fresh):
 
 
 def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh):
-    """The PPO stage keeps them as its reference while the state, which starts as the same
-    numbers, is donated."""
-    optimizer, loaded = network[1], fresh.params
+    """PPO keeps the loaded parameters as its reference, while the state that starts from
+    the same values is donated."""
+    optimizer = network[1]
+    loaded = fresh.params
     kept = jax.tree.map(np.asarray, loaded)
     state = start_from(loaded, optimizer, mesh)
     jax.tree.map(np.testing.assert_array_equal, state.params, kept)
@@ -459,17 +457,21 @@ class Failing(Toy):
 def test_a_run_ends_after_more_skipped_updates_in_a_row_than_allowed(
     tmp_path, bad, ends_after
 ):
-    """Two may be; it is seen one update later, but at once where a step is saved."""
+    """Two are allowed. The guard notices one update later, but at once where a step is
+    saved."""
     toy = Failing(save_every=3)
     toy.bad = bad
     skips = NonFiniteGuard(2, tmp_path / "skipped")
     if ends_after is None:
         toy.fit(State(0), total_steps=6, nonfinite_guard=skips)
     else:
-        message = f"not finite in 3 updates in a row, up to step {ends_after}; .*same command repeats it"
+        message = (
+            f"not finite in 3 updates in a row, up to step {ends_after}; "
+            f".*same command repeats it"
+        )
         with pytest.raises(Diverged, match=message):
             toy.fit(State(0), total_steps=6, nonfinite_guard=skips)
-    # The first three of a row end the run; none of their batches but the first two is kept.
+    # The third skip in a row ends the run; only the batches of the first two are kept.
     kept = [step + 1 for step in bad][: None if ends_after is None else 2]
     assert sorted(path.name for path in (tmp_path / "skipped").iterdir()) == [
         f"{step}-0.npz" for step in kept

@@ -1,5 +1,5 @@
-"""Adam against a loop in plain Python, schedules at points worked out by hand, decay and
-clipping where they belong."""
+"""Adam against a loop in plain Python, schedules at hand-computed points, weight decay and
+clipping."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ from instructax.training.optimizer import (
 from instructax.training.state import new_state
 from instructax.types import TrainState
 
-BETA1, BETA2, EPSILON = F(9, 10), F(19, 20), F(1, 10)  # an epsilon large enough to be seen
+BETA1, BETA2, EPSILON = F(9, 10), F(19, 20), F(1, 10)  # an epsilon large enough to matter
 GRADIENTS = [F(1, 2), F(-3, 4), F(1, 8)]
 RATES = [F(1, 10), F(1, 5), F(1, 20)]
 
@@ -35,7 +35,10 @@ def adam(start: F, gradients: list[F], rates: list[F], decay: F = F(0)) -> list[
 
     m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  x ← x − rate · (m̂ / (√v̂ + ε) + decay · x)
     """
-    x, m, v, path = start, F(0), F(0), []
+    x = start
+    m = F(0)
+    v = F(0)
+    path = []
     for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
         m = BETA1 * m + (1 - BETA1) * g
         v = BETA2 * v + (1 - BETA2) * g**2
@@ -57,17 +60,17 @@ def state_of(params, **changes) -> tuple[TrainState, object]:
 
 
 def run(params, gradients_of, **changes) -> list:
-    """Parameters after each of the three steps, `gradients_of(g)` being the gradients."""
+    """Parameters after each of the three steps, with the gradients `gradients_of(g)`."""
     state, optimizer = state_of(params, **changes)
     path = []
     for g, rate in zip(GRADIENTS, RATES, strict=True):
         state = apply_gradients(optimizer, state, gradients_of(float(g)), jnp.float32(rate))
         path.append(state.params)
-    assert state.step == 0  # the stage counts its own steps
+    assert state.step == 0  # the stage has its own step counter
     return path
 
 
-def test_adam_is_the_plain_loop():
+def test_adam_equals_the_plain_loop():
     path = run({"scale": jnp.float32(2.0)}, lambda g: {"scale": jnp.float32(g)})
     np.testing.assert_allclose(
         [p["scale"] for p in path], adam(F(2), GRADIENTS, RATES), rtol=1e-6
@@ -80,8 +83,8 @@ def test_the_first_step_by_hand():
     assert adam(F(2), GRADIENTS[:1], RATES[:1]) == [pytest.approx(2 - 1 / 12)]
 
 
-def test_decay_takes_matrices_alone():
-    """kernel ← kernel − rate · (direction + decay · kernel); the bias beside it does not
+def test_only_matrices_decay():
+    """kernel ← kernel − rate · (direction + decay · kernel). The bias next to it does not
     decay."""
     both = {"kernel": jnp.float32(2.0), "bias": jnp.float32(2.0)}
     path = run(
@@ -89,7 +92,8 @@ def test_decay_takes_matrices_alone():
         lambda g: {"kernel": jnp.float32(g), "bias": jnp.float32(g)},
         weight_decay=0.25,
     )
-    kernel, bias = adam(F(2), GRADIENTS, RATES, decay=F(1, 4)), adam(F(2), GRADIENTS, RATES)
+    kernel = adam(F(2), GRADIENTS, RATES, decay=F(1, 4))
+    bias = adam(F(2), GRADIENTS, RATES)
     np.testing.assert_allclose([p["kernel"] for p in path], kernel, rtol=1e-6)
     np.testing.assert_allclose([p["bias"] for p in path], bias, rtol=1e-6)
 
@@ -98,8 +102,8 @@ def test_decay_takes_matrices_alone():
     "config", [tiny_models.gpt_config(tied_embeddings=False), tiny_models.llama_config()]
 )
 def test_what_decays_in_a_network(config):
-    """Whatever is a table or a product; biases and norms, also where the stack of layers
-    makes them [L, D], do not."""
+    """Tables and matrices decay. Biases and norms do not, even where the layer stack makes
+    them [L, D]."""
     model = Transformer(config, tiny_models.compute(), "scalar")
     marked = weight_decay_mask(
         jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -123,8 +127,8 @@ def test_what_decays_in_a_network(config):
     ("clip_norm", "factor"), [(1.0, F(1, 5)), (10.0, F(1)), (0.0, F(1))]
 )
 def test_clipping_by_the_global_norm(clip_norm, factor):
-    """Gradients 3 and 4 have norm 5. Above the limit both shrink by limit / 5; 0 is no
-    limit."""
+    """Gradients 3 and 4 have norm 5. Above the limit both are scaled by limit / 5; a limit
+    of 0 means no clipping."""
     state, optimizer = state_of(
         {"a": jnp.float32(0), "b": jnp.float32(0)}, clip_norm=clip_norm
     )
@@ -160,16 +164,10 @@ def test_gradients_that_are_not_finite_change_nothing(value, clip_norm):
 
 
 PEAK = F(1, 100)
-CONSTANT = {
-    "schedule": "constant",
-    "warmup_steps": 10,
-    "warmup_from": 0.1,
-}  # PPO (paper, C.4)
-COSINE = {
-    "schedule": "cosine",
-    "warmup_steps": 0,
-    "final_fraction": 0.1,
-}  # SFT and RM (paper, C.1, C.2)
+# PPO (paper, C.4).
+CONSTANT = {"schedule": "constant", "warmup_steps": 10, "warmup_from": 0.1}
+# SFT and RM (paper, C.1, C.2).
+COSINE = {"schedule": "cosine", "warmup_steps": 0, "final_fraction": 0.1}
 LINEAR = {
     "schedule": "linear",
     "warmup_steps": 4,
@@ -186,11 +184,11 @@ POINTS = [
     (COSINE, 25, 0.1 + 0.9 * (1 + math.sqrt(1 / 2)) / 2),
     (COSINE, 50, F(11, 20)),
     (COSINE, 100, F(1, 10)),
-    (COSINE, 120, F(1, 10)),  # past the end it stays there
+    (COSINE, 120, F(1, 10)),  # constant after the end
     (LINEAR, 0, F(0)),
     (LINEAR, 1, F(1, 4)),
     (LINEAR, 4, F(1)),
-    (LINEAR, 28, F(4, 5)),  # a quarter of the way from 4 to 100: 1/5 + 4/5 · 3/4
+    (LINEAR, 28, F(4, 5)),  # A quarter of the way from 4 to 100: 1/5 + 4/5 · 3/4.
     (LINEAR, 100, F(1, 5)),
     ({**COSINE, "warmup_steps": 4, "warmup_from": 0.5}, 2, F(3, 4)),
 ]
@@ -215,7 +213,7 @@ def test_a_warm_up_longer_than_the_run_is_harmless():
     assert rates == [0.0, 0.25, 0.5]
 
 
-def test_another_peak_compiles_nothing():
+def test_another_peak_does_not_recompile():
     config = tiny_models.optimizer_config(**CONSTANT)
     optimizer = make_optimizer(config)
 
@@ -228,13 +226,12 @@ def test_another_peak_compiles_nothing():
     moves = [
         1.0 - float(step(state, jnp.float32(peak)).params["kernel"]) for peak in (0.5, 0.25)
     ]
-    assert moves == pytest.approx(
-        [0.05, 0.025], rel=1e-4
-    )  # a tenth of the peak, in Adam's first direction of 1
+    # A tenth of the peak, in Adam's first direction, 1.
+    assert moves == pytest.approx([0.05, 0.025], rel=1e-4)
     assert step._cache_size() == 1
 
 
-def test_peaks_side_by_side():
+def test_vmap_over_peaks():
     config = tiny_models.optimizer_config(**COSINE)
     rate = functools.partial(
         learning_rate_at, jnp.int32(50), config=config, total_steps=100
@@ -248,7 +245,8 @@ def test_peaks_side_by_side():
 
 def test_moving_average_by_hand():
     """3/4 · 8 + 1/4 · (−4) = 5, and 3/4 · 5 + 1/4 · (−4) = 11/4."""
-    average, params = {"a": jnp.array([8.0])}, {"a": jnp.array([-4.0])}
+    average = {"a": jnp.array([8.0])}
+    params = {"a": jnp.array([-4.0])}
     once = moving_average(average, params, 0.75)
     assert float(once["a"][0]) == 5.0
     assert float(moving_average(once, params, jnp.float32(0.75))["a"][0]) == 2.75

@@ -1,4 +1,4 @@
-"""The supervised update against plain references: packing, accumulation, dropout."""
+"""The supervised update against plain references: packing, accumulation and dropout."""
 
 import dataclasses
 from functools import cache, partial
@@ -19,7 +19,8 @@ from instructax.types import LmBatch
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
+# SGD with rate 1: the update is −1 · gradient, which shows the gradient
+GRADIENT = optax.identity()
 MODEL = Transformer(tiny_models.gpt_config(), tiny_models.compute(), "tokens")
 
 
@@ -52,8 +53,8 @@ def run_update(program, batch, *, step: int = 0, settings=None):
 
 
 def plain_loss(params, batch):
-    """As `stages.plain_loss`, differentiable: documents alone on rows, the whole vocabulary
-    at once."""
+    """A differentiable `stages.plain_loss`: one document per row, with logits over the
+    whole vocabulary."""
     documents = stages.documents_of(batch)
     tokens = np.zeros((len(documents), MODEL.config.max_length), np.int32)
     trained = np.zeros(tokens.shape, bool)
@@ -66,7 +67,7 @@ def plain_loss(params, batch):
     return -jnp.sum(jnp.where(trained[:, 1:], chosen, 0.0)) / trained.sum()
 
 
-def test_update_is_the_gradient_of_the_mean_over_trained_tokens():
+def test_the_update_is_the_gradient_of_the_mean_over_trained_tokens():
     batch = stages.packed_rows(6, 14)
     gradients, metrics, state = run_update(program(), batch)
     params = tiny_models.random_params(MODEL)
@@ -87,7 +88,7 @@ def test_update_is_the_gradient_of_the_mean_over_trained_tokens():
     assert state.step == 1
 
 
-def test_packed_documents_train_as_they_would_alone():
+def test_packed_documents_train_like_separate_ones():
     packed = stages.packed_rows(5, 14)
     documents = stages.documents_of(packed)
     blank = np.zeros((len(documents), 14), np.int32)
@@ -111,10 +112,9 @@ def test_packed_documents_train_as_they_would_alone():
     stages.assert_trees_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_accumulated_is_the_whole_batch():
-    batch = stages.packed_rows(
-        8, 24
-    )  # rows with few and many trained tokens, and one with none
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    # Rows with few and with many trained tokens, and one with none.
+    batch = stages.packed_rows(8, 24)
     counts = batch.loss_mask.reshape(4, -1).sum(axis=1)
     assert len(set(counts)) == 4
     whole, metrics, _ = run_update(program(), batch)
@@ -133,7 +133,7 @@ def test_a_batch_without_a_trained_token_changes_nothing():
         assert metrics["loss"] == 0
 
 
-def test_loss_falls_on_a_batch_seen_again_and_again():
+def test_loss_falls_on_a_repeated_batch():
     config = tiny_models.optimizer_config(learning_rate=1e-2)
     learner = program(optimizer=make_optimizer(config), schedule=config)
     batch = stages.packed_rows(4, 14)
@@ -148,12 +148,10 @@ def test_loss_falls_on_a_batch_seen_again_and_again():
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_dropout_changes_with_the_step_and_only_with_it():
-    batch, dropping, half = (
-        stages.packed_rows(4, 14),
-        program(drops=True),
-        stages.supervised_settings(dropout=0.5),
-    )
+def test_dropout_changes_only_with_the_step():
+    batch = stages.packed_rows(4, 14)
+    dropping = program(drops=True)
+    half = stages.supervised_settings(dropout=0.5)
     losses = [
         float(run_update(dropping, batch, step=step, settings=half)[1]["loss"])
         for step in (0, 0, 1)
@@ -168,7 +166,7 @@ def test_dropout_changes_with_the_step_and_only_with_it():
     stages.assert_trees_close(rate_zero, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_dropped_depends_on_row_and_seed_and_not_on_the_parts():
+def test_dropout_depends_on_row_and_seed_but_not_on_microbatches():
     half = stages.supervised_settings(dropout=0.5)
     batch = stages.packed_rows(4, 14)
     parts, _, _ = run_update(program(drops=True, accumulate=2), batch, settings=half)
@@ -178,8 +176,8 @@ def test_what_is_dropped_depends_on_row_and_seed_and_not_on_the_parts():
         program(drops=True), batch, settings=stages.supervised_settings(seed=1, dropout=0.5)
     )
     assert not np.allclose(other["embedding"], whole["embedding"], rtol=1e-3)
-    # The same rows twice are not dropped alike: with one mask for both, half a batch would
-    # be seen twice.
+    # Two copies of the same rows get different dropout masks. With one mask for both, half
+    # of the batch would be redundant.
     rows = stages.packed_rows(2, 14)
     twice, _, _ = run_update(
         program(drops=True),

@@ -1,6 +1,7 @@
-"""Names, layouts and refusals of pretrained files, with arrays written by hand.
+"""Pretrained files: names, layouts and refused input, with hand-written arrays.
 
-tests/integration/test_interop.py compares with transformers."""
+tests/integration/test_interop.py compares with transformers.
+"""
 
 import json
 import tracemalloc
@@ -52,7 +53,9 @@ def abstract_of(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> A
     )
 
 
-def written(path: Path, config: ModelConfig, dtype: str = "float32") -> tuple[str, Any]:
+def write_folder(
+    path: Path, config: ModelConfig, dtype: str = "float32"
+) -> tuple[str, Any]:
     """Writes a folder with random parameters; returns its family and the parameters."""
     params = tiny_models.random_params(Transformer(config, tiny_models.compute(), "tokens"))
     family, raw = write_config(config)
@@ -75,8 +78,7 @@ TWO_HEADS = tiny_models.gpt_config(embed_dim=3, num_heads=2, num_kv_heads=2, hea
 
 
 def test_gpt2_fused_qkv_columns():
-    """c_attn maps 3 inputs to the 4 numbers of all queries, then of all keys, then of all
-    values."""
+    """c_attn maps 3 inputs to 4 outputs for all queries, then all keys, then all values."""
     row = next(row for row in weight_maps.GPT2 if row.name.endswith("c_attn.weight"))
     tensor = np.arange(36.0).reshape(3, 12)
     query, key, value = split_tensor(tensor, row, TWO_HEADS)
@@ -86,8 +88,8 @@ def test_gpt2_fused_qkv_columns():
 
 
 def test_neox_fused_qkv_rows():
-    """query_key_value has for each head its 2 rows of the query, of the key and of the
-    value, each of 3 inputs."""
+    """For each head, query_key_value has 2 rows each for the query, the key and the value,
+    with 3 inputs."""
     row = next(
         row for row in weight_maps.NEOX if row.name.endswith("query_key_value.weight")
     )
@@ -108,8 +110,8 @@ def test_neox_fused_qkv_rows():
 
 
 def test_llama_grouped_heads():
-    """Torch's Linear has outputs first: k_proj of one head of two numbers over 3 inputs,
-    o_proj of two such heads."""
+    """Torch's Linear has outputs first. k_proj has one head of size 2 and 3 inputs; o_proj
+    reads two such heads."""
     config = tiny_models.llama_config(embed_dim=3, num_heads=2, num_kv_heads=1, head_dim=2)
     by_name = {
         row.name.split(".")[-2]: row
@@ -124,10 +126,9 @@ def test_llama_grouped_heads():
 
 def test_a_planted_layout_fault_is_detected():
     tensor = np.arange(36.0).reshape(12, 3)
-    right, wrong = (
-        TensorSpec("x", layout, tuple(f"attention/{x}/kernel" for x in weight_maps.QKV))
-        for layout in ("H*3*d D", "3*H*d D")
-    )
+    names = tuple(f"attention/{x}/kernel" for x in weight_maps.QKV)
+    right = TensorSpec("x", "H*3*d D", names)
+    wrong = TensorSpec("x", "3*H*d D", names)
     assert (
         split_tensor(tensor, right, TWO_HEADS)[1].tolist()
         != split_tensor(tensor, wrong, TWO_HEADS)[1].tolist()
@@ -151,7 +152,7 @@ MODELS = {
 @pytest.mark.parametrize("family", MODELS)
 def test_round_trip_is_bitwise(family, tmp_path):
     config = MODELS[family]
-    named, params = written(tmp_path, config)
+    named, params = write_folder(tmp_path, config)
     assert (
         named == family
         and read_config(hf_folder.read_hf_json(tmp_path / "config.json"))[1].num_layers
@@ -182,8 +183,8 @@ def test_round_trip_is_bitwise(family, tmp_path):
     "shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}]
 )
 def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "PIECE", 24)  # several pieces of every tensor
-    _, params = written(
+    monkeypatch.setattr(load, "PIECE", 24)  # several pieces per tensor
+    _, params = write_folder(
         tmp_path,
         tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True),
     )
@@ -201,7 +202,7 @@ def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_files_load_as_float32(dtype, tmp_path):
-    _, params = written(tmp_path, tiny_models.llama_config())
+    _, params = write_folder(tmp_path, tiny_models.llama_config())
     short = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
     tensors = {
         name: x.astype(short)
@@ -221,7 +222,7 @@ def test_16_bit_files_load_as_float32(dtype, tmp_path):
 
 def test_sharded_files_and_their_index(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "SHARD_BYTES", 3000)
-    _, params = written(tmp_path, tiny_models.llama_config(), "bfloat16")
+    _, params = write_folder(tmp_path, tiny_models.llama_config(), "bfloat16")
     index = json.loads((tmp_path / hf_folder.INDEX).read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
@@ -233,11 +234,11 @@ def test_sharded_files_and_their_index(tmp_path, monkeypatch):
 
 
 def test_peak_memory_beyond_the_parameters(tmp_path):
-    """At most half of the largest tensor more than that tensor: it is laid out piece by
-    piece.
+    """Loading needs at most 1.5 times the largest tensor beyond the parameters, because
+    tensors are placed piece by piece.
 
-    tracemalloc counts what NumPy and safetensors take on the host; parameters are XLA's.
-    The largest is a stacked one.
+    tracemalloc counts host memory of NumPy and safetensors; the parameters belong to XLA.
+    The largest tensor is a stacked one.
     """
     config = tiny_models.llama_config(
         embed_dim=256,
@@ -248,9 +249,9 @@ def test_peak_memory_beyond_the_parameters(tmp_path):
         head_dim=16,
         tied_embeddings=True,
     )
-    written(tmp_path, config)
+    write_folder(tmp_path, config)
     largest = 256 * 8192 * 4
-    read(tmp_path)  # compiled
+    read(tmp_path)  # warm-up: compiles
     tracemalloc.start()
     old, load.CHUNK_ELEMENTS = load.CHUNK_ELEMENTS, 1 << 18
     try:
@@ -262,11 +263,11 @@ def test_peak_memory_beyond_the_parameters(tmp_path):
     assert largest <= peak < 1.5 * largest
 
 
-# What is refused, and by which name.
+# Refused input, and the names in the messages.
 
 
-def changed(path: Path, **changes: np.ndarray | None) -> None:
-    """The tensors of a folder with some added, replaced or (None) left out; `__` stands for
+def changed_tensors(path: Path, **changes: np.ndarray | None) -> None:
+    """The tensors of a folder with some added, replaced or (None) removed; `__` stands for
     a dot."""
     tensors = load_file(path / "model.safetensors")
     for name, tensor in changes.items():
@@ -300,14 +301,14 @@ def changed(path: Path, **changes: np.ndarray | None) -> None:
     ],
 )
 def test_mismatched_tensors_are_named(changes, message, tmp_path):
-    written(tmp_path, tiny_models.llama_config())
-    changed(tmp_path, **changes)
+    write_folder(tmp_path, tiny_models.llama_config())
+    changed_tensors(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
 def test_buffers_of_old_files_and_bare_trunks_are_read(tmp_path):
-    _, params = written(tmp_path, MODELS["gpt2"])
+    _, params = write_folder(tmp_path, MODELS["gpt2"])
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     bare |= {
@@ -330,7 +331,7 @@ def test_buffers_of_old_files_and_bare_trunks_are_read(tmp_path):
     ],
 )
 def test_shards_elsewhere_are_refused(name, tmp_path):
-    written(tmp_path, tiny_models.llama_config())
+    write_folder(tmp_path, tiny_models.llama_config())
     (tmp_path / hf_folder.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(
         ValueError, match=r"shards must be \.safetensors files of the same folder$"
@@ -354,7 +355,7 @@ def test_damaged_folders_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         hf_folder.open_tensors(tmp_path)
-    written(tmp_path, tiny_models.llama_config())
+    write_folder(tmp_path, tiny_models.llama_config())
     (tmp_path / hf_folder.INDEX).write_text(
         json.dumps({"weight_map": {"x": "model.safetensors"}})
     )
@@ -433,7 +434,7 @@ def test_old_and_new_spellings_of_rotary_positions():
     ) == ("linear", 2.0)
 
 
-def test_export_takes_the_first_family_that_expresses_a_model():
+def test_export_uses_the_first_family_that_can_express_a_model():
     def model(size: str) -> ModelConfig:
         return construct(ModelConfig, sizes.model(size).to_dict())
 
@@ -471,9 +472,9 @@ def test_export_takes_the_first_family_that_expresses_a_model():
     )
 
 
-def test_a_model_that_no_family_expresses_is_refused():
+def test_a_model_that_no_family_can_express_is_refused():
     with pytest.raises(ValueError, match=r"nearest is \w+, but .*model\.\w+ = "):
-        write_config(tiny_models.qwen_config())  # biases as Qwen2's, norms as Qwen3's
+        write_config(tiny_models.qwen_config())  # biases like Qwen2's, norms like Qwen3's
     with pytest.raises(
         ValueError,
         match=r"nearest is llama, but model.norm = 'layernorm' \(it has 'rmsnorm'\)",

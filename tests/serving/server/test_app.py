@@ -22,7 +22,7 @@ def served(tmp_path_factory):
     """(process, base URL) of a server with a random policy."""
     workdir = tmp_path_factory.mktemp("served") / "tiny"
     model = Transformer(CONFIG, tiny_models.compute(), "tokens")
-    stages.fabricated(workdir, CONFIG, tiny_models.random_params(model), "bytes")
+    stages.write_finished_run(workdir, CONFIG, tiny_models.random_params(model), "bytes")
     save_tokenizer(BYTES, str(workdir / "tokenizer.json"))
     command = [
         sys.executable,

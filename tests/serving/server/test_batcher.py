@@ -10,10 +10,7 @@ from instructax.serving.engine import SampleRequest
 
 pytest.importorskip("starlette")
 from instructax.serving.server.batcher import Batcher
-from instructax.serving.server.errors import (
-    QueueFullError,
-    ShuttingDownError,
-)
+from instructax.serving.server.errors import QueueFullError, ShuttingDownError
 
 REQUEST = SampleRequest(
     prompt=BYTES.encode("ab"), seed=1, sample_index=0, temperature=1.0, max_new_tokens=8

@@ -1,5 +1,5 @@
-"""What the benchmark counts: operations by hand, tokens, compilations; and that each of its
-works runs."""
+"""What the benchmark counts: operations (worked out by hand), tokens and compilations.
+Every workload runs."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import benchmark as works
+from configs import benchmark as benchmark_config
 from tests.support import tiny_models
 
 from instructax import sharding
@@ -23,20 +23,19 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_operations_by_hand():
-    """Two layers of 16 wide, 4 heads of 6, 28 in the middle, 23 words; ten tokens in texts
-    of 5, 4 of them scored."""
+    """Two layers, D = 16, 4 heads of 6, MLP of 28, V = 23; ten tokens in documents of 5, 4
+    of them scored."""
     layer = 4 * 16 * 24 + 2 * 16 * 28
-    attention = 2 * 24 * 5  # scores and mixtures over 2.5 keys on average
+    attention = 2 * 24 * 5  # attention scores and weighted sums, over 2.5 keys on average
     wanted = 10 * 2 * (2 * layer + attention) + 2 * 4 * 23 * 16
     assert workloads.forward_operations(tiny_models.gpt_config(), 10, 5, 4) == wanted
-    grouped = (
-        2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28
-    )  # half as many keys as queries, and a gate
+    # Half as many key heads as query heads, and a gate.
+    grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28
     assert (
         workloads.forward_operations(tiny_models.llama_config(), 1, 0, 0) == 2 * 2 * grouped
     )
-    # In windows of two the five tokens see 1, 2, 2, 2 and 2 keys: 1.8, or 1.6 counted as
-    # the 2.5 of all are.
+    # In a window of two, the five tokens attend to 1, 2, 2, 2 and 2 keys, 1.8 on average.
+    # It is counted as 1.6, as all keys are counted as 2.5.
     windowed = tiny_models.gpt_config(sliding_window=2, window_layers=(0,))
     wanted = 10 * (4 * layer + 4 * 24 * (1.6 + 2.5)) + 2 * 4 * 23 * 16
     assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(
@@ -44,26 +43,28 @@ def test_operations_by_hand():
     )
 
 
-def test_operations_of_responses_that_share_a_prompt_and_of_adapters_alone():
-    """In a window of three the eight tokens after six see three each, however long the text
-    is."""
+def test_operations_with_a_shared_prompt_and_with_lora():
+    """In a window of three, each of the eight tokens after the first six attends to three
+    keys, whatever the length."""
     config = config_of("reward_model2,M")
     near = dataclasses.replace(config.model, sliding_window=3, window_layers=(0,))
     config = dataclasses.replace(config, model=near)
-    asked = workloads.forward_operations(near, 6, 6, 0)
+    prompt_operations = workloads.forward_operations(near, 6, 6, 0)
     block = 4 * 16 * 16 + 2 * 16 * 32
-    answered = 2 * 8 * (2 * block + 4 * 16 * 3)
+    response_operations = 2 * 8 * (2 * block + 4 * 16 * 3)
     operations = workloads.reward_work(
         config, sharding.make_mesh(config.mesh), 0.0
     ).operations({})
-    assert operations == pytest.approx(3 * (asked + answered), rel=1e-12)
+    assert operations == pytest.approx(
+        3 * (prompt_operations + response_operations), rel=1e-12
+    )
     lora = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0))
     assert workloads.passes(lora) == 2 and workloads.passes(config) == 3
 
 
 def config_of(arg: str) -> Any:
-    """The config of a work, with a network and lengths of seconds."""
-    values = works.get_config(arg)
+    """The config of a workload, with a network and lengths that run in seconds."""
+    values = benchmark_config.get_config(arg)
     for model in (values.model, values.get("reward_model")):
         if model is not None:
             model.num_layers, model.embed_dim, model.num_heads, model.num_kv_heads = (
@@ -83,9 +84,8 @@ def config_of(arg: str) -> Any:
     return build_config(values.to_dict())
 
 
-def measured(arg: str, **changes: Any) -> dict[str, Any]:
-    """The record of a work with some of `measure`'s arguments, or values of its config,
-    changed."""
+def run_benchmark(arg: str, **changes: Any) -> dict[str, Any]:
+    """The record of a workload. `changes` are arguments of `measure` or config values."""
     given = {
         "steps": 2,
         "ending": 0.0,
@@ -105,7 +105,7 @@ def measured(arg: str, **changes: Any) -> dict[str, Any]:
         ("sft,S", 8 * 24, {"padding": 0.0}),
         ("reward_model,S", 6 + 9 * 8, {"padding": 0.0}),
         ("reward_model2,M", 6 + 2 * 8, {"padding": 0.0}),
-        # One to a row of 24; two prompts to a row.
+        # One sequence per row of 24; two prompts per row.
         (
             "ppo,S",
             32 * 14,
@@ -113,8 +113,8 @@ def measured(arg: str, **changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_every_work_runs_and_compiles_once(arg, tokens, padding):
-    record = measured(arg, steps=3)
+def test_every_workload_runs_and_compiles_once(arg, tokens, padding):
+    record = run_benchmark(arg, steps=3)
     assert record["tokens"] == tokens
     assert record["padding"] == pytest.approx(padding, abs=1e-6)
     assert record["compilations"] > 0
@@ -138,7 +138,7 @@ def test_every_work_runs_and_compiles_once(arg, tokens, padding):
 
 
 @pytest.mark.slow
-def test_ptx_runs_its_text():
+def test_ptx_trains_on_text():
     config = config_of("ppo,S")
     given = {
         "steps": 1,
@@ -149,7 +149,7 @@ def test_ptx_runs_its_text():
     }
     without = benchmark.measure(config, **given)
     record = benchmark.measure(dataclasses.replace(config, ptx_coef=1.0), **given)
-    text = 8 * 4 * 24  # tokens of eight rows for each of four minibatches
+    text = 8 * 4 * 24  # the tokens of eight rows for each of four minibatches
     assert record["operations"] - without["operations"] == 3 * workloads.forward_operations(
         config.model, text, 24, text
     )
@@ -160,11 +160,14 @@ def test_a_stage_that_does_not_fit_is_one_line():
         ValueError,
         match=r"config\.stage = 'pretrain' samples nothing: leave out --sampling_alone",
     ):
-        measured("sft,S", sampling_alone=True)
+        run_benchmark("sft,S", sampling_alone=True)
     evaluation = SimpleNamespace(stage="evaluate")
     with pytest.raises(
         ValueError,
-        match=r"config\.stage = 'evaluate' trains nothing: give one of pretrain, sft, reward_model",
+        match=(
+            r"config\.stage = 'evaluate' trains nothing: give one of pretrain, "
+            r"sft, reward_model"
+        ),
     ):
         benchmark.measure(
             evaluation,
@@ -177,11 +180,11 @@ def test_a_stage_that_does_not_fit_is_one_line():
     with pytest.raises(
         ValueError, match=r"^config\.batch_size = 8 rows must be a positive multiple of 3"
     ):
-        measured("sft,S", accumulate=3)
+        run_benchmark("sft,S", accumulate=3)
 
 
 @pytest.mark.parametrize("change", [{"norm": "rmsnorm"}, {"tied_embeddings": False}])
-def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
+def test_forced_endings_need_a_supported_network(change):
     config = config_of("ppo,S")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
     with pytest.raises(
@@ -193,8 +196,9 @@ def test_responses_are_made_to_end_in_one_kind_of_network_alone(change):
 
 
 @pytest.mark.slow
-def test_runs_side_by_side():
-    alone, three = measured("ppo,S"), measured("ppo,S", side_by_side=3)
+def test_vmapped_runs():
+    alone = run_benchmark("ppo,S")
+    three = run_benchmark("ppo,S", side_by_side=3)
     assert (
         three["tokens"] == 3 * alone["tokens"]
         and three["operations"] == 3 * alone["operations"]
@@ -205,18 +209,18 @@ def test_runs_side_by_side():
     )
 
 
-def test_the_sampler_alone():
-    record = measured("ppo,S", sampling_alone=True)
+def test_the_sampler_by_itself():
+    record = run_benchmark("ppo,S", sampling_alone=True)
     assert record["tokens"] == 32 * 8 and record["padding"] == {
         "prefill_padding": pytest.approx(0.0)
     }
     assert list(record["seconds_of"]) == ["rollout"]
 
 
-def test_a_policy_that_ends_now_and_then():
-    """With a probability of 0.25 the responses have (1 − 0.75⁸) / 0.25 = 3.6 tokens on
-    average, ± 0.47 of 32."""
-    record = measured("ppo,S", sampling_alone=True, ending=0.25)
+def test_a_policy_with_a_given_eos_probability():
+    """With an EOS probability of 0.25, responses have (1 − 0.75⁸) / 0.25 = 3.6 tokens on
+    average, ± 0.47 for 32 responses."""
+    record = run_benchmark("ppo,S", sampling_alone=True, ending=0.25)
     assert record["tokens"] / 32 == pytest.approx(3.6, abs=3 * 0.47)
 
 
@@ -230,6 +234,6 @@ def test_compilations_are_counted_while_entered():
 
 
 @pytest.mark.parametrize("arg", ["ppo", "ppo,L", "tasks,S", ""])
-def test_an_unknown_work_is_one_line(arg):
+def test_an_unknown_workload_is_one_line(arg):
     with pytest.raises(ValueError, match=r"^benchmark '.*' must be one of [^\n]*ppo,S$"):
-        works.get_config(arg)
+        benchmark_config.get_config(arg)

@@ -1,5 +1,5 @@
-"""PPO's three functions: against direct gradients, identities of the first inner step, and
-a task it must learn."""
+"""PPO's rollout, score and update: against direct gradients, identities at the first
+optimizer step, and a task that PPO must learn."""
 
 import dataclasses
 from functools import cache, partial
@@ -23,9 +23,10 @@ from instructax.types import LmBatch, PpoState, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
-GRADIENT = optax.identity()  # an update by −1 · gradient, which shows the gradient
+# SGD with rate 1: the update is −1 · gradient, which shows the gradient
+GRADIENT = optax.identity()
 MESH = stages.mesh_of()
-# One optimizer step that shows its gradient.
+# A single optimizer step, which shows its gradient.
 PROGRAM = stages.ppo_program(
     MESH, minibatches=1, policy_optimizer=GRADIENT, value_optimizer=GRADIENT
 )
@@ -40,8 +41,8 @@ def compiled_rollout(program):
 
 
 @cache
-def rolled_out(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
-    """A random state and what it samples; half of the rows end early."""
+def state_and_rollouts(temperature: float = 1.0) -> tuple[PpoState, Rollouts]:
+    """A random state and its samples; some rows end early."""
     state = stages.ppo_state(PROGRAM)
     settings = stages.ppo_settings(temperature=temperature)
     rollouts = compiled_rollout(PROGRAM)(
@@ -68,32 +69,29 @@ def other_params(head: str, seed: int = 5):
     return tiny_models.random_params(model, seed)
 
 
-def with_part_rows(rows: int, halvings: int = 0) -> algorithm.PpoProgram:
-    """PROGRAM with so many packed rows in memory at a time, and what is left at the end in
-    smaller parts."""
+def with_microbatch_rows(rows: int, splits: int = 0) -> algorithm.PpoProgram:
+    """PROGRAM with microbatches of `rows` packed rows and `splits` tail splits."""
     policy, value_model = (
         dataclasses.replace(
-            model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=halvings)
+            model, compute=tiny_models.compute(microbatch_rows=rows, tail_splits=splits)
         )
         for model in (PROGRAM.policy, PROGRAM.value_model)
     )
     return dataclasses.replace(PROGRAM, policy=policy, value_model=value_model)
 
 
-def scored(program=PROGRAM, settings=SHOWN, ref_params=None):
-    """(state, experience, scored, metrics), with a reference and a reward model of their
-    own."""
-    state, rollouts = rolled_out(float(settings.temperature))
+def score_rollouts(program=PROGRAM, settings=SHOWN, ref_params=None):
+    """(state, experience, scored, metrics), with a separate reference and reward model."""
+    state, rollouts = state_and_rollouts(float(settings.temperature))
     ref_params = other_params("tokens") if ref_params is None else ref_params
     return state, *compiled_score(program)(
         state, ref_params, other_params("scalar"), rollouts, settings
     )
 
 
-def shown_gradients(program, experience, text, settings=SHOWN, state=None):
-    """((policy's, value network's gradients), metrics) of a one-step update by the bare
-    gradient."""
-    state = state or rolled_out()[0]
+def update_gradients(program, experience, text, settings=SHOWN, state=None):
+    """((policy's, value network's gradients), metrics) of a single SGD step with rate 1."""
+    state = state or state_and_rollouts()[0]
     new, metrics = compiled_update(program)(state, experience, text, settings)
     gradients = jax.tree.map(
         lambda a, b: a - b,
@@ -104,9 +102,9 @@ def shown_gradients(program, experience, text, settings=SHOWN, state=None):
 
 
 def plain_policy_logprobs(params, rollouts: Rollouts):
-    """Log-probabilities of the responses f32[B, R] by whole-vocabulary scores;
-    differentiable."""
-    prompts, width = rollouts.prompts, rollouts.prompts.tokens.shape[1]
+    """Log-probabilities of the responses f32[B, R] from full logits; differentiable."""
+    prompts = rollouts.prompts
+    width = rollouts.prompts.tokens.shape[1]
     tokens = jnp.concatenate([prompts.tokens, rollouts.responses], axis=1)
     real = jnp.concatenate([prompts.mask, rollouts.mask], axis=1)
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
@@ -122,11 +120,12 @@ def plain_policy_logprobs(params, rollouts: Rollouts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_are_those_of_the_plain_computation(temperature):
-    state, experience, judged, _ = scored(
+    state, experience, judged, _ = score_rollouts(
         settings=stages.ppo_settings(temperature=temperature)
     )
     rollouts = judged.rollouts
-    documents, mask = stages.responses_of(rollouts), np.asarray(rollouts.mask)
+    documents = stages.responses_of(rollouts)
+    mask = np.asarray(rollouts.mask)
     for params, logprobs in (
         (state.policy.params, experience.old_logprobs),
         (state.policy.params, rollouts.logprobs),
@@ -150,9 +149,10 @@ def test_scores_are_those_of_the_plain_computation(temperature):
         )
 
 
-def test_value_before_a_token_is_the_score_of_what_stands_before_it():
-    rollouts = rolled_out()[1]
-    params, mask = other_params("scalar"), np.asarray(rollouts.mask)
+def test_the_value_before_a_token_is_the_score_of_its_prefix():
+    rollouts = state_and_rollouts()[1]
+    params = other_params("scalar")
+    mask = np.asarray(rollouts.mask)
     values = jax.jit(partial(token_values, PROGRAM.value_model))(params, rollouts)
     score = jax.jit(partial(sequence_scores, PROGRAM.value_model))
     for t in range(7):
@@ -161,8 +161,8 @@ def test_value_before_a_token_is_the_score_of_what_stands_before_it():
         np.testing.assert_allclose(values[:, t], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_figures_of_an_iteration():
-    _, experience, judged, metrics = scored()
+def test_metrics_of_an_iteration():
+    _, experience, judged, metrics = score_rollouts()
     mask = np.asarray(judged.rollouts.mask)
     log_ratios = np.where(
         mask, np.asarray(experience.old_logprobs - judged.ref_logprobs, np.float64), 0.0
@@ -180,28 +180,29 @@ def test_figures_of_an_iteration():
     assert float(metrics["ended_share"]) == endings.mean()
     assert float(metrics["response_length"]) == mask.sum() / 8
     assert metrics["tokens"] == mask.sum() + np.asarray(PROMPTS.mask).sum()
-    # One part of as many rows as there can be: of 16 cells for each rollout, of 12 for two
-    # prompts of up to 6 tokens.
+    # A single microbatch of the maximal number of rows: 16 tokens for each rollout, 12 for
+    # two prompts of up to 6 tokens.
     assert float(metrics["padding"]) == pytest.approx(
         1 - float(metrics["tokens"]) / (8 * 16), abs=1e-6
     )
     assert float(metrics["prefill_padding"]) == pytest.approx(1 - 28 / (4 * 12), abs=1e-6)
 
 
-def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
-    state, experience, _, metrics = scored()
+def test_without_rescoring_the_samplers_logprobs_are_the_old_logprobs():
+    state, experience, _, metrics = score_rollouts()
     unscored = stages.with_options(PROGRAM, old_logprobs="sampled")
-    _, other, judged, figures = scored(unscored)
+    _, other, judged, score_metrics = score_rollouts(unscored)
     np.testing.assert_array_equal(other.old_logprobs, judged.rollouts.logprobs)
     stages.assert_trees_close(other, experience, rtol=1e-4, atol=1e-5)
-    assert metrics.keys() - figures.keys() == {"sampler_gap", "sampler_gap_max"}
+    assert metrics.keys() - score_metrics.keys() == {"sampler_gap", "sampler_gap_max"}
     mask = np.asarray(judged.rollouts.mask)
     mean = np.asarray(judged.rollouts.logprobs)[mask].mean()
-    assert float(figures["entropy"]) == pytest.approx(-mean, rel=1e-5)
-    assert float(figures["entropy"]) == pytest.approx(
+    assert float(score_metrics["entropy"]) == pytest.approx(-mean, rel=1e-5)
+    # A single token of each.
+    assert float(score_metrics["entropy"]) == pytest.approx(
         float(metrics["entropy"]), rel=0.3
-    )  # one token of each
-    # No policy is run: another one in its place changes nothing.
+    )
+    # The policy is not run, so replacing it changes nothing.
     moved = dataclasses.replace(
         state, policy=dataclasses.replace(state.policy, params=other_params("tokens"))
     )
@@ -210,13 +211,15 @@ def test_without_rescoring_the_samplers_logprobs_are_the_old_ones():
     stages.assert_trees_equal(again, other)
 
 
-def test_ratio_one_gives_the_plain_policy_gradient():
-    state, experience, judged, _ = scored()
-    (gradients, _), metrics = shown_gradients(PROGRAM, experience, None)
-    mask, advantages = judged.rollouts.mask, experience.advantages
+def test_at_ratio_one_the_update_is_the_policy_gradient():
+    state, experience, judged, _ = score_rollouts()
+    (gradients, _), metrics = update_gradients(PROGRAM, experience, None)
+    mask = judged.rollouts.mask
+    advantages = experience.advantages
 
     def loss(params):
-        # −A · log π: had the old log-probabilities a gradient, the ratio's would be zero.
+        # −A · log π: if gradients flowed into the old log-probabilities, the ratio's would
+        # be zero.
         return (
             -jnp.sum(mask * advantages * plain_policy_logprobs(params, judged.rollouts))
             / mask.sum()
@@ -231,8 +234,8 @@ def test_ratio_one_gives_the_plain_policy_gradient():
 
 
 def test_value_gradient_is_that_of_half_the_squared_error():
-    state, experience, judged, _ = scored()
-    (_, gradients), metrics = shown_gradients(PROGRAM, experience, None)
+    state, experience, judged, _ = score_rollouts()
+    (_, gradients), metrics = update_gradients(PROGRAM, experience, None)
     mask = judged.rollouts.mask
 
     def loss(params):
@@ -244,16 +247,16 @@ def test_value_gradient_is_that_of_half_the_squared_error():
     assert float(metrics["value_loss"]) == pytest.approx(float(value), rel=1e-5)
 
 
-def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
-    _, experience, _, _ = scored()
-    (policy, value), metrics = shown_gradients(PROGRAM, experience, None)
+def test_the_value_network_has_its_own_rate_schedule_and_optimizer():
+    _, experience, _, _ = score_rollouts()
+    (policy, value), metrics = update_gradients(PROGRAM, experience, None)
     slowly = tiny_models.optimizer_config(warmup_steps=4, warmup_from=0.25)
     other = dataclasses.replace(PROGRAM, value_optimizer=optax.scale(3.0))
     other = stages.with_options(other, value_optimizer=slowly)
     settings = stages.ppo_settings(learning_rate=1.0, value_learning_rate=0.5)
-    (same, scaled), rates = shown_gradients(other, experience, None, settings)
+    (same, scaled), rates = update_gradients(other, experience, None, settings)
     stages.assert_trees_close(same, policy, rtol=1e-4, atol=1e-6)
-    # 3 of the optimizer, 1/2 of the peak, 1/4 of it at the first step
+    # 3 from the optimizer, 1/2 from the peak, 1/4 from the schedule's first step
     stages.assert_trees_close(
         scaled, jax.tree.map(lambda g: 0.375 * g, value), rtol=1e-4, atol=1e-5
     )
@@ -262,9 +265,9 @@ def test_the_value_network_has_a_rate_a_schedule_and_an_optimizer_of_its_own():
 
 
 def test_text_adds_its_gradient_times_ptx_coef():
-    state, experience, _, _ = scored()
-    (alone, value_alone), _ = shown_gradients(PROGRAM, experience, None)
-    (both, value_both), metrics = shown_gradients(PROGRAM, experience, TEXT)
+    state, experience, _, _ = score_rollouts()
+    (alone, value_alone), _ = update_gradients(PROGRAM, experience, None)
+    (both, value_both), metrics = update_gradients(PROGRAM, experience, TEXT)
 
     def text_loss(params):
         hidden = PROGRAM.policy.apply(
@@ -280,11 +283,10 @@ def test_text_adds_its_gradient_times_ptx_coef():
     wanted = jax.tree.map(lambda g, t: g + 1.5 * t, alone, text_gradients)
     stages.assert_trees_close(both, wanted, rtol=1e-3, atol=5e-5)
     assert float(metrics["ptx_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    stages.assert_trees_close(
-        value_both, value_alone, rtol=1e-5, atol=1e-6
-    )  # another program rounds otherwise
+    # A different program rounds differently.
+    stages.assert_trees_close(value_both, value_alone, rtol=1e-5, atol=1e-6)
     without = dataclasses.replace(SHOWN, ptx_coef=jnp.float32(0.0))
-    (_, value_without), _ = shown_gradients(PROGRAM, experience, TEXT, without)
+    (_, value_without), _ = update_gradients(PROGRAM, experience, TEXT, without)
     stages.assert_trees_equal(value_both, value_without)
 
 
@@ -292,19 +294,18 @@ def test_without_both_coefficients_it_is_plain_ppo():
     nothing = stages.ppo_settings(
         kl_coef=0.0, ptx_coef=0.0, learning_rate=1.0, value_learning_rate=1.0
     )
-    _, experience, judged, _ = scored(settings=nothing)
-    other = scored(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
-    stages.assert_trees_equal(
-        experience.advantages, other.advantages
-    )  # the reference has no say
-    with_text, _ = shown_gradients(PROGRAM, experience, TEXT, nothing)
-    without, _ = shown_gradients(PROGRAM, experience, None, nothing)
+    _, experience, judged, _ = score_rollouts(settings=nothing)
+    other = score_rollouts(settings=nothing, ref_params=other_params("tokens", seed=6))[1]
+    # The reference has no influence.
+    stages.assert_trees_equal(experience.advantages, other.advantages)
+    with_text, _ = update_gradients(PROGRAM, experience, TEXT, nothing)
+    without, _ = update_gradients(PROGRAM, experience, None, nothing)
     stages.assert_trees_close(with_text, without, rtol=1e-4, atol=1e-6)
-    # Discount 1: returns − values, which are the advantages, telescope to the score at λ =
-    # 1.
+    # With discount 1 and λ = 1, returns − values, which are the advantages, telescope to
+    # the score.
     straight = stages.ppo_settings(kl_coef=0.0, lambda_=1.0)
     raw = stages.with_options(PROGRAM, whiten_advantages=False)
-    _, experience, judged, _ = scored(raw, straight)
+    _, experience, judged, _ = score_rollouts(raw, straight)
     finals = np.asarray(judged.scores) - 0.5 * ~np.asarray(judged.rollouts.ended)
     mask = np.asarray(judged.rollouts.mask)
     np.testing.assert_allclose(
@@ -312,9 +313,9 @@ def test_without_both_coefficients_it_is_plain_ppo():
     )
 
 
-def test_runs_side_by_side_are_what_each_is_alone():
-    """Two iterations of three runs of other seeds, coefficients and rates, in one program,
-    and one after the other."""
+def test_vmapped_runs_equal_separate_runs():
+    """Two iterations of three runs with different seeds, coefficients and rates, vmapped in
+    one program and run one after the other."""
     program = stages.ppo_program(MESH)
     changes = (
         {},
@@ -359,38 +360,38 @@ def test_runs_side_by_side_are_what_each_is_alone():
 
 
 def test_clipped_tokens_have_no_gradient():
-    _, experience, judged, _ = scored()
+    _, experience, judged, _ = score_rollouts()
     mask = judged.rollouts.mask
     # As if the policy had moved by log 2 since the rollout, upwards where the advantage is
-    # good: all is clipped.
+    # positive: every token is clipped.
     moved = dataclasses.replace(
         experience,
         old_logprobs=experience.old_logprobs
         - jnp.where(mask, jnp.sign(experience.advantages) * 0.7, 0.0),
     )
-    (gradients, _), metrics = shown_gradients(PROGRAM, moved, None)
+    (gradients, _), metrics = update_gradients(PROGRAM, moved, None)
     assert float(optax.tree.norm(gradients)) == 0
     assert metrics["clipped_fraction"] == 1
 
 
-@pytest.mark.parametrize(("rows", "halvings"), [(1, 0), (1, 1), (4, 3)])
-def test_accumulated_is_the_whole_minibatch(rows, halvings):
-    _, experience, judged, _ = scored()
+@pytest.mark.parametrize(("rows", "splits"), [(1, 0), (1, 1), (4, 3)])
+def test_accumulated_gradients_equal_those_of_the_whole_minibatch(rows, splits):
+    _, experience, judged, _ = score_rollouts()
     counts = np.asarray(judged.rollouts.mask).sum(axis=1)
-    assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # parts of different size
-    # In four parts one part of the text is a row with many trained tokens, one a row with
-    # none.
-    whole, metrics = shown_gradients(PROGRAM, experience, TEXT)
-    parts, parts_metrics = shown_gradients(with_part_rows(rows, halvings), experience, TEXT)
+    assert len(set(counts.reshape(4, 2).sum(axis=1))) > 1  # microbatches of different sizes
+    # With four microbatches, one has text with many trained tokens and one has none.
+    whole, metrics = update_gradients(PROGRAM, experience, TEXT)
+    parts, parts_metrics = update_gradients(
+        with_microbatch_rows(rows, splits), experience, TEXT
+    )
     stages.assert_trees_close(parts, whole, rtol=1e-3, atol=1e-5)
-    assert parts_metrics.pop("update_padding") < metrics.pop(
-        "update_padding"
-    )  # no part has rows that are not in use
+    # Microbatches have no unused rows.
+    assert parts_metrics.pop("update_padding") < metrics.pop("update_padding")
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-4, atol=2e-6)
 
 
-def test_minibatches_partition_the_rows_anew_in_each_epoch():
-    _, experience, _, _ = scored()
+def test_every_epoch_partitions_the_rows_into_new_minibatches():
+    _, experience, _, _ = score_rollouts()
     rows = jnp.broadcast_to(jnp.arange(8.0)[:, None], (8, 7))
     numbered = dataclasses.replace(experience, advantages=rows, returns=rows)
     shuffle = jax.jit(
@@ -402,9 +403,8 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     first, second = order.reshape(2, 8).astype(int)
     assert sorted(first) == sorted(second) == list(range(8))
     assert list(first) != list(second) != list(range(8))
-    np.testing.assert_array_equal(
-        shuffled.returns, shuffled.advantages
-    )  # the arrays of a row stay together
+    # The arrays of a row stay together.
+    np.testing.assert_array_equal(shuffled.returns, shuffled.advantages)
     wanted = np.asarray(experience.rollouts.responses)[order.reshape(-1).astype(int)]
     np.testing.assert_array_equal(
         np.asarray(shuffled.rollouts.responses).reshape(16, 7), wanted
@@ -413,12 +413,11 @@ def test_minibatches_partition_the_rows_anew_in_each_epoch():
     assert not np.array_equal(later.advantages, shuffled.advantages)
 
 
-def test_average_moves_at_every_optimizer_step():
-    _, experience, _, _ = scored()
-    start = rolled_out()[0]
-    same_rows = jax.tree.map(
-        lambda x: jnp.repeat(x[:1], 8, axis=0), experience
-    )  # both minibatches are alike
+def test_the_average_moves_at_every_optimizer_step():
+    _, experience, _, _ = score_rollouts()
+    start = state_and_rollouts()[0]
+    # Both minibatches are identical.
+    same_rows = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), experience)
     first, _ = compiled_update(PROGRAM)(start, same_rows, None, SHOWN)
     two_steps = stages.with_options(PROGRAM, minibatches=2)
     second, _ = compiled_update(two_steps)(start, same_rows, None, SHOWN)
@@ -432,8 +431,8 @@ def test_average_moves_at_every_optimizer_step():
     assert first.policy.step == second.policy.step == second.value.step == 1
 
 
-def test_two_settings_side_by_side_are_each_alone():
-    state, rollouts = rolled_out()
+def test_vmapped_settings_equal_separate_runs():
+    state, rollouts = state_and_rollouts()
 
     def iteration(settings):
         experience, _, _ = algorithm.score(
@@ -455,7 +454,7 @@ def test_two_settings_side_by_side_are_each_alone():
         jax.tree.map(lambda *x: jnp.stack(x), *both)
     )
     for i, settings in enumerate(both):
-        experience = scored(settings=settings)[1]
+        experience = score_rollouts(settings=settings)[1]
         new, own = compiled_update(PROGRAM)(state, experience, TEXT, settings)
         stages.assert_trees_close(
             jax.tree.map(lambda x, i=i: x[i], params),
@@ -470,19 +469,19 @@ def test_two_settings_side_by_side_are_each_alone():
 
 
 def test_value_clipping_is_off_where_the_program_says_so():
-    _, experience, _, _ = scored()
+    _, experience, _, _ = score_rollouts()
     far = dataclasses.replace(
         experience, values=experience.values + 5.0 * experience.rollouts.mask
     )
-    clipped = shown_gradients(PROGRAM, far, None)[1]
-    free = shown_gradients(dataclasses.replace(PROGRAM, clip_values=False), far, None)[1]
+    clipped = update_gradients(PROGRAM, far, None)[1]
+    free = update_gradients(dataclasses.replace(PROGRAM, clip_values=False), far, None)[1]
     assert clipped["value_clipped_fraction"] > 0.2
     assert free["value_clipped_fraction"] == 0
     assert clipped["value_loss"] > free["value_loss"]
 
 
-def test_rollouts_change_with_the_step_and_the_seed_alone():
-    state, rollouts = rolled_out()
+def test_rollouts_change_only_with_the_step_and_the_seed():
+    state, rollouts = state_and_rollouts()
     again = jax.jit(partial(algorithm.rollout, PROGRAM))
     same, other = (
         again(state.policy.params, PROMPTS, jnp.int32(step), SHOWN) for step in (0, 1)
@@ -496,15 +495,16 @@ def test_rollouts_change_with_the_step_and_the_seed_alone():
     )
 
 
-# A task of seconds: answers of "good" tokens are paid, text counts up
+# A task that runs in seconds: the reward is the share of "good" tokens, and the text counts
+# up.
 
 
-GOOD = 8  # ids below it are paid
+GOOD = 8  # ids below it are good
 ITERATIONS = 25
 
 
 def counting_text(rows: int, seed: int) -> LmBatch:
-    """Text that counts up and starts over: the next token is always one more."""
+    """Text that counts up and wraps around: the next token is always one more."""
     starts = np.random.default_rng(seed).integers(tiny_models.VOCAB_SIZE, size=rows)
     tokens = ((starts[:, None] + np.arange(13)) % tiny_models.VOCAB_SIZE).astype(np.int32)
     ones = np.ones_like(tokens)
@@ -514,9 +514,8 @@ def counting_text(rows: int, seed: int) -> LmBatch:
     )
 
 
-def share_of_good(model, params, rows: LmBatch):
-    """The true reward at each cell: the share of good tokens in the response that the cell
-    belongs to."""
+def good_fraction(model, params, rows: LmBatch):
+    """The true reward at each position: the share of good tokens in its response."""
     same = (rows.segments[:, :, None] == rows.segments[:, None, :]) & rows.loss_mask[
         :, None, :
     ]
@@ -525,7 +524,7 @@ def share_of_good(model, params, rows: LmBatch):
 
 
 @cache
-def pretrained():
+def counting_policy():
     """A policy that has learned to count."""
     config = tiny_models.optimizer_config(learning_rate=1e-2)
     optimizer = make_optimizer(config)
@@ -548,8 +547,8 @@ def pretrained():
 
 
 def learn(ptx_coef: float) -> tuple[list[float], float]:
-    """(the true reward of each iteration, the text loss at the end) of PPO from the
-    counting policy."""
+    """(the true reward of each iteration, the final text loss) of PPO from the counting
+    policy."""
     program = stages.ppo_program(
         MESH,
         optimizer=tiny_models.optimizer_config(clip_norm=1.0),
@@ -565,15 +564,15 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         value_learning_rate=1e-2,
     )
     state = PpoState(
-        policy=start_from(pretrained(), program.policy_optimizer, MESH),
+        policy=start_from(counting_policy(), program.policy_optimizer, MESH),
         value=start_from(other_params("scalar"), program.value_optimizer, MESH),
-        ema=stages.copy_of(pretrained()),
+        ema=stages.copy_of(counting_policy()),
     )
     iterate = CompiledIteration(
         program,
         abstract_ppo_state(program),
         settings,
-        pretrained(),
+        counting_policy(),
         other_params("scalar"),
         1e-3,
     )
@@ -590,7 +589,7 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
 
 
 def test_ppo_raises_the_true_reward_and_ptx_keeps_the_text(monkeypatch):
-    monkeypatch.setattr(algorithm, "packed_outputs", share_of_good)
+    monkeypatch.setattr(algorithm, "packed_outputs", good_fraction)
     rewards, text_loss = learn(ptx_coef=0.0)
     ptx_rewards, ptx_text_loss = learn(ptx_coef=1.0)
     assert np.mean(rewards[-5:]) > np.mean(rewards[:3]) + 0.5

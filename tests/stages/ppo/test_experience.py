@@ -1,11 +1,13 @@
-"""One iteration's arithmetic on two responses, worked out by hand, and the invariants that
-stop a run.
+"""The arithmetic of one iteration on two responses, worked out by hand, and its
+diagnostics.
 
-The example: two rows of three tokens, the last of the second row is padding and full of
-nonsense. With r the log-ratio of policy to reference,
+The example has two rows of three tokens. The last token of the second row is padding and
+holds junk. With r the log-ratio of policy to reference:
 
-    r       = [1/2, 0, -1/4], [1, 1/2, ·]      scores = 2, 1      the second response did not end
+    r       = [1/2, 0, -1/4], [1, 1/2, ·]      scores = 2, 1
     values  = [1, 1/2, 0], [1/4, 1/2, ·]       β = 1/2, λ = 1/2, discount 1, penalty 1/2
+
+The second response does not end with EOS.
 """
 
 import dataclasses
@@ -73,7 +75,7 @@ def example(log_ratios=LOG_RATIOS, values=VALUES) -> Scored:
     )
 
 
-def made(
+def experience_of(
     scored: Scored,
     *,
     no_eos_rule="subtract",
@@ -91,8 +93,8 @@ def made(
     )
 
 
-def figures(scored: Scored) -> dict[str, float]:
-    experience, rewards = made(scored)
+def metrics(scored: Scored) -> dict[str, float]:
+    experience, rewards = experience_of(scored)
     found = diagnostics(
         scored, jnp.asarray(LOGPROBS), jnp.asarray(ENTROPY), rewards, experience.returns
     )
@@ -106,27 +108,24 @@ def floats(rows: list[list[F]]) -> np.ndarray:
 
 def test_by_hand():
     scored = example()
-    experience, rewards = made(scored)
+    experience, rewards = experience_of(scored)
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
     np.testing.assert_allclose(experience.advantages, floats(ADVANTAGES), rtol=1e-6)
     np.testing.assert_allclose(experience.returns, floats(RETURNS), rtol=1e-6)
-    np.testing.assert_array_equal(
-        experience.old_logprobs, LOGPROBS
-    )  # the scorer's, not the sampler's
+    # The scorer's, not the sampler's.
+    np.testing.assert_array_equal(experience.old_logprobs, LOGPROBS)
     np.testing.assert_array_equal(experience.values, scored.values)
     assert experience.rollouts is scored.rollouts
 
 
 def test_only_responses_that_did_not_end_are_penalised():
-    gentle, harsh = (
-        made(example(), no_eos_penalty=0.0)[1],
-        made(example(), no_eos_penalty=3.0)[1],
-    )
+    gentle = experience_of(example(), no_eos_penalty=0.0)[1]
+    harsh = experience_of(example(), no_eos_penalty=3.0)[1]
     np.testing.assert_allclose(gentle - harsh, [[0, 0, 0], [0, 3, 0]], rtol=1e-6)
 
 
-# Scores 2 and 1, penalty 1/2, and only the second response did not end: with β = 1/2 and
-# r = 1/2 at its last token, its last reward is −1/4 + (1 − 1/2) or −1/4 − 1/2.
+# Scores 2 and 1, penalty 1/2; only the second response did not end. With β = 1/2 and r =
+# 1/2 at its last token, its last reward is −1/4 + (1 − 1/2) or −1/4 − 1/2.
 NO_EOS_SCORES = {"subtract": [F(2), F(1, 2)], "replace": [F(2), F(-1, 2)]}
 LAST_REWARDS = {"subtract": F(1, 4), "replace": F(-3, 4)}
 
@@ -138,13 +137,13 @@ def test_no_eos_rules_by_hand(rule):
         scored.scores, scored.rollouts.ended, settings().no_eos_penalty, rule
     )
     np.testing.assert_array_equal(found, [float(x) for x in NO_EOS_SCORES[rule]])
-    rewards = made(scored, no_eos_rule=rule)[1]
+    rewards = experience_of(scored, no_eos_rule=rule)[1]
     np.testing.assert_allclose(rewards[0], floats(REWARDS)[0], rtol=1e-6)
     assert float(rewards[1, 1]) == float(LAST_REWARDS[rule])
 
 
 def test_replacing_ignores_the_score_and_subtracting_keeps_its_order():
-    """A harmless and a bad response, both cut off."""
+    """A harmless and a harmful response, both truncated."""
     scores = jnp.array([3.0, -5.0])
     ended = jnp.array([False, False])
     replaced = penalized_scores(scores, ended, 1.0, "replace")
@@ -156,9 +155,9 @@ def test_replacing_ignores_the_score_and_subtracting_keeps_its_order():
 def test_a_policy_that_is_the_reference_gets_the_score_alone():
     scored = example(log_ratios=np.zeros((2, 3), np.float32))
     np.testing.assert_array_equal(
-        made(scored, no_eos_penalty=0.0)[1], [[0, 0, 2], [0, 1, 0]]
+        experience_of(scored, no_eos_penalty=0.0)[1], [[0, 0, 2], [0, 1, 0]]
     )
-    found = figures(scored)
+    found = metrics(scored)
     assert (found["kl"], found["kl_k3"], found["kl_standard_error"], found["ref_gap"]) == (
         0,
         0,
@@ -168,10 +167,10 @@ def test_a_policy_that_is_the_reference_gets_the_score_alone():
 
 
 def test_whitened_advantages():
-    """Mean 0 and variance 1 over the five real tokens, zero on the padding; rewards and
-    returns stay as they are."""
-    plain, rewards = made(example())
-    white, same = made(example(), whiten_advantages=True)
+    """Mean 0 and variance 1 over the five real tokens, zero on the padding. Rewards and
+    returns are unchanged."""
+    plain, rewards = experience_of(example())
+    white, same = experience_of(example(), whiten_advantages=True)
     real = np.asarray(plain.advantages)[MASK]
     np.testing.assert_allclose(
         np.asarray(white.advantages)[MASK], (real - real.mean()) / real.std(), rtol=1e-5
@@ -182,10 +181,12 @@ def test_whitened_advantages():
 
 
 def test_whitened_rewards():
-    """Only the scale of the rewards changes; λ = 1 and values 0 turn returns into sums to
-    go. The rewards that are handed back for the log are those before."""
+    """Only the scale of the rewards changes. λ = 1 and values 0 make the returns
+    rewards-to-go. The rewards returned for the log are not whitened."""
     nothing = np.zeros((2, 3), np.float32)
-    white, rewards = made(example(values=nothing), whiten_rewards=True, lambda_=1.0)
+    white, rewards = experience_of(
+        example(values=nothing), whiten_rewards=True, lambda_=1.0
+    )
     np.testing.assert_allclose(rewards, floats(REWARDS), rtol=1e-6)
     real = floats(REWARDS)[MASK]
     scaled = nothing.copy()
@@ -194,7 +195,7 @@ def test_whitened_rewards():
     np.testing.assert_allclose(white.returns, to_go, rtol=1e-5)
 
 
-def test_settings_are_arrays_of_one_program():
+def test_settings_are_arguments_of_one_program():
     compiled = jax.jit(
         lambda s, scored: make_experience(
             scored,
@@ -213,7 +214,7 @@ def test_settings_are_arrays_of_one_program():
 
 
 def test_diagnostics_by_hand():
-    found = figures(example())
+    found = metrics(example())
     k3 = [
         math.exp(-1 / 2) - 1 + 1 / 2 + 0 + math.exp(1 / 4) - 1 - 1 / 4,
         math.exp(-1) - 1 + 1 + math.exp(-1 / 2) - 1 + 1 / 2,
@@ -247,7 +248,7 @@ def test_diagnostics_by_hand():
         "response_length": F(5, 2),
         "response_length_max": 3,
         "ended_share": F(1, 2),
-        "tokens": 8,  # 5 sampled, 3 of the prompts
+        "tokens": 8,  # 5 sampled tokens, 3 prompt tokens
     }
     assert found == pytest.approx(
         {name: float(x) for name, x in expected.items()}, rel=1e-5
@@ -255,14 +256,14 @@ def test_diagnostics_by_hand():
 
 
 def test_k3_is_positive_where_k1_is_not():
-    found = figures(example(log_ratios=np.full((2, 3), -1 / 2, np.float32)))
+    found = metrics(example(log_ratios=np.full((2, 3), -1 / 2, np.float32)))
     assert found["kl"] == -5 / 4
     assert found["kl_k3"] == pytest.approx(5 / 2 * (math.exp(1 / 2) - 3 / 2), rel=1e-5)
 
 
 def test_one_extreme_token_leaves_the_figures_finite():
     log_ratios = np.array([[-200.0, 0, 0], [0, 300.0, 0]], np.float32)
-    assert all(math.isfinite(x) for x in figures(example(log_ratios=log_ratios)).values())
+    assert all(math.isfinite(x) for x in metrics(example(log_ratios=log_ratios)).values())
 
 
 def explained(values: np.ndarray, returns: np.ndarray) -> float:
@@ -276,16 +277,14 @@ def explained(values: np.ndarray, returns: np.ndarray) -> float:
 def test_explained_variance():
     returns = floats(RETURNS)
     assert explained(returns, returns) == 1.0
-    assert explained(returns + 5, returns) == pytest.approx(
-        1.0
-    )  # a constant error is not variance
+    # A constant error is not variance.
+    assert explained(returns + 5, returns) == pytest.approx(1.0)
     assert explained(np.full((2, 3), 7.0, np.float32), returns) == pytest.approx(
         0.0, abs=1e-6
     )
     assert explained(-returns, returns) == pytest.approx(-3.0)  # residuals of 2 · returns
-    assert (
-        explained(returns, np.ones((2, 3), np.float32)) < 0
-    )  # returns without variance: finite, not NaN
+    # Returns without variance: finite, not NaN.
+    assert explained(returns, np.ones((2, 3), np.float32)) < 0
 
 
 def test_rollouts_without_a_token_give_zeros():
@@ -296,6 +295,6 @@ def test_rollouts_without_a_token_give_zeros():
             scored.rollouts, mask=jnp.zeros((2, 3), bool), ended=jnp.zeros(2, bool)
         ),
     )
-    experience, rewards = made(scored, whiten_rewards=True, whiten_advantages=True)
+    experience, rewards = experience_of(scored, whiten_rewards=True, whiten_advantages=True)
     for x in (rewards, experience.advantages, experience.returns):
         np.testing.assert_array_equal(x, np.zeros((2, 3)))

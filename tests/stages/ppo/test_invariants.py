@@ -51,7 +51,10 @@ def test_a_first_policy_that_is_not_the_reference_stops_the_run(gap):
 def test_a_first_ratio_off_one_stops_the_run(change):
     with pytest.raises(
         InvariantError,
-        match=r"at the first optimizer step the ratio differs from 1 by .* dropout and dtype",
+        match=(
+            r"at the first optimizer step the ratio differs from 1 by .* dropout "
+            r"and dtype"
+        ),
     ):
         check_update({**UPDATE, **change}, tolerance=0.01)
 

@@ -1,4 +1,4 @@
-"""PPO as a run: what it starts from, reads, logs and exports, and the faults that stop it."""
+"""The PPO stage: its start, data, logs and exports, and the faults that stop it."""
 
 import dataclasses
 from functools import cache
@@ -25,7 +25,7 @@ from instructax.types import Rollouts
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
 
-# One iteration, by hand
+# One iteration, by hand.
 
 
 PROGRAM = stages.ppo_program(stages.mesh_of())
@@ -44,7 +44,10 @@ def iterate(
     *, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0
 ):
     """One iteration of a policy that starts as its reference, and of a value network that
-    starts as the reward model: (state before, state after, metrics, rollouts, scores)."""
+    starts as the reward model.
+
+    Returns (state before, state after, metrics, rollouts, scores).
+    """
     policy, reward = networks()
     state = stages.ppo_state(program)
     state = dataclasses.replace(
@@ -75,7 +78,7 @@ def test_what_holds_at_the_first_inner_step():
     assert float(metrics["kl"]) == pytest.approx(0, abs=1e-5)
     assert float(metrics["kl_k3"]) == pytest.approx(0, abs=1e-5)
     assert metrics["sampler_gap"] < 1e-5
-    # Without a penalty for KL, the reward of a response is its score.
+    # Without a KL penalty, the reward of a response is its score.
     ended = np.asarray(rollouts.ended)
     assert float(metrics["rewards"]) == pytest.approx(
         float(np.mean(scores - 0.5 * ~ended)), rel=1e-5
@@ -87,7 +90,7 @@ def test_what_holds_at_the_first_inner_step():
         assert part["embedding"]
 
 
-def test_scores_are_the_reward_models_and_not_the_value_networks():
+def test_scores_come_from_the_reward_model_not_the_value_network():
     value = tiny_models.random_params(PROGRAM.value_model, 8)
     _, _, metrics, rollouts, scores = iterate(value_params=value)
     wanted = stages.plain_scores(
@@ -97,8 +100,8 @@ def test_scores_are_the_reward_models_and_not_the_value_networks():
     assert float(metrics["scores"]) == pytest.approx(wanted.mean(), rel=1e-4)
 
 
-def patched(monkeypatch, module, name, **changes):
-    """Makes PPO's `module` call `name` with other keyword arguments than it means to."""
+def patch_call(monkeypatch, module, name, **changes):
+    """Makes PPO's `module` call `name` with other keyword arguments."""
     function = getattr(module, name)
 
     def changed(*args, **kwargs):
@@ -108,21 +111,24 @@ def patched(monkeypatch, module, name, **changes):
 
 
 def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
-    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(
         InvariantError,
-        match=r"sampled and recomputed .* differ by .* look for a difference in temperature",
+        match=(
+            r"sampled and recomputed .* differ by .* look for a difference in "
+            r"temperature"
+        ),
     ):
         iterate()
 
 
-def test_without_rescoring_the_update_is_what_a_sampler_at_another_temperature_is_held_against(
+def test_without_rescoring_a_sampler_at_another_temperature_fails_the_ratio_check(
     monkeypatch,
 ):
     program = stages.with_options(PROGRAM, old_logprobs="sampled")
     _, _, metrics, _, _ = iterate(program=program)
     assert metrics["first_ratio_gap"] < 1e-5
-    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match=r"policy and reference differ by"):
         iterate(program=program)
     with pytest.raises(
@@ -147,7 +153,7 @@ def test_a_sampler_with_wrong_positions_stops_the_run(monkeypatch):
 
 
 def test_an_update_at_another_temperature_stops_the_run(monkeypatch):
-    patched(monkeypatch, gradients, "packed_loss_and_gradients", temperature=1.5)
+    patch_call(monkeypatch, gradients, "packed_loss_and_gradients", temperature=1.5)
     with pytest.raises(
         InvariantError, match="at the first optimizer step the ratio differs from 1"
     ):
@@ -200,7 +206,7 @@ def test_samples_are_rollouts_as_text():
     ]
 
 
-# Runs of the chain
+# Runs of the chain.
 
 
 def ppo_parts(chain, name="ppo-ptx", **overrides):
@@ -223,9 +229,8 @@ def test_every_value_of_the_config_reaches_its_place(chain):
         "ptx_coef",
     )
     peaks = {"optimizer.learning_rate": 0.75, "value_optimizer.learning_rate": 0.5}
-    values = {
-        name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))
-    }  # no two alike
+    # All values differ.
+    values = {name: (1 + i) / 32 for i, name in enumerate((*names, "ema_decay"))}
     counts = {"steps": 6, "inner_epochs": 2, "minibatches": 4}
     choices = {
         "whiten_rewards": True,
@@ -250,13 +255,13 @@ def test_every_value_of_the_config_reaches_its_place(chain):
 
 
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
-    state = stages.started(stages.config_of(chain, "ppo-ptx", {}), tmp_path / "run")
+    state = stages.initial_state(stages.config_of(chain, "ppo-ptx", {}), tmp_path / "run")
     abstract = abstract_ppo_state(ppo_parts(chain)[1])
     policy = jax.device_get(load_params(chain / "sft", abstract.policy.params))
     reward = jax.device_get(load_params(chain / "reward", abstract.value.params))
     stages.assert_trees_equal(state.policy.params, policy)
     stages.assert_trees_equal(state.ema, policy)
-    stages.assert_trees_equal(state.value.params, reward)  # head and bias with it
+    stages.assert_trees_equal(state.value.params, reward)  # including head and bias
     assert reward["scalar_head"]["bias"] != 0
     assert all(
         not np.any(leaf)
@@ -267,11 +272,9 @@ def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
 
 @pytest.mark.parametrize("name", ["ppo", "ppo-ptx"])
 def test_what_a_run_logs(chain, name):
-    lines, samples, config = (
-        read_metrics(chain / name),
-        read_samples(chain / name),
-        ppo_parts(chain, name)[0],
-    )
+    lines = read_metrics(chain / name)
+    samples = read_samples(chain / name)
+    config = ppo_parts(chain, name)[0]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(lines[-1]["kl"]) > 1e-3
@@ -280,7 +283,7 @@ def test_what_a_run_logs(chain, name):
     assert [sample["step"] for sample in samples] == [
         step for step in (1, 2, 3, 4) for _ in range(config.samples)
     ]
-    for line in lines:  # every rollout is a sample in this size
+    for line in lines:  # at this size, every rollout is logged as a sample
         own = [sample for sample in samples if sample["step"] == line["step"]]
         assert line["scores"] == pytest.approx(
             np.mean([sample["score"] for sample in own]), rel=1e-5
@@ -306,7 +309,7 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
     assert jax.tree.structure(ema) == jax.tree.structure(checkpoints.params)
 
 
-def test_rows_of_an_iteration(chain):
+def test_batch_rows_of_an_iteration(chain):
     config, program, data = ppo_parts(chain)
     read = ppo_train.batch_reader(config, data, program.mesh)
     prompts, text = read(3)
@@ -329,14 +332,14 @@ def test_ppo_needs_no_text(chain, tmp_path):
     summary = read_summary(tmp_path / "run")
     assert "text_loss" not in summary
     assert summary["value_clipped_fraction"] == 0
-    # The first rollouts do not know of the text.
+    # The first rollouts do not depend on the text.
     assert summary["scores"] == pytest.approx(
         read_metrics(chain / "ppo")[0]["scores"], rel=1e-6
     )
 
 
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):
-    patched(monkeypatch, algorithm, "generate", temperature=1.3)
+    patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match="sampled and recomputed"):
         run_stage(stages.config_of(chain, "ppo", {}), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -347,8 +350,8 @@ def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeyp
     "dtype", ["bf16_matmul", pytest.param("bf16", marks=pytest.mark.slow)]
 )
 def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
-    """Sampler, scorer and update round alike, so that the invariants hold; the figures are
-    near those of float32."""
+    """Sampler, scorer and update round alike, so the invariants hold. The metrics are close
+    to those of float32."""
     half = {
         "compute.dtype": dtype,
         "compute.decoding_dtype": dtype,
@@ -402,7 +405,8 @@ def test_a_run_in_sixteen_bits(chain, tmp_path, dtype):
         ({"samples": -3}, "config: samples = -3 must be at least 0"),
         (
             {"reward_parent": "SFT"},
-            "config.reward_parent = .* is a run of the stage 'sft' with a tokens head; it must have a scalar head",
+            "config.reward_parent = .* is a run of the stage 'sft' with a tokens "
+            "head; it must have a scalar head",
         ),
         (
             {"data.limits.splits": (("train", 1.0),)},
