@@ -10,8 +10,8 @@ import pytest
 from tests.support import report_logs, stages, tiny_models
 
 from instructax.checkpoints.manifest import (
-    PRETRAIN_DROPPED,
     ADDED_FIELDS,
+    PRETRAIN_DROPPED,
     RENAMED_FIELDS,
     RENAMED_VALUES,
     read_manifest,

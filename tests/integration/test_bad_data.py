@@ -271,7 +271,7 @@ def test_what_was_edited_between_start_and_resume_is_refused(chain, tmp_path, ch
         edited.write_text(json.dumps(content))
     with pytest.raises(ConfigError) as error:
         run_stage(config, workdir)
-    assert "was begun from other inputs (data.text: '" in str(
+    assert "was started from other inputs (data.text: '" in str(
         error.value
     ) and "\n" not in str(error.value)
     edited.write_bytes(before)

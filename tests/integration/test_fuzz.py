@@ -406,7 +406,7 @@ def manifests(content: Any) -> None:
     folder = PATH.with_suffix(".run")
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_bytes(dump(content))
-    result_or_refusal(ValueError, lambda: read_manifest(folder))
+    result_or_refusal(ConfigError, lambda: read_manifest(folder))
 
 
 # Tokenizers.
@@ -455,7 +455,7 @@ def tokenizer_files(data: Any) -> None:
             break
     path = PATH.with_suffix(".json")
     path.write_bytes(dump(content))
-    made = result_or_refusal(ValueError, lambda: load_tokenizer(str(path)))
+    made = result_or_refusal(ConfigError, lambda: load_tokenizer(str(path)))
     if made is not None:
         save_tokenizer(made, str(path))
         assert load_tokenizer(str(path)).hash == made.hash

@@ -273,7 +273,8 @@ def read_summary(workdir: Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     if not path.exists():
         raise ConfigError(
-            f"{workdir} is not a finished run: run the whole experiment, not its report alone"
+            f"{workdir} is not a finished run: run the whole experiment, not its report "
+            "alone"
         )
     return json.loads(path.read_text())
 

@@ -183,7 +183,7 @@ def test_round_trip_is_bitwise(family, tmp_path):
     "shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 2, "tensor": 2}]
 )
 def test_each_device_gets_its_shard(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "PIECE", 24)  # several pieces per tensor
+    monkeypatch.setattr(load, "CHUNK_ELEMENTS", 24)  # several pieces per tensor
     _, params = write_folder(
         tmp_path,
         tiny_models.llama_config(mlp_dim=32, num_kv_heads=4, head_dim=4, qkv_biases=True),
