@@ -37,11 +37,11 @@ PPO = [
     ({"clip": math.inf}, "config.clip = inf must be a finite number"),
     (
         {"kl_coef": 1e300},
-        "config.kl_coef = 1e+300 must be 0 or of a magnitude from 1.2e-38 to 3.4e38",
+        "config.kl_coef = 1e+300 must be 0 or have a magnitude from 1.2e-38 to 3.4e38",
     ),
     (
         {"optimizer.epsilon": 1e-50},
-        "config.optimizer.epsilon = 1e-50 must be 0 or of a magnitude from 1.2e-38",
+        "config.optimizer.epsilon = 1e-50 must be 0 or have a magnitude from 1.2e-38",
     ),
     ({"steps": 10**30}, f"config.steps = {10**30} must be from -2147483647 to 2147483647"),
     (
