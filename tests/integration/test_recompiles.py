@@ -92,7 +92,7 @@ def test_settings_of_a_sweep_share_one_program():
     start = stages.ppo_state(PROGRAM)
     other = (
         tiny_models.random_params(PROGRAM.policy, 7),
-        tiny_models.random_params(PROGRAM.scorer, 8),
+        tiny_models.random_params(PROGRAM.value_model, 8),
     )
     ends = []
     changes = (
