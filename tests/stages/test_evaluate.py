@@ -14,12 +14,12 @@ from instructax.checkpoints.parents import tokenizer_of
 from instructax.checkpoints.restore import load_params
 from instructax.data import loaders
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
+from instructax.data.prompt_format import PLAIN_FORMAT
 from instructax.evals.intervals import share_estimate
 from instructax.experiment import run_stage
 from instructax.models import Transformer
 from instructax.models.init import init_params
 from instructax.runtime.metric_log import read_samples, read_summary
-from instructax.stages import evaluate
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -32,7 +32,7 @@ def parts(chain):
     """(config, tokenizer, prepared data) of the chain's evaluation."""
     config = stages.config_with_kernel(stages.config_of(chain, "evaluate", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    return config, tokenizer, evaluate.read_data(config, tokenizer)
+    return config, tokenizer, config.prepare_data(tokenizer, PLAIN_FORMAT)
 
 
 @cache
