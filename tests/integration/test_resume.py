@@ -251,7 +251,7 @@ def test_other_inputs_are_refused_with_the_differences(supervised_run, tmp_path)
     parent = manifest["parents"]["parent"]
     manifest["data"]["text"] = parent["manifest_hash"] = parent["files_hash"] = "0" * 64
     (workdir / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="was begun from other inputs") as error:
+    with pytest.raises(ConfigError, match="was started from other inputs") as error:
         run_stage(config, workdir)
     for name in ("data.text", "parents.parent.manifest_hash", "parents.parent.files_hash"):
         assert f"{name}: '{'0' * 64}' (stored) != " in str(error.value)
@@ -266,7 +266,7 @@ def test_a_lost_config_is_restored_from_the_manifest(supervised_run, tmp_path):
         (workdir / name).unlink()
     with pytest.raises(
         ConfigError,
-        match=r"begun from other inputs \(config.seed: 0 \(stored\) != 7 \(given\)\)",
+        match=r"started from other inputs \(config.seed: 0 \(stored\) != 7 \(given\)\)",
     ):
         run_stage({**config, "seed": 7}, workdir)
 

@@ -42,7 +42,7 @@ def folder_of(
     family, raw = write_config(config)
     path.mkdir()
     save.save_tensors(path, params, family, config, "float32")
-    save.write_json(path / "config.json", raw)
+    save.write_hf_json(path / "config.json", raw)
     shutil.copyfile(chain / "world" / "tokenizer.json", path / "tokenizer.json")
     (path / "chat_template.jinja").write_text("{{ messages }}")
     return path, config, params
