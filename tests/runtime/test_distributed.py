@@ -28,7 +28,7 @@ from instructax.stages.ppo import stage as ppo_stage
 
 address, index, stop_at, config, workdir = sys.argv[1:]
 distributed.join_processes(address, 2, int(index))
-reader = ppo_stage.reader
+reader = ppo_stage.batch_reader
 
 
 def watched_reader(*args):
@@ -42,7 +42,7 @@ def watched_reader(*args):
     return watched
 
 
-ppo_stage.reader = watched_reader
+ppo_stage.batch_reader = watched_reader
 sys.exit(cli.guarded(lambda: experiment.run_stage(json.loads(config), Path(workdir))))
 """
 

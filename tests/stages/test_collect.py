@@ -54,7 +54,11 @@ def test_both_labeler_groups_rank_the_same_answers(chain):
     assert figures["prompts"] == len(ours) and figures["answers"] == sum(
         len(a["completions"]) for a in ours
     )
-    assert {parent["stage"] for parent in figures["parents"].values()} == {"sft", "ppo"}
+    assert {parent["stage"] for parent in figures["parents"].values()} == {
+        "pretrain",
+        "sft",
+        "ppo",
+    }
 
 
 def test_labelers_without_noise_rank_by_true_utility(chain, tmp_path):

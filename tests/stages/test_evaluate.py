@@ -274,7 +274,7 @@ def test_an_answer_does_not_depend_on_its_batch(chain, tmp_path):
         ),
         (
             {"reward_model.embed_dim": 64},
-            "config.reward_parent = .* has another model: .*embed_dim: 32 .stored. != 64 .given.",
+            "config.reward_parent = .* has another model: .*embed_dim: 32 .* != 64 .given.",
         ),
     ],
 )
