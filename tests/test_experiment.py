@@ -50,7 +50,7 @@ def test_overrides_change_only_their_own_values():
         ("configs/ppo.py:tiny", {"kl_koef": 0.5}, "kl_koef"),
         ("configs/ppo.py:tiny", {"optimizer.rate": 0.5}, "rate"),
         ("configs/ppo.py:tiny", {"steps": "many"}, "steps"),
-        ("configs/ppo.py:huge", {}, "size 'huge' must be one of 125m, micro"),
+        ("configs/ppo.py:huge", {}, "size 'huge' must be one of 125m, 350m"),
         ("configs/nothing.py:tiny", {}, "no such file: configs/nothing.py"),
     ],
 )

@@ -86,7 +86,7 @@ def test_an_import_is_a_run_that_samples(imported):
 
 
 def test_an_import_is_a_size_of_every_stage(imported):
-    for name in ("sft", "reward", "ppo", "evaluate"):
+    for name in ("sft", "reward_model", "ppo", "evaluate"):
         values = importlib.import_module(f"configs.{name}").get_config("llama").to_dict()
         built = build_config(values)
         assert built.model == imported[0]
@@ -96,7 +96,7 @@ def test_an_import_is_a_size_of_every_stage(imported):
             and built.data.limits.prompt_tokens == 48
         )
     with pytest.raises(
-        ValueError, match=r"^size 'mamba' must be one of .* has put into runs/NAME/pretrain"
+        ValueError, match=r"^size 'mamba' must be one of .* has written to runs/NAME/pretrain"
     ):
         importlib.import_module("configs.sft").get_config("mamba")
 
