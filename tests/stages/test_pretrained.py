@@ -96,7 +96,7 @@ def test_an_import_is_a_size_of_every_stage(imported):
             and built.data.limits.prompt_tokens == 48
         )
     with pytest.raises(
-        ValueError, match=r"^size 'mamba' must be one of .* has written to runs/NAME/pretrain"
+        ConfigError, match=r"^size 'mamba' must be one of .* written to runs/NAME/pretrain"
     ):
         importlib.import_module("configs.sft").get_config("mamba")
 
