@@ -356,7 +356,7 @@ def limits(size: str) -> ml_collections.ConfigDict:
         # An imported model with a shorter context: half for prompts, half for responses.
         prompt = sequence // 2
         response = sequence // 2
-    # A placeholder lets the command line set an integer where the value is None.
+    # With a placeholder, the command line can set an integer although the value is None.
     prefix = values.prefix_characters
     if prefix is None:
         prefix = config_dict.placeholder(int)

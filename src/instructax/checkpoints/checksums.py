@@ -47,7 +47,7 @@ def record_path(step: Path) -> Path:
 
 
 def read_record(step: Path) -> dict[str, Any] | None:
-    """The record of the step in the folder `step`; None if there is none.
+    """Reads the record of the step in the folder `step`; None if it has no record.
 
     If it cannot be read, `files` is {} and the additional entry `unreadable` says why.
 

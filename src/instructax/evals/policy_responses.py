@@ -5,7 +5,7 @@ A policy answers in one of three modes:
 - "plain": a response runs to its end token or the length limit. The pretrained model mostly
   reaches the limit.
 - "few-shot": few-shot examples precede the prompt, and a line break ends the response (the
-  paper's "GPT (prompted)", section 3.6). The reward model chooses the examples.
+  paper's "GPT (prompted)", section 3.5). The reward model chooses the examples.
 - "best-of": of n responses the one with the highest reward-model score; the first of them
   is the plain one.
 """
