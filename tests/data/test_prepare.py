@@ -8,26 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+from tests.support.data_limits import SHORT_LIMITS
 
 from instructax.data import batches, preparation, prepare
-from instructax.data.limits import DataLimits
 from instructax.data.schema import DataError
 from instructax.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
 EOS = TOKENIZER.eos_id
-ALL = DataLimits(
-    sequence_tokens=16,
-    prompt_tokens=8,
-    response_tokens=6,
-    completions=3,
-    prefix_characters=None,
-    prompts_per_user=None,
-    filter_pii=False,
-    splits=(("train", 1.0),),
-    split_seed=0,
-)
-HALVES = dataclasses.replace(ALL, splits=(("train", 0.5), ("valid", 0.5)))
+HALVES = dataclasses.replace(SHORT_LIMITS, splits=(("train", 0.5), ("valid", 0.5)))
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +29,7 @@ def bare_prompts(request, monkeypatch):
 
 def test_prompts_get_a_separator(tmp_path):
     texts = ["Who?", "Human: hi\n\nAssistant:", "Sum:\n", "end "]
-    limits = dataclasses.replace(ALL, sequence_tokens=40, prompt_tokens=24)
+    limits = dataclasses.replace(SHORT_LIMITS, sequence_tokens=40, prompt_tokens=24)
     prepared = prepare.prepare_prompts(
         [prompts(tmp_path / "p.jsonl", texts)], TOKENIZER, limits, tmp_path
     )
@@ -103,7 +92,7 @@ def test_golden_text_rows(tmp_path):
         tmp_path / "t.jsonl",
         [{"text": "abcdefghijklmnopqr"}, {"text": "0123456789"}, {"text": "xy"}],
     )
-    prepared = prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
+    prepared = prepare.prepare_text([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     rows = rows_of(prepared.sources["train"])
     assert [(decode(row["tokens"]), row["lengths"]) for row in rows] == [
         ("abcdefghijklmnop", [16]),
@@ -126,7 +115,7 @@ def test_demonstrations_are_kept_whole_or_dropped(tmp_path):
         ("p" * 8, "c" * 5),
         ("12345678", "12345"),
     ]
-    limits = dataclasses.replace(ALL, sequence_tokens=14)
+    limits = dataclasses.replace(SHORT_LIMITS, sequence_tokens=14)
     file = demonstrations(tmp_path / "d.jsonl", [*pairs, ("q", "r")])
     prepared = prepare.prepare_demonstrations([file], TOKENIZER, limits, tmp_path / "data")
     rows = rows_of(prepared.sources["train"])
@@ -154,7 +143,9 @@ def test_demonstrations_are_kept_whole_or_dropped(tmp_path):
 def test_every_demonstration_trains_on_one_end_token(tmp_path):
     file = demonstrations(tmp_path / "d.jsonl", [("ab", "cd"), ("e", "f"), ("g", "hi")])
     (row,) = rows_of(
-        prepare.prepare_demonstrations([file], TOKENIZER, ALL, tmp_path).sources["train"]
+        prepare.prepare_demonstrations([file], TOKENIZER, SHORT_LIMITS, tmp_path).sources[
+            "train"
+        ]
     )
     starts = np.cumsum([0, *row["lengths"]])
     for start, stop in itertools.pairwise(starts):
@@ -182,7 +173,9 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
     # A prompt may contain it, because prompts are not trained.
     known = demonstrations(tmp_path / "known.jsonl", [("a what", "b a")])
     (row,) = rows_of(
-        prepare.prepare_demonstrations([known], tokenizer, ALL, tmp_path).sources["train"]
+        prepare.prepare_demonstrations([known], tokenizer, SHORT_LIMITS, tmp_path).sources[
+            "train"
+        ]
     )
     assert row["tokens"] == [0, 2, 1, 0, 2]
     file = demonstrations(tmp_path / "d.jsonl", [("a", "b a"), ("a", "b what")])
@@ -190,14 +183,14 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
         DataError,
         match="demonstration '1': completion: its tokens contain the end token 2 before",
     ):
-        prepare.prepare_demonstrations([file], tokenizer, ALL, tmp_path)
+        prepare.prepare_demonstrations([file], tokenizer, SHORT_LIMITS, tmp_path)
 
 
 def test_every_filter_of_prompts_counts_what_it_drops(tmp_path):
     texts = ["abcd1", "abcd2", "x1", "x2", "x3", "longer than 8", "a@b.cd"]
     users = ["u", None, "v", "v", "v", None, None]
     limits = dataclasses.replace(
-        ALL, prefix_characters=4, prompts_per_user=2, filter_pii=True
+        SHORT_LIMITS, prefix_characters=4, prompts_per_user=2, filter_pii=True
     )
     prepared = prepare.prepare_prompts(
         [prompts(tmp_path / "p.jsonl", texts, users)], TOKENIZER, limits, tmp_path / "data"
@@ -279,7 +272,9 @@ COMPARISONS = [
 
 def test_golden_comparison_rows(tmp_path):
     file = write(tmp_path / "c.jsonl", COMPARISONS)
-    prepared = prepare.prepare_comparisons([file], TOKENIZER, ALL, tmp_path / "data")
+    prepared = prepare.prepare_comparisons(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data"
+    )
     a, b, c, e, f = (ord(letter) for letter in "abcef")
     assert rows_of(prepared.sources["train"]) == [
         {
@@ -329,7 +324,7 @@ def test_golden_comparison_rows(tmp_path):
 def test_many_rows_are_read_back_in_order(tmp_path):
     texts = [f"prompt{i % 97}"[:8] for i in range(300)]
     file = prompts(tmp_path / "p.jsonl", texts)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
+    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     rows = batches.batch_row_ids(2, 64, len(prepared.sources["train"]), 0)
     batch = batches.prompt_batch(prepared.sources["train"], rows, 8)
     found = [
@@ -340,10 +335,10 @@ def test_many_rows_are_read_back_in_order(tmp_path):
 
 def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
-    first = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
+    first = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     # A second preparation would call this.
     monkeypatch.setattr(preparation, "read_jsonl", None)
-    again = prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
+    again = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     assert again.report == first.report
     assert rows_of(again.sources["train"]) == rows_of(first.sources["train"])
     assert [path.name for path in (tmp_path / "data").iterdir()] == [first.folder.name]
@@ -353,13 +348,13 @@ def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
 def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
 
-    def hash_of(files=(file,), tokenizer=TOKENIZER, limits=ALL):
+    def hash_of(files=(file,), tokenizer=TOKENIZER, limits=SHORT_LIMITS):
         return prepare.prepare_prompts(
             files, tokenizer, limits, tmp_path / "data"
         ).report.hash
 
     hashes = [hash_of()]
-    hashes.append(hash_of(limits=dataclasses.replace(ALL, prompt_tokens=7)))
+    hashes.append(hash_of(limits=dataclasses.replace(SHORT_LIMITS, prompt_tokens=7)))
     hashes.append(hash_of(tokenizer=dataclasses.replace(TOKENIZER, hash="other")))
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(file.read_bytes())
@@ -370,7 +365,9 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     hashes.append(hash_of())
     texts = write(tmp_path / "t.jsonl", [{"text": "a"}])
     hashes.append(
-        prepare.prepare_text([texts], TOKENIZER, ALL, tmp_path / "data").report.hash
+        prepare.prepare_text(
+            [texts], TOKENIZER, SHORT_LIMITS, tmp_path / "data"
+        ).report.hash
     )
     assert len(set(hashes)) == len(hashes)
     with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(.*No such file"):
@@ -380,7 +377,7 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
 def test_an_empty_split_says_what_was_dropped(tmp_path):
     file = prompts(tmp_path / "p.jsonl", ["longer than 8", "another too long"])
     with pytest.raises(ValueError, match="split 'train' of prompts is empty") as caught:
-        prepare.prepare_prompts([file], TOKENIZER, ALL, tmp_path / "data")
+        prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     assert "of 2 records in 1 files, 2 reached it" in str(caught.value)
     assert "dropped by rule, in all splits: {'prompt_tokens': 2}" in str(caught.value)
     assert not (tmp_path / "data").exists()
@@ -388,9 +385,9 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
     with pytest.raises(
         ValueError, match=rf"^no text in {file}: the files have no records$"
     ):
-        prepare.prepare_text([file], TOKENIZER, ALL, tmp_path / "data")
+        prepare.prepare_text([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     with pytest.raises(ValueError, match=r"^no files of text: give at least one$"):
-        prepare.prepare_text([], TOKENIZER, ALL, tmp_path / "data")
+        prepare.prepare_text([], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -427,7 +424,7 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
 )
 def test_limits_out_of_range_are_refused(name, value, message):
     with pytest.raises(ValueError) as caught:
-        dataclasses.replace(ALL, **{name: value})
+        dataclasses.replace(SHORT_LIMITS, **{name: value})
     assert message in str(caught.value)
 
 
@@ -436,4 +433,4 @@ def test_filtering_personal_data_needs_a_training_split():
         ValueError,
         match=r'filter_pii needs a split called "train", but .*\.splits has \[.all.\]',
     ):
-        dataclasses.replace(ALL, filter_pii=True, splits=(("all", 1.0),))
+        dataclasses.replace(SHORT_LIMITS, filter_pii=True, splits=(("all", 1.0),))

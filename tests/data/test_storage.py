@@ -6,23 +6,12 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from tests.support.data_limits import SHORT_LIMITS
 
 from instructax.data import prepare, storage
-from instructax.data.limits import DataLimits
 from instructax.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
-LIMITS = DataLimits(
-    sequence_tokens=16,
-    prompt_tokens=8,
-    response_tokens=6,
-    completions=3,
-    prefix_characters=None,
-    prompts_per_user=None,
-    filter_pii=False,
-    splits=(("train", 1.0),),
-    split_seed=0,
-)
 
 
 def prompts(file, count):
@@ -43,11 +32,11 @@ def test_an_interrupted_preparation_is_never_used(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_sizes", fails)
         with pytest.raises(OSError, match="no space left"):
-            prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+            prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
     killed = tmp_path / "data" / ".prompts-0123-half" / "prompt_rows"
     killed.mkdir(parents=True)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     assert len(prepared.sources["train"]) == 2
 
 
@@ -81,7 +70,7 @@ def test_only_small_data_is_cached_in_memory(tmp_path, monkeypatch):
     for limit in (storage.MAX_CACHED_BYTES, 0):
         monkeypatch.setattr(storage, "MAX_CACHED_BYTES", limit)
         source = prepare.prepare_prompts(
-            [tmp_path / "a.jsonl"], TOKENIZER, LIMITS, tmp_path / "rows"
+            [tmp_path / "a.jsonl"], TOKENIZER, SHORT_LIMITS, tmp_path / "rows"
         ).sources["train"]
         kinds.append(isinstance(source, storage.CachedSource))
         assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [
@@ -99,13 +88,13 @@ def test_a_failing_rename_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.rename", fails)
     with pytest.raises(OSError, match="read-only file system"):
-        prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+        prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
 
 
 @pytest.mark.parametrize("damage", ["cut rows", "no rows", "no report", "bad report"])
 def test_damaged_data_is_refused(tmp_path, damage):
     file = prompts(tmp_path / "p.jsonl", 2)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     (rows,) = prepared.folder.rglob("*.array_record*")
     if damage == "cut rows":
         rows.write_bytes(rows.read_bytes()[:-1])
@@ -116,13 +105,13 @@ def test_damaged_data_is_refused(tmp_path, damage):
     else:
         (prepared.folder / "report.json").write_text("{}")
     with pytest.raises(ValueError, match=r"delete .* to prepare it again") as caught:
-        prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+        prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     assert str(prepared.folder) in str(caught.value)
 
 
 def prepare_in_process(barrier, file, data_dir, results):
     barrier.wait()
-    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, data_dir)
+    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, data_dir)
     results.put(
         (prepared.report.hash, len(prepared.sources["train"]), str(prepared.folder))
     )
@@ -150,7 +139,7 @@ def test_processes_that_start_at_once_share_one_folder(tmp_path):
 
 def test_the_loser_of_a_race_keeps_the_rows_of_the_winner(tmp_path):
     file = prompts(tmp_path / "p.jsonl", 2)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     before = {
         path: path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file()
     }

@@ -10,11 +10,11 @@ import tracemalloc
 import numpy as np
 import pytest
 from tests.support import stages
+from tests.support.data_limits import LIMITS
 
 from instructax import cli
 from instructax.config import ConfigError
 from instructax.data import prepare, schema
-from instructax.data.limits import DataLimits
 from instructax.data.schema import DataError, Text, read_jsonl
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import run_stage
@@ -22,17 +22,6 @@ from instructax.experiment import run_stage
 pytest_plugins = ("tests.support.pipeline_fixture",)
 
 TOKENIZER = load_tokenizer("bytes")
-LIMITS = DataLimits(
-    sequence_tokens=64,
-    prompt_tokens=24,
-    response_tokens=16,
-    completions=4,
-    prefix_characters=None,
-    prompts_per_user=None,
-    filter_pii=False,
-    splits=(("train", 1.0),),
-    split_seed=0,
-)
 PREPARE = {
     "text": prepare.prepare_text,
     "demonstrations": prepare.prepare_demonstrations,

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from tests.support.data_limits import LIMITS
 
 from instructax import cli
 from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.data import prepare
-from instructax.data.limits import DataLimits
 from instructax.data.tokenizer import load_tokenizer
 from instructax.runtime import metric_log
 from instructax.runtime.files import write_json
@@ -182,17 +182,6 @@ def as_somebody(folder):
         folder.chmod(0o700)
 
 
-LIMITS = DataLimits(
-    sequence_tokens=64,
-    prompt_tokens=24,
-    response_tokens=16,
-    completions=4,
-    prefix_characters=None,
-    prompts_per_user=None,
-    filter_pii=False,
-    splits=(("train", 1.0),),
-    split_seed=0,
-)
 REFUSED = {
     "a workdir": lambda folder: lock_workdir(folder / "run").__enter__(),
     "checkpoints": lambda folder: Checkpoints(

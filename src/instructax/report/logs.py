@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instructax.config import ConfigError
 from instructax.evals.intervals import Estimate
+from instructax.runtime.files import read_json_lines
 
 # What JSON holds is checked where it is used.
 JsonObject = Mapping[str, Any]
@@ -21,22 +21,10 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the object on each line of `path`, or [] if the file does not exist.
-
-    Raises ConfigError with the line number if a line is not valid JSON.
-    """
+    """Returns the object on each line of `path`, or [] if the file does not exist."""
     if not path.exists():
         return []
-
-    # Logs have a few thousand lines: they are read at once.
-    objects = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            message = f"{path}, line {number}, is not valid JSON: run the stage again"
-            raise ConfigError(message) from None
-    return objects
+    return read_json_lines(path)
 
 
 def logged_estimate(record: JsonObject, scale: float = 1.0) -> Estimate:

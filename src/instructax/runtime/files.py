@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from instructax.config import ConfigError
+
 
 def open_no_follow(path: Path, mode: str) -> Any:
     """Opens a file of a run for writing, as UTF-8 text unless `mode` contains "b".
@@ -72,8 +74,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The value on each line of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Returns the value on each line of a JSONL file that a run wrote.
+
+    Raises ConfigError with the line number if a line is not valid JSON.
+    """
+    # Logs have a few thousand lines: they are read at once.
+    values = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            message = f"{path}, line {number}, is not valid JSON: run the stage again"
+            raise ConfigError(message) from None
+    return values
 
 
 def rewind(path: Path, start_step: int) -> None:

@@ -124,7 +124,7 @@ def train(run: Run) -> None:
     for model, _, _ in policies:
         check_policy_length(config, model.config)
 
-    responses = sampled(config, policies, prompts)
+    responses = sample_policies(config, policies, prompts)
     compared = draw_compared(responses, generator(config.seed, f"compared {config.round}"))
     require(
         bool(compared),
@@ -166,7 +166,7 @@ def check_policy_length(config: Config, model: ModelConfig) -> None:
     )
 
 
-def sampled(
+def sample_policies(
     config: Config, policies: list[CollectPolicy], prompts: list[SimulatedPrompt]
 ) -> list[list[str]]:
     """The responses of all policies to each prompt, in the order of the policies."""

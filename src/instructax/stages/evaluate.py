@@ -305,7 +305,7 @@ def _evaluate_policies(
         for response in responses:
             log.write_sample(number, {"policy": name, **response})
 
-        metrics = figures_of(responses)
+        metrics = response_metrics(responses)
         if "text" in run.data:
             text = run.data["text"].sources["validation"]
             metrics["text_loss"] = validation_loss.estimate(params, text)
@@ -374,7 +374,7 @@ def _load(run: Run, parent: Parent, head: Head) -> Params:
     return parent.load(abstract_params(network, run.mesh))
 
 
-def figures_of(responses: list[dict[str, Any]]) -> dict[str, Any]:
+def response_metrics(responses: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the responses of one policy, with confidence intervals.
 
     Args:

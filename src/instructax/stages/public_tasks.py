@@ -134,7 +134,7 @@ def train(run: Run) -> None:
     config: Config = run.config
     # The seed of the world fixes its facts, the seed of the run draws the items.
     world_seed, _ = read_world_spec(Path(config.world))
-    sheets = list(sheets_of(create_world(world_seed), config.seed, config.items))
+    sheets = list(create_sheets(create_world(world_seed), config.seed, config.items))
     run.write_manifest()
     model = Transformer(config.model, config.compute, "tokens", run.mesh)
     completer = Completer(
@@ -186,12 +186,12 @@ def _measure_policy(
     # Every task has an entry, in the order of the table.
     metrics: dict[str, dict[str, Any]] = {task: {} for task in PUBLIC_TASKS}
     for sheet in sheets:
-        found, samples = answered(sheet, completer, params, run.tokenizer, run.config.seed)
+        found, samples = run_sheet(sheet, completer, params, run.tokenizer, run.config.seed)
         labels = {"policy": name, "task": sheet.task, "form": sheet.form}
         for sample in samples:
             log.write_sample(step, {**labels, **sample})
         for form, metric in found.items():
-            metrics[sheet.task][form] = record_of(metric)
+            metrics[sheet.task][form] = metric_record(metric)
     return metrics
 
 
@@ -204,20 +204,20 @@ def _values(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
     return values
 
 
-def record_of(figure: TaskMetric) -> dict[str, Any]:
+def metric_record(metric: TaskMetric) -> dict[str, Any]:
     """A metric as it is written to `summary.json`.
 
     Contains the fields of its estimate, and the values of the items if the metric is their
     mean: reports compare policies item by item.
     """
-    record = dataclasses.asdict(figure.estimate)
-    if figure.values is not None:
+    record = dataclasses.asdict(metric.estimate)
+    if metric.values is not None:
         # Six digits keep the file small.
-        record["values"] = np.round(np.asarray(figure.values, float), 6).tolist()
+        record["values"] = np.round(np.asarray(metric.values, float), 6).tolist()
     return record
 
 
-def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
+def create_sheets(world: World, seed: int, items: int) -> Iterator[Sheet]:
     """Every task in every form; the items of a task are the same in all of them."""
     for name, task in PUBLIC_TASKS.items():
         # Once per task: forms can be compared only on the same items.
@@ -226,7 +226,7 @@ def sheets_of(world: World, seed: int, items: int) -> Iterator[Sheet]:
             yield Sheet(name, form, drawn, create_contexts(world, seed, name, drawn, form))
 
 
-def answered(
+def run_sheet(
     sheet: Sheet, completer: Completer, params: Params, tokenizer: Tokenizer, seed: int
 ) -> tuple[dict[str, TaskMetric], list[dict[str, Any]]]:
     """Runs one policy on a sheet.

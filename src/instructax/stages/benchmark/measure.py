@@ -23,10 +23,10 @@ from instructax.models import decoding_config
 from instructax.stages import load_stage
 from instructax.stages.benchmark.workloads import (
     Work,
+    build_work,
     ppo_work,
     sampling_work,
     untimed,
-    work_of,
 )
 from instructax.stages.memory import GIB
 from instructax.training.attention import NO_ROWS, select_attention_kernel
@@ -106,7 +106,7 @@ def _select_work(
       (the config with its kernel, the kernel with the reason, a function from (config,
       mesh, ending) to the workload, the mesh)
     """
-    make, mesh = work_of(config)
+    make, mesh = build_work(config)
     _check_options(config, ending, sampling_alone, side_by_side)
     # The sampler always runs with a cache, where there is only one attention function.
     lengths = NO_ROWS if sampling_alone else load_stage(config.stage).row_lengths(config)

@@ -78,7 +78,7 @@ def untimed(name: str) -> Iterator[None]:
     yield
 
 
-def work_of(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
+def build_work(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
     """Looks up the workload of a config's stage.
 
     Returns:
