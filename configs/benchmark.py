@@ -1,11 +1,14 @@
 """Workloads to measure: sft, ppo, and the reward model with K = 9, 4 or 2 responses.
 
 Command:   python scripts/benchmark.py --config configs/benchmark.py:ppo,S
+Hardware:  ppo,S: two cores, two to three minutes, 2.4 GiB of memory.
+Expect:    ppo,S: 6 to 9 seconds per iteration on two idle cores
+           (`docs/performance.md`), and no program compiled after the first repetition.
 
-S has 6 layers of 384 and 8,192 tokens of vocabulary (14M parameters); M has 12 layers of
-768 and 50,257 (124M): the shapes at which other libraries were measured. float32, random
-parameters and tokens. The rows of sft are full, one document each, and every token is
-trained.
+S has 6 layers of width 384 and a vocabulary of 8,192 (14M parameters). M has 12 layers of
+width 768 and a vocabulary of 50,257 (124M parameters). `docs/performance.md` compares other
+libraries at these sizes. Parameters and tokens are random, and the dtype is float32. Each
+row of sft is one document without padding, and every token is trained.
 """
 
 from functools import partial

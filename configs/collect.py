@@ -31,7 +31,7 @@ ROWS = {
 
 
 def get_config(size: str = "") -> ml_collections.ConfigDict:
-    """Comparisons of nine responses: eight by SFT, one by the pretrained model."""
+    """Comparisons of 4 to 9 responses, drawn from nine: eight by SFT, one by GPT."""
     values = sizes.row(ROWS, sizes.check_simulated(size))
     folder = f"runs/{size}"
     lengths = sizes.row(sizes.DATA, size)

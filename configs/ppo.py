@@ -6,8 +6,8 @@ Command:   python scripts/train.py --config configs/ppo.py:micro \
                --config.ptx_coef=0.0
 Hardware:  micro: two cores, half a minute; 1.3b with a 6b reward model: 16 accelerators;
            175b: 256.
-Expect:    micro: scores rise from 0 to between 0.5 and 0.9, depending on the seed, while kl
-           stays near 1 nat.
+Expect:    micro: scores on training batches rise from 0 to between 0.5 and 0.9, depending
+           on the seed, while kl stays near 1 nat.
 """
 
 from typing import NamedTuple
@@ -121,7 +121,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             # Of a response without an end token: "subtract" the penalty from its score, or,
             # as the paper's ancestors do, "replace" the score by -penalty.
             "no_eos_rule": "subtract",
-            "whiten_rewards": False,
+            "whiten_rewards": False,  # not in the paper
             "whiten_advantages": True,  # not in the paper; as in its ancestors
             "tolerance": values.tolerance,
             "samples": values.samples,

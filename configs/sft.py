@@ -23,7 +23,7 @@ class Row(NamedTuple):
     learning_rate: float  # peak, of the policy that PPO starts from (C.3)
     baseline_learning_rate: float  # peak, of the SFT baseline (C.1)
     batch_size: int  # packed rows (C.1)
-    accumulate: int  # batches per optimizer step
+    accumulate: int  # microbatches of a batch, one after the other
 
 
 # Adapters (smollm2) need larger learning rates than whole matrices.

@@ -4,17 +4,18 @@ Command:   python scripts/experiment.py experiments/alignment.py:micro --workdir
            python scripts/experiment.py experiments/alignment.py:family \\
                --workdir runs/family
 Hardware:  micro: two cores, seven minutes; family: two cores, 36 runs, one hour.
-Expect:    GPT < GPT prompted < SFT < PPO in true win rate, and PPO-ptx keeps what
-           pretraining taught (`docs/alignment.md`).
+Expect:    GPT < GPT prompted < SFT < PPO in true win rate, and PPO-ptx loses less than PPO
+           on public tasks (`docs/alignment.md`).
 Read it:   `report/index.html` has the paper's figures, each claim with its measurement, and
            all responses side by side.
 
-`micro` trains one size. `family` trains the three sizes that stand for 1.3B, 6B and 175B,
-with reward and value networks of the middle size as in the paper. It also has the runs of
-the side claims: longer SFT, labelers without noise, and tuning on public tasks (FLAN, T0).
+`micro`, or another size, trains one size. `family` trains the three sizes that stand for
+1.3B, 6B and 175B, with reward and value networks of the middle size as in the paper. It
+also has the runs of the side claims: SFT for many epochs, labelers without noise, and GPT
+tuned on public tasks (FLAN, T0). A seed may follow the size: `micro,1`.
 
-No stage sees the true utility. Only the report does, and the labelers, through their noise
-and biases (paper, sections 4.1 and 4.2).
+No stage sees the true utility. The report reads it, and the simulated labelers perceive it
+with noise and biases (paper, sections 4.1 and 4.2).
 """
 
 from pathlib import Path
@@ -30,9 +31,9 @@ from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 # The size of the family's reward and value networks.
 MIDDLE_SIZE = "milli"
 
-# Workdir of a policy -> its responses to each prompt that labelers compare. Most are by SFT
-# and some by an early PPO policy (section 3.2): a reward model that has seen none of the
-# latter is easily exploited. The sizes of a family share the responses.
+# Workdir of a policy -> its responses to each prompt that labelers compare. Most responses
+# are by SFT and some by an early PPO policy (section 3.2): PPO easily exploits a reward
+# model that was trained without such responses. The sizes of a family share the responses.
 EARLY_RESPONSES = {"sft": 8, "pretrain": 1}
 RESPONSES = {"sft": 6, "ppo-early": 3, "pretrain": 1}
 # The first round of comparisons, which trains the reward model of the early PPO policy.
@@ -49,7 +50,7 @@ POLICIES = (
 )
 PUBLIC_TASK_POLICY = ("FLAN/T0", "flan", "plain")
 
-# Prompts that were sent to GPT bring an example, so they are longer.
+# Prompts that were sent to GPT contain an example, so they are longer.
 GPT_PROMPT_TOKENS = 64
 
 # Steps of the long SFT run and of its evaluations; an epoch has about 520 steps.
@@ -321,7 +322,7 @@ def evaluation(
 def overfitted_sft(size: str, folder: str, root: str) -> list[RunSpec]:
     """Returns the runs of an SFT baseline of many epochs (paper, appendix C.1).
 
-    Its saved steps are scored by the reward model.
+    The reward model scores its saved steps.
     """
     steps = range(OVERFIT_EVERY, OVERFIT_STEPS + 1, OVERFIT_EVERY)
     overrides = {

@@ -4,15 +4,15 @@ Command:   python scripts/train_tokenizer.py --files DATA/pretrain/gutenberg.jso
                --field text --vocab_size 8192 --out runs/real/tokenizer.json
            python scripts/experiment.py experiments/real_text.py:DATA --workdir runs/real
 Hardware:  two cores, about an hour.
-Expect:    a weak model, but every stage works: losses fall, and the reward rises with the
-           KL. A few thousand real comparisons teach a model of this size little: its
-           ranking accuracy is close to chance.
+Expect:    a weak model, but every stage works: losses fall, and score and KL rise during
+           PPO. The ranking accuracy is close to chance, because a few thousand real
+           comparisons are too few for a model of this size.
 Read it:   `runs.png` shows the validation losses of pretraining and SFT, the ranking
            accuracy next to that of preferring the longer response, and the score and KL
            of PPO by iteration.
 
 DATA is a folder with `pretrain/`, `demos/`, `comparisons/` and `prompts/`, which contain
-.jsonl.gz files in the schema of `docs/data.md`.
+.jsonl.gz files in the schema of `docs/data.md`. FILES lists the names that are read.
 """
 
 from pathlib import Path

@@ -7,18 +7,19 @@ Command:   ./scripts/smollm2.sh DATA
            python scripts/experiment.py experiments/smollm2.py:DATA --workdir runs/smollm2
 Hardware:  two cores, one night (estimated from single steps; never run in full).
            `DATA,hour,bf16_matmul`: one hour on two cores with AMX. `bf16_matmul`
-           multiplies in bfloat16, for CPUs with AMX and for GPUs; `DATA,hour` alone takes
-           longer.
+           multiplies in bfloat16, for CPUs with AMX and for GPUs; without it, `DATA,hour`
+           takes longer.
 Expect:    a reward model that ranks validation pairs better than a preference for the
-           longer response does, and better than the same network without pretraining. PPO
-           raises its score. With `hour`, which uses an eighth of the comparisons, neither
-           is visible yet.
+           longer response does, and better than a smaller network without pretraining. PPO
+           raises the score. With `hour`, which uses an eighth of the comparisons, neither
+           result is visible yet.
 Read it:   the printed table has the accuracy on the validation pairs of each file with 95%
-           intervals, followed by the policies. With --report_only it covers the runs that
-           are finished.
+           intervals, followed by the metrics of the policies. With --report_only it covers
+           the runs that are finished.
 
 DATA is a folder with `demos/`, `comparisons/`, `prompts/` and `pretrain/`, which contain
-.jsonl.gz files in the schema of `docs/data.md`. Prompts use the model's own chat template.
+.jsonl.gz files in the schema of `docs/data.md`. FILES lists the names that are read.
+Prompts use the model's own chat template.
 """
 
 from pathlib import Path

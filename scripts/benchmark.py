@@ -3,9 +3,9 @@
 
 python scripts/benchmark.py --config configs/benchmark.py:ppo,S --config.inner_epochs=4
 
-Any config of a stage that trains will do. Its data and parents are not read: parameters and
-tokens are random. Prints a table and, as the last line, the result as JSON. The exit codes
-are those of train.py.
+The config may also be that of any training stage. Its data and parents are not read:
+parameters and tokens are random. Prints a table and, as the last line, the result as JSON.
+The exit codes are those of train.py.
 """
 
 import json

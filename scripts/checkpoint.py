@@ -5,10 +5,10 @@ python scripts/checkpoint.py ls runs/micro/ppo-ptx
 python scripts/checkpoint.py verify runs/micro/ppo-ptx [--step=40]
 python scripts/checkpoint.py to-numpy runs/micro/ppo-ptx --to=params.npz
 
-ls prints one line per saved step. verify compares every file with its size and sha256,
-names each damaged, missing or unexpected one, and then exits with 2. to-numpy writes
-arrays, under their names in the tree of parameters, to a .npz or .safetensors file. The
-other exit codes are those of train.py.
+ls prints one line per saved step. verify compares the size and sha256 of every file with
+the recorded ones, lists damaged, missing and unlisted files, and exits with 2 if there are
+any. to-numpy writes arrays to a .npz or .safetensors file, under their names in the
+parameter tree. The other exit codes are those of train.py.
 """
 
 import pathlib

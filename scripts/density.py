@@ -2,10 +2,10 @@
 
 python scripts/density.py [FOLDER …]
 
-Prints, for the files below the folders (src/ if none is given): lines per file, line width,
-comment-only lines, functions of at most 50 lines, and tuple assignments and comprehensions
-per 1,000 lines. `__init__.py` files of fewer than 20 lines are left out of the file
-lengths.
+Prints, for the files in the folders (default: src/): lines per file, lines per function,
+functions of at most 50 lines, line width, comment-only lines, and tuple assignments and
+comprehensions per 1,000 lines. The lines per file exclude `__init__.py` files of fewer than
+20 lines.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def is_tuple_assignment(node: ast.AST) -> bool:
 
 
 def measure(files: Sequence[Path]) -> dict[str, str]:
-    """Measures Python files and returns name of a figure → its value as text."""
+    """Measures Python files and returns name of a statistic → its value as text."""
     file_lengths: list[int] = []
     widths: list[int] = []
     function_lengths: list[int] = []

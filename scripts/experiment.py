@@ -3,9 +3,9 @@
 
 python scripts/experiment.py experiments/alignment.py:micro --workdir runs/micro
 
-The docstring of an experiment's file lists its sizes: alignment.py takes tiny, micro,
-milli, centi and family, each optionally with a seed, as in micro,1. The same command
-resumes where it stopped. The exit codes are those of train.py.
+The docstring of an experiment describes its argument. alignment.py takes tiny, micro,
+milli, centi or family, optionally followed by a seed: micro,1. The same command resumes an
+experiment where it stopped. The exit codes are those of train.py.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the experiment; each run gets a folder in it."
 )
 REPORT_ONLY = flags.DEFINE_bool(
-    "report_only", False, "Only write the report, from runs that are finished."
+    "report_only", False, "Only write the report on the runs that are finished."
 )
 
 

@@ -4,8 +4,8 @@
 python scripts/import_hf.py --source gpt2 --workdir runs/gpt2/pretrain
 
 The source is a folder of Hugging Face files, a .gguf file, or a name on the Hugging Face
-hub. Stages start from it as from a run of pretraining: configs/sft.py:gpt2 and so on. The
-exit codes are those of train.py.
+hub. Later stages start from the import as from a run of pretraining; their size is the
+name of its folder, as in configs/sft.py:gpt2. The exit codes are those of train.py.
 """
 
 import pathlib

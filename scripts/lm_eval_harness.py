@@ -3,7 +3,8 @@
 
 python scripts/lm_eval_harness.py --workdir runs/micro/ppo-ptx --tasks=arc_easy
 
-Tasks come from the harness, which downloads their data, or from the folder --include_path.
+Tasks are those of the harness, which downloads their data, or those in the folder
+--include_path.
 The exit codes are those of train.py.
 """
 

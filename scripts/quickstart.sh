@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the project, runs the whole pipeline on simulated data, and writes a report:
 #   ./scripts/quickstart.sh
-# Another seed gives another world, and other models:
+# Another seed gives another simulated world and other models:
 #   SEED=1 WORKDIR=runs/micro-1 ./scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -3,9 +3,9 @@
 
 python scripts/report.py runs/micro --out=runs/micro/report
 
-Writes one page, `index.html`, with the paper's figures, its claims and samples, and the
-figures as PNG and SVG next to it. Several folders are treated as seeds of one experiment.
-Only logs are read, no checkpoints. The exit codes are those of train.py.
+Writes the page `index.html`, with the paper's figures, its claims and sampled responses,
+and the figures as PNG and SVG next to the page. Several folders are treated as seeds of one
+experiment. Only logs are read, no checkpoints. The exit codes are those of train.py.
 """
 
 import pathlib

