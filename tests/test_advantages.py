@@ -47,6 +47,13 @@ def numpy_of(arrays) -> list[np.ndarray]:
     return [np.asarray(array) for array in arrays]
 
 
+def test_last_real_by_hand():
+    # Padding on either side and a hole; an empty row has no last token.
+    mask = jnp.array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]], bool)
+    expected = [[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(advantages.last_real(mask), expected)
+
+
 def test_rewards_by_hand():
     scores = jnp.array([0.7, -1.3, 9.9])
     logprobs = jnp.array([[-1.0, -0.5, -2.0], [-0.3, -5.0, -5.0], [-5.0, -5.0, -5.0]])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from instructax.stages import MODULES as MODULES_OF_STAGES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "instructax"
 
@@ -52,6 +54,8 @@ HOMES = {
     "torch": set(),
     "transformers": set(),
 }
+# The modules and packages of `stages.MODULES`, such as `sft` and `ppo`.
+STAGES = {module.split(".")[2] for module in MODULES_OF_STAGES.values()}
 FILES = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -138,6 +142,25 @@ def test_there_are_at_most_ten_root_modules():
     assert len([path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]) <= 10
 
 
+def stage_of(name: str) -> str | None:
+    """The stage with the module or package `name`, None if there is none."""
+    parts = name.split(".")
+    if parts[:2] != ["instructax", "stages"] or len(parts) < 3:
+        return None
+    return parts[2] if parts[2] in STAGES else None
+
+
+def imports_of_other_stages(name: str, imports: Iterable[str]) -> list[str]:
+    """The other stages that a stage imports.
+
+    The benchmark runs several stages, but is none itself.
+    """
+    if stage_of(name) is None:
+        return []
+    used = {stage_of(imported) for imported in imports} - {None, stage_of(name)}
+    return [f"{name} imports {stage}" for stage in sorted(used)]
+
+
 def test_every_package_states_its_purpose():
     for path, source in FILES.items():
         if path.name == "__init__.py":
@@ -168,7 +191,21 @@ def test_no_package_has_a_cycle(package):
     assert not left, f"imports in a cycle: {sorted(left)}"
 
 
+def test_stages_do_not_import_each_other():
+    found = []
+    for name, imports in MODULES.items():
+        found += imports_of_other_stages(name, imports)
+    assert found == []
+
+
 def test_planted_faults_are_found():
+    assert imports_of_other_stages(
+        "instructax.stages.sft", {"instructax.stages.ppo.stage.Config"}
+    ) == ["instructax.stages.sft imports ppo"]
+    # A stage may import the modules of its own package.
+    assert not imports_of_other_stages(
+        "instructax.stages.ppo.stage", {"instructax.stages.ppo.program"}
+    )
     assert upward_imports("models", "def f():\n    from instructax.stages import sft") == [
         "models imports stages"
     ]

@@ -284,6 +284,37 @@ def test_one_answer_has_no_pair():
     np.testing.assert_array_equal(losses.pairwise_ranking_loss(*one), 0.0)
 
 
+def test_ordered_pairs_by_hand():
+    # Response 0 is best, 1 and 2 tie, 3 is invalid: 0 beats 1 and 2, nothing else.
+    ranks = jnp.array([[0, 1, 1, 2]])
+    valid = jnp.array([[True, True, True, False]])
+    expected = np.zeros((1, 4, 4), bool)
+    expected[0, 0, 1] = True
+    expected[0, 0, 2] = True
+    np.testing.assert_array_equal(losses.ordered_pairs(ranks, valid), expected)
+
+
+def test_every_trained_token_has_the_same_gradient():
+    logprobs, mask = case("next_token_loss", seed=1)
+    gradient = loss_gradient("next_token_loss", logprobs, mask)
+    np.testing.assert_allclose(gradient, jnp.where(mask, -1.0, 0.0) / mask.sum(), rtol=1e-6)
+
+
+def test_a_wide_clip_is_none():
+    arguments = case("clipped_value_loss", seed=1)
+    wide = losses.clipped_value_loss(*arguments, clip=1e9)
+    none = losses.clipped_value_loss(*arguments, clip=None)
+    np.testing.assert_allclose(wide, none, rtol=1e-6)
+
+
+def test_without_a_change_of_values_the_gradient_is_the_error():
+    values, _, returns, mask = case("clipped_value_loss", seed=2)
+    arguments = (values, values, returns, mask)
+    actual = loss_gradient("clipped_value_loss", *arguments)
+    errors = jnp.where(mask, values - returns, 0.0)
+    np.testing.assert_allclose(actual, errors / mask.sum(), rtol=1e-5)
+
+
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     _, logprobs, advantages, mask = case("clipped_policy_loss", seed=1)
     loss, clipped_fraction = losses.clipped_policy_loss(

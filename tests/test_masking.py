@@ -29,6 +29,19 @@ def test_masked_mean_by_hand():
     np.testing.assert_allclose(masking.masked_mean(x, mask), -0.4 / 3, rtol=1e-6)
 
 
+def test_masked_sum_by_hand():
+    x = jnp.array([[-1.25, 0.75, 99.0], [0.25, jnp.nan, 99.0]])
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    assert masking.masked_sum(x, mask) == -0.25
+
+
+def test_masked_variance_by_hand():
+    x = jnp.array([[1.0, 99.0], [2.0, 4.0]])
+    mask = jnp.array([[True, False], [True, True]])
+    # Of 1, 2, 4: (1 + 4 + 16) / 3 − (7 / 3)² = 14 / 9.
+    np.testing.assert_allclose(masking.masked_variance(x, mask), 14 / 9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten_by_hand(shift_mean):
     x = jnp.array([[1.0, 99.0], [2.0, 4.0]])

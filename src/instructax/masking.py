@@ -29,6 +29,14 @@ def masked_mean(x: Array, mask: Array) -> Array:
     return masked_sum(x, mask) / jnp.maximum(token_count(mask), 1.0)
 
 
+def masked_variance(x: Array, mask: Array) -> Array:
+    """The variance of `x` f32[...] where `mask` b[...] is True → f32[].
+
+    That of a population (divided by n), not of a sample (divided by n − 1).
+    """
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
 def whiten(x: Array, mask: Array, *, shift_mean: bool) -> Array:
     """(x − mean) / √(variance + ε) over the real tokens.
 
@@ -38,10 +46,9 @@ def whiten(x: Array, mask: Array, *, shift_mean: bool) -> Array:
       shift_mean: False adds the mean back, so only the scale changes.
 
     Returns:
-      f32[...], zero where masked. The variance is that of a population, not of a sample.
+      f32[...], zero where masked.
     """
     x = x.astype(jnp.float32)
     mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) / jnp.sqrt(variance + WHITEN_EPSILON)
+    whitened = (x - mean) / jnp.sqrt(masked_variance(x, mask) + WHITEN_EPSILON)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)

@@ -3,6 +3,10 @@ and the moving average of parameters.
 
 The learning rate is not part of the optimizer. `learning_rate_at` computes it for a step
 and `apply_gradients` multiplies by it, so that a sweep can pass the peak as an array.
+
+The paper names Adam's betas, the schedules and the average's decay (appendix C). Gradient
+clipping, weight decay and epsilon are not in the paper, nor is skipping a step whose
+gradients are not finite.
 """
 
 import dataclasses

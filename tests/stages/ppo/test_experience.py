@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 
 from instructax.stages.ppo.experience import (
-    AdvantageSettings,
+    NO_EOS_RULES,
     diagnostics,
     make_experience,
-    penalized_scores,
+    replace_by_penalty,
+    subtract_penalty,
 )
+from instructax.stages.ppo.program import AdvantageSettings
 from instructax.types import Prompts, Rollouts, Scored
 
 JUNK = np.nan
@@ -133,9 +135,8 @@ LAST_REWARDS = {"subtract": F(1, 4), "replace": F(-3, 4)}
 @pytest.mark.parametrize("rule", ["subtract", "replace"])
 def test_no_eos_rules_by_hand(rule):
     scored = example()
-    found = penalized_scores(
-        scored.scores, scored.rollouts.ended, settings().no_eos_penalty, rule
-    )
+    penalize = NO_EOS_RULES[rule]
+    found = penalize(scored.scores, scored.rollouts.ended, settings().no_eos_penalty)
     np.testing.assert_array_equal(found, [float(x) for x in NO_EOS_SCORES[rule]])
     rewards = experience_of(scored, no_eos_rule=rule)[1]
     np.testing.assert_allclose(rewards[0], floats(REWARDS)[0], rtol=1e-6)
@@ -146,8 +147,8 @@ def test_replacing_ignores_the_score_and_subtracting_keeps_its_order():
     """A harmless and a harmful response, both truncated."""
     scores = jnp.array([3.0, -5.0])
     ended = jnp.array([False, False])
-    replaced = penalized_scores(scores, ended, 1.0, "replace")
-    subtracted = penalized_scores(scores, ended, 1.0, "subtract")
+    replaced = replace_by_penalty(scores, ended, 1.0)
+    subtracted = subtract_penalty(scores, ended, 1.0)
     np.testing.assert_array_equal(replaced, [-1.0, -1.0])
     np.testing.assert_array_equal(subtracted, [2.0, -6.0])
 

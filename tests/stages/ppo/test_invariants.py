@@ -59,10 +59,19 @@ def test_a_first_ratio_off_one_stops_the_run(change):
         check_update({**UPDATE, **change}, tolerance=0.01)
 
 
-@pytest.mark.parametrize("name", ["policy_loss", "value_loss", "ptx_loss"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("policy_loss", "optimizer"),
+        ("value_loss", "value_optimizer"),
+        ("ptx_loss", "optimizer"),
+    ],
+)
 @pytest.mark.parametrize("loss", [math.nan, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(name, loss):
-    with pytest.raises(
-        InvariantError, match=f"^{name} is (nan|-inf): lower the learning rate"
-    ):
+def test_a_loss_that_is_not_finite_stops_the_run(name, optimizer, loss):
+    expected = (
+        f"^{name} is (nan|-inf), which must be finite: lower "
+        rf"config\.{optimizer}\.learning_rate"
+    )
+    with pytest.raises(InvariantError, match=expected):
         check_update({**UPDATE, name: jnp.float32(loss)}, tolerance=0.01)

@@ -2,7 +2,7 @@
 appendix C.4).
 
 As in the paper: rollouts at temperature 1, a per-token KL penalty inside the reward, the
-score at the end, a separate value network that starts as the reward model with its head and
+score at the end, a separate value model that starts as the reward model with its head and
 bias, clipped losses, one epoch over minibatches, PPO and pretraining gradients summed into
 one Adam step, a constant learning rate after 10 iterations of warm-up, averaged weights.
 
@@ -74,14 +74,14 @@ def iteration(
     text: LmBatch | None,
     settings: PpoSettings,
 ) -> tuple[PpoState, dict[str, Array], Rollouts, Array]:
-    """One iteration of PPO: sample responses, score them, update policy and value network.
+    """One iteration of PPO: sample responses, score them, update policy and value model.
 
     `jax.vmap` over state, text and settings runs a sweep: several seeds, coefficients and
     learning rates in one program, each with the numbers it has alone, up to rounding.
 
     Args:
       program: networks, optimizers and compile-time choices.
-      state: policy, value network and averaged policy.
+      state: policy, value model and averaged policy.
       ref_params: the policy that the KL penalty is measured against.
       reward_params: the reward model.
       prompts: [B, P].
@@ -134,7 +134,7 @@ def score(
     rollouts: Rollouts,
     settings: PpoSettings,
 ) -> tuple[Experience, Scored, dict[str, Array]]:
-    """Runs reference, value network, reward model and policy on the rollouts.
+    """Runs reference, value model, reward model and policy on the rollouts.
 
     With `old_logprobs="sampled"` the policy is not run, and the entropy is estimated as the
     mean of −log π over the sampled tokens.
@@ -161,8 +161,10 @@ def score(
             del metrics[name]
 
     # Fractions of computed tokens that are padding, in the prompt pass and in the rows.
-    ways = sharding.num_row_shards(program.mesh)
-    metrics["prefill_padding"] = prefill_padding(program.policy, rollouts.prompts, ways)
+    row_shards = sharding.num_row_shards(program.mesh)
+    metrics["prefill_padding"] = prefill_padding(
+        program.policy, rollouts.prompts, row_shards
+    )
     metrics["padding"] = layout.padding_fraction()
     return experience, scored, metrics
 
@@ -234,7 +236,7 @@ def _network_outputs(
     # The reference is scored at the sampling temperature too, so that the KL is between the
     # distributions that were sampled from.
     ref_logprobs = packed_logprobs(policy, ref_params, rows, temperature=temperature)
-    # The reward model has the value network's architecture, but its own parameters.
+    # The reward model has the value model's architecture, but its own parameters.
     values = packed_values(program.value_model, state.value.params, rows)
     outputs = packed_outputs(program.value_model, reward_params, rows)
     if program.options.old_logprobs == "sampled":
@@ -323,7 +325,7 @@ def _packed_minibatches(
 def _learning_rates(
     options: PpoOptions, settings: PpoSettings, step: Array
 ) -> tuple[Array, Array]:
-    """Learning rates of the policy and of the value network in iteration `step`."""
+    """Learning rates of the policy and of the value model in iteration `step`."""
     policy_rate = learning_rate_at(
         step,
         peak=settings.optimizer.learning_rate,
@@ -365,7 +367,7 @@ def _optimizer_step(
         gradients = jax.tree.map(
             lambda g, ptx: g + settings.ptx_coef * ptx, gradients, ptx_gradients
         )
-    # The value network has its own parameters and optimizer; the losses share nothing.
+    # The value model has its own parameters and optimizer; the losses share nothing.
     value_gradients, value_metrics = value_loss_gradients(
         program.value_model,
         state.value.params,

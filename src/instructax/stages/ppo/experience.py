@@ -2,7 +2,8 @@
 the metrics of one iteration.
 
 The paper leaves λ, whitening and the treatment of responses without an end token open; here
-they are settings.
+they are config fields. Whitened advantages are not in the paper; they are in Ziegler et al.
+(2019).
 """
 
 from typing import Literal
@@ -12,57 +13,53 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructax.advantages import generalized_advantages, kl_penalized_rewards
-from instructax.masking import masked_mean, token_count, whiten
+from instructax.masking import masked_mean, masked_variance, token_count, whiten
 from instructax.models import ComputeConfig
 from instructax.models.scoring import rollout_sequences
 from instructax.models.sequence_packing import PackedLayout, pack, plan_packing
+from instructax.stages.ppo.program import AdvantageSettings
 from instructax.training.accumulation import split_microbatches
 from instructax.types import Array, Experience, LmBatch, Scored, pytree
 
 # Metrics that compare the sampler with a second pass of the policy.
 SAMPLER_GAPS = ("sampler_gap", "sampler_gap_max")
 
-# Largest −log ratio that enters the k3 estimate, so that one sampled token which the policy
-# all but excludes cannot turn the mean into infinity: e³⁰ is 1e13.
-MAX_LOG_RATIO = 30.0
+# Largest log ratio of two policies that enters the exponential of a metric. A token that
+# one policy all but excludes then cannot turn a mean into infinity: e³⁰ is 1e13.
+MAX_METRIC_LOG_RATIO = 30.0
+
+# Smallest variance of the returns in the denominator of `explained_variance`.
+MIN_VARIANCE = 1e-8
 
 
-@pytree
-class AdvantageSettings:
-    """What turns scores into advantages; arrays, so that a sweep compiles once."""
+def subtract_penalty(scores: Array, ended: Array, penalty: Array | float) -> Array:
+    """score − penalty for a response without an end token, the score for all others.
 
-    # All f32[] scalars, or f32[runs] under a sweep's vmap.
-    kl_coef: Array  # f32[], β of Eq. 2
-    discount: Array  # f32[]
-    lambda_: Array  # f32[], of generalized advantage estimation
-    no_eos_penalty: Array  # f32[], see `penalized_scores`
-
-
-def penalized_scores(
-    scores: Array,
-    ended: Array,
-    penalty: Array | float,
-    rule: Literal["subtract", "replace"],
-) -> Array:
-    """Scores with the penalty for responses that were cut off before an end token.
-
-    The paper does not say what it does. Its ancestors (Ziegler et al. 2019, Stiennon et al.
-    2020) replace the score by a constant, −1. The default here, which all experiments use,
-    subtracts from the score instead, so that cut-off responses are still ranked.
+    Unlike a constant, it still ranks the responses that were cut off.
 
     Args:
       scores: f32[B], from the reward model.
       ended: b[B], whether the response has an end token.
       penalty: f32[], `no_eos_penalty`.
-      rule: "subtract" gives score − penalty, "replace" gives −penalty.
 
     Returns:
       f32[B]
     """
-    # Where the response ended both rules return the score itself.
-    if rule == "replace":
-        return jnp.where(ended, scores, -penalty)
     return scores - penalty * (~ended)
+
+
+def replace_by_penalty(scores: Array, ended: Array, penalty: Array | float) -> Array:
+    """−penalty for a response without an end token, the score for all others.
+
+    As in Ziegler et al. (2019) and Stiennon et al. (2020), where the penalty is 1.
+    Arguments and result are those of `subtract_penalty`.
+    """
+    return jnp.where(ended, scores, -penalty)
+
+
+# The paper does not say what happens to responses that are cut off before an end token. All
+# experiments use "subtract".
+NO_EOS_RULES = {"subtract": subtract_penalty, "replace": replace_by_penalty}
 
 
 def make_experience(
@@ -82,7 +79,7 @@ def make_experience(
         recomputed they equal what the update computes first; when sampled they differ by
         the sampler's rounding.
       settings: coefficients.
-      no_eos_rule: see `penalized_scores`.
+      no_eos_rule: name of a function in `NO_EOS_RULES`.
       whiten_rewards: scale rewards to variance 1, keeping their mean.
       whiten_advantages: shift and scale advantages to mean 0 and variance 1.
 
@@ -91,7 +88,12 @@ def make_experience(
     """
     rollouts = scored.rollouts
     mask = rollouts.mask
-    rewards = _token_rewards(scored, logprobs, settings, no_eos_rule)
+    penalize = NO_EOS_RULES[no_eos_rule]
+    scores = penalize(scored.scores, rollouts.ended, settings.no_eos_penalty)
+    # −β · log(π / π_ref) at every token, and the score at the last one (paper, Eq. 2).
+    rewards = kl_penalized_rewards(
+        scores, logprobs, scored.ref_logprobs, mask, kl_coef=settings.kl_coef
+    )
 
     # Whitening keeps the mean of the rewards: a shift would be a bonus for length.
     scaled_rewards = rewards
@@ -117,23 +119,6 @@ def make_experience(
     return experience, rewards
 
 
-def _token_rewards(
-    scored: Scored,
-    logprobs: Array,
-    settings: AdvantageSettings,
-    no_eos_rule: Literal["subtract", "replace"],
-) -> Array:
-    """The reward of each token, f32[B, R]: −β · log(π / π_ref) everywhere, and the score,
-    with the penalty for a missing end token, at the last one (paper, Eq. 2)."""
-    rollouts = scored.rollouts
-    scores = penalized_scores(
-        scored.scores, rollouts.ended, settings.no_eos_penalty, no_eos_rule
-    )
-    return kl_penalized_rewards(
-        scores, logprobs, scored.ref_logprobs, rollouts.mask, kl_coef=settings.kl_coef
-    )
-
-
 @pytree
 class Minibatch:
     """The rollouts of one optimizer step in packed rows; per-token arrays are aligned with
@@ -141,10 +126,10 @@ class Minibatch:
 
     # Prompts are in the rows too, since responses attend to them, but have no loss.
     rows: LmBatch  # [rows, shards, W], the loss mask marks response tokens
-    old_logprobs: Array  # f32[rows, shards, W], like the next three
-    values: Array
-    advantages: Array
-    returns: Array
+    old_logprobs: Array  # f32[rows, shards, W]
+    values: Array  # f32[rows, shards, W]
+    advantages: Array  # f32[rows, shards, W]
+    returns: Array  # f32[rows, shards, W]
     layout: PackedLayout
 
 
@@ -215,13 +200,14 @@ def diagnostics(
     # Both KL estimates have the same expectation; k3 has less variance (Schulman 2020).
     log_ratios = jnp.where(mask, logprobs - scored.ref_logprobs, 0.0)
     kl = jnp.sum(log_ratios, axis=1)  # f32[B]
-    capped = jnp.minimum(-log_ratios, MAX_LOG_RATIO)
+    capped = jnp.minimum(-log_ratios, MAX_METRIC_LOG_RATIO)
     k3 = jnp.where(mask, jnp.expm1(capped) + log_ratios, 0.0)
     # Not zero in a correct run either: the sampler rounds differently.
     sampler_gaps = jnp.abs(logprobs - rollouts.logprobs)
 
-    residual = _variance(returns - scored.values, mask)
-    unexplained = residual / jnp.maximum(_variance(returns, mask), 1e-8)
+    residual = masked_variance(returns - scored.values, mask)
+    # Equal returns have no variance to explain; the bound avoids 0 / 0.
+    variance = jnp.maximum(masked_variance(returns, mask), MIN_VARIANCE)
     return {
         "kl": jnp.mean(kl),
         "kl_standard_error": jnp.std(kl) / jnp.sqrt(kl.shape[0]),
@@ -232,17 +218,11 @@ def diagnostics(
         "entropy": masked_mean(entropy, mask),
         "scores": jnp.mean(scored.scores),
         "scores_std": jnp.std(scored.scores),
-        "rewards": jnp.mean(jnp.sum(rewards, axis=1)),
+        "rewards": jnp.mean(jnp.sum(rewards, axis=1, where=mask)),
         "values": masked_mean(scored.values, mask),
-        "explained_variance": 1.0 - unexplained,
+        "explained_variance": 1.0 - residual / variance,
         "response_length": jnp.mean(lengths),
         "response_length_max": jnp.max(lengths),
         "ended_share": jnp.mean(rollouts.ended, dtype=jnp.float32),
         "tokens": token_count(mask) + token_count(rollouts.prompts.mask),
     }
-
-
-def _variance(x: Array, mask: Array) -> Array:
-    # Population variance over real tokens.
-    mean = masked_mean(x, mask)
-    return masked_mean((x - mean) ** 2, mask)

@@ -12,7 +12,7 @@ from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masking import masked_mean, token_count
 from instructax.models import Transformer, merge_trees, trainable
 from instructax.models.scoring import packed_loss_and_gradients, packed_values
-from instructax.stages.ppo.experience import Minibatch
+from instructax.stages.ppo.experience import MAX_METRIC_LOG_RATIO, Minibatch
 from instructax.training.accumulation import (
     accumulate,
     accumulate_packed,
@@ -57,14 +57,15 @@ def policy_loss_gradients(
         loss, clipped_fraction = clipped_policy_loss(
             logprobs, old_logprobs, advantages, mask, clip=clip
         )
-        # log(π / π_old); masked first, since the exponential of padding could overflow
+        # log(π / π_old); masked first, since the exponential of padding could overflow.
         log_ratios = jnp.where(mask, logprobs - old_logprobs, 0.0)
+        ratios_minus_one = jnp.expm1(jnp.minimum(log_ratios, MAX_METRIC_LOG_RATIO))
         metrics = {
             "clipped_fraction": clipped_fraction,
             # The k3 estimate of KL(old policy ‖ policy): E_old[ratio − 1 − log ratio].
-            "update_kl": masked_mean(jnp.expm1(log_ratios) - log_ratios, mask),
+            "update_kl": masked_mean(ratios_minus_one - log_ratios, mask),
             # Mean of |ratio − 1|, zero (up to rounding) at the first step of an iteration.
-            "ratio_gap": masked_mean(jnp.abs(jnp.expm1(log_ratios)), mask),
+            "ratio_gap": masked_mean(jnp.abs(ratios_minus_one), mask),
         }
         return loss, metrics
 
@@ -86,8 +87,8 @@ def value_loss_gradients(
     """Gradient and metrics of the value loss.
 
     Args:
-      value_model: the value network's architecture.
-      params: the value network's parameters.
+      value_model: the value model's architecture.
+      params: the value model's parameters.
       minibatch: the rollouts of one optimizer step.
       clip: f32[], of the change of an estimate, or None for no clipping.
 

@@ -9,6 +9,14 @@ class InvariantError(RuntimeError):
     """An identity of a correct run is broken; the message says where to look."""
 
 
+# Loss → the config field of the optimizer that minimizes it.
+OPTIMIZERS = {
+    "policy_loss": "optimizer",
+    "value_loss": "value_optimizer",
+    "ptx_loss": "optimizer",
+}
+
+
 def check_rollouts(metrics: dict[str, Any], *, first: bool, tolerance: float) -> None:
     """Checks that sampled and recomputed log-probabilities agree and that the first policy
     is the reference.
@@ -65,9 +73,9 @@ def check_update(metrics: dict[str, Any], *, tolerance: float) -> None:
             "pass (or, with old_logprobs = 'sampled', the sampler) that produced them"
         )
     # "ptx_loss" is missing if there is no pretraining text.
-    for name in ("policy_loss", "value_loss", "ptx_loss"):
+    for name, optimizer in OPTIMIZERS.items():
         if name in metrics and not jnp.isfinite(metrics[name]):
             raise InvariantError(
-                f"{name} is {metrics[name]}: lower the learning rate or look at the scale "
-                "of the scores"
+                f"{name} is {metrics[name]}, which must be finite: lower "
+                f"config.{optimizer}.learning_rate or look at the scale of the scores"
             )

@@ -8,7 +8,6 @@ import jax
 import optax
 
 from instructax.models import Transformer
-from instructax.stages.ppo.experience import AdvantageSettings
 from instructax.training.optimizer import OptimizerConfig
 from instructax.training.settings import OptimizerSettings
 from instructax.types import Array, pytree
@@ -35,6 +34,17 @@ class PpoOptions:
 
 
 @pytree
+class AdvantageSettings:
+    """What turns scores into advantages; arrays, so that a sweep compiles once."""
+
+    # All f32[] scalars, or f32[runs] under a sweep's vmap.
+    kl_coef: Array  # f32[], β of Eq. 2
+    discount: Array  # f32[]
+    lambda_: Array  # f32[], of generalized advantage estimation
+    no_eos_penalty: Array  # f32[], see `PpoOptions.no_eos_rule`
+
+
+@pytree
 class PpoSettings(AdvantageSettings):
     """Hyperparameters that a sweep varies: arrays, so that all values share one program."""
 
@@ -57,7 +67,7 @@ class PpoProgram:
     # once.
     options: PpoOptions
     policy: Transformer
-    value_model: Transformer  # architecture of the value network and of the reward model
+    value_model: Transformer  # architecture of the value model and of the reward model
     # Clipping, Adam and decay; learning rates come from `PpoSettings` and the schedules.
     policy_optimizer: optax.GradientTransformation
     value_optimizer: optax.GradientTransformation
