@@ -10,6 +10,7 @@ gradients are not finite.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -55,6 +56,9 @@ class OptimizerConfig:
         check_positive(self, "epsilon")
 
 
+# Cached: programs are compared by their optimizers, so equal configs must give the same
+# object for `jax.jit` to reuse a compiled program.
+@functools.cache
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clipping, Adam and weight decay: everything but the learning rate.
 

@@ -1,6 +1,7 @@
 """The PPO stage: its start, data, logs and exports, and the faults that stop it."""
 
 import dataclasses
+import itertools
 from functools import cache
 
 import jax
@@ -19,7 +20,7 @@ from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.stages.ppo.invariants import InvariantError
 from instructax.training.settings import settings_from
-from instructax.training.state import abstract_state
+from instructax.training.state import abstract_state, layouts
 from instructax.types import Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 PROGRAM = stages.ppo_program(stages.mesh_of())
+# Lengths of runs; the schedules of these programs are constant.
+LENGTHS = itertools.count(100)
 PROMPTS = tiny_models.ragged_prompts([1, 5, 3, 6, 2, 4, 6, 1], columns=6)
 TEXT = stages.packed_rows(4, 14)
 
@@ -58,9 +61,12 @@ def iterate(
             state, value=dataclasses.replace(state.value, params=value_params)
         )
     before = jax.device_get(state)
+    abstract = abstract_ppo_state(program)
+    # Replaced parameters too get the layout that the program is compiled for.
+    state = jax.device_put(state, layouts(abstract))
     run = CompiledIteration(
         program,
-        abstract_ppo_state(program),
+        abstract,
         settings or stages.ppo_settings(),
         policy if ref_params is None else ref_params,
         reward,
@@ -100,6 +106,14 @@ def test_scores_come_from_the_reward_model_not_the_value_network():
     assert float(metrics["scores"]) == pytest.approx(wanted.mean(), rel=1e-4)
 
 
+def never_compiled(program=PROGRAM):
+    """An equal program of other length, for tests that patch a function.
+
+    Programs are compiled once per process, so PROGRAM may not read the patched function.
+    """
+    return stages.with_options(program, steps=next(LENGTHS))
+
+
 def patch_call(monkeypatch, module, name, **changes):
     """Makes PPO's `module` call `name` with other keyword arguments."""
     function = getattr(module, name)
@@ -119,7 +133,7 @@ def test_a_sampler_at_another_temperature_stops_the_run(monkeypatch):
             r"temperature"
         ),
     ):
-        iterate()
+        iterate(program=never_compiled())
 
 
 def test_without_rescoring_a_sampler_at_another_temperature_fails_the_ratio_check(
@@ -128,6 +142,7 @@ def test_without_rescoring_a_sampler_at_another_temperature_fails_the_ratio_chec
     program = stages.with_options(PROGRAM, old_logprobs="sampled")
     _, _, metrics, _, _ = iterate(program=program)
     assert metrics["first_ratio_gap"] < 1e-5
+    program = never_compiled(program)
     patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     with pytest.raises(InvariantError, match=r"policy and reference differ by"):
         iterate(program=program)
@@ -149,7 +164,7 @@ def test_a_sampler_with_wrong_positions_stops_the_run(monkeypatch):
 
     monkeypatch.setattr(algorithm, "generate", padded_on_the_right)
     with pytest.raises(InvariantError, match="sampled and recomputed"):
-        iterate()
+        iterate(program=never_compiled())
 
 
 def test_an_update_at_another_temperature_stops_the_run(monkeypatch):
@@ -157,7 +172,7 @@ def test_an_update_at_another_temperature_stops_the_run(monkeypatch):
     with pytest.raises(
         InvariantError, match="at the first optimizer step the ratio differs from 1"
     ):
-        iterate()
+        iterate(program=never_compiled())
 
 
 def test_another_reference_stops_the_run_only_before_the_first_update():
@@ -340,8 +355,10 @@ def test_ppo_needs_no_text(chain, tmp_path):
 
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):
     patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
+    # A length of its own, as in `never_compiled`.
+    config = stages.config_of(chain, "ppo", {"steps": 5})
     with pytest.raises(InvariantError, match="sampled and recomputed"):
-        run_stage(stages.config_of(chain, "ppo", {}), tmp_path / "run")
+        run_stage(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     assert read_metrics(tmp_path / "run") == []
 

@@ -71,23 +71,30 @@ class CompiledIteration:
         replicated = sharding.replicated(mesh)
         # Three programs rather than one: each is timed alone, the invariants between them
         # can stop the run, and a stop request need not wait for the whole iteration.
-        self._rollout = jax.jit(
-            partial(algorithm.rollout, program),
+        # The PPO program is a static argument: equal ones are compiled once per process.
+        rollout = jax.jit(
+            algorithm.rollout,
+            static_argnums=0,
             in_shardings=(policy, rows, replicated, replicated),
             out_shardings=rows,
         )
         # Rollouts are an input of this program and, inside the experience, an output.
-        self._score = jax.jit(
-            partial(algorithm.score, program),
+        score = jax.jit(
+            algorithm.score,
+            static_argnums=0,
             in_shardings=(state, reference, reward, rows, replicated),
             out_shardings=(rows, rows, replicated),
         )
-        self._update = jax.jit(
-            partial(algorithm.update, program),
+        update = jax.jit(
+            algorithm.update,
+            static_argnums=0,
             in_shardings=(state, rows, rows, replicated),
             out_shardings=(state, replicated),
-            donate_argnums=0,  # the old state's memory is reused
+            donate_argnums=1,  # the old state's memory is reused
         )
+        self._rollout = partial(rollout, program)
+        self._score = partial(score, program)
+        self._update = partial(update, program)
         # Held here rather than in the state: they do not change during the run.
         self._settings = settings
         self._ref_params = ref_params
