@@ -2,10 +2,10 @@
 
 Command:   python scripts/benchmark.py --config configs/benchmark.py:ppo,S
 
-S has 6 layers of 384 and 8,192 tokens of vocabulary (14M parameters); M has 12 layers of
-768 and 50,257 (124M): the shapes at which other libraries were measured. float32, random
-parameters and tokens. The rows of sft are full, one document each, and every token is
-trained.
+S has 6 layers of 384 and 8,192 tokens of vocabulary (14M parameters); M has the shape and
+the vocabulary of GPT-3's smallest size (124M): the shapes at which other libraries were
+measured. float32, random parameters and tokens. The rows of sft are full, one document
+each, and every token is trained.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs import ppo, pretrain, reward_model
+from configs import ppo, pretrain, reward_model, sizes
 from instructax.config import ConfigError
 
 
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "S": Shape(6, 384, 6, 64, 8192, sft_rows=8),
-    "M": Shape(12, 768, 12, 64, 50257, sft_rows=4),
+    "M": Shape(*sizes.SHAPES["125m"], sizes.MODELS["gpt3"].vocab_size, sft_rows=4),
 }
 
 
@@ -75,7 +75,7 @@ def ppo_config(_: Shape) -> ml_collections.ConfigDict:
 
 WORKLOADS = {
     "sft": sft_config,
-    "reward_model": partial(reward_config, completions=9),
+    "reward_model": partial(reward_config, completions=sizes.MAX_K),
     "reward_model4": partial(reward_config, completions=4),
     "reward_model2": partial(reward_config, completions=2),
     "ppo": ppo_config,

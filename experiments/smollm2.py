@@ -24,6 +24,8 @@ DATA is a folder with `demos/`, `comparisons/`, `prompts/` and `pretrain/`, whic
 from pathlib import Path
 from typing import Any
 
+from configs import ppo
+
 from instructax.checkpoints.parents import is_finished
 from instructax.config import ConfigError, require
 from instructax.evals.intervals import Estimate
@@ -99,7 +101,11 @@ def get_runs(arg: str, root: str) -> list[RunSpec]:
         f"{BASE} does not exist: ./scripts/smollm2.sh imports SmolLM2 there",
     )
 
-    runs = [*training_runs(folder, root), *evaluation_runs(folder, root)]
+    runs = [
+        *training_runs(folder, root),
+        *ranking_runs(folder, root),
+        evaluation_run(folder, root),
+    ]
     by_name = {run.name: run for run in runs}
     order = (
         "sft",
@@ -144,19 +150,22 @@ def training_runs(folder: str, root: str) -> list[RunSpec]:
     ]
 
 
-def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
-    """Returns the runs that rank validation comparisons and compare the policies."""
-    comparisons = find_files(folder, FILES["comparisons"])
-    common = {
+def evaluated(folder: str, root: str) -> dict[str, Any]:
+    """Returns the overrides of all evaluations."""
+    return {
         "data.folder": f"{root}/rows",
         "data.prompts": find_files(folder, FILES["prompts"]),
         "data.demonstrations": (),
         "reference": "SFT",
     }
 
+
+def ranking_runs(folder: str, root: str) -> list[RunSpec]:
+    """Returns the runs that rank validation comparisons with both reward models."""
+    comparisons = find_files(folder, FILES["comparisons"])
     # Accuracy on the pairs of each file; the policies answer a single prompt.
     ranking = {
-        **common,
+        **evaluated(folder, root),
         "policies": (("SFT", f"{root}/sft", "plain"),),
         "data.text": (),
         "data.comparisons": tuple(
@@ -172,14 +181,21 @@ def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
         "data.chat": False,
         "reward_model.num_layers": FROM_SCRATCH["model.num_layers"],
     }
+    config = f"configs/evaluate.py:{SIZE}"
+    return [
+        RunSpec("ranking", config, {**ranking, "reward_parent": f"{root}/reward"}),
+        RunSpec("ranking-scratch", config, ranking_scratch),
+    ]
 
-    evaluate = {
-        **common,
+
+def evaluation_run(folder: str, root: str) -> RunSpec:
+    """Returns the run that compares the policies."""
+    lengths = ppo.LENGTHS[SIZE]._asdict()
+    overrides = {
+        **evaluated(folder, root),
         "data.text": find_files(folder, FILES["text"]),
-        # Short limits: responses are sampled from three policies.
-        "data.limits.prompt_tokens": 256,
-        "data.limits.response_tokens": 128,
-        "data.limits.sequence_tokens": 512,
+        # Those of PPO: responses are sampled from three policies.
+        **{f"data.limits.{name}": tokens for name, tokens in lengths.items()},
         "data.comparisons": (),
         "policies": (
             ("SmolLM2", BASE, "plain"),
@@ -191,12 +207,7 @@ def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
         "batch_size": 16,
         "batches": 4,
     }
-    config = f"configs/evaluate.py:{SIZE}"
-    return [
-        RunSpec("ranking", config, {**ranking, "reward_parent": f"{root}/reward"}),
-        RunSpec("ranking-scratch", config, ranking_scratch),
-        RunSpec("evaluate", config, evaluate),
-    ]
+    return RunSpec("evaluate", f"configs/evaluate.py:{SIZE}", overrides)
 
 
 def with_variants(run: RunSpec, variants: list[str]) -> RunSpec:
@@ -206,7 +217,7 @@ def with_variants(run: RunSpec, variants: list[str]) -> RunSpec:
         overrides["compute.dtype"] = "bf16_matmul"
         if run.name == "ppo-ptx":
             # The sampler multiplies in float32, so log-probabilities differ a little.
-            overrides["tolerance"] = 0.03
+            overrides["tolerance"] = ppo.TOLERANCES["bf16_matmul"]
     if "hour" in variants:
         overrides.update(HOUR.get(run.name, {}))
     return RunSpec(run.name, run.config, overrides)

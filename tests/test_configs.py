@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import pytest
-from configs import sizes
+from configs import ppo, sizes
 from tests.support import tiny_models
 
 import instructax
@@ -233,6 +233,12 @@ def test_the_papers_values(cases, name, value, source):
             lambda group, key: group[key], name.split("."), values_of(*case)
         )
         assert found == expected, f"{case} {name}: {source}"
+
+
+def test_the_error_about_16_bits_names_the_tolerance_of_the_configs():
+    source = (SOURCES / "stages/ppo/invariants.py").read_text()
+    assert ppo.TOLERANCES["bf16"] == ppo.TOLERANCES["bf16_matmul"]
+    assert f"config.tolerance = {ppo.TOLERANCES['bf16']} " in source
 
 
 def test_the_paper_ran_256k_episodes():

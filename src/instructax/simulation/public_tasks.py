@@ -94,8 +94,8 @@ class PublicTask:
         return {"zero-shot": zero_shot, "few-shot": few_shot}
 
 
-# There are up to three examples, as many as leave a context of 102 tokens: the models of
-# the simulation read 128 tokens, and answers take 26.
+# There are up to three examples, as many as fit into the context of the simulated models
+# together with an answer (`configs/public_tasks.py`).
 PUBLIC_TASKS: Mapping[str, PublicTask] = {
     "book": PublicTask(
         counterpart="QuAC",
