@@ -27,9 +27,9 @@ from typing import Any
 from configs import ppo
 
 from instructax.checkpoints.parents import is_finished
-from instructax.config import ConfigError, require
+from instructax.config import require
 from instructax.evals.intervals import Estimate
-from instructax.experiment import RunSpec
+from instructax.experiment import RunSpec, find_files
 from instructax.runtime.metric_log import read_summary
 
 # What may follow the folder of the data.
@@ -122,23 +122,23 @@ def get_runs(arg: str, root: str) -> list[RunSpec]:
 def training_runs(folder: str, root: str) -> list[RunSpec]:
     """Returns the runs of SFT, both reward models and PPO-ptx."""
     common = {"data.folder": f"{root}/rows"}
-    text = {"data.text": find_files(folder, FILES["text"])}
+    text = {"data.text": all_files(folder, FILES["text"])}
     comparisons = {
-        "data.comparisons": find_files(folder, FILES["comparisons"]),
-        "data.demonstrations": find_files(folder, CENTERING_FILES),
+        "data.comparisons": all_files(folder, FILES["comparisons"]),
+        "data.demonstrations": all_files(folder, CENTERING_FILES),
     }
 
     sft = {
         **common,
         **text,
-        "data.demonstrations": find_files(folder, FILES["demonstrations"]),
+        "data.demonstrations": all_files(folder, FILES["demonstrations"]),
     }
     reward = {**common, **comparisons, "parent": f"{root}/sft"}
     scratch = {**common, **comparisons, **FROM_SCRATCH}
     ppo = {
         **common,
         **text,
-        "data.prompts": find_files(folder, FILES["prompts"]),
+        "data.prompts": all_files(folder, FILES["prompts"]),
         "policy_parent": f"{root}/sft",
         "reward_parent": f"{root}/reward",
     }
@@ -154,7 +154,7 @@ def evaluated(folder: str, root: str) -> dict[str, Any]:
     """Returns the overrides of all evaluations."""
     return {
         "data.folder": f"{root}/rows",
-        "data.prompts": find_files(folder, FILES["prompts"]),
+        "data.prompts": all_files(folder, FILES["prompts"]),
         "data.demonstrations": (),
         "reference": "SFT",
     }
@@ -162,7 +162,7 @@ def evaluated(folder: str, root: str) -> dict[str, Any]:
 
 def ranking_runs(folder: str, root: str) -> list[RunSpec]:
     """Returns the runs that rank validation comparisons with both reward models."""
-    comparisons = find_files(folder, FILES["comparisons"])
+    comparisons = all_files(folder, FILES["comparisons"])
     # Accuracy on the pairs of each file; the policies answer a single prompt.
     ranking = {
         **evaluated(folder, root),
@@ -193,7 +193,7 @@ def evaluation_run(folder: str, root: str) -> RunSpec:
     lengths = ppo.LENGTHS[SIZE]._asdict()
     overrides = {
         **evaluated(folder, root),
-        "data.text": find_files(folder, FILES["text"]),
+        "data.text": all_files(folder, FILES["text"]),
         # Those of PPO: responses are sampled from three policies.
         **{f"data.limits.{name}": tokens for name, tokens in lengths.items()},
         "data.comparisons": (),
@@ -223,20 +223,11 @@ def with_variants(run: RunSpec, variants: list[str]) -> RunSpec:
     return RunSpec(run.name, run.config, overrides)
 
 
-def find_files(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the files of `folder` that match any of `patterns`.
-
-    Raises:
-      ConfigError: some pattern matches no file.
-    """
+def all_files(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the files of `folder` that match `patterns`, each of which must match."""
     files: list[str] = []
     for pattern in patterns:
-        matching = sorted(Path(folder).glob(f"{pattern}.jsonl.gz"))
-        if not matching:
-            raise ConfigError(
-                f"{folder!r} has no {pattern}.jsonl.gz: give experiments/smollm2.py:DATA"
-            )
-        files += map(str, matching)
+        files += find_files(folder, (pattern,))
     return tuple(files)
 
 

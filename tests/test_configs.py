@@ -333,6 +333,13 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
             done[f"runs/here/{run.name}"] = config
 
 
+@pytest.mark.parametrize("experiment", ["real_text", "smollm2"])
+def test_missing_data_is_a_one_line_error(experiment, tmp_path, monkeypatch):
+    stand_in_for_smollm2(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"has no pretrain/.* with the ending .jsonl.gz"):
+        load_file(ROOT / f"experiments/{experiment}.py").get_runs(str(tmp_path), "runs/a")
+
+
 def test_a_seed_that_is_not_a_number_is_a_one_line_error():
     with pytest.raises(ConfigError, match="seed 'one' must be a whole number"):
         load_file(ROOT / "experiments/alignment.py").get_runs("micro,one", "runs/here")
