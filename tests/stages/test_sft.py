@@ -34,9 +34,21 @@ def sft_parts(chain):
     return config, tokenizer, loaders.read_lm_data(config.data, tokenizer)
 
 
+def training_reader(config, data, batch_size):
+    """The reader of the batches that a run of `config` trains on."""
+    return loaders.lm_reader(
+        data,
+        "train",
+        text_fraction=config.data.text_fraction,
+        sequence_tokens=config.data.limits.sequence_tokens,
+        batch_size=batch_size,
+        seed=config.seed,
+    )
+
+
 def test_the_last_rows_of_a_batch_are_text(chain):
     config, _, data = sft_parts(chain)
-    read = loaders.lm_reader(config.data, data, "train", batch_size=10, seed=0)
+    read = training_reader(config, data, batch_size=10)
     for index in (0, 7):
         batch = read(index)
         # All text tokens are trained except the first of a document. A demonstration's
@@ -68,9 +80,7 @@ def test_the_first_step_starts_from_the_parent(chain):
     model = Transformer(config.model, config.compute, "tokens")
     abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
     params = load_params(chain / "pretrain", abstract)
-    first = loaders.lm_reader(
-        config.data, data, "train", batch_size=config.batch_size, seed=config.seed
-    )(0)
+    first = training_reader(config, data, config.batch_size)(0)
     logged = read_metrics(chain / "sft")[0]
     assert logged["loss"] == pytest.approx(
         stages.plain_loss(model, params, first), rel=1e-5
@@ -97,9 +107,7 @@ def test_a_run_uses_its_dropout_rate(chain, tmp_path):
     own = dataclasses.replace(own, optimizer=optax.identity())
     abstract = abstract_state(own.model, optax.identity(), stages.mesh_of()).params
     state = new_state(load_params(chain / "pretrain", abstract), optax.identity())
-    first = loaders.lm_reader(
-        config.data, data, "train", batch_size=config.batch_size, seed=config.seed
-    )(0)
+    first = training_reader(config, data, config.batch_size)(0)
     update = jax.jit(partial(supervised.supervised_update, own))
     settings = stages.supervised_settings(seed=config.seed, dropout=0.3)
     _, metrics = update(state, first, settings)

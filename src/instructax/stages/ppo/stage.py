@@ -25,7 +25,7 @@ from instructax.config import (
 )
 from instructax.data.batches import batch_row_ids, process_slice, prompt_batch
 from instructax.data.limits import DataLimits
-from instructax.data.loaders import LmData, lm_reader
+from instructax.data.loaders import lm_reader
 from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
@@ -307,16 +307,14 @@ def batch_reader(
     read_text = None
     if config.ptx_coef > 0:
         # Only text, no demonstrations: the pretraining term of Eq. 2.
-        files = LmData(
-            demonstrations=(),
-            text=config.data.text,
+        read_text = lm_reader(
+            data,
+            "train",
             text_fraction=1.0,
-            chat=False,
-            limits=limits,
-            folder=config.data.folder,
+            sequence_tokens=limits.sequence_tokens,
+            batch_size=config.ptx_rows * config.minibatches * config.inner_epochs,
+            seed=config.seed,
         )
-        rows = config.ptx_rows * config.minibatches * config.inner_epochs
-        read_text = lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
 
     def read(step: int) -> tuple[Prompts, Any]:
         # Both are functions of the step alone, so a resumed run reads the same batches.
