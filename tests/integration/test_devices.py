@@ -69,8 +69,8 @@ def supervised_run(
         schedule=OPTIMIZER,
         mesh=stages.mesh_of(*shape),
         total_steps=10,
-        accumulate=2,
-        drops=True,
+        num_microbatches=2,
+        has_dropout=True,
     )
     settings = stages.supervised_settings(learning_rate=0.01, dropout=0.2)
     return two_updates(

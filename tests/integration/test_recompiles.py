@@ -141,8 +141,8 @@ def supervised_program(model):
         schedule=config,
         mesh=MESH,
         total_steps=10,
-        accumulate=1,
-        drops=False,
+        num_microbatches=1,
+        has_dropout=False,
     )
 
 

@@ -83,8 +83,8 @@ def test_memory_is_what_real_arrays_take(sizes):
     assert memory_of(config) == {
         "policy": held_by_first_device(policy.params),
         "optimizer of the policy": held_by_first_device(policy.opt_state),
-        "value network": held_by_first_device(value.params),
-        "optimizer of the value network": held_by_first_device(value.opt_state),
+        "value model": held_by_first_device(value.params),
+        "optimizer of the value model": held_by_first_device(value.opt_state),
         "averaged policy": held_by_first_device(policy.params),
         "reference policy": held_by_first_device(policy.params),
         "reward model": held_by_first_device(value.params),

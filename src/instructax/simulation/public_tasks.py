@@ -1,4 +1,5 @@
-"""The public tasks: what a model can do without being asked by a customer.
+"""The public tasks, what a model can do without being asked by a customer: their items and
+how these are posed and scored. The stage `stages.public_tasks` runs policies on them.
 
 Each task has a counterpart in the paper's table 14 and is posed under the conditions of its
 columns, in the formats of appendix D. A generated answer is sampled at temperature 0 and

@@ -31,7 +31,7 @@ def adapter_initializer(config: Any, network: int = 0) -> AddAdapters:
     """
 
     def add_adapters(params: Params) -> Params:
-        # Policy and value network of PPO share a seed, but not their adapters.
+        # Policy and value model of PPO share a seed, but not their adapters.
         key = rng.step_key(config.seed, "adapters", network)
         return add_lora(params, config.lora, key)
 

@@ -59,7 +59,7 @@ def test_operations_with_a_shared_prompt_and_with_lora():
         3 * (prompt_operations + response_operations), rel=1e-12
     )
     lora = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0))
-    assert workloads.passes(lora) == 2 and workloads.passes(config) == 3
+    assert workloads.update_cost(lora) == 2 and workloads.update_cost(config) == 3
 
 
 def config_of(arg: str) -> Any:

@@ -534,8 +534,8 @@ def counting_policy():
         schedule=config,
         mesh=MESH,
         total_steps=1,
-        accumulate=1,
-        drops=False,
+        num_microbatches=1,
+        has_dropout=False,
     )
     settings = stages.supervised_settings(learning_rate=1e-2, dropout=0.0)
     update = jax.jit(partial(supervised.supervised_update, program))

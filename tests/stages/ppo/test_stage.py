@@ -43,7 +43,7 @@ def networks():
 def iterate(
     *, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0
 ):
-    """One iteration of a policy that starts as its reference, and of a value network that
+    """One iteration of a policy that starts as its reference, and of a value model that
     starts as the reward model.
 
     Returns (state before, state after, metrics, rollouts, scores).

@@ -105,7 +105,7 @@ def build_work(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
     return make, mesh
 
 
-def passes(config: Any) -> int:
+def update_cost(config: Any) -> int:
     """Cost of a forward and a backward pass, in forward passes.
 
     The backward pass computes two gradients, each at the cost of a forward pass: of the
@@ -171,7 +171,7 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         forward = forward_operations(
             config.model, metrics["tokens"], length, metrics["tokens"]
         )
-        return passes(config) * forward
+        return update_cost(config) * forward
 
     return _update_work(step, state, batch, settings, operations)
 
@@ -206,7 +206,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         prompt = forward_operations(config.model, prompt_tokens, prompt_tokens, 0)
         sequence = forward_operations(config.model, sequence_tokens, sequence_tokens, 0)
         comparison = prompt + limits.completions * (sequence - prompt)
-        return passes(config) * config.batch_size * comparison
+        return update_cost(config) * config.batch_size * comparison
 
     return _update_work(step, state, batch, settings, operations)
 
@@ -260,7 +260,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     program = ppo_train.make_program(config, mesh, eos_id_for(config, ending))
     settings = settings_from(algorithm.PpoSettings, config)
     policy = random_policy(program, ending)
-    # The reward model, and the first value network.
+    # The reward model, and the first value model.
     reward_params = init_state(
         program.value_model, program.value_optimizer, jax.random.key(1), mesh
     ).params
@@ -352,12 +352,12 @@ def _iteration_operations(
     width = config.data.limits.sequence_tokens
     text_tokens = text_rows * width
     text = forward_operations(config.model, text_tokens, width, text_tokens)
-    # Forward passes: sampler and reference, value network and reward model. Then the
-    # updates of policy and value network, and the pretraining text.
+    # Forward passes: sampler and reference, value model and reward model. Then the
+    # updates of policy and value model, and the pretraining text.
     return (
         2 * policy
         + 2 * scalar
-        + passes(config) * (config.inner_epochs * (policy + scalar) + text)
+        + update_cost(config) * (config.inner_epochs * (policy + scalar) + text)
     )
 
 

@@ -1,6 +1,6 @@
 """The PPO stage as a run: its config, its data, what it starts from and what it logs.
 
-The algorithm is in `algorithm`, its compiled form in `compiled`. Policy and value network
+The algorithm is in `algorithm`, its compiled form in `compiled`. Policy and value model
 are trained; the reference (the policy as loaded) and the reward model are not.
 """
 
@@ -68,12 +68,12 @@ class Config(PpoOptions):
     stage: Literal["ppo"]
     seed: Seed
     policy_parent: str  # workdir of the supervised run: first policy and KL reference
-    reward_parent: str  # workdir of the reward model, which is also the first value network
+    reward_parent: str  # workdir of the reward model, which is also the first value model
     tokenizer: str  # path, or "bytes"
     model: ModelConfig  # of the policy
-    reward_model: ModelConfig  # of the reward model and the value network
+    reward_model: ModelConfig  # architecture of the reward model and of the value model
     compute: ComputeConfig
-    lora: LoraConfig  # of policy and value network
+    lora: LoraConfig  # of policy and value model
     mesh: MeshConfig
     data: PpoData
     batch_size: int  # rollouts per iteration
@@ -175,7 +175,7 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
         "policy", config, config.model, "tokens", config.optimizer, mesh
     )
     value = training_bytes(
-        "value network",
+        "value model",
         config,
         config.reward_model,
         "scalar",
@@ -202,7 +202,7 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def train(run: Run) -> None:
-    """Trains policy and value network."""
+    """Trains policy and value model."""
     config: Config = run.config
     mesh = run.mesh
     tokenizer = run.tokenizer
@@ -210,7 +210,7 @@ def train(run: Run) -> None:
     add_policy_adapters = adapter_initializer(config, 0)
     add_value_adapters = adapter_initializer(config, 1)
     abstract = abstract_ppo_state(program, add_policy_adapters, add_value_adapters)
-    # Kept unchanged for the whole run. The policy and the value network start as copies of
+    # Kept unchanged for the whole run. The policy and the value model start as copies of
     # the two; a resumed run loads them again beside its checkpoint.
     ref_params = run.parents["policy_parent"].load(abstract_params(program.policy, mesh))
     reward_params = run.parents["reward_parent"].load(
@@ -277,7 +277,7 @@ def _first_rows(count: int, mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def make_program(config: Config, mesh: Mesh, eos_id: int) -> PpoProgram:
-    """Networks and optimizers of the config; it is itself the program's options."""
+    """Networks and optimizers of the config. The config is passed as the options."""
     limits = config.data.limits
     return PpoProgram(
         options=config,
