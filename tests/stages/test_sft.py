@@ -21,7 +21,11 @@ from instructax.models.init import init_params
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import build_config
 from instructax.training import supervised
-from instructax.training.state import abstract_state, new_state
+from instructax.training.state import (
+    abstract_state,
+    new_state,
+    no_adapters,
+)
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -78,7 +82,7 @@ def test_a_fraction_that_does_not_fit_the_files_is_refused(
 def test_the_first_step_starts_from_the_parent(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
-    abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(model, optax.identity(), stages.mesh_of(), no_adapters).params
     params = load_params(chain / "pretrain", abstract)
     first = training_reader(config, data, config.batch_size)(0)
     logged = read_metrics(chain / "sft")[0]
@@ -105,7 +109,9 @@ def test_a_run_uses_its_dropout_rate(chain, tmp_path):
     dropping = dataclasses.replace(config, dropout=0.3)
     own = supervised.supervised_program(dropping, model, stages.mesh_of(), 10)
     own = dataclasses.replace(own, optimizer=optax.identity())
-    abstract = abstract_state(own.model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(
+        own.model, optax.identity(), stages.mesh_of(), no_adapters
+    ).params
     state = new_state(load_params(chain / "pretrain", abstract), optax.identity())
     first = training_reader(config, data, config.batch_size)(0)
     update = jax.jit(partial(supervised.supervised_update, own))
@@ -119,7 +125,7 @@ def test_a_run_uses_its_dropout_rate(chain, tmp_path):
 def test_validation_losses_equal_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
-    abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(model, optax.identity(), stages.mesh_of(), no_adapters).params
     params = load_params(chain / "sft", abstract)
     summary = read_summary(chain / "sft")
     for name in ("demonstrations", "text"):

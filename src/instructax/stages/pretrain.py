@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax.checkpoints.parents import ExpectedParent, Head
-from instructax.config import ConfigError, Seed, check_range
+from instructax.config import ConfigError, Seed, check_range, format_value
 from instructax.data.limits import DataLimits
 from instructax.data.loaders import lm_reader
 from instructax.data.prepare import prepare_text
@@ -73,7 +73,10 @@ class Config:
         counts = {"batch_size": 1, "accumulate": 1, "dropout": 0, "epochs": 0, "steps": 0}
         check_range(self, counts, {"dropout": 1})
         if not self.data.text:
-            raise ConfigError("data.text must name one file or more")
+            raise ConfigError(
+                f"data.text = {format_value(self.data.text)} must name one .jsonl.gz file "
+                "or more (docs/data.md)"
+            )
 
     def parents(self) -> dict[str, ExpectedParent]:
         """The run to start from."""

@@ -20,7 +20,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax.checkpoints.parents import ExpectedParent, Head
-from instructax.config import ConfigError, Seed, check_range, require, require_distinct
+from instructax.config import (
+    ConfigError,
+    Seed,
+    check_range,
+    format_value,
+    require,
+    require_distinct,
+)
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
@@ -73,7 +80,8 @@ class Config:
         check_range(self, least)
         if not (self.world and self.policies and all(path for _, path in self.policies)):
             raise ConfigError(
-                "world, policies and the workdir of every policy must be given"
+                "world, policies and the workdir of every policy must be given: world = "
+                f"{format_value(self.world)}, policies = {format_value(self.policies)}"
             )
         # Names are keys of the summary, so they must be unique.
         require_distinct("policies", [name for name, _ in self.policies])

@@ -21,6 +21,7 @@ from instructax.config import (
     check_fractions,
     check_positive,
     check_range,
+    format_value,
     require,
 )
 from instructax.data.batches import batch_row_ids, process_slice, prompt_batch
@@ -109,9 +110,16 @@ class Config(PpoOptions):
         check_fractions(self, "discount", "lambda_", "ema_decay")
         # Text without `ptx_coef` is allowed: its validation loss is still reported.
         if self.ptx_coef > 0 and not self.data.text:
-            raise ConfigError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
+            raise ConfigError(
+                f"ptx_coef = {self.ptx_coef} needs files in data.text = (): name some, or "
+                "set ptx_coef = 0"
+            )
         if not (self.policy_parent and self.reward_parent):
-            raise ConfigError("policy_parent and reward_parent must name finished runs")
+            raise ConfigError(
+                "policy_parent and reward_parent must name finished runs of SFT and of the "
+                f"reward model: policy_parent = {format_value(self.policy_parent)}, "
+                f"reward_parent = {format_value(self.reward_parent)}"
+            )
 
     def parents(self) -> dict[str, ExpectedParent]:
         """The policy to start from, and the reward model."""
