@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs import ppo, pretrain, reward_model
+from configs import ppo, pretrain, reward_model, sizes
 from instructax.config import ConfigError
 
 
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "S": Shape(6, 384, 6, 64, 8192, sft_rows=8),
-    "M": Shape(12, 768, 12, 64, 50257, sft_rows=4),
+    "M": Shape(*sizes.SHAPES["125m"], sizes.MODELS["gpt3"].vocab_size, sft_rows=4),
 }
 
 
@@ -78,7 +78,7 @@ def ppo_config(_: Shape) -> ml_collections.ConfigDict:
 
 WORKLOADS = {
     "sft": sft_config,
-    "reward_model": partial(reward_config, completions=9),
+    "reward_model": partial(reward_config, completions=sizes.MAX_K),
     "reward_model4": partial(reward_config, completions=4),
     "reward_model2": partial(reward_config, completions=2),
     "ppo": ppo_config,

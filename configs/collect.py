@@ -19,6 +19,9 @@ class Row(NamedTuple):
     batch_size: int
 
 
+# Workdir of a policy -> its responses to each prompt.
+RESPONSES = {"sft": sizes.MAX_K - 1, "pretrain": 1}
+
 # A response is tokenized again when it is read as data, with an end token. The text of a
 # `tiny` policy then has more tokens than it sampled.
 # fmt: off
@@ -40,7 +43,9 @@ def get_config(size: str = "") -> ml_collections.ConfigDict:
             "stage": "collect",
             "seed": 0,
             "world": f"{folder}/world",
-            "policies": ((f"{folder}/sft", 8), (f"{folder}/pretrain", 1)),
+            "policies": tuple(
+                (f"{folder}/{run}", count) for run, count in RESPONSES.items()
+            ),
             "compute": sizes.compute(size),
             "prompts": 100000,  # at most
             "prompt_tokens": lengths.prompt_tokens,

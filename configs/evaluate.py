@@ -22,6 +22,16 @@ class Row(NamedTuple):
     prefixes: int  # few-shot prompts that are tried
 
 
+# (name, workdir, how it is prompted) of the policies that are compared.
+POLICIES = (
+    ("GPT", "pretrain", "plain"),
+    ("GPT prompted", "pretrain", "few-shot"),
+    ("SFT", "sft", "plain"),
+    ("best-of-n", "sft", "best-of"),
+    ("PPO", "ppo", "plain"),
+    ("PPO-ptx", "ppo-ptx", "plain"),
+)
+
 # fmt: off
 ROWS = {
     #                batch prompts best of shots prefixes
@@ -43,17 +53,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     size, reward_size = sizes.policy_and_reward_sizes(arg)
     values = sizes.row(ROWS, size)
     folder = f"runs/{size}"
-    policies = [
-        ("GPT", f"{folder}/pretrain", "plain"),
-        ("GPT prompted", f"{folder}/pretrain", "few-shot"),
-        ("SFT", f"{folder}/sft", "plain"),
-        ("best-of-n", f"{folder}/sft", "best-of"),
-        ("PPO", f"{folder}/ppo", "plain"),
-        ("PPO-ptx", f"{folder}/ppo-ptx", "plain"),
-    ]
-    if sizes.chat(size):
+    policies = []
+    for name, run, mode in POLICIES:
         # Few-shot prompts are plain text, which a chat template does not accept.
-        del policies[1]
+        if mode != "few-shot" or not sizes.chat(size):
+            policies.append((name, f"{folder}/{run}", mode))
     return ml_collections.ConfigDict(
         {
             "stage": "evaluate",

@@ -24,12 +24,11 @@ class Row(NamedTuple):
 
 GPT3_TOKENS = 300e9  # Brown et al., table 2.1
 GPT3_WARMUP_TOKENS = 375e6  # Brown et al., appendix B
-GPT3_ROW_TOKENS = 2048
 
 
 def gpt3_row(learning_rate: float, batch_size: int) -> Row:
-    """The row of one of GPT-3's sizes; `batch_size` counts rows of 2048 tokens."""
-    batch_tokens = batch_size * GPT3_ROW_TOKENS
+    """The row of one of GPT-3's sizes; `batch_size` counts rows of a whole context."""
+    batch_tokens = batch_size * sizes.CONTEXT
     return Row(
         learning_rate=learning_rate,
         batch_size=batch_size,

@@ -23,6 +23,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from instructax.config import ConfigError
+from instructax.simulation.write import RESPONSES_PER_PROMPT
 
 T = TypeVar("T")
 
@@ -44,6 +45,9 @@ SIZES = tuple(GROUPS)
 SIMULATED = ("tiny", "micro", "milli", "centi")  # sizes with a simulated world
 FAMILY = ("micro", "milli", "centi")
 RECIPES = ("smollm2",)  # imported models with rows of their own
+
+CONTEXT = 2048  # tokens; of GPT-3 and the paper (appendix C)
+MAX_K = RESPONSES_PER_PROMPT[1]  # responses that are ranked together (section 3.5)
 
 
 class Shape(NamedTuple):
@@ -73,7 +77,7 @@ SHAPES = {
 
 class ModelRow(NamedTuple):
     vocab_size: int  # GPT-2's BPE has 50257 tokens; the other tokenizers are trained
-    max_length: int  # tokens; 2048 in the paper (appendix C)
+    max_length: int  # tokens
     positions: str  # learned in GPT-3
     rotary_base: float  # used by rotary positions only
     init_std: float  # 0.02 in GPT-2; narrow models train faster from a larger value
@@ -83,11 +87,11 @@ class ModelRow(NamedTuple):
 # to learn to copy from the prompt as with rotary positions of short wavelengths.
 # fmt: off
 MODELS = {
-    #            vocab   length  positions  base     init
-    "gpt3":      ModelRow(50257, 2048, "learned", 10000.0, 0.02),
-    "small":     ModelRow( 8192,  256, "learned", 10000.0, 0.05),
-    "simulated": ModelRow( 1024,  128, "rotary",    200.0, 0.1),
-    "tiny":      ModelRow(  512,   96, "rotary",    200.0, 0.1),
+    #                     vocab  length   positions  base     init
+    "gpt3":      ModelRow(50257, CONTEXT, "learned", 10000.0, 0.02),
+    "small":     ModelRow( 8192, 256,     "learned", 10000.0, 0.05),
+    "simulated": ModelRow( 1024, 128,     "rotary",    200.0, 0.1),
+    "tiny":      ModelRow(  512, 96,      "rotary",    200.0, 0.1),
 }
 # fmt: on
 
@@ -95,7 +99,7 @@ MODELS = {
 class ComputeRow(NamedTuple):
     dtype: str  # the paper: 16-bit activations, 32-bit parameters (appendix C)
     decoding_dtype: str  # dtype of the sampler
-    remat: str
+    remat: str  # "none", "dots" or "full": see ComputeConfig
     head_chunk: int  # positions whose logits exist at a time
     microbatch_rows: int  # packed rows per microbatch and device
     tail_splits: int  # how often the last, partly filled microbatch is halved
@@ -119,10 +123,10 @@ COMPUTE = {
 
 
 class DataRow(NamedTuple):
-    sequence_tokens: int  # of a packed row; 2048 in the paper (appendix C)
+    sequence_tokens: int  # of a packed row
     prompt_tokens: int  # the paper: prompts and responses of up to 1k tokens (appendix C)
     response_tokens: int
-    completions: int  # largest K of a ranking; 9 in the paper (section 3.5)
+    completions: int  # largest K of a ranking
     prefix_characters: int | None  # one prompt per common prefix of this length; None: all
     filter_pii: bool  # drop texts with personal data (section 3.2)
     chat: bool  # format prompts with the chat template of the imported model
@@ -131,13 +135,13 @@ class DataRow(NamedTuple):
 # The prompts of the simulated world share prefixes on purpose.
 # fmt: off
 DATA = {
-    #                sequence prompt response K prefix  pii    chat
-    "gpt3":      DataRow(2048, 1024, 1024,    9, 200,  True,  False),
-    "imported":  DataRow(2048, 1024, 1024,    9, 200,  True,  False),
-    "smollm2":   DataRow(1024,  768,  256,    5, 200,  True,  True),
-    "small":     DataRow( 256,  128,   96,    4, 200,  True,  False),
-    "simulated": DataRow( 128,   38,   22,    9, None, False, False),
-    "tiny":      DataRow(  64,   24,   24,    9, None, False, False),
+    #                    sequence prompt response K  prefix pii    chat
+    "gpt3":      DataRow(CONTEXT, 1024,  1024, MAX_K, 200,  True,  False),
+    "imported":  DataRow(CONTEXT, 1024,  1024, MAX_K, 200,  True,  False),
+    "smollm2":   DataRow(1024,     768,   256, 5,     200,  True,  True),
+    "small":     DataRow(256,      128,    96, 4,     200,  True,  False),
+    "simulated": DataRow(128,       38,    22, MAX_K, None, False, False),
+    "tiny":      DataRow(64,        24,    24, MAX_K, None, False, False),
 }
 # fmt: on
 
@@ -379,7 +383,7 @@ def adam(learning_rate: float, **changes: float | str) -> ml_collections.ConfigD
     """Adam as in the paper (appendix C); the rate is constant unless `changes` say more."""
     values = {
         "learning_rate": learning_rate,
-        "schedule": "constant",
+        "schedule": "constant",  # or "cosine", "linear"
         "warmup_steps": 0,
         "warmup_from": 1.0,
         "final_fraction": 1.0,

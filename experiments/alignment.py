@@ -10,7 +10,7 @@ Read it:   `report/index.html` has the paper's figures, each claim with its meas
            all responses side by side.
 
 `micro`, or another size, trains one size. `family` trains the three sizes that stand for
-1.3B, 6B and 175B, with reward and value networks of the middle size as in the paper. It
+1.3B, 6B and 175B, with reward and value models of the middle size as in the paper. It
 also has the runs of the side claims: SFT for many epochs, labelers without noise, and GPT
 tuned on public tasks (FLAN, T0). A seed may follow the size: `micro,1`.
 
@@ -21,33 +21,25 @@ with noise and biases (paper, sections 4.1 and 4.2).
 from pathlib import Path
 from typing import Any
 
-from configs import sizes
+from configs import collect, evaluate, sizes
 
 from instructax.config import require
 from instructax.experiment import RunSpec
 from instructax.report import write
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 
-# The size of the family's reward and value networks.
+# The size of the family's reward and value models.
 MIDDLE_SIZE = "milli"
 
 # Workdir of a policy -> its responses to each prompt that labelers compare. Most responses
 # are by SFT and some by an early PPO policy (section 3.2): PPO easily exploits a reward
 # model that was trained without such responses. The sizes of a family share the responses.
-EARLY_RESPONSES = {"sft": 8, "pretrain": 1}
+EARLY_RESPONSES = collect.RESPONSES
 RESPONSES = {"sft": 6, "ppo-early": 3, "pretrain": 1}
 # The first round of comparisons, which trains the reward model of the early PPO policy.
 EARLY_ROUND = {"round": 0, "prompts": 1200}
 
-# (name, workdir, how it is prompted) of the policies that are evaluated.
-POLICIES = (
-    ("GPT", "pretrain", "plain"),
-    ("GPT prompted", "pretrain", "few-shot"),
-    ("SFT", "sft", "plain"),
-    ("best-of-n", "sft", "best-of"),
-    ("PPO", "ppo", "plain"),
-    ("PPO-ptx", "ppo-ptx", "plain"),
-)
+# One more of the policies that are evaluated, of the form of `evaluate.POLICIES`.
 PUBLIC_TASK_POLICY = ("FLAN/T0", "flan", "plain")
 
 # Prompts that were sent to GPT contain an example, so they are longer.
@@ -93,7 +85,7 @@ def single_size(size: str, root: str) -> list[RunSpec]:
         early_ppo(size, size, "", root),
         *reward_model(size, root, weights, "", RESPONSES, ""),
         *aligned(size, size, "", root),
-        *evaluations(size, size, "", root, POLICIES),
+        *evaluations(size, size, "", root, evaluate.POLICIES),
     ]
 
 
@@ -118,7 +110,7 @@ def family(root: str) -> list[RunSpec]:
     runs += reward_model(MIDDLE_SIZE, root, shares, middle, RESPONSES, "")
     for size, folder in folders.items():
         runs += aligned(size, MIDDLE_SIZE, folder, root)
-        policies = (*POLICIES, PUBLIC_TASK_POLICY)
+        policies = (*evaluate.POLICIES, PUBLIC_TASK_POLICY)
         runs += evaluations(size, MIDDLE_SIZE, folder, root, policies)
 
     # Side claims: labelers without noise, and SFT for many epochs.
@@ -196,7 +188,7 @@ def reward_model(
             # Rounded up, so that every size gives at least one response.
             policies.append((f"{root}/{policy_folder}{policy}", -(-count // num_sizes)))
 
-    collect = {"world": f"{root}/world", "policies": tuple(policies), **changes}
+    comparisons = {"world": f"{root}/world", "policies": tuple(policies), **changes}
     train = {
         **common(root),
         **data_files(root, "demonstrations"),
@@ -204,7 +196,7 @@ def reward_model(
         "data.comparisons": (f"{root}/collect{suffix}/comparisons.jsonl.gz",),
     }
     return [
-        RunSpec(f"collect{suffix}", f"configs/collect.py:{size}", collect),
+        RunSpec(f"collect{suffix}", f"configs/collect.py:{size}", comparisons),
         RunSpec(f"reward{suffix}", f"configs/reward_model.py:{size}", train),
     ]
 
@@ -222,7 +214,7 @@ def ppo(
 
     Args:
       size: size of the policy.
-      value_size: size of the reward and value networks.
+      value_size: size of the reward and value models.
       folder: folder of the policy's size.
       root: the workdir of the experiment.
       name: name of the run.
@@ -286,10 +278,10 @@ def evaluations(
         "world": f"{root}/world",
         "policies": untuned,
     }
-    evaluate = f"configs/evaluate.py:{size},{value_size}"
+    config = f"configs/evaluate.py:{size},{value_size}"
     return [
         evaluation(size, value_size, folder, root, policies),
-        RunSpec(f"{folder}evaluate-gpt", evaluate, gpt_prompts),
+        RunSpec(f"{folder}evaluate-gpt", config, gpt_prompts),
         RunSpec(f"{folder}tasks", f"configs/public_tasks.py:{size}", public_tasks),
     ]
 

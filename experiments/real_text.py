@@ -18,9 +18,8 @@ DATA is a folder with `pretrain/`, `demos/`, `comparisons/` and `prompts/`, whic
 from pathlib import Path
 from typing import Any
 
-from instructax.config import ConfigError
 from instructax.evals.intervals import Estimate
-from instructax.experiment import RunSpec
+from instructax.experiment import RunSpec, find_files
 from instructax.runtime.metric_log import read_metrics, read_summary
 
 # The argument of every config.
@@ -40,26 +39,6 @@ FILES = {
 POLICIES = {"GPT": "pretrain", "SFT": "sft", "PPO-ptx": "ppo-ptx"}
 
 
-def find_files(folder: str) -> dict[str, tuple[str, ...]]:
-    """Returns the files of each kind.
-
-    Raises:
-      ConfigError: there is no file of some kind.
-    """
-    files = {}
-    for kind, patterns in FILES.items():
-        paths: list[str] = []
-        for pattern in patterns:
-            paths += map(str, sorted(Path(folder).glob(f"{pattern}.jsonl.gz")))
-        if not paths:
-            raise ConfigError(
-                f"{folder!r} has no {kind}: no file matches {patterns}; "
-                "give experiments/real_text.py:DATA"
-            )
-        files[kind] = tuple(paths)
-    return files
-
-
 def get_runs(folder: str, root: str) -> list[RunSpec]:
     """Returns the runs in order.
 
@@ -67,7 +46,7 @@ def get_runs(folder: str, root: str) -> list[RunSpec]:
       folder: the folder with the data.
       root: the workdir of the experiment.
     """
-    files = find_files(folder)
+    files = {kind: find_files(folder, patterns) for kind, patterns in FILES.items()}
     common = {"tokenizer": f"{root}/tokenizer.json", "data.folder": f"{root}/rows"}
     text = {"data.text": files["text"]}
     demonstrations = {"data.demonstrations": files["demonstrations"]}

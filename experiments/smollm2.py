@@ -25,10 +25,12 @@ Prompts use the model's own chat template.
 from pathlib import Path
 from typing import Any
 
+from configs import ppo
+
 from instructax.checkpoints.parents import is_finished
-from instructax.config import ConfigError, require
+from instructax.config import require
 from instructax.evals.intervals import Estimate
-from instructax.experiment import RunSpec
+from instructax.experiment import RunSpec, find_files
 from instructax.runtime.metric_log import read_summary
 
 # What may follow the folder of the data.
@@ -100,7 +102,11 @@ def get_runs(arg: str, root: str) -> list[RunSpec]:
         f"{BASE} does not exist: ./scripts/smollm2.sh imports SmolLM2 there",
     )
 
-    runs = [*training_runs(folder, root), *evaluation_runs(folder, root)]
+    runs = [
+        *training_runs(folder, root),
+        *ranking_runs(folder, root),
+        evaluation_run(folder, root),
+    ]
     by_name = {run.name: run for run in runs}
     order = (
         "sft",
@@ -117,23 +123,23 @@ def get_runs(arg: str, root: str) -> list[RunSpec]:
 def training_runs(folder: str, root: str) -> list[RunSpec]:
     """Returns the runs of SFT, both reward models and PPO-ptx."""
     common = {"data.folder": f"{root}/rows"}
-    text = {"data.text": find_files(folder, FILES["text"])}
+    text = {"data.text": all_files(folder, FILES["text"])}
     comparisons = {
-        "data.comparisons": find_files(folder, FILES["comparisons"]),
-        "data.demonstrations": find_files(folder, CENTERING_FILES),
+        "data.comparisons": all_files(folder, FILES["comparisons"]),
+        "data.demonstrations": all_files(folder, CENTERING_FILES),
     }
 
     sft = {
         **common,
         **text,
-        "data.demonstrations": find_files(folder, FILES["demonstrations"]),
+        "data.demonstrations": all_files(folder, FILES["demonstrations"]),
     }
     reward = {**common, **comparisons, "parent": f"{root}/sft"}
     scratch = {**common, **comparisons, **FROM_SCRATCH}
     ppo = {
         **common,
         **text,
-        "data.prompts": find_files(folder, FILES["prompts"]),
+        "data.prompts": all_files(folder, FILES["prompts"]),
         "policy_parent": f"{root}/sft",
         "reward_parent": f"{root}/reward",
     }
@@ -145,19 +151,22 @@ def training_runs(folder: str, root: str) -> list[RunSpec]:
     ]
 
 
-def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
-    """Returns the runs that rank validation comparisons and compare the policies."""
-    comparisons = find_files(folder, FILES["comparisons"])
-    common = {
+def evaluated(folder: str, root: str) -> dict[str, Any]:
+    """Returns the overrides of all evaluations."""
+    return {
         "data.folder": f"{root}/rows",
-        "data.prompts": find_files(folder, FILES["prompts"]),
+        "data.prompts": all_files(folder, FILES["prompts"]),
         "data.demonstrations": (),
         "reference": "SFT",
     }
 
+
+def ranking_runs(folder: str, root: str) -> list[RunSpec]:
+    """Returns the runs that rank validation comparisons with both reward models."""
+    comparisons = all_files(folder, FILES["comparisons"])
     # Accuracy on the pairs of each file; the policies answer a single prompt.
     ranking = {
-        **common,
+        **evaluated(folder, root),
         "policies": (("SFT", f"{root}/sft", "plain"),),
         "data.text": (),
         "data.comparisons": tuple(
@@ -173,14 +182,21 @@ def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
         "data.chat": False,
         "reward_model.num_layers": FROM_SCRATCH["model.num_layers"],
     }
+    config = f"configs/evaluate.py:{SIZE}"
+    return [
+        RunSpec("ranking", config, {**ranking, "reward_parent": f"{root}/reward"}),
+        RunSpec("ranking-scratch", config, ranking_scratch),
+    ]
 
-    evaluate = {
-        **common,
-        "data.text": find_files(folder, FILES["text"]),
-        # Short limits: responses are sampled from three policies.
-        "data.limits.prompt_tokens": 256,
-        "data.limits.response_tokens": 128,
-        "data.limits.sequence_tokens": 512,
+
+def evaluation_run(folder: str, root: str) -> RunSpec:
+    """Returns the run that compares the policies."""
+    lengths = ppo.LENGTHS[SIZE]._asdict()
+    overrides = {
+        **evaluated(folder, root),
+        "data.text": all_files(folder, FILES["text"]),
+        # Those of PPO: responses are sampled from three policies.
+        **{f"data.limits.{name}": tokens for name, tokens in lengths.items()},
         "data.comparisons": (),
         "policies": (
             ("SmolLM2", BASE, "plain"),
@@ -192,12 +208,7 @@ def evaluation_runs(folder: str, root: str) -> list[RunSpec]:
         "batch_size": 16,
         "batches": 4,
     }
-    config = f"configs/evaluate.py:{SIZE}"
-    return [
-        RunSpec("ranking", config, {**ranking, "reward_parent": f"{root}/reward"}),
-        RunSpec("ranking-scratch", config, ranking_scratch),
-        RunSpec("evaluate", config, evaluate),
-    ]
+    return RunSpec("evaluate", f"configs/evaluate.py:{SIZE}", overrides)
 
 
 def with_variants(run: RunSpec, variants: list[str]) -> RunSpec:
@@ -207,26 +218,17 @@ def with_variants(run: RunSpec, variants: list[str]) -> RunSpec:
         overrides["compute.dtype"] = "bf16_matmul"
         if run.name == "ppo-ptx":
             # The sampler multiplies in float32, so log-probabilities differ a little.
-            overrides["tolerance"] = 0.03
+            overrides["tolerance"] = ppo.TOLERANCES["bf16_matmul"]
     if "hour" in variants:
         overrides.update(HOUR.get(run.name, {}))
     return RunSpec(run.name, run.config, overrides)
 
 
-def find_files(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the files of `folder` that match any of `patterns`.
-
-    Raises:
-      ConfigError: some pattern matches no file.
-    """
+def all_files(folder: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the files of `folder` that match `patterns`, each of which must match."""
     files: list[str] = []
     for pattern in patterns:
-        matching = sorted(Path(folder).glob(f"{pattern}.jsonl.gz"))
-        if not matching:
-            raise ConfigError(
-                f"{folder!r} has no {pattern}.jsonl.gz: give experiments/smollm2.py:DATA"
-            )
-        files += map(str, matching)
+        files += find_files(folder, (pattern,))
     return tuple(files)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import pytest
-from configs import sizes
+from configs import ppo, sizes
 from tests.support import tiny_models
 
 import instructax
@@ -235,6 +235,12 @@ def test_the_papers_values(cases, name, value, source):
         assert found == expected, f"{case} {name}: {source}"
 
 
+def test_the_error_about_16_bits_names_the_tolerance_of_the_configs():
+    source = (SOURCES / "stages/ppo/invariants.py").read_text()
+    assert ppo.TOLERANCES["bf16"] == ppo.TOLERANCES["bf16_matmul"]
+    assert f"config.tolerance = {ppo.TOLERANCES['bf16']} " in source
+
+
 def test_the_paper_ran_256k_episodes():
     assert all(built(*case).steps * built(*case).batch_size == 256_000 for case in PPO)
 
@@ -325,6 +331,13 @@ def test_every_run_of_every_experiment_builds(experiment, tmp_path, monkeypatch)
             ):
                 assert config.tokenizer == "runs/here/world/tokenizer.json"
             done[f"runs/here/{run.name}"] = config
+
+
+@pytest.mark.parametrize("experiment", ["real_text", "smollm2"])
+def test_missing_data_is_a_one_line_error(experiment, tmp_path, monkeypatch):
+    stand_in_for_smollm2(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"has no pretrain/.* with the ending .jsonl.gz"):
+        load_file(ROOT / f"experiments/{experiment}.py").get_runs(str(tmp_path), "runs/a")
 
 
 def test_a_seed_that_is_not_a_number_is_a_one_line_error():

@@ -7,7 +7,7 @@ report; started again, it skips finished runs and resumes the one that was inter
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,27 @@ class RunSpec:
     config: str
     # Dotted name of a config value -> its value in this run.
     overrides: Mapping[str, Any]
+
+
+def find_files(folder: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The .jsonl.gz files of `folder` that match any of `patterns`, in the order of these.
+
+    Args:
+      folder: the folder with the data of an experiment.
+      patterns: paths in the folder with wildcards, without .jsonl.gz.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        files += map(str, sorted(Path(folder).glob(f"{pattern}.jsonl.gz")))
+    require(
+        bool(files),
+        f"{folder!r} has no {' or '.join(patterns)} with the ending .jsonl.gz: give the "
+        "folder of the data, experiments/NAME.py:DATA",
+    )
+    return tuple(files)
 
 
 def load_file(path: str | Path) -> Any:

@@ -17,7 +17,12 @@ from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import abstract_state, layouts, start_from
+from instructax.training.state import (
+    abstract_state,
+    layouts,
+    no_adapters,
+    start_from,
+)
 from instructax.types import PpoState
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -47,10 +52,15 @@ def compiled(update: Any, program: Any, abstract: Any) -> Any:
 def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[str, Any]:
     """Metrics, parameters and optimizer state after two updates from random parameters."""
     state = start_from(
-        tiny_models.random_params(program.model), program.optimizer, program.mesh
+        tiny_models.random_params(program.model),
+        program.optimizer,
+        program.mesh,
+        no_adapters,
     )
     step = compiled(
-        update, program, abstract_state(program.model, program.optimizer, program.mesh)
+        update,
+        program,
+        abstract_state(program.model, program.optimizer, program.mesh, no_adapters),
     )
     metrics = []
     for batch in batches:
@@ -69,8 +79,8 @@ def supervised_run(
         schedule=OPTIMIZER,
         mesh=stages.mesh_of(*shape),
         total_steps=10,
-        accumulate=2,
-        drops=True,
+        num_microbatches=2,
+        has_dropout=True,
     )
     settings = stages.supervised_settings(learning_rate=0.01, dropout=0.2)
     return two_updates(

@@ -34,7 +34,7 @@ def test_utilities_and_flags_by_hand(monkeypatch):
         open_question("a"),
         open_question("b"),
         open_question("c", closed_domain=True),
-        open_question("d", forbidden_word="Arden"),
+        dataclasses.replace(open_question("d"), forbidden_word="Arden"),
     ]
     # Right; empty; wrong (−0.25); right, but with the word to be avoided (1 − 0.3).
     texts = ["Arden.<|endoftext|>", "<|endoftext|>", "Dale.", "Arden."]

@@ -1,4 +1,4 @@
-"""Collecting comparisons of sampled answers: what is compared, by which labelers, and
+"""Collecting comparisons of sampled responses: what is compared, by which labelers, and
 reproducibility."""
 
 import gzip
@@ -24,19 +24,21 @@ def records_of(path):
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def test_distinct_answers_are_compared_and_single_ones_left_out():
-    answers = [["a", "b", "a", " "], ["a", "a"], [""], [str(i) for i in range(20)]]
-    compared = draw_compared(answers, np.random.default_rng(0))
+def test_distinct_responses_are_compared_and_single_ones_left_out():
+    responses = [["a", "b", "a", " "], ["a", "a"], [""], [str(i) for i in range(20)]]
+    compared = draw_compared(responses, np.random.default_rng(0))
     assert set(compared) == {0, 3}
     assert sorted(compared[0]) == ["a", "b"]
     counts = {
-        len(draw_compared(answers, np.random.default_rng(seed))[3]) for seed in range(40)
+        len(draw_compared(responses, np.random.default_rng(seed))[3]) for seed in range(40)
     }
     assert counts == set(range(4, 10))
-    assert set(compared[3]) <= set(answers[3]) and len(set(compared[3])) == len(compared[3])
+    assert set(compared[3]) <= set(responses[3]) and len(set(compared[3])) == len(
+        compared[3]
+    )
 
 
-def test_both_labeler_groups_rank_the_same_answers(chain):
+def test_both_labeler_groups_rank_the_same_responses(chain):
     ours, theirs = (
         records_of(chain / "collect" / f"{name}.jsonl.gz")
         for name in ("comparisons", "held_out")
@@ -104,20 +106,23 @@ def test_same_seed_same_bytes(chain, tmp_path):
     ).read_bytes()
 
 
-def test_another_round_on_the_same_prompts_samples_other_answers(chain, tmp_path):
+def test_another_round_on_the_same_prompts_samples_other_responses(chain, tmp_path):
     ours = records_of(chain / "collect" / "comparisons.jsonl.gz")
     assert run_stage(stages.config_of(chain, "collect", {"round": 2}), tmp_path / "next")
     theirs = records_of(tmp_path / "next" / "comparisons.jsonl.gz")
-    our_answers = {(a["prompt"], text) for a in ours for text in a["completions"]}
-    their_answers = {(a["prompt"], text) for a in theirs for text in a["completions"]}
-    assert len(our_answers & their_answers) < 0.2 * len(our_answers)
+    our_responses = {(a["prompt"], text) for a in ours for text in a["completions"]}
+    their_responses = {(a["prompt"], text) for a in theirs for text in a["completions"]}
+    assert len(our_responses & their_responses) < 0.2 * len(our_responses)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"policies": ()}, r"config: policies = \(\) must be one at least"),
-        ({"policies": (("x", 0),)}, "must be one at least, each with one answer at least"),
+        (
+            {"policies": (("x", 0),)},
+            "must be one at least, each with one response at least",
+        ),
         ({"world": "nowhere"}, "nowhere is not a finished world: write it first"),
         ({"noise": -1.0}, "config: noise = -1.0 must be at least 0"),
         (
@@ -127,7 +132,7 @@ def test_another_round_on_the_same_prompts_samples_other_answers(chain, tmp_path
         ),
         (
             {"prompt_tokens": 1},
-            "no prompt of .* has two different answers: raise config.prompt_tokens = 1 if",
+            "no prompt of .* has two different responses: raise config.prompt_tokens = 1 ",
         ),
     ],
 )

@@ -18,7 +18,10 @@ from instructax.sharding import MeshConfig, make_mesh
 from instructax.stages import build_config, load_stage
 from instructax.stages import memory as estimate
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import abstract_state
+from instructax.training.state import (
+    abstract_state,
+    no_adapters,
+)
 
 GIB = 2**30
 
@@ -65,7 +68,10 @@ def test_memory_is_what_real_arrays_take(sizes):
 
     def zeros(model, head, optimizer):
         abstract = abstract_state(
-            Transformer(model, config.compute, head), make_optimizer(optimizer), mesh
+            Transformer(model, config.compute, head),
+            make_optimizer(optimizer),
+            mesh,
+            no_adapters,
         )
         return jax.tree.map(
             lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), abstract
@@ -83,8 +89,8 @@ def test_memory_is_what_real_arrays_take(sizes):
     assert memory_of(config) == {
         "policy": held_by_first_device(policy.params),
         "optimizer of the policy": held_by_first_device(policy.opt_state),
-        "value network": held_by_first_device(value.params),
-        "optimizer of the value network": held_by_first_device(value.opt_state),
+        "value model": held_by_first_device(value.params),
+        "optimizer of the value model": held_by_first_device(value.opt_state),
         "averaged policy": held_by_first_device(policy.params),
         "reference policy": held_by_first_device(policy.params),
         "reward model": held_by_first_device(value.params),

@@ -24,7 +24,11 @@ from instructax.models.init import init_params
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import reward_model
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import abstract_state, new_state
+from instructax.training.state import (
+    abstract_state,
+    new_state,
+    no_adapters,
+)
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -204,7 +208,7 @@ def reward_parts(chain, step: int | None = None):
     reward run."""
     config = stages.config_with_kernel(stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
-    abstract = abstract_state(model, GRADIENT, stages.mesh_of()).params
+    abstract = abstract_state(model, GRADIENT, stages.mesh_of(), no_adapters).params
     return (
         config,
         model,
@@ -227,7 +231,8 @@ def test_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
     parent = load_params(
-        chain / "sft", abstract_state(policy, GRADIENT, stages.mesh_of()).params
+        chain / "sft",
+        abstract_state(policy, GRADIENT, stages.mesh_of(), no_adapters).params,
     )
     trunk = {name: leaf for name, leaf in state.params.items() if name != "scalar_head"}
     stages.assert_trees_equal(trunk, jax.device_get(parent))

@@ -21,7 +21,11 @@ from instructax.models.init import init_params
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import build_config
 from instructax.training import supervised
-from instructax.training.state import abstract_state, new_state
+from instructax.training.state import (
+    abstract_state,
+    new_state,
+    no_adapters,
+)
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -34,9 +38,21 @@ def sft_parts(chain):
     return config, tokenizer, loaders.read_lm_data(config.data, tokenizer)
 
 
+def training_reader(config, data, batch_size):
+    """The reader of the batches that a run of `config` trains on."""
+    return loaders.lm_reader(
+        data,
+        "train",
+        text_fraction=config.data.text_fraction,
+        sequence_tokens=config.data.limits.sequence_tokens,
+        batch_size=batch_size,
+        seed=config.seed,
+    )
+
+
 def test_the_last_rows_of_a_batch_are_text(chain):
     config, _, data = sft_parts(chain)
-    read = loaders.lm_reader(config.data, data, "train", batch_size=10, seed=0)
+    read = training_reader(config, data, batch_size=10)
     for index in (0, 7):
         batch = read(index)
         # All text tokens are trained except the first of a document. A demonstration's
@@ -66,11 +82,9 @@ def test_a_fraction_that_does_not_fit_the_files_is_refused(
 def test_the_first_step_starts_from_the_parent(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
-    abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(model, optax.identity(), stages.mesh_of(), no_adapters).params
     params = load_params(chain / "pretrain", abstract)
-    first = loaders.lm_reader(
-        config.data, data, "train", batch_size=config.batch_size, seed=config.seed
-    )(0)
+    first = training_reader(config, data, config.batch_size)(0)
     logged = read_metrics(chain / "sft")[0]
     assert logged["loss"] == pytest.approx(
         stages.plain_loss(model, params, first), rel=1e-5
@@ -95,11 +109,11 @@ def test_a_run_uses_its_dropout_rate(chain, tmp_path):
     dropping = dataclasses.replace(config, dropout=0.3)
     own = supervised.supervised_program(dropping, model, stages.mesh_of(), 10)
     own = dataclasses.replace(own, optimizer=optax.identity())
-    abstract = abstract_state(own.model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(
+        own.model, optax.identity(), stages.mesh_of(), no_adapters
+    ).params
     state = new_state(load_params(chain / "pretrain", abstract), optax.identity())
-    first = loaders.lm_reader(
-        config.data, data, "train", batch_size=config.batch_size, seed=config.seed
-    )(0)
+    first = training_reader(config, data, config.batch_size)(0)
     update = jax.jit(partial(supervised.supervised_update, own))
     settings = stages.supervised_settings(seed=config.seed, dropout=0.3)
     _, metrics = update(state, first, settings)
@@ -111,7 +125,7 @@ def test_a_run_uses_its_dropout_rate(chain, tmp_path):
 def test_validation_losses_equal_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
-    abstract = abstract_state(model, optax.identity(), stages.mesh_of()).params
+    abstract = abstract_state(model, optax.identity(), stages.mesh_of(), no_adapters).params
     params = load_params(chain / "sft", abstract)
     summary = read_summary(chain / "sft")
     for name in ("demonstrations", "text"):

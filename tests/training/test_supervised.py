@@ -31,8 +31,8 @@ def program(**changes) -> supervised.SupervisedProgram:
         "schedule": tiny_models.optimizer_config(),
         "mesh": stages.mesh_of(),
         "total_steps": 10,
-        "accumulate": 1,
-        "drops": False,
+        "num_microbatches": 1,
+        "has_dropout": False,
     }
     return supervised.SupervisedProgram(**{**values, **changes})
 
@@ -118,7 +118,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     counts = batch.loss_mask.reshape(4, -1).sum(axis=1)
     assert len(set(counts)) == 4
     whole, metrics, _ = run_update(program(), batch)
-    parts, parts_metrics, _ = run_update(program(accumulate=4), batch)
+    parts, parts_metrics, _ = run_update(program(num_microbatches=4), batch)
     stages.assert_trees_close(parts, whole, rtol=1e-4, atol=1e-6)
     stages.assert_trees_close(parts_metrics, metrics, rtol=1e-5, atol=1e-6)
 
@@ -128,7 +128,7 @@ def test_a_batch_without_a_trained_token_changes_nothing():
         stages.packed_rows(4, 14), loss_mask=np.zeros((4, 14), bool)
     )
     for parts in (1, 2):
-        gradients, metrics, _ = run_update(program(accumulate=parts), batch)
+        gradients, metrics, _ = run_update(program(num_microbatches=parts), batch)
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients))
         assert metrics["loss"] == 0
 
@@ -150,7 +150,7 @@ def test_loss_falls_on_a_repeated_batch():
 
 def test_dropout_changes_only_with_the_step():
     batch = stages.packed_rows(4, 14)
-    dropping = program(drops=True)
+    dropping = program(has_dropout=True)
     half = stages.supervised_settings(dropout=0.5)
     losses = [
         float(run_update(dropping, batch, step=step, settings=half)[1]["loss"])
@@ -169,20 +169,26 @@ def test_dropout_changes_only_with_the_step():
 def test_dropout_depends_on_row_and_seed_but_not_on_microbatches():
     half = stages.supervised_settings(dropout=0.5)
     batch = stages.packed_rows(4, 14)
-    parts, _, _ = run_update(program(drops=True, accumulate=2), batch, settings=half)
-    whole, _, _ = run_update(program(drops=True, accumulate=1), batch, settings=half)
+    parts, _, _ = run_update(
+        program(has_dropout=True, num_microbatches=2), batch, settings=half
+    )
+    whole, _, _ = run_update(
+        program(has_dropout=True, num_microbatches=1), batch, settings=half
+    )
     stages.assert_trees_close(parts, whole, rtol=1e-4, atol=1e-6)
     other, _, _ = run_update(
-        program(drops=True), batch, settings=stages.supervised_settings(seed=1, dropout=0.5)
+        program(has_dropout=True),
+        batch,
+        settings=stages.supervised_settings(seed=1, dropout=0.5),
     )
     assert not np.allclose(other["embedding"], whole["embedding"], rtol=1e-3)
     # Two copies of the same rows get different dropout masks. With one mask for both, half
     # of the batch would be redundant.
     rows = stages.packed_rows(2, 14)
     twice, _, _ = run_update(
-        program(drops=True),
+        program(has_dropout=True),
         jax.tree.map(lambda x: np.concatenate([x, x]), rows),
         settings=half,
     )
-    once, _, _ = run_update(program(drops=True), rows, settings=half)
+    once, _, _ = run_update(program(has_dropout=True), rows, settings=half)
     assert not np.allclose(twice["embedding"], once["embedding"], rtol=1e-3)

@@ -78,14 +78,25 @@ def read_lm_data(
 
 
 def lm_reader(
-    config: LmData,
     data: Mapping[str, PreparedData],
     split: str,
     *,
+    text_fraction: float,
+    sequence_tokens: int,
     batch_size: int,
     seed: int,
 ) -> Callable[[int], LmBatch]:
-    """A function from a step to this process's share of its packed batch."""
+    """A function from a step to this process's share of its packed batch.
+
+    Args:
+      data: packed rows of "demonstrations" and "text", from `read_lm_data`; a source
+        without files is left out.
+      split: name of the split to read.
+      text_fraction: fraction of text among the rows of a batch.
+      sequence_tokens: width of a row.
+      batch_size: rows of a batch, over all processes.
+      seed: seed of the order of the rows.
+    """
     # A source without files is never read: its fraction is 0.
     nothing: Any = ()
     demonstrations = nothing
@@ -101,8 +112,8 @@ def lm_reader(
             text,
             step,
             batch_size=batch_size,
-            text_fraction=config.text_fraction,
-            length=config.limits.sequence_tokens,
+            text_fraction=text_fraction,
+            length=sequence_tokens,
             seed=seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -1,4 +1,5 @@
-"""The public tasks: what a model can do without being asked by a customer.
+"""The public tasks, what a model can do without being asked by a customer: their items and
+how these are posed and scored. The stage `stages.public_tasks` runs policies on them.
 
 Each task has a counterpart in the paper's table 14 and is posed under the conditions of its
 columns, in the formats of appendix D. A generated answer is sampled at temperature 0 and
@@ -94,8 +95,8 @@ class PublicTask:
         return {"zero-shot": zero_shot, "few-shot": few_shot}
 
 
-# There are up to three examples, as many as leave a context of 102 tokens: the models of
-# the simulation read 128 tokens, and answers take 26.
+# There are up to three examples, as many as fit into the context of the simulated models
+# together with an answer (`configs/public_tasks.py`).
 PUBLIC_TASKS: Mapping[str, PublicTask] = {
     "book": PublicTask(
         counterpart="QuAC",

@@ -64,7 +64,7 @@ def open_qa_task(world: World, rng: np.random.Generator) -> Task:
     if kind < MISCONCEPTION_BELOW:
         return _misconception_task(world, rng)
 
-    # Also drawn where the kind of question has no use for it.
+    # Always drawn: skipping it would shift all later random numbers.
     subject, relation = _sample_fact_key(rng)
     if kind < FALSE_PREMISE_BELOW:
         return _false_premise_task(world, rng)

@@ -105,7 +105,6 @@ def make_fact_task(
     word_budget: int = 0,
     num_sentences: int = 0,
     num_words: int = 0,
-    forbidden_word: str = "",
     closed_domain: bool = False,
     format: str = "plain",
 ) -> Task:
@@ -133,7 +132,6 @@ def make_fact_task(
         word_budget=word_budget or 3 + 3 * num_required,
         num_sentences=num_sentences,
         num_words=num_words,
-        forbidden_word=forbidden_word,
         closed_domain=closed_domain,
         format=format,
     )

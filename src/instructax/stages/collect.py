@@ -85,7 +85,7 @@ class Config:
         if not self.policies or min(count for _, count in self.policies) < 1:
             raise ConfigError(
                 f"policies = {format_value(self.policies)} must be one at least, each with "
-                "one answer at least"
+                "one response at least"
             )
 
 
@@ -128,7 +128,7 @@ def train(run: Run) -> None:
     compared = draw_compared(responses, generator(config.seed, f"compared {config.round}"))
     require(
         bool(compared),
-        f"no prompt of {config.world} has two different answers: raise "
+        f"no prompt of {config.world} has two different responses: raise "
         f"config.prompt_tokens = {config.prompt_tokens} if all are longer, or let "
         "config.policies give more",
     )
@@ -172,15 +172,14 @@ def sample_policies(
     """The responses of all policies to each prompt, in the order of the policies."""
     responses: list[list[str]] = [[] for _ in prompts]
     for number, (path, count) in enumerate(config.policies):
-        for index, response in sample_answers(
-            config, policies[number], count, number, prompts
-        ):
+        policy = policies[number]
+        for index, response in sample_policy(config, policy, count, number, prompts):
             responses[index].append(response)
-        print(f"{path}: {count} answers to each of {len(prompts)} prompts", flush=True)
+        print(f"{path}: {count} responses to each of {len(prompts)} prompts", flush=True)
     return responses
 
 
-def sample_answers(
+def sample_policy(
     config: Config,
     policy: CollectPolicy,
     count: int,
@@ -243,14 +242,14 @@ def _compiled_sampler(
 
 
 def draw_compared(
-    answers: list[list[str]], random: np.random.Generator
+    sampled: list[list[str]], random: np.random.Generator
 ) -> dict[int, list[str]]:
     """Draws the K = 4 … 9 responses to each prompt that are compared (paper, section 3.5).
 
     No two of them are equal, and blank responses are never shown to labelers.
 
     Args:
-      answers: the responses to each prompt.
+      sampled: the responses to each prompt.
       random: the random numbers.
 
     Returns:
@@ -258,9 +257,9 @@ def draw_compared(
       different responses are left out.
     """
     compared = {}
-    for index, given in enumerate(answers):
+    for index, responses in enumerate(sampled):
         # A dict drops duplicates and keeps the order.
-        different = list(dict.fromkeys(answer for answer in given if answer.strip()))
+        different = list(dict.fromkeys(text for text in responses if text.strip()))
         count = int(random.integers(RESPONSES_PER_PROMPT[0], RESPONSES_PER_PROMPT[1] + 1))
         order = random.permutation(len(different))[:count]
         if len(order) > 1:

@@ -121,7 +121,10 @@ class Config:
         workdirs = [self.reward_parent, *(path for _, path, _ in self.policies)]
         if not self.data.prompts or not all(workdirs):
             raise ConfigError(
-                "data.prompts, reward_parent and the workdir of every policy must be given"
+                "data.prompts, reward_parent and the workdir of every policy must be "
+                f"given: data.prompts = {format_value(self.data.prompts)}, reward_parent = "
+                f"{format_value(self.reward_parent)}, policies = "
+                f"{format_value(self.policies)}"
             )
 
     def _check_modes(self) -> None:

@@ -1,5 +1,5 @@
-"""Device memory of a run, computed from shapes alone: no file is read and no array is
-allocated.
+"""An estimate of the device memory of a run, from shapes alone: no file is read and no
+array is allocated. Gradients, activations and what XLA needs besides are not counted.
 
 Each stage adds up its own arrays in `memory(config, mesh)`. This module has the functions
 that stages share, and the report of a dry run.
@@ -109,8 +109,8 @@ def cache_bytes(
     for leaf in jax.tree.leaves(cache):
         total += int(np.prod(leaf.shape)) * leaf.dtype.itemsize
     # Devices with the same rows hold different heads of the cache.
-    head_ways = mesh.size // sharding.num_row_shards(mesh)
-    return total // head_ways
+    head_shards = mesh.size // sharding.num_row_shards(mesh)
+    return total // head_shards
 
 
 def memory_report(config: Any, held: Mapping[str, int]) -> str:

@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax.checkpoints.parents import ExpectedParent, Head
-from instructax.config import ConfigError, Seed, check_range
+from instructax.config import ConfigError, Seed, check_range, format_value
 from instructax.data.limits import DataLimits
-from instructax.data.loaders import LmData, lm_reader
+from instructax.data.loaders import lm_reader
 from instructax.data.prepare import prepare_text
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
@@ -73,7 +73,10 @@ class Config:
         counts = {"batch_size": 1, "accumulate": 1, "dropout": 0, "epochs": 0, "steps": 0}
         check_range(self, counts, {"dropout": 1})
         if not self.data.text:
-            raise ConfigError("data.text must name one file or more")
+            raise ConfigError(
+                f"data.text = {format_value(self.data.text)} must name one .jsonl.gz file "
+                "or more (docs/data.md)"
+            )
 
     def parents(self) -> dict[str, ExpectedParent]:
         """The run to start from."""
@@ -111,17 +114,13 @@ def train(run: Run) -> None:
     config: Config = run.config
     model = Transformer(config.model, config.compute, "tokens", run.mesh)
     rows = run.data["text"].sources
-    # The loader mixes demonstrations and text; here batches have text alone.
-    files = LmData(
-        demonstrations=(),
-        text=config.data.text,
-        text_fraction=1.0,
-        chat=False,
-        limits=config.data.limits,
-        folder=config.data.folder,
-    )
     read_batch = lm_reader(
-        files, run.data, "train", batch_size=config.batch_size, seed=config.seed
+        run.data,
+        "train",
+        text_fraction=1.0,
+        sequence_tokens=config.data.limits.sequence_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
     # A row holds several documents, so an epoch is counted in rows.
     total_steps = count_steps(

@@ -1,9 +1,10 @@
-"""Measures finished policies on the public tasks of the simulated world. Trains nothing.
+"""The stage that runs finished policies on the public tasks of the simulated world. Trains
+nothing. `simulation.public_tasks` has the tasks themselves.
 
-This is the paper's table 14 and appendix D: every task is run in several forms (zero-shot,
-few-shot, with instructions), choices are scored by their log-probability and other answers
-are generated at temperature 0. All policies get the same items in the same forms. Generated
-answers go to `samples.jsonl`, metrics to `summary.json`.
+This is the paper's table 14 and appendix D: every task is posed under several conditions
+(zero-shot, few-shot, with instructions), choices are scored by their log-probability and
+other answers are generated at temperature 0. All policies get the same items under the same
+conditions. Generated answers go to `samples.jsonl`, metrics to `summary.json`.
 
 Departures from the paper: the tasks are synthetic counterparts of the public ones, and
 contexts are used as they are, without the empty line that separates a prompt from its
@@ -19,7 +20,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from instructax.checkpoints.parents import ExpectedParent, Head
-from instructax.config import ConfigError, Seed, check_range, require, require_distinct
+from instructax.config import (
+    ConfigError,
+    Seed,
+    check_range,
+    format_value,
+    require,
+    require_distinct,
+)
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
@@ -72,7 +80,8 @@ class Config:
         check_range(self, least)
         if not (self.world and self.policies and all(path for _, path in self.policies)):
             raise ConfigError(
-                "world, policies and the workdir of every policy must be given"
+                "world, policies and the workdir of every policy must be given: world = "
+                f"{format_value(self.world)}, policies = {format_value(self.policies)}"
             )
         # Names are keys of the summary, so they must be unique.
         require_distinct("policies", [name for name, _ in self.policies])
@@ -93,12 +102,12 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A task in one of its forms, the same for all policies."""
+    """A task under one of its conditions, the same for all policies."""
 
     # A name in PUBLIC_TASKS.
     task: str
     # One of the task's conditions, such as zero-shot.
-    form: str
+    condition: str
     items: Sequence[TaskItem]
     # One context per item.
     contexts: Sequence[str]
@@ -148,7 +157,7 @@ def train(run: Run) -> None:
         stop_token_mask=run.tokenizer.tokens_containing("\n"),
     )
 
-    # Policy → task → form → metric.
+    # Policy → task → condition → metric.
     metrics: dict[str, dict[str, dict[str, Any]]] = {}
     log = MetricLog(
         run.workdir,
@@ -181,26 +190,26 @@ def _measure_policy(
     """Runs one policy on all sheets and logs its generated answers.
 
     Returns:
-      Task → form → metric, as in `summary.json`.
+      Task → condition → metric, as in `summary.json`.
     """
     # Every task has an entry, in the order of the table.
     metrics: dict[str, dict[str, Any]] = {task: {} for task in PUBLIC_TASKS}
     for sheet in sheets:
         found, samples = run_sheet(sheet, completer, params, run.tokenizer, run.config.seed)
-        labels = {"policy": name, "task": sheet.task, "form": sheet.form}
+        labels = {"policy": name, "task": sheet.task, "form": sheet.condition}
         for sample in samples:
             log.write_sample(step, {**labels, **sample})
-        for form, metric in found.items():
-            metrics[sheet.task][form] = metric_record(metric)
+        for condition, metric in found.items():
+            metrics[sheet.task][condition] = metric_record(metric)
     return metrics
 
 
 def _values(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`task/form` → value, for the log: no intervals and no values of single items."""
+    """`task/condition` → value, for the log: no intervals and no values of single items."""
     values = {}
-    for task, forms in metrics.items():
-        for form, metric in forms.items():
-            values[f"{task}/{form}"] = metric["value"]
+    for task, conditions in metrics.items():
+        for condition, metric in conditions.items():
+            values[f"{task}/{condition}"] = metric["value"]
     return values
 
 
@@ -218,12 +227,13 @@ def metric_record(metric: TaskMetric) -> dict[str, Any]:
 
 
 def create_sheets(world: World, seed: int, items: int) -> Iterator[Sheet]:
-    """Every task in every form; the items of a task are the same in all of them."""
+    """Every task under every condition; the items of a task are the same in all of them."""
     for name, task in PUBLIC_TASKS.items():
-        # Once per task: forms can be compared only on the same items.
+        # Once per task: conditions can be compared only on the same items.
         drawn = create_items(world, seed, name, items)
-        for form in task.conditions:
-            yield Sheet(name, form, drawn, create_contexts(world, seed, name, drawn, form))
+        for condition in task.conditions:
+            contexts = create_contexts(world, seed, name, drawn, condition)
+            yield Sheet(name, condition, drawn, contexts)
 
 
 def run_sheet(
@@ -232,15 +242,15 @@ def run_sheet(
     """Runs one policy on a sheet.
 
     Args:
-      sheet: the task and form.
+      sheet: the task and condition.
       completer: generates answers and scores choices.
       params: parameters of the policy.
       tokenizer: the tokenizer of the policy.
       seed: for metrics that draw random numbers.
 
     Returns:
-      (form → metric, generated answers). Some tasks have several metrics, under the form
-      with a suffix. A multiple-choice task generates no answers.
+      (condition → metric, generated answers). Some tasks have several metrics, under the
+      condition with a suffix. A multiple-choice task generates no answers.
     """
     contexts = tokenizer.encode_batch(sheet.contexts)
     metric = PUBLIC_TASKS[sheet.task].metric
@@ -249,7 +259,7 @@ def run_sheet(
         candidates = [tokenizer.encode_batch(item.choices) for item in sheet.items]
         questions = list(zip(contexts, candidates, strict=True))
         scored = completer.candidate_logprobs(params, questions)
-        return {sheet.form: score_choices(metric, sheet.items, *scored)}, []
+        return {sheet.condition: score_choices(metric, sheet.items, *scored)}, []
 
     # Free answers. Their metrics compare texts, so token ids are decoded first.
     answers = completer.complete(params, contexts)
@@ -257,7 +267,7 @@ def run_sheet(
     metrics = {}
     by_suffix = score_completions(metric, sheet.items, completions, seed)
     for suffix, found in by_suffix.items():
-        metrics[f"{sheet.form}{suffix}"] = found
+        metrics[f"{sheet.condition}{suffix}"] = found
     # The expected answers go along, so that a sample can be judged by itself.
     samples = []
     for context, completion, item in zip(

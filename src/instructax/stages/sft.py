@@ -105,7 +105,12 @@ def train(run: Run) -> None:
     config: Config = run.config
     model = Transformer(config.model, config.compute, "tokens", run.mesh)
     read_batch = lm_reader(
-        config.data, run.data, "train", batch_size=config.batch_size, seed=config.seed
+        run.data,
+        "train",
+        text_fraction=config.data.text_fraction,
+        sequence_tokens=config.data.limits.sequence_tokens,
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
     # Demonstrations and text are evaluated separately: their losses cannot be compared.
     validation = {}

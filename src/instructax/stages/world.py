@@ -18,6 +18,7 @@ from instructax.data.tokenizer import save_tokenizer, train_bpe
 from instructax.runtime.distributed import all_hosts
 from instructax.runtime.files import write_json
 from instructax.simulation.write import WorldSizes, write_world
+from instructax.training.attention import NO_ROWS, RowLengths
 from instructax.training.run import Run
 
 
@@ -37,9 +38,9 @@ def validate(config: Config, mesh: Any) -> None:
     """Does nothing: `construct` has checked every value, and there is no mesh."""
 
 
-def row_lengths(config: Config) -> tuple[tuple[int, ...], bool]:
+def row_lengths(config: Config) -> RowLengths:
     """No rows: no network runs."""
-    return (), False
+    return NO_ROWS
 
 
 def memory(config: Config, mesh: Any) -> dict[str, int]:

@@ -63,13 +63,13 @@ def check_rows(name: str, rows: int, parts: int, mesh: Mesh | AbstractMesh) -> N
       mesh: the mesh of the run.
     """
     # Devices that hold different rows; the others hold parts of the same parameters.
-    row_ways = sharding.num_row_shards(mesh)
+    row_shards = sharding.num_row_shards(mesh)
     # Every part is a batch of its own, with the same number of rows on every device.
-    multiple = parts * row_ways
+    multiple = parts * row_shards
     require(
         rows > 0 and rows % multiple == 0,
         f"config.{name} = {rows} rows must be a positive multiple of {multiple} = {parts} "
-        f"parts × {row_ways} devices that share rows; change it or config.mesh",
+        f"parts × {row_shards} devices that share rows; change it or config.mesh",
     )
 
 

@@ -31,7 +31,7 @@ def adapter_initializer(config: Any, network: int = 0) -> AddAdapters:
     """
 
     def add_adapters(params: Params) -> Params:
-        # Policy and value network of PPO share a seed, but not their adapters.
+        # Policy and value model of PPO share a seed, but not their adapters.
         key = rng.step_key(config.seed, "adapters", network)
         return add_lora(params, config.lora, key)
 
@@ -53,7 +53,7 @@ def abstract_state(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    add_adapters: AddAdapters = no_adapters,
+    add_adapters: AddAdapters,
 ) -> TrainState:
     """Shapes, dtypes and shardings of a train state; allocates nothing."""
 
@@ -92,7 +92,7 @@ def start_from(
     params: Params,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    add_adapters: AddAdapters = no_adapters,
+    add_adapters: AddAdapters,
 ) -> TrainState:
     """A state at step 0 with loaded parameters and a fresh optimizer state.
 

@@ -61,8 +61,8 @@ class SupervisedProgram:
     schedule: OptimizerConfig
     mesh: Mesh
     total_steps: int
-    accumulate: int  # microbatches
-    drops: bool  # whether there is dropout at all
+    num_microbatches: int
+    has_dropout: bool
 
 
 def supervised_program(
@@ -75,8 +75,8 @@ def supervised_program(
         schedule=config.optimizer,
         mesh=mesh,
         total_steps=total_steps,
-        accumulate=config.accumulate,
-        drops=config.dropout > 0,
+        num_microbatches=config.accumulate,
+        has_dropout=config.dropout > 0,
     )
 
 
@@ -134,23 +134,24 @@ def _batch_gradients(
       (gradients, losses f32[microbatches], their weights f32[microbatches])
     """
     # [B, T] -> [microbatches, B / microbatches, T]
-    parts = split_microbatches(batch, program.accumulate, program.mesh)
+    microbatches = split_microbatches(batch, program.num_microbatches, program.mesh)
     # Weighted by trained tokens, the sum over microbatches is the whole batch's gradient.
-    weights = microbatch_weights(jnp.sum(parts.loss_mask, axis=(1, 2), dtype=jnp.float32))
+    token_counts = jnp.sum(microbatches.loss_mask, axis=(1, 2), dtype=jnp.float32)
+    weights = microbatch_weights(token_counts)
     # One key per row, so dropout does not depend on how rows are split.
     rows = jnp.arange(batch.tokens.shape[0])
     keys = rng.sample_keys(rng.step_key(settings.seed, "dropout", state.step), rows)
 
     def gradients_of(inputs: tuple[LmBatch, Array]) -> tuple[Params, dict[str, Array]]:
-        part, keys = inputs
+        microbatch, keys = inputs
         # Without dropout no random bits are drawn, so the program is smaller.
         dropout = None
-        if program.drops:
+        if program.has_dropout:
             dropout = Dropout(rate=settings.dropout, keys=keys)
-        return next_token_gradients(program.model, state.params, part, dropout)
+        return next_token_gradients(program.model, state.params, microbatch, dropout)
 
     # key[B] → key[microbatches, B / microbatches]
-    inputs = (parts, keys.reshape(program.accumulate, -1))
+    inputs = (microbatches, keys.reshape(program.num_microbatches, -1))
     gradients, metrics = accumulate(gradients_of, inputs, weights)
     return gradients, metrics["loss"], weights
 

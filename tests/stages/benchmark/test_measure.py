@@ -16,7 +16,7 @@ from instructax import sharding
 from instructax.models import LoraConfig
 from instructax.stages import build_config
 from instructax.stages.benchmark import measure as benchmark
-from instructax.stages.benchmark import workloads
+from instructax.stages.benchmark import operations, workloads
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -28,17 +28,18 @@ def test_operations_by_hand():
     layer = 4 * 16 * 24 + 2 * 16 * 28
     attention = 2 * 24 * 5  # attention scores and weighted sums, over 2.5 keys on average
     wanted = 10 * 2 * (2 * layer + attention) + 2 * 4 * 23 * 16
-    assert workloads.forward_operations(tiny_models.gpt_config(), 10, 5, 4) == wanted
+    assert operations.forward_operations(tiny_models.gpt_config(), 10, 5, 4) == wanted
     # Half as many key heads as query heads, and a gate.
     grouped = 2 * 16 * 24 + 2 * 16 * 12 + 3 * 16 * 28
     assert (
-        workloads.forward_operations(tiny_models.llama_config(), 1, 0, 0) == 2 * 2 * grouped
+        operations.forward_operations(tiny_models.llama_config(), 1, 0, 0)
+        == 2 * 2 * grouped
     )
     # In a window of two, the five tokens attend to 1, 2, 2, 2 and 2 keys, 1.8 on average.
     # It is counted as 1.6, as all keys are counted as 2.5.
     windowed = tiny_models.gpt_config(sliding_window=2, window_layers=(0,))
     wanted = 10 * (4 * layer + 4 * 24 * (1.6 + 2.5)) + 2 * 4 * 23 * 16
-    assert workloads.forward_operations(windowed, 10, 5, 4) == pytest.approx(
+    assert operations.forward_operations(windowed, 10, 5, 4) == pytest.approx(
         wanted, rel=1e-12
     )
 
@@ -49,17 +50,17 @@ def test_operations_with_a_shared_prompt_and_with_lora():
     config = config_of("reward_model2,M")
     near = dataclasses.replace(config.model, sliding_window=3, window_layers=(0,))
     config = dataclasses.replace(config, model=near)
-    prompt_operations = workloads.forward_operations(near, 6, 6, 0)
+    prompt_operations = operations.forward_operations(near, 6, 6, 0)
     block = 4 * 16 * 16 + 2 * 16 * 32
     response_operations = 2 * 8 * (2 * block + 4 * 16 * 3)
-    operations = workloads.reward_work(
+    counted = workloads.reward_work(
         config, sharding.make_mesh(config.mesh), 0.0
     ).operations({})
-    assert operations == pytest.approx(
+    assert counted == pytest.approx(
         3 * (prompt_operations + response_operations), rel=1e-12
     )
     lora = dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0))
-    assert workloads.passes(lora) == 2 and workloads.passes(config) == 3
+    assert operations.update_cost(lora) == 2 and operations.update_cost(config) == 3
 
 
 def config_of(arg: str) -> Any:
@@ -150,9 +151,9 @@ def test_ptx_trains_on_text():
     without = benchmark.measure(config, **given)
     record = benchmark.measure(dataclasses.replace(config, ptx_coef=1.0), **given)
     text = 8 * 4 * 24  # the tokens of eight rows for each of four minibatches
-    assert record["operations"] - without["operations"] == 3 * workloads.forward_operations(
-        config.model, text, 24, text
-    )
+    assert record["operations"] - without[
+        "operations"
+    ] == 3 * operations.forward_operations(config.model, text, 24, text)
 
 
 def test_a_stage_that_does_not_fit_is_one_line():

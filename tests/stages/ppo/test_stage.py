@@ -20,7 +20,7 @@ from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.stages.ppo.invariants import InvariantError
 from instructax.training.settings import settings_from
-from instructax.training.state import abstract_state, layouts
+from instructax.training.state import abstract_state, layouts, no_adapters
 from instructax.types import Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -46,7 +46,7 @@ def networks():
 def iterate(
     *, ref_params=None, value_params=None, settings=None, program=PROGRAM, first_step=0
 ):
-    """One iteration of a policy that starts as its reference, and of a value network that
+    """One iteration of a policy that starts as its reference, and of a value model that
     starts as the reward model.
 
     Returns (state before, state after, metrics, rollouts, scores).
@@ -320,7 +320,9 @@ def test_the_average_is_what_is_exported_and_evaluated(chain):
         load_params(chain / "sft", abstract_ppo_state(program).policy.params)
     )
     assert not np.array_equal(ema["embedding"], start["embedding"])
-    checkpoints = abstract_state(program.policy, program.policy_optimizer, program.mesh)
+    checkpoints = abstract_state(
+        program.policy, program.policy_optimizer, program.mesh, no_adapters
+    )
     assert jax.tree.structure(ema) == jax.tree.structure(checkpoints.params)
 
 

@@ -1,11 +1,5 @@
 """The workloads that the benchmark times: a stage's own programs on random parameters and
 tokens.
-
-Operations are those of the model, 2 for each multiply-add: per token of a forward pass
-2 · (N + V · D), with N the parameters of the layers and V · D those of the head (where
-logits are needed), and 2 · L · H · d · T for causal attention over T tokens. A backward
-pass costs twice as much, or as much if only adapters are trained. Recomputation is not
-counted.
 """
 
 import contextlib
@@ -20,9 +14,14 @@ import jax.numpy as jnp
 from instructax import sharding
 from instructax.config import require
 from instructax.generation import prefill_padding
-from instructax.models import ModelConfig, Transformer
+from instructax.models import Transformer
 from instructax.stages import pretrain, sft
 from instructax.stages import reward_model as reward
+from instructax.stages.benchmark.operations import (
+    forward_operations,
+    iteration_operations,
+    update_cost,
+)
 from instructax.stages.benchmark.random_inputs import (
     eos_id_for,
     random_comparisons,
@@ -105,50 +104,6 @@ def build_work(config: Any) -> tuple[Callable[..., Work], jax.sharding.Mesh]:
     return make, mesh
 
 
-def passes(config: Any) -> int:
-    """Cost of a forward and a backward pass, in forward passes.
-
-    The backward pass computes two gradients, each at the cost of a forward pass: of the
-    inputs and of the parameters. With adapters the second one costs almost nothing.
-    """
-    # `pretrain` has no adapters and no field for them.
-    return 2 if hasattr(config, "lora") and config.lora.rank else 3
-
-
-def forward_operations(
-    config: ModelConfig, tokens: float, length: float, scored: float
-) -> float:
-    """Operations of a forward pass.
-
-    Args:
-      config: the architecture.
-      tokens: number of tokens.
-      length: tokens of each sequence, which attend to each other.
-      scored: number of positions at which the head computes logits.
-    """
-    # Multiply-adds per token in the matrices of one layer: attention, then MLP.
-    block = (
-        config.embed_dim
-        * config.head_dim
-        * (2 * config.num_heads + 2 * config.num_kv_heads)
-    )
-    block += config.embed_dim * config.mlp_dim * (3 if config.gated_mlp else 2)
-
-    # In a sequence of T tokens a token sees T / 2 of them on average, and with a window of
-    # w tokens w − w² / 2T. `seen` is the sum over layers.
-    near = min(config.sliding_window, length)
-    window_layers = len(config.window_layers)
-    seen = (config.num_layers - window_layers) * length / 2 + window_layers * (
-        near - near**2 / (2 * max(length, 1))
-    )
-    # Two products with each key: the scores, and the weighted sum of values.
-    attention = 4 * config.num_heads * config.head_dim * seen
-    return (
-        tokens * (2 * config.num_layers * block + attention)
-        + 2 * scored * config.vocab_size * config.embed_dim
-    )
-
-
 def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     """Updates of `pretrain` or `sft`, on rows without padding."""
     model = Transformer(config.model, config.compute, "tokens", mesh)
@@ -171,7 +126,7 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         forward = forward_operations(
             config.model, metrics["tokens"], length, metrics["tokens"]
         )
-        return passes(config) * forward
+        return update_cost(config) * forward
 
     return _update_work(step, state, batch, settings, operations)
 
@@ -206,7 +161,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
         prompt = forward_operations(config.model, prompt_tokens, prompt_tokens, 0)
         sequence = forward_operations(config.model, sequence_tokens, sequence_tokens, 0)
         comparison = prompt + limits.completions * (sequence - prompt)
-        return passes(config) * config.batch_size * comparison
+        return update_cost(config) * config.batch_size * comparison
 
     return _update_work(step, state, batch, settings, operations)
 
@@ -260,7 +215,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
     program = ppo_train.make_program(config, mesh, eos_id_for(config, ending))
     settings = settings_from(algorithm.PpoSettings, config)
     policy = random_policy(program, ending)
-    # The reward model, and the first value network.
+    # The reward model, and the first value model.
     reward_params = init_state(
         program.value_model, program.value_optimizer, jax.random.key(1), mesh
     ).params
@@ -293,7 +248,7 @@ def ppo_work(config: Any, mesh: jax.sharding.Mesh, ending: float, runs: int = 0)
         run=run,
         tokens=lambda metrics: max(runs, 1) * metrics["tokens"],
         operations=lambda metrics: (
-            max(runs, 1) * _iteration_operations(config, metrics, text_rows)
+            max(runs, 1) * iteration_operations(config, metrics, text_rows)
         ),
         state=lambda: states[0],
     )
@@ -338,27 +293,6 @@ def _iterate_runs(
             )
 
     return iterate
-
-
-def _iteration_operations(
-    config: Any, metrics: Mapping[str, float], text_rows: int
-) -> float:
-    """Operations of one iteration of PPO, from its metrics."""
-    length = metrics["tokens"] / config.batch_size
-    response_tokens = config.batch_size * metrics["response_length"]
-    # Logits are needed at the response tokens only.
-    policy = forward_operations(config.model, metrics["tokens"], length, response_tokens)
-    scalar = forward_operations(config.reward_model, metrics["tokens"], length, 0)
-    width = config.data.limits.sequence_tokens
-    text_tokens = text_rows * width
-    text = forward_operations(config.model, text_tokens, width, text_tokens)
-    # Forward passes: sampler and reference, value network and reward model. Then the
-    # updates of policy and value network, and the pretraining text.
-    return (
-        2 * policy
-        + 2 * scalar
-        + passes(config) * (config.inner_epochs * (policy + scalar) + text)
-    )
 
 
 def sampling_work(config: Any, mesh: jax.sharding.Mesh, ending: float) -> Work:

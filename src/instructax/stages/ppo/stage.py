@@ -1,6 +1,6 @@
 """The PPO stage as a run: its config, its data, what it starts from and what it logs.
 
-The algorithm is in `algorithm`, its compiled form in `compiled`. Policy and value network
+The algorithm is in `algorithm`, its compiled form in `compiled`. Policy and value model
 are trained; the reference (the policy as loaded) and the reward model are not.
 """
 
@@ -21,11 +21,12 @@ from instructax.config import (
     check_fractions,
     check_positive,
     check_range,
+    format_value,
     require,
 )
 from instructax.data.batches import batch_row_ids, process_slice, prompt_batch
 from instructax.data.limits import DataLimits
-from instructax.data.loaders import LmData, lm_reader
+from instructax.data.loaders import lm_reader
 from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
@@ -68,12 +69,12 @@ class Config(PpoOptions):
     stage: Literal["ppo"]
     seed: Seed
     policy_parent: str  # workdir of the supervised run: first policy and KL reference
-    reward_parent: str  # workdir of the reward model, which is also the first value network
+    reward_parent: str  # workdir of the reward model, which is also the first value model
     tokenizer: str  # path, or "bytes"
     model: ModelConfig  # of the policy
-    reward_model: ModelConfig  # of the reward model and the value network
+    reward_model: ModelConfig  # architecture of the reward model and of the value model
     compute: ComputeConfig
-    lora: LoraConfig  # of policy and value network
+    lora: LoraConfig  # of policy and value model
     mesh: MeshConfig
     data: PpoData
     batch_size: int  # rollouts per iteration
@@ -109,9 +110,16 @@ class Config(PpoOptions):
         check_fractions(self, "discount", "lambda_", "ema_decay")
         # Text without `ptx_coef` is allowed: its validation loss is still reported.
         if self.ptx_coef > 0 and not self.data.text:
-            raise ConfigError(f"ptx_coef = {self.ptx_coef} needs files in data.text")
+            raise ConfigError(
+                f"ptx_coef = {self.ptx_coef} needs files in data.text = (): name some, or "
+                "set ptx_coef = 0"
+            )
         if not (self.policy_parent and self.reward_parent):
-            raise ConfigError("policy_parent and reward_parent must name finished runs")
+            raise ConfigError(
+                "policy_parent and reward_parent must name finished runs of SFT and of the "
+                f"reward model: policy_parent = {format_value(self.policy_parent)}, "
+                f"reward_parent = {format_value(self.reward_parent)}"
+            )
 
     def parents(self) -> dict[str, ExpectedParent]:
         """The policy to start from, and the reward model."""
@@ -175,7 +183,7 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
         "policy", config, config.model, "tokens", config.optimizer, mesh
     )
     value = training_bytes(
-        "value network",
+        "value model",
         config,
         config.reward_model,
         "scalar",
@@ -202,7 +210,7 @@ def memory(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, int]:
 
 
 def train(run: Run) -> None:
-    """Trains policy and value network."""
+    """Trains policy and value model."""
     config: Config = run.config
     mesh = run.mesh
     tokenizer = run.tokenizer
@@ -210,7 +218,7 @@ def train(run: Run) -> None:
     add_policy_adapters = adapter_initializer(config, 0)
     add_value_adapters = adapter_initializer(config, 1)
     abstract = abstract_ppo_state(program, add_policy_adapters, add_value_adapters)
-    # Kept unchanged for the whole run. The policy and the value network start as copies of
+    # Kept unchanged for the whole run. The policy and the value model start as copies of
     # the two; a resumed run loads them again beside its checkpoint.
     ref_params = run.parents["policy_parent"].load(abstract_params(program.policy, mesh))
     reward_params = run.parents["reward_parent"].load(
@@ -277,7 +285,7 @@ def _first_rows(count: int, mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def make_program(config: Config, mesh: Mesh, eos_id: int) -> PpoProgram:
-    """Networks and optimizers of the config; it is itself the program's options."""
+    """Networks and optimizers of the config. The config is passed as the options."""
     limits = config.data.limits
     return PpoProgram(
         options=config,
@@ -307,16 +315,14 @@ def batch_reader(
     read_text = None
     if config.ptx_coef > 0:
         # Only text, no demonstrations: the pretraining term of Eq. 2.
-        files = LmData(
-            demonstrations=(),
-            text=config.data.text,
+        read_text = lm_reader(
+            data,
+            "train",
             text_fraction=1.0,
-            chat=False,
-            limits=limits,
-            folder=config.data.folder,
+            sequence_tokens=limits.sequence_tokens,
+            batch_size=config.ptx_rows * config.minibatches * config.inner_epochs,
+            seed=config.seed,
         )
-        rows = config.ptx_rows * config.minibatches * config.inner_epochs
-        read_text = lm_reader(files, data, "train", batch_size=rows, seed=config.seed)
 
     def read(step: int) -> tuple[Prompts, Any]:
         # Both are functions of the step alone, so a resumed run reads the same batches.
