@@ -23,7 +23,7 @@ from instructax.checkpoints.parents import ExpectedParent, open_parents
 from instructax.config import ConfigError
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.experiment import RunSpec, load_config
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.report.results import load_experiment
 from instructax.serving import policy as served
 from instructax.training.workdir import claim

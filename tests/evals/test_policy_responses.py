@@ -12,7 +12,7 @@ from tests.support import stages
 from instructax import rng
 from instructax.data.batches import evaluation_rows, prompt_batch
 from instructax.evals.policy_responses import PolicyEvaluator, truncate_at_stops
-from instructax.generation import generate
+from instructax.generation.sampler import generate
 from instructax.runtime.metric_log import read_samples, read_summary
 from instructax.types import Prompts, Rollouts
 

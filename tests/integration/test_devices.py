@@ -11,7 +11,8 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax import sharding
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
+from instructax.models.transformer import Transformer
 from instructax.stages import reward_model
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training import supervised

@@ -12,7 +12,7 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.experiment import run_stage
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.stages.ppo import algorithm
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer

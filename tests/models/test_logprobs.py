@@ -21,7 +21,7 @@ from tests.support.tiny_models import (
 )
 
 from instructax.masking import masked_mean
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
 from instructax.models.logprobs import (
     compute_logits,
     loss_and_gradients,
@@ -29,6 +29,7 @@ from instructax.models.logprobs import (
     sequence_logprobs_and_entropy,
 )
 from instructax.models.scoring import packed_logprobs
+from instructax.models.transformer import Transformer
 from instructax.types import Array, LmBatch, Params, Rollouts
 
 BATCH = 2

@@ -15,16 +15,10 @@ from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.experiment import run_stage
 from instructax.losses import next_token_loss
-from instructax.models import (
-    LoraConfig,
-    Transformer,
-    add_lora,
-    merge_lora,
-    merge_trees,
-    trainable,
-)
 from instructax.models.init import abstract_params
+from instructax.models.lora import LoraConfig, add_lora, merge_lora, merge_trees, trainable
 from instructax.models.scoring import packed_loss_and_gradients
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_metrics
 from instructax.serving.policy import open_policy
 from instructax.stages import build_config

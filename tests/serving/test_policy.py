@@ -8,7 +8,7 @@ import pytest
 
 from instructax.checkpoints.steps import committed_steps
 from instructax.config import ConfigError
-from instructax.models import ComputeConfig
+from instructax.models.config import ComputeConfig
 from instructax.serving.policy import open_policy
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

@@ -13,7 +13,9 @@ from tests.support import tiny_models
 
 from instructax import sharding
 from instructax.config import ConfigError
-from instructax.models import LoraConfig, Transformer, init_cache
+from instructax.models.kv_cache import init_cache
+from instructax.models.lora import LoraConfig
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.stages import build_config, load_stage
 from instructax.stages import memory as estimate

@@ -14,8 +14,8 @@ from instructax.checkpoints.parents import tokenizer_of
 from instructax.checkpoints.restore import load_params
 from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import RunSpec, run_stage
-from instructax.models import Transformer
 from instructax.models.init import abstract_params
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_samples, read_summary
 from instructax.simulation.public_items import TaskItem
 from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items

@@ -19,8 +19,9 @@ from instructax.checkpoints.restore import load_params
 from instructax.checkpoints.steps import committed_steps
 from instructax.data import loaders
 from instructax.data.batches import batch_row_ids, lm_batch
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
 from instructax.models.init import init_params
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import reward_model
 from instructax.training.settings import OptimizerSettings

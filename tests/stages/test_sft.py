@@ -16,8 +16,8 @@ from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.data import loaders
 from instructax.data.batches import lm_batch
-from instructax.models import Transformer
 from instructax.models.init import init_params
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import build_config
 from instructax.training import supervised

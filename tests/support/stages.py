@@ -27,7 +27,8 @@ from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import RunSpec
-from instructax.models import ModelConfig, Transformer, head_kernel
+from instructax.models.config import ModelConfig
+from instructax.models.transformer import Transformer, head_kernel
 from instructax.runtime.files import write_json
 from instructax.sharding import MeshConfig
 from instructax.stages import build_config, load_stage

@@ -23,7 +23,8 @@ from instructax.checkpoints.restore import load_params
 from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
-from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora
+from instructax.models.config import ModelConfig
+from instructax.models.lora import LoraConfig, add_lora, merge_lora
 from instructax.types import Params
 
 # What a network predicts: the next token, or one score.

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from instructax import sharding
 from instructax.config import ConfigError
 from instructax.data.batches import left_pad, process_slice
-from instructax.generation import generate
-from instructax.models import Transformer
+from instructax.generation.sampler import generate
 from instructax.models.scoring import packed_logprobs, rollout_sequences
 from instructax.models.sequence_packing import map_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, Rollouts
 
 

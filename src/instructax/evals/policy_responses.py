@@ -37,8 +37,7 @@ from instructax.evals.few_shot import (
     random_prefixes,
     truncate_at_stops,
 )
-from instructax.generation import generate
-from instructax.models import Transformer
+from instructax.generation.sampler import generate
 from instructax.models.scoring import (
     packed_logprobs,
     packed_outputs,
@@ -46,6 +45,7 @@ from instructax.models.scoring import (
     select_last_token,
 )
 from instructax.models.sequence_packing import map_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
 ResponseMode = Literal["plain", "few-shot", "best-of"]

@@ -21,7 +21,6 @@ from instructax.data.loaders import read_comparisons, validation_batches, valida
 from instructax.evals.intervals import ratio_estimate
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masking import masked_sum, token_count
-from instructax.models import Transformer
 from instructax.models.scoring import (
     comparison_sequences,
     packed_logprobs,
@@ -29,6 +28,7 @@ from instructax.models.scoring import (
     select_last_token,
 )
 from instructax.models.sequence_packing import map_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.runtime.preemption import check_stop_requested
 from instructax.types import Array, Comparisons, LmBatch, Params, pytree
 

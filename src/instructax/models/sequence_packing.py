@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructax import sharding
-from instructax.models import SEGMENTS_PER_PREFIX, ComputeConfig, Transformer
+from instructax.models.attention import SEGMENTS_PER_PREFIX
 from instructax.models.attention_kernels import ROW_TOKENS
+from instructax.models.config import ComputeConfig
 from instructax.models.ops import max_over_batch
+from instructax.models.transformer import Transformer
 from instructax.types import Array, LmBatch, pytree
 
 # Packed rows are a multiple of this many tokens, a size that matrix products run well at.

@@ -18,10 +18,10 @@ import numpy as np
 from instructax import rng
 from instructax.config import require
 from instructax.data.batches import left_pad
-from instructax.generation import SamplingState, advance_sampling, start_sampling
-from instructax.models import Transformer, head_kernel
+from instructax.generation.sampler import SamplingState, advance_sampling, start_sampling
 from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprobs
 from instructax.models.ops import materialize
+from instructax.models.transformer import Transformer, head_kernel
 from instructax.types import Array, Params, Prompts
 
 # Columns of the narrowest compiled program; shorter inputs are padded to it.

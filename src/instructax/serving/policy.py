@@ -18,8 +18,9 @@ from instructax.data.chat_template import (
     load_template,
 )
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
 from instructax.sharding import MeshConfig
 

@@ -26,8 +26,9 @@ from instructax.config import ConfigError, Seed, check_range, format_value, requ
 from instructax.data.batches import left_pad
 from instructax.data.prompt_format import add_separator
 from instructax.data.tokenizer import Tokenizer
-from instructax.generation import generate
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.generation.sampler import generate
+from instructax.models.config import ComputeConfig, ModelConfig
+from instructax.models.transformer import Transformer
 from instructax.runtime.files import write_json
 from instructax.serving.policy import open_policy
 from instructax.simulation.files import read_world_spec, recreate_prompts

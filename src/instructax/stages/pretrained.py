@@ -23,17 +23,12 @@ from instructax.checkpoints.manifest import write_manifest
 from instructax.checkpoints.parents import Head, Parent, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, pad_vocab, save_tokenizer
-from instructax.models import (
-    ComputeConfig,
-    ModelConfig,
-    Transformer,
-    head_kernel,
-    parameter_count,
-)
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
 from instructax.models.logprobs import compute_logits
 from instructax.models.pretrained import hf_configs, hf_folder, load, save
 from instructax.models.pretrained.gguf_file import GgufFile
+from instructax.models.transformer import Transformer, head_kernel, parameter_count
 from instructax.runtime.files import write_json
 from instructax.runtime.workdir_lock import lock_workdir
 from instructax.sharding import MeshConfig

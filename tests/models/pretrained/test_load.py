@@ -19,11 +19,12 @@ from tests.support import tiny_models
 
 from instructax import sharding
 from instructax.config import ConfigError, construct
-from instructax.models import ModelConfig, RotaryScaling, Transformer
+from instructax.models.config import ModelConfig, RotaryScaling
 from instructax.models.init import abstract_params
 from instructax.models.pretrained import hf_folder, load, save, weight_maps
 from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.weight_maps import TensorSpec, join_tensor, split_tensor
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}

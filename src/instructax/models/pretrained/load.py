@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instructax.config import require
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained.hf_folder import Tensors
 from instructax.models.pretrained.weight_maps import (
     PREFIXES,

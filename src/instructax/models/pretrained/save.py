@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained.hf_folder import INDEX, SINGLE_FILE
 from instructax.models.pretrained.load import Place, expected_tensors, parameter_path
 from instructax.models.pretrained.weight_maps import join_tensor, tensor_shape

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
