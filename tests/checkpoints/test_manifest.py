@@ -76,7 +76,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 def test_only_the_first_process_writes_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    Run(config=None, given={}, workdir=tmp_path).write_manifest()
+    Run(config=None, original_config={}, workdir=tmp_path).write_manifest()
     assert list(tmp_path.iterdir()) == []
 
 

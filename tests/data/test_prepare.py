@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.support.data_limits import SHORT_LIMITS
 
-from instructax.data import batches, preparation, prepare
+from instructax.data import batches, prepare, recipe
 from instructax.data.schema import DataError
 from instructax.data.tokenizer import load_tokenizer
 
@@ -24,7 +24,7 @@ def bare_prompts(request, monkeypatch):
     """Disables prompt separators, so that lengths are easy to count. One test below enables
     them."""
     if request.node.name != "test_prompts_get_a_separator":
-        monkeypatch.setattr(preparation, "add_separator", lambda prompt: prompt)
+        monkeypatch.setattr(recipe, "add_separator", lambda prompt: prompt)
 
 
 def test_prompts_get_a_separator(tmp_path):
@@ -337,7 +337,7 @@ def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
     first = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     # A second preparation would call this.
-    monkeypatch.setattr(preparation, "read_jsonl", None)
+    monkeypatch.setattr(recipe, "read_jsonl", None)
     again = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
     assert again.report == first.report
     assert rows_of(again.sources["train"]) == rows_of(first.sources["train"])
@@ -361,7 +361,7 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     assert hash_of(files=[copy]) == hashes[0]
     copy.write_bytes(file.read_bytes().replace(b'"b"', b'"c"'))
     hashes.append(hash_of(files=[copy]))
-    monkeypatch.setattr(preparation, "ROWS_VERSION", 99)
+    monkeypatch.setattr(recipe, "ROWS_VERSION", 99)
     hashes.append(hash_of())
     texts = write(tmp_path / "t.jsonl", [{"text": "a"}])
     hashes.append(

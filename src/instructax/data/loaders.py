@@ -28,7 +28,7 @@ from instructax.types import Comparisons, LmBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LmData:
+class LmDataConfig:
     """Config of packed demonstrations and text."""
 
     demonstrations: tuple[str, ...]
@@ -47,7 +47,7 @@ class LmData:
 
 
 def read_lm_data(
-    config: LmData, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+    config: LmDataConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
 ) -> dict[str, PreparedData]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     need_demonstrations = config.text_fraction < 1
@@ -78,7 +78,7 @@ def read_lm_data(
 
 
 def lm_reader(
-    config: LmData,
+    config: LmDataConfig,
     data: Mapping[str, PreparedData],
     split: str,
     *,

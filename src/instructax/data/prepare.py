@@ -16,8 +16,8 @@ import numpy as np
 
 from instructax.data import document_packing, filters
 from instructax.data.limits import DataLimits
-from instructax.data.preparation import Filter, Recipe, TokenIds, run_recipe
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.recipe import Filter, Recipe, TokenIds, run_recipe
 from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text
 from instructax.data.storage import ComparisonRows, PackedRows, PreparedData, PromptRows
 from instructax.data.tokenizer import Tokenizer

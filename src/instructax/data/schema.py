@@ -54,7 +54,8 @@ class Comparison:
     id: str
     prompt: str
     completions: tuple[str, ...]
-    # 1 is best, equal numbers tie; None if the pairs fit no order.
+    # 1 is best, equal numbers tie; None if the pairs fit no order. Files count from 1,
+    # the arrays of `types.Comparisons` from 0.
     ranks: tuple[int, ...] | None
     # (i, j, w): w = 1 if i is better, -1 if j is better, 0 if they tie.
     pairs: tuple[tuple[int, int, int], ...]

@@ -9,7 +9,7 @@ from pathlib import Path
 from instructax.config import ConfigError
 
 
-def write(roots: list[Path], out: Path) -> Path:
+def write_report(roots: list[Path], out: Path) -> Path:
     """Writes the report of one experiment, and prints its table of policies.
 
     Args:
@@ -42,7 +42,7 @@ def write(roots: list[Path], out: Path) -> Path:
 
     out.mkdir(parents=True, exist_ok=True)
     path = out / "index.html"
-    path.write_text(page.build(experiments, out), encoding="utf-8")
+    path.write_text(page.page_html(experiments, out), encoding="utf-8")
     for judged in experiments:
         print(console_text(policy_table(judged)))
     return path

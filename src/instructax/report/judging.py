@@ -17,7 +17,7 @@ from instructax.report.logs import JsonObject
 from instructax.report.results import ExperimentResults, response_text
 from instructax.simulation.judge import Judgement, judge, likert_grade
 from instructax.simulation.labelers import LABELER_GROUPS, TIE_THRESHOLD, create_labelers
-from instructax.simulation.lexicon import generator
+from instructax.simulation.lexicon import rng_for
 from instructax.simulation.prompts import LABELERS_PER_GROUP
 from instructax.simulation.tasks import Task
 
@@ -186,7 +186,7 @@ def judge_responses(
             labelers, tasks, texts, judgements, strict=False
         ):
             # The opinion of a response does not depend on the policy that gave it.
-            rng = generator(seed, f"report {group} {task.prompt} {text}")
+            rng = rng_for(seed, f"report {group} {task.prompt} {text}")
             utility = labeler.perceived_utility(task, text, rng)
             utilities.append(utility)
             grades.append(likert_grade(utility))

@@ -33,7 +33,7 @@ from instructax.runtime.files import write_json
 from instructax.serving.policy import open_policy
 from instructax.simulation.files import read_world_spec, recreate_prompts
 from instructax.simulation.labelers import create_labelers
-from instructax.simulation.lexicon import generator, pick
+from instructax.simulation.lexicon import pick, rng_for
 from instructax.simulation.prompts import LABELERS_PER_GROUP, SimulatedPrompt
 from instructax.simulation.write import (
     RESPONSES_PER_PROMPT,
@@ -126,7 +126,7 @@ def train(run: Run) -> None:
         check_policy_length(config, model.config)
 
     responses = sample_policies(config, policies, prompts)
-    compared = draw_compared(responses, generator(config.seed, f"compared {config.round}"))
+    compared = draw_compared(responses, rng_for(config.seed, f"compared {config.round}"))
     require(
         bool(compared),
         f"no prompt of {config.world} has two different answers: raise "
@@ -276,7 +276,7 @@ def rankings(
     compared: Mapping[int, list[str]],
 ) -> Iterator[dict[str, Any]]:
     """Comparison records by one group of labelers; one of them ranks each prompt."""
-    random = generator(config.seed, f"rankings {group} {config.round}")
+    random = rng_for(config.seed, f"rankings {group} {config.round}")
     seed, _ = read_world_spec(Path(config.world))
     labelers = create_labelers(seed, group, LABELERS_PER_GROUP)
     for index, responses in compared.items():

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import ConfigError, Seed, check_range
 from instructax.data.limits import DataLimits
-from instructax.data.loaders import LmData, lm_reader
+from instructax.data.loaders import LmDataConfig, lm_reader
 from instructax.data.prepare import prepare_text
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
@@ -113,7 +113,7 @@ def train(run: Run) -> None:
     model = Transformer(config.model, config.compute, "tokens", run.mesh)
     rows = run.data["text"].sources
     # The loader mixes demonstrations and text; here batches have text alone.
-    files = LmData(
+    files = LmDataConfig(
         demonstrations=(),
         text=config.data.text,
         text_fraction=1.0,

@@ -38,7 +38,7 @@ from instructax.stages.pretrained_files import (
     write_readme,
     write_tokenizer,
 )
-from instructax.training.workdir import claim
+from instructax.training.workdir import claim_workdir
 from instructax.types import Params, TrainState
 
 # Files of the source that an import keeps. Chat prompts need the template, which may be in
@@ -100,7 +100,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     # What identifies the run: another source needs another workdir.
     run_config = {"stage": "pretrained", "source": source}
     if is_finished(workdir):
-        claim(workdir, run_config)
+        claim_workdir(workdir, run_config)
         return f"{workdir} is finished; nothing to do"
     # Read everything before the workdir is touched: a refused model leaves no trace.
     model = _open_model(source)
@@ -112,7 +112,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     params = load.read_params(model.tensors, model.family, model.config, abstract)
     count = parameter_count(params)
     with lock_workdir(workdir):
-        claim(workdir, run_config)
+        claim_workdir(workdir, run_config)
         _write_run(workdir, run_config, model, params)
         # The summary marks the run as finished, so it is written last.
         summary = {**run_config, "family": model.family, "parameters": count}

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import Seed, check_range
-from instructax.data.loaders import LmData, lm_reader, read_lm_data
+from instructax.data.loaders import LmDataConfig, lm_reader, read_lm_data
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Config:
     lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
-    data: LmData
+    data: LmDataConfig
     # Packed rows per batch.
     batch_size: int
     # Microbatches of a batch, computed one after the other.

@@ -39,7 +39,7 @@ MAX_LISTED = 5  # names in an error
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TensorTarget:
     """Where one tensor of a file belongs."""
 
     spec: TensorSpec
@@ -53,21 +53,21 @@ def parameter_path(leaf: str, in_layer: bool) -> str:
 
 def expected_tensors(
     family: str, config: ModelConfig, parameters: Iterable[str]
-) -> dict[str, Place]:
+) -> dict[str, TensorTarget]:
     """Name of every tensor that a file of this model must hold → where it belongs.
 
     `parameters` are the paths of our parameters.
     """
     # A family's table lists more than one model has, such as biases or an untied head.
     existing = set(parameters)
-    places = {}
+    targets = {}
     for spec in TENSORS[family]:
         in_layer = "{}" in spec.name
         if any(parameter_path(leaf, in_layer) not in existing for leaf in spec.leaves):
-            continue  # such as biases that this model does not have
+            continue
         for layer in range(config.num_layers) if in_layer else (None,):
-            places[spec.name.format(layer)] = Place(spec, layer)
-    return places
+            targets[spec.name.format(layer)] = TensorTarget(spec, layer)
+    return targets
 
 
 def match_names(
@@ -132,29 +132,31 @@ def read_params(
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
     shapes = {leaf_path(path): leaf for path, leaf in paths}
-    places = expected_tensors(family, config, shapes)
-    names = match_names(family, tensors, places)
+    targets = expected_tensors(family, config, shapes)
+    names = match_names(family, tensors, targets)
     # All parameters are allocated first, each in its final sharding, and then filled.
     params = {path: _zeros(leaf) for path, leaf in shapes.items()}
 
     # A function of its own, so that each tensor is freed before the next one is read.
-    def load_tensor(name: str, place: Place) -> None:
+    def load_tensor(name: str, target: TensorTarget) -> None:
         # On the host, in the dtype of the file.
         tensor = tensors[name]()
-        wanted = tensor_shape(place.spec, config)
+        wanted = tensor_shape(target.spec, config)
         require(
             tensor.shape == wanted,
             f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it "
             f"{list(wanted)}",
         )
         # Views of it: a fused tensor gives several parameters.
-        parts = split_tensor(tensor, place.spec, config)
-        for leaf, part in zip(place.spec.leaves, parts, strict=True):
-            path = parameter_path(leaf, place.layer is not None)
-            params[path] = put(params[path], part, place.layer, place.spec.offset)
+        parts = split_tensor(tensor, target.spec, config)
+        for leaf, part in zip(target.spec.leaves, parts, strict=True):
+            path = parameter_path(leaf, target.layer is not None)
+            params[path] = write_parameter(
+                params[path], part, target.layer, target.spec.offset
+            )
 
-    for name, place in places.items():
-        load_tensor(names[name], place)
+    for name, target in targets.items():
+        load_tensor(names[name], target)
     return jax.tree.unflatten(structure, params.values())
 
 
@@ -162,7 +164,9 @@ def _zeros(leaf: Any) -> Array:
     return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
 
-def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Array:
+def write_parameter(
+    leaf: Array, part: np.ndarray, layer: int | None, offset: float
+) -> Array:
     """Writes `part` + `offset` into a parameter, chunk by chunk.
 
     Args:
@@ -172,10 +176,10 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
       offset: added to the values.
     """
     # The parameter's own sharding, which the result must have again.
-    target: Any = leaf.sharding
+    sharding: Any = leaf.sharding
     # The layout of one layer: the parameter's without the leading layer axis.
-    spec = [*target.spec, *(None,) * leaf.ndim][: leaf.ndim]
-    layout = NamedSharding(target.mesh, P(*spec[leaf.ndim - part.ndim :]))
+    spec = [*sharding.spec, *(None,) * leaf.ndim][: leaf.ndim]
+    layout = NamedSharding(sharding.mesh, P(*spec[leaf.ndim - part.ndim :]))
 
     # Cut chunks along the longest axis that is not sharded; if all are, use one chunk.
     shard_shape = layout.shard_shape(part.shape)
@@ -191,7 +195,7 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
 
         # Each device gets only its shard of the chunk.
         array = jax.make_array_from_callback(chunk.shape, layout, shard_of)
-        leaf = _write(leaf, array, layer or 0, start, axis, offset, target)
+        leaf = _write(leaf, array, layer or 0, start, axis, offset, sharding)
         # Wait, or the chunks of calls that have not run yet accumulate on the host.
         leaf = jax.block_until_ready(leaf)
     return leaf

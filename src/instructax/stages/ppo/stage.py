@@ -25,7 +25,7 @@ from instructax.config import (
 )
 from instructax.data.batches import batch_row_ids, process_slice, prompt_batch
 from instructax.data.limits import DataLimits
-from instructax.data.loaders import LmData, lm_reader
+from instructax.data.loaders import LmDataConfig, lm_reader
 from instructax.data.prepare import prepare_prompts, prepare_text
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
@@ -309,7 +309,7 @@ def batch_reader(
     read_text = None
     if config.ptx_coef > 0:
         # Only text, no demonstrations: the pretraining term of Eq. 2.
-        files = LmData(
+        files = LmDataConfig(
             demonstrations=(),
             text=config.data.text,
             text_fraction=1.0,
