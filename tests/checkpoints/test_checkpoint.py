@@ -287,12 +287,6 @@ def test_a_folder_that_cannot_be_made_fails_at_once(tmp_path):
         checkpoints.save(1, make_train_state(1), {})
 
 
-def test_settings_are_checked(tmp_path):
-    for name in ("save_every", "keep"):
-        with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-            open_checkpoints(tmp_path, **{name: 0})
-
-
 WRITER = """
 import itertools, sys
 from pathlib import Path

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.support import stages
+from tests.support.run_logs import read_samples
 
 from instructax import rng, sharding
 from instructax.checkpoints.parents import tokenizer_of
@@ -20,7 +21,7 @@ from instructax.experiment import run_stage
 from instructax.generation.sampler import generate
 from instructax.models.init import init_params
 from instructax.models.transformer import Transformer
-from instructax.runtime.metric_log import read_samples, read_summary
+from instructax.runtime.metric_log import read_summary
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import stages
+from tests.support.run_logs import read_samples
 
 from instructax import experiment
 from instructax.checkpoints.parents import tokenizer_of
@@ -16,7 +17,7 @@ from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import RunSpec, run_stage
 from instructax.models.init import abstract_params
 from instructax.models.transformer import Transformer
-from instructax.runtime.metric_log import read_samples, read_summary
+from instructax.runtime.metric_log import read_summary
 from instructax.simulation.public_items import TaskItem
 from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
 from instructax.simulation.task_metrics import is_rude, judge_truthfulness

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.run_logs import read_samples
 
 from instructax import sharding
 from instructax.checkpoints.parents import tokenizer_of
 from instructax.checkpoints.restore import load_params
 from instructax.data.batches import lm_batch
 from instructax.experiment import run_stage
-from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
+from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages.ppo import algorithm, gradients
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
