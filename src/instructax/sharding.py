@@ -214,8 +214,7 @@ def shard_map_attention(
 
     Args:
       function: maps query, key, value [B, H, T, d] and segments [B, T] to [B, H, T, d];
-      must
-        not mix rows or heads.
+        must not mix rows or heads.
       mesh: None means a single device.
     """
     if mesh is None:

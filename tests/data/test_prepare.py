@@ -393,33 +393,37 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("sequence_tokens", 1, "DataLimits.sequence_tokens is 1: it must be at least 2"),
-        ("prompt_tokens", 0, "DataLimits.prompt_tokens is 0: it must be at least 1"),
-        ("response_tokens", 1, "DataLimits.response_tokens is 1: it must be at least 2"),
-        ("completions", 1, "DataLimits.completions is 1: it must be at least 2"),
+        ("sequence_tokens", 1, "sequence_tokens = 1 must be at least 2"),
+        ("prompt_tokens", 0, "prompt_tokens = 0 must be at least 1"),
+        ("response_tokens", 1, "response_tokens = 1 must be at least 2"),
+        ("completions", 1, "completions = 1 must be at least 2"),
         (
             "prefix_characters",
             0,
-            "DataLimits.prefix_characters is 0: it must be at least 1, or None to keep all",
+            "prefix_characters = 0 must be at least 1, or None to keep all",
         ),
         (
             "prompts_per_user",
             -1,
-            "DataLimits.prompts_per_user is -1: it must be at least 1, or None",
+            "prompts_per_user = -1 must be at least 1, or None",
         ),
-        ("splits", (("a", 0.5), ("a", 0.5)), "DataLimits.splits has the names ['a', 'a']"),
-        ("splits", (("a b", 1.0),), "DataLimits.splits has the names ['a b']"),
+        (
+            "splits",
+            (("a", 0.5), ("a", 0.5)),
+            "splits = (('a', 0.5), ('a', 0.5)): the names must",
+        ),
+        ("splits", (("a b", 1.0),), "splits = (('a b', 1.0),): the names must"),
         (
             "splits",
             (("a", 0.5), ("b", 0.6)),
-            "DataLimits.splits has the fractions [0.5, 0.6]: they must be above 0 and sum",
+            "splits = (('a', 0.5), ('b', 0.6)): the fractions must be above 0 and sum",
         ),
         (
             "splits",
             (("a", 1.0), ("b", 0.0)),
-            "DataLimits.splits has the fractions [1.0, 0.0]",
+            "splits = (('a', 1.0), ('b', 0.0)): the fractions",
         ),
-        ("splits", (), "DataLimits.splits has the fractions []"),
+        ("splits", (), "splits = (): the fractions"),
     ],
 )
 def test_limits_out_of_range_are_refused(name, value, message):
@@ -431,6 +435,6 @@ def test_limits_out_of_range_are_refused(name, value, message):
 def test_filtering_personal_data_needs_a_training_split():
     with pytest.raises(
         ValueError,
-        match=r'filter_pii needs a split called "train", but .*\.splits has \[.all.\]',
+        match=r'filter_pii = True needs a split called "train", but splits = .*all',
     ):
         dataclasses.replace(SHORT_LIMITS, filter_pii=True, splits=(("all", 1.0),))

@@ -180,7 +180,8 @@ def load_folder(
     family, config = read_config(read_hf_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
     abstract = abstract_params(model, mesh or mesh_of())
-    return model, read_params(open_tensors(folder), family, config, abstract)
+    params = read_params(open_tensors(folder), family, config, abstract, source=folder)
+    return model, params
 
 
 def batch_of(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

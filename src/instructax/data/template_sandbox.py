@@ -158,7 +158,7 @@ def _charge_each(items: Iterable[Any], budget: _Budget) -> Iterator[Any]:
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
-    """Raises ConfigError for a product or power that would take all memory."""
+    """Raises ValueError for a product or power that would take all memory."""
     if operator == "**" and isinstance(right, int) and abs(right) > MAX_EXPONENT:
         raise ValueError(f"its power {right} is above {MAX_EXPONENT}")
     if operator != "*":

@@ -124,7 +124,7 @@ def run_chat(
             continue
         conversation = [*messages, {"role": "user", "content": text}]
         try:
-            require(bool(text.strip()), "the message is empty")
+            require(bool(text.strip()), f"the message {text!r} is empty: type a question")
             prompt = policy.encode(conversation)
             (answer,) = _print_streamed(policy, prompt, sampling, index, stop_token_mask)
         except ValueError as error:

@@ -24,7 +24,7 @@ from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
 from instructax.sharding import MeshConfig
 
-# Vocabulary entries per chunk of the output head; bounds the memory of one log-softmax.
+# Positions per row whose logits exist at one time; bounds the memory of the output head.
 HEAD_CHUNK = 64
 
 

@@ -109,7 +109,9 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     )
     # Tensors go directly into their shards: one device may be too small for the model.
     abstract = abstract_params(Transformer(model.config, COMPUTE, "tokens"), mesh)
-    params = load.read_params(model.tensors, model.family, model.config, abstract)
+    params = load.read_params(
+        model.tensors, model.family, model.config, abstract, source=model.path
+    )
     count = parameter_count(params)
     with lock_workdir(workdir):
         claim_workdir(workdir, run_config)
@@ -315,7 +317,9 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
     raw = hf_folder.read_hf_json(path / "config.json")
     family, config = hf_configs.read_config(raw)
     abstract = abstract_params(model, _one_device_mesh())
-    read = load.read_params(hf_folder.open_tensors(path), family, config, abstract)
+    read = load.read_params(
+        hf_folder.open_tensors(path), family, config, abstract, source=path
+    )
     if model.head == "scalar":
         bias = jnp.float32(raw.get(SCORE_BIAS, 0.0))
         read = {**read, "scalar_head": {**read["scalar_head"], "bias": bias}}

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -71,9 +72,9 @@ def expected_tensors(
 
 
 def match_names(
-    family: str, stored: Iterable[str], expected: Iterable[str]
+    family: str, stored: Iterable[str], expected: Iterable[str], source: Path
 ) -> dict[str, str]:
-    """Expected name → its name in the file.
+    """Expected name → its name in the file `source`.
 
     A file may leave out the trunk's prefix, and newer GPT-NeoX files name the head
     differently. Raises ConfigError with the names of missing or unexpected tensors.
@@ -92,7 +93,9 @@ def match_names(
         else:
             missing.append(name)
     require(
-        not missing, f"the file of this {family} model lacks {_listed(sorted(missing))}"
+        not missing,
+        f"{source}: the file of this {family} model lacks {_listed(sorted(missing))}: "
+        "download it again",
     )
 
     unexpected = {name for name in stored - set(names.values()) if not IGNORED.search(name)}
@@ -101,8 +104,8 @@ def match_names(
         unexpected -= set(OUTPUT_HEADS)
     require(
         not unexpected,
-        f"the file of this {family} model has tensors that it should not: "
-        f"{_listed(sorted(unexpected))}",
+        f"{source}: the file of this {family} model has tensors that it should not: "
+        f"{_listed(sorted(unexpected))}: give a model without them",
     )
     return names
 
@@ -113,7 +116,7 @@ def _listed(names: list[str]) -> str:
 
 
 def read_params(
-    tensors: Tensors, family: str, config: ModelConfig, abstract: Params
+    tensors: Tensors, family: str, config: ModelConfig, abstract: Params, *, source: Path
 ) -> Params:
     """Reads parameters from a file.
 
@@ -122,6 +125,7 @@ def read_params(
       family: the family of the file.
       config: its architecture.
       abstract: shapes and shardings of our parameters.
+      source: the file or its folder, for error messages.
 
     Returns:
       The parameters; those that the family's table lacks (the bias of a scalar head) are
@@ -133,7 +137,7 @@ def read_params(
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
     shapes = {leaf_path(path): leaf for path, leaf in paths}
     targets = expected_tensors(family, config, shapes)
-    names = match_names(family, tensors, targets)
+    names = match_names(family, tensors, targets, source)
     # All parameters are allocated first, each in its final sharding, and then filled.
     params = {path: _zeros(leaf) for path, leaf in shapes.items()}
 
@@ -144,8 +148,8 @@ def read_params(
         wanted = tensor_shape(target.spec, config)
         require(
             tensor.shape == wanted,
-            f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it "
-            f"{list(wanted)}",
+            f"{source}: tensor {name!r} is {list(tensor.shape)}, but the model's config "
+            f"makes it {list(wanted)}: give tensors and config of the same model",
         )
         # Views of it: a fused tensor gives several parameters.
         parts = split_tensor(tensor, target.spec, config)
