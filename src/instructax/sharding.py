@@ -117,6 +117,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     )
 
 
+def one_device_mesh() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+
+
 def _refuse_idle_gpus() -> None:
     """Raises ConfigError if JAX found no GPU on a machine that has some.
 

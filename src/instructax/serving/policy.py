@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from instructax import sharding
@@ -22,7 +21,6 @@ from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
 from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
-from instructax.sharding import MeshConfig
 
 # Positions per row whose logits exist at one time; bounds the memory of the output head.
 HEAD_CHUNK = 64
@@ -78,9 +76,7 @@ def open_policy(
     )
 
     # Parameters are read directly onto one device, whatever mesh the run was trained on.
-    one_device = MeshConfig(data=1, fsdp=1, tensor=1)
-    mesh = sharding.make_mesh(one_device, devices=jax.devices()[:1])
-    params = run.load(abstract_params(model, mesh))
+    params = run.load(abstract_params(model, sharding.one_device_mesh()))
     return model, params, tokenizer
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints
@@ -244,7 +243,7 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     family, raw = hf_configs.write_config(config)
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
     model = Transformer(config, COMPUTE, head)
-    params = run.load(abstract_params(model, _one_device_mesh()))
+    params = run.load(abstract_params(model, sharding.one_device_mesh()))
 
     raw |= class_config(family, head, tokenizer)
     # Old versions of transformers read the second name.
@@ -276,12 +275,6 @@ def _write_texts(
     write_readme(to, run.manifest, run.manifest["head"], raw)
     # Last, so that a folder with a config is complete.
     save.write_hf_json(to / "config.json", raw)
-
-
-def _one_device_mesh() -> Mesh:
-    return sharding.make_mesh(
-        MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]
-    )
 
 
 def fold_score_bias(params: Params, config: ModelConfig) -> Params:
@@ -316,7 +309,7 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
     """
     raw = hf_folder.read_hf_json(path / "config.json")
     family, config = hf_configs.read_config(raw)
-    abstract = abstract_params(model, _one_device_mesh())
+    abstract = abstract_params(model, sharding.one_device_mesh())
     read = load.read_params(
         hf_folder.open_tensors(path), family, config, abstract, source=path
     )

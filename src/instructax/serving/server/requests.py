@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from instructax.runtime.files import refuse_constant
 from instructax.serving.policy import Policy
 from instructax.serving.server.errors import RequestError
 from instructax.serving.server.request_bodies import (
@@ -49,18 +50,13 @@ class ParsedRequest:
 def parse_json(body: bytes) -> dict[str, Any]:
     """Returns the JSON object in `body`; raises RequestError if there is none."""
     try:
-        # Python would accept NaN and Infinity.
-        parsed = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
     # Deeply nested arrays exceed Python's recursion limit.
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise RequestError("the body must be a JSON object")
     return parsed
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 def parse_completion(
