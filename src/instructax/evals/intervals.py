@@ -104,8 +104,8 @@ def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
     linearizes the ratio: values within a unit may depend on each other, units must not.
 
     Args:
-        numerators: One value per unit, f[n].
-        denominators: One value per unit, f[n], at least 0; units with 0 do not count.
+      numerators: one value per unit, f[n].
+      denominators: one value per unit, f[n], at least 0; units with 0 do not count.
     """
     numerators = np.asarray(numerators, np.float64)
     denominators = np.asarray(denominators, np.float64)

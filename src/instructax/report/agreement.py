@@ -66,9 +66,9 @@ def measure_agreement(
     """Measures how often two labelers agree, for each of LABELER_PAIRS.
 
     Args:
-      task_responses: Tasks with the responses that labelers rank.
-      labelers: Group → its labelers, at least two.
-      rng: Draws two labelers of each group for each task, and their noise.
+      task_responses: tasks with the responses that labelers rank.
+      labelers: group → its labelers, at least two.
+      rng: draws two labelers of each group for each task, and their noise.
 
     Returns:
       Name in LABELER_PAIRS → agreement; intervals are over tasks.

@@ -61,10 +61,10 @@ class JudgedExperiment:
         """Compares the responses of a policy with those of a baseline, prompt by prompt.
 
         Args:
-          size: Model size of the policy.
-          policy: One of POLICIES.
-          by: Who judges: TRUE_UTILITY, TRAINING_GROUP or HELD_OUT_GROUP.
-          baseline: Size and policy to compare with; by default SFT of the largest size.
+          size: model size of the policy.
+          policy: one of POLICIES.
+          by: who judges: TRUE_UTILITY, TRAINING_GROUP or HELD_OUT_GROUP.
+          baseline: size and policy to compare with; by default SFT of the largest size.
 
         Returns:
           f[n] with 1 for a win, ½ for a tie and 0 for a loss; None if either was not
@@ -166,9 +166,9 @@ def judge_responses(
     labeler's noise is a function of the seed, the prompt and the response.
 
     Args:
-      tasks: The task behind each prompt.
-      records: The policy's sample for each prompt.
-      seed: The seed of the world, from which the labelers are drawn.
+      tasks: the task behind each prompt.
+      records: the policy's sample for each prompt.
+      seed: the seed of the world, from which the labelers are drawn.
     """
     # All lists and arrays below are over the prompts, in the order of `tasks`.
     texts = [response_text(record) for record in records]

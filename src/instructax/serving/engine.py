@@ -132,15 +132,15 @@ class Engine:
         """Draws up to `batch_size` samples side by side.
 
         Args:
-            requests: The samples to draw.
-            stop_token_mask: Tokens that end a sample as the end token does, b[V].
+          requests: the samples to draw.
+          stop_token_mask: tokens that end a sample as the end token does, b[V].
 
         Yields:
-            The next chunk of every sample, until all samples are done. A sample that is
-            already done yields empty chunks.
+          The next chunk of every sample, until all samples are done. A sample that is
+          already done yields empty chunks.
 
         Raises:
-            ConfigError: A prompt does not fit.
+          ConfigError: a prompt does not fit.
         """
         for request in requests:
             self.check_fits(len(request.prompt), request.max_new_tokens)
@@ -323,15 +323,15 @@ def _score(
     """Computes the fields of `TokenScores`.
 
     Args:
-        model: The network.
-        params: Its parameters.
-        tokens: Right-padded texts, i32[B, T + 1].
-        lengths: Number of tokens of each text, i32[B].
-        starts: First token of each text to score, i32[B].
-        top: Number of most likely tokens to return for each position.
+      model: the network.
+      params: its parameters.
+      tokens: right-padded texts, i32[B, T + 1].
+      lengths: number of tokens of each text, i32[B].
+      starts: first token of each text to score, i32[B].
+      top: number of most likely tokens to return for each position.
 
     Returns:
-        Arrays [B, T + 1] and [B, T + 1, top] by field name.
+      Arrays [B, T + 1] and [B, T + 1, top] by field name.
     """
     # Column t of the logits predicts token t + 1: everything below is [B, T].
     targets = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]

@@ -48,14 +48,14 @@ def open_policy(
     The run's manifest names the model config and the tokenizer.
 
     Args:
-        path: WORKDIR, WORKDIR@STEP or WORKDIR@best.
-        compute: How the network is computed: dtypes, attention kernel, batch shapes.
+      path: WORKDIR, WORKDIR@STEP or WORKDIR@best.
+      compute: how the network is computed: dtypes, attention kernel, batch shapes.
 
     Returns:
-        The network, its parameters and the tokenizer.
+      The network, its parameters and the tokenizer.
 
     Raises:
-        ConfigError: The run is not finished, has no token head, or its tokenizer changed.
+      ConfigError: the run is not finished, has no token head, or its tokenizer changed.
     """
     run = open_parent(path, "--workdir")
     manifest = run.manifest

@@ -35,9 +35,9 @@ def make_app(policy: Policy, name: str, *, queue_limit: int) -> Starlette:
     """Creates the ASGI application.
 
     Args:
-        policy: The policy to serve.
-        name: The model's name in requests.
-        queue_limit: Number of samples that may wait.
+      policy: the policy to serve.
+      name: the model's name in requests.
+      queue_limit: number of samples that may wait.
     """
     # A small vocabulary may have fewer tokens than a client may ask for.
     top = min(MAX_TOP_LOGPROBS, policy.tokenizer.size)
@@ -103,17 +103,17 @@ def serve(
     """Serves a finished run until Ctrl-C.
 
     Args:
-        path: The finished run.
-        name: The model's name in requests.
-        host: Address to listen on.
-        port: Port to listen on; 0 = any free one.
-        dtype: The computation's dtype.
-        batch_size: Samples that are drawn at a time.
-        queue_limit: Number of samples that may wait; more are refused.
+      path: the finished run.
+      name: the model's name in requests.
+      host: address to listen on.
+      port: port to listen on; 0 = any free one.
+      dtype: the computation's dtype.
+      batch_size: samples that are drawn at a time.
+      queue_limit: number of samples that may wait; more are refused.
 
     Raises:
-        ConfigError: The run cannot be served, or the port is taken.
-        KeyboardInterrupt: After Ctrl-C, once running requests are done.
+      ConfigError: the run cannot be served, or the port is taken.
+      KeyboardInterrupt: after Ctrl-C, once running requests are done.
     """
     require(
         queue_limit >= batch_size,

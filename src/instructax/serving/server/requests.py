@@ -65,12 +65,12 @@ def parse_completion(
     """Parses the body of /v1/completions.
 
     Args:
-        body: The JSON object.
-        policy: The policy that will serve it.
-        limits: What the server allows.
+      body: the JSON object.
+      policy: the policy that will serve it.
+      limits: what the server allows.
 
     Raises:
-        RequestError: The request cannot be served.
+      RequestError: the request cannot be served.
     """
     request = validate_body(CompletionBody, body, limits)
     prompts = [_prompt_tokens(prompt, policy) for prompt in request.prompt]
