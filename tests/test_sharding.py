@@ -18,7 +18,7 @@ from instructax.models.lora import LoraConfig, add_lora
 from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import abstract_state
+from instructax.training.state import abstract_state, no_adapters
 from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent
@@ -94,7 +94,7 @@ def state_of(family: str, head, tied: bool, mesh: jax.sharding.Mesh):
     optimizer = make_optimizer(
         tiny_models.optimizer_config(clip_norm=1.0, weight_decay=0.1)
     )
-    return abstract_state(model, optimizer, mesh)
+    return abstract_state(model, optimizer, mesh, no_adapters)
 
 
 def adapted_state(mesh: jax.sharding.Mesh):

@@ -18,7 +18,7 @@ from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import abstract_state, layouts, start_from
+from instructax.training.state import abstract_state, layouts, no_adapters, start_from
 from instructax.types import PpoState
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -48,10 +48,15 @@ def compiled(update: Any, program: Any, abstract: Any) -> Any:
 def two_updates(update: Any, program: Any, settings: Any, batches: Any) -> dict[str, Any]:
     """Metrics, parameters and optimizer state after two updates from random parameters."""
     state = start_from(
-        tiny_models.random_params(program.model), program.optimizer, program.mesh
+        tiny_models.random_params(program.model),
+        program.optimizer,
+        program.mesh,
+        no_adapters,
     )
     step = compiled(
-        update, program, abstract_state(program.model, program.optimizer, program.mesh)
+        update,
+        program,
+        abstract_state(program.model, program.optimizer, program.mesh, no_adapters),
     )
     metrics = []
     for batch in batches:

@@ -16,7 +16,7 @@ from instructax.models.transformer import Transformer
 from instructax.stages.ppo import algorithm
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import abstract_state
+from instructax.training.state import abstract_state, no_adapters
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -149,7 +149,7 @@ def supervised_program(model):
 def supervised_hlo(model) -> str:
     program = supervised_program(model)
     settings = stages.supervised_settings(learning_rate=1.0, dropout=0.0)
-    state = abstract_state(model, program.optimizer, MESH)
+    state = abstract_state(model, program.optimizer, MESH, no_adapters)
     return (
         jax.jit(partial(supervised.supervised_update, program))
         .lower(state, TEXT, settings)

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.saved import load_newest_params
 from tests.support.scoring import token_logprobs
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parent
-from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.experiment import run_stage
 from instructax.losses import next_token_loss
@@ -242,7 +242,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     for network, params in networks(last).items():
         before = networks(first)[network]
         stored = jax.device_get(
-            load_params(parents[network], stored_shapes(parents[network]))
+            load_newest_params(parents[network], stored_shapes(parents[network]))
         )
         trunk = {
             part: leaf

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tests.support import stages
 from tests.support.run_logs import read_samples
+from tests.support.saved import load_newest_params
 
 from instructax import rng, sharding
 from instructax.checkpoints.parents import tokenizer_of
-from instructax.checkpoints.restore import load_params
 from instructax.data import loaders
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.data.prompt_format import PLAIN_FORMAT
@@ -43,7 +43,7 @@ def network(chain, run: str, head: str):
     config = parts(chain)[0]
     model = Transformer(config.model, config.compute, head)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return model, load_params(
+    return model, load_newest_params(
         chain / run, sharding.abstract_arrays(shapes, stages.mesh_of())
     )
 

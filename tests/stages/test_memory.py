@@ -20,7 +20,7 @@ from instructax.sharding import MeshConfig, make_mesh
 from instructax.stages import build_config, load_stage
 from instructax.stages import memory as estimate
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import abstract_state
+from instructax.training.state import abstract_state, no_adapters
 
 GIB = 2**30
 
@@ -67,7 +67,10 @@ def test_memory_is_what_real_arrays_take(sizes):
 
     def zeros(model, head, optimizer):
         abstract = abstract_state(
-            Transformer(model, config.compute, head), make_optimizer(optimizer), mesh
+            Transformer(model, config.compute, head),
+            make_optimizer(optimizer),
+            mesh,
+            no_adapters,
         )
         return jax.tree.map(
             lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), abstract

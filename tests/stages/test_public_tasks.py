@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tests.support import stages
 from tests.support.run_logs import read_samples
+from tests.support.saved import load_newest_params
 
 from instructax import experiment
 from instructax.checkpoints.parents import tokenizer_of
-from instructax.checkpoints.restore import load_params
 from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import RunSpec, run_stage
 from instructax.models.init import abstract_params
@@ -60,7 +60,7 @@ def network(chain, run: str):
     shapes = abstract_params(model, stages.mesh_of())
     return (
         model,
-        load_params(chain / run, shapes),
+        load_newest_params(chain / run, shapes),
         tokenizer_of(config.tokenizer, config.model),
     )
 

@@ -37,7 +37,7 @@ from instructax.training import loop
 from instructax.training.attention import select_attention_kernel
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import new_state, start_from
+from instructax.training.state import new_state, no_adapters, start_from
 from instructax.training.supervised import SupervisedSettings
 from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 
@@ -277,11 +277,13 @@ def ppo_state(program: algorithm.PpoProgram, seed: int = 0) -> PpoState:
         tiny_models.random_params(program.policy, seed),
         program.policy_optimizer,
         program.mesh,
+        no_adapters,
     )
     value = start_from(
         tiny_models.random_params(program.value_model, seed + 1),
         program.value_optimizer,
         program.mesh,
+        no_adapters,
     )
     return PpoState(policy=policy, value=value, ema=jax.tree.map(jnp.copy, policy.params))
 

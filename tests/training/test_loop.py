@@ -27,7 +27,13 @@ from instructax.training.accumulation import (
     split_microbatches,
 )
 from instructax.training.optimizer import apply_gradients, make_optimizer
-from instructax.training.state import abstract_state, init_state, layouts, start_from
+from instructax.training.state import (
+    abstract_state,
+    init_state,
+    layouts,
+    no_adapters,
+    start_from,
+)
 
 
 @dataclasses.dataclass
@@ -394,7 +400,7 @@ def fresh(network, mesh):
 
 
 def test_a_fresh_state_is_sharded_at_initialization(network, fresh, mesh):
-    abstract = abstract_state(*network, mesh)
+    abstract = abstract_state(*network, mesh, no_adapters)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
     )
@@ -423,12 +429,12 @@ def test_starting_from_loaded_parameters_leaves_them_alone(network, fresh, mesh)
     optimizer = network[1]
     loaded = fresh.params
     kept = jax.tree.map(np.asarray, loaded)
-    state = start_from(loaded, optimizer, mesh)
+    state = start_from(loaded, optimizer, mesh, no_adapters)
     jax.tree.map(np.testing.assert_array_equal, state.params, kept)
     assert state.step == 0 and all(
         not jnp.any(leaf) for leaf in jax.tree.leaves(state.opt_state)
     )
-    assert layouts(state) == layouts(abstract_state(*network, mesh))
+    assert layouts(state) == layouts(abstract_state(*network, mesh, no_adapters))
 
     def step(state):
         return apply_gradients(

@@ -21,7 +21,7 @@ from instructax.data.batches import (
 )
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_demonstrations, prepare_text
-from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.types import Comparisons, LmBatch
@@ -47,7 +47,7 @@ class LmDataConfig:
 
 
 def read_lm_data(
-    config: LmDataConfig, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+    config: LmDataConfig, tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> dict[str, PreparedData]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     need_demonstrations = config.text_fraction < 1

@@ -68,7 +68,7 @@ def prepare_demonstrations(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    prompt_format: PromptFormat = PLAIN_FORMAT,
+    prompt_format: PromptFormat,
 ) -> PreparedData:
     """Prepares demonstrations as packed rows of T tokens, for `batches.lm_batch`.
 
@@ -123,7 +123,7 @@ def prepare_prompts(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    prompt_format: PromptFormat = PLAIN_FORMAT,
+    prompt_format: PromptFormat,
 ) -> PreparedData:
     """Prepares prompts for `batches.prompt_batch` with P = `limits.prompt_tokens`.
 
@@ -159,7 +159,7 @@ def prepare_comparisons(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    prompt_format: PromptFormat = PLAIN_FORMAT,
+    prompt_format: PromptFormat,
 ) -> PreparedData:
     """Prepares comparisons for `batches.comparison_batch` with P, K, R of `limits`.
 

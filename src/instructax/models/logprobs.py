@@ -28,7 +28,7 @@ from instructax.types import Array
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
-def compute_logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
+def compute_logits(hidden: Array, kernel: Array, cap: float) -> Array:
     """Logits: hidden dtype[..., D], kernel f32[V, D] → f32[..., V].
 
     The kernel is rounded to the dtype of the hidden states; sums are float32. `cap` is the
@@ -51,7 +51,7 @@ def sequence_logprobs(
     *,
     temperature: Array | float,
     chunk: int,
-    cap: float = 0.0,
+    cap: float,
 ) -> Array:
     """log softmax(logits / temperature) at the targets; differentiable.
 
@@ -79,7 +79,7 @@ def sequence_logprobs_and_entropy(
     *,
     temperature: Array | float,
     chunk: int,
-    cap: float = 0.0,
+    cap: float,
 ) -> tuple[Array, Array]:
     """`sequence_logprobs`, and the entropy in nats of each position's distribution: both
     f32[B, T], zero where masked out."""
@@ -139,7 +139,7 @@ def loss_and_gradients(
     *,
     temperature: Array | float,
     chunk: int,
-    cap: float = 0.0,
+    cap: float,
 ) -> tuple[Array, dict[str, Array], Array, Array]:
     """A loss that is a mean over masked-in tokens of a function of each token's own
     log-probability, and its gradients, in one pass over the chunks.

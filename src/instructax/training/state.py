@@ -54,7 +54,7 @@ def abstract_state(
     model: Transformer,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    add_adapters: AddAdapters = no_adapters,
+    add_adapters: AddAdapters,
 ) -> TrainState:
     """Shapes, dtypes and shardings of a train state; allocates nothing."""
 
@@ -93,7 +93,7 @@ def start_from(
     params: Params,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    add_adapters: AddAdapters = no_adapters,
+    add_adapters: AddAdapters,
 ) -> TrainState:
     """A state at step 0 with loaded parameters and a fresh optimizer state.
 

@@ -18,7 +18,7 @@ from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.stages.ppo.experience import shuffled_minibatches
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import init_state, start_from
+from instructax.training.state import init_state, no_adapters, start_from
 from instructax.types import LmBatch, PpoState, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
@@ -564,8 +564,10 @@ def learn(ptx_coef: float) -> tuple[list[float], float]:
         value_learning_rate=1e-2,
     )
     state = PpoState(
-        policy=start_from(counting_policy(), program.policy_optimizer, MESH),
-        value=start_from(other_params("scalar"), program.value_optimizer, MESH),
+        policy=start_from(counting_policy(), program.policy_optimizer, MESH, no_adapters),
+        value=start_from(
+            other_params("scalar"), program.value_optimizer, MESH, no_adapters
+        ),
         ema=stages.copy_of(counting_policy()),
     )
     iterate = CompiledIteration(
