@@ -133,9 +133,9 @@ def test_loss_and_gradients_equal_the_full_softmax(inputs, chunk):
             weights,
         )
 
-    found = jax.jit(
-        partial(loss_and_gradients, loss_of, temperature=0.7, chunk=chunk, cap=0.0)
-    )(hidden, kernel, targets, mask, weights)
+    found = jax.jit(partial(loss_and_gradients, loss_of, **settings))(
+        hidden, kernel, targets, mask, weights
+    )
     (loss, metrics), (by_hidden, by_kernel) = jax.value_and_grad(
         whole, argnums=(0, 1), has_aux=True
     )(hidden, kernel)

@@ -62,7 +62,7 @@ def row_losses(model: Transformer, mesh: Mesh, params: Params, batch: LmBatch) -
         partial(packed_logprobs, model, params, temperature=1.0), batch, model, mesh
     )
     return RowLosses(
-        losses=-jnp.sum(logprobs, axis=1),
+        losses=-jnp.sum(jnp.where(batch.loss_mask, logprobs, 0), axis=1),
         tokens=jnp.sum(batch.loss_mask, axis=1),
     )
 

@@ -153,20 +153,9 @@ class Engine:
         # Decoding steps of the next chunk.
         steps = 1
         while True:
-            slots = sampling.slots
-            # Responses and mask [B, R], ended [B].
-            responses, mask, ended = jax.device_get(
-                (slots.responses, slots.mask, slots.ended)
-            )
-            # [B]
-            num_sampled = mask.sum(axis=1)
-            chunks = []
-            for row, request in enumerate(requests):
-                hit_eos = bool(ended[row])
-                full = bool(num_sampled[row] >= request.max_new_tokens)
-                tokens = responses[row, num_sent[row] : num_sampled[row]]
-                chunks.append(Chunk(tokens=tokens, done=hit_eos or full, hit_eos=hit_eos))
-                num_sent[row] = int(num_sampled[row])
+            chunks = _read_chunks(sampling, requests, num_sent)
+            for row, chunk in enumerate(chunks):
+                num_sent[row] += len(chunk.tokens)
             yield chunks
             if all(chunk.done for chunk in chunks):
                 return
@@ -280,6 +269,24 @@ class Engine:
         return min(self.max_length, max(MIN_LENGTH, power_of_two))
 
 
+def _read_chunks(
+    sampling: SamplingState, requests: Sequence[SampleRequest], num_sent: Sequence[int]
+) -> list[Chunk]:
+    """The tokens of each sample after the first `num_sent`, copied to the host."""
+    slots = sampling.slots
+    # Responses and mask [B, R], ended [B].
+    responses, mask, ended = jax.device_get((slots.responses, slots.mask, slots.ended))
+    # [B]
+    num_sampled = mask.sum(axis=1)
+    chunks = []
+    for row, request in enumerate(requests):
+        hit_eos = bool(ended[row])
+        full = bool(num_sampled[row] >= request.max_new_tokens)
+        tokens = responses[row, num_sent[row] : num_sampled[row]]
+        chunks.append(Chunk(tokens=tokens, done=hit_eos or full, hit_eos=hit_eos))
+    return chunks
+
+
 def _start(
     model: Transformer,
     params: Params,
@@ -351,25 +358,21 @@ def _score(
     logprobs, greedy = sequence_logprobs_and_greedy(
         hidden, kernel, tokens[:, 1:], mask, chunk=chunk, cap=cap
     )
+    scores = {"logprobs": logprobs, "greedy": greedy}
     # [B, T, top]
     if top:
-        best_logprobs, best_ids = top_logprobs(
+        scores["top_logprobs"], scores["top_ids"] = top_logprobs(
             hidden, kernel, count=top, chunk=chunk, cap=cap
         )
     else:
-        best_logprobs = jnp.zeros((*mask.shape, 0))
-        best_ids = best_logprobs.astype(jnp.int32)
+        scores["top_logprobs"] = jnp.zeros((*mask.shape, 0))
+        scores["top_ids"] = jnp.zeros((*mask.shape, 0), jnp.int32)
+    return jax.tree.map(_shift_right, scores)
 
-    def shift_right(x: Array) -> Array:
-        """Adds a zero column for the first token, which nothing predicts."""
-        # [B, T, ...] -> [B, T + 1, ...]
-        padding = [(0, 0)] * x.ndim
-        padding[1] = (1, 0)
-        return jnp.pad(x, padding)
 
-    return {
-        "logprobs": shift_right(logprobs),
-        "greedy": shift_right(greedy),
-        "top_logprobs": shift_right(best_logprobs),
-        "top_ids": shift_right(best_ids),
-    }
+def _shift_right(x: Array) -> Array:
+    """Adds a zero column for the first token, which nothing predicts: [B, T, ...] →
+    [B, T + 1, ...]."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (1, 0)
+    return jnp.pad(x, padding)
