@@ -133,6 +133,7 @@ def test_loss_and_gradients_equal_the_full_softmax(inputs, chunk):
             weights,
         )
 
+    settings = {"temperature": 0.7, "chunk": chunk, "cap": 0.0}
     found = jax.jit(partial(loss_and_gradients, loss_of, **settings))(
         hidden, kernel, targets, mask, weights
     )
