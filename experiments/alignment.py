@@ -25,7 +25,7 @@ from configs import collect, evaluate, sizes
 
 from instructax.config import require
 from instructax.experiment import RunSpec
-from instructax.report import write
+from instructax.report import write_report
 from instructax.report.results import HELD_OUT_LABELERS, LABELERS
 
 # The size of the family's reward and value models.
@@ -338,4 +338,4 @@ def overfitted_sft(size: str, folder: str, root: str) -> list[RunSpec]:
 
 def report(root: Path) -> None:
     """Writes the report and prints its location."""
-    print(f"report: {write([root], root / 'report')}")
+    print(f"report: {write_report([root], root / 'report')}")

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         # Imported here, so that --help answers without JAX.
         from instructax import report
 
-        print(report.write(roots, out))
+        print(report.write_report(roots, out))
 
     return cli.guarded(run)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
+from tests.support.run_logs import last_beat
 
 from instructax import cli, experiment
 from instructax.checkpoints.checksums import has_checksums
@@ -36,7 +37,6 @@ from instructax.config import require
 from instructax.experiment import RunSpec
 from instructax.runtime import metric_log
 from instructax.runtime.files import write_json
-from instructax.runtime.heartbeat import last_beat
 from instructax.runtime.metric_log import read_metrics
 
 EXPERIMENT = "experiments/alignment.py"

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tests.support.run_logs import read_samples
 
 from instructax import cli
 from instructax.checkpoints.checksums import NewerFormatError
@@ -18,7 +19,7 @@ from instructax.config import ConfigError, require
 from instructax.data.schema import DataError
 from instructax.evals.intervals import win_rate
 from instructax.experiment import dry_run, load_file, run_experiment, run_stage
-from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
+from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages.ppo.invariants import check_update
 from instructax.training.loop import Interrupted
 

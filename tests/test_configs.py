@@ -20,8 +20,9 @@ import instructax
 from instructax.config import ConfigError
 from instructax.data.limits import DataLimits
 from instructax.experiment import RunSpec, load_config, load_file
-from instructax.models import ModelConfig, Transformer, parameter_count
+from instructax.models.config import ModelConfig
 from instructax.models.init import init_params
+from instructax.models.transformer import Transformer, parameter_count
 from instructax.sharding import MeshConfig
 from instructax.stages import MODULES, build_config, load_stage
 from instructax.stages import memory as estimate

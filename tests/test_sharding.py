@@ -14,13 +14,11 @@ from jax.sharding import PartitionSpec as P
 from tests.support import tiny_models
 
 from instructax import sharding
-from instructax.models import LoraConfig, Transformer, add_lora
+from instructax.models.lora import LoraConfig, add_lora
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import (
-    abstract_state,
-    no_adapters,
-)
+from instructax.training.state import abstract_state, no_adapters
 from instructax.types import PpoState
 
 SOURCES = Path(sharding.__file__).parent

@@ -19,7 +19,7 @@ from instructax.runtime.workdir_lock import lock_workdir
 from instructax.stages import build_config, load_stage
 from instructax.stages.memory import abstract_mesh, memory_report
 from instructax.training.run import open_run
-from instructax.training.workdir import claim
+from instructax.training.workdir import claim_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +122,13 @@ def run_stage(values: Mapping[str, Any], workdir: Path) -> bool:
     """
     config = build_config(values)
     stage = load_stage(config.stage)
-    # No lock: nothing writes to a finished workdir. `claim` compares the configs.
+    # No lock: nothing writes to a finished workdir. `claim_workdir` compares the configs.
     if is_finished(workdir):
-        claim(workdir, values)
+        claim_workdir(workdir, values)
         print(f"{workdir} is finished; nothing to do", flush=True)
         return False
     with lock_workdir(workdir):
-        claim(workdir, values)
+        claim_workdir(workdir, values)
         stage.train(open_run(stage, config, workdir, values))
     return True
 

@@ -117,6 +117,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     )
 
 
+def one_device_mesh() -> Mesh:
+    """A mesh of the first device alone."""
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1])
+
+
 def _refuse_idle_gpus() -> None:
     """Raises ConfigError if JAX found no GPU on a machine that has some.
 
@@ -214,8 +219,7 @@ def shard_map_attention(
 
     Args:
       function: maps query, key, value [B, H, T, d] and segments [B, T] to [B, H, T, d];
-      must
-        not mix rows or heads.
+        must not mix rows or heads.
       mesh: None means a single device.
     """
     if mesh is None:

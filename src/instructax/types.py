@@ -59,7 +59,9 @@ class Comparisons:
     prompts: Prompts
     responses: Array  # i32[B, K, R]
     mask: Array  # b[B, K, R]
-    ranks: Array  # i32[B, K], 0 is best, ties share a rank
+    # i32[B, K], 0 is best, ties share a rank. Arrays count from 0, files of comparisons
+    # (`data.schema.Comparison`) from 1.
+    ranks: Array
     valid: Array  # b[B, K], False where the prompt has fewer than K responses
     labeler: Array  # i32[B], -1 = unknown
 

@@ -9,6 +9,7 @@ import pytest
 from tests.support.saved import (
     assert_equal,
     flip_bit,
+    load_newest_params,
     make_train_state,
     on_devices,
     open_checkpoints,
@@ -17,7 +18,6 @@ from tests.support.saved import (
 
 from instructax.checkpoints import checkpoint
 from instructax.checkpoints.checkpoint import Checkpoints
-from instructax.checkpoints.restore import load_params
 from instructax.checkpoints.steps import best_step, committed_steps
 
 
@@ -50,7 +50,7 @@ def test_a_flipped_bit_sends_restore_to_the_step_before(tmp_path, caplog):
     next((tmp_path / "checkpoints/2/state").rglob("_METADATA")).unlink()
     abstract = on_devices(make_train_state(), 1)
     with pytest.raises(ValueError, match=f"damaged: {path} differs from its sha256"):
-        load_params(tmp_path, abstract.params)
+        load_newest_params(tmp_path, abstract.params)
     checkpoints = open_checkpoints(tmp_path, keep=1)
     state, step = checkpoints.restore(abstract)
     assert step == 1
@@ -157,7 +157,7 @@ def test_what_only_looks_like_a_step_is_named_and_the_newest_good_one_used(
     plant(root)
     abstract = on_devices(make_train_state(), 1)
     with pytest.raises(ValueError, match=f"checkpoint is damaged: {root / '7'}"):
-        load_params(tmp_path, abstract.params)
+        load_newest_params(tmp_path, abstract.params)
     state, step = open_checkpoints(tmp_path).restore(abstract)
     assert step == 2
     assert_equal(state, make_train_state(2))

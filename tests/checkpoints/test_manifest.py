@@ -76,7 +76,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 
 def test_only_the_first_process_writes_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    Run(config=None, given={}, workdir=tmp_path).write_manifest()
+    Run(config=None, original_config={}, workdir=tmp_path).write_manifest()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,14 +115,18 @@ def test_errors_of_reading(tmp_path):
 
 def test_a_parent_with_another_tokenizer_is_refused(tmp_path):
     parent = write(tmp_path)
-    check_parent(parent, tokenizer_hash="a" * 64, tokenizer_path="moved/elsewhere")
-    with pytest.raises(ValueError) as error:
-        check_parent(parent, tokenizer_hash="b" * 64, tokenizer_path="runs/gpt2")
-    message = str(error.value)
-    assert (
-        all(part in message for part in ("a" * 64, "b" * 64, "runs/bytes", "runs/gpt2"))
-        and "\n" not in message
+    named = "config.parent = 'runs/sft'"
+    check_parent(
+        parent, named=named, tokenizer_hash="a" * 64, tokenizer_path="moved/elsewhere"
     )
+    with pytest.raises(ValueError) as error:
+        check_parent(
+            parent, named=named, tokenizer_hash="b" * 64, tokenizer_path="runs/gpt2"
+        )
+    message = str(error.value)
+    assert message.startswith(f"{named} has the tokenizer {'a' * 64} of ")
+    assert all(part in message for part in ("b" * 64, "runs/bytes", "runs/gpt2"))
+    assert "\n" not in message
 
 
 def test_config_difference():

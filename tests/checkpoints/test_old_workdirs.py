@@ -23,10 +23,10 @@ from instructax.checkpoints.parents import ExpectedParent, open_parents
 from instructax.config import ConfigError
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.experiment import RunSpec, load_config
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.report.results import load_experiment
 from instructax.serving import policy as served
-from instructax.training.workdir import claim
+from instructax.training.workdir import claim_workdir
 
 TOKENIZER = load_tokenizer("bytes")
 MODEL = tiny_models.gpt_config(vocab_size=TOKENIZER.size, max_length=64)
@@ -122,9 +122,9 @@ def test_the_same_command_finds_its_old_config(name, tmp_path, capsys):
     assert upgrade_config(old) == json.loads(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps(old))
     (tmp_path / "summary.json").write_text("{}")
-    claim(tmp_path, config)
+    claim_workdir(tmp_path, config)
     with pytest.raises(ConfigError, match=r"seed: 0 \(stored\) != 1 \(given\)"):
-        claim(tmp_path, {**config, "seed": 1})
+        claim_workdir(tmp_path, {**config, "seed": 1})
 
 
 def test_supervised_runs_become_pretrain_or_sft_runs():

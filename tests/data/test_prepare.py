@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tests.support.data_limits import SHORT_LIMITS
 
-from instructax.data import batches, preparation, prepare
+from instructax.data import batches, prepare, recipe
+from instructax.data.prompt_format import PLAIN_FORMAT
 from instructax.data.schema import DataError
 from instructax.data.tokenizer import load_tokenizer
 
@@ -24,14 +25,14 @@ def bare_prompts(request, monkeypatch):
     """Disables prompt separators, so that lengths are easy to count. One test below enables
     them."""
     if request.node.name != "test_prompts_get_a_separator":
-        monkeypatch.setattr(preparation, "add_separator", lambda prompt: prompt)
+        monkeypatch.setattr(recipe, "add_separator", lambda prompt: prompt)
 
 
 def test_prompts_get_a_separator(tmp_path):
     texts = ["Who?", "Human: hi\n\nAssistant:", "Sum:\n", "end "]
     limits = dataclasses.replace(SHORT_LIMITS, sequence_tokens=40, prompt_tokens=24)
     prepared = prepare.prepare_prompts(
-        [prompts(tmp_path / "p.jsonl", texts)], TOKENIZER, limits, tmp_path
+        [prompts(tmp_path / "p.jsonl", texts)], TOKENIZER, limits, tmp_path, PLAIN_FORMAT
     )
     expected = ["Who?\n\n", "Human: hi\n\nAssistant: ", "Sum:\n", "end "]
     assert [decode(row["tokens"]) for row in rows_of(prepared.sources["train"])] == expected
@@ -40,13 +41,16 @@ def test_prompts_get_a_separator(tmp_path):
         TOKENIZER,
         limits,
         tmp_path,
+        PLAIN_FORMAT,
     )
     assert decode(rows_of(prepared.sources["train"])[0]["tokens"]) == "Who?\n\nme$"
     comparisons = write(
         tmp_path / "c.jsonl",
         [{"prompt": "Who?", "completions": ["a", "b"], "ranks": [1, 2]}],
     )
-    prepared = prepare.prepare_comparisons([comparisons], TOKENIZER, limits, tmp_path)
+    prepared = prepare.prepare_comparisons(
+        [comparisons], TOKENIZER, limits, tmp_path, PLAIN_FORMAT
+    )
     assert decode(rows_of(prepared.sources["train"])[0]["prompt"]) == "Who?\n\n"
 
 
@@ -117,7 +121,9 @@ def test_demonstrations_are_kept_whole_or_dropped(tmp_path):
     ]
     limits = dataclasses.replace(SHORT_LIMITS, sequence_tokens=14)
     file = demonstrations(tmp_path / "d.jsonl", [*pairs, ("q", "r")])
-    prepared = prepare.prepare_demonstrations([file], TOKENIZER, limits, tmp_path / "data")
+    prepared = prepare.prepare_demonstrations(
+        [file], TOKENIZER, limits, tmp_path / "data", PLAIN_FORMAT
+    )
     rows = rows_of(prepared.sources["train"])
     assert [decode(row["tokens"]) for row in rows] == [
         "asktell$qr$",
@@ -131,7 +137,9 @@ def test_demonstrations_are_kept_whole_or_dropped(tmp_path):
         "sequence_tokens": 0,
     }
     short = dataclasses.replace(limits, sequence_tokens=13)
-    prepared = prepare.prepare_demonstrations([file], TOKENIZER, short, tmp_path / "data")
+    prepared = prepare.prepare_demonstrations(
+        [file], TOKENIZER, short, tmp_path / "data", PLAIN_FORMAT
+    )
     assert prepared.report.dropped == {
         "prompt_tokens": 1,
         "completion_tokens": 1,
@@ -143,9 +151,9 @@ def test_demonstrations_are_kept_whole_or_dropped(tmp_path):
 def test_every_demonstration_trains_on_one_end_token(tmp_path):
     file = demonstrations(tmp_path / "d.jsonl", [("ab", "cd"), ("e", "f"), ("g", "hi")])
     (row,) = rows_of(
-        prepare.prepare_demonstrations([file], TOKENIZER, SHORT_LIMITS, tmp_path).sources[
-            "train"
-        ]
+        prepare.prepare_demonstrations(
+            [file], TOKENIZER, SHORT_LIMITS, tmp_path, PLAIN_FORMAT
+        ).sources["train"]
     )
     starts = np.cumsum([0, *row["lengths"]])
     for start, stop in itertools.pairwise(starts):
@@ -173,9 +181,9 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
     # A prompt may contain it, because prompts are not trained.
     known = demonstrations(tmp_path / "known.jsonl", [("a what", "b a")])
     (row,) = rows_of(
-        prepare.prepare_demonstrations([known], tokenizer, SHORT_LIMITS, tmp_path).sources[
-            "train"
-        ]
+        prepare.prepare_demonstrations(
+            [known], tokenizer, SHORT_LIMITS, tmp_path, PLAIN_FORMAT
+        ).sources["train"]
     )
     assert row["tokens"] == [0, 2, 1, 0, 2]
     file = demonstrations(tmp_path / "d.jsonl", [("a", "b a"), ("a", "b what")])
@@ -183,7 +191,9 @@ def test_a_second_end_token_in_a_completion_is_an_error(tmp_path):
         DataError,
         match="demonstration '1': completion: its tokens contain the end token 2 before",
     ):
-        prepare.prepare_demonstrations([file], tokenizer, SHORT_LIMITS, tmp_path)
+        prepare.prepare_demonstrations(
+            [file], tokenizer, SHORT_LIMITS, tmp_path, PLAIN_FORMAT
+        )
 
 
 def test_every_filter_of_prompts_counts_what_it_drops(tmp_path):
@@ -193,7 +203,11 @@ def test_every_filter_of_prompts_counts_what_it_drops(tmp_path):
         SHORT_LIMITS, prefix_characters=4, prompts_per_user=2, filter_pii=True
     )
     prepared = prepare.prepare_prompts(
-        [prompts(tmp_path / "p.jsonl", texts, users)], TOKENIZER, limits, tmp_path / "data"
+        [prompts(tmp_path / "p.jsonl", texts, users)],
+        TOKENIZER,
+        limits,
+        tmp_path / "data",
+        PLAIN_FORMAT,
     )
     assert [decode(row["tokens"]) for row in rows_of(prepared.sources["train"])] == [
         "abcd1",
@@ -209,7 +223,9 @@ def test_personal_data_is_dropped_from_the_training_split_only(tmp_path):
     texts = [f"{i}@b.cd" for i in range(40)] + [f"plain{i}" for i in range(10)]
     file = prompts(tmp_path / "p.jsonl", texts)
     limits = dataclasses.replace(HALVES, filter_pii=True)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, limits, tmp_path / "data")
+    prepared = prepare.prepare_prompts(
+        [file], TOKENIZER, limits, tmp_path / "data", PLAIN_FORMAT
+    )
     train = [decode(row["tokens"]) for row in rows_of(prepared.sources["train"])]
     valid = [decode(row["tokens"]) for row in rows_of(prepared.sources["valid"])]
     assert not any("@" in text for text in train)
@@ -223,10 +239,18 @@ def test_splits_contain_whole_users_and_are_stable_when_data_is_added(tmp_path):
     texts = [f"p{i}" for i in range(60)]
     users = [f"user {i % 12}" for i in range(60)]
     first = prepare.prepare_prompts(
-        [prompts(tmp_path / "1.jsonl", texts[:40], users[:40])], TOKENIZER, HALVES, tmp_path
+        [prompts(tmp_path / "1.jsonl", texts[:40], users[:40])],
+        TOKENIZER,
+        HALVES,
+        tmp_path,
+        PLAIN_FORMAT,
     )
     more = prepare.prepare_prompts(
-        [prompts(tmp_path / "2.jsonl", texts, users)], TOKENIZER, HALVES, tmp_path
+        [prompts(tmp_path / "2.jsonl", texts, users)],
+        TOKENIZER,
+        HALVES,
+        tmp_path,
+        PLAIN_FORMAT,
     )
     owner = dict(zip(texts, users, strict=True))
     seen = {}
@@ -273,7 +297,7 @@ COMPARISONS = [
 def test_golden_comparison_rows(tmp_path):
     file = write(tmp_path / "c.jsonl", COMPARISONS)
     prepared = prepare.prepare_comparisons(
-        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data"
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
     )
     a, b, c, e, f = (ord(letter) for letter in "abcef")
     assert rows_of(prepared.sources["train"]) == [
@@ -324,7 +348,9 @@ def test_golden_comparison_rows(tmp_path):
 def test_many_rows_are_read_back_in_order(tmp_path):
     texts = [f"prompt{i % 97}"[:8] for i in range(300)]
     file = prompts(tmp_path / "p.jsonl", texts)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+    )
     rows = batches.batch_row_ids(2, 64, len(prepared.sources["train"]), 0)
     batch = batches.prompt_batch(prepared.sources["train"], rows, 8)
     found = [
@@ -335,10 +361,14 @@ def test_many_rows_are_read_back_in_order(tmp_path):
 
 def test_rows_are_prepared_once_and_then_reused(tmp_path, monkeypatch):
     file = prompts(tmp_path / "p.jsonl", ["a", "b"])
-    first = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+    first = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+    )
     # A second preparation would call this.
-    monkeypatch.setattr(preparation, "read_jsonl", None)
-    again = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+    monkeypatch.setattr(recipe, "read_jsonl", None)
+    again = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+    )
     assert again.report == first.report
     assert rows_of(again.sources["train"]) == rows_of(first.sources["train"])
     assert [path.name for path in (tmp_path / "data").iterdir()] == [first.folder.name]
@@ -350,7 +380,7 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
 
     def hash_of(files=(file,), tokenizer=TOKENIZER, limits=SHORT_LIMITS):
         return prepare.prepare_prompts(
-            files, tokenizer, limits, tmp_path / "data"
+            files, tokenizer, limits, tmp_path / "data", PLAIN_FORMAT
         ).report.hash
 
     hashes = [hash_of()]
@@ -361,7 +391,7 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
     assert hash_of(files=[copy]) == hashes[0]
     copy.write_bytes(file.read_bytes().replace(b'"b"', b'"c"'))
     hashes.append(hash_of(files=[copy]))
-    monkeypatch.setattr(preparation, "ROWS_VERSION", 99)
+    monkeypatch.setattr(recipe, "ROWS_VERSION", 99)
     hashes.append(hash_of())
     texts = write(tmp_path / "t.jsonl", [{"text": "a"}])
     hashes.append(
@@ -377,7 +407,9 @@ def test_every_input_is_in_the_hash(tmp_path, monkeypatch):
 def test_an_empty_split_says_what_was_dropped(tmp_path):
     file = prompts(tmp_path / "p.jsonl", ["longer than 8", "another too long"])
     with pytest.raises(ValueError, match="split 'train' of prompts is empty") as caught:
-        prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+        prepare.prepare_prompts(
+            [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+        )
     assert "of 2 records in 1 files, 2 reached it" in str(caught.value)
     assert "dropped by rule, in all splits: {'prompt_tokens': 2}" in str(caught.value)
     assert not (tmp_path / "data").exists()
@@ -393,33 +425,37 @@ def test_an_empty_split_says_what_was_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("sequence_tokens", 1, "DataLimits.sequence_tokens is 1: it must be at least 2"),
-        ("prompt_tokens", 0, "DataLimits.prompt_tokens is 0: it must be at least 1"),
-        ("response_tokens", 1, "DataLimits.response_tokens is 1: it must be at least 2"),
-        ("completions", 1, "DataLimits.completions is 1: it must be at least 2"),
+        ("sequence_tokens", 1, "sequence_tokens = 1 must be at least 2"),
+        ("prompt_tokens", 0, "prompt_tokens = 0 must be at least 1"),
+        ("response_tokens", 1, "response_tokens = 1 must be at least 2"),
+        ("completions", 1, "completions = 1 must be at least 2"),
         (
             "prefix_characters",
             0,
-            "DataLimits.prefix_characters is 0: it must be at least 1, or None to keep all",
+            "prefix_characters = 0 must be at least 1, or None to keep all",
         ),
         (
             "prompts_per_user",
             -1,
-            "DataLimits.prompts_per_user is -1: it must be at least 1, or None",
+            "prompts_per_user = -1 must be at least 1, or None",
         ),
-        ("splits", (("a", 0.5), ("a", 0.5)), "DataLimits.splits has the names ['a', 'a']"),
-        ("splits", (("a b", 1.0),), "DataLimits.splits has the names ['a b']"),
+        (
+            "splits",
+            (("a", 0.5), ("a", 0.5)),
+            "splits = (('a', 0.5), ('a', 0.5)): the names must",
+        ),
+        ("splits", (("a b", 1.0),), "splits = (('a b', 1.0),): the names must"),
         (
             "splits",
             (("a", 0.5), ("b", 0.6)),
-            "DataLimits.splits has the fractions [0.5, 0.6]: they must be above 0 and sum",
+            "splits = (('a', 0.5), ('b', 0.6)): the fractions must be above 0 and sum",
         ),
         (
             "splits",
             (("a", 1.0), ("b", 0.0)),
-            "DataLimits.splits has the fractions [1.0, 0.0]",
+            "splits = (('a', 1.0), ('b', 0.0)): the fractions",
         ),
-        ("splits", (), "DataLimits.splits has the fractions []"),
+        ("splits", (), "splits = (): the fractions"),
     ],
 )
 def test_limits_out_of_range_are_refused(name, value, message):
@@ -431,6 +467,6 @@ def test_limits_out_of_range_are_refused(name, value, message):
 def test_filtering_personal_data_needs_a_training_split():
     with pytest.raises(
         ValueError,
-        match=r'filter_pii needs a split called "train", but .*\.splits has \[.all.\]',
+        match=r'filter_pii = True needs a split called "train", but splits = .*all',
     ):
         dataclasses.replace(SHORT_LIMITS, filter_pii=True, splits=(("all", 1.0),))

@@ -83,12 +83,12 @@ BAD_LINES = [
     (
         Text,
         b'{"id": "t", "text": "x", "meta": {"a": NaN}}',
-        "line: not JSON: a number must be finite ('NaN')",
+        "line: not JSON: NaN is not a JSON number: a number must be finite",
     ),
     (
         Text,
         b'{"id": "t", "text": "x", "meta": {"a": -Infinity}}',
-        "line: not JSON: a number must be finite ('-Infinity')",
+        "line: not JSON: -Infinity is not a JSON number: a number must be finite",
     ),
     (Text, b'{"meta": ' + b"[" * 200_000, "line: JSON is nested too deeply"),
     (Text, b'{"meta": ' + b"1" * 5000 + b"}", "line: not JSON: Exceeds the limit"),

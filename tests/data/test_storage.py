@@ -9,6 +9,7 @@ import pytest
 from tests.support.data_limits import SHORT_LIMITS
 
 from instructax.data import prepare, storage
+from instructax.data.prompt_format import PLAIN_FORMAT
 from instructax.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
@@ -32,11 +33,15 @@ def test_an_interrupted_preparation_is_never_used(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_sizes", fails)
         with pytest.raises(OSError, match="no space left"):
-            prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+            prepare.prepare_prompts(
+                [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+            )
     assert list((tmp_path / "data").iterdir()) == []
     killed = tmp_path / "data" / ".prompts-0123-half" / "prompt_rows"
     killed.mkdir(parents=True)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+    )
     assert len(prepared.sources["train"]) == 2
 
 
@@ -70,7 +75,7 @@ def test_only_small_data_is_cached_in_memory(tmp_path, monkeypatch):
     for limit in (storage.MAX_CACHED_BYTES, 0):
         monkeypatch.setattr(storage, "MAX_CACHED_BYTES", limit)
         source = prepare.prepare_prompts(
-            [tmp_path / "a.jsonl"], TOKENIZER, SHORT_LIMITS, tmp_path / "rows"
+            [tmp_path / "a.jsonl"], TOKENIZER, SHORT_LIMITS, tmp_path / "rows", PLAIN_FORMAT
         ).sources["train"]
         kinds.append(isinstance(source, storage.CachedSource))
         assert [bytes(row["tokens"].tolist()) for row in source.__getitems__([2, 0])] == [
@@ -88,13 +93,17 @@ def test_a_failing_rename_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.rename", fails)
     with pytest.raises(OSError, match="read-only file system"):
-        prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+        prepare.prepare_prompts(
+            [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+        )
 
 
 @pytest.mark.parametrize("damage", ["cut rows", "no rows", "no report", "bad report"])
 def test_damaged_data_is_refused(tmp_path, damage):
     file = prompts(tmp_path / "p.jsonl", 2)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+    )
     (rows,) = prepared.folder.rglob("*.array_record*")
     if damage == "cut rows":
         rows.write_bytes(rows.read_bytes()[:-1])
@@ -105,13 +114,17 @@ def test_damaged_data_is_refused(tmp_path, damage):
     else:
         (prepared.folder / "report.json").write_text("{}")
     with pytest.raises(ValueError, match=r"delete .* to prepare it again") as caught:
-        prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+        prepare.prepare_prompts(
+            [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+        )
     assert str(prepared.folder) in str(caught.value)
 
 
 def prepare_in_process(barrier, file, data_dir, results):
     barrier.wait()
-    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, data_dir)
+    prepared = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, data_dir, PLAIN_FORMAT
+    )
     results.put(
         (prepared.report.hash, len(prepared.sources["train"]), str(prepared.folder))
     )
@@ -139,7 +152,9 @@ def test_processes_that_start_at_once_share_one_folder(tmp_path):
 
 def test_the_loser_of_a_race_keeps_the_rows_of_the_winner(tmp_path):
     file = prompts(tmp_path / "p.jsonl", 2)
-    prepared = prepare.prepare_prompts([file], TOKENIZER, SHORT_LIMITS, tmp_path / "data")
+    prepared = prepare.prepare_prompts(
+        [file], TOKENIZER, SHORT_LIMITS, tmp_path / "data", PLAIN_FORMAT
+    )
     before = {
         path: path.read_bytes() for path in prepared.folder.rglob("*") if path.is_file()
     }

@@ -502,10 +502,13 @@ VOCAB = {"a": 0, "b": 1, EOT: 2}
             "the merge 'a' 'b' needs 'ab'",
         ),
         (json.dumps({"model": {"vocab": VOCAB, "merges": ["a b c"]}}), "too many values"),
-        (json.dumps({"model": {"vocab": VOCAB | {"b": 0}, "merges": []}}), "share an id"),
+        (
+            json.dumps({"model": {"vocab": VOCAB | {"b": 0}, "merges": []}}),
+            "'a' and 'b' share the id 0: give each",
+        ),
         (
             json.dumps({"model": {"vocab": VOCAB | {"b": -1}, "merges": []}}),
-            "integers from 0",
+            "token 'b' has the id -1: ids must be integers from 0; correct",
         ),
         (
             json.dumps(
@@ -514,7 +517,7 @@ VOCAB = {"a": 0, "b": 1, EOT: 2}
                     "added_tokens": [added(5, EOT, True)],
                 }
             ),
-            "two ids, 2 and 5",
+            "two ids, 2 and 5: give it one id",
         ),
         ("\x80", "cannot use"),
     ],

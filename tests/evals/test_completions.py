@@ -10,7 +10,7 @@ from tests.support import stages, tiny_models
 
 from instructax.config import ConfigError
 from instructax.evals.completions import Completer
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 
 CONTEXT_TOKENS = 9
 ANSWER_TOKENS = 6

@@ -14,7 +14,7 @@ from instructax.evals.intervals import (
     win_rate,
 )
 
-Z = 1.959964
+Z_95 = 1.959964
 
 
 def test_mean_by_hand():
@@ -23,7 +23,7 @@ def test_mean_by_hand():
     The standard error is √(14/12).
     """
     estimate = mean_estimate(np.array([1, 2, 3, 6]))
-    half = Z * math.sqrt(14 / 12)
+    half = Z_95 * math.sqrt(14 / 12)
     assert (estimate.value, estimate.count) == (3.0, 4)
     assert (estimate.low, estimate.high) == pytest.approx((3 - half, 3 + half))
 
@@ -42,7 +42,7 @@ def test_ratio_by_hand():
     assert (exact.value, exact.low, exact.high, exact.count) == (0.5, 0.5, 0.5, 2)
     spread = ratio_estimate(np.array([2, 1]), np.array([2, 4]))
     assert (spread.value, spread.low, spread.high) == pytest.approx(
-        (0.5, 0.5 - Z / 3, 0.5 + Z / 3)
+        (0.5, 0.5 - Z_95 / 3, 0.5 + Z_95 / 3)
     )
 
 
@@ -81,17 +81,21 @@ def test_share_by_hand():
     For 0 of 10: from 0 to z² / (10 + z²).
     """
     estimate = share_estimate(np.array([1, 1, 0, 0, 0, 0, 0, 0]))
-    center = 0.25 + Z**2 / 16
-    half = Z * math.sqrt(3 / 128 + Z**2 / 256)
+    center = 0.25 + Z_95**2 / 16
+    half = Z_95 * math.sqrt(3 / 128 + Z_95**2 / 256)
     assert (estimate.value, estimate.count) == (0.25, 8)
-    scale = 1 + Z**2 / 8
+    scale = 1 + Z_95**2 / 8
     assert estimate.low == pytest.approx((center - half) / scale)
     assert estimate.high == pytest.approx((center + half) / scale)
 
     none = share_estimate(np.zeros(10))
     every = share_estimate(np.ones(10))
-    assert (none.value, none.low, none.high) == pytest.approx((0, 0, Z**2 / (10 + Z**2)))
-    assert (every.value, every.low, every.high) == pytest.approx((1, 10 / (10 + Z**2), 1))
+    assert (none.value, none.low, none.high) == pytest.approx(
+        (0, 0, Z_95**2 / (10 + Z_95**2))
+    )
+    assert (every.value, every.low, every.high) == pytest.approx(
+        (1, 10 / (10 + Z_95**2), 1)
+    )
     assert none.low <= 0 and every.high >= 1
     assert mean_estimate(np.zeros(10, bool)) == none
     assert math.isnan(share_estimate(np.zeros(0)).value)
@@ -100,12 +104,12 @@ def test_share_by_hand():
 def test_difference_of_shares_by_hand():
     """One of four units differs: center (1 + 1 − 1) / 6, variance (3/6 − 1/36) / 6."""
     estimate = share_difference(np.array([1, 1, 0, 0], bool), np.array([1, 0, 0, 0], bool))
-    half = Z * math.sqrt((1 / 2 - 1 / 36) / 6)
+    half = Z_95 * math.sqrt((1 / 2 - 1 / 36) / 6)
     assert (estimate.value, estimate.count) == (0.25, 4)
     assert (estimate.low, estimate.high) == pytest.approx((1 / 6 - half, 1 / 6 + half))
     alike = share_difference(np.ones(30, bool), np.ones(30, bool))
     assert alike.value == 0 and (alike.low, alike.high) == pytest.approx(
-        (-alike.high, Z * math.sqrt(2) / 32)
+        (-alike.high, Z_95 * math.sqrt(2) / 32)
     )
     assert math.isnan(share_difference(np.zeros(0, bool), np.zeros(0, bool)).value)
 
@@ -115,7 +119,7 @@ def test_win_rate_counts_a_tie_as_half():
     assert (estimate.value, estimate.count) == (2.5 / 4, 4)
     assert win_rate(np.arange(5), np.arange(5)).value == 0.5
     assert estimate.high - estimate.value == pytest.approx(
-        Z * math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4)
+        Z_95 * math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4)
     )
 
 

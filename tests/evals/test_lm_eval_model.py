@@ -12,7 +12,7 @@ from tests.support import stages, tiny_models
 
 from instructax.data.chat_template import make_template
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine, SampleRequest
 from instructax.serving.policy import Policy
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tests.stages.test_evaluate import network, parts, responses_of
 from tests.support import stages
+from tests.support.run_logs import read_samples
 
 from instructax import rng
 from instructax.data.batches import evaluation_rows, prompt_batch
 from instructax.evals.policy_responses import PolicyEvaluator, truncate_at_stops
-from instructax.generation import generate
-from instructax.runtime.metric_log import read_samples, read_summary
+from instructax.generation.sampler import generate
+from instructax.runtime.metric_log import read_summary
 from instructax.types import Prompts, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

@@ -8,7 +8,7 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.evals import validation
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from tests.support.tiny_models import compute, gpt_config, ragged_prompts, random_params
 
-from instructax.generation import decoding, generate
-from instructax.models import Transformer
+from instructax.generation import decoding
+from instructax.generation.sampler import generate
+from instructax.models.transformer import Transformer
 from instructax.types import Array
 
 EOS = 4

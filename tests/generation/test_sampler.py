@@ -22,8 +22,10 @@ from tests.support.tiny_models import (
     random_params,
 )
 
-from instructax.generation import generate, sampler
-from instructax.models import ModelConfig, Transformer
+from instructax.generation import sampler
+from instructax.generation.sampler import generate
+from instructax.models.config import ModelConfig
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, Rollouts
 
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructax.generation import sample_token
+from instructax.generation.token_sampling import sample_token
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])

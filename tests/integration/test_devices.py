@@ -11,18 +11,14 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax import sharding
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
+from instructax.models.transformer import Transformer
 from instructax.stages import reward_model
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import (
-    abstract_state,
-    layouts,
-    no_adapters,
-    start_from,
-)
+from instructax.training.state import abstract_state, layouts, no_adapters, start_from
 from instructax.types import PpoState
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

@@ -20,15 +20,17 @@ from tests.support.scoring import sequence_scores
 
 from instructax import sharding
 from instructax.data.tokenizer import load_tokenizer, pad_vocab, save_tokenizer
-from instructax.generation import generate
-from instructax.models import Transformer, head_kernel, init_cache, positions_from_mask
+from instructax.generation.sampler import generate
+from instructax.models.attention import positions_from_mask
 from instructax.models.init import abstract_params
+from instructax.models.kv_cache import init_cache
 from instructax.models.logprobs import compute_logits
 from instructax.models.pretrained.gguf_file import LAYER_TENSORS, OTHER_TENSORS
 from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.hf_folder import open_tensors, read_hf_json
 from instructax.models.pretrained.load import read_params
 from instructax.models.pretrained.save import export_tensors
+from instructax.models.transformer import Transformer, head_kernel
 from instructax.serving.policy import open_policy
 from instructax.sharding import MeshConfig
 from instructax.stages import pretrained
@@ -178,7 +180,8 @@ def load_folder(
     family, config = read_config(read_hf_json(folder / "config.json"))
     model = Transformer(config, tiny_models.compute(), "tokens")
     abstract = abstract_params(model, mesh or mesh_of())
-    return model, read_params(open_tensors(folder), family, config, abstract)
+    params = read_params(open_tensors(folder), family, config, abstract, source=folder)
+    return model, params
 
 
 def batch_of(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

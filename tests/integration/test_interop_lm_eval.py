@@ -9,7 +9,7 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
 from instructax.serving.policy import Policy, open_policy
 from instructax.stages import pretrained

@@ -21,9 +21,10 @@ from tests.support import stages, tiny_models
 
 from instructax.config import construct
 from instructax.data import document_packing
-from instructax.generation import prefill_padding
-from instructax.models import ComputeConfig, Transformer
+from instructax.generation.prefill import prefill_padding
+from instructax.models.config import ComputeConfig
 from instructax.models.sequence_packing import plan_packing
+from instructax.models.transformer import Transformer
 from instructax.types import Prompts
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)

@@ -12,14 +12,11 @@ import pytest
 from tests.support import stages, tiny_models
 
 from instructax.experiment import run_stage
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.stages.ppo import algorithm
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import (
-    abstract_state,
-    no_adapters,
-)
+from instructax.training.state import abstract_state, no_adapters
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import stages
+from tests.support.run_logs import last_beat, read_samples
 
 from instructax import cli
 from instructax.checkpoints import checkpoint
@@ -17,8 +18,7 @@ from instructax.config import ConfigError
 from instructax.evals import validation
 from instructax.experiment import run_stage
 from instructax.runtime import goodput
-from instructax.runtime.heartbeat import last_beat
-from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
+from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.runtime.preemption import check_stop_requested
 from instructax.training import loop as training
 

@@ -21,7 +21,7 @@ from instructax.models.pretrained import hf_folder
 from instructax.runtime.files import write_json
 from instructax.runtime.metric_log import MetricLog
 from instructax.runtime.workdir_lock import lock_workdir
-from instructax.training.workdir import claim
+from instructax.training.workdir import claim_workdir
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,7 +298,7 @@ def test_no_dump_shows_a_secret(tmp_path, capsys):
         "source": "https://me:hunter2@host/x",
         "pad_token_id": 3,
     }
-    claim(tmp_path, config)
+    claim_workdir(tmp_path, config)
     write_manifest(
         tmp_path,
         stage="world",
@@ -327,9 +327,9 @@ def test_no_dump_shows_a_secret(tmp_path, capsys):
         json.loads((tmp_path / "manifest.json").read_text())["config"]["pad_token_id"] == 3
     )
     (tmp_path / "summary.json").write_text("{}")
-    claim(tmp_path, config)  # the same config again is accepted
+    claim_workdir(tmp_path, config)  # the same config again is accepted
     with pytest.raises(ConfigError) as error:
-        claim(tmp_path, {**config, "pad_token_id": 4})
+        claim_workdir(tmp_path, {**config, "pad_token_id": 4})
     assert "pad_token_id: 3 (stored) != 4 (given)" in str(
         error.value
     ) and "hunter2" not in str(error.value)

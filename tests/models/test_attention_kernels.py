@@ -22,9 +22,11 @@ from tests.support import stages, tiny_models
 
 from instructax.config import ConfigError
 from instructax.experiment import dry_run, run_stage
-from instructax.models import Transformer, attention_kernels, init_cache, transformer
+from instructax.models import attention_kernels, transformer
 from instructax.models.attention import attention_mask
 from instructax.models.init import init_params
+from instructax.models.kv_cache import init_cache
+from instructax.models.transformer import Transformer
 from instructax.stages import build_config, evaluate, load_stage, reward_model
 from instructax.training import attention as selection
 

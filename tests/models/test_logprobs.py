@@ -21,7 +21,7 @@ from tests.support.tiny_models import (
 )
 
 from instructax.masking import masked_mean
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
 from instructax.models.logprobs import (
     compute_logits,
     loss_and_gradients,
@@ -29,6 +29,7 @@ from instructax.models.logprobs import (
     sequence_logprobs_and_entropy,
 )
 from instructax.models.scoring import packed_logprobs
+from instructax.models.transformer import Transformer
 from instructax.types import Array, LmBatch, Params, Rollouts
 
 BATCH = 2
@@ -63,7 +64,13 @@ def test_chunked_logprobs_equal_the_full_softmax(inputs, chunk):
     def weighted(hidden: Array, kernel: Array, temperature: Array) -> tuple[Any, Any]:
         def total(hidden: Array, kernel: Array) -> tuple[Array, Array]:
             logprobs = sequence_logprobs(
-                hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
+                hidden,
+                kernel,
+                targets,
+                EVERY,
+                temperature=temperature,
+                chunk=chunk,
+                cap=0.0,
             )
             return jnp.sum(weights * logprobs), logprobs
 
@@ -90,11 +97,15 @@ def test_masked_positions_have_no_effect(inputs, chunk):
     hidden, kernel, targets, _ = inputs
     mask = np.array([[False, True, True, False, False, True, False], [False] * 6 + [True]])
     poisoned = np.where(mask[..., None], hidden, np.nan).astype(np.float32)
-    whole = sequence_logprobs(hidden, kernel, targets, EVERY, temperature=0.7, chunk=chunk)
-    some = sequence_logprobs(poisoned, kernel, targets, mask, temperature=0.7, chunk=chunk)
+    whole = sequence_logprobs(
+        hidden, kernel, targets, EVERY, temperature=0.7, chunk=chunk, cap=0.0
+    )
+    some = sequence_logprobs(
+        poisoned, kernel, targets, mask, temperature=0.7, chunk=chunk, cap=0.0
+    )
     np.testing.assert_allclose(some, np.where(mask, whole, 0.0), rtol=1e-5, atol=1e-6)
     nothing = sequence_logprobs(
-        hidden, kernel, targets, ~EVERY, temperature=0.7, chunk=chunk
+        hidden, kernel, targets, ~EVERY, temperature=0.7, chunk=chunk, cap=0.0
     )
     assert not np.any(nothing)
 
@@ -122,7 +133,8 @@ def test_loss_and_gradients_equal_the_full_softmax(inputs, chunk):
             weights,
         )
 
-    found = jax.jit(partial(loss_and_gradients, loss_of, temperature=0.7, chunk=chunk))(
+    settings = {"temperature": 0.7, "chunk": chunk, "cap": 0.0}
+    found = jax.jit(partial(loss_and_gradients, loss_of, **settings))(
         hidden, kernel, targets, mask, weights
     )
     (loss, metrics), (by_hidden, by_kernel) = jax.value_and_grad(
@@ -175,7 +187,7 @@ def test_an_empty_mask_has_zero_loss_and_gradient(inputs):
         return masked_mean(logprobs, mask), {}
 
     loss, _, *gradients = loss_and_gradients(
-        loss_of, hidden, kernel, targets, ~EVERY, None, temperature=1.0, chunk=3
+        loss_of, hidden, kernel, targets, ~EVERY, None, temperature=1.0, chunk=3, cap=0.0
     )
     assert loss == 0
     assert not any(np.any(gradient) for gradient in gradients)
@@ -186,14 +198,14 @@ def test_entropy(inputs, chunk):
     hidden, kernel, targets, _ = inputs
     for temperature in (0.7, 1.0):
         logprobs, entropy = sequence_logprobs_and_entropy(
-            hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
+            hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk, cap=0.0
         )
         probabilities = softmax(hidden, kernel, temperature)
         np.testing.assert_allclose(
             entropy, -(probabilities * np.log(probabilities)).sum(axis=-1), rtol=1e-5
         )
         same = sequence_logprobs(
-            hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk
+            hidden, kernel, targets, EVERY, temperature=temperature, chunk=chunk, cap=0.0
         )
         np.testing.assert_allclose(logprobs, same, rtol=1e-5, atol=1e-6)
 
@@ -204,7 +216,7 @@ def test_entropy_of_known_distributions():
     targets = jnp.array([[3, 3]])
     hidden = jnp.array([[[0.0], [200.0]]])
     logprobs, entropy = sequence_logprobs_and_entropy(
-        hidden, kernel, targets, EVERY[:1, :2], temperature=1.0, chunk=1
+        hidden, kernel, targets, EVERY[:1, :2], temperature=1.0, chunk=1, cap=0.0
     )
     np.testing.assert_allclose(logprobs, [[-np.log(8), 0.0]], atol=1e-6)
     np.testing.assert_allclose(entropy, [[np.log(8), 0.0]], atol=1e-6)
@@ -212,7 +224,7 @@ def test_entropy_of_known_distributions():
 
 def test_logits_are_summed_in_float32():
     """In bfloat16, 256 + 1 is 256, because its values are 2 apart there."""
-    logits = compute_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]))
+    logits = compute_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.array([[256.0, 1.0]]), 0.0)
     assert logits.dtype == jnp.float32
     assert logits.tolist() == [[257.0]]
 

@@ -7,24 +7,18 @@ import numpy as np
 import optax
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.saved import load_newest_params
 from tests.support.scoring import token_logprobs
 
 from instructax import sharding
 from instructax.checkpoints.parents import open_parent
-from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.experiment import run_stage
 from instructax.losses import next_token_loss
-from instructax.models import (
-    LoraConfig,
-    Transformer,
-    add_lora,
-    merge_lora,
-    merge_trees,
-    trainable,
-)
 from instructax.models.init import abstract_params
+from instructax.models.lora import LoraConfig, add_lora, merge_lora, merge_trees, trainable
 from instructax.models.scoring import packed_loss_and_gradients
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_metrics
 from instructax.serving.policy import open_policy
 from instructax.stages import build_config
@@ -248,7 +242,7 @@ def test_a_run_trains_adapters_only_and_resumes(chain, tmp_path, name):
     for network, params in networks(last).items():
         before = networks(first)[network]
         stored = jax.device_get(
-            load_params(parents[network], stored_shapes(parents[network]))
+            load_newest_params(parents[network], stored_shapes(parents[network]))
         )
         trunk = {
             part: leaf

@@ -18,12 +18,13 @@ from tests.support.tiny_models import (
     random_params,
 )
 
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
 from instructax.models.scoring import (
     packed_logprobs,
     packed_logprobs_and_entropy,
     rollout_sequences,
 )
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Comparisons, LmBatch, Params, Prompts, Rollouts
 
 FAMILIES = {"gpt": gpt_config(), "llama": llama_config()}

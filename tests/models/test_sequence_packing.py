@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tests.support import stages, tiny_models
 
-from instructax.models import Transformer
 from instructax.models.scoring import (
     comparison_sequences,
     last_token_columns,
@@ -24,6 +23,7 @@ from instructax.models.sequence_packing import (
     plan_packing,
     scan_packed_rows,
 )
+from instructax.models.transformer import Transformer
 from instructax.types import LmBatch, Rollouts
 
 MESH = stages.mesh_of()

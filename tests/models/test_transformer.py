@@ -25,28 +25,26 @@ from tests.support.tiny_models import (
 )
 
 from instructax.config import construct
-from instructax.models import (
-    ComputeConfig,
-    Dropout,
-    ModelConfig,
-    RotaryScaling,
-    Transformer,
-    cast_matrices,
-    head_kernel,
-    init_cache,
-    parameter_count,
-    positions_from_mask,
-)
 from instructax.models.attention import (
     MAX_QUERY_BLOCKS,
     MIN_QUERY_BLOCK,
     attend,
     attend_causally,
     attention_mask,
+    positions_from_mask,
 )
+from instructax.models.config import ComputeConfig, ModelConfig, RotaryScaling
 from instructax.models.init import init_params
-from instructax.models.layers import apply_dropout
-from instructax.models.transformer import SCAN_UNROLL, scan_blocks
+from instructax.models.kv_cache import init_cache
+from instructax.models.layers import Dropout, apply_dropout
+from instructax.models.transformer import (
+    SCAN_UNROLL,
+    Transformer,
+    cast_matrices,
+    head_kernel,
+    parameter_count,
+    scan_blocks,
+)
 from instructax.types import Params
 
 COLUMNS = 12

@@ -18,7 +18,7 @@ from instructax.report.agreement import (
 from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
 from instructax.report.results import response_text
 from instructax.simulation.labelers import Labeler
-from instructax.simulation.lexicon import generator
+from instructax.simulation.lexicon import rng_for
 
 pytest_plugins = ("tests.support.report_fixtures",)
 
@@ -65,7 +65,7 @@ def test_agreement_on_three_prompts_by_hand():
     fair = labeler("fair")
     wordy = labeler("wordy", length_bias=0.5)
     labelers = {TRAINING_GROUP: [fair, fair], HELD_OUT_GROUP: [wordy, wordy]}
-    agreements = measure_agreement(responses, labelers, generator(0, "test"))
+    agreements = measure_agreement(responses, labelers, rng_for(0, "test"))
     training, held_out, across = (agreements[name] for name in LABELER_PAIRS)
     assert training == Agreement(Estimate(1.0, 1.0, 1.0, 3), 6)
     assert held_out == Agreement(Estimate(1.0, 1.0, 1.0, 3), 7)
@@ -85,13 +85,13 @@ def test_labelers_who_never_agree_and_labelers_with_nothing_to_compare():
     responses = [(open_question(str(i)), texts) for i in range(9)]
     members = [labeler("brief", length_bias=-9.0), labeler("wordy", length_bias=9.0)]
     labelers = {TRAINING_GROUP: members, HELD_OUT_GROUP: members}
-    agreements = measure_agreement(responses, labelers, generator(0, "test"))
+    agreements = measure_agreement(responses, labelers, rng_for(0, "test"))
     never = Agreement(Estimate(0.0, 0.0, 0.0, 9), 27)
     assert agreements["training labelers"] == never
     assert agreements["held-out labelers"] == never
 
     single = [(open_question("a"), ["Arden."])]
-    agreements = measure_agreement(single, labelers, generator(0, "test"))
+    agreements = measure_agreement(single, labelers, rng_for(0, "test"))
     for agreement in agreements.values():
         assert math.isnan(agreement.share.value)
         assert agreement.pairs == 0

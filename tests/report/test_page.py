@@ -48,7 +48,7 @@ def embedded_samples(page_text):
 
 def test_an_experiment_of_one_size_has_a_page(tmp_path, capsys):
     root = report_logs.write_one_size(tmp_path / "one-size")
-    path = report.write([root], tmp_path / "out")
+    path = report.write_report([root], tmp_path / "out")
     assert "GPT" in capsys.readouterr().out
     assert (tmp_path / "out" / "figure-1.png").stat().st_size > 10_000
 
@@ -155,7 +155,7 @@ def test_the_same_logs_give_the_same_page(tmp_path):
         roots.append(report_logs.write_one_size(tmp_path / name, seed))
     pages = []
     for name in ("a", "b"):
-        pages.append(report.write(roots, tmp_path / name).read_bytes())
+        pages.append(report.write_report(roots, tmp_path / name).read_bytes())
     assert pages[0] == pages[1]
     assert (tmp_path / "a" / "figure-4-1.png").exists()
     assert "second" in pages[0].decode()

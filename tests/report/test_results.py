@@ -140,7 +140,7 @@ def test_unusable_logs_are_a_one_line_error_with_code_2(tmp_path, capsys, fault,
     root = report_logs.write_family(tmp_path / "family", count=3)
     fault(root)
     out = tmp_path / "out"
-    assert cli.guarded(lambda: report.write([root], out)) == cli.USER_ERROR
+    assert cli.guarded(lambda: report.write_report([root], out)) == cli.USER_ERROR
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -152,7 +152,7 @@ def test_ppo_on_prompts_of_another_world_is_a_one_line_error(tmp_path, capsys):
     path = root / "micro" / "ppo" / "samples.jsonl"
     path.write_text(path.read_text().replace('"prompt": "', '"prompt": "Elsewhere: ', 1))
     out = tmp_path / "out"
-    assert cli.guarded(lambda: report.write([root], out)) == cli.USER_ERROR
+    assert cli.guarded(lambda: report.write_report([root], out)) == cli.USER_ERROR
     error = capsys.readouterr().err
     assert "micro/ppo belongs to a different world" in error
     assert error.count("\n") == 1

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 from tests.support import stages
+from tests.support.run_logs import read_samples
 
 from instructax.checkpoints.steps import committed_steps
 from instructax.config import ConfigError
 from instructax.runtime import distributed
-from instructax.runtime.metric_log import read_metrics, read_samples
+from instructax.runtime.metric_log import read_metrics
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from instructax.runtime.heartbeat import LENGTH, Heartbeat, last_beat
+from tests.support.run_logs import last_beat
+
+from instructax.runtime.heartbeat import LENGTH, Heartbeat
 
 
 def test_the_file_is_one_line_that_is_overwritten(tmp_path):

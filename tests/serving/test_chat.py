@@ -135,7 +135,8 @@ def test_a_chat_continues_and_restarts(chain, capsys, monkeypatch):
     user_turns = ["Name a fruit.", " ", "And another.", "/new", "Name a fruit."]
     chat.run_chat(chain / "sft", user_turns, SAMPLING, dtype="float32", system="")
     first, empty, second, _ = capsys.readouterr().out.splitlines()
-    assert empty == "(the message is empty; /new starts a new conversation)"
+    message = "the message ' ' is empty: type a question"
+    assert empty == f"({message}; /new starts a new conversation)"
     assert conversations[0] == conversations[2]
     assert conversations[0] == [{"role": "user", "content": "Name a fruit."}]
     roles = [message["role"] for message in conversations[1]]

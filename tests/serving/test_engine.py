@@ -21,8 +21,8 @@ from tests.support.tiny_models import (
 from instructax import rng
 from instructax.config import ConfigError
 from instructax.data.batches import left_pad
-from instructax.generation import advance_sampling, generate, start_sampling
-from instructax.models import Transformer
+from instructax.generation.sampler import advance_sampling, generate, start_sampling
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine, SampleRequest, ScoreRequest, _score
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

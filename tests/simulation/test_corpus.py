@@ -10,7 +10,7 @@ from instructax.simulation import corpus
 from instructax.simulation.lexicon import (
     FILLER_SENTENCES,
     PERSON_NAMES,
-    generator,
+    rng_for,
     words_of,
 )
 from instructax.simulation.world import PERSON_CLAUSES, fact_statement
@@ -18,7 +18,7 @@ from instructax.simulation.world import PERSON_CLAUSES, fact_statement
 
 @pytest.fixture(scope="module")
 def documents():
-    rng = generator(0, "test")
+    rng = rng_for(0, "test")
     return [corpus.sample_document(WORLD, rng) for _ in range(4000)]
 
 

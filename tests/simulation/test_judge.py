@@ -7,7 +7,7 @@ import pytest
 from tests.support.simulated_tasks import HAND_TASKS, WORLD
 
 from instructax.simulation.judge import judge, likert_grade
-from instructax.simulation.lexicon import NO_COMMENT, REFUSAL, generator
+from instructax.simulation.lexicon import NO_COMMENT, REFUSAL, rng_for
 from instructax.simulation.passage_tasks import dialect_task
 from instructax.simulation.use_cases import USE_CASES
 from instructax.simulation.world import create_world
@@ -157,7 +157,7 @@ def test_likert_grades_round_to_even_and_stay_within_the_scale():
 
 @pytest.mark.parametrize("name", USE_CASES)
 def test_every_use_case_has_perfect_responses(name):
-    rng = generator(1, name)
+    rng = rng_for(1, name)
     for _ in range(150):
         task = USE_CASES[name].sample_task(WORLD, rng)
         judgement = judge(task, task.ideal)
@@ -172,7 +172,7 @@ def test_translations_are_judged_alike_in_all_worlds():
     """A correct translation, one with another word of the dialect, and no translation."""
     for seed in range(4):
         world = create_world(seed)
-        task = dialect_task(world, generator(0, "dialect"))  # the same sentence in each
+        task = dialect_task(world, rng_for(0, "dialect"))  # the same sentence in each
         assert task.prompt == "Say in dialect: Tom is a cook."
         name, article, _, verb = task.ideal.removesuffix(".").split()
         responses = (

@@ -10,7 +10,7 @@ from instructax.report.agreement import LABELER_PAIRS, measure_agreement
 from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
 from instructax.simulation.judge import judge
 from instructax.simulation.labelers import Labeler, create_labelers, ranks_from_utilities
-from instructax.simulation.lexicon import REFUSAL, generator
+from instructax.simulation.lexicon import REFUSAL, rng_for
 from instructax.simulation.writers import sample_responses
 
 UNBIASED = Labeler(
@@ -40,7 +40,7 @@ def test_perceived_utility_is_true_utility_plus_biases_plus_noise():
     task = HAND_TASKS["list"]
     # True utilities 1 and 1 − 6 · 0.04.
     responses = ["Cat, dog and fox.", "Cat, dog and fox. What a lovely day it is."]
-    rng = generator(0, "test")
+    rng = rng_for(0, "test")
 
     def perceived(labeler: Labeler, name: str, texts: list[str]) -> list[float]:
         return [labeler.perceived_utility(HAND_TASKS[name], text, rng) for text in texts]
@@ -66,7 +66,7 @@ def test_perceived_utility_is_true_utility_plus_biases_plus_noise():
 
 def agreements(crews: dict[str, list[Labeler]], seed: int) -> list[float]:
     """For each of LABELER_PAIRS, the share of pairs that two labelers order alike."""
-    rng = generator(seed, "agreement")
+    rng = rng_for(seed, "agreement")
     compared = []
     for task in sample_tasks(700, seed):
         compared.append((task, sample_responses(task, int(rng.integers(4, 10)), rng)))

@@ -8,7 +8,7 @@ from tests.support.public_tasks import CHOICE_TASKS, WORLD, sampled_items
 
 from instructax.data.tokenizer import train_bpe
 from instructax.simulation import corpus
-from instructax.simulation.lexicon import NO_COMMENT, generator
+from instructax.simulation.lexicon import NO_COMMENT, rng_for
 from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
 
 # The number of items of the tasks that have fewer than 200.
@@ -71,7 +71,7 @@ def test_the_examples_of_the_task_truth_tell_the_truth():
 
 def test_all_conditions_fit_the_context_of_the_family():
     config: Any = public_tasks_config.get_config("micro")
-    rng = generator(0, "test")
+    rng = rng_for(0, "test")
     documents = (corpus.sample_document(WORLD, rng) for _ in range(6000))
     tokenizer = train_bpe(documents, config.model.vocab_size)
     assert config.context_tokens + config.answer_tokens == config.model.max_length

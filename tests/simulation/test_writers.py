@@ -4,12 +4,12 @@ import numpy as np
 from tests.support.simulated_tasks import sample_tasks
 
 from instructax.simulation.judge import judge
-from instructax.simulation.lexicon import generator
+from instructax.simulation.lexicon import rng_for
 from instructax.simulation.writers import WRITER_STYLES, write_demonstration
 
 
 def test_demonstrations_are_far_from_perfect_and_the_good_writer_is_best():
-    rng = generator(0, "test")
+    rng = rng_for(0, "test")
     tasks = sample_tasks(600)
     means = {}
     for name, style in WRITER_STYLES.items():

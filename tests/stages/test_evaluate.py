@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.support import stages
+from tests.support.run_logs import read_samples
+from tests.support.saved import load_newest_params
 
-from instructax import generation, rng, sharding
+from instructax import rng, sharding
 from instructax.checkpoints.parents import tokenizer_of
-from instructax.checkpoints.restore import load_params
 from instructax.data import loaders
 from instructax.data.batches import evaluation_rows, lm_batch, prompt_batch
 from instructax.data.prompt_format import PLAIN_FORMAT
 from instructax.evals.intervals import share_estimate
 from instructax.experiment import run_stage
-from instructax.models import Transformer
+from instructax.generation.sampler import generate
 from instructax.models.init import init_params
-from instructax.runtime.metric_log import read_samples, read_summary
+from instructax.models.transformer import Transformer
+from instructax.runtime.metric_log import read_summary
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -41,7 +43,7 @@ def network(chain, run: str, head: str):
     config = parts(chain)[0]
     model = Transformer(config.model, config.compute, head)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return model, load_params(
+    return model, load_newest_params(
         chain / run, sharding.abstract_arrays(shapes, stages.mesh_of())
     )
 
@@ -59,7 +61,7 @@ def rollouts_of(chain, run: str, temperature: float = 1.0):
         rng.step_key(config.seed, "evaluate", 0), jnp.asarray(rows, jnp.int32)
     )
     sample = partial(
-        generation.generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id
+        generate, model, length=limits.response_tokens, eos_id=tokenizer.eos_id
     )
     return jax.jit(partial(sample, temperature=temperature))(params, prompts, keys)
 

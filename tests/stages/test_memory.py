@@ -13,15 +13,14 @@ from tests.support import tiny_models
 
 from instructax import sharding
 from instructax.config import ConfigError
-from instructax.models import LoraConfig, Transformer, init_cache
+from instructax.models.kv_cache import init_cache
+from instructax.models.lora import LoraConfig
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig, make_mesh
 from instructax.stages import build_config, load_stage
 from instructax.stages import memory as estimate
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import (
-    abstract_state,
-    no_adapters,
-)
+from instructax.training.state import abstract_state, no_adapters
 
 GIB = 2**30
 

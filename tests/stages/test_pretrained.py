@@ -19,9 +19,10 @@ from instructax.checkpoints.manifest import read_manifest
 from instructax.checkpoints.parents import open_parent
 from instructax.config import ConfigError
 from instructax.data.tokenizer import load_tokenizer
-from instructax.models import ModelConfig, Transformer
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained import save
 from instructax.models.pretrained.hf_configs import write_config
+from instructax.models.transformer import Transformer
 from instructax.serving.policy import open_policy
 from instructax.stages import build_config, pretrained
 from instructax.types import Params

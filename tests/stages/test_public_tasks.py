@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import stages
+from tests.support.run_logs import read_samples
+from tests.support.saved import load_newest_params
 
 from instructax import experiment
 from instructax.checkpoints.parents import tokenizer_of
-from instructax.checkpoints.restore import load_params
 from instructax.evals.text_metrics import bleu, first_line, token_f1
 from instructax.experiment import RunSpec, run_stage
-from instructax.models import Transformer
 from instructax.models.init import abstract_params
-from instructax.runtime.metric_log import read_samples, read_summary
+from instructax.models.transformer import Transformer
+from instructax.runtime.metric_log import read_summary
 from instructax.simulation.public_items import TaskItem
 from instructax.simulation.public_tasks import PUBLIC_TASKS, create_contexts, create_items
 from instructax.simulation.task_metrics import is_rude, judge_truthfulness
@@ -59,7 +60,7 @@ def network(chain, run: str):
     shapes = abstract_params(model, stages.mesh_of())
     return (
         model,
-        load_params(chain / run, shapes),
+        load_newest_params(chain / run, shapes),
         tokenizer_of(config.tokenizer, config.model),
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.saved import load_newest_params
 
 from instructax import experiment, rng
 from instructax.checkpoints.parents import tokenizer_of
@@ -19,16 +20,14 @@ from instructax.checkpoints.restore import load_params
 from instructax.checkpoints.steps import committed_steps
 from instructax.data import loaders
 from instructax.data.batches import batch_row_ids, lm_batch
-from instructax.models import ModelConfig, Transformer
+from instructax.data.prompt_format import PLAIN_FORMAT
+from instructax.models.config import ModelConfig
 from instructax.models.init import init_params
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import reward_model
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import (
-    abstract_state,
-    new_state,
-    no_adapters,
-)
+from instructax.training.state import abstract_state, new_state, no_adapters
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -221,7 +220,7 @@ def prepared_comparisons(chain):
     config, _, tokenizer, _ = reward_parts(chain)
     files = [Path(path) for path in config.data.comparisons]
     return reward_model.prepare_comparisons(
-        files, tokenizer, config.data.limits, Path(config.data.folder)
+        files, tokenizer, config.data.limits, Path(config.data.folder), PLAIN_FORMAT
     )
 
 
@@ -230,7 +229,7 @@ def test_starts_from_the_parents_trunk_with_a_fresh_head(chain, tmp_path):
     state = stages.initial_state(stages.config_of(chain, "reward", {}), tmp_path / "run")
     config, *_ = reward_parts(chain)
     policy = Transformer(config.model, config.compute, "tokens")
-    parent = load_params(
+    parent = load_newest_params(
         chain / "sft",
         abstract_state(policy, GRADIENT, stages.mesh_of(), no_adapters).params,
     )
@@ -301,9 +300,9 @@ def test_demonstrations_score_zero_on_average_at_every_kept_step(chain, kept):
     limits = config.data.limits
     folder = Path(config.data.folder)
     files = [Path(path) for path in config.data.demonstrations]
-    source = reward_model.prepare_demonstrations(files, tokenizer, limits, folder).sources[
-        "train"
-    ]
+    source = reward_model.prepare_demonstrations(
+        files, tokenizer, limits, folder, PLAIN_FORMAT
+    ).sources["train"]
     rows = lm_batch(source, np.arange(len(source)), limits.sequence_tokens)
     scores = stages.plain_scores(
         model, params, [tokens for tokens, _ in stages.documents_of(rows)]

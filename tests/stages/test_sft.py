@@ -9,23 +9,20 @@ import numpy as np
 import optax
 import pytest
 from tests.support import stages
+from tests.support.saved import load_newest_params
 
 from instructax import experiment, rng
 from instructax.checkpoints.parents import tokenizer_of
-from instructax.checkpoints.restore import load_params
 from instructax.config import ConfigError
 from instructax.data import loaders
 from instructax.data.batches import lm_batch
-from instructax.models import Transformer
+from instructax.data.prompt_format import PLAIN_FORMAT
 from instructax.models.init import init_params
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages import build_config
 from instructax.training import supervised
-from instructax.training.state import (
-    abstract_state,
-    new_state,
-    no_adapters,
-)
+from instructax.training.state import abstract_state, new_state, no_adapters
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -35,7 +32,7 @@ def sft_parts(chain):
     """(config, tokenizer, prepared rows) of the chain's SFT run."""
     config = stages.config_with_kernel(stages.config_of(chain, "sft", {}))
     tokenizer = tokenizer_of(config.tokenizer, config.model)
-    return config, tokenizer, loaders.read_lm_data(config.data, tokenizer)
+    return config, tokenizer, loaders.read_lm_data(config.data, tokenizer, PLAIN_FORMAT)
 
 
 def training_reader(config, data, batch_size):
@@ -76,14 +73,14 @@ def test_a_fraction_that_does_not_fit_the_files_is_refused(
         config.data, text_fraction=text_fraction, demonstrations=demonstrations, text=text
     )
     with pytest.raises(ConfigError, match=f"text_fraction = {text_fraction} does not fit"):
-        loaders.read_lm_data(data, tokenizer)
+        loaders.read_lm_data(data, tokenizer, PLAIN_FORMAT)
 
 
 def test_the_first_step_starts_from_the_parent(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
     abstract = abstract_state(model, optax.identity(), stages.mesh_of(), no_adapters).params
-    params = load_params(chain / "pretrain", abstract)
+    params = load_newest_params(chain / "pretrain", abstract)
     first = training_reader(config, data, config.batch_size)(0)
     logged = read_metrics(chain / "sft")[0]
     assert logged["loss"] == pytest.approx(
@@ -112,7 +109,7 @@ def test_a_run_uses_its_dropout_rate(chain, tmp_path):
     abstract = abstract_state(
         own.model, optax.identity(), stages.mesh_of(), no_adapters
     ).params
-    state = new_state(load_params(chain / "pretrain", abstract), optax.identity())
+    state = new_state(load_newest_params(chain / "pretrain", abstract), optax.identity())
     first = training_reader(config, data, config.batch_size)(0)
     update = jax.jit(partial(supervised.supervised_update, own))
     settings = stages.supervised_settings(seed=config.seed, dropout=0.3)
@@ -126,7 +123,7 @@ def test_validation_losses_equal_the_plain_computation(chain):
     config, _, data = sft_parts(chain)
     model = Transformer(config.model, config.compute, "tokens")
     abstract = abstract_state(model, optax.identity(), stages.mesh_of(), no_adapters).params
-    params = load_params(chain / "sft", abstract)
+    params = load_newest_params(chain / "sft", abstract)
     summary = read_summary(chain / "sft")
     for name in ("demonstrations", "text"):
         source = data[name].sources["validation"]

@@ -6,7 +6,7 @@ import threading
 from tests.support import tiny_models
 
 from instructax.data.tokenizer import load_tokenizer
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine, SampleRequest
 from instructax.serving.policy import Policy
 from instructax.serving.text_stream import TextStream

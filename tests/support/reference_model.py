@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 
 
 def norm(x: np.ndarray, parameters: dict[str, Any], config: ModelConfig) -> np.ndarray:

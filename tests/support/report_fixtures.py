@@ -24,4 +24,4 @@ def judged(family):
 @pytest.fixture(scope="session")
 def page(family, tmp_path_factory):
     """The path of the family's page."""
-    return report.write([family], tmp_path_factory.mktemp("report"))
+    return report.write_report([family], tmp_path_factory.mktemp("report"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from instructax.simulation.files import recreate_prompts, recreate_tasks
-from instructax.simulation.lexicon import generator
+from instructax.simulation.lexicon import rng_for
 from instructax.simulation.tasks import Task, make_fact_task
 from instructax.simulation.writers import WRITER_STYLES, corrupt, write_demonstration
 
@@ -159,7 +159,7 @@ def write_evaluation(
       width: The width of the model.
       run: The name of the run's folder.
     """
-    rng = generator(width, run)
+    rng = rng_for(width, run)
     records = []
     for policy, quality in qualities.items():
         for prompt, task in tasks.items():
@@ -210,7 +210,7 @@ def write_reward_models(root: Path, accuracies: dict[str, float]) -> None:
 
 def write_ppo(folder: Path, tasks: dict[str, Task], iterations: int = 12) -> None:
     """Writes a PPO run whose score rises with the KL, while true utility turns down."""
-    rng = generator(len(folder.name), "ppo")
+    rng = rng_for(len(folder.name), "ppo")
     prompts = list(tasks)
     metrics = []
     samples = []

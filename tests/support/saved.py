@@ -7,7 +7,14 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from instructax.checkpoints.checkpoint import Checkpoints
+from instructax.checkpoints.restore import load_params
+from instructax.checkpoints.steps import committed_steps
 from instructax.types import PpoState, TrainState
+
+
+def load_newest_params(workdir, abstract):
+    """The parameters of the newest step of a run."""
+    return load_params(workdir, abstract, step=committed_steps(workdir)[-1])
 
 
 def make_train_state(seed=0.0, width=8):

@@ -1,7 +1,6 @@
 """Per-response log-probabilities, values and scores, computed with the packed scoring
 functions."""
 
-from instructax.models import Transformer
 from instructax.models.scoring import (
     comparison_sequences,
     packed_logprobs,
@@ -10,6 +9,7 @@ from instructax.models.scoring import (
     rollout_sequences,
     select_last_token,
 )
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Comparisons, Params, Rollouts
 
 

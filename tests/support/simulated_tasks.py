@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from instructax.simulation.lexicon import CATEGORIES, choose_weighted, generator
+from instructax.simulation.lexicon import CATEGORIES, choose_weighted, rng_for
 from instructax.simulation.tasks import (
     Task,
     make_fact_task,
@@ -40,7 +40,7 @@ def sample_task(rng: np.random.Generator) -> Task:
 
 def sample_tasks(count: int, seed: int = 0) -> list[Task]:
     """Samples `count` tasks of WORLD."""
-    rng = generator(seed, "test")
+    rng = rng_for(seed, "test")
     return [sample_task(rng) for _ in range(count)]
 
 

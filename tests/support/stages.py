@@ -27,7 +27,8 @@ from instructax.checkpoints.checkpoint import Checkpoints
 from instructax.checkpoints.manifest import write_manifest
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import RunSpec
-from instructax.models import ModelConfig, Transformer, head_kernel
+from instructax.models.config import ModelConfig
+from instructax.models.transformer import Transformer, head_kernel
 from instructax.runtime.files import write_json
 from instructax.sharding import MeshConfig
 from instructax.stages import build_config, load_stage
@@ -36,11 +37,7 @@ from instructax.training import loop
 from instructax.training.attention import select_attention_kernel
 from instructax.training.optimizer import make_optimizer
 from instructax.training.settings import OptimizerSettings
-from instructax.training.state import (
-    new_state,
-    no_adapters,
-    start_from,
-)
+from instructax.training.state import new_state, no_adapters, start_from
 from instructax.training.supervised import SupervisedSettings
 from instructax.types import Comparisons, LmBatch, PpoState, Rollouts
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.models import ComputeConfig, ModelConfig, RotaryScaling, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig, RotaryScaling
+from instructax.models.transformer import Transformer
 from instructax.training.optimizer import OptimizerConfig
 from instructax.types import Params, Prompts
 

@@ -16,7 +16,7 @@ from tests.support import tiny_models
 
 from instructax import sharding
 from instructax.masking import masked_mean
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.runtime.nonfinite import Diverged, NonFiniteGuard
 from instructax.runtime.preemption import check_stop_requested
 from instructax.sharding import MeshConfig, make_mesh

@@ -12,8 +12,8 @@ import optax
 import pytest
 from tests.support import tiny_models
 
-from instructax.models import Transformer
 from instructax.models.init import init_params
+from instructax.models.transformer import Transformer
 from instructax.training.optimizer import (
     apply_gradients,
     learning_rate_at,

@@ -10,7 +10,7 @@ import optax
 import pytest
 from tests.support import stages, tiny_models
 
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
 from instructax.training.state import new_state

@@ -40,8 +40,8 @@ class Checkpoints:
 
     Args:
       workdir: the folder of the run.
-      save_every: steps between two saves by `maybe_save`.
-      keep: how many of the newest steps are kept.
+      save_every: steps between two saves by `maybe_save`, at least 1.
+      keep: how many of the newest steps are kept, at least 1.
       best_metric: name of a metric whose best step (see `best_step`) is kept as well;
         "" for none.
       best_mode: "min" or "max": which value of `best_metric` is the best.
@@ -63,12 +63,6 @@ class Checkpoints:
         best_mode: str,
         exported: str,
     ):
-        for name, value in (("save_every", save_every), ("keep", keep)):
-            if value < 1:
-                raise ConfigError(
-                    f"{name} is {value}; it must be at least 1: set it in the config of "
-                    "the run"
-                )
         self._workdir = Path(workdir)
         self._root = Path(workdir).absolute() / "checkpoints"
         self._save_every = save_every

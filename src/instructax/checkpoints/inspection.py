@@ -213,5 +213,9 @@ def select_arrays(stored: dict[str, Any], leaves: str) -> dict[str, Any]:
         if name.startswith(prefix):
             selected[name.removeprefix(prefix)] = value
     if not selected:
-        raise ConfigError(f"the step has no arrays under {prefix}")
+        items = sorted({name.partition("/")[0] for name in stored})
+        raise ConfigError(
+            f"--leaves={leaves}: the step has no arrays under {prefix}, only under "
+            f"{', '.join(items)}: give --leaves=all"
+        )
     return selected

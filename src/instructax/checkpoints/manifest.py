@@ -94,7 +94,7 @@ def write_manifest(
 def read_manifest(workdir: Path) -> dict[str, Any]:
     """The manifest of the run in `workdir`, in the names of this version.
 
-    Raises ValueError if the file is absent, unreadable or incomplete.
+    Raises ConfigError if the file is absent, unreadable or incomplete.
     """
     path = Path(workdir) / "manifest.json"
     manifest = upgrade_manifest(_load(path))
@@ -135,16 +135,19 @@ def manifest_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def check_parent(
-    parent: Mapping[str, Any], *, tokenizer_hash: str, tokenizer_path: str
+    parent: Mapping[str, Any], *, named: str, tokenizer_hash: str, tokenizer_path: str
 ) -> None:
-    """Raises ValueError if the run with the manifest `parent` has another tokenizer."""
+    """Raises ConfigError if the run with the manifest `parent` has another tokenizer.
+
+    `named` is the config field that names the run, and its value, for the message.
+    """
     # By hash: a copy of the same tokenizer under another path is accepted.
     theirs = parent["tokenizer"]
     if theirs["hash"] != tokenizer_hash:
         raise ConfigError(
-            f"the parent ({parent['stage']}) has the tokenizer {theirs['hash']} of "
-            f"{theirs['path']}, this run has {tokenizer_hash} of {tokenizer_path}: token "
-            "ids would mean other text; set config.tokenizer to the parent's"
+            f"{named} has the tokenizer {theirs['hash']} of {theirs['path']}, this run has "
+            f"{tokenizer_hash} of {tokenizer_path}: token ids would mean other text; set "
+            "config.tokenizer to the parent's"
         )
 
 

@@ -23,7 +23,8 @@ from instructax.checkpoints.restore import load_params
 from instructax.checkpoints.steps import best_step, committed_steps, files_hash
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
-from instructax.models import LoraConfig, ModelConfig, add_lora, merge_lora
+from instructax.models.config import ModelConfig
+from instructax.models.lora import LoraConfig, add_lora, merge_lora
 from instructax.types import Params
 
 # What a network predicts: the next token, or one score.
@@ -141,8 +142,12 @@ def open_parent(path: str | Path, named: str) -> Parent:
     step = best_step(workdir) if suffix == "best" else int(suffix or steps[-1])
     # Deleted steps cannot be named, so the message lists those that are left.
     kept = f"{named} = {path!r}: it kept the steps {', '.join(map(str, steps))}"
-    require(step is not None, f"{kept}, and its run.best_metric named none as the best")
-    require(step in steps, kept)
+    advice = "name one of these, or no step for the last one"
+    require(
+        step is not None,
+        f"{kept}, and its run.best_metric named none as the best: {advice}",
+    )
+    require(step in steps, f"{kept}: {advice}")
     return Parent(workdir, int(step or 0), manifest)
 
 
@@ -167,7 +172,10 @@ def open_parents(
             parents[name] = open_parent(wanted.path, f"config.{name}")
     for name, parent in parents.items():
         check_parent(
-            parent.manifest, tokenizer_hash=tokenizer.hash, tokenizer_path=tokenizer_path
+            parent.manifest,
+            named=f"config.{name} = {expected[name].path!r}",
+            tokenizer_hash=tokenizer.hash,
+            tokenizer_path=tokenizer_path,
         )
         _check_model(name, parent, expected[name])
     return parents

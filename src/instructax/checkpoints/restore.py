@@ -25,14 +25,14 @@ class CheckpointMismatch(ConfigError):
     """The stored leaves differ from those requested; the message names the first one."""
 
 
-def load_params(path: Path, abstract_params: Params, *, step: int | None = None) -> Params:
+def load_params(path: Path, abstract_params: Params, *, step: int) -> Params:
     """Loads the parameters of a run, directly into the reader's mesh.
 
     Args:
       path: the workdir of the run.
       abstract_params: jax.ShapeDtypeStruct leaves with shardings; the parameters are
         cast to their dtypes.
-      step: which step to load; None means the newest.
+      step: which step to load.
 
     Raises:
       CheckpointMismatch: a leaf is missing, unexpected or has another shape.
@@ -42,13 +42,12 @@ def load_params(path: Path, abstract_params: Params, *, step: int | None = None)
     path = Path(path).absolute()
     # A run that is still writing has steps as well; only committed ones count.
     steps = committed_steps(path)
-    if not steps or step not in (None, *steps):
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    if step not in steps:
         raise ConfigError(
-            f"{wanted} in {path}, only of steps {steps}: run that stage first, or give its "
-            "workdir"
+            f"no checkpoint of step {step} in {path}, only of steps {steps}: run that "
+            "stage first, or give its workdir"
         )
-    step_path = path / "checkpoints" / str(steps[-1] if step is None else step)
+    step_path = path / "checkpoints" / str(step)
     # One item is read: the optimizer state, often twice as large, stays on disk.
     abstract = {"params": abstract_params}
     _refuse_damage(step_path, abstract)

@@ -202,22 +202,19 @@ def mixed_lm_batch(
 
     Of all rows up to the end of any batch, floor(`text_fraction` × rows) come from `text`.
     So a batch too small for a whole row of text gets one every few batches. Within a batch
-    text comes last, and each source has its own stream. Raises ValueError unless the
-    fraction is in 0 .. 1.
+    text comes last, and each source has its own stream.
 
     Args:
       demonstrations: packed rows; unused if the fraction is 1.
       text: packed rows; unused if the fraction is 0.
       index: which batch.
       batch_size: rows of the whole batch, over all processes.
-      text_fraction: fraction of rows that come from `text`.
+      text_fraction: fraction of rows that come from `text`, from 0 to 1.
       length: T.
       seed: of both streams.
       process_index: of this process.
       process_count: processes that share the batch.
     """
-    if not 0 <= text_fraction <= 1:
-        raise ValueError(f"text_fraction {text_fraction} must be in 0 .. 1")
     # The decimal number as it was written: ten times 0.1 is exactly 1.
     fraction = fractions.Fraction(str(text_fraction))
     # Where this batch starts and stops in the mixed stream and in the stream of text.

@@ -3,15 +3,15 @@
 import dataclasses
 import math
 
-from instructax.config import ConfigError, Seed
+from instructax.config import ConfigError, Seed, check_range
 
 # The least value of each length that leaves something to train on.
-_MINIMUMS = (
-    ("sequence_tokens", 2),
-    ("prompt_tokens", 1),
-    ("response_tokens", 2),
-    ("completions", 2),
-)
+_MINIMUMS = {
+    "sequence_tokens": 2,
+    "prompt_tokens": 1,
+    "response_tokens": 2,
+    "completions": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +47,12 @@ class DataLimits:
         return self.prompt_tokens + self.completions * self.response_tokens
 
     def __post_init__(self):
-        for name, least in _MINIMUMS:
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"DataLimits.{name} is {getattr(self, name)}: "
-                    f"it must be at least {least}"
-                )
+        check_range(self, _MINIMUMS)
         for name in ("prefix_characters", "prompts_per_user"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(
-                    f"DataLimits.{name} is {value}: "
-                    "it must be at least 1, or None to keep all"
+                    f"{name} = {value} must be at least 1, or None to keep all"
                 )
         self._check_splits()
 
@@ -68,17 +62,16 @@ class DataLimits:
         # Names become file names of the prepared rows.
         if len(set(names)) < len(names) or not all(map(str.isidentifier, names)):
             raise ConfigError(
-                f"DataLimits.splits has the names {names}: "
-                "they must differ and consist of letters, digits and _"
+                f"splits = {self.splits}: the names must differ and consist of letters, "
+                "digits and _"
             )
         sums_to_one = math.isclose(sum(fractions), 1, abs_tol=1e-9)
         if min(fractions, default=0) <= 0 or not sums_to_one:
             raise ConfigError(
-                f"DataLimits.splits has the fractions {fractions}: "
-                "they must be above 0 and sum to 1"
+                f"splits = {self.splits}: the fractions must be above 0 and sum to 1"
             )
         if self.filter_pii and "train" not in names:
             raise ConfigError(
-                'DataLimits.filter_pii needs a split called "train", '
-                f"but DataLimits.splits has {names}"
+                'filter_pii = True needs a split called "train", but splits = '
+                f"{self.splits}: add one, or set filter_pii = False"
             )

@@ -21,14 +21,14 @@ from instructax.data.batches import (
 )
 from instructax.data.limits import DataLimits
 from instructax.data.prepare import prepare_demonstrations, prepare_text
-from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.types import Comparisons, LmBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LmData:
+class LmDataConfig:
     """Config of packed demonstrations and text."""
 
     demonstrations: tuple[str, ...]
@@ -47,7 +47,7 @@ class LmData:
 
 
 def read_lm_data(
-    config: LmData, tokenizer: Tokenizer, prompt_format: PromptFormat = PLAIN_FORMAT
+    config: LmDataConfig, tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> dict[str, PreparedData]:
     """The packed rows of each source that has files: "demonstrations", "text"."""
     need_demonstrations = config.text_fraction < 1

@@ -16,8 +16,8 @@ import numpy as np
 
 from instructax.data import document_packing, filters
 from instructax.data.limits import DataLimits
-from instructax.data.preparation import Filter, Recipe, TokenIds, run_recipe
 from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
+from instructax.data.recipe import Filter, Recipe, TokenIds, run_recipe
 from instructax.data.schema import Comparison, DataError, Demonstration, Prompt, Text
 from instructax.data.storage import ComparisonRows, PackedRows, PreparedData, PromptRows
 from instructax.data.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def prepare_demonstrations(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    prompt_format: PromptFormat = PLAIN_FORMAT,
+    prompt_format: PromptFormat,
 ) -> PreparedData:
     """Prepares demonstrations as packed rows of T tokens, for `batches.lm_batch`.
 
@@ -123,7 +123,7 @@ def prepare_prompts(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    prompt_format: PromptFormat = PLAIN_FORMAT,
+    prompt_format: PromptFormat,
 ) -> PreparedData:
     """Prepares prompts for `batches.prompt_batch` with P = `limits.prompt_tokens`.
 
@@ -159,7 +159,7 @@ def prepare_comparisons(
     tokenizer: Tokenizer,
     limits: DataLimits,
     data_dir: Path,
-    prompt_format: PromptFormat = PLAIN_FORMAT,
+    prompt_format: PromptFormat,
 ) -> PreparedData:
     """Prepares comparisons for `batches.comparison_batch` with P, K, R of `limits`.
 

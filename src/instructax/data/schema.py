@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from instructax.config import ConfigError
+from instructax.runtime.files import refuse_constant
 
 # A small gzip file can expand to one endless line; reading stops here.
 MAX_LINE_BYTES = 64 * 2**20
@@ -54,7 +55,8 @@ class Comparison:
     id: str
     prompt: str
     completions: tuple[str, ...]
-    # 1 is best, equal numbers tie; None if the pairs fit no order.
+    # 1 is best, equal numbers tie; None if the pairs fit no order. Files count from 1,
+    # the arrays of `types.Comparisons` from 0.
     ranks: tuple[int, ...] | None
     # (i, j, w): w = 1 if i is better, -1 if j is better, 0 if they tie.
     pairs: tuple[tuple[int, int, int], ...]
@@ -181,7 +183,7 @@ def _parse_object(line: bytes) -> dict[str, Any]:
         values = json.loads(
             line.decode("utf-8"),
             object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
+            parse_constant=refuse_constant,
         )
     except UnicodeDecodeError as error:
         raise _Fault(
@@ -205,11 +207,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise _Fault(repeated, "given twice", names)
     return values
-
-
-def _refuse_constant(constant: str):
-    """Refuses NaN and Infinity, which Python's `json` accepts."""
-    raise _Fault("line", "not JSON: a number must be finite", constant)
 
 
 def _text(name: str, value: Any) -> str:

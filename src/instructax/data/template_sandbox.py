@@ -6,37 +6,10 @@ limits catch mistakes and simple attacks; they do not bound memory. A server tha
 untrusted templates also needs a limit of the operating system (`ulimit`, a container).
 """
 
-import contextvars
-import dataclasses
-import datetime
 import functools
-import json
-from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from instructax.config import ConfigError
-
-# Budget of one rendering: an iteration of a loop is one step, and a call, which takes
-# longer, is CALL_STEPS. A long conversation needs thousands of steps.
-MAX_STEPS = 1_000_000
-CALL_STEPS = 20
-# Length of a repeated string or list.
-MAX_REPEATED_LENGTH = 1_000_000
-MAX_EXPONENT = 64
-
-
-@dataclasses.dataclass
-class _Budget:
-    steps_left: int = MAX_STEPS
-
-    def spend(self, steps: int) -> None:
-        self.steps_left -= steps
-        if self.steps_left < 0:
-            raise ValueError(f"its loops and calls exceed {MAX_STEPS} steps")
-
-
-# Compiled templates are cached and shared by threads, so the budget is kept apart.
-_budget: contextvars.ContextVar[_Budget] = contextvars.ContextVar("template_budget")
 
 
 def render_template(source: str, **variables: Any) -> str:
@@ -45,13 +18,16 @@ def render_template(source: str, **variables: Any) -> str:
     Raises ConfigError if the template cannot be parsed, and any exception that it causes at
     run time.
     """
-    # The budget starts anew with every rendering.
     template = compile_template(source)
-    token = _budget.set(_Budget())
+    # Imported only now: `compile_template` reports a missing Jinja.
+    from instructax.data.template_environment import Budget, rendering_budget
+
+    # The budget starts anew with every rendering.
+    token = rendering_budget.set(Budget())
     try:
         return template.render(**variables)
     finally:
-        _budget.reset(token)
+        rendering_budget.reset(token)
 
 
 @functools.lru_cache(maxsize=8)
@@ -61,113 +37,17 @@ def compile_template(source: str) -> Any:
     Raises ConfigError if Jinja is not installed or the template cannot be parsed.
     """
     try:
+        # Jinja is an optional dependency.
         import jinja2
+
+        from instructax.data.template_environment import template_environment
     except ImportError:
         raise ConfigError(
             "a chat template needs jinja2: pip install 'instructax[chat]'"
         ) from None
     try:
-        return _environment().from_string(source)
+        return template_environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template cannot be read: line {error.lineno}: {error.message}"
         ) from None
-
-
-@functools.cache
-def _environment() -> Any:
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.runtime
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} … {% endgeneration %} marks what is trained; the text is
-        unchanged."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            # The token that opened the block.
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        """Charges loops and calls to the budget, and checks products and powers."""
-
-        # Operators that go through `call_binop`.
-        intercepted_binops = frozenset({"*", "**"})
-
-        def _parse(self, source: str, name: Any, filename: Any) -> Any:
-            tree = super()._parse(source, name, filename)
-            # {% for x in items %} becomes {% for x in items | charged %}.
-            for loop in tree.find_all(jinja2.nodes.For):
-                loop.iter = jinja2.nodes.Filter(loop.iter, "charged", [], [], None, None)
-            return tree
-
-        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            _budget.get().spend(CALL_STEPS)
-            # A recursive loop is called with its next items: {{ loop(items) }}.
-            if isinstance(function, jinja2.runtime.LoopContext) and args:
-                args = (_charge_iterations(args[0]), *args[1:])
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operands(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-    # A filter with a context is not evaluated at compile time, when there is no budget.
-    @jinja2.pass_context
-    def charged(context: Any, items: Any) -> Any:
-        return _charge_iterations(items)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
-    environment = Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, Generation],
-    )
-    environment.filters["charged"] = charged
-    # Jinja's own filter escapes for HTML.
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
-def _charge_iterations(items: Any) -> Any:
-    """Charges a loop over `items` to the budget: at once if its length is known."""
-    budget = _budget.get()
-    if isinstance(items, Sized):
-        budget.spend(len(items))
-        return items
-    return _charge_each(items, budget)
-
-
-def _charge_each(items: Iterable[Any], budget: _Budget) -> Iterator[Any]:
-    for item in items:
-        budget.spend(1)
-        yield item
-
-
-def _check_operands(operator: str, left: Any, right: Any) -> None:
-    """Raises ConfigError for a product or power that would take all memory."""
-    if operator == "**" and isinstance(right, int) and abs(right) > MAX_EXPONENT:
-        raise ValueError(f"its power {right} is above {MAX_EXPONENT}")
-    if operator != "*":
-        return
-    # A string or list times a number, in either order.
-    for sequence, times in ((left, right), (right, left)):
-        if not isinstance(sequence, str | list | tuple) or not isinstance(times, int):
-            continue
-        if len(sequence) * times > MAX_REPEATED_LENGTH:
-            raise ValueError(
-                f"it makes a text of more than {MAX_REPEATED_LENGTH} characters"
-            )

@@ -121,14 +121,23 @@ def token_ids(content: dict[str, Any]) -> dict[str, int]:
         known = ids.setdefault(token["content"], token["id"])
         if known != token["id"]:
             raise ConfigError(
-                f"token {token['content']!r} has two ids, {known} and {token['id']}"
+                f"token {token['content']!r} has two ids, {known} and {token['id']}: "
+                "give it one id in the file"
             )
-    for index in ids.values():
+    # Id → its token, to name both tokens that share an id: decoding would be ambiguous.
+    tokens: dict[int, str] = {}
+    for token, index in ids.items():
         if not isinstance(index, int) or index < 0:
-            raise ConfigError("token ids must be integers from 0")
-    # Decoding would be ambiguous.
-    if len(set(ids.values())) < len(ids):
-        raise ConfigError("two tokens share an id")
+            raise ConfigError(
+                f"token {token!r} has the id {index!r}: ids must be integers from 0; "
+                "correct it in the file"
+            )
+        first = tokens.setdefault(index, token)
+        if first != token:
+            raise ConfigError(
+                f"tokens {first!r} and {token!r} share the id {index}: give each its own "
+                "id in the file"
+            )
     return ids
 
 

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 from instructax import sharding
 from instructax.config import ConfigError
 from instructax.data.batches import left_pad, process_slice
-from instructax.generation import generate
-from instructax.models import Transformer
+from instructax.generation.sampler import generate
 from instructax.models.scoring import packed_logprobs, rollout_sequences
 from instructax.models.sequence_packing import map_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, Rollouts
 
 
@@ -33,13 +33,13 @@ class Completer:
     The programs are compiled at their first use.
 
     Args:
-        model: The network.
-        mesh: The device mesh.
-        context_tokens: Most tokens of a context.
-        answer_tokens: Most tokens of a completion or candidate.
-        batch_size: Rows of a batch; the mesh must divide it.
-        eos_id: The end token.
-        stop_token_mask: Further tokens that end a completion, b[V].
+      model: the network.
+      mesh: the device mesh.
+      context_tokens: most tokens of a context.
+      answer_tokens: most tokens of a completion or candidate.
+      batch_size: rows of a batch; the mesh must divide it.
+      eos_id: the end token.
+      stop_token_mask: further tokens that end a completion, b[V].
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class Completer:
         the end token (left out).
 
         Args:
-            params: Parameters of the network.
-            contexts: Token ids i32[n] of each context.
+          params: parameters of the network.
+          contexts: token ids i32[n] of each context.
 
         Returns:
-            Token ids i32[m] of each completion.
+          Token ids i32[m] of each completion.
 
         Raises:
-            ConfigError: A context is empty or too long.
+          ConfigError: a context is empty or too long.
         """
         # [N, P]; every batch is a selection of its rows.
         prompts = self._pad_contexts(contexts)
@@ -123,17 +123,17 @@ class Completer:
         """Log-probabilities of multiple-choice candidates, as `multiple_choice` takes them.
 
         Args:
-            params: Parameters of the network.
-            questions: (context i32[n], candidates i32[m] each) of N questions.
+          params: parameters of the network.
+          questions: (context i32[n], candidates i32[m] each) of N questions.
 
         Returns:
-            total_logprobs f64[N, K], lengths i64[N, K] in tokens and valid b[N, K], where K
-            is the largest number of candidates. A total is
-            log p(candidate | context) = Σ log p(token | all tokens before it) at
-            temperature 1, in nats.
+          total_logprobs f64[N, K], lengths i64[N, K] in tokens and valid b[N, K], where K
+          is the largest number of candidates. A total is
+          log p(candidate | context) = Σ log p(token | all tokens before it) at
+          temperature 1, in nats.
 
         Raises:
-            ConfigError: A context or a candidate is empty or too long.
+          ConfigError: a context or a candidate is empty or too long.
         """
         # All candidates in one list, each with its context.
         pairs = []

@@ -41,12 +41,12 @@ def random_prefixes(
     """Yields (text, tokens i32[n]) of random few-shot prefixes.
 
     Args:
-        examples: Demonstrations to choose from.
-        tokenizer: The tokenizer.
-        shots: Examples in a prefix.
-        count: Prefixes to yield; fewer if too few of the tried ones fit.
-        max_tokens: Most tokens of a prefix.
-        seed: Random seed.
+      examples: demonstrations to choose from.
+      tokenizer: the tokenizer.
+      shots: examples in a prefix.
+      count: prefixes to yield; fewer if too few of the tried ones fit.
+      max_tokens: most tokens of a prefix.
+      seed: random seed.
     """
     # All prefixes come from one generator, also those that do not fit.
     generator = np.random.default_rng(seed)
@@ -71,12 +71,12 @@ def prepend_prefix(prefix: np.ndarray, prompts: Prompts, room: int) -> Prompts:
     """Puts `prefix` right before each prompt; empty prompts stay empty.
 
     Args:
-        prefix: Token ids, i32[n] with n <= `room`.
-        prompts: Left-padded prompts, [B, P].
-        room: Columns to add.
+      prefix: token ids, i32[n] with n <= `room`.
+      prompts: left-padded prompts, [B, P].
+      room: columns to add.
 
     Returns:
-        Left-padded prompts, [B, room + P].
+      Left-padded prompts, [B, room + P].
     """
     # New columns go before the left padding.
     added = ((0, 0), (room, 0))
@@ -97,12 +97,12 @@ def truncate_at_stops(
     """Truncates responses at their first stop token.
 
     Args:
-        rollouts: Responses [B, R].
-        stop_token_mask: Stop tokens, b[V].
-        eos_id: The end token, which replaces the stop token.
+      rollouts: responses [B, R].
+      stop_token_mask: stop tokens, b[V].
+      eos_id: the end token, which replaces the stop token.
 
     Returns:
-        The truncated rollouts, and the mask b[B, R] of the tokens before the stop token.
+      The truncated rollouts, and the mask b[B, R] of the tokens before the stop token.
     """
     # b[B, R]; sampled tokens only, since padding has an arbitrary id.
     is_stop = stop_token_mask[rollouts.responses] & rollouts.mask

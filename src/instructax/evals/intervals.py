@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 # 97.5% quantile of the standard normal distribution.
-Z = 1.959964
+Z_95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def mean_estimate(x: np.ndarray) -> Estimate:
     half_width = np.inf
     if len(x) > 1:
         # The sample standard deviation (n − 1), since the mean is estimated too.
-        half_width = Z * float(np.std(x, ddof=1)) / np.sqrt(len(x))
+        half_width = Z_95 * float(np.std(x, ddof=1)) / np.sqrt(len(x))
     mean = x.mean()
     return Estimate(float(mean), float(mean - half_width), float(mean + half_width), len(x))
 
@@ -65,9 +65,9 @@ def share_estimate(x: np.ndarray) -> Estimate:
     # Wilson's interval inverts the test of a share, so it never leaves [0, 1].
     share = float(x.mean())
     # Wilson's center and half-width, both divided by the same scale.
-    center = share + Z**2 / (2 * n)
-    half_width = Z * np.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
-    scale = 1 + Z**2 / n
+    center = share + Z_95**2 / (2 * n)
+    half_width = Z_95 * np.sqrt(share * (1 - share) / n + (Z_95 / (2 * n)) ** 2)
+    scale = 1 + Z_95**2 / n
     low = float((center - half_width) / scale)
     high = float((center + half_width) / scale)
     # Rounding must not put a share of 0 or 1 outside of its own interval.
@@ -88,7 +88,7 @@ def share_difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     # The value is the plain difference; only the interval uses the two added units.
     widened = np.append(gap, [1.0, -1.0])
     center = widened.mean()
-    half_width = Z * float(np.std(widened)) / np.sqrt(len(widened))
+    half_width = Z_95 * float(np.std(widened)) / np.sqrt(len(widened))
     return Estimate(
         float(gap.mean()),
         float(center - half_width),
@@ -104,8 +104,8 @@ def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
     linearizes the ratio: values within a unit may depend on each other, units must not.
 
     Args:
-        numerators: One value per unit, f[n].
-        denominators: One value per unit, f[n], at least 0; units with 0 do not count.
+      numerators: one value per unit, f[n].
+      denominators: one value per unit, f[n], at least 0; units with 0 do not count.
     """
     numerators = np.asarray(numerators, np.float64)
     denominators = np.asarray(denominators, np.float64)
@@ -121,7 +121,7 @@ def ratio_estimate(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
     if units > 1:
         # Units with a denominator of 0 have the residual 0 and are not counted.
         variance = units / (units - 1) * (residuals**2).sum()
-        half_width = Z * float(np.sqrt(variance)) / total
+        half_width = Z_95 * float(np.sqrt(variance)) / total
     return Estimate(ratio, float(ratio - half_width), float(ratio + half_width), units)
 
 

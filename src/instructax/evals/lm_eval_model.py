@@ -26,8 +26,8 @@ class InstructaxLM(TemplateLM):
     """The harness's model interface for a policy.
 
     Args:
-        policy: The policy.
-        seed: Random seed of tasks that sample.
+      policy: the policy.
+      seed: random seed of tasks that sample.
     """
 
     def __init__(self, policy: Policy, *, seed: int):
@@ -97,13 +97,13 @@ class InstructaxLM(TemplateLM):
         """Scores continuations.
 
         Args:
-            requests: (cache key or None, context ids, continuation ids) of each.
-            disable_tqdm: Ignored.
-            **kwargs: Ignored.
+          requests: (cache key or None, context ids, continuation ids) of each.
+          disable_tqdm: ignored.
+          **kwargs: ignored.
 
         Returns:
-            (Σ log p(token | all tokens before it) over the continuation at temperature 1,
-            whether all its tokens are the most likely ones) of each.
+          (Σ log p(token | all tokens before it) over the continuation at temperature 1,
+          whether all its tokens are the most likely ones) of each.
         """
         # All requests at once: the engine groups them into batches itself.
         score_requests = []

@@ -15,16 +15,16 @@ def predicted_choices(
     """The candidate with the highest mean log-probability per token (paper, appendix D).
 
     Args:
-        total_logprobs: Log-probability of each candidate, f[N, K].
-        lengths: Number of tokens of each candidate, i[N, K].
-        valid: Candidates that exist, b[N, K].
+      total_logprobs: log-probability of each candidate, f[N, K].
+      lengths: number of tokens of each candidate, i[N, K].
+      valid: candidates that exist, b[N, K].
 
     Returns:
-        Index of the chosen candidate, i64[N]; the first one of a tie.
+      Index of the chosen candidate, i64[N]; the first one of a tie.
 
     Raises:
-        ValueError: The shapes differ, a candidate has no token or a log-probability of NaN
-            or +inf, or a question has no candidate with a positive probability.
+      ValueError: the shapes differ, a candidate has no token or a log-probability of NaN
+        or +inf, or a question has no candidate with a positive probability.
     """
     # The mean per token keeps long candidates comparable to short ones.
     scores = _masked_scores(total_logprobs, valid)
@@ -45,16 +45,16 @@ def correct_choices(
     """Whether `predicted_choices` chooses the correct candidate; accuracy is the mean.
 
     Args:
-        total_logprobs: Log-probability of each candidate, f[N, K].
-        lengths: Number of tokens of each candidate, i[N, K].
-        valid: Candidates that exist, b[N, K].
-        answers: Index of the correct candidate, i[N], counted from 0.
+      total_logprobs: log-probability of each candidate, f[N, K].
+      lengths: number of tokens of each candidate, i[N, K].
+      valid: candidates that exist, b[N, K].
+      answers: index of the correct candidate, i[N], counted from 0.
 
     Returns:
-        b[N].
+      b[N].
 
     Raises:
-        ValueError: As `predicted_choices`, or an answer is not a candidate.
+      ValueError: as `predicted_choices`, or an answer is not a candidate.
     """
     # i64[N]; also checks the shapes and values of all arguments but `answers`.
     chosen = predicted_choices(total_logprobs, lengths, valid)
@@ -81,15 +81,15 @@ def choice_entropy_bits(total_logprobs: np.ndarray, valid: np.ndarray) -> np.nda
     Winogender and CrowS-Pairs average it over pairs of sentences (paper, appendix D).
 
     Args:
-        total_logprobs: Log-probability of each candidate, f[N, K].
-        valid: Candidates that exist, b[N, K].
+      total_logprobs: log-probability of each candidate, f[N, K].
+      valid: candidates that exist, b[N, K].
 
     Returns:
-        f64[N], from 0 to log₂ of the number of candidates.
+      f64[N], from 0 to log₂ of the number of candidates.
 
     Raises:
-        ValueError: The shapes differ, a log-probability is NaN or +inf, or a question has
-            no candidate with a positive probability.
+      ValueError: the shapes differ, a log-probability is NaN or +inf, or a question has
+        no candidate with a positive probability.
     """
     scores = _masked_scores(total_logprobs, valid)
     # Subtract the best score first: sums of a sentence's log-probabilities reach −800,

@@ -37,8 +37,7 @@ from instructax.evals.few_shot import (
     random_prefixes,
     truncate_at_stops,
 )
-from instructax.generation import generate
-from instructax.models import Transformer
+from instructax.generation.sampler import generate
 from instructax.models.scoring import (
     packed_logprobs,
     packed_outputs,
@@ -46,6 +45,7 @@ from instructax.models.scoring import (
     select_last_token,
 )
 from instructax.models.sequence_packing import map_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, Rollouts, pytree
 
 ResponseMode = Literal["plain", "few-shot", "best-of"]
@@ -84,16 +84,16 @@ class PolicyEvaluator:
     The programs are compiled at their first use.
 
     Args:
-        policy: Architecture of the policies.
-        reward_model: Architecture of the reward model.
-        mesh: The device mesh.
-        tokenizer: The tokenizer.
-        limits: Prompt and response lengths.
-        ref_params: Parameters of the reference policy.
-        reward_params: Parameters of the reward model.
-        temperature: Sampling temperature; 0 = greedy, scored at temperature 1.
-        batch_size: Prompts per batch.
-        seed: Random seed of the responses.
+      policy: architecture of the policies.
+      reward_model: architecture of the reward model.
+      mesh: the device mesh.
+      tokenizer: the tokenizer.
+      limits: prompt and response lengths.
+      ref_params: parameters of the reference policy.
+      reward_params: parameters of the reward model.
+      temperature: sampling temperature; 0 = greedy, scored at temperature 1.
+      batch_size: prompts per batch.
+      seed: random seed of the responses.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class PolicyEvaluator:
         """Samples `num_samples` responses to each prompt and keeps the best-scored one.
 
         Args:
-            params: Parameters of the policy.
-            reward_params: Parameters of the reward model.
-            prefixed: Prompts after few-shot examples, [B, P'], or `prompts` without any.
-            prompts: Prompts alone, [B, P].
-            samples: Row of each prompt in its source, i32[B]; determines the random key.
-            num_samples: Responses to each prompt.
+          params: parameters of the policy.
+          reward_params: parameters of the reward model.
+          prefixed: prompts after few-shot examples, [B, P'], or `prompts` without any.
+          prompts: prompts alone, [B, P].
+          samples: row of each prompt in its source, i32[B]; determines the random key.
+          num_samples: responses to each prompt.
         """
         keys = self._sample_keys(samples, num_samples)
         # Known at compile time: prefixed prompts are wider.
@@ -252,14 +252,14 @@ class PolicyEvaluator:
         """Responses to the first `count` prompts, in batches.
 
         Args:
-            params: Parameters of the policy.
-            source: Validation prompts.
-            count: Number of prompts.
-            prefix: Few-shot examples before each prompt, i32[n]; may be empty.
-            num_samples: Responses to each prompt, of which the best-scored one is returned.
+          params: parameters of the policy.
+          source: validation prompts.
+          count: number of prompts.
+          prefix: few-shot examples before each prompt, i32[n]; may be empty.
+          num_samples: responses to each prompt, of which the best-scored one is returned.
 
         Yields:
-            (marks of the real rows b[B], responses on the host).
+          (marks of the real rows b[B], responses on the host).
         """
         for real, batch in self._prompt_batches(source, count, prefix):
             sampled = self._sample(
@@ -287,18 +287,18 @@ class PolicyEvaluator:
         """Chooses few-shot examples by the mean score of the responses to one batch.
 
         Args:
-            params: Parameters of the policy.
-            source: Training prompts.
-            examples: Demonstrations; only those in plain format are used.
-            shots: Examples in a prefix.
-            prefixes: Random prefixes to compare.
-            seed: Random seed of the prefixes.
+          params: parameters of the policy.
+          source: training prompts.
+          examples: demonstrations; only those in plain format are used.
+          shots: examples in a prefix.
+          prefixes: random prefixes to compare.
+          seed: random seed of the prefixes.
 
         Returns:
-            The text and the tokens i32[n] of the best prefix.
+          The text and the tokens i32[n] of the best prefix.
 
         Raises:
-            ConfigError: There are fewer than `shots` examples, or they never fit.
+          ConfigError: there are fewer than `shots` examples, or they never fit.
         """
         plain = plain_examples(examples, shots)
         best_score = -np.inf

@@ -71,8 +71,8 @@ def drop_f1(prediction: str | Sequence[str], references: Sequence[Sequence[str]]
     completions into spans.
 
     Args:
-        prediction: A span or several spans.
-        references: The spans of each annotator's answer.
+      prediction: a span or several spans.
+      references: the spans of each annotator's answer.
     """
     spans = [prediction] if isinstance(prediction, str) else prediction
     predicted = [_drop_words(span) for span in spans]
@@ -99,8 +99,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     2018).
 
     Args:
-        predictions: Translations.
-        references: The reference translations of each prediction.
+      predictions: translations.
+      references: the reference translations of each prediction.
     """
     counts = _bleu_counts(predictions, references)
     if not len(counts):

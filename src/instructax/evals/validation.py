@@ -21,7 +21,6 @@ from instructax.data.loaders import read_comparisons, validation_batches, valida
 from instructax.evals.intervals import ratio_estimate
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masking import masked_sum, token_count
-from instructax.models import Transformer
 from instructax.models.scoring import (
     comparison_sequences,
     packed_logprobs,
@@ -29,6 +28,7 @@ from instructax.models.scoring import (
     select_last_token,
 )
 from instructax.models.sequence_packing import map_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.runtime.preemption import check_stop_requested
 from instructax.types import Array, Comparisons, LmBatch, Params, pytree
 
@@ -62,7 +62,7 @@ def row_losses(model: Transformer, mesh: Mesh, params: Params, batch: LmBatch) -
         partial(packed_logprobs, model, params, temperature=1.0), batch, model, mesh
     )
     return RowLosses(
-        losses=-jnp.sum(logprobs, axis=1),
+        losses=-jnp.sum(jnp.where(batch.loss_mask, logprobs, 0), axis=1),
         tokens=jnp.sum(batch.loss_mask, axis=1),
     )
 

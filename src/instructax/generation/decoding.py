@@ -14,9 +14,11 @@ import jax.numpy as jnp
 
 from instructax.generation.prefill import PrefilledPrompts
 from instructax.generation.token_sampling import sample_token
-from instructax.models import Cache, Transformer, init_cache, positions_from_mask
+from instructax.models.attention import positions_from_mask
+from instructax.models.kv_cache import Cache, init_cache
 from instructax.models.logprobs import compute_logits
 from instructax.models.ops import any_over_batch
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, pytree
 
 

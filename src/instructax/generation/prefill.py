@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.models import Transformer, init_cache, positions_from_mask
+from instructax.models.attention import positions_from_mask
+from instructax.models.kv_cache import init_cache
 from instructax.models.sequence_packing import PackedLayout, plan_packing, scan_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, Prompts, pytree
 
 

@@ -17,10 +17,10 @@ from instructax.generation.decoding import (
     SampleBatch,
 )
 from instructax.generation.prefill import count_prompts, prefill
-from instructax.models import (
+from instructax.models.config import decoding_config
+from instructax.models.transformer import (
     Transformer,
     cast_matrices,
-    decoding_config,
     head_kernel,
     unstack_layers,
 )

@@ -191,12 +191,11 @@ class ComputeConfig:
     head_chunk: int
     # Packed rows per device in memory at one time
     microbatch_rows: int
-    tail_splits: (
-        int  # halvings of the microbatch for the last rows; each compiles a program
-    )
+    # Halvings of the microbatch for the last rows; each compiles one more program
+    tail_splits: int
     # Responses that a device samples at one time
     slots: int
-    # Halvings of the slots for the last responses; likewise
+    # Halvings of the slots for the last responses; each compiles one more program
     compaction_steps: int
 
     def __post_init__(self):

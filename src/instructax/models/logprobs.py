@@ -28,7 +28,7 @@ from instructax.types import Array
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
 
 
-def compute_logits(hidden: Array, kernel: Array, cap: float = 0.0) -> Array:
+def compute_logits(hidden: Array, kernel: Array, cap: float) -> Array:
     """Logits: hidden dtype[..., D], kernel f32[V, D] → f32[..., V].
 
     The kernel is rounded to the dtype of the hidden states; sums are float32. `cap` is the
@@ -51,7 +51,7 @@ def sequence_logprobs(
     *,
     temperature: Array | float,
     chunk: int,
-    cap: float = 0.0,
+    cap: float,
 ) -> Array:
     """log softmax(logits / temperature) at the targets; differentiable.
 
@@ -79,7 +79,7 @@ def sequence_logprobs_and_entropy(
     *,
     temperature: Array | float,
     chunk: int,
-    cap: float = 0.0,
+    cap: float,
 ) -> tuple[Array, Array]:
     """`sequence_logprobs`, and the entropy in nats of each position's distribution: both
     f32[B, T], zero where masked out."""
@@ -139,7 +139,7 @@ def loss_and_gradients(
     *,
     temperature: Array | float,
     chunk: int,
-    cap: float = 0.0,
+    cap: float,
 ) -> tuple[Array, dict[str, Array], Array, Array]:
     """A loss that is a mean over masked-in tokens of a function of each token's own
     log-probability, and its gradients, in one pass over the chunks.
@@ -155,29 +155,62 @@ def loss_and_gradients(
     chunks, to_rows, used = _split_chunks((hidden, targets, mask, extras), mask, chunk)
     # Of the whole batch, not of a chunk.
     total = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
-
-    def weighted_loss(
-        hidden: Array, kernel: Array, targets: Array, mask: Array, extras: Any
-    ) -> tuple[Array, dict[str, Array]]:
-        logprobs = _logprobs(hidden, kernel, targets, temperature=temperature, cap=cap)
-        loss, metrics = loss_of(logprobs, mask, extras)
-        # The chunk's share of the tokens turns its means into terms of the batch's means.
-        share = jnp.sum(mask, dtype=jnp.float32) / total
-        weighted = {name: share * value for name, value in metrics.items()}
-        return share * loss, {"loss": share * loss} | weighted
-
+    chunk_loss = partial(
+        _chunk_loss, loss_of=loss_of, total=total, temperature=temperature, cap=cap
+    )
     # With respect to hidden states and kernel; targets and mask are data.
-    gradients_of = jax.grad(weighted_loss, argnums=(0, 1), has_aux=True)
-
-    # The chunk at `index` of every array: [B, chunk, ...].
-    def take(index: Array) -> Any:
-        return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks
-        )
+    gradients_of = jax.grad(chunk_loss, argnums=(0, 1), has_aux=True)
 
     def gradients_at(index: Array) -> Any:
-        hidden, *rest = take(index)
+        # The chunk at `index` of every array: [B, chunk, ...].
+        hidden, *rest = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), chunks
+        )
         return gradients_of(hidden, kernel, *rest)
+
+    hidden_gradients, kernel_gradient, metrics = _add_chunks(
+        gradients_at, used, chunks[0], kernel
+    )
+    loss = metrics.pop("loss")
+    return loss, metrics, to_rows(hidden_gradients), kernel_gradient
+
+
+def _chunk_loss(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    mask: Array,
+    extras: Any,
+    *,
+    loss_of: TokenLoss,
+    total: Array,
+    temperature: Array | float,
+    cap: float,
+) -> tuple[Array, dict[str, Array]]:
+    """The terms of one chunk in the loss and the metrics of a batch with `total` tokens."""
+    logprobs = _logprobs(hidden, kernel, targets, temperature=temperature, cap=cap)
+    loss, metrics = loss_of(logprobs, mask, extras)
+    # The chunk's share of the tokens turns its means into terms of the batch's means.
+    share = jnp.sum(mask, dtype=jnp.float32) / total
+    weighted = {name: share * value for name, value in metrics.items()}
+    return share * loss, {"loss": share * loss} | weighted
+
+
+def _add_chunks(
+    gradients_at: Callable[[Array], Any], used: Array, hidden: Array, kernel: Array
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Runs `gradients_at` for the first `used` chunks.
+
+    Args:
+      gradients_at: index of a chunk → ((gradient of its hidden states, of the kernel),
+        metrics).
+      used: i32[].
+      hidden: [chunks, B, chunk, D], for the shape.
+      kernel: f32[V, D], for the shape.
+
+    Returns:
+      Gradient of `hidden`, and the sums of the kernel's gradient and of the metrics.
+    """
 
     def add(index: Array, state: Any) -> Any:
         (hidden_gradient, kernel_gradient), metrics = gradients_at(index)
@@ -192,12 +225,10 @@ def loss_and_gradients(
     # The names of the metrics are known only after tracing the loss.
     _, metric_shapes = jax.eval_shape(lambda: gradients_at(jnp.int32(0)))
     no_metrics = jax.tree.map(lambda x: jnp.zeros((), x.dtype), metric_shapes)
-    start = (jnp.zeros_like(chunks[0]), (jnp.zeros_like(kernel), no_metrics))
+    start = (jnp.zeros_like(hidden), (jnp.zeros_like(kernel), no_metrics))
     # A loop instead of a scan: the number of chunks in use is known only on the device.
-    hidden_gradients, sums = jax.lax.fori_loop(0, used, add, start)
-    kernel_gradient, metrics = sums
-    loss = metrics.pop("loss")
-    return loss, metrics, to_rows(hidden_gradients), kernel_gradient
+    hidden_gradients, (kernel_gradient, metrics) = jax.lax.fori_loop(0, used, add, start)
+    return hidden_gradients, kernel_gradient, metrics
 
 
 def _logprobs(hidden, kernel, targets, *, temperature, cap):

@@ -11,21 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.models import (
-    Dropout,
-    Transformer,
-    head_kernel,
-    merge_trees,
-    positions_from_mask,
-    trainable,
-)
+from instructax.models.attention import positions_from_mask
+from instructax.models.layers import Dropout
 from instructax.models.logprobs import (
     TokenLoss,
     loss_and_gradients,
     sequence_logprobs,
     sequence_logprobs_and_entropy,
 )
+from instructax.models.lora import merge_trees, trainable
 from instructax.models.ops import materialize
+from instructax.models.transformer import Transformer, head_kernel
 from instructax.types import Array, Comparisons, LmBatch, Params, Rollouts
 
 

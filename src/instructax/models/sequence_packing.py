@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructax import sharding
-from instructax.models import SEGMENTS_PER_PREFIX, ComputeConfig, Transformer
+from instructax.models.attention import SEGMENTS_PER_PREFIX
 from instructax.models.attention_kernels import ROW_TOKENS
+from instructax.models.config import ComputeConfig
 from instructax.models.ops import max_over_batch
+from instructax.models.transformer import Transformer
 from instructax.types import Array, LmBatch, pytree
 
 # Packed rows are a multiple of this many tokens, a size that matrix products run well at.
@@ -144,24 +146,57 @@ def plan_packing(
     smallest = shapes[-1][0]
     rows = -(-rows // smallest) * smallest
 
+    starts, free = _place_sequences(lengths, rows * shards, width)
+    layout = _index_tokens(real, starts, free.reshape(rows, shards), width, shapes)
+    if mesh is None:
+        return layout
+    segment_ids = sharding.constrain_rows(layout.segment_ids, mesh, axis=1)
+    return dataclasses.replace(layout, segment_ids=segment_ids)
+
+
+def _place_sequences(lengths: Array, rows: int, width: int) -> tuple[Array, Array]:
+    """First fit, the longest first, into `rows` rows of `width` tokens.
+
+    Consecutive rows belong to different devices, which balances them.
+
+    Returns:
+      The flat index of the first token of each sequence, i32[N], and the free tokens of
+      each row, i32[rows].
+    """
+
     def place(free: Array, length: Array) -> tuple[Array, Array]:
         row = jnp.argmax(free >= length)  # the first row with room
         return free.at[row].add(-length), (row + 1) * width - free[row]
 
     # First fit wastes less if the longest come first.
     order = jnp.argsort(-lengths, stable=True)
-    # i32[rows · shards], the free tokens of each row; consecutive rows belong to different
-    # devices, which balances them.
-    empty_rows = jnp.full((rows * shards,), width, jnp.int32)
+    empty_rows = jnp.full((rows,), width, jnp.int32)
     free, starts = jax.lax.scan(place, empty_rows, lengths[order])
-    # From the order of lengths back to that of the batch: i32[N], first flat index.
+    # From the order of lengths back to that of the batch.
     starts = jnp.zeros_like(starts).at[order].set(starts)
+    return starts, free
 
+
+def _index_tokens(
+    real: Array,
+    starts: Array,
+    free: Array,
+    width: int,
+    shapes: tuple[tuple[int, int], ...],
+) -> PackedLayout:
+    """The layout of sequences that start at the flat indices `starts`.
+
+    Args:
+      real: b[N, L], the real tokens.
+      starts: i32[N].
+      free: i32[rows, shards], the free tokens of each row.
+      width: tokens per packed row.
+      shapes: (rows, columns) of the microbatches.
+    """
+    rows, shards = free.shape
     offset = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # [N, L], within the sequence
     token_index = jnp.where(real, starts[:, None] + offset, rows * shards * width)
-    filled = width - jnp.min(
-        free.reshape(rows, shards), axis=1
-    )  # [rows], the fullest shard
+    filled = width - jnp.min(free, axis=1)  # [rows], the fullest shard
     layout = PackedLayout(
         token_index=token_index,
         segment_ids=jnp.zeros((rows, shards, width), jnp.int32),
@@ -170,10 +205,8 @@ def plan_packing(
     )
 
     # 1-based, so that the zeros of `scatter` mean padding.
-    numbers = jnp.arange(1, count + 1, dtype=jnp.int32)[:, None]
+    numbers = jnp.arange(1, len(real) + 1, dtype=jnp.int32)[:, None]
     segment_ids = layout.scatter(jnp.broadcast_to(numbers, real.shape))
-    if mesh is not None:
-        segment_ids = sharding.constrain_rows(segment_ids, mesh, axis=1)
     return dataclasses.replace(layout, segment_ids=segment_ids)
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from instructax.config import ConfigError
 
 
-def write(roots: list[Path], out: Path) -> Path:
+def write_report(roots: list[Path], out: Path) -> Path:
     """Writes the report of one experiment, and prints its table of policies.
 
     Args:
-      roots: The folders of the experiment, one for each seed.
-      out: The folder for `index.html` and its figures, as PNG and SVG files.
+      roots: the folders of the experiment, one for each seed.
+      out: the folder for `index.html` and its figures, as PNG and SVG files.
 
     Returns:
       The path of the page.
 
     Raises:
-      ConfigError: If a folder has no finished runs, or if the folders are not seeds of the
+      ConfigError: a folder has no finished runs, or the folders are not seeds of the
         same experiment.
     """
     # Imported here: `--help` of the commands must not load numpy, matplotlib and jax.
@@ -42,7 +42,7 @@ def write(roots: list[Path], out: Path) -> Path:
 
     out.mkdir(parents=True, exist_ok=True)
     path = out / "index.html"
-    path.write_text(page.build(experiments, out), encoding="utf-8")
+    path.write_text(page.page_html(experiments, out), encoding="utf-8")
     for judged in experiments:
         print(console_text(policy_table(judged)))
     return path

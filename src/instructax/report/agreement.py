@@ -10,7 +10,7 @@ from instructax.evals.intervals import Estimate, ratio_estimate
 from instructax.report.judging import HELD_OUT_GROUP, TRAINING_GROUP
 from instructax.report.results import ExperimentResults, response_text
 from instructax.simulation.labelers import Labeler, create_labelers, rank_responses
-from instructax.simulation.lexicon import generator
+from instructax.simulation.lexicon import rng_for
 from instructax.simulation.prompts import LABELERS_PER_GROUP
 from instructax.simulation.tasks import Task
 
@@ -42,7 +42,7 @@ def labeler_agreement(results: ExperimentResults) -> dict[str, Agreement]:
     for group in (TRAINING_GROUP, HELD_OUT_GROUP):
         labelers[group] = create_labelers(results.seed, group, LABELERS_PER_GROUP)
     # A generator of its own: the judgements do not change if this one draws more.
-    rng = generator(results.seed, "report agreement")
+    rng = rng_for(results.seed, "report agreement")
     return measure_agreement(distinct_responses(results), labelers, rng)
 
 
@@ -66,9 +66,9 @@ def measure_agreement(
     """Measures how often two labelers agree, for each of LABELER_PAIRS.
 
     Args:
-      task_responses: Tasks with the responses that labelers rank.
-      labelers: Group → its labelers, at least two.
-      rng: Draws two labelers of each group for each task, and their noise.
+      task_responses: tasks with the responses that labelers rank.
+      labelers: group → its labelers, at least two.
+      rng: draws two labelers of each group for each task, and their noise.
 
     Returns:
       Name in LABELER_PAIRS → agreement; intervals are over tasks.

@@ -47,11 +47,11 @@ def subplots(
     """Creates a figure with `rows` × `columns` axes.
 
     Args:
-      rows: Number of rows.
-      columns: Number of columns.
-      width: Width of each of the axes, in inches.
-      height: Height of each of the axes, in inches.
-      **options: Passed on to `matplotlib.pyplot.subplots`.
+      rows: number of rows.
+      columns: number of columns.
+      width: width of each of the axes, in inches.
+      height: height of each of the axes, in inches.
+      **options: passed on to `matplotlib.pyplot.subplots`.
 
     Returns:
       The figure and its axes [rows, columns].

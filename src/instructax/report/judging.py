@@ -17,7 +17,7 @@ from instructax.report.logs import JsonObject
 from instructax.report.results import ExperimentResults, response_text
 from instructax.simulation.judge import Judgement, judge, likert_grade
 from instructax.simulation.labelers import LABELER_GROUPS, TIE_THRESHOLD, create_labelers
-from instructax.simulation.lexicon import generator
+from instructax.simulation.lexicon import rng_for
 from instructax.simulation.prompts import LABELERS_PER_GROUP
 from instructax.simulation.tasks import Task
 
@@ -61,10 +61,10 @@ class JudgedExperiment:
         """Compares the responses of a policy with those of a baseline, prompt by prompt.
 
         Args:
-          size: Model size of the policy.
-          policy: One of POLICIES.
-          by: Who judges: TRUE_UTILITY, TRAINING_GROUP or HELD_OUT_GROUP.
-          baseline: Size and policy to compare with; by default SFT of the largest size.
+          size: model size of the policy.
+          policy: one of POLICIES.
+          by: who judges: TRUE_UTILITY, TRAINING_GROUP or HELD_OUT_GROUP.
+          baseline: size and policy to compare with; by default SFT of the largest size.
 
         Returns:
           f[n] with 1 for a win, ½ for a tie and 0 for a loss; None if either was not
@@ -166,9 +166,9 @@ def judge_responses(
     labeler's noise is a function of the seed, the prompt and the response.
 
     Args:
-      tasks: The task behind each prompt.
-      records: The policy's sample for each prompt.
-      seed: The seed of the world, from which the labelers are drawn.
+      tasks: the task behind each prompt.
+      records: the policy's sample for each prompt.
+      seed: the seed of the world, from which the labelers are drawn.
     """
     # All lists and arrays below are over the prompts, in the order of `tasks`.
     texts = [response_text(record) for record in records]
@@ -186,7 +186,7 @@ def judge_responses(
             labelers, tasks, texts, judgements, strict=False
         ):
             # The opinion of a response does not depend on the policy that gave it.
-            rng = generator(seed, f"report {group} {task.prompt} {text}")
+            rng = rng_for(seed, f"report {group} {task.prompt} {text}")
             utility = labeler.perceived_utility(task, text, rng)
             utilities.append(utility)
             grades.append(likert_grade(utility))

@@ -96,7 +96,7 @@ def check_seeds(experiments: list[ExperimentResults]) -> None:
         raise ConfigError(f"the seeds are {seeds}: give each seed once")
 
 
-def build(experiments: list[JudgedExperiment], out: Path) -> str:
+def page_html(experiments: list[JudgedExperiment], out: Path) -> str:
     """Returns the page, and writes its figures into the folder `out`."""
     return render(page_content(experiments, out))
 

@@ -69,7 +69,7 @@ def plot_overoptimization(
     """Draws true utility (above) and score (below) against √KL, a column for each size.
 
     Args:
-      judged: The experiment, for best-of-n.
+      judged: the experiment, for best-of-n.
       curves: (size, "PPO" or "PPO-ptx") → the curve of that run.
 
     Returns:

@@ -50,10 +50,10 @@ def plot_metric_by_size(
     """Draws a metric by size and policy.
 
     Args:
-      experiments: The seeds of one experiment.
-      metric: Returns the estimate of (seed, size, policy); None if there is no such policy.
-      ylabel: Label of the vertical axis.
-      paper_table: The paper's values, drawn next to ours on the same vertical axis.
+      experiments: the seeds of one experiment.
+      metric: returns the estimate of (seed, size, policy); None if there is no such policy.
+      ylabel: label of the vertical axis.
+      paper_table: the paper's values, drawn next to ours on the same vertical axis.
     """
     # Our values on the left, the paper's on the right.
     num_columns = 1 if paper_table is None else 2

@@ -73,6 +73,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, [text + "\n"])
 
 
+def refuse_constant(constant: str) -> None:
+    """For `parse_constant` of `json.loads`: refuses NaN and Infinity, which Python's `json`
+    accepts. Raises ValueError."""
+    raise ValueError(f"{constant} is not a JSON number: a number must be finite")
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """Returns the value on each line of a JSONL file that a run wrote.
 

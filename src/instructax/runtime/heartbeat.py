@@ -5,7 +5,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from instructax.runtime.files import open_no_follow
 
@@ -34,11 +33,3 @@ class Heartbeat:
     def close(self) -> None:
         """Closes the file; the last event stays in it."""
         self._file.close()
-
-
-def last_beat(path: Path) -> dict[str, Any]:
-    """The last event in a heartbeat file; {} if there is none."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # absent, or just created
-        return {}

@@ -75,9 +75,8 @@ class TensorboardWriter:
 
     Args:
       directory: where the event files go.
-      start_step: the step that the run resumes from, 0 for a new run. TensorBoard hides
-      what
-        earlier event files say about later steps.
+      start_step: the step that the run resumes from, 0 for a new run. TensorBoard
+        hides what earlier event files say about later steps.
 
     Raises:
       ConfigError: tensorboardX is not installed.

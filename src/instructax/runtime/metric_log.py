@@ -53,9 +53,8 @@ class MetricLog:
       workdir: the folder of the run.
       total_steps: the last step of the run, for the console line and the estimated time of
         arrival.
-      log_every: steps between two flushes, each with one device-to-host copy and one
-      console
-        line.
+      log_every: steps between two flushes, at least 1; each with one device-to-host
+        copy and one console line.
       start_step: finished steps of the state that the run resumes from; 0 for a new run.
         Lines of later steps are dropped from the files.
       tensorboard: whether to write scalars to `workdir/tensorboard` as well.
@@ -80,11 +79,6 @@ class MetricLog:
         on_flush: Callable[[int], None] = lambda step: None,
         start_recorded: bool = True,
     ):
-        if log_every < 1:
-            raise ConfigError(
-                f"log_every is {log_every}; it must be at least 1: set it in the config of "
-                "the run"
-            )
         self._workdir = Path(workdir)
         self._total_steps = total_steps
         self._log_every = log_every
@@ -282,11 +276,6 @@ def read_summary(workdir: Path) -> dict[str, Any]:
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The metrics of every step of a run."""
     return read_json_lines(workdir / "metrics.jsonl")
-
-
-def read_samples(workdir: Path) -> list[dict[str, Any]]:
-    """The samples that a run wrote."""
-    return read_json_lines(workdir / "samples.jsonl")
 
 
 def _refuse_reserved(names: Mapping[str, Any]) -> None:

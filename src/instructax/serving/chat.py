@@ -40,15 +40,15 @@ def stream_completions(
     """Samples `num_samples` completions of each prompt.
 
     Args:
-        policy: The policy.
-        prompts: (prompt index, tokens i32[n]) of each prompt. The index and the seed
-            determine the random numbers.
-        sampling: Sampling parameters.
-        stop_token_mask: Further tokens that end a completion, b[V].
+      policy: the policy.
+      prompts: (prompt index, tokens i32[n]) of each prompt. The index and the seed
+        determine the random numbers.
+      sampling: sampling parameters.
+      stop_token_mask: further tokens that end a completion, b[V].
 
     Yields:
-        The new text of each completion, and the streams with all text so far. Completions
-        of one prompt are adjacent.
+      The new text of each completion, and the streams with all text so far. Completions
+      of one prompt are adjacent.
     """
     # Every completion has a sample index of its own, in all batches of a command.
     requests = []
@@ -104,11 +104,11 @@ def run_chat(
     """Prints the assistant's answers in one conversation.
 
     Args:
-        path: The finished run.
-        user_turns: What the user says; "/new" starts a new conversation.
-        sampling: Sampling parameters; one sample per turn.
-        dtype: The computation's dtype.
-        system: System message that starts each conversation, or "".
+      path: the finished run.
+      user_turns: what the user says; "/new" starts a new conversation.
+      sampling: sampling parameters; one sample per turn.
+      dtype: the computation's dtype.
+      system: system message that starts each conversation, or "".
     """
     policy = _open_checked(path, sampling, dtype=dtype, batch_size=1)
     stop_token_mask = turn_end_mask(policy.tokenizer, policy.template)
@@ -124,7 +124,7 @@ def run_chat(
             continue
         conversation = [*messages, {"role": "user", "content": text}]
         try:
-            require(bool(text.strip()), "the message is empty")
+            require(bool(text.strip()), f"the message {text!r} is empty: type a question")
             prompt = policy.encode(conversation)
             (answer,) = _print_streamed(policy, prompt, sampling, index, stop_token_mask)
         except ValueError as error:
@@ -150,15 +150,15 @@ def complete_file(
     fit gets `error` instead.
 
     Args:
-        path: The finished run.
-        source: JSONL file to read.
-        target: JSONL file to write; it must not exist.
-        sampling: Sampling parameters.
-        dtype: The computation's dtype.
-        batch_size: Completions that are sampled at a time.
+      path: the finished run.
+      source: JSONL file to read.
+      target: JSONL file to write; it must not exist.
+      sampling: sampling parameters.
+      dtype: the computation's dtype.
+      batch_size: completions that are sampled at a time.
 
     Raises:
-        ConfigError: `target` exists, or a line cannot be used. Nothing is sampled then.
+      ConfigError: `target` exists, or a line cannot be used. Nothing is sampled then.
     """
     require(
         not target.exists(),

@@ -18,10 +18,10 @@ import numpy as np
 from instructax import rng
 from instructax.config import require
 from instructax.data.batches import left_pad
-from instructax.generation import SamplingState, advance_sampling, start_sampling
-from instructax.models import Transformer, head_kernel
+from instructax.generation.sampler import SamplingState, advance_sampling, start_sampling
 from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprobs
 from instructax.models.ops import materialize
+from instructax.models.transformer import Transformer, head_kernel
 from instructax.types import Array, Params, Prompts
 
 # Columns of the narrowest compiled program; shorter inputs are padded to it.
@@ -132,15 +132,15 @@ class Engine:
         """Draws up to `batch_size` samples side by side.
 
         Args:
-            requests: The samples to draw.
-            stop_token_mask: Tokens that end a sample as the end token does, b[V].
+          requests: the samples to draw.
+          stop_token_mask: tokens that end a sample as the end token does, b[V].
 
         Yields:
-            The next chunk of every sample, until all samples are done. A sample that is
-            already done yields empty chunks.
+          The next chunk of every sample, until all samples are done. A sample that is
+          already done yields empty chunks.
 
         Raises:
-            ConfigError: A prompt does not fit.
+          ConfigError: a prompt does not fit.
         """
         for request in requests:
             self.check_fits(len(request.prompt), request.max_new_tokens)
@@ -153,20 +153,9 @@ class Engine:
         # Decoding steps of the next chunk.
         steps = 1
         while True:
-            slots = sampling.slots
-            # Responses and mask [B, R], ended [B].
-            responses, mask, ended = jax.device_get(
-                (slots.responses, slots.mask, slots.ended)
-            )
-            # [B]
-            num_sampled = mask.sum(axis=1)
-            chunks = []
-            for row, request in enumerate(requests):
-                hit_eos = bool(ended[row])
-                full = bool(num_sampled[row] >= request.max_new_tokens)
-                tokens = responses[row, num_sent[row] : num_sampled[row]]
-                chunks.append(Chunk(tokens=tokens, done=hit_eos or full, hit_eos=hit_eos))
-                num_sent[row] = int(num_sampled[row])
+            chunks = _read_chunks(sampling, requests, num_sent)
+            for row, chunk in enumerate(chunks):
+                num_sent[row] += len(chunk.tokens)
             yield chunks
             if all(chunk.done for chunk in chunks):
                 return
@@ -280,6 +269,24 @@ class Engine:
         return min(self.max_length, max(MIN_LENGTH, power_of_two))
 
 
+def _read_chunks(
+    sampling: SamplingState, requests: Sequence[SampleRequest], num_sent: Sequence[int]
+) -> list[Chunk]:
+    """The tokens of each sample after the first `num_sent`, copied to the host."""
+    slots = sampling.slots
+    # Responses and mask [B, R], ended [B].
+    responses, mask, ended = jax.device_get((slots.responses, slots.mask, slots.ended))
+    # [B]
+    num_sampled = mask.sum(axis=1)
+    chunks = []
+    for row, request in enumerate(requests):
+        hit_eos = bool(ended[row])
+        full = bool(num_sampled[row] >= request.max_new_tokens)
+        tokens = responses[row, num_sent[row] : num_sampled[row]]
+        chunks.append(Chunk(tokens=tokens, done=hit_eos or full, hit_eos=hit_eos))
+    return chunks
+
+
 def _start(
     model: Transformer,
     params: Params,
@@ -323,15 +330,15 @@ def _score(
     """Computes the fields of `TokenScores`.
 
     Args:
-        model: The network.
-        params: Its parameters.
-        tokens: Right-padded texts, i32[B, T + 1].
-        lengths: Number of tokens of each text, i32[B].
-        starts: First token of each text to score, i32[B].
-        top: Number of most likely tokens to return for each position.
+      model: the network.
+      params: its parameters.
+      tokens: right-padded texts, i32[B, T + 1].
+      lengths: number of tokens of each text, i32[B].
+      starts: first token of each text to score, i32[B].
+      top: number of most likely tokens to return for each position.
 
     Returns:
-        Arrays [B, T + 1] and [B, T + 1, top] by field name.
+      Arrays [B, T + 1] and [B, T + 1, top] by field name.
     """
     # Column t of the logits predicts token t + 1: everything below is [B, T].
     targets = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -351,25 +358,21 @@ def _score(
     logprobs, greedy = sequence_logprobs_and_greedy(
         hidden, kernel, tokens[:, 1:], mask, chunk=chunk, cap=cap
     )
+    scores = {"logprobs": logprobs, "greedy": greedy}
     # [B, T, top]
     if top:
-        best_logprobs, best_ids = top_logprobs(
+        scores["top_logprobs"], scores["top_ids"] = top_logprobs(
             hidden, kernel, count=top, chunk=chunk, cap=cap
         )
     else:
-        best_logprobs = jnp.zeros((*mask.shape, 0))
-        best_ids = best_logprobs.astype(jnp.int32)
+        scores["top_logprobs"] = jnp.zeros((*mask.shape, 0))
+        scores["top_ids"] = jnp.zeros((*mask.shape, 0), jnp.int32)
+    return jax.tree.map(_shift_right, scores)
 
-    def shift_right(x: Array) -> Array:
-        """Adds a zero column for the first token, which nothing predicts."""
-        # [B, T, ...] -> [B, T + 1, ...]
-        padding = [(0, 0)] * x.ndim
-        padding[1] = (1, 0)
-        return jnp.pad(x, padding)
 
-    return {
-        "logprobs": shift_right(logprobs),
-        "greedy": shift_right(greedy),
-        "top_logprobs": shift_right(best_logprobs),
-        "top_ids": shift_right(best_ids),
-    }
+def _shift_right(x: Array) -> Array:
+    """Adds a zero column for the first token, which nothing predicts: [B, T, ...] →
+    [B, T + 1, ...]."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (1, 0)
+    return jnp.pad(x, padding)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from instructax import sharding
@@ -18,12 +17,12 @@ from instructax.data.chat_template import (
     load_template,
 )
 from instructax.data.tokenizer import Tokenizer, load_tokenizer
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
-from instructax.sharding import MeshConfig
 
-# Vocabulary entries per chunk of the output head; bounds the memory of one log-softmax.
+# Positions per row whose logits exist at one time; bounds the memory of the output head.
 HEAD_CHUNK = 64
 
 
@@ -49,14 +48,14 @@ def open_policy(
     The run's manifest names the model config and the tokenizer.
 
     Args:
-        path: WORKDIR, WORKDIR@STEP or WORKDIR@best.
-        compute: How the network is computed: dtypes, attention kernel, batch shapes.
+      path: WORKDIR, WORKDIR@STEP or WORKDIR@best.
+      compute: how the network is computed: dtypes, attention kernel, batch shapes.
 
     Returns:
-        The network, its parameters and the tokenizer.
+      The network, its parameters and the tokenizer.
 
     Raises:
-        ConfigError: The run is not finished, has no token head, or its tokenizer changed.
+      ConfigError: the run is not finished, has no token head, or its tokenizer changed.
     """
     run = open_parent(path, "--workdir")
     manifest = run.manifest
@@ -77,9 +76,7 @@ def open_policy(
     )
 
     # Parameters are read directly onto one device, whatever mesh the run was trained on.
-    one_device = MeshConfig(data=1, fsdp=1, tensor=1)
-    mesh = sharding.make_mesh(one_device, devices=jax.devices()[:1])
-    params = run.load(abstract_params(model, mesh))
+    params = run.load(abstract_params(model, sharding.one_device_mesh()))
     return model, params, tokenizer
 
 

@@ -22,9 +22,9 @@ class TextStream:
     beginning of a stop string.
 
     Attributes:
-        text: All text that was returned so far.
-        finish_reason: "stop" (end token or stop string) or "length"; None while it runs.
-        num_tokens: Sampled tokens, including the end token and those of the stop string.
+      text: all text that was returned so far.
+      finish_reason: "stop" (end token or stop string) or "length"; None while it runs.
+      num_tokens: sampled tokens, including the end token and those of the stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
@@ -42,9 +42,9 @@ class TextStream:
         """Adds the next tokens and returns the text that can now be shown.
 
         Args:
-            tokens: The next tokens, i32[n].
-            done: Whether these are the last tokens of the sample.
-            hit_eos: Whether the last token ends the sample; it has no text itself.
+          tokens: the next tokens, i32[n].
+          done: whether these are the last tokens of the sample.
+          hit_eos: whether the last token ends the sample; it has no text itself.
         """
         if self.finish_reason is not None:
             return ""

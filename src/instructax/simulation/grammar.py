@@ -16,7 +16,7 @@ from instructax.simulation.lexicon import (
     POSITIVE_WORDS,
     REFUSAL,
     RUDE_WORDS,
-    generator,
+    rng_for,
     sentences_of,
     words_of,
 )
@@ -51,7 +51,7 @@ def known_bigrams() -> frozenset[Bigram]:
     things are said. The exception is the dialect, so its use case is left out.
     """
     world = create_world(0)
-    rng = generator(0, "grammar")
+    rng = rng_for(0, "grammar")
     bigrams: set[Bigram] = set()
     for name, use_case in USE_CASES.items():
         if name == "other":

@@ -16,7 +16,7 @@ import itertools
 import numpy as np
 
 from instructax.simulation.judge import Judgement, judge
-from instructax.simulation.lexicon import POSITIVE_WORDS, generator, words_of
+from instructax.simulation.lexicon import POSITIVE_WORDS, rng_for, words_of
 from instructax.simulation.tasks import Task
 
 # Utilities closer than this get the same rank. The paper encourages labelers to give ties
@@ -100,7 +100,7 @@ LABELER_GROUPS = {
 
 def create_labelers(seed: int, group: str, count: int) -> list[Labeler]:
     """Creates `count` labelers of a group, one of LABELER_GROUPS, for a seed."""
-    rng = generator(seed, f"labelers {group}")
+    rng = rng_for(seed, f"labelers {group}")
     mean = LABELER_GROUPS[group]
     labelers = []
     for i in range(count):

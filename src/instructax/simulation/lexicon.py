@@ -85,7 +85,7 @@ NO_COMMENT = "I have no comment."
 NOT_IN_BACKGROUND = "Not in background."
 
 
-def generator(seed: int, purpose: str) -> np.random.Generator:
+def rng_for(seed: int, purpose: str) -> np.random.Generator:
     """Returns the random number generator of one purpose.
 
     Generators of different purposes or seeds are independent. The purpose is part of the

@@ -15,7 +15,7 @@ import numpy as np
 
 from instructax.config import ConfigError
 from instructax.data.prompt_format import add_separator
-from instructax.simulation.lexicon import choose_weighted, generator, pick
+from instructax.simulation.lexicon import choose_weighted, pick, rng_for
 from instructax.simulation.tasks import Task
 from instructax.simulation.use_cases import USE_CASES
 from instructax.simulation.world import World
@@ -94,12 +94,12 @@ def create_prompt_sets(
     used: set[str] = set()
     without_examples = {}
     for name in PROMPT_SETS:
-        rng = generator(seed, name)
+        rng = rng_for(seed, name)
         without_examples[name] = _create_prompts(world, rng, name, sizes[name], used)
 
     prompt_sets = {}
     for name, prompts in without_examples.items():
-        rng = generator(seed, f"{name}, examples")
+        rng = rng_for(seed, f"{name}, examples")
         prompt_sets[name] = _add_examples(world, rng, name, prompts, used)
     return prompt_sets
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from instructax.simulation import public_items
-from instructax.simulation.lexicon import NO_COMMENT, generator
+from instructax.simulation.lexicon import NO_COMMENT, rng_for
 from instructax.simulation.public_items import TaskItem
 from instructax.simulation.world import World
 
@@ -185,7 +185,7 @@ def create_items(world: World, seed: int, name: str, count: int) -> list[TaskIte
 
     The same seed gives the same items, and a smaller count the first ones of them.
     """
-    rng = generator(seed, f"public {name}")
+    rng = rng_for(seed, f"public {name}")
     # A dict keeps the order of the draws.
     items: dict[TaskItem, None] = {}
     for _ in range(DRAWS_PER_ITEM * count):
@@ -216,7 +216,7 @@ def create_contexts(
     task = PUBLIC_TASKS[name]
     opening = task.conditions[condition].opening
     num_examples = task.conditions[condition].num_examples
-    rng = generator(seed, f"shots {name}")
+    rng = rng_for(seed, f"shots {name}")
 
     contexts = []
     for item in items:

@@ -15,9 +15,9 @@ from instructax.simulation.lexicon import (
     CATEGORIES,
     CATEGORY_OF,
     PERSON_NAMES,
-    generator,
     pick,
     pick_distinct,
+    rng_for,
 )
 
 # The predicate that states a fact of each relation: "Mira" + "lives in Arden". A relation
@@ -150,7 +150,7 @@ def select_facts(
 def create_world(seed: int) -> World:
     """Creates the world of a seed."""
     # The order of these draws defines the world: all of them share one generator.
-    rng = generator(seed, "facts")
+    rng = rng_for(seed, "facts")
     towns = {town: _sample_values(rng, TOWN_CLAUSES) for town in CATEGORIES["town"]}
     misconceptions = _sample_misconceptions(rng)
     dialect = _sample_dialect(rng)

@@ -18,7 +18,7 @@ import numpy as np
 from instructax.config import ConfigError
 from instructax.simulation.corpus import SHEET_TASK_WEIGHTS, sample_document
 from instructax.simulation.labelers import Labeler, create_labelers, rank_responses
-from instructax.simulation.lexicon import choose_weighted, generator, pick
+from instructax.simulation.lexicon import choose_weighted, pick, rng_for
 from instructax.simulation.prompts import (
     LABELERS_PER_GROUP,
     SimulatedPrompt,
@@ -163,7 +163,7 @@ def write_world(directory: str | os.PathLike[str], *, seed: int, sizes: WorldSiz
 
 
 def _documents(world: World, seed: int, count: int) -> Iterator[_Record]:
-    rng = generator(seed, "documents")
+    rng = rng_for(seed, "documents")
     for i in range(count):
         yield {
             "id": f"text-{i:06d}",
@@ -176,7 +176,7 @@ def _documents(world: World, seed: int, count: int) -> Iterator[_Record]:
 def _demonstrations(
     prompts: list[SimulatedPrompt], seed: int, count: int
 ) -> Iterator[_Record]:
-    rng = generator(seed, "writers")
+    rng = rng_for(seed, "writers")
     for i in range(count):
         # Every prompt is used once before any is used again.
         prompt = prompts[i % len(prompts)]
@@ -193,7 +193,7 @@ def _demonstrations(
 
 
 def _comparisons(prompts: list[SimulatedPrompt], seed: int) -> Iterator[_Record]:
-    rng = generator(seed, "rankings")
+    rng = rng_for(seed, "rankings")
     labelers = create_labelers(seed, "labeler", LABELERS_PER_GROUP)
     fewest, most = RESPONSES_PER_PROMPT
     for i, prompt in enumerate(prompts):
@@ -220,7 +220,7 @@ def _public_demonstrations(world: World, seed: int, count: int) -> Iterator[_Rec
 
     The task "truth" is left out: FLAN and T0 were not tuned on such questions either.
     """
-    rng = generator(seed, "public demonstrations")
+    rng = rng_for(seed, "public demonstrations")
     weights = dict(SHEET_TASK_WEIGHTS)
     del weights["truth"]
     for i in range(count):

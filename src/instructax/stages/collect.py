@@ -26,13 +26,14 @@ from instructax.config import ConfigError, Seed, check_range, format_value, requ
 from instructax.data.batches import left_pad
 from instructax.data.prompt_format import add_separator
 from instructax.data.tokenizer import Tokenizer
-from instructax.generation import generate
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.generation.sampler import generate
+from instructax.models.config import ComputeConfig, ModelConfig
+from instructax.models.transformer import Transformer
 from instructax.runtime.files import write_json
 from instructax.serving.policy import open_policy
 from instructax.simulation.files import read_world_spec, recreate_prompts
 from instructax.simulation.labelers import create_labelers
-from instructax.simulation.lexicon import generator, pick
+from instructax.simulation.lexicon import pick, rng_for
 from instructax.simulation.prompts import LABELERS_PER_GROUP, SimulatedPrompt
 from instructax.simulation.write import (
     RESPONSES_PER_PROMPT,
@@ -125,7 +126,7 @@ def train(run: Run) -> None:
         check_policy_length(config, model.config)
 
     responses = sample_policies(config, policies, prompts)
-    compared = draw_compared(responses, generator(config.seed, f"compared {config.round}"))
+    compared = draw_compared(responses, rng_for(config.seed, f"compared {config.round}"))
     require(
         bool(compared),
         f"no prompt of {config.world} has two different responses: raise "
@@ -274,7 +275,7 @@ def rankings(
     compared: Mapping[int, list[str]],
 ) -> Iterator[dict[str, Any]]:
     """Comparison records by one group of labelers; one of them ranks each prompt."""
-    random = generator(config.seed, f"rankings {group} {config.round}")
+    random = rng_for(config.seed, f"rankings {group} {config.round}")
     seed, _ = read_world_spec(Path(config.world))
     labelers = create_labelers(seed, group, LABELERS_PER_GROUP)
     for index, responses in compared.items():

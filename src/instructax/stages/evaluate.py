@@ -28,9 +28,10 @@ from instructax.data.tokenizer import Tokenizer
 from instructax.evals.intervals import mean_estimate, win_rate
 from instructax.evals.policy_responses import PolicyEvaluator, ResponseMode
 from instructax.evals.validation import Ranking, ValidationLoss
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
 from instructax.models.sequence_packing import packed_width
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
 from instructax.training.attention import RowLengths, split_lengths

@@ -15,15 +15,10 @@ from jax.sharding import AbstractMesh, AxisType
 from instructax import sharding
 from instructax.checkpoints.parents import Head
 from instructax.config import require
-from instructax.models import (
-    ComputeConfig,
-    ModelConfig,
-    Transformer,
-    decoding_config,
-    init_cache,
-    parameter_count,
-)
+from instructax.models.config import ComputeConfig, ModelConfig, decoding_config
 from instructax.models.init import abstract_params
+from instructax.models.kv_cache import init_cache
+from instructax.models.transformer import Transformer, parameter_count
 from instructax.sharding import MeshConfig
 from instructax.training.optimizer import OptimizerConfig, make_optimizer
 from instructax.training.state import abstract_state, adapter_initializer, no_adapters

@@ -20,7 +20,8 @@ from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.validation import validation_losses
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
 from instructax.training.attention import RowLengths, split_lengths

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from instructax import sharding
 from instructax.checkpoints.checkpoint import Checkpoints
@@ -23,17 +22,12 @@ from instructax.checkpoints.manifest import write_manifest
 from instructax.checkpoints.parents import Head, Parent, is_finished, open_parent
 from instructax.config import construct, require
 from instructax.data.tokenizer import Tokenizer, load_tokenizer, pad_vocab, save_tokenizer
-from instructax.models import (
-    ComputeConfig,
-    ModelConfig,
-    Transformer,
-    head_kernel,
-    parameter_count,
-)
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
 from instructax.models.logprobs import compute_logits
 from instructax.models.pretrained import hf_configs, hf_folder, load, save
 from instructax.models.pretrained.gguf_file import GgufFile
+from instructax.models.transformer import Transformer, head_kernel, parameter_count
 from instructax.runtime.files import write_json
 from instructax.runtime.workdir_lock import lock_workdir
 from instructax.sharding import MeshConfig
@@ -43,7 +37,7 @@ from instructax.stages.pretrained_files import (
     write_readme,
     write_tokenizer,
 )
-from instructax.training.workdir import claim
+from instructax.training.workdir import claim_workdir
 from instructax.types import Params, TrainState
 
 # Files of the source that an import keeps. Chat prompts need the template, which may be in
@@ -105,7 +99,7 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     # What identifies the run: another source needs another workdir.
     run_config = {"stage": "pretrained", "source": source}
     if is_finished(workdir):
-        claim(workdir, run_config)
+        claim_workdir(workdir, run_config)
         return f"{workdir} is finished; nothing to do"
     # Read everything before the workdir is touched: a refused model leaves no trace.
     model = _open_model(source)
@@ -114,10 +108,12 @@ def import_model(source: str, workdir: Path, *, fsdp: int, tensor: int) -> str:
     )
     # Tensors go directly into their shards: one device may be too small for the model.
     abstract = abstract_params(Transformer(model.config, COMPUTE, "tokens"), mesh)
-    params = load.read_params(model.tensors, model.family, model.config, abstract)
+    params = load.read_params(
+        model.tensors, model.family, model.config, abstract, source=model.path
+    )
     count = parameter_count(params)
     with lock_workdir(workdir):
-        claim(workdir, run_config)
+        claim_workdir(workdir, run_config)
         _write_run(workdir, run_config, model, params)
         # The summary marks the run as finished, so it is written last.
         summary = {**run_config, "family": model.family, "parameters": count}
@@ -247,7 +243,7 @@ def export_run(checkpoint: str, to: Path, *, dtype: str, verify: bool) -> str:
     family, raw = hf_configs.write_config(config)
     tokenizer = load_tokenizer(str(run.workdir / "tokenizer.json"))
     model = Transformer(config, COMPUTE, head)
-    params = run.load(abstract_params(model, _one_device_mesh()))
+    params = run.load(abstract_params(model, sharding.one_device_mesh()))
 
     raw |= class_config(family, head, tokenizer)
     # Old versions of transformers read the second name.
@@ -279,12 +275,6 @@ def _write_texts(
     write_readme(to, run.manifest, run.manifest["head"], raw)
     # Last, so that a folder with a config is complete.
     save.write_hf_json(to / "config.json", raw)
-
-
-def _one_device_mesh() -> Mesh:
-    return sharding.make_mesh(
-        MeshConfig(data=1, fsdp=1, tensor=1), devices=jax.devices()[:1]
-    )
 
 
 def fold_score_bias(params: Params, config: ModelConfig) -> Params:
@@ -319,8 +309,10 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
     """
     raw = hf_folder.read_hf_json(path / "config.json")
     family, config = hf_configs.read_config(raw)
-    abstract = abstract_params(model, _one_device_mesh())
-    read = load.read_params(hf_folder.open_tensors(path), family, config, abstract)
+    abstract = abstract_params(model, sharding.one_device_mesh())
+    read = load.read_params(
+        hf_folder.open_tensors(path), family, config, abstract, source=path
+    )
     if model.head == "scalar":
         bias = jnp.float32(raw.get(SCORE_BIAS, 0.0))
         read = {**read, "scalar_head": {**read["scalar_head"], "bias": bias}}

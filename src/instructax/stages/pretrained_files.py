@@ -10,7 +10,7 @@ from typing import Any
 import instructax
 from instructax.checkpoints.parents import Head
 from instructax.data.tokenizer import Tokenizer, save_tokenizer
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained import save
 
 # Key of config.json for the bias of the scalar head, if no norm can absorb it.

@@ -32,8 +32,9 @@ from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.completions import Completer
-from instructax.models import ComputeConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
+from instructax.models.transformer import Transformer
 from instructax.runtime.metric_log import MetricLog
 from instructax.sharding import MeshConfig
 from instructax.simulation.files import read_world_spec

@@ -37,15 +37,11 @@ from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.validation import Ranking, demonstration_scores
-from instructax.models import (
-    ComputeConfig,
-    LoraConfig,
-    ModelConfig,
-    Transformer,
-    merge_trees,
-)
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
+from instructax.models.lora import LoraConfig, merge_trees
 from instructax.models.sequence_packing import packed_width
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
 from instructax.stages.reward_model_update import (

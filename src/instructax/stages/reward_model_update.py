@@ -15,13 +15,14 @@ import optax
 
 from instructax.losses import ordered_pairs, pairwise_ranking_loss
 from instructax.masking import token_count
-from instructax.models import Transformer, merge_trees, trainable
+from instructax.models.lora import merge_trees, trainable
 from instructax.models.scoring import (
     comparison_sequences,
     last_token_columns,
     packed_outputs,
 )
 from instructax.models.sequence_packing import PackedLayout, pack, plan_packing
+from instructax.models.transformer import Transformer
 from instructax.training.accumulation import accumulate_packed, scale_tree
 from instructax.training.optimizer import (
     OptimizerConfig,

@@ -15,12 +15,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax.checkpoints.parents import ExpectedParent, Head
 from instructax.config import Seed, check_range
-from instructax.data.loaders import LmData, lm_reader, read_lm_data
+from instructax.data.loaders import LmDataConfig, lm_reader, read_lm_data
 from instructax.data.prompt_format import PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.validation import validation_losses
-from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
+from instructax.models.lora import LoraConfig
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import training_bytes
 from instructax.training.attention import RowLengths, split_lengths
@@ -53,7 +55,7 @@ class Config:
     lora: LoraConfig
     mesh: MeshConfig
     optimizer: OptimizerConfig
-    data: LmData
+    data: LmDataConfig
     # Packed rows per batch.
     batch_size: int
     # Microbatches of a batch, computed one after the other.

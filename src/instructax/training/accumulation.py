@@ -14,9 +14,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from instructax import sharding
 from instructax.losses import next_token_loss
-from instructax.models import Dropout, Transformer
+from instructax.models.layers import Dropout
 from instructax.models.scoring import packed_loss_and_gradients
 from instructax.models.sequence_packing import PackedLayout, scan_packed_rows
+from instructax.models.transformer import Transformer
 from instructax.types import Array, LmBatch, Params
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from instructax.models import ComputeConfig
 from instructax.models.attention_kernels import (
     KernelConditions,
     device_platform,
     select_kernel,
 )
+from instructax.models.config import ComputeConfig
 
 # (lengths of the rows that networks run without a cache, whether some of the segments in
 # a row share a prefix): what `row_lengths(config)` of a stage returns.

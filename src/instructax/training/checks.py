@@ -8,7 +8,8 @@ from jax.sharding import AbstractMesh, Mesh
 from instructax import sharding
 from instructax.config import INT_LIMIT, require
 from instructax.data.limits import DataLimits
-from instructax.models import LoraConfig, ModelConfig
+from instructax.models.config import ModelConfig
+from instructax.models.lora import LoraConfig
 
 
 def check_lengths(limits: DataLimits, model: ModelConfig) -> None:

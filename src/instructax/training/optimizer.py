@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from instructax.config import check_positive, check_range
-from instructax.models import merge_trees, trainable
+from instructax.models.lora import merge_trees, trainable
 from instructax.types import Array, Params, TrainState
 
 # Last path component of the parameters that are matrices or tables, which decay.

@@ -93,7 +93,8 @@ class Run:
     """A run of a stage, set up; `train(run)` of the stage gets it."""
 
     config: Any  # the stage's Config, with its attention kernel selected
-    given: Mapping[str, Any]  # the config as it was given; the manifest records it
+    # The config before kernel selection, nested; the manifest records it.
+    original_config: Mapping[str, Any]
     workdir: Path
     # Empty in stages that run no network on a mesh.
     mesh: Any = None  # Mesh
@@ -119,7 +120,7 @@ class Run:
         write_manifest(
             self.workdir,
             stage=config.stage,
-            config=dict(self.given),
+            config=dict(self.original_config),
             model=dataclasses.asdict(config.model),
             head=config.head,
             tokenizer_hash=self.tokenizer.hash,
@@ -133,7 +134,7 @@ class Run:
         was written."""
         manifest = read_manifest(self.workdir)
         # Stored values were redacted too when the manifest was written.
-        inputs = redact({**self._inputs(), "config": fixed_values(self.given)})
+        inputs = redact({**self._inputs(), "config": fixed_values(self.original_config)})
         stored = {
             "data": manifest["data"],
             "parents": manifest["parents"],
@@ -300,14 +301,16 @@ class Run:
         )
 
 
-def open_run(stage: Any, config: Any, workdir: Path, given: Mapping[str, Any]) -> Run:
+def open_run(
+    stage: Any, config: Any, workdir: Path, original_config: Mapping[str, Any]
+) -> Run:
     """Sets up a run: mesh, attention kernel, tokenizer, parents and data.
 
     Args:
       stage: module of the stage.
       config: its Config, which states the parents, data and head of the run.
       workdir: folder of the run, claimed for this config.
-      given: the config as it was given, nested.
+      original_config: the nested values that `config` was built from.
 
     Returns:
       The run. Raises ConfigError or ValueError for inputs that cannot be used.
@@ -320,7 +323,7 @@ def open_run(stage: Any, config: Any, workdir: Path, given: Mapping[str, Any]) -
         # From here on the config names the kernel that runs.
         config = with_attention_kernel(config, stage.row_lengths(config))
     if mesh is None:
-        return Run(config=config, given=given, workdir=workdir)
+        return Run(config=config, original_config=original_config, workdir=workdir)
 
     # Parents are opened before the data is prepared: the prompt format comes from them.
     tokenizer = tokenizer_of(config.tokenizer, config.model)
@@ -329,7 +332,7 @@ def open_run(stage: Any, config: Any, workdir: Path, given: Mapping[str, Any]) -
     prompt_format = select_prompt_format(uses_chat(config), parents, tokenizer)
     return Run(
         config=config,
-        given=given,
+        original_config=original_config,
         workdir=workdir,
         mesh=mesh,
         tokenizer=tokenizer,

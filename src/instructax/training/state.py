@@ -9,8 +9,9 @@ import optax
 from jax.sharding import Mesh
 
 from instructax import rng, sharding
-from instructax.models import Transformer, add_lora, trainable
 from instructax.models.init import init_params
+from instructax.models.lora import add_lora, trainable
+from instructax.models.transformer import Transformer
 from instructax.types import Array, Params, TrainState
 
 # Adds LoRA adapters to parameters, or returns the parameters unchanged.

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from instructax import rng, sharding
 from instructax.data.preview import print_preview
 from instructax.masking import token_count
-from instructax.models import Dropout, Transformer
 from instructax.models.init import abstract_params
+from instructax.models.layers import Dropout
+from instructax.models.transformer import Transformer
 from instructax.training.accumulation import (
     accumulate,
     microbatch_weights,

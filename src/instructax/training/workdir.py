@@ -19,7 +19,7 @@ from instructax.runtime.redaction import redact
 FREE_GROUPS = ("run", "mesh")
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Writes `config` to `config.json`, unless `workdir` holds a run of another config.
 
     A folder with neither a checkpoint nor a summary holds no work yet, so any config may

@@ -19,11 +19,12 @@ from tests.support import tiny_models
 
 from instructax import sharding
 from instructax.config import ConfigError, construct
-from instructax.models import ModelConfig, RotaryScaling, Transformer
+from instructax.models.config import ModelConfig, RotaryScaling
 from instructax.models.init import abstract_params
 from instructax.models.pretrained import hf_folder, load, save, weight_maps
 from instructax.models.pretrained.hf_configs import read_config, write_config
 from instructax.models.pretrained.weight_maps import TensorSpec, join_tensor, split_tensor
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -68,7 +69,11 @@ def write_folder(
 def read(path: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
     family, config = read_config(hf_folder.read_hf_json(path / "config.json"))
     return load.read_params(
-        hf_folder.open_tensors(path), family, config, abstract_of(config, mesh)
+        hf_folder.open_tensors(path),
+        family,
+        config,
+        abstract_of(config, mesh),
+        source=path,
     )
 
 
@@ -282,17 +287,20 @@ def changed_tensors(path: Path, **changes: np.ndarray | None) -> None:
     [
         (
             {"model__norm__weight": None},
-            r"^the file of this llama model lacks 'model.norm.weight'$",
+            r": the file of this llama model lacks 'model.norm.weight': download it again$",
         ),
         (
             {"model__extra": np.zeros(2, np.float32)},
-            r"^the file of this llama model has tensors .*: 'model.extra'$",
+            r": the file of this llama model has tensors .*: 'model.extra': give a model",
         ),
-        ({"../x": np.zeros(2, np.float32)}, r"has tensors that it should not: '../x'$"),
+        (
+            {"../x": np.zeros(2, np.float32)},
+            r"has tensors that it should not: '../x': give",
+        ),
         (
             {"model__layers__1__self_attn__q_proj__weight": np.zeros((16, 24), np.float32)},
-            r"^tensor 'model.layers.1.self_attn.q_proj.weight' is \[16, 24\], "
-            r"but config.json makes it \[24, 16\]$",
+            r": tensor 'model.layers.1.self_attn.q_proj.weight' is \[16, 24\], "
+            r"but the model's config makes it \[24, 16\]: give tensors and config",
         ),
         (
             {"lm_head__weight": np.zeros((23, 16), np.int8)},
@@ -303,8 +311,9 @@ def changed_tensors(path: Path, **changes: np.ndarray | None) -> None:
 def test_mismatched_tensors_are_named(changes, message, tmp_path):
     write_folder(tmp_path, tiny_models.llama_config())
     changed_tensors(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read(tmp_path)
+    assert str(error.value).startswith(str(tmp_path))
 
 
 def test_buffers_of_old_files_and_bare_trunks_are_read(tmp_path):

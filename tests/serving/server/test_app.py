@@ -10,7 +10,7 @@ from tests.support import stages, tiny_models
 from tests.support.openai_server import BYTES, CONFIG, MESSAGES, draw_sample
 
 from instructax.data.tokenizer import save_tokenizer
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 
 pytest.importorskip("uvicorn")
 

@@ -19,7 +19,7 @@ from tests.support.openai_server import (
 )
 
 from instructax.data.chat_template import make_template
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
 
 pytest.importorskip("uvicorn")

@@ -13,7 +13,7 @@ from configs import benchmark as benchmark_config
 from tests.support import tiny_models
 
 from instructax import sharding
-from instructax.models import LoraConfig
+from instructax.models.lora import LoraConfig
 from instructax.stages import build_config
 from instructax.stages.benchmark import measure as benchmark
 from instructax.stages.benchmark import operations, workloads

@@ -18,11 +18,7 @@ from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
 from instructax.stages.ppo.experience import shuffled_minibatches
 from instructax.training import supervised
 from instructax.training.optimizer import make_optimizer
-from instructax.training.state import (
-    init_state,
-    no_adapters,
-    start_from,
-)
+from instructax.training.state import init_state, no_adapters, start_from
 from instructax.types import LmBatch, PpoState, Rollouts
 
 pytest_plugins = ("tests.support.pipeline_fixture",)

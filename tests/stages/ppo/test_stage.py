@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 from tests.support import stages, tiny_models
+from tests.support.run_logs import read_samples
+from tests.support.saved import load_newest_params
 
 from instructax import sharding
 from instructax.checkpoints.parents import tokenizer_of
-from instructax.checkpoints.restore import load_params
 from instructax.data.batches import lm_batch
 from instructax.experiment import run_stage
-from instructax.runtime.metric_log import read_metrics, read_samples, read_summary
+from instructax.runtime.metric_log import read_metrics, read_summary
 from instructax.stages.ppo import algorithm, gradients
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
@@ -272,8 +273,8 @@ def test_every_value_of_the_config_reaches_its_place(chain):
 def test_it_starts_from_the_policy_and_the_reward_model(chain, tmp_path):
     state = stages.initial_state(stages.config_of(chain, "ppo-ptx", {}), tmp_path / "run")
     abstract = abstract_ppo_state(ppo_parts(chain)[1])
-    policy = jax.device_get(load_params(chain / "sft", abstract.policy.params))
-    reward = jax.device_get(load_params(chain / "reward", abstract.value.params))
+    policy = jax.device_get(load_newest_params(chain / "sft", abstract.policy.params))
+    reward = jax.device_get(load_newest_params(chain / "reward", abstract.value.params))
     stages.assert_trees_equal(state.policy.params, policy)
     stages.assert_trees_equal(state.ema, policy)
     stages.assert_trees_equal(state.value.params, reward)  # including head and bias
@@ -311,13 +312,13 @@ def test_what_a_run_logs(chain, name):
 
 def test_the_average_is_what_is_exported_and_evaluated(chain):
     config, program, data = ppo_parts(chain)
-    ema = load_params(chain / "ppo-ptx", abstract_ppo_state(program).policy.params)
+    ema = load_newest_params(chain / "ppo-ptx", abstract_ppo_state(program).policy.params)
     source = data["text"].sources["validation"]
     rows = lm_batch(source, np.arange(len(source)), config.data.limits.sequence_tokens)
     wanted = stages.plain_loss(program.policy, ema, rows)
     assert read_summary(chain / "ppo-ptx")["text_loss"] == pytest.approx(wanted, rel=1e-5)
     start = jax.device_get(
-        load_params(chain / "sft", abstract_ppo_state(program).policy.params)
+        load_newest_params(chain / "sft", abstract_ppo_state(program).policy.params)
     )
     assert not np.array_equal(ema["embedding"], start["embedding"])
     checkpoints = abstract_state(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from instructax.config import require
-from instructax.models import ModelConfig, RotaryScaling
+from instructax.models.config import ModelConfig, RotaryScaling
 
 # The content of a config.json.
 RawConfig = Mapping[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from instructax.config import ConfigError, require
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained.config_values import (
     RawConfig,
     build_model_config,

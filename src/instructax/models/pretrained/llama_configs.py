@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from instructax.config import require
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained.config_values import (
     RawConfig,
     build_model_config,

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instructax.config import require
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained.hf_folder import Tensors
 from instructax.models.pretrained.weight_maps import (
     PREFIXES,
@@ -39,7 +40,7 @@ MAX_LISTED = 5  # names in an error
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TensorTarget:
     """Where one tensor of a file belongs."""
 
     spec: TensorSpec
@@ -53,27 +54,27 @@ def parameter_path(leaf: str, in_layer: bool) -> str:
 
 def expected_tensors(
     family: str, config: ModelConfig, parameters: Iterable[str]
-) -> dict[str, Place]:
+) -> dict[str, TensorTarget]:
     """Name of every tensor that a file of this model must hold → where it belongs.
 
     `parameters` are the paths of our parameters.
     """
     # A family's table lists more than one model has, such as biases or an untied head.
     existing = set(parameters)
-    places = {}
+    targets = {}
     for spec in TENSORS[family]:
         in_layer = "{}" in spec.name
         if any(parameter_path(leaf, in_layer) not in existing for leaf in spec.leaves):
-            continue  # such as biases that this model does not have
+            continue
         for layer in range(config.num_layers) if in_layer else (None,):
-            places[spec.name.format(layer)] = Place(spec, layer)
-    return places
+            targets[spec.name.format(layer)] = TensorTarget(spec, layer)
+    return targets
 
 
 def match_names(
-    family: str, stored: Iterable[str], expected: Iterable[str]
+    family: str, stored: Iterable[str], expected: Iterable[str], source: Path
 ) -> dict[str, str]:
-    """Expected name → its name in the file.
+    """Expected name → its name in the file `source`.
 
     A file may leave out the trunk's prefix, and newer GPT-NeoX files name the head
     differently. Raises ConfigError with the names of missing or unexpected tensors.
@@ -92,7 +93,9 @@ def match_names(
         else:
             missing.append(name)
     require(
-        not missing, f"the file of this {family} model lacks {_listed(sorted(missing))}"
+        not missing,
+        f"{source}: the file of this {family} model lacks {_listed(sorted(missing))}: "
+        "download it again",
     )
 
     unexpected = {name for name in stored - set(names.values()) if not IGNORED.search(name)}
@@ -101,8 +104,8 @@ def match_names(
         unexpected -= set(OUTPUT_HEADS)
     require(
         not unexpected,
-        f"the file of this {family} model has tensors that it should not: "
-        f"{_listed(sorted(unexpected))}",
+        f"{source}: the file of this {family} model has tensors that it should not: "
+        f"{_listed(sorted(unexpected))}: give a model without them",
     )
     return names
 
@@ -113,7 +116,7 @@ def _listed(names: list[str]) -> str:
 
 
 def read_params(
-    tensors: Tensors, family: str, config: ModelConfig, abstract: Params
+    tensors: Tensors, family: str, config: ModelConfig, abstract: Params, *, source: Path
 ) -> Params:
     """Reads parameters from a file.
 
@@ -122,6 +125,7 @@ def read_params(
       family: the family of the file.
       config: its architecture.
       abstract: shapes and shardings of our parameters.
+      source: the file or its folder, for error messages.
 
     Returns:
       The parameters; those that the family's table lacks (the bias of a scalar head) are
@@ -132,29 +136,31 @@ def read_params(
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
     shapes = {leaf_path(path): leaf for path, leaf in paths}
-    places = expected_tensors(family, config, shapes)
-    names = match_names(family, tensors, places)
+    targets = expected_tensors(family, config, shapes)
+    names = match_names(family, tensors, targets, source)
     # All parameters are allocated first, each in its final sharding, and then filled.
     params = {path: _zeros(leaf) for path, leaf in shapes.items()}
 
     # A function of its own, so that each tensor is freed before the next one is read.
-    def load_tensor(name: str, place: Place) -> None:
+    def load_tensor(name: str, target: TensorTarget) -> None:
         # On the host, in the dtype of the file.
         tensor = tensors[name]()
-        wanted = tensor_shape(place.spec, config)
+        wanted = tensor_shape(target.spec, config)
         require(
             tensor.shape == wanted,
-            f"tensor {name!r} is {list(tensor.shape)}, but config.json makes it "
-            f"{list(wanted)}",
+            f"{source}: tensor {name!r} is {list(tensor.shape)}, but the model's config "
+            f"makes it {list(wanted)}: give tensors and config of the same model",
         )
         # Views of it: a fused tensor gives several parameters.
-        parts = split_tensor(tensor, place.spec, config)
-        for leaf, part in zip(place.spec.leaves, parts, strict=True):
-            path = parameter_path(leaf, place.layer is not None)
-            params[path] = put(params[path], part, place.layer, place.spec.offset)
+        parts = split_tensor(tensor, target.spec, config)
+        for leaf, part in zip(target.spec.leaves, parts, strict=True):
+            path = parameter_path(leaf, target.layer is not None)
+            params[path] = write_parameter(
+                params[path], part, target.layer, target.spec.offset
+            )
 
-    for name, place in places.items():
-        load_tensor(names[name], place)
+    for name, target in targets.items():
+        load_tensor(names[name], target)
     return jax.tree.unflatten(structure, params.values())
 
 
@@ -162,7 +168,9 @@ def _zeros(leaf: Any) -> Array:
     return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
 
-def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Array:
+def write_parameter(
+    leaf: Array, part: np.ndarray, layer: int | None, offset: float
+) -> Array:
     """Writes `part` + `offset` into a parameter, chunk by chunk.
 
     Args:
@@ -172,10 +180,10 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
       offset: added to the values.
     """
     # The parameter's own sharding, which the result must have again.
-    target: Any = leaf.sharding
+    sharding: Any = leaf.sharding
     # The layout of one layer: the parameter's without the leading layer axis.
-    spec = [*target.spec, *(None,) * leaf.ndim][: leaf.ndim]
-    layout = NamedSharding(target.mesh, P(*spec[leaf.ndim - part.ndim :]))
+    spec = [*sharding.spec, *(None,) * leaf.ndim][: leaf.ndim]
+    layout = NamedSharding(sharding.mesh, P(*spec[leaf.ndim - part.ndim :]))
 
     # Cut chunks along the longest axis that is not sharded; if all are, use one chunk.
     shard_shape = layout.shard_shape(part.shape)
@@ -191,7 +199,7 @@ def put(leaf: Array, part: np.ndarray, layer: int | None, offset: float) -> Arra
 
         # Each device gets only its shard of the chunk.
         array = jax.make_array_from_callback(chunk.shape, layout, shard_of)
-        leaf = _write(leaf, array, layer or 0, start, axis, offset, target)
+        leaf = _write(leaf, array, layer or 0, start, axis, offset, sharding)
         # Wait, or the chunks of calls that have not run yet accumulate on the host.
         leaf = jax.block_until_ready(leaf)
     return leaf

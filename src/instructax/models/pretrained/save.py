@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.models.pretrained.hf_folder import INDEX, SINGLE_FILE
-from instructax.models.pretrained.load import Place, expected_tensors, parameter_path
+from instructax.models.pretrained.load import TensorTarget, expected_tensors, parameter_path
 from instructax.models.pretrained.weight_maps import join_tensor, tensor_shape
 from instructax.sharding import leaf_path
 from instructax.types import Params
@@ -34,21 +34,21 @@ def export_tensors(
     leaves = {
         leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    for name, place in expected_tensors(family, config, leaves).items():
-        in_layer = place.layer is not None
+    for name, target in expected_tensors(family, config, leaves).items():
+        in_layer = target.layer is not None
         parts = []
         # One layer at a time is copied to the host.
-        for leaf in place.spec.leaves:
+        for leaf in target.spec.leaves:
             value = leaves[parameter_path(leaf, in_layer)]
-            value = value[place.layer] if in_layer else value
-            parts.append(np.asarray(value) - np.float32(place.spec.offset))
+            value = value[target.layer] if in_layer else value
+            parts.append(np.asarray(value) - np.float32(target.spec.offset))
         # A generator: the whole model is never on the host in the file's layout.
-        yield name, join_tensor(parts, place.spec, config).astype(DTYPES[dtype])
+        yield name, join_tensor(parts, target.spec, config).astype(DTYPES[dtype])
 
 
-def tensor_bytes(place: Place, config: ModelConfig, dtype: str) -> int:
+def tensor_bytes(target: TensorTarget, config: ModelConfig, dtype: str) -> int:
     """Size of one tensor in a file."""
-    return int(np.prod(tensor_shape(place.spec, config))) * DTYPES[dtype].itemsize
+    return int(np.prod(tensor_shape(target.spec, config))) * DTYPES[dtype].itemsize
 
 
 def save_tensors(
@@ -56,14 +56,14 @@ def save_tensors(
 ) -> None:
     """Writes `model.safetensors`, or shards of about SHARD_BYTES and their index."""
     leaves = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    places = expected_tensors(family, config, leaves)
+    targets = expected_tensors(family, config, leaves)
 
     shards: list[list[str]] = [[]]  # names of the tensors of each file
     # Fill one file after another; a tensor is never split.
     free = SHARD_BYTES
     total = 0
-    for name, place in places.items():
-        size = tensor_bytes(place, config, dtype)
+    for name, target in targets.items():
+        size = tensor_bytes(target, config, dtype)
         if shards[-1] and size > free:
             shards.append([])
             free = SHARD_BYTES
@@ -75,7 +75,7 @@ def save_tensors(
     files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     if count == 1:
         files = [SINGLE_FILE]
-    # Tensors come in the order of `places`, so each file takes the next ones.
+    # Tensors come in the order of `targets`, so each file takes the next ones.
     tensors = export_tensors(params, family, config, dtype)
     weight_map: dict[str, str] = {}
     for file, names in zip(files, shards, strict=True):

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,7 @@ def split_tensor(
         rest.remove("1")
 
     views = []
-    # Transposing makes views; `load.put` copies them chunk by chunk.
+    # Transposing makes views; `load.write_parameter` copies them chunk by chunk.
     for part, axes in zip(parts, ours, strict=True):
         views.append(part.transpose([rest.index(axis) for axis in axes]))
     return views

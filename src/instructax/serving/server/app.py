@@ -1,6 +1,7 @@
 """The server as an ASGI application, and the command that runs it."""
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -35,9 +36,9 @@ def make_app(policy: Policy, name: str, *, queue_limit: int) -> Starlette:
     """Creates the ASGI application.
 
     Args:
-        policy: The policy to serve.
-        name: The model's name in requests.
-        queue_limit: Number of samples that may wait.
+      policy: the policy to serve.
+      name: the model's name in requests.
+      queue_limit: number of samples that may wait.
     """
     # A small vocabulary may have fewer tokens than a client may ask for.
     top = min(MAX_TOP_LOGPROBS, policy.tokenizer.size)
@@ -103,17 +104,17 @@ def serve(
     """Serves a finished run until Ctrl-C.
 
     Args:
-        path: The finished run.
-        name: The model's name in requests.
-        host: Address to listen on.
-        port: Port to listen on; 0 = any free one.
-        dtype: The computation's dtype.
-        batch_size: Samples that are drawn at a time.
-        queue_limit: Number of samples that may wait; more are refused.
+      path: the finished run.
+      name: the model's name in requests.
+      host: address to listen on.
+      port: port to listen on; 0 = any free one.
+      dtype: the computation's dtype.
+      batch_size: samples that are drawn at a time.
+      queue_limit: number of samples that may wait; more are refused.
 
     Raises:
-        ConfigError: The run cannot be served, or the port is taken.
-        KeyboardInterrupt: After Ctrl-C, once running requests are done.
+      ConfigError: the run cannot be served, or the port is taken.
+      KeyboardInterrupt: after Ctrl-C, once running requests are done.
     """
     require(
         queue_limit >= batch_size,
@@ -122,7 +123,24 @@ def serve(
     policy = open_served(path, dtype=dtype, batch_size=batch_size)
     warm_up(policy)
     app = make_app(policy, name, queue_limit=queue_limit)
-    config = uvicorn.Config(
+    config = _uvicorn_config(app, host, port)
+    # Bind first, so that the printed port is the real one.
+    listener = _bind(config)
+    host, port = listener.getsockname()[:2]
+    print(
+        f"serving {name} on http://{host}:{port}/v1 with batch size {batch_size}; "
+        "press Ctrl-C to stop",
+        flush=True,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        # A second Ctrl-C skips the application's own shutdown.
+        app.state.batcher.close()
+
+
+def _uvicorn_config(app: Starlette, host: str, port: int) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -130,24 +148,14 @@ def serve(
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         lifespan="on",
     )
-    server = uvicorn.Server(config)
 
-    # Bind first, so that the printed port is the real one.
+
+def _bind(config: uvicorn.Config) -> socket.socket:
+    """Opens the server's port; raises ConfigError if it is taken."""
     try:
-        socket = config.bind_socket()
+        return config.bind_socket()
     # uvicorn exits the process if the port is taken.
     except SystemExit:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: choose another --port"
+            f"cannot listen on {config.host}:{config.port}: choose another --port"
         ) from None
-    host, port = socket.getsockname()[:2]
-    print(
-        f"serving {name} on http://{host}:{port}/v1 with batch size {batch_size}; "
-        "press Ctrl-C to stop",
-        flush=True,
-    )
-    try:
-        server.run(sockets=[socket])
-    finally:
-        # A second Ctrl-C skips the application's own shutdown.
-        app.state.batcher.close()

@@ -57,8 +57,8 @@ class Batcher:
     batcher's thread.
 
     Attributes:
-        queue_limit: Number of samples and scores that may wait.
-        batch_sizes: Sizes of the batches that ran.
+      queue_limit: number of samples and scores that may wait.
+      batch_sizes: sizes of the batches that ran.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Batcher:
         """Creates a batcher that is not running yet.
 
         Args:
-            engine: The engine; nobody else may call it.
-            turn_end_mask: Tokens that end an answer in a chat, b[V].
-            queue_limit: Number of samples and scores that may wait.
-            top: Number of most likely tokens to return if a score asks for them.
+          engine: the engine; nobody else may call it.
+          turn_end_mask: tokens that end an answer in a chat, b[V].
+          queue_limit: number of samples and scores that may wait.
+          top: number of most likely tokens to return if a score asks for them.
         """
         self._engine = engine
         self._turn_end_mask = turn_end_mask
@@ -105,13 +105,13 @@ class Batcher:
         """Draws samples.
 
         Args:
-            requests: The samples to draw.
-            chat: Whether turn tokens end a sample.
+          requests: the samples to draw.
+          chat: whether turn tokens end a sample.
 
         Returns:
-            A generator of (index of the sample, its next chunk, a function that cancels the
-            sample), until all samples are done. It raises QueueFullError if the samples
-            cannot wait, ShuttingDownError, and what the engine raises.
+          A generator of (index of the sample, its next chunk, a function that cancels the
+          sample), until all samples are done. It raises QueueFullError if the samples
+          cannot wait, ShuttingDownError, and what the engine raises.
         """
         return self._results(requests, _Group("sample", chat))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from instructax.runtime.files import refuse_constant
 from instructax.serving.policy import Policy
 from instructax.serving.server.errors import RequestError
 from instructax.serving.server.request_bodies import (
@@ -49,8 +50,7 @@ class ParsedRequest:
 def parse_json(body: bytes) -> dict[str, Any]:
     """Returns the JSON object in `body`; raises RequestError if there is none."""
     try:
-        # Python would accept NaN and Infinity.
-        parsed = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
     # Deeply nested arrays exceed Python's recursion limit.
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from None
@@ -59,22 +59,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
 def parse_completion(
     body: dict[str, Any], policy: Policy, limits: ServerLimits
 ) -> ParsedRequest:
     """Parses the body of /v1/completions.
 
     Args:
-        body: The JSON object.
-        policy: The policy that will serve it.
-        limits: What the server allows.
+      body: the JSON object.
+      policy: the policy that will serve it.
+      limits: what the server allows.
 
     Raises:
-        RequestError: The request cannot be served.
+      RequestError: the request cannot be served.
     """
     request = validate_body(CompletionBody, body, limits)
     prompts = [_prompt_tokens(prompt, policy) for prompt in request.prompt]

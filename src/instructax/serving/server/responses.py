@@ -68,10 +68,10 @@ class Envelope:
         """The complete response of a request that is not streamed.
 
         Args:
-            texts: Text of each choice.
-            finish_reasons: Why each choice ended.
-            logprobs: Log-probabilities of each choice, or None.
-            token_usage: What `usage` returns.
+          texts: text of each choice.
+          finish_reasons: why each choice ended.
+          logprobs: log-probabilities of each choice, or None.
+          token_usage: what `usage` returns.
         """
         choices = []
         for index, text in enumerate(texts):
@@ -133,11 +133,11 @@ def completion_logprobs(
     """Log-probabilities in the format of /v1/completions.
 
     Args:
-        tokenizer: The tokenizer.
-        tokens: Prompt and completion, i32[n].
-        scores: Scores of `tokens`.
-        start: First token to report.
-        top: Number of most likely tokens per position; 0 = none.
+      tokenizer: the tokenizer.
+      tokens: prompt and completion, i32[n].
+      scores: scores of `tokens`.
+      start: first token to report.
+      top: number of most likely tokens per position; 0 = none.
     """
     pieces = [tokenizer.decode([token]) for token in tokens[start:]]
     # Position of each token's text in the text of the choice.

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from instructax.config import require
-from instructax.models import decoding_config
+from instructax.models.config import decoding_config
 from instructax.stages import load_stage
 from instructax.stages.benchmark.workloads import (
     Work,

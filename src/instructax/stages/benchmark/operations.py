@@ -9,7 +9,7 @@ or as much if only adapters are trained. Recomputation is not counted.
 from collections.abc import Mapping
 from typing import Any
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 
 
 def update_cost(config: Any) -> int:

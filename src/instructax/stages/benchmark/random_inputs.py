@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.models import ModelConfig
+from instructax.models.config import ModelConfig
 from instructax.stages.ppo.program import PpoProgram
 from instructax.training.state import init_state
 from instructax.types import Comparisons, LmBatch, Params, Prompts

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from instructax import sharding
 from instructax.config import require
-from instructax.generation import prefill_padding
-from instructax.models import Transformer
+from instructax.generation.prefill import prefill_padding
+from instructax.models.transformer import Transformer
 from instructax.stages import pretrain, sft
 from instructax.stages import reward_model as reward
 from instructax.stages.benchmark.operations import (

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from instructax import rng, sharding
-from instructax.generation import generate, prefill_padding
-from instructax.models import merge_lora
+from instructax.generation.prefill import prefill_padding
+from instructax.generation.sampler import generate
+from instructax.models.lora import merge_lora
 from instructax.models.scoring import (
     packed_logprobs,
     packed_logprobs_and_entropy,

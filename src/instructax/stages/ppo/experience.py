@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from instructax.advantages import generalized_advantages, kl_penalized_rewards
 from instructax.masking import masked_mean, masked_variance, token_count, whiten
-from instructax.models import ComputeConfig
+from instructax.models.config import ComputeConfig
 from instructax.models.scoring import rollout_sequences
 from instructax.models.sequence_packing import PackedLayout, pack, plan_packing
 from instructax.stages.ppo.program import AdvantageSettings

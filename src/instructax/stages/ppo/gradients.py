@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from instructax.losses import clipped_policy_loss, clipped_value_loss
 from instructax.masking import masked_mean, token_count
-from instructax.models import Transformer, merge_trees, trainable
+from instructax.models.lora import merge_trees, trainable
 from instructax.models.scoring import packed_loss_and_gradients, packed_values
+from instructax.models.transformer import Transformer
 from instructax.stages.ppo.experience import MAX_METRIC_LOG_RATIO, Minibatch
 from instructax.training.accumulation import (
     accumulate,

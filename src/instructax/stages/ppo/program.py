@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import optax
 
-from instructax.models import Transformer
+from instructax.models.transformer import Transformer
 from instructax.training.optimizer import OptimizerConfig
 from instructax.training.settings import OptimizerSettings
 from instructax.types import Array, pytree

@@ -32,8 +32,10 @@ from instructax.data.prompt_format import PLAIN_FORMAT, PromptFormat
 from instructax.data.storage import PreparedData
 from instructax.data.tokenizer import Tokenizer
 from instructax.evals.validation import validation_losses
-from instructax.models import ComputeConfig, LoraConfig, ModelConfig, Transformer
+from instructax.models.config import ComputeConfig, ModelConfig
 from instructax.models.init import abstract_params
+from instructax.models.lora import LoraConfig
+from instructax.models.transformer import Transformer
 from instructax.sharding import MeshConfig
 from instructax.stages.memory import cache_bytes, parameter_bytes, training_bytes
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state

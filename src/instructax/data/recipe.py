@@ -139,7 +139,7 @@ def _prepare(
                 f"split {split!r} of {recipe.kind} is empty: of {len(records)} records in "
                 f"{len(files)} files, {len(members)} reached it before the limits on "
                 f"tokens; dropped by rule, in all splits: {dropped}; change "
-                "DataLimits.splits or the limit that drops them, or give more data"
+                "config.data.limits.splits or the limit that drops them, or give more data"
             )
     return rows, _report(recipe, content_hash, len(records), dropped, kept, rows, labelers)
 
