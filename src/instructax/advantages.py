@@ -19,8 +19,8 @@ def kl_penalized_rewards(
 ) -> Array:
     """The reward of each token: the KL penalty everywhere, the score at the end.
 
-    r_t = −kl_coef · (logprobs_t − ref_logprobs_t) + [t is the row's last real token] ·
-    score
+    r_t = −kl_coef · (logprobs_t − ref_logprobs_t) + s_t
+    s_t = the row's score at its last real token, 0 elsewhere
 
     Paper, Eq. 2 with γ = 0, with the penalty per token as in Stiennon et al. (2020).
 

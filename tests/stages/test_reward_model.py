@@ -208,12 +208,12 @@ def reward_parts(chain, step: int | None = None):
     config = stages.config_with_kernel(stages.config_of(chain, "reward", {}))
     model = Transformer(config.model, config.compute, "scalar")
     abstract = abstract_state(model, GRADIENT, stages.mesh_of(), no_adapters).params
-    return (
-        config,
-        model,
-        tokenizer_of(config.tokenizer, config.model),
-        load_params(chain / "reward", abstract, step=step),
-    )
+    workdir = chain / "reward"
+    if step is None:
+        params = load_newest_params(workdir, abstract)
+    else:
+        params = load_params(workdir, abstract, step=step)
+    return config, model, tokenizer_of(config.tokenizer, config.model), params
 
 
 def prepared_comparisons(chain):

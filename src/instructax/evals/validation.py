@@ -129,9 +129,10 @@ class ValidationLoss:
         self._max_batches = max_batches
         self._sequence_tokens = sequence_tokens
         # Replicated, so that every process can compute the same sums.
-        self._row_losses = jax.jit(
-            partial(row_losses, model, mesh), out_shardings=sharding.replicated(mesh)
+        compiled = jax.jit(
+            row_losses, static_argnums=(0, 1), out_shardings=sharding.replicated(mesh)
         )
+        self._row_losses = partial(compiled, model, mesh)
 
     def mean(self, params: Params, source: Source) -> float:
         """Nats per token; 0 if there is no token."""
@@ -179,10 +180,13 @@ class Ranking:
         self._batch_size = batch_size
         self._max_batches = max_batches
         # As in ValidationLoss.
-        self._rank_pairs = jax.jit(
-            partial(rank_pairs, model, mesh, width=width),
+        compiled = jax.jit(
+            rank_pairs,
+            static_argnums=(0, 1),
+            static_argnames="width",
             out_shardings=sharding.replicated(mesh),
         )
+        self._rank_pairs = partial(compiled, model, mesh, width=width)
 
     def means(self, params: Params, source: Source) -> dict[str, float]:
         """What training logs: loss, accuracy (equal scores count as wrong) and pairs."""

@@ -232,14 +232,16 @@ def _compiled_sampler(
     config: Config, model: Transformer, eos_id: int
 ) -> Callable[..., Rollouts]:
     """`sample(params, prompts [B, P], keys [B · count])` at temperature 1, under jit."""
-    sample = partial(
-        generate,
+    compiled = jax.jit(
+        generate, static_argnums=0, static_argnames=("length", "temperature", "eos_id")
+    )
+    return partial(
+        compiled,
         model,
         length=config.response_tokens,
         temperature=1.0,
         eos_id=eos_id,
     )
-    return jax.jit(sample)
 
 
 def draw_compared(

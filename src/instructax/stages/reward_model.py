@@ -168,7 +168,7 @@ def train(run: Run) -> None:
     abstract = abstract_state(
         program.model, program.optimizer, mesh, adapter_initializer(config)
     )
-    update = compile_update(partial(update_reward_model, program), abstract, mesh)
+    update = compile_update(update_reward_model, program, abstract, mesh)
     # Validation uses the packed width of training.
     ranking = Ranking(
         program.model,
@@ -260,9 +260,10 @@ def normalizer(
     """A function that sets the bias of the head so that the demonstrations of `source`
     score 0 on average (paper, section 3.5)."""
     # (sum of scores, number of demonstrations) of a batch of packed rows.
-    scores = jax.jit(
-        partial(demonstration_scores, model), out_shardings=sharding.replicated(mesh)
+    compiled = jax.jit(
+        demonstration_scores, static_argnums=0, out_shardings=sharding.replicated(mesh)
     )
+    scores = partial(compiled, model)
     length = config.data.limits.sequence_tokens
 
     def normalize(params: Params) -> Params:

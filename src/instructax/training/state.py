@@ -1,6 +1,7 @@
 """Train states: how they are created, sharded and updated under jit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,12 +60,10 @@ def abstract_state(
     """Shapes, dtypes and shardings of a train state; allocates nothing."""
 
     # Traced for shapes only, so any key will do.
-    def create() -> TrainState:
-        params = init_params(model, jax.random.key(0))
-        return new_state(add_adapters(params), optimizer)
-
+    create = jax.jit(_random_state, static_argnums=(0, 1, 2))
+    shapes = create.eval_shape(model, optimizer, add_adapters, jax.random.key(0))
     # The optimizer's moments are sharded like the parameters that they belong to.
-    return sharding.abstract_arrays(jax.eval_shape(create), mesh)
+    return sharding.abstract_arrays(shapes, mesh)
 
 
 def layouts(tree: Any) -> Any:
@@ -80,13 +79,19 @@ def init_state(
     add_adapters: AddAdapters = no_adapters,
 ) -> TrainState:
     """A randomly initialized state; each device allocates only its own shards."""
-
-    def create(key: Array) -> TrainState:
-        return new_state(add_adapters(init_params(model, key)), optimizer)
-
     # Under jit with these shardings no device ever holds a whole large parameter.
     shardings = layouts(abstract_state(model, optimizer, mesh, add_adapters))
-    return jax.jit(create, out_shardings=shardings)(key)
+    create = jax.jit(_random_state, static_argnums=(0, 1, 2), out_shardings=shardings)
+    return create(model, optimizer, add_adapters, key)
+
+
+def _random_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    add_adapters: AddAdapters,
+    key: Array,
+) -> TrainState:
+    return new_state(add_adapters(init_params(model, key)), optimizer)
 
 
 def start_from(
@@ -109,24 +114,30 @@ def start_from(
 
 
 def compile_update(
-    update: Callable[..., Any], abstract: Any, mesh: Mesh
+    update: Callable[..., Any], program: Any, abstract: Any, mesh: Mesh
 ) -> Callable[[Any, Any, Any], Any]:
-    """`update(state, batch, settings) -> (state, metrics)` under jit.
+    """`update(program, state, batch, settings) -> (state, metrics)` under jit.
 
     The state keeps its shardings and is donated, the batch is sharded by rows, and settings
     and metrics are replicated.
 
     Args:
       update: the function to compile.
+      program: what is compiled in, hashable. Equal programs are compiled once per process.
       abstract: shapes and shardings of the state.
       mesh: the mesh that holds the state.
+
+    Returns:
+      `step(state, batch, settings) -> (state, metrics)`
     """
     state = layouts(abstract)
     replicated = sharding.replicated(mesh)
-    # Donation lets XLA write the new state over the old one: one state in memory, not two.
-    return jax.jit(
+    compiled = jax.jit(
         update,
+        static_argnums=0,
         in_shardings=(state, sharding.row_sharding(mesh), replicated),
         out_shardings=(state, replicated),
-        donate_argnums=0,
+        # XLA writes the new state over the old one: one state in memory, not two.
+        donate_argnums=1,
     )
+    return partial(compiled, program)

@@ -3,7 +3,6 @@ share."""
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -183,7 +182,7 @@ def train_supervised(
     program = supervised_program(config, model, run.mesh, total_steps)
     settings = settings_from(SupervisedSettings, config)
     abstract = abstract_state(model, program.optimizer, run.mesh, add_adapters)
-    update = compile_update(partial(supervised_update, program), abstract, run.mesh)
+    update = compile_update(supervised_update, program, abstract, run.mesh)
 
     def start() -> TrainState:
         # Only for a fresh run: `start` is not called if there is a checkpoint.

@@ -359,7 +359,7 @@ def test_ppo_needs_no_text(chain, tmp_path):
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):
     patch_call(monkeypatch, algorithm, "generate", temperature=1.3)
     # A length of its own, as in `never_compiled`.
-    config = stages.config_of(chain, "ppo", {"steps": 5})
+    config = stages.config_of(chain, "ppo", {"steps": next(LENGTHS)})
     with pytest.raises(InvariantError, match="sampled and recomputed"):
         run_stage(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -114,7 +114,7 @@ def supervised_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     if hasattr(config, "lora"):
         add_adapters = adapter_initializer(config)
     step = _compile_step(
-        partial(supervised_update, program), model, program.optimizer, mesh, add_adapters
+        supervised_update, program, model, program.optimizer, mesh, add_adapters
     )
     state = init_state(model, program.optimizer, jax.random.key(0), mesh, add_adapters)
     # Each row is one document, so attention covers the whole row.
@@ -148,7 +148,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
     settings = settings_from(reward.RewardModelSettings, config)
     add_adapters = adapter_initializer(config)
     step = _compile_step(
-        partial(reward.update_reward_model, program), model, optimizer, mesh, add_adapters
+        reward.update_reward_model, program, model, optimizer, mesh, add_adapters
     )
     state = init_state(model, optimizer, jax.random.key(0), mesh, add_adapters)
     batch = sharding.shard_rows(random_comparisons(config), mesh)
@@ -168,6 +168,7 @@ def reward_work(config: Any, mesh: jax.sharding.Mesh, _: float) -> Work:
 
 def _compile_step(
     update: Callable[..., Any],
+    program: Any,
     model: Transformer,
     optimizer: Any,
     mesh: jax.sharding.Mesh,
@@ -175,7 +176,7 @@ def _compile_step(
 ) -> Callable[[Any, Any, Any], Any]:
     """The compiled update, as the stage runs it: `step(state, batch, settings)`."""
     abstract = abstract_state(model, optimizer, mesh, add_adapters)
-    return compile_update(update, abstract, mesh)
+    return compile_update(update, program, abstract, mesh)
 
 
 def _update_work(
