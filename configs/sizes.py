@@ -44,7 +44,6 @@ GROUPS = {
 SIZES = tuple(GROUPS)
 SIMULATED = ("tiny", "micro", "milli", "centi")  # sizes with a simulated world
 FAMILY = ("micro", "milli", "centi")
-RECIPES = ("smollm2",)  # imported models with rows of their own
 
 CONTEXT = 2048  # tokens; of GPT-3 and the paper (appendix C)
 MAX_K = RESPONSES_PER_PROMPT[1]  # responses that are ranked together (section 3.5)

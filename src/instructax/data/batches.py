@@ -205,23 +205,18 @@ def mixed_lm_batch(
     text comes last, and each source has its own stream.
 
     Args:
-      demonstrations: packed rows; unused if the fraction is 1.
-      text: packed rows; unused if the fraction is 0.
-      index: which batch.
+      demonstrations, text: packed rows; unused if the fraction is 1 or 0.
       batch_size: rows of the whole batch, over all processes.
       text_fraction: fraction of rows that come from `text`, from 0 to 1.
       length: T.
       seed: of both streams.
-      process_index: of this process.
-      process_count: processes that share the batch.
+      process_index, process_count: this process, and how many share the batch.
     """
-    # The decimal number as it was written: ten times 0.1 is exactly 1.
-    fraction = fractions.Fraction(str(text_fraction))
     # Where this batch starts and stops in the mixed stream and in the stream of text.
     start = index * batch_size
     stop = (index + 1) * batch_size
-    text_start = math.floor(fraction * start)
-    text_stop = math.floor(fraction * stop)
+    text_start = _text_rows(start, text_fraction)
+    text_stop = _text_rows(stop, text_fraction)
 
     # The first places of the batch hold demonstrations, the others text.
     places = process_slice(np.arange(batch_size), process_index, process_count)
@@ -240,6 +235,12 @@ def mixed_lm_batch(
         parts.append(lm_batch(text, rows[text_places], length))
     # [rows of demonstrations, T] and [rows of text, T] → [B / processes, T]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _text_rows(rows: int, text_fraction: float) -> int:
+    """How many of the first `rows` rows of a mixed stream are text."""
+    # The decimal number as it was written: ten times 0.1 is exactly 1.
+    return math.floor(fractions.Fraction(str(text_fraction)) * rows)
 
 
 def left_pad(

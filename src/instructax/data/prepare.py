@@ -96,14 +96,8 @@ def prepare_demonstrations(
     def rows(
         records: list[Demonstration], ids: TokenIds, labelers: Mapping[str, int]
     ) -> list[dict[str, Any]]:
-        documents = []
-        for record in records:
-            completion = ids[record.completion]
-            _check_single_end_token(record, completion, tokenizer.eos_id)
-            document = document_packing.demonstration_document(
-                ids[record.prompt], completion, tokenizer.eos_id
-            )
-            documents.append(document)
+        eos_id = tokenizer.eos_id
+        documents = [_demonstration_document(record, ids, eos_id) for record in records]
         return _packed_rows(documents, length)
 
     recipe = Recipe(
@@ -201,6 +195,13 @@ def prepare_comparisons(
         row_tokens=limits.comparison_tokens,
     )
     return run_recipe(recipe, files, tokenizer, limits, data_dir, prompt_format)
+
+
+def _demonstration_document(record: Demonstration, ids: TokenIds, eos_id: int) -> Any:
+    """The tokens of a demonstration, of which the completion and its end are trained."""
+    completion = ids[record.completion]
+    _check_single_end_token(record, completion, eos_id)
+    return document_packing.demonstration_document(ids[record.prompt], completion, eos_id)
 
 
 def _check_single_end_token(

@@ -158,21 +158,10 @@ def generate(
     """
 
     def sample(prompts: Prompts, keys: Array) -> Rollouts:
-        sampling = start_sampling(
-            model,
-            params,
-            prompts,
-            keys,
-            length=length,
-            max_new_tokens=jnp.full((len(keys),), length, jnp.int32),
-            temperature=jnp.full((len(keys),), temperature, jnp.float32),
-            eos_id=eos_id,
-            stop_token_mask=stop_token_mask,
+        temperatures = jnp.full((len(keys),), temperature, jnp.float32)
+        return _sample_group(
+            model, params, prompts, keys, length, temperatures, eos_id, stop_token_mask
         )
-        sampling = advance_sampling(
-            model, params, sampling, eos_id=eos_id, stop_token_mask=stop_token_mask
-        )
-        return sampling.rollouts
 
     # NumPy arrays cannot be indexed with traced values.
     prompts = jax.tree.map(jnp.asarray, prompts)
@@ -182,6 +171,34 @@ def generate(
     grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (prompts, keys))
     rollouts = jax.vmap(sample)(*grouped)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
+
+
+def _sample_group(
+    model: Transformer,
+    params: Params,
+    prompts: Prompts,
+    keys: Array,
+    length: int,
+    temperatures: Array,
+    eos_id: int,
+    stop_token_mask: Array | None,
+) -> Rollouts:
+    """`generate` for prompts that share one set of slots; temperatures f32[N]."""
+    sampling = start_sampling(
+        model,
+        params,
+        prompts,
+        keys,
+        length=length,
+        max_new_tokens=jnp.full((len(keys),), length, jnp.int32),
+        temperature=temperatures,
+        eos_id=eos_id,
+        stop_token_mask=stop_token_mask,
+    )
+    sampling = advance_sampling(
+        model, params, sampling, eos_id=eos_id, stop_token_mask=stop_token_mask
+    )
+    return sampling.rollouts
 
 
 def _decoding_network(model: Transformer, params: Params) -> DecodingNetwork:

@@ -125,18 +125,7 @@ class Attention(nn.Module):
         query = linear((c.num_heads, c.head_dim), 1, c.init_std, name="query")(x)
         key = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="key")(x)
         value = linear((c.num_kv_heads, c.head_dim), 1, c.init_std, name="value")(x)
-        # Norms and rotation apply per head, before the cache: cached keys are final.
-        if c.qk_norm:
-            query = Norm(c, name="query_norm")(query)
-            key = Norm(c, name="key_norm")(key)
-        if c.positions == "rotary":
-            frequencies = rotary_frequencies(c)
-            query = apply_rotary(query, positions, frequencies)
-            key = apply_rotary(key, positions, frequencies)
-        if c.query_pre_attn_scalar:
-            # `attend` divides by √head_dim; this makes it √query_pre_attn_scalar.
-            scale = np.sqrt(c.head_dim / c.query_pre_attn_scalar)
-            query = query * jnp.asarray(scale, query.dtype)
+        query, key = self._normalize_and_rotate(query, key, positions)
 
         # [B, heads, T, head_dim], the layout of the cache
         query = query.swapaxes(1, 2)
@@ -154,6 +143,25 @@ class Attention(nn.Module):
         residual_std = c.init_std / np.sqrt(2 * c.num_layers)
         project = linear((c.embed_dim,), 2, residual_std, bias=c.biases, name="out")
         return project(output), (key, value)
+
+    def _normalize_and_rotate(
+        self, query: Array, key: Array, positions: Array
+    ) -> tuple[Array, Array]:
+        """Norms, rotation and scale of queries and keys dtype[B, T, heads, head_dim]."""
+        # Per head and before the cache: cached keys are final.
+        c = self.config
+        if c.qk_norm:
+            query = Norm(c, name="query_norm")(query)
+            key = Norm(c, name="key_norm")(key)
+        if c.positions == "rotary":
+            frequencies = rotary_frequencies(c)
+            query = apply_rotary(query, positions, frequencies)
+            key = apply_rotary(key, positions, frequencies)
+        if c.query_pre_attn_scalar:
+            # `attend` divides by √head_dim; this makes it √query_pre_attn_scalar.
+            scale = np.sqrt(c.head_dim / c.query_pre_attn_scalar)
+            query = query * jnp.asarray(scale, query.dtype)
+        return query, key
 
 
 class Mlp(nn.Module):

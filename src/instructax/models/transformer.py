@@ -64,53 +64,50 @@ class Transformer(nn.Module):
 
         Args:
           tokens: i32[B, T].
-          segments: i32[B, T]: 0 is padding, n > 0 a segment that sees itself and, if its
-            row has one, the shared prefix −⌈n / SEGMENTS_PER_PREFIX⌉; negative segments are
-            such prefixes.
+          segments: i32[B, T]: 0 is padding, n > 0 a segment that sees itself and the
+            shared prefix −⌈n / SEGMENTS_PER_PREFIX⌉, if its row has one.
           positions: i32[B, T].
           cache: if given, the T columns are written to it and attend to what it holds.
           dropout: residual dropout; None for none.
-          layers: with a cache, the result of `unstack_layers`, for loops that would unstack
-            the parameters in every iteration.
+          layers: with a cache, the result of `unstack_layers`, if the caller has it.
 
         Returns:
-          (outputs, cache). The outputs are hidden states [B, T, D] in the matmul dtype, or
-          f32[B, T] for the scalar head.
+          (hidden states [B, T, D] in the matmul dtype or, with the scalar head, f32[B, T];
+          cache).
         """
         c = self.config
         # [B, T, D] in the activation dtype
         x = self._embed(tokens, positions)
-
-        # LoRA adapters are leaves that a new network does not have and `param` would
-        # reject, so existing parameters are read as they are.
-        if self.has_variable("params", "blocks"):
-            blocks = self.get_variable("params", "blocks")
-        else:
-            blocks = self.param("blocks", init_blocks, c)
-
+        blocks = self._blocks()
         if cache is None:
             # Initialization needs shapes only, and one token is too short for a kernel.
             kernel = "jax" if self.is_initializing() else self.compute.attention
-            attend_rows, mask = packed_attention(kernel, segments, self.mesh)
+            attention, mask = packed_attention(kernel, segments, self.mesh)
             if c.attention_softcap:  # supported by the "jax" kernel only
-                attend_rows = partial(attend_rows, cap=c.attention_softcap)
-            x = scan_blocks(
-                blocks, x, mask, positions, c, self.compute, dropout, attend_rows
-            )
+                attention = partial(attention, cap=c.attention_softcap)
+            x = scan_blocks(blocks, x, mask, positions, c, self.compute, dropout, attention)
         else:
             layers = layers or unstack_layers(blocks)
             x, cache = unroll_blocks(layers, x, segments, positions, c, self.compute, cache)
         x = Norm(c, name="final_norm")(x)
 
-        # Heads compute in float32 in all dtypes.
         if self.head == "scalar":
             std = float(1.0 / np.sqrt(c.embed_dim + 1))
+            # Heads compute in float32 in all dtypes.
             head = Linear((), 1, std, True, "float32", name="scalar_head")
             return head(x.astype(jnp.float32)), cache
         # Only creates the parameters: `head_kernel` reads them outside the module.
         if not c.tied_embeddings:
             self.param("head", init_head, c)
         return x.astype(self.compute.matmul_dtype), cache
+
+    def _blocks(self) -> Params:
+        """The parameters of all layers, stacked on a leading axis."""
+        # LoRA adapters are leaves that a new network does not have and `param` would
+        # reject, so existing parameters are read as they are.
+        if self.has_variable("params", "blocks"):
+            return self.get_variable("params", "blocks")
+        return self.param("blocks", init_blocks, self.config)
 
     def _embed(self, tokens: Array, positions: Array) -> Array:
         """Token (and learned position) embeddings: dtype[B, T, D]."""

@@ -23,8 +23,7 @@ from instructax.sharding import MeshConfig
 from instructax.training.optimizer import OptimizerConfig, make_optimizer
 from instructax.training.state import abstract_state, adapter_initializer, no_adapters
 
-# Bytes in a GiB.
-GIB = 2**30
+GIB = 2**30  # bytes
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -9,6 +9,7 @@ tokenizer, so every stage accepts it as a parent. It takes the place of the pape
 import dataclasses
 import hashlib
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,18 @@ def fold_score_bias(params: Params, config: ModelConfig) -> Params:
     }
 
 
+@partial(jax.jit, static_argnums=0)
+def _outputs(model: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
+    """Logits f32[B, T, V], or a reward model's outputs f32[B, T]; a row is one segment."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    hidden: Any
+    hidden, _ = model.apply({"params": params}, tokens, jnp.ones_like(tokens), positions)
+    if model.head == "scalar":
+        return hidden
+    kernel = head_kernel(model.config, params)
+    return compute_logits(hidden, kernel, model.config.final_logit_softcap)
+
+
 def verify_export(path: Path, model: Transformer, params: Params, dtype: str) -> str:
     """Compares the logits, or scores, of an exported folder with those of its run.
 
@@ -317,26 +330,13 @@ def verify_export(path: Path, model: Transformer, params: Params, dtype: str) ->
         bias = jnp.float32(raw.get(SCORE_BIAS, 0.0))
         read = {**read, "scalar_head": {**read["scalar_head"], "bias": bias}}
 
-    # i32[2, T], two short random sequences, one segment each.
+    # i32[2, T], two short random sequences.
     rng = np.random.default_rng(0)
     length = min(16, config.max_length)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=(2, length)), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
 
-    @jax.jit
-    def outputs(params: Params) -> jax.Array:
-        # [2, T, D], or the scores [2, T] of a reward model.
-        hidden: Any
-        hidden, _ = model.apply(
-            {"params": params}, tokens, jnp.ones_like(tokens), positions
-        )
-        if model.head == "scalar":
-            return hidden
-        kernel = head_kernel(config, params)
-        return compute_logits(hidden, kernel, config.final_logit_softcap)
-
-    ours = np.asarray(outputs(params))
-    theirs = np.asarray(outputs(read))
+    ours = np.asarray(_outputs(model, params, tokens))
+    theirs = np.asarray(_outputs(model, read, tokens))
     kind = "scores" if model.head == "scalar" else "logits"
     # bf16 tensors are rounded, so only the difference is reported for them.
     worst = float(np.abs(ours - theirs).max())

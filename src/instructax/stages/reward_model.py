@@ -57,7 +57,7 @@ from instructax.training.checks import (
     check_rows,
     count_steps,
 )
-from instructax.training.optimizer import OptimizerConfig, make_optimizer
+from instructax.training.optimizer import OptimizerConfig, make_optimizer, without_peak
 from instructax.training.run import Run, RunConfig
 from instructax.training.settings import settings_from
 from instructax.training.state import (
@@ -212,10 +212,11 @@ def _program(run: Run) -> RewardModelProgram:
     # The data may be shorter than its limits, and narrower rows cost less attention.
     longest = comparisons.report.longest.values()
     row_tokens = packed_width(longest, config.data.limits.comparison_tokens, config.compute)
+    optimizer = without_peak(config.optimizer)
     return RewardModelProgram(
         model=Transformer(config.model, config.compute, "scalar", run.mesh),
-        optimizer=make_optimizer(config.optimizer),
-        schedule=config.optimizer,
+        optimizer=make_optimizer(optimizer),
+        schedule=optimizer,
         mesh=run.mesh,
         total_steps=total_steps,
         row_tokens=row_tokens,

@@ -56,6 +56,15 @@ class OptimizerConfig:
         check_positive(self, "epsilon")
 
 
+def without_peak(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with a learning rate of 0.
+
+    Programs hold this one. The peak is their argument, so those that differ in nothing else
+    are equal and compiled once.
+    """
+    return dataclasses.replace(config, learning_rate=0.0)
+
+
 # Cached: programs are compared by their optimizers, so equal configs must give the same
 # object for `jax.jit` to reuse a compiled program.
 @functools.cache

@@ -28,6 +28,7 @@ from instructax.training.optimizer import (
     learning_rate_at,
     make_optimizer,
     skipped,
+    without_peak,
 )
 from instructax.training.run import Run
 from instructax.training.settings import OptimizerSettings, settings_from
@@ -55,7 +56,7 @@ class SupervisedSettings:
 class SupervisedProgram:
     """What is compiled in."""
 
-    # Static: closed over by the compiled update.
+    # A static argument of the compiled update.
     model: Transformer
     optimizer: optax.GradientTransformation
     schedule: OptimizerConfig
@@ -69,10 +70,11 @@ def supervised_program(
     config: Any, model: Transformer, mesh: Mesh, total_steps: int
 ) -> SupervisedProgram:
     """The program for the Config of `pretrain` or `sft`."""
+    optimizer = without_peak(config.optimizer)
     return SupervisedProgram(
         model=model,
-        optimizer=make_optimizer(config.optimizer),
-        schedule=config.optimizer,
+        optimizer=make_optimizer(optimizer),
+        schedule=optimizer,
         mesh=mesh,
         total_steps=total_steps,
         num_microbatches=config.accumulate,

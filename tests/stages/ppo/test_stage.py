@@ -16,6 +16,7 @@ from instructax.checkpoints.parents import tokenizer_of
 from instructax.data.batches import lm_batch
 from instructax.experiment import run_stage
 from instructax.runtime.metric_log import read_metrics, read_summary
+from instructax.stages import build_config
 from instructax.stages.ppo import algorithm, gradients
 from instructax.stages.ppo import stage as ppo_train
 from instructax.stages.ppo.compiled import CompiledIteration, abstract_ppo_state
@@ -354,6 +355,29 @@ def test_ppo_needs_no_text(chain, tmp_path):
     assert summary["scores"] == pytest.approx(
         read_metrics(chain / "ppo")[0]["scores"], rel=1e-6
     )
+
+
+def test_runs_of_a_sweep_have_equal_programs(chain):
+    """Seed, coefficients and learning rates are arguments; the rest is compiled in."""
+    swept = {
+        "seed": 9,
+        "kl_coef": 0.5,
+        "clip": 0.1,
+        "ptx_coef": 0.0,
+        "optimizer.learning_rate": 0.5,
+        "value_optimizer.learning_rate": 0.5,
+    }
+    mesh = stages.mesh_of()
+
+    def program_of(changes):
+        config = build_config(stages.config_of(chain, "ppo", changes))
+        return ppo_train.make_program(config, mesh, 21)
+
+    one = program_of({})
+    assert program_of(swept) == one
+    assert hash(program_of(swept)) == hash(one)
+    for change in ({"steps": 77}, {"whiten_rewards": True}, {"optimizer.beta2": 0.9}):
+        assert program_of(change) != one
 
 
 def test_a_fault_stops_the_run_and_leaves_it_unfinished(chain, tmp_path, monkeypatch):

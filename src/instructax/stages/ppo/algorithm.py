@@ -14,6 +14,7 @@ a sum per document.
 
 import dataclasses
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,36 +185,41 @@ def _run_networks(
       (the networks' outputs, the policy's log-probabilities f32[B, R], its entropy
       f32[B, R], the layout of the packed rows)
     """
-    recompute = program.options.old_logprobs == "recomputed"
 
-    def run_networks(rows: LmBatch) -> tuple[Array, ...]:
+    def run_networks(rows: LmBatch) -> NetworkOutputs:
         return _network_outputs(program, state, ref_params, reward_params, rows, settings)
 
     # Packed and back: every output is f32[B, P + R].
-    found, layout = pack_and_map(
+    outputs, layout = pack_and_map(
         run_networks,
         rollout_sequences(rollouts),
         width=program.row_tokens,
         compute=program.policy.compute,
         mesh=program.mesh,
     )
-    ref_logprobs, values, outputs = found[:3]
     # Outputs at prompt tokens are not needed: cut them off, [B, P + R] → [B, R].
     start = rollouts.prompts.tokens.shape[1]  # P, where responses begin
     scored = Scored(
         rollouts=rollouts,
-        ref_logprobs=ref_logprobs[:, start:],
-        values=values[:, start:],
+        ref_logprobs=outputs.ref_logprobs[:, start:],
+        values=outputs.values[:, start:],
         # The reward model scores a response once, at its last token: f32[B].
-        scores=select_last_token(outputs, rollouts),
+        scores=select_last_token(outputs.reward_outputs, rollouts),
     )
-    if recompute:
-        logprobs = found[3][:, start:]
-        entropy = found[4][:, start:]
-    else:
-        logprobs = rollouts.logprobs
-        entropy = -rollouts.logprobs
-    return scored, logprobs, entropy, layout
+    if outputs.logprobs is None:
+        return scored, rollouts.logprobs, -rollouts.logprobs, layout
+    return scored, outputs.logprobs[:, start:], outputs.entropy[:, start:], layout
+
+
+class NetworkOutputs(NamedTuple):
+    """What the networks say of each token of packed rows, f32[rows, W] each."""
+
+    ref_logprobs: Array
+    values: Array
+    reward_outputs: Array  # of the reward model
+    # None unless the log-probabilities of the ratio are recomputed.
+    logprobs: Any = None
+    entropy: Any = None
 
 
 def _network_outputs(
@@ -223,14 +229,10 @@ def _network_outputs(
     reward_params: Params,
     rows: LmBatch,
     settings: PpoSettings,
-) -> tuple[Array, ...]:
-    """Outputs of all networks on a microbatch of packed rows, f32[rows, W] each.
+) -> NetworkOutputs:
+    """Runs all networks on a microbatch of packed rows.
 
     All networks read the same rows, so one loop over microbatches serves them all.
-
-    Returns:
-      (reference log-probabilities, values, outputs of the reward model), and, if
-      log-probabilities are recomputed, (…, log-probabilities and entropy of the policy)
     """
     policy = program.policy
     temperature = settings.temperature
@@ -239,15 +241,15 @@ def _network_outputs(
     ref_logprobs = packed_logprobs(policy, ref_params, rows, temperature=temperature)
     # The reward model has the value model's architecture, but its own parameters.
     values = packed_values(program.value_model, state.value.params, rows)
-    outputs = packed_outputs(program.value_model, reward_params, rows)
+    reward_outputs = packed_outputs(program.value_model, reward_params, rows)
     if program.options.old_logprobs == "sampled":
-        return ref_logprobs, values, outputs
+        return NetworkOutputs(ref_logprobs, values, reward_outputs)
 
     # Computed as the update does it, so the ratio of the first optimizer step is 1.
     logprobs, entropy = packed_logprobs_and_entropy(
         policy, state.policy.params, rows, temperature=temperature
     )
-    return ref_logprobs, values, outputs, logprobs, entropy
+    return NetworkOutputs(ref_logprobs, values, reward_outputs, logprobs, entropy)
 
 
 def update(
@@ -394,6 +396,6 @@ def _optimizer_step(
     return PpoState(policy=policy, value=value, ema=ema), metrics
 
 
-# The optimizer's own step count, which Adam's bias correction reads, is in `opt_state`.
 def _count_iteration(state: TrainState) -> TrainState:
+    """The state after an iteration. Adam counts its own steps, in `opt_state`."""
     return dataclasses.replace(state, step=state.step + 1)

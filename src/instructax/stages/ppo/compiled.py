@@ -95,7 +95,6 @@ class CompiledIteration:
         self._rollout = partial(rollout, program)
         self._score = partial(score, program)
         self._update = partial(update, program)
-        # Held here rather than in the state: they do not change during the run.
         self._settings = settings
         self._ref_params = ref_params
         self._reward_params = reward_params
@@ -120,7 +119,7 @@ class CompiledIteration:
         """
         prompts, text = batch
         settings = self._settings
-        # Only then is the policy still the reference.
+        # The policy equals the reference before the first update only.
         first = int(state.step) == 0
 
         with phase("rollout"):

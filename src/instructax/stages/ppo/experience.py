@@ -75,13 +75,10 @@ def make_experience(
 
     Args:
       scored: rollouts with reference log-probabilities, values and scores.
-      logprobs: f32[B, R], the policy's; they become the `old_logprobs` of the ratio. When
-        recomputed they equal what the update computes first; when sampled they differ by
-        the sampler's rounding.
+      logprobs: f32[B, R], the policy's, recomputed or sampled; the later `old_logprobs`.
       settings: coefficients.
       no_eos_rule: name of a function in `NO_EOS_RULES`.
-      whiten_rewards: scale rewards to variance 1, keeping their mean.
-      whiten_advantages: shift and scale advantages to mean 0 and variance 1.
+      whiten_rewards, whiten_advantages: scale to variance 1; advantages to mean 0 too.
 
     Returns:
       (experience, rewards f32[B, R] before whitening)
@@ -96,12 +93,10 @@ def make_experience(
     )
 
     # Whitening keeps the mean of the rewards: a shift would be a bonus for length.
-    scaled_rewards = rewards
-    if whiten_rewards:
-        scaled_rewards = whiten(rewards, mask, shift_mean=False)
+    whitened = whiten(rewards, mask, shift_mean=False) if whiten_rewards else rewards
     # Returns are the target of the value loss: advantages before whitening + values.
     advantages, returns = generalized_advantages(
-        scaled_rewards,
+        whitened,
         scored.values,
         mask,
         discount=settings.discount,
@@ -196,7 +191,6 @@ def diagnostics(
     rollouts = scored.rollouts
     mask = rollouts.mask
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-
     # Both KL estimates have the same expectation; k3 has less variance (Schulman 2020).
     log_ratios = jnp.where(mask, logprobs - scored.ref_logprobs, 0.0)
     kl = jnp.sum(log_ratios, axis=1)  # f32[B]

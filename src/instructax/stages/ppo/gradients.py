@@ -58,17 +58,8 @@ def policy_loss_gradients(
         loss, clipped_fraction = clipped_policy_loss(
             logprobs, old_logprobs, advantages, mask, clip=clip
         )
-        # log(π / π_old); masked first, since the exponential of padding could overflow.
-        log_ratios = jnp.where(mask, logprobs - old_logprobs, 0.0)
-        ratios_minus_one = jnp.expm1(jnp.minimum(log_ratios, MAX_METRIC_LOG_RATIO))
-        metrics = {
-            "clipped_fraction": clipped_fraction,
-            # The k3 estimate of KL(old policy ‖ policy): E_old[ratio − 1 − log ratio].
-            "update_kl": masked_mean(ratios_minus_one - log_ratios, mask),
-            # Mean of |ratio − 1|, zero (up to rounding) at the first step of an iteration.
-            "ratio_gap": masked_mean(jnp.abs(ratios_minus_one), mask),
-        }
-        return loss, metrics
+        metrics = _ratio_metrics(logprobs, old_logprobs, mask)
+        return loss, {"clipped_fraction": clipped_fraction, **metrics}
 
     def gradients_of(microbatch: Microbatch) -> tuple[Params, dict[str, Array]]:
         rows, extras = microbatch
@@ -80,6 +71,19 @@ def policy_loss_gradients(
     # Constants of the loss: no gradient flows into them.
     extras = (minibatch.old_logprobs, minibatch.advantages)
     return _accumulate_minibatch(gradients_of, minibatch, extras)
+
+
+def _ratio_metrics(logprobs: Array, old_logprobs: Array, mask: Array) -> dict[str, Array]:
+    """How far the policy has moved from the one that sampled; arrays f32[rows, chunk]."""
+    # log(π / π_old); masked first, since the exponential of padding could overflow.
+    log_ratios = jnp.where(mask, logprobs - old_logprobs, 0.0)
+    ratios_minus_one = jnp.expm1(jnp.minimum(log_ratios, MAX_METRIC_LOG_RATIO))
+    return {
+        # The k3 estimate of KL(old policy ‖ policy): E_old[ratio − 1 − log ratio].
+        "update_kl": masked_mean(ratios_minus_one - log_ratios, mask),
+        # Mean of |ratio − 1|, zero (up to rounding) at the first step of an iteration.
+        "ratio_gap": masked_mean(jnp.abs(ratios_minus_one), mask),
+    }
 
 
 def value_loss_gradients(

@@ -15,7 +15,7 @@ from instructax.types import Array, pytree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PpoOptions:
-    """Compile-time choices of the algorithm: the part of the stage's config read here."""
+    """Compile-time choices of the algorithm."""
 
     # The fields here are static: another value of one compiles another program.
     steps: int  # iterations
@@ -63,8 +63,7 @@ class PpoSettings(AdvantageSettings):
 class PpoProgram:
     """What is compiled in: networks, optimizers, shapes and options."""
 
-    # Only static values: jitted functions close over the program, so each program compiles
-    # once.
+    # Hashable: the program is a static argument, so equal programs are compiled once.
     options: PpoOptions
     policy: Transformer
     value_model: Transformer  # architecture of the value model and of the reward model

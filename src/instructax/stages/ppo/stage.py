@@ -43,7 +43,7 @@ from instructax.stages.ppo.program import PpoOptions, PpoProgram, PpoSettings
 from instructax.training.accumulation import microbatch_count
 from instructax.training.attention import RowLengths, split_lengths
 from instructax.training.checks import check_lengths, check_lora, check_rows
-from instructax.training.optimizer import make_optimizer
+from instructax.training.optimizer import make_optimizer, without_peak
 from instructax.training.run import Run, RunConfig
 from instructax.training.settings import settings_from
 from instructax.training.state import adapter_initializer, start_from
@@ -287,14 +287,30 @@ def _first_rows(count: int, mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def make_program(config: Config, mesh: Mesh, eos_id: int) -> PpoProgram:
-    """Networks and optimizers of the config. The config is passed as the options."""
+    """Networks, optimizers and options of the config.
+
+    Configs that differ only in seed, coefficients and learning rates have equal programs.
+    """
     limits = config.data.limits
+    optimizer = without_peak(config.optimizer)
+    value_optimizer = without_peak(config.value_optimizer)
+    options = PpoOptions(
+        steps=config.steps,
+        minibatches=config.minibatches,
+        inner_epochs=config.inner_epochs,
+        optimizer=optimizer,
+        value_optimizer=value_optimizer,
+        old_logprobs=config.old_logprobs,
+        no_eos_rule=config.no_eos_rule,
+        whiten_rewards=config.whiten_rewards,
+        whiten_advantages=config.whiten_advantages,
+    )
     return PpoProgram(
-        options=config,
+        options=options,
         policy=Transformer(config.model, config.compute, "tokens", mesh),
         value_model=Transformer(config.reward_model, config.compute, "scalar", mesh),
-        policy_optimizer=make_optimizer(config.optimizer),
-        value_optimizer=make_optimizer(config.value_optimizer),
+        policy_optimizer=make_optimizer(optimizer),
+        value_optimizer=make_optimizer(value_optimizer),
         mesh=mesh,
         eos_id=eos_id,
         response_tokens=limits.response_tokens,
