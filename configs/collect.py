@@ -3,8 +3,11 @@
 Command:   python scripts/train.py --config configs/collect.py:micro \
                --workdir runs/micro/collect
 Hardware:  micro: two cores, half a minute.
-Expect:    comparisons.jsonl.gz from the labelers that a reward model learns from, and
-           held_out.jsonl.gz from the held-out labelers.
+Expect:    comparisons.jsonl.gz, ranked by the training labelers, and held_out.jsonl.gz,
+           ranked by the held-out labelers; summary.json has their number of prompts. In
+           docs/alignment.md (C5) a reward model of size milli, trained on such
+           comparisons, has an accuracy of 0.756 on training labelers and 0.771 on
+           held-out ones.
 """
 
 from typing import NamedTuple

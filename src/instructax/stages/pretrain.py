@@ -1,8 +1,8 @@
 """Pretraining on text: the base model, "GPT" in the paper's figures.
 
-Departure from the paper: it starts from GPT-3 (section 3.5), this pipeline also trains the
-base model, so that every claim can be tested starting from random parameters. The loss is
-the mean next-token loss over packed rows of text.
+The paper starts from GPT-3 (section 3.5); this pipeline also trains the base model, so that
+every claim can be tested starting from random parameters. The loss is the mean next-token
+loss over packed rows of text.
 """
 
 import dataclasses
