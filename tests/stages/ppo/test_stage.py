@@ -98,7 +98,7 @@ def test_what_holds_at_the_first_inner_step():
         assert part["embedding"]
 
 
-def test_scores_come_from_the_reward_model_not_the_value_network():
+def test_scores_come_from_the_reward_model_not_the_value_model():
     value = tiny_models.random_params(PROGRAM.value_model, 8)
     _, _, metrics, rollouts, scores = iterate(value_params=value)
     wanted = stages.plain_scores(
