@@ -119,7 +119,7 @@ PPO = [
     ),
     (
         {"data.limits.splits": (("train", 0.5), ("validation", 0.6))},
-        "they must be above 0 and sum to 1",
+        "the fractions must be above 0 and sum to 1",
     ),
     (
         {"run.save_every": 3, "run.log_every": 2},

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tests.support.data_limits import LIMITS
 from instructax import cli
 from instructax.config import ConfigError
 from instructax.data import prepare, schema
+from instructax.data.prompt_format import PLAIN_FORMAT
 from instructax.data.schema import DataError, Text, read_jsonl
 from instructax.data.tokenizer import load_tokenizer
 from instructax.experiment import run_stage
@@ -24,9 +26,9 @@ pytest_plugins = ("tests.support.pipeline_fixture",)
 TOKENIZER = load_tokenizer("bytes")
 PREPARE = {
     "text": prepare.prepare_text,
-    "demonstrations": prepare.prepare_demonstrations,
-    "prompts": prepare.prepare_prompts,
-    "comparisons": prepare.prepare_comparisons,
+    "demonstrations": partial(prepare.prepare_demonstrations, prompt_format=PLAIN_FORMAT),
+    "prompts": partial(prepare.prepare_prompts, prompt_format=PLAIN_FORMAT),
+    "comparisons": partial(prepare.prepare_comparisons, prompt_format=PLAIN_FORMAT),
 }
 GOOD = {
     "text": {"text": "x"},
