@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from tests.support import stages
 
@@ -17,6 +18,7 @@ from instructax.experiment import RunSpec, load_config, load_file, run_experimen
 from instructax.runtime import metric_log
 from instructax.simulation.write import create_prompts
 from instructax.stages import load_stage
+from instructax.training.optimizer import make_optimizer
 
 pytest_plugins = ("tests.support.pipeline_fixture",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,8 +291,10 @@ def test_runs_read_every_field_of_their_own_config(chain, tmp_path, monkeypatch)
     groups = set[Any]().union(
         *(groups_of(load_stage(config["stage"]).Config) for config in configs.values())
     )
-    # Otherwise another test may have sampled this world already.
+    # Otherwise another test may have sampled this world, or compiled these programs.
     create_prompts.cache_clear()
+    make_optimizer.cache_clear()
+    jax.clear_caches()
     read = {group: record_reads(monkeypatch, group) for group in groups}
     for name, config in configs.items():
         assert run_stage(config, tmp_path / name)
