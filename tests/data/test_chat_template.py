@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from tests.support import stages
 
 from instructax.data import prepare
@@ -60,15 +61,20 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 AGAIN = {"role": "user", "content": "Why?"}
 
 
-def tokenizer_with(tmp_path, special, eos):
-    """Byte-level BPE with these special tokens added."""
+def tokenizer_with(tmp_path, special, eos, ordinary=()):
+    """Byte-level BPE with these special tokens, and added tokens that are not special."""
     path = tmp_path / "tokenizer.json"
     save_tokenizer(train_bpe(["Hi there, hello system user assistant"] * 3, 300), str(path))
     content = json.loads(path.read_text())
     size = len(content["model"]["vocab"])
-    for number, token in enumerate(special):
+    for number, token in enumerate((*special, *ordinary)):
         content["added_tokens"].append(
-            {**content["added_tokens"][0], "id": size + number, "content": token}
+            {
+                **content["added_tokens"][0],
+                "id": size + number,
+                "content": token,
+                "special": token in special,
+            }
         )
     content["model"]["eos_token"] = eos
     path.write_text(json.dumps(content))
@@ -155,6 +161,29 @@ def test_only_the_template_can_write_special_tokens(chatml):
             encode_messages(
                 [USER, {"role": "user", "content": content}], tokenizer, template
             )
+
+
+def test_added_tokens_that_are_not_special_are_ordinary_text(tmp_path):
+    """A model writes `<think>` and Gemma has "\n\n": both may occur in a message."""
+    special = ("<|im_start|>", "<|im_end|>")
+    tokenizer = tokenizer_with(tmp_path, special, "<|im_end|>", ("\n\n", "<think>"))
+    template = make_template(CHATML, tokenizer)
+    assert set(template.special_tokens) == {*special, "<|endoftext|>"}
+    history = [
+        {"role": "user", "content": "Hi\n\nthere"},
+        {"role": "assistant", "content": "<think>Why?</think>\n\nHello."},
+        AGAIN,
+    ]
+    ids = encode_messages(history, tokenizer, template).tolist()
+    library = tokenizers.Tokenizer.from_str(tokenizer.content)
+    text = render_messages(history, template, add_generation_prompt=True)
+    assert ids == library.encode(text, add_special_tokens=False).ids
+    breaks, think = library.token_to_id("\n\n"), library.token_to_id("<think>")
+    assert ids.count(breaks) == 2 and ids.count(think) == 1
+    # Training data is encoded in the same way, and no record is dropped for these tokens.
+    formatted = chat_prompt_format(template, tokenizer)
+    assert set(formatted.reserved) == set(template.special_tokens)
+    assert breaks in tokenizer.encode("Hi\n\nthere")
 
 
 def demonstration_ids(tokenizer, template, prompt, answer):

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import strategies as st
 
 from instructax.data import tokenizer as tokenizer_lib
@@ -301,14 +302,14 @@ def test_the_hash_depends_only_on_the_content(tmp_path: Path):
     )
 
 
-def test_text_never_makes_an_added_token(tmp_path: Path):
+def test_text_never_makes_a_special_token(tmp_path: Path):
     # Merges, whole words (ignore_merges) and added tokens can all produce special tokens;
-    # each of these ways must be closed.
+    # each of these ways must be closed. `<think>` is an added token, but not a special one.
     vocab = {"<e": 256, "os>": 257, "os": 258, "<eos>": 259, "<pad>": 260, "s>": 264}
     merges = ["o s", "s >", "os >", "< e", "<e os>"]
     tokens = [
         added(259, "<eos>", True),
-        added(260, "<pad>", False),
+        added(260, "<pad>", True),
         added(261, "<think>", False),
         added(262, "«é»", True),
     ]
@@ -340,9 +341,9 @@ def test_text_never_makes_an_added_token(tmp_path: Path):
     assert tokenizer.encode("<eos>").tolist() == [256, 257]
     for text in ("<eos>", "<pad>", "<think>", "«é»", "a<eos>b <pad><think> c", EOT):
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and not {259, 260, 261, 262} & set(
-            ids.tolist()
-        )
+        assert tokenizer.decode(ids) == text
+        assert not {259, 260, 262} & set(ids.tolist())
+        assert ids.tolist().count(261) == text.count("<think>")
     assert (
         tokenizer.decode([97, 259, 260, 261, 262, 263])
         == "a<eos><pad><think>«é»<|unused 263|>"
@@ -358,6 +359,69 @@ def test_an_added_single_character_is_ordinary_text(tmp_path: Path):
         tokenizer.encode("ba").tolist() == [98, 97]
         and tokenizer.decode([98, 97, 256]) == f"ba{EOT}"
     )
+
+
+SPACED_TEXTS = (
+    "x):\n    return",
+    "a\n\nb",
+    "  a   b\n\n\nc    ",
+    "\tx\n \n  y",
+    "",
+    "    ",
+)
+
+
+@pytest.mark.parametrize("text", SPACED_TEXTS)
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_added_tokens_that_are_not_special_are_pieces_of_text(
+    tmp_path: Path, text: str, in_vocabulary: bool
+):
+    """Ids equal those of the tokenizers library: Pythia lists runs of spaces behind the
+    vocabulary, Gemma has them and line breaks in it."""
+    runs = {"  ": 258, "    ": 257, "\n\n": 259, "\n\n\n": 260}
+    vocab = {EOT: 256}
+    if in_vocabulary:
+        vocab |= runs
+    tokens = [added(256, EOT, True)]
+    # In the order of their ids, by which the library numbers tokens behind the vocabulary.
+    for token, index in sorted(runs.items(), key=lambda run: run[1]):
+        tokens.append(added(index, token, False))
+    tokens.append(added(261, "<pad>", True))
+    path = write_byte_level(tmp_path / "t.json", vocab, [], tokens)
+    expected = tokenizers.Tokenizer.from_file(path).encode(text, add_special_tokens=False)
+    tokenizer = tokenizer_lib.load_tokenizer(path)
+    assert tokenizer.encode(text).tolist() == expected.ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    # The file that an export writes encodes like training.
+    tokenizer_lib.save_tokenizer(tokenizer, str(tmp_path / "saved" / "tokenizer.json"))
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert saved.encode(text, add_special_tokens=False).ids == expected.ids
+
+
+def test_added_tokens_behind_a_unigram_vocabulary(tmp_path: Path):
+    pieces = [["<unk>", 0.0], ["</s>", 0.0], ["▁", -1.0], ["a", -2.0], ["b", -2.0]]
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            added(0, "<unk>", True),
+            added(1, "</s>", True),
+            added(5, "<think>", False),
+            added(6, "aa", False),
+        ],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": None,
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces},
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    library = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = tokenizer_lib.load_tokenizer(str(path))
+    for text in ("ab<think>ba", "aaab", "a</s>b"):
+        ids = tokenizer.encode(text).tolist()
+        if "</s>" not in text:
+            assert ids == library.encode(text, add_special_tokens=False).ids
+        assert 1 not in ids
 
 
 def test_unigram(tmp_path: Path):

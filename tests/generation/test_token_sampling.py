@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructax.generation.token_sampling import sample_token
+from instructax.generation.token_sampling import float32_temperature, sample_token
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
@@ -58,3 +58,23 @@ def test_no_uniform_number_draws_a_token_of_probability_zero(monkeypatch, vocab_
     assert np.isin(tokens, possible).all()
     assert np.isfinite(logprobs).all()
     assert int(tokens[0]) == possible[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("temperature", [1e-8, 1e-10, 1e-30, 3e-38, 1e-45])
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature, scale):
+    """The limit: its log-probability is 0, or −log 2 if two tokens are the most likely."""
+    logits = scale * jnp.array([[0.1, 3.0, -2.0, 2.9], [5.0, -1.0, 5.0, 4.0]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    tokens, logprobs = jax.jit(sample_token)(logits, keys, float32_temperature(temperature))
+    assert int(tokens[0]) == 1
+    assert int(tokens[1]) in (0, 2)
+    np.testing.assert_allclose(logprobs, [0.0, -np.log(2.0)], atol=1e-6)
+
+
+def test_temperature_zero_reports_the_log_probability_at_one():
+    logits = jnp.array([[0.1, 3.0, -2.0]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    tokens, logprobs = sample_token(logits, keys, float32_temperature(0.0))
+    assert int(tokens[0]) == 1
+    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[:, 1], rtol=1e-6)

@@ -92,6 +92,22 @@ def test_chunked_logprobs_equal_the_full_softmax(inputs, chunk):
         )
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-10, 1e-30, 1.2e-38])
+def test_scores_at_a_tiny_temperature_are_finite(inputs, temperature):
+    """The most likely token has log-probability 0, and all others a very low one."""
+    hidden, kernel, _, _ = inputs
+    best = np.argmax(hidden @ kernel.T, axis=-1).astype(np.int32)
+    keywords = {"temperature": temperature, "chunk": 3, "cap": 0.0}
+    logprobs, entropy = sequence_logprobs_and_entropy(
+        hidden, kernel, best, EVERY, **keywords
+    )
+    np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
+    np.testing.assert_allclose(entropy, 0.0, atol=1e-6)
+    others = sequence_logprobs(hidden, kernel, (best + 1) % VOCAB, EVERY, **keywords)
+    assert np.isfinite(others).all()
+    assert (np.asarray(others) < -1e5).all()
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_masked_positions_have_no_effect(inputs, chunk):
     hidden, kernel, targets, _ = inputs

@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from instructax.config import ConfigError
+from instructax.data import tokenizer_json
 from instructax.data.prompt_format import PromptFormat, add_separator, split_turns
 from instructax.data.template_sandbox import compile_template, render_template
 from instructax.data.tokenizer import Tokenizer
@@ -121,20 +122,15 @@ def make_template(
     # The tokenizer itself never encodes special tokens; its file still lists them.
     content = json.loads(tokenizer.content)
     eos_token = content["model"]["eos_token"]
-    special_tokens = []
-    for token in content["added_tokens"]:
-        # An added token of a single ordinary character is part of normal text.
-        if token.get("special") or len(token["content"]) > 1:
-            special_tokens.append(token["content"])
-    special_tokens.append(eos_token)
+    special_tokens = tokenizer_json.special_tokens(content)
     if bos_token is None:
         bos_token = ""
         for candidate in BOS_CANDIDATES:
             if candidate in special_tokens:
                 bos_token = candidate
                 break
-    # Without duplicates, in order: the hash of the prompt format depends on it.
-    return ChatTemplate(source, bos_token, eos_token, tuple(dict.fromkeys(special_tokens)))
+    # In the order of the file: the hash of the prompt format depends on it.
+    return ChatTemplate(source, bos_token, eos_token, tuple(special_tokens))
 
 
 def render_messages(

@@ -2,11 +2,11 @@
 
 Supports bytes, GPT-2's files, any Hugging Face `tokenizer.json`, and byte-level BPE trained
 here. All of them become the content of one `tokenizer.json`, so there is one way to encode,
-one to decode, and one hash. Text is never parsed for special tokens: the end token and
-every added token of a file are removed from the vocabulary that encodes, so only the caller
-can place their ids. As a consequence, ordinary pieces that a file lists as added tokens,
-such as runs of blanks, are encoded with smaller pieces. The paper uses GPT-3's BPE
-(appendix C), which is GPT-2's (Radford et al., 2019).
+one to decode, and one hash. Text is never parsed for special tokens: the end token and the
+special tokens of a file are removed from the vocabulary that encodes, so only the caller
+can place their ids. Added tokens that are not special, such as runs of spaces, are ordinary
+pieces of text. The paper uses GPT-3's BPE (appendix C), which is GPT-2's (Radford et al.,
+2019).
 """
 
 import dataclasses
@@ -47,8 +47,7 @@ class Tokenizer:
     _backend: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, i32[T]. Nothing is added, and no special or added token is
-        recognized.
+        """The ids of `text`, i32[T]. Nothing is added, and no special token is recognized.
 
         Raises ConfigError if `text` contains a lone surrogate.
         """

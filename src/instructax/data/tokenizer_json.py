@@ -16,6 +16,8 @@ EOS_CANDIDATES = (END_OF_TEXT, "</s>", "<|im_end|>")
 # A noncharacter code point. It takes the place of a hidden unknown token; text that
 # contains it is unknown anyway.
 UNKNOWN = "\U0010ffff"
+# Score of a Unigram piece that the model never prefers to others.
+NEVER = -1e9
 
 
 def byte_symbols() -> list[str]:
@@ -182,23 +184,34 @@ def _inner_prefix_length(model: dict[str, Any]) -> int:
     return len(model.get("continuing_subword_prefix") or "")
 
 
-def without_special_tokens(content: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
-    """`content` without any way from text to the end token or an added token.
+def special_tokens(content: dict[str, Any]) -> list[str]:
+    """The tokens that no text may produce: the special tokens in the order of the file, and
+    the end token.
 
-    Dropping `added_tokens` is not enough: a model also finds a token in its vocabulary by
-    merges, as a whole word (`ignore_merges`) or as a piece (Unigram). An added token of a
-    single ordinary character stays, because text needs it.
+    Other added tokens, such as runs of spaces, are ordinary pieces of text.
+    """
+    tokens = []
+    for token in content["added_tokens"]:
+        if token.get("special"):
+            tokens.append(token["content"])
+    if content["model"]["eos_token"] not in tokens:
+        tokens.append(content["model"]["eos_token"])
+    return tokens
+
+
+def without_special_tokens(content: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
+    """`content` without any way from text to a special token.
+
+    Dropping them from `added_tokens` is not enough: a model also finds a token in its
+    vocabulary by merges, as a whole word (`ignore_merges`) or as a piece (Unigram).
 
     Args:
       content: a canonical `tokenizer.json`.
       ids: its `token_ids`.
     """
     model = dict(content["model"])
-    # Tokens that no text may produce.
-    hidden = {model["eos_token"]}
-    for token in content["added_tokens"]:
-        if token.get("special") or len(token["content"]) > 1:
-            hidden.add(token["content"])
+    hidden = set(special_tokens(content))
+    added = [token for token in content["added_tokens"] if token["content"] not in hidden]
 
     if isinstance(model["vocab"], list):
         # Unigram: removing an entry would shift the ids, but no text contains an empty
@@ -206,10 +219,18 @@ def without_special_tokens(content: dict[str, Any], ids: dict[str, int]) -> dict
         pieces = []
         for piece, score in model["vocab"]:
             pieces.append(["" if piece in hidden else piece, score])
+        # Added tokens get an entry at their id: the library would number them anew.
+        for token in added:
+            if token["id"] >= len(pieces):
+                pieces += [["", NEVER]] * (token["id"] + 1 - len(pieces))
+                pieces[token["id"]] = [token["content"], NEVER]
         model["vocab"] = pieces
     else:
         vocab = model["vocab"]
         model["vocab"] = {piece: vocab[piece] for piece in vocab if piece not in hidden}
+        # With their ids: the library would number them after the vocabulary's last token.
+        for token in added:
+            model["vocab"][token["content"]] = token["id"]
         if model.get("unk_token") in hidden:
             # Unknown characters keep their id, but nobody can write it by name.
             model["vocab"][UNKNOWN] = ids[model["unk_token"]]
@@ -222,4 +243,4 @@ def without_special_tokens(content: dict[str, Any], ids: dict[str, int]) -> dict
             if hidden.isdisjoint({left, right, left + right[skip:]}):
                 merges.append((left, right))
         model["merges"] = merges
-    return content | {"model": model, "added_tokens": []}
+    return content | {"model": model, "added_tokens": added}

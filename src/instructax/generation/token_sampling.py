@@ -2,8 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from instructax.models.logprobs import scaled_logits
 from instructax.types import Array
+
+
+def float32_temperature(temperature: float) -> np.float32:
+    """The temperature as the sampler reads it.
+
+    Positive temperatures below the smallest normal float32 are raised to it. As 0 they
+    would be greedy too, but with the log-probabilities of temperature 1.
+    """
+    if temperature > 0:
+        return np.float32(max(temperature, float(np.finfo(np.float32).tiny)))
+    return np.float32(0)
 
 
 def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array, Array]:
@@ -26,7 +39,7 @@ def sample_token(logits: Array, keys: Array, temperature: Array) -> tuple[Array,
     # Temperature 0 would divide by zero; it takes the other branch at the end.
     divisors = jnp.reshape(jnp.where(temperature > 0, temperature, 1.0), (-1, 1))
     # [B, V]
-    logprobs = jax.nn.log_softmax(logits / divisors, axis=-1)
+    logprobs = jax.nn.log_softmax(scaled_logits(logits, divisors), axis=-1)
     probabilities = jnp.exp(logprobs)
 
     # A parallel cumulative sum is rounded in no fixed order, so it can rise even at a token

@@ -23,6 +23,10 @@ import jax.numpy as jnp
 from instructax.models.ops import einsum, max_over_batch, softcap
 from instructax.types import Array
 
+# Lower bound of logits after scaling. No sum over a response overflows: −3e38 is the lowest
+# float32.
+LOWEST_LOGIT = -1e30
+
 # A loss on one chunk: (logprobs f32[B, c], mask b[B, c], extras, a tree of [B, c]) →
 # (loss f32[], metrics f32[] each), all means over the mask.
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
@@ -41,6 +45,24 @@ def compute_logits(hidden: Array, kernel: Array, cap: float) -> Array:
         f"{lead}d,vd->{lead}v", hidden.astype(jnp.float32), kernel, hidden.dtype.name
     )
     return softcap(logits, cap)
+
+
+def scaled_logits(logits: Array, temperature: Array | float) -> Array:
+    """(logits − max) / temperature, whose softmax is that of logits / temperature.
+
+    The maximum is subtracted first: logits divided by a tiny temperature would overflow.
+    For the same reason no value is below `LOWEST_LOGIT`, so log-probabilities are finite.
+
+    Args:
+      logits: f32[..., V].
+      temperature: positive, broadcast to [..., 1].
+
+    Returns:
+      f32[..., V], with a maximum of 0 along the last axis.
+    """
+    # The shift cancels in the softmax, so no gradient needs to pass through it.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.maximum((logits - largest) / temperature, LOWEST_LOGIT)
 
 
 def sequence_logprobs(
@@ -232,14 +254,14 @@ def _add_chunks(
 
 
 def _logprobs(hidden, kernel, targets, *, temperature, cap):
-    logits = compute_logits(hidden, kernel, cap) / temperature
+    logits = scaled_logits(compute_logits(hidden, kernel, cap), temperature)
     # Only the chosen logit and the normalizer: no f32[B, c, V] of log-probabilities.
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _logprobs_and_entropy(hidden, kernel, targets, *, temperature, cap):
-    logits = compute_logits(hidden, kernel, cap) / temperature
+    logits = scaled_logits(compute_logits(hidden, kernel, cap), temperature)
     # The entropy needs the whole distribution.
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]

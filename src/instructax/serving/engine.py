@@ -19,6 +19,7 @@ from instructax import rng
 from instructax.config import require
 from instructax.data.batches import left_pad
 from instructax.generation.sampler import SamplingState, advance_sampling, start_sampling
+from instructax.generation.token_sampling import float32_temperature
 from instructax.models.logprobs import sequence_logprobs_and_greedy, top_logprobs
 from instructax.models.ops import materialize
 from instructax.models.transformer import Transformer, head_kernel
@@ -188,7 +189,7 @@ class Engine:
         for row, request in enumerate(requests):
             seeds[row] = request.seed
             sample_indices[row] = request.sample_index
-            temperatures[row] = request.temperature
+            temperatures[row] = float32_temperature(request.temperature)
             max_new_tokens[row] = request.max_new_tokens
 
         prompts = [(row, request.prompt) for row, request in enumerate(requests)]
