@@ -49,6 +49,14 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bf16_matmul", "bf16"], "The dtype of the computation."
 )
 
+# Task → why its results would be wrong.
+REFUSED_TASKS = {
+    "realtoxicityprompts": (
+        "it asks the Perspective API, which shuts down on 2026-12-31, and counts every "
+        "failed request as not toxic; measure toxicity with public_tasks"
+    ),
+}
+
 
 def main(argv: list[str]) -> int:
     """Parses the flags, evaluates, and returns the exit code."""
@@ -83,6 +91,10 @@ def evaluate(workdir: str) -> None:
         raise ConfigError(
             f"--tasks: lm-evaluation-harness has no task {', '.join(unknown)}"
         )
+
+    for task in TASKS.value:
+        if task in REFUSED_TASKS:
+            raise ConfigError(f"--tasks: {task} is refused: {REFUSED_TASKS[task]}")
 
     policy = open_served(workdir, dtype=DTYPE.value, batch_size=BATCH_SIZE.value)
     run: Any = simple_evaluate  # its annotations are narrower than what it accepts

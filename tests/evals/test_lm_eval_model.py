@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.support import stages, tiny_models
 
+from instructax.config import ConfigError
 from instructax.data.chat_template import make_template
 from instructax.data.tokenizer import load_tokenizer, save_tokenizer
 from instructax.models.transformer import Transformer
@@ -114,6 +115,24 @@ def test_a_context_that_is_too_long_loses_its_beginning(lm, network):
     tokens = encode(f"{context[:-1]}  end")[-49:]
     expected, _ = plain_loglikelihood(network, tokens[:-5], tokens[-5:])
     assert total == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("context", ["", "a", "a" * 100])
+def test_a_continuation_longer_than_the_context_is_refused(lm, context):
+    """Its sum over the last 48 tokens would pass for that of all 90."""
+    request = (None, encode(context), encode("b" * 90))
+    with pytest.raises(ConfigError, match="of 90 tokens, but the model's context is 48"):
+        lm._loglikelihood_tokens([request])
+
+
+@pytest.mark.parametrize("context", ["", "a" * 100])
+def test_a_continuation_that_fills_the_context_is_scored_whole(lm, network, context):
+    continuation = encode("b" * 48)
+    ((total, _),) = lm._loglikelihood_tokens([(None, encode(context), continuation)])
+    # One token stands before it: the last one of the context, or the end token.
+    before = encode(context)[-1:] or [EOS_ID]
+    expected, _ = plain_loglikelihood(network, before, continuation)
+    assert total == pytest.approx(expected, abs=1e-3)
 
 
 def test_rolling_loglikelihood_scores_every_token_once(lm, network):
@@ -274,6 +293,12 @@ def test_the_command_runs_local_tasks(task_folder, tmp_path, network):
     accuracy = results["tiny_choice"]["acc,none"]
     assert accuracy == pytest.approx(num_correct / len(DOCUMENTS))
     assert 0 <= results["tiny_answer"]["exact_match,none"] <= 1
+
+    done = run("--tasks=tiny_choice,realtoxicityprompts")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: --tasks: realtoxicityprompts is refused: it asks the Perspective API"
+    )
 
     done = run("--tasks=tiny_nothing")
     assert done.returncode == 2

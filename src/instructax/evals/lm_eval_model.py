@@ -104,14 +104,25 @@ class InstructaxLM(TemplateLM):
         Returns:
           (Σ log p(token | all tokens before it) over the continuation at temperature 1,
           whether all its tokens are the most likely ones) of each.
+
+        Raises:
+          ConfigError: a continuation is longer than the model's context.
         """
         # All requests at once: the engine groups them into batches itself.
         score_requests = []
         for _, context, continuation in requests:
+            # A sum over a part of the tokens would look like that of a likelier text.
+            if len(continuation) > self._engine.max_length:
+                raise ConfigError(
+                    f"a task scores a continuation of {len(continuation)} tokens, but the "
+                    f"model's context is {self._engine.max_length} tokens: leave the task "
+                    "out, or use a model with a longer context"
+                )
             # The last token is only predicted, so one more than the model's length fits.
-            ids = [*context, *continuation][-(self._engine.max_length + 1) :]
-            # Nothing predicts token 0, so a continuation that fills the window loses it.
-            start = max(len(ids) - len(continuation), 1)
+            # Something must stand before the continuation to predict its first token.
+            before = context or [self._prefix_id]
+            ids = [*before, *continuation][-(self._engine.max_length + 1) :]
+            start = len(ids) - len(continuation)
             tokens = np.asarray(ids, np.int32)
             score_requests.append(ScoreRequest(tokens=tokens, start=start))
 
