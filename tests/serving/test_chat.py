@@ -99,6 +99,54 @@ def test_a_file_is_completed_line_by_line(chain, tmp_path, printed):
         complete_lines(lines, tmp_path, chain, 4)
 
 
+def test_lines_that_utf8_cannot_write_lose_no_other_line(chain, tmp_path):
+    """A lone surrogate in a prompt is an error of its line, elsewhere it is kept."""
+    lines = [
+        {"prompt": "Name a fruit.", "note": "\ud800"},
+        {"prompt": "\udfff"},
+        {"prompt": "Name a fruit.", "note": "a\u2028b", "é": 1},
+    ]
+    completed = complete_lines(lines, tmp_path, chain, 2)
+    for line, original in zip(completed, lines, strict=True):
+        assert original.items() <= line.items()
+    assert "lone surrogate" in completed[1]["error"]
+    assert len(completed[0]["answers"]) == len(completed[2]["answers"]) == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b"}')
+    assert [line["prompt"] for line in chat._read_lines(source)] == ["a", "b"]
+
+
+def test_an_interrupted_file_is_continued(chain, tmp_path, monkeypatch):
+    lines = [{"prompt": f"Name {number} fruits."} for number in range(5)]
+    (tmp_path / "whole").mkdir()
+    whole = complete_lines(lines, tmp_path / "whole", chain, 2)
+
+    complete_batch = chat._complete_batch
+    batches = []
+
+    def interrupted(policy, batch, sampling, first):
+        batches.append(first)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return complete_batch(policy, batch, sampling, first)
+
+    monkeypatch.setattr(chat, "_complete_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        complete_lines(lines, tmp_path, chain, 2)
+    partial = tmp_path / "completed-2.jsonl.partial"
+    # As if the process had been killed while it wrote a line.
+    with partial.open("a") as file:
+        file.write('{"prompt": "Na')
+    with pytest.raises(ConfigError, match=r"partial was written with other flags"):
+        complete_lines(lines, tmp_path, chain, 2, seed=77)
+    assert complete_lines(lines, tmp_path, chain, 2) == whole
+    assert batches == [0, 2, 2, 4]
+    assert not partial.exists()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -110,6 +158,20 @@ def test_a_file_is_completed_line_by_line(chain, tmp_path, printed):
             '{"messages": []}',
             "prompts.jsonl:2: messages must be a list of at least one message",
         ),
+        (
+            '{"prompt": "a", "x": NaN}',
+            "prompts.jsonl:2: not JSON: NaN is not a JSON number",
+        ),
+        ('{"prompt": "a", "x": -Infinity}', "prompts.jsonl:2: not JSON: -Infinity is not"),
+        (
+            '{"prompt": "a", "x": ' + "[" * 200_000,
+            "prompts.jsonl:2: JSON is nested too deeply",
+        ),
+        (
+            '{"prompt": "a", "tokens": 3}',
+            "prompts.jsonl:2: the field 'tokens' would be overwritten by the results",
+        ),
+        ('{"prompt": "a", "answers": []}', "prompts.jsonl:2: the field 'answers' would be"),
     ],
 )
 def test_a_malformed_line_is_named_before_anything_is_sampled(line, message, tmp_path):

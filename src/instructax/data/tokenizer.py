@@ -12,6 +12,7 @@ pieces of text. The paper uses GPT-3's BPE (appendix C), which is GPT-2's (Radfo
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from instructax.runtime.files import open_no_follow
 
 # (merges, vocabulary): OpenAI's names, and Hugging Face's.
 GPT2_FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # 256 bytes and the end of text.
 MIN_VOCAB_SIZE = 257
 
@@ -44,6 +46,8 @@ class Tokenizer:
     # Canonical JSON, as `save_tokenizer` writes it.
     content: str = dataclasses.field(repr=False, compare=False)
     _tokens: dict[int, str] = dataclasses.field(repr=False, compare=False)
+    # Symbol of `_tokens` → byte; empty unless tokens are spelled in byte symbols.
+    _byte_of: dict[str, int] = dataclasses.field(repr=False, compare=False)
     _backend: tokenizers.Tokenizer = dataclasses.field(repr=False, compare=False)
 
     def encode(self, text: str) -> np.ndarray:
@@ -81,6 +85,16 @@ class Tokenizer:
         tokens = [self._tokens.get(value, f"<|unused {value}|>") for value in values]
         decoder = self._backend.decoder
         return decoder.decode(tokens) if decoder else " ".join(tokens)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of one token, of which several may make one character."""
+        token = self._tokens.get(index, "")
+        if self._byte_of:
+            return bytes(self._byte_of[symbol] for symbol in token)
+        # SentencePiece's spelling of a byte that no piece has.
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return self.decode([index]).encode()
 
     def token(self, index: int) -> str:
         """The name of a token in the file, or "" for an unused id."""
@@ -211,10 +225,12 @@ def _build(content: dict[str, Any]) -> Tokenizer:
     ids = tokenizer_json.token_ids(content)
     # What each id decodes to.
     tokens = {index: token for token, index in ids.items()}
+    byte_of: dict[str, int] = {}
     if (content.get("decoder") or {}).get("type") == "ByteLevel":
         # This decoder reads every character as a byte, so it needs added tokens spelled in
         # byte symbols.
         symbols = tokenizer_json.byte_symbols()
+        byte_of = {symbol: byte for byte, symbol in enumerate(symbols)}
         for added in content["added_tokens"]:
             token = added["content"]
             tokens[ids[token]] = "".join(symbols[byte] for byte in token.encode())
@@ -229,5 +245,6 @@ def _build(content: dict[str, Any]) -> Tokenizer:
         hash=hashlib.sha256(text.encode()).hexdigest(),
         content=text,
         _tokens=tokens,
+        _byte_of=byte_of,
         _backend=tokenizers.Tokenizer.from_str(json.dumps(encoder)),
     )

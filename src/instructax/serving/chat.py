@@ -1,6 +1,7 @@
 """Samples from a finished policy: completions, an interactive chat, and batch files."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,14 @@ import numpy as np
 from instructax.config import ConfigError, require
 from instructax.data.chat_template import Message, check_messages, turn_end_mask
 from instructax.data.prompt_format import add_separator
+from instructax.runtime.files import refuse_constant, write_atomically
 from instructax.runtime.redaction import printable
 from instructax.serving.engine import SampleRequest
 from instructax.serving.policy import Policy, open_served
 from instructax.serving.text_stream import TextStream
+
+# Fields that `complete_file` adds to each line.
+ADDED_FIELDS = ("answers", "finish", "tokens", "error")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,8 +151,11 @@ def complete_file(
     """Completes the prompts of a JSONL file, in the same order.
 
     Each line has `prompt` or `messages`; its other fields are kept. Added are `answers`,
-    and for each of them `finish` ("stop" or "length") and `tokens`. A prompt that does not
-    fit gets `error` instead.
+    and for each of them `finish` ("stop" or "length") and `tokens`. A prompt that cannot be
+    completed gets `error` instead.
+
+    Finished lines are written to `target` + ".partial" first. The same call continues from
+    them if it was interrupted.
 
     Args:
       path: the finished run.
@@ -158,26 +166,75 @@ def complete_file(
       batch_size: completions that are sampled at a time.
 
     Raises:
-      ConfigError: `target` exists, or a line cannot be used. Nothing is sampled then.
+      ConfigError: `target` exists, a line cannot be used, or the partial file belongs to
+        another call. Nothing is sampled then.
     """
     require(
         not target.exists(),
         f"--output = {target} exists already: delete it, or choose another name",
     )
     lines = list(_read_lines(source))
+    # Everything that the completions depend on.
+    call = {
+        "path": str(path),
+        "input": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "dtype": str(dtype),
+        **dataclasses.asdict(sampling),
+    }
+    partial = target.with_name(target.name + ".partial")
+    finished = _finished_lines(partial, call)
 
     # All samples of a prompt are in one batch, so a batch holds at least one prompt.
     batch_size = max(batch_size, sampling.num_samples)
     prompts_per_batch = batch_size // sampling.num_samples
     policy = _open_checked(path, sampling, dtype=dtype, batch_size=batch_size)
-    with target.open("w", encoding="utf-8") as file:
-        for first in range(0, len(lines), prompts_per_batch):
+    if finished:
+        print(f"{partial}: continuing after {len(finished)} of {len(lines)} prompts")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines([json.dumps(call) + "\n", *finished])
+        for first in range(len(finished), len(lines), prompts_per_batch):
             batch = lines[first : first + prompts_per_batch]
             for line in _complete_batch(policy, batch, sampling, first):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(_to_json_line(line))
             # Finished batches survive an interruption.
             file.flush()
+
+    # Without the first line, which describes the call.
+    _, *completed = _whole_lines(partial)
+    write_atomically(target, completed)
+    partial.unlink()
     print(f"{target}: {len(lines)} prompts completed", flush=True)
+
+
+def _finished_lines(partial: Path, call: dict[str, Any]) -> list[str]:
+    """The lines that an interrupted call has completed; raises ConfigError if it was
+    another call."""
+    if not partial.exists():
+        return []
+    first, *finished = _whole_lines(partial) or [""]
+    require(
+        first == json.dumps(call) + "\n",
+        f"{partial} was written with other flags or another --input: delete it, or choose "
+        "another --output",
+    )
+    return finished
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, without the half line of a killed process."""
+    # Not `splitlines`, which also splits at characters such as U+2028.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [line + "\n" for line in lines[:-1]]
+
+
+def _to_json_line(line: dict[str, Any]) -> str:
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        # UTF-8 has no lone surrogates, but JSON can escape them.
+        text = json.dumps(line)
+    return text + "\n"
 
 
 def _open_checked(
@@ -255,7 +312,8 @@ def _complete_batch(
 def _read_lines(source: Path) -> Iterator[dict[str, Any]]:
     """The requests of a JSONL file; blank lines are skipped."""
     try:
-        text = source.read_text(encoding="utf-8")
+        # Without a byte order mark, if there is one.
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--input = {source} cannot be read: {error}") from None
     for number, line in enumerate(text.split("\n"), start=1):
@@ -265,10 +323,17 @@ def _read_lines(source: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_line(where: str, line: str) -> dict[str, Any]:
     try:
-        request = json.loads(line)
+        request = json.loads(line, parse_constant=refuse_constant)
+    except RecursionError:
+        raise ConfigError(f"{where}: JSON is nested too deeply") from None
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from None
     require(isinstance(request, dict), f"{where}: not a JSON object ({line[:40]!r})")
+    for name in ADDED_FIELDS:
+        require(
+            name not in request,
+            f"{where}: the field {name!r} would be overwritten by the results: rename it",
+        )
     require(
         ("prompt" in request) != ("messages" in request),
         f"{where}: give either prompt or messages",

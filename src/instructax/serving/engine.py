@@ -205,6 +205,14 @@ class Engine:
             stop_token_mask=stop_token_mask,
         )
 
+    def check_score(self, tokens: int) -> None:
+        """Raises ConfigError unless a text of `tokens` tokens can be scored."""
+        require(
+            0 < tokens <= self.max_length + 1,
+            f"a text of {tokens} tokens cannot be scored: from 1 to {self.max_length + 1} "
+            "are possible",
+        )
+
     def score(self, requests: Sequence[ScoreRequest], top: int = 0) -> list[TokenScores]:
         """Scores texts, and the `top` most likely tokens at each of their positions.
 
@@ -221,13 +229,9 @@ class Engine:
         return [scores[i] for i in range(len(requests))]
 
     def _score_batch(self, requests: Sequence[ScoreRequest], top: int) -> list[TokenScores]:
+        for request in requests:
+            self.check_score(len(request.tokens))
         longest = max(len(request.tokens) for request in requests)
-        shortest = min(len(request.tokens) for request in requests)
-        require(
-            shortest > 0 and longest <= self.max_length + 1,
-            f"a text of {longest if shortest else 0} tokens cannot be scored: "
-            f"from 1 to {self.max_length + 1} are possible",
-        )
 
         # Right-padded texts [B, T + 1]; the network reads the first T tokens.
         rows = self._padded_rows(len(requests))

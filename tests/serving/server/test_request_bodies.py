@@ -72,6 +72,22 @@ INVALID_COMPLETIONS = [
     ({"logprobs": 1, "stream": True}, "logprobs", "logprobs cannot be streamed"),
     ({"echo": 1}, "echo", "echo = 1 must be a valid boolean"),
     ({"stream_options": []}, "stream_options", "stream_options = [] must be a valid dict"),
+    (
+        {"stream_options": {"include_usage": "false"}},
+        "stream_options",
+        'stream_options.include_usage = "false" must be a valid boolean',
+    ),
+    (
+        {"stream_options": {"usage": True}},
+        "stream_options",
+        "stream_options.usage is not a field of this request",
+    ),
+    ({"\ud800": 1}, None, 'the field name "\\ud800" is not valid Unicode'),
+    (
+        {"stream_options": {"\udfff": 1}},
+        "stream_options",
+        'stream_options = "\\udfff" must be a valid string',
+    ),
     ({"top_p": 0.9}, "top_p", "top_p is not supported here: leave it out"),
     ({"top_p": True}, "top_p", "top_p is not supported here: leave it out"),
     ({"best_of": 3}, "best_of", "best_of is not supported here"),
@@ -96,7 +112,29 @@ INVALID_CHATS = [
     (
         {"messages": [{"role": "user", "content": [{"image": 1}]}]},
         "messages",
-        "messages contain a part that is not text",
+        'messages contain the part {"image": 1}; only parts {"type": "text", "text"',
+    ),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "text": "a", "image_url": {}}],
+                }
+            ]
+        },
+        "messages",
+        'messages contain the part {"type": "image_url"',
+    ),
+    (
+        {"messages": [{"role": "user", "content": ""}]},
+        "messages",
+        "messages have no text; they need at least one token",
+    ),
+    (
+        {"messages": [{"role": "user", "content": []}]},
+        "messages",
+        "messages have no text; they need at least one token",
     ),
     (
         {"messages": [{"role": "user", "content": "a" * 64}]},

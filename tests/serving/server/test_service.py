@@ -21,6 +21,7 @@ from tests.support.openai_server import (
 from instructax.data.chat_template import make_template
 from instructax.models.transformer import Transformer
 from instructax.serving.engine import Engine
+from instructax.serving.text_stream import TextStream
 
 pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
@@ -241,6 +242,83 @@ def test_an_answer_does_not_depend_on_other_requests_in_its_batch(client, policy
         assert [future.result()["choices"] for future in futures] == alone
         assert first.result()["choices"] == post_completion(client)["choices"]
         assert app.state.batcher.batch_sizes == [1, 4]
+
+
+def run_together(policy, engine_of, posts):
+    """(status, body) of requests that share one batch."""
+    engine = engine_of(policy.engine)
+    app = make_app(dataclasses.replace(policy, engine=engine), "tiny", queue_limit=8)
+    with (
+        testclient.TestClient(app, raise_server_exceptions=False) as client,
+        concurrent.futures.ThreadPoolExecutor(8) as threads,
+    ):
+        # While the first request runs, the others wait and form one batch.
+        first = threads.submit(client.post, "/v1/completions", json=posts[0][1])
+        assert engine.entered.acquire(timeout=100)
+        futures = [threads.submit(client.post, path, json=body) for path, body in posts]
+        engine.release.release(20)
+        replies = [future.result(timeout=100) for future in futures]
+        first.result(timeout=100)
+    return [(reply.status_code, reply.json()) for reply in replies]
+
+
+def test_an_empty_chat_changes_no_other_request(policy):
+    body = {"model": "tiny", "seed": 1, "max_tokens": 5}
+    valid = ("/v1/chat/completions", {**body, "messages": MESSAGES})
+    posts = [("/v1/completions", {**body, "prompt": "ab"}), valid, valid]
+    for content in ("", []):
+        message = {"role": "user", "content": content}
+        posts.append(("/v1/chat/completions", {**body, "messages": [message]}))
+    replies = run_together(policy, GatedEngine, posts)
+    assert [status for status, _ in replies] == [200, 200, 200, 400, 400]
+    assert replies[1][1]["choices"] == replies[2][1]["choices"]
+
+
+class FailingEngine(GatedEngine):
+    """Fails for batches with a certain prompt."""
+
+    def stream(self, requests, stop_token_mask=None):
+        if any(len(request.prompt) == 7 for request in requests):
+            raise ZeroDivisionError
+        return super().stream(requests, stop_token_mask)
+
+
+def test_a_request_that_fails_in_a_batch_fails_alone(policy, client):
+    body = {"model": "tiny", "seed": 1, "max_tokens": 5}
+    prompts = ("ab", "abcdefg", "abc")
+    posts = [("/v1/completions", {**body, "prompt": prompt}) for prompt in prompts]
+    replies = run_together(policy, FailingEngine, posts)
+    assert [status for status, _ in replies] == [200, 500, 200]
+    for (_, reply), prompt in zip(replies, prompts, strict=True):
+        if prompt != "abcdefg":
+            alone = post_completion(client, prompt=prompt, max_tokens=5)
+            assert reply["choices"] == alone["choices"]
+
+
+def test_bytes_and_offsets_of_tokens_inside_a_character(client):
+    """The policy's tokens are bytes, and "é" has two of them."""
+    echo = {"prompt": "é!a", "echo": True, "logprobs": 0, "max_tokens": 0}
+    choice = post_completion(client, **echo)["choices"][0]
+    assert choice["text"] == "é!a"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+    # U+2028 takes three bytes.
+    echo["prompt"] = "a\u2028b"
+    assert post_completion(client, **echo)["choices"][0]["logprobs"]["text_offset"] == [
+        *(0, 1, 1, 1, 2),
+    ]
+    sampled = post_chat(client, logprobs=True, top_logprobs=2, max_tokens=20)
+    for entry in sampled["choices"][0]["logprobs"]["content"]:
+        for token in (entry, *entry["top_logprobs"]):
+            assert len(token["bytes"]) == 1 or token["token"] == "<|endoftext|>"
+
+
+def test_events_have_no_line_breaks_but_their_own(client, monkeypatch):
+    monkeypatch.setattr(TextStream, "add", lambda *_, **__: "a\u2028b\u0085c")
+    body = {"model": "tiny", "prompt": "ab", "stream": True, "max_tokens": 2}
+    reply = client.post("/v1/completions", json=body)
+    for line in reply.text.splitlines():
+        assert not line or line.startswith("data: ")
+    assert reply.content.isascii()
 
 
 def test_an_internal_error_is_reported_without_details(client, monkeypatch, caplog):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from instructax.config import ConfigError
 from instructax.serving.engine import (
     Chunk,
     Engine,
@@ -22,7 +23,11 @@ from instructax.serving.engine import (
     ScoreRequest,
     TokenScores,
 )
-from instructax.serving.server.errors import QueueFullError, ShuttingDownError
+from instructax.serving.server.errors import (
+    QueueFullError,
+    RequestError,
+    ShuttingDownError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ class _Job:
     # No client waits for it any more. Written by the event loop and read by the thread;
     # a late read only costs a chunk.
     cancelled: bool = False
+    # Whether the client has got a part of the result; the job cannot be repeated then.
+    started: bool = False
 
 
 class Batcher:
@@ -143,6 +150,9 @@ class Batcher:
 
             return cancel
 
+        # Before they are queued: in a batch, an error would be that of every request.
+        for request in requests:
+            self._check(request)
         jobs = []
         for index, request in enumerate(requests):
             jobs.append(_Job(group, request, sender(index)))
@@ -165,6 +175,15 @@ class Batcher:
             for job in jobs:
                 job.cancelled = True
 
+    def _check(self, request: SampleRequest | ScoreRequest) -> None:
+        try:
+            if isinstance(request, SampleRequest):
+                self._engine.check_fits(len(request.prompt), request.max_new_tokens)
+            else:
+                self._engine.check_score(len(request.tokens))
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
+
     def _submit(self, jobs: list[_Job]) -> None:
         with self._changed:
             # Otherwise the thread might be gone, and the job would wait forever.
@@ -183,15 +202,27 @@ class Batcher:
     def _work(self) -> None:
         """The thread: runs batches until the batcher is closed."""
         while batch := self._next_batch():
-            try:
-                self._run(batch)
-            except Exception as error:
-                # One failed batch must not stop the server.
-                logger.exception("a batch of %d failed", len(batch))
-                self._send(batch, error)
+            self._run_or_fail(batch)
         # Nothing is added to the queue any more.
         with self._changed:
             self._send(list(self._waiting), ShuttingDownError())
+
+    def _run_or_fail(self, batch: list[_Job]) -> None:
+        """Runs a batch. If it fails, the jobs that have no result yet run one by one, so
+        that only those which fail alone get the error."""
+        try:
+            self._run(batch)
+        except Exception as error:
+            # One failed batch must not stop the server.
+            logger.exception("a batch of %d failed", len(batch))
+            if len(batch) == 1:
+                self._send(batch, error)
+                return
+            for job in batch:
+                if job.started:
+                    self._send([job], error)
+                elif not job.cancelled:
+                    self._run_or_fail([job])
 
     def _next_batch(self) -> list[_Job]:
         """Waits for the next jobs of one group; empty when the batcher is closed."""
@@ -249,6 +280,7 @@ class Batcher:
         for job in jobs:
             if job.cancelled:
                 continue
+            job.started = True
             try:
                 job.send(result)
             except RuntimeError:

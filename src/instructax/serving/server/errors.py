@@ -16,6 +16,8 @@ class RequestError(Exception):
         param: str | None = None,
         code: str | None = None,
     ):
+        # A value from the request may have a lone surrogate, which UTF-8 cannot encode.
+        message = message.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(" ".join(message.split()))
         self.status = status
         self.param = param

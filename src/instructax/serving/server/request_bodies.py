@@ -49,6 +49,15 @@ class ServerLimits:
     max_samples: int
 
 
+class StreamOptions(pydantic.BaseModel):
+    """Options of a streamed response."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    # Whether the stream ends with the token counts.
+    include_usage: bool = False
+
+
 class RequestBody(pydantic.BaseModel):
     """The fields that both endpoints share."""
 
@@ -67,8 +76,7 @@ class RequestBody(pydantic.BaseModel):
         list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)
     ] = []
     stream: bool = False
-    # Only `include_usage` is read.
-    stream_options: dict[str, Any] = {}
+    stream_options: StreamOptions = StreamOptions()
 
     # Accepted and ignored: they do not change the answer.
     user: Any = None
@@ -242,16 +250,21 @@ def _request_error(error: pydantic.ValidationError) -> RequestError:
     """One line about the first error: the field, its value and what is allowed."""
     # Errors are in the order of the fields; unknown fields come last.
     first = error.errors(include_url=False)[0]
+    if not first["loc"]:
+        # The one error without a place: a lone surrogate in the name of a field.
+        name = show_value(first["input"])
+        return RequestError(f"the field name {name} is not valid Unicode")
     param = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return RequestError(f"{param} is not a field of this request", param=param)
+        name = ".".join(map(str, first["loc"]))
+        return RequestError(f"{name} is not a field of this request", param=param)
     if first["type"] == "missing":
         return RequestError(f"{param} is required", param=param)
 
-    # An element of a list: stop[1].
+    # An element of a list, stop[1], or a field of an object, stream_options.include_usage.
     where = param
-    for index in first["loc"][1:]:
-        where += f"[{index}]"
+    for part in first["loc"][1:]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}"
     # Pydantic writes "Input should be a valid integer" or "List should have at most 4 items
     # after validation"; after the value, "must be a valid integer" reads better.
     allowed = re.sub(r"^\w+ should", "must", first["msg"])
@@ -280,11 +293,13 @@ def _join_parts(message: Any) -> Any:
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
     content = ""
-    # Images, audio and files are parts without a text.
+    # Images, audio and files are parts of other types, even if they have a text too.
     for part in message["content"]:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        is_text = isinstance(part, dict) and part.keys() == {"type", "text"}
+        if not is_text or part["type"] != "text" or not isinstance(part["text"], str):
             raise RequestError(
-                "messages contain a part that is not text; only text is supported",
+                f"messages contain the part {show_value(part)}; only parts "
+                '{"type": "text", "text": "..."} are supported',
                 param="messages",
             )
         content += part["text"]

@@ -92,6 +92,10 @@ def parse_chat(body: dict[str, Any], policy: Policy, limits: ServerLimits) -> Pa
         prompt = policy.encode(request.messages)
     except ValueError as error:
         raise RequestError(str(error), param="messages") from None
+    if len(prompt) == 0:
+        raise RequestError(
+            "messages have no text; they need at least one token", param="messages"
+        )
 
     # Both are at least 1 if they are given.
     max_new_tokens = request.max_completion_tokens or request.max_tokens
@@ -148,7 +152,7 @@ def _parsed(
         logprobs=logprobs is not None,
         top=logprobs or 0,
         stream=request.stream,
-        include_usage=bool(request.stream_options.get("include_usage")),
+        include_usage=request.stream_options.include_usage,
     )
 
 

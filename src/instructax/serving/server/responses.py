@@ -11,13 +11,14 @@ import numpy as np
 
 from instructax.data.tokenizer import Tokenizer
 from instructax.serving.engine import TokenScores
-from instructax.serving.text_stream import FinishReason
+from instructax.serving.text_stream import REPLACEMENT_CHARACTER, FinishReason
 
 
 def sse(event: Any) -> str:
     """Formats one server-sent event; a string is sent as it is."""
     if not isinstance(event, str):
-        event = json.dumps(event, ensure_ascii=False)
+        # ASCII only: clients that read by line take U+2028 and others for a line break.
+        event = json.dumps(event)
     return f"data: {event}\n\n"
 
 
@@ -140,13 +141,6 @@ def completion_logprobs(
       top: number of most likely tokens per position; 0 = none.
     """
     pieces = [tokenizer.decode([token]) for token in tokens[start:]]
-    # Position of each token's text in the text of the choice.
-    offsets = []
-    num_characters = 0
-    for piece in pieces:
-        offsets.append(num_characters)
-        num_characters += len(piece)
-
     # Nothing predicts the first token of a text: null.
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
@@ -161,8 +155,24 @@ def completion_logprobs(
         "tokens": pieces,
         "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs if top else None,
-        "text_offset": offsets,
+        "text_offset": _text_offsets(tokenizer, tokens[start:]),
     }
+
+
+def _text_offsets(tokenizer: Tokenizer, tokens: np.ndarray) -> list[int]:
+    """Where each token begins in the text of all tokens, in characters.
+
+    A token inside a character has the offset of the character.
+    """
+    offsets = []
+    complete = 0
+    for count in range(len(tokens)):
+        # A token's own text may differ from its part of the whole: an incomplete character
+        # has one of its own, and a leading space may be dropped.
+        before = tokenizer.decode(tokens[:count]).rstrip(REPLACEMENT_CHARACTER)
+        complete = max(complete, len(before))
+        offsets.append(complete)
+    return offsets
 
 
 def _top_by_text(
@@ -192,7 +202,8 @@ def chat_logprobs(
     # The bytes tell apart tokens whose text is an incomplete character.
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        token_bytes = list(tokenizer.token_bytes(token))
+        return {"token": text, "logprob": logprob, "bytes": token_bytes}
 
     content = []
     for place in range(start, len(tokens)):

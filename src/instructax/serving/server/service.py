@@ -86,8 +86,9 @@ class Service:
         return await self._respond(request, parse_chat)
 
     async def _respond(self, request: Request, parse: Parse) -> Response:
-        body = parse_json(await _read_body(request))
-        parsed = parse(body, self._policy, self._limits)
+        # Parsing a long prompt takes seconds: on a thread, it holds up no other request.
+        body = await asyncio.to_thread(parse_json, await _read_body(request))
+        parsed = await asyncio.to_thread(parse, body, self._policy, self._limits)
         # Choice i is sample i % n of prompt i // n, as in OpenAI's API.
         choices = []
         for prompt in parsed.prompts:
@@ -103,7 +104,9 @@ class Service:
             )
         # Wait for the first piece here, so that an error before it still has its own
         # HTTP status.
-        first = await anext(pieces, None)
+        first = await _unless_disconnected(request, _first(pieces))
+        if isinstance(first, Response):
+            return first
         events = self._events(parsed, choices, first, pieces)
         return StreamingResponse(events, media_type="text/event-stream")
 
@@ -236,6 +239,15 @@ def _usage(parsed: ParsedRequest, choices: list[_Choice]) -> dict[str, int]:
     return responses.usage(prompt_tokens, completion_tokens)
 
 
+async def _first(pieces: AsyncGenerator[Any]) -> Any:
+    """The first piece, or None if there is none. Closes `pieces` if it is cancelled."""
+    try:
+        return await anext(pieces, None)
+    except asyncio.CancelledError:
+        await pieces.aclose()
+        raise
+
+
 async def _prepend(first: Any, rest: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
     """Yields `first`, unless it is None, and then `rest`, which is closed at the end."""
     async with contextlib.aclosing(rest):
@@ -257,10 +269,9 @@ async def _read_body(request: Request) -> bytes:
     return body
 
 
-async def _unless_disconnected(
-    request: Request, work: Coroutine[Any, Any, Response]
-) -> Response:
-    """Returns the result of `work`, or cancels it if the client disconnects."""
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """Returns the result of `work`. If the client disconnects, cancels it and returns a
+    Response that nobody reads."""
     response = asyncio.ensure_future(work)
     # After the body, the next message is the disconnect.
     disconnect = asyncio.ensure_future(request.receive())
