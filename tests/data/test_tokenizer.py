@@ -392,6 +392,7 @@ def test_added_tokens_that_are_not_special_are_pieces_of_text(
     tokenizer = tokenizer_lib.load_tokenizer(path)
     assert tokenizer.encode(text).tolist() == expected.ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert set(tokenizer.added_text_tokens()) == set(runs)
     # The file that an export writes encodes like training.
     tokenizer_lib.save_tokenizer(tokenizer, str(tmp_path / "saved" / "tokenizer.json"))
     saved = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))

@@ -90,6 +90,9 @@ def _content_hash(
             raise DataError(f"{file}: cannot be read ({error})") from None
     # The order and the types of this list are part of the hash.
     inputs = [ROWS_VERSION, kind, tokenizer.hash, dataclasses.asdict(limits), file_hashes]
+    # Earlier versions split these tokens, so the same tokenizer gave other rows.
+    if tokenizer.added_text_tokens():
+        inputs.append("added tokens are text")
     # Plain text adds nothing, which keeps the hashes from before formats existed.
     if prompt_format.hash:
         inputs.append(prompt_format.hash)

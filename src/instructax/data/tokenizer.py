@@ -104,6 +104,13 @@ class Tokenizer:
                 return token
         return ""
 
+    def added_text_tokens(self) -> list[str]:
+        """The added tokens that are pieces of text, such as runs of spaces."""
+        content = json.loads(self.content)
+        special = tokenizer_json.special_tokens(content)
+        tokens = [token["content"] for token in content["added_tokens"]]
+        return [token for token in tokens if token not in special]
+
     def unused_ids(self) -> list[int]:
         """The ids without a token, in ascending order."""
         # Ids between tokens, and those added by `pad_vocab`.
