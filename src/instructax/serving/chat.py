@@ -19,7 +19,7 @@ from instructax.serving.policy import Policy, open_served
 from instructax.serving.text_stream import TextStream
 
 # Fields that `complete_file` adds to each line.
-ADDED_FIELDS = ("answers", "finish", "tokens", "error")
+RESULT_FIELDS = ("answers", "finish", "tokens", "error")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,7 +329,7 @@ def _parse_line(where: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from None
     require(isinstance(request, dict), f"{where}: not a JSON object ({line[:40]!r})")
-    for name in ADDED_FIELDS:
+    for name in RESULT_FIELDS:
         require(
             name not in request,
             f"{where}: the field {name!r} would be overwritten by the results: rename it",
